@@ -1,0 +1,244 @@
+# ruff: noqa: E501  (tables of words and phrases)
+"""The mix: which pictures and questions a step trains on, as a pure function of (seed, step).
+
+Each source gives a fixed number of samples per step on average and is walked through in a new order each pass, so
+every photo is seen as often as any other. Only train splits are read, but for `Mix(..., split="val")`, which serves
+the validation loss.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from facts import Facts, extract, open_questions, tidy, yes_no
+from features import FeatureSet, read_jsonl
+from long_answers import long_answer
+from pack import CELLS, IMAGE, Batch, Branch, Sample, pack, place
+from words import THINGS
+
+END = 2
+SHORTEST_DETAIL = 45  # tokens; captions that support less make no long answer
+CAPTION_PROMPTS = (
+    "Describe the image.", "What is in the photo?", "Write a short caption for this picture.", "Give a brief description of the image.",
+    "Caption this image.", "What does the image show?", "Describe this picture in one sentence.", "What is happening in this picture?",
+)  # fmt: skip
+DETAIL_PROMPTS = (
+    "Describe the image in detail.", "Explain what you see in the photo in detail.", "Give a detailed description.", "Describe this picture in detail.",
+    "What is happening in this picture? Give a detailed description.", "Write a detailed description of the photo.", "Tell me everything you see in the image.",
+)  # fmt: skip
+ONE_WORD = (" Answer with one word.", " Answer with a word or a number.", "\nAnswer the question using a single word.")
+CLIP_PROMPTS = (
+    "What happens in this clip?",
+    "Describe the video.",
+    "What is shown in these frames?",
+    "Describe what happens in the video.",
+)
+MOTION_PROMPTS = ("How does the camera move?", "What is the camera doing?", "Describe the movement of the camera.")
+READ_PROMPTS = (
+    "What does the text say?",
+    "Read the text in the image.",
+    "What word is written in the image?",
+    "What is written here?",
+)
+LINE_PROMPTS = (
+    "What is written on the receipt?",
+    "Read the text in the image.",
+    "What does this line of the receipt say?",
+)
+MOTION = {
+    "left": "The camera moves to the left.", "right": "The camera moves to the right.", "up": "The camera moves up.", "down": "The camera moves down.",
+    "in": "The camera zooms in.", "out": "The camera zooms out.", "still": "The camera does not move.",
+}  # fmt: skip
+WEIGHTS = {
+    "caption": 1.0,
+    "detail": 0.8,
+    "vqa": 3.0,
+    "question": 1.5,
+    "yesno": 2.0,
+    "read": 0.7,
+    "text": 0.6,
+    "clip": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Samples per step by source, and what a photo is asked. Sized for rows * length tokens."""
+
+    rows: int = 4
+    length: int = 384
+    rates: dict[str, float] = field(
+        default_factory=lambda: {"flickr": 3.9, "coco": 4.4, "text": 1.2, "clips": 0.25, "words": 0.4, "receipts": 0.3}
+    )
+    detail: float = 0.85
+    blind: float = 0.1
+    one_word: float = 0.3
+
+
+def load_captions(data: Path) -> dict[str, list[str]]:
+    """The five captions of each photo."""
+    captions: dict[str, list[str]] = defaultdict(list)
+    for row in read_jsonl(data / "flickr8k" / "captions.jsonl"):
+        captions[row["image"]].append(row["text"])
+    return captions
+
+
+def load_questions(data: Path) -> dict[str, list[tuple[str, str]]]:
+    """Questions and answers of each COCO photo."""
+    questions: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in read_jsonl(data / "coco_vqa" / "qa.jsonl"):
+        questions[row["image"]].append((row["question"], str(row["answer"])))
+    return questions
+
+
+def absence_weights(facts: Sequence[Facts]) -> dict[str, float]:
+    """Weights of absent things, so that each is asked for as often with "no" as with "yes".
+
+    A thing's weight is its yes-questions over the photos that lack it.
+    """
+    asked: Counter[str] = Counter()
+    lacking: Counter[str] = Counter()
+    for f in facts:
+        for t in f.present:
+            asked[t.name] += 1 / len(f.present)
+        lacking.update(t.name for t in f.absent)
+    return {t.name: asked[t.name] / (lacking[t.name] + 1) for t in THINGS}
+
+
+class Mix:
+    """Draws packed batches. `texts` are records of `msd.train.capture` for text-only turns."""
+
+    def __init__(
+        self,
+        data: Path,
+        features: Path,
+        texts: list[dict[str, Any]],
+        tokenizer: Any,
+        config: MixConfig,
+        seed: int = 0,
+        split: str = "train",
+    ):
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.captions, self.questions = load_captions(data), load_questions(data)
+        self.texts = [t for t in texts if t["task"] == split]
+        self.sets = {name: FeatureSet(features, name) for name in ("flickr", "coco", "clips", "words", "receipts")}
+        self.pools = {n: [i for i, r in enumerate(s.rows) if r["split"] == split] for n, s in self.sets.items()}
+        self.pools["text"] = list(range(len(self.texts)))
+        self.facts: dict[str, Facts] = {}
+        self.frequency = absence_weights(
+            [self._facts(self.sets["flickr"].rows[n]["image"]) for n in self.pools["flickr"]]
+        )
+        self._makers: dict[str, Callable[[str, int, random.Random], Sample]] = {
+            "flickr": self._photo, "coco": self._coco, "clips": self._clip, "words": self._word, "receipts": self._line, "text": self._text,
+        }  # fmt: skip
+        self._orders: dict[tuple[str, int], list[int]] = {}
+
+    def batch(self, step: int) -> Batch:
+        """The packed batch of a step, features included."""
+        return self.collate(self.samples(step))
+
+    def samples(self, step: int) -> list[Sample]:
+        """The samples of a step before packing."""
+        rng = random.Random(f"{self.seed}-{step}")
+        out = []
+        for source, rate in self.config.rates.items():
+            for visit in range(int(step * rate), int((step + 1) * rate)):
+                sample = self._makers[source](source, self._row(source, visit), rng)
+                out.append(replace(sample, blind=bool(sample.pictures) and rng.random() < self.config.blind))
+        return out
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        batch = pack(place(samples, self.config.rows, self.config.length), self.config.length, END)
+        pictures = [self.sets[name].features(row) for name, row in batch.pictures]
+        features = torch.cat(pictures).reshape(-1, CELLS, pictures[0].shape[-1]) if pictures else batch.features
+        return replace(batch, features=features)
+
+    def _row(self, source: str, visit: int) -> int:
+        """The row that a source's `visit` falls on: a new order each pass."""
+        pool = self.pools[source]
+        lap, at = divmod(visit, len(pool))
+        if (source, lap) not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != source}
+            self._orders[source, lap] = random.Random(f"{self.seed}-{source}-{lap}").sample(pool, len(pool))
+        return self._orders[source, lap][at]
+
+    def _facts(self, image: str) -> Facts:
+        if image not in self.facts:
+            self.facts[image] = extract(self.captions[image])
+        return self.facts[image]
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def prefix(self, pictures: int) -> tuple[int, ...]:
+        """The turn's opening and the places of its image tokens, each picture closed by a line break."""
+        return self.ids("<|im_start|>user\n") + (*([IMAGE] * CELLS), *self.ids("\n")) * pictures
+
+    def branch(self, question: str, answer: str, task: str, longest: int = 110) -> Branch:
+        """A question and its answer; an answer cut at `longest` tokens has no end token."""
+        asked = self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+        return Branch(asked, (*self.ids(answer), END)[:longest], task, WEIGHTS[task])
+
+    def _sample(self, source: str, row: int, branches: list[Branch]) -> Sample:
+        return Sample(self.prefix(self.sets[source].frames), tuple(branches), ((source, row),))
+
+    def _photo(self, source: str, row: int, rng: random.Random) -> Sample:
+        """Captions first, so that they are the last to be cut for room."""
+        image = self.sets[source].rows[row]["image"]
+        captions, facts = self.captions[image], self._facts(image)
+        detail = None
+        if rng.random() < self.config.detail:
+            detail = self.branch(rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng), "detail")
+            detail = detail if len(detail.answer) >= SHORTEST_DETAIL else None
+        short = rng.sample(captions, min(len(captions), 1 if detail else 2))
+        branches = [self.branch(rng.choice(CAPTION_PROMPTS), tidy(c), "caption") for c in short]
+        branches += [detail] if detail else []
+        asked = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
+        if asked:
+            branches.append(self.branch(*asked, "yesno"))
+        branches += [self.branch(q, a, "question") for q, a in open_questions(facts, rng)[: rng.choice((1, 1, 2))]]
+        return self._sample(source, row, branches)
+
+    def _coco(self, source: str, row: int, rng: random.Random) -> Sample:
+        questions = list(self.questions[self.sets[source].rows[row]["image"]])
+        rng.shuffle(questions)
+        suffix = lambda: rng.choice(ONE_WORD) if rng.random() < self.config.one_word else ""  # noqa: E731
+        return self._sample(source, row, [self.branch(q + suffix(), a, "vqa") for q, a in questions[:5]])
+
+    def _clip(self, source: str, row: int, rng: random.Random) -> Sample:
+        shown = self.sets[source].rows[row]
+        captions, motion = self.captions[shown["image"]], MOTION[shown["motion"]]
+        branches = [
+            self.branch(rng.choice(CLIP_PROMPTS), f"{tidy(rng.choice(captions))} {motion}", "clip"),
+            self.branch(rng.choice(MOTION_PROMPTS), motion, "clip"),
+        ]
+        if rng.random() < 0.25:
+            answer = f"{long_answer(captions, self._facts(shown['image']), rng, sentences=6)} {motion}"
+            branches.append(self.branch("Describe the video in detail.", answer, "detail"))
+        return self._sample(source, row, branches)
+
+    def _word(self, source: str, row: int, rng: random.Random) -> Sample:
+        shown = self.sets[source].rows[row]
+        branches = [self.branch(rng.choice(READ_PROMPTS), shown["text"], "read")]
+        colour = rng.choice(
+            (("What color is the text?", shown["ink"]), ("What color is the background?", shown["ground"]))
+        )
+        branches.append(self.branch(colour[0], f"{colour[1].capitalize()}.", "question"))
+        return self._sample(source, row, branches)
+
+    def _line(self, source: str, row: int, rng: random.Random) -> Sample:
+        return self._sample(
+            source, row, [self.branch(rng.choice(LINE_PROMPTS), self.sets[source].rows[row]["text"], "read")]
+        )
+
+    def _text(self, source: str, row: int, rng: random.Random) -> Sample:
+        turn = self.texts[row]
+        asked = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        answer = (*turn["ids"], END) if turn["finished"] else tuple(turn["ids"])
+        return Sample(self.prefix(0), (Branch(asked, answer, "text", WEIGHTS["text"]),))

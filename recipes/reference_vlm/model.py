@@ -1,0 +1,135 @@
+"""The trainable half of the reference model: projector, positions, and low-rank updates of a frozen language model.
+
+Knows nothing of pixels (features come from disk) nor of prompts (token ids come packed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pack import Batch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from msd.train.lora import adapt, factors, load_factors
+
+CELLS, VISION, HIDDEN = 64, 1280, 576
+QVO = ("q_proj", "v_proj", "o_proj")
+ALL = (*QVO, "k_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which layers learn, how wide, and in which number format the frozen weights compute."""
+
+    rank: int = 32
+    layers: tuple[str, ...] = ALL
+    bf16: bool = True
+
+
+class Tower(nn.Module):
+    """Encoder features -> LayerNorm'ed, plus learned positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pos = nn.LayerNorm(VISION), nn.Parameter(torch.zeros(CELLS, VISION))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, 64, 1280] -> [N, 64, 1280]."""
+        out: Tensor = self.norm(features) + self.pos
+        return out
+
+
+class TrainableVLM(nn.Module):
+    """A frozen `LlamaForCausalLM` with low-rank updates that reads image tokens among its word embeddings."""
+
+    def __init__(self, lm: Any, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.lm = lm.requires_grad_(False)
+        adapt(self.lm, config.layers, config.rank)
+        if config.bf16:
+            self._freeze_in(torch.bfloat16)
+        self.tower, self.linear_1, self.linear_2 = Tower(), nn.Linear(VISION, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        nn.init.normal_(self.linear_2.weight, std=0.2 / HIDDEN**0.5)  # lands near the scale of word embeddings
+        nn.init.zeros_(self.linear_2.bias)
+
+    def _freeze_in(self, dtype: torch.dtype) -> None:
+        for p in self.lm.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format the language model computes in."""
+        dtype: torch.dtype = self.lm.model.embed_tokens.weight.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tower.pos.device
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        """[N, 64, 1280] -> [N, 64, 576] float32."""
+        tokens: Tensor = self.linear_2(F.gelu(self.linear_1(self.tower(features.float()))))
+        return tokens
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [B, L, 576] of a packed batch."""
+        x = self.lm.model.embed_tokens(batch.ids)
+        if len(batch.features):
+            tokens = self.image_tokens(batch.features).reshape(-1, HIDDEN).to(x.dtype)
+            x = x.masked_scatter(batch.is_image[..., None], tokens)
+        out = self.lm.model(inputs_embeds=x, attention_mask=batch.mask(), position_ids=batch.positions, use_cache=False)
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Cross entropy [T] float32 of every answer token, in the order of `batch.targets`."""
+        h = self.hidden(batch)[batch.rows, batch.columns]
+        return F.cross_entropy(self.lm.lm_head(h).float(), batch.targets, reduction="none")
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is trained, by the names of the shipped file."""
+        out = {n: p.detach() for n, p in self.named_parameters() if not n.startswith("lm.")}
+        return out | factors(self.lm, "lm.")
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from saved weights; a narrower rank or fewer layers widen without changing the function."""
+        ours = dict(self.named_parameters())
+        low_rank = {k: v for k, v in weights.items() if k.startswith("lm.")}
+        load_factors(self.lm, low_rank, "lm.")
+        with torch.no_grad():
+            for name, value in weights.items():
+                if name not in low_rank:
+                    ours[name].copy_(value)
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer (they share one graph)."""
+        for layer in self.lm.model.layers:
+            layer.compile(dynamic=False)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Weights from a shipped `.safetensors` file or a training checkpoint `.pt`."""
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    params: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["params"]
+    return params
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """The shipped file: fp16."""
+    save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, path)
+
+
+def widths(weights: Mapping[str, Tensor]) -> ModelConfig:
+    """The configuration that saved weights were trained with."""
+    adapted = [k for k in weights if k.startswith("lm.") and k.endswith(".A")]
+    layers = tuple(sorted({k.split(".")[-2] for k in adapted}))
+    return ModelConfig(rank=len(weights[adapted[0]]), layers=layers)

@@ -1,0 +1,131 @@
+"""Several samples in one row: each a shared prefix (perhaps with pictures) and branches of question and answer.
+
+A branch sees its sample's prefix and itself, nothing else; positions continue from the prefix in every branch. So a
+picture is paid for once however many questions are asked about it, and no token is padding but the end of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+CELLS = 64
+IMAGE = -1  # a place for an image token in a sample's prefix
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question (ids, with the assistant's opening) and its answer (ids, with the end token if it ends)."""
+
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+    task: str
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.question) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prefix shared by branches. `pictures` are (feature set, row); `blind` hides image keys from all text."""
+
+    prefix: tuple[int, ...]
+    branches: tuple[Branch, ...]
+    pictures: tuple[tuple[str, int], ...] = ()
+    blind: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+@dataclass
+class Batch:
+    """Packed samples. Rows B of L tokens; T answer tokens; N pictures of 64 tokens."""
+
+    ids: Tensor  # [B, L] int64
+    positions: Tensor  # [B, L] int64
+    sample: Tensor  # [B, L] int64, which sample; -1 is padding
+    branch: Tensor  # [B, L] int64, 0 is the prefix
+    is_image: Tensor  # [B, L] bool
+    blind: Tensor  # [B, L] bool, the sample's text may not see its pictures
+    features: Tensor  # [N, 64, 1280]
+    rows: Tensor  # [T] where an answer token is predicted from
+    columns: Tensor  # [T]
+    targets: Tensor  # [T] the token predicted there
+    weights: Tensor  # [T] float32
+    tasks: list[str] = field(default_factory=list)  # [T]
+    pictures: list[tuple[str, int]] = field(default_factory=list)  # their feature rows, in order
+
+    def mask(self) -> Tensor:
+        """Who sees whom: [B, 1, L, L] bool."""
+        s, b = self.sample, self.branch
+        seen = (s[:, :, None] == s[:, None, :]) & ((b[:, :, None] == b[:, None, :]) | (b[:, None, :] == 0))
+        hidden = (self.blind & ~self.is_image)[:, :, None] & self.is_image[:, None, :]
+        L = s.shape[1]
+        causal = torch.ones(L, L, dtype=torch.bool, device=s.device).tril()
+        return (seen & ~hidden & causal)[:, None] | torch.eye(L, dtype=torch.bool, device=s.device)
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+def place(samples: Sequence[Sample], rows: int, length: int) -> list[list[Sample]]:
+    """Samples into rows of `length`, longest first; one that fits nowhere loses its last branches, or is left out."""
+    placed: list[list[Sample]] = [[] for _ in range(rows)]
+    room = [length] * rows
+    for sample in sorted(samples, key=len, reverse=True):
+        kept: Sample | None = sample
+        while kept and len(kept) > max(room):
+            kept = replace(kept, branches=kept.branches[:-1]) if len(kept.branches) > 1 else None
+        if kept:
+            row = min((r for r in range(rows) if room[r] >= len(kept)), key=lambda r: room[r])
+            placed[row].append(kept)
+            room[row] -= len(kept)
+    return placed
+
+
+def pack(placed: Sequence[Sequence[Sample]], length: int, pad: int) -> Batch:
+    """Rows of samples -> tensors. `features` is left empty: its rows are named by `pictures`."""
+    B = len(placed)
+    ids = torch.full((B, length), pad)
+    positions, branch = torch.zeros(B, length, dtype=torch.long), torch.zeros(B, length, dtype=torch.long)
+    sample = torch.full((B, length), -1)
+    is_image, blind = torch.zeros(B, length, dtype=torch.bool), torch.zeros(B, length, dtype=torch.bool)
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    tasks: list[str] = []
+    pictures: list[tuple[str, int]] = []
+    for r, row in enumerate(placed):
+        at = 0
+        for s, item in enumerate(row):
+            n, start = len(item.prefix), at
+            prefix = torch.tensor(item.prefix, dtype=torch.long)
+            ids[r, at : at + n] = prefix.clamp(min=0)
+            is_image[r, at : at + n] = prefix == IMAGE
+            positions[r, at : at + n] = torch.arange(n)
+            pictures.extend(item.pictures)
+            at += n
+            for k, b in enumerate(item.branches, 1):
+                m = len(b)
+                ids[r, at : at + m] = torch.tensor(b.question + b.answer)
+                positions[r, at : at + m] = torch.arange(n, n + m)
+                branch[r, at : at + m] = k
+                first = at + len(b.question) - 1
+                rows += [r] * len(b.answer)
+                columns += range(first, first + len(b.answer))
+                targets += b.answer
+                weights += [b.weight] * len(b.answer)
+                tasks += [b.task] * len(b.answer)
+                at += m
+            sample[r, start:at], blind[r, start:at] = s, item.blind
+    t = lambda v: torch.tensor(v, dtype=torch.long)  # noqa: E731
+    return Batch(
+        ids, positions, sample, branch, is_image, blind, torch.zeros(0, CELLS, 1280), t(rows), t(columns), t(targets),
+        torch.tensor(weights), tasks, pictures,
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""The model under evaluation, assembled on disk or in memory, answers and scores prompts in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from base import language_model
+from model import load_weights
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from msd.reference.assemble import IMAGE_TOKEN, build_model, build_processor
+from msd.reference.encoder import EfficientNetLiteConfig
+from msd.reference.sources import locate
+from msd.train.capture import Answer, GreedyWriter, Prompt
+
+END = 2
+OpenImage = Callable[[str], Image.Image]
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    """A model and its processor from a folder, a `.safetensors` file of trained weights or a training `.pt`."""
+    if path.is_dir():
+        import msd.reference  # noqa: F401  (registers the vision tower)
+
+        return AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32
+        ).eval(), AutoProcessor.from_pretrained(path)
+    lm, tokenizer = language_model()
+    vision = EfficientNetLiteConfig()
+    processor = build_processor(tokenizer, vision)
+    token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    weights = {k: v.half() for k, v in load_weights(path).items()}  # as shipped
+    return build_model(lm, vision, load_file(locate().encoder), weights, token), processor
+
+
+class Seeing:
+    """Greedy answers and per-token log-probabilities of prompts with any number of images."""
+
+    def __init__(self, model: Any, processor: Any, open_image: OpenImage, batch: int = 32):
+        self.model, self.processor, self.open_image, self.batch = model, processor, open_image, batch
+        self.processor.tokenizer.padding_side = "left"
+
+    def prompt(self, p: Prompt) -> str:
+        """The chat format: images first, each on a line of its own."""
+        images = f"{IMAGE_TOKEN}\n" * len(p.images)
+        return f"<|im_start|>user\n{images}{p.text}<|im_end|>\n<|im_start|>assistant\n"
+
+    def encode(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Model inputs, padded on the left; answers are appended where given."""
+        texts = [self.prompt(p) + (answers[i] if answers else "") for i, p in enumerate(prompts)]
+        images = [self.open_image(name) for p in prompts for name in p.images]
+        inputs = self.processor(
+            text=texts, images=images or None, padding=True, return_tensors="pt", add_special_tokens=False
+        )
+        return {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")}
+
+    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+        """One greedy answer per prompt, in order."""
+        write = GreedyWriter(self.model, self.processor.tokenizer, self.encode, max_new_tokens, END)
+        out: list[Answer] = []
+        for start in range(0, len(prompts), self.batch):
+            out += write(prompts[start : start + self.batch])
+        return out
+
+    @torch.inference_mode()
+    def teacher_forced(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> tuple[float, float]:
+        """Mean negative log-likelihood of the answers' tokens, and the share that is the model's own first choice."""
+        loss, hits, count = 0.0, 0, 0
+        size = max(1, self.batch // 2)
+        for start in range(0, len(prompts), size):
+            group, texts = prompts[start : start + size], answers[start : start + size]
+            inputs = {k: v.to(self.model.device) for k, v in self.encode(group, texts).items()}
+            lengths = [len(self.processor.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+            keep = max(lengths) + 1
+            logits = self.model(**inputs, logits_to_keep=keep).logits.float()
+            for row, n in enumerate(lengths):
+                target = inputs["input_ids"][row, -n:]
+                predicted = logits[row, -n - 1 : -1]
+                loss += float(F.cross_entropy(predicted, target, reduction="sum"))
+                hits += int((predicted.argmax(-1) == target).sum())
+                count += n
+        return loss / max(1, count), hits / max(1, count)

@@ -1,0 +1,157 @@
+"""Train the reference model's projector, positions and low-rank updates. Run it again to continue after an
+interruption.
+
+python recipes/reference_vlm/train.py --start ../shared/reference_vlm/weights.safetensors --steps 1500
+python recipes/reference_vlm/train.py --steps 1200        # continue, but land the schedule at step 1200
+python recipes/reference_vlm/train.py --export weights.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from base import language_model
+from data import Mix, MixConfig
+from model import ALL, QVO, ModelConfig, TrainableVLM, load_weights, save_weights
+from pack import Batch
+from torch import Tensor
+
+from msd.train.loop import Loop, LoopConfig
+
+LAYERS = {"all": ALL, "qvo": QVO}
+
+
+def weighted_loss(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Mean over answer tokens by task weight, and the plain mean of each task."""
+    loss = (losses * batch.weights).sum() / batch.weights.sum()
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for task, value in zip(batch.tasks, losses.tolist(), strict=True):
+        by_task[task].append(value)
+    return loss, {task: sum(v) / len(v) for task, v in by_task.items()}
+
+
+@torch.no_grad()
+def validation(model: TrainableVLM, mix: Mix, steps: int) -> dict[str, float]:
+    """Loss per task over `steps` fixed batches of the val mix, pictures always visible; `all` is the weighted mean."""
+    totals: dict[str, list[float]] = defaultdict(list)
+    weighted, weight = 0.0, 0.0
+    for step in range(steps):
+        batch = mix.batch(step).to(model.device)
+        losses = model.losses(batch)
+        weighted += float((losses * batch.weights).sum())
+        weight += float(batch.weights.sum())
+        for task, value in zip(batch.tasks, losses.tolist(), strict=True):
+            totals[task].append(value)
+    return {"all": weighted / weight} | {task: sum(v) / len(v) for task, v in sorted(totals.items())}
+
+
+def faster_in_bf16(device: torch.device, tokens: int = 1024, tries: int = 5) -> bool:
+    """Whether a matrix product of the language model's size is clearly faster in bf16 than in float32 here."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(tokens, 576, dtype=dtype, device=device), torch.ones(1536, 576, dtype=dtype, device=device)
+        times = []
+        for _ in range(tries):
+            start = time.perf_counter()
+            float((a @ b.T)[0, 0])
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) * 1.2 < seconds(torch.float32)
+
+
+def optimizer(params: Mapping[str, torch.nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """AdamW; the projector, which starts trained, learns half as fast as the low-rank updates."""
+    low_rank = [p for n, p in params.items() if n.startswith("lm.")]
+    rest = [p for n, p in params.items() if not n.startswith("lm.")]
+    groups = [{"params": low_rank, "lr": lr}, {"params": rest, "lr": lr / 2}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--features", type=Path, default=Path("runs/reference/features"))
+    parser.add_argument("--texts", type=Path, default=Path("runs/reference/text.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/reference/train"))
+    parser.add_argument("--start", type=Path, help="weights to start from (fresh run only)")
+    parser.add_argument("--steps", type=int, default=1050)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--layers", choices=LAYERS, default="all")
+    parser.add_argument("--precision", choices=("measure", "bf16", "float32"), default="measure")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--length", type=int, default=384)
+    parser.add_argument("--evaluate-every", type=int, default=120)
+    parser.add_argument("--validation-steps", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--export", type=Path, help="write the checkpoint's weights as a shipped file, and stop")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.export:
+        save_weights(load_weights(args.out / "checkpoint.pt"), args.export)
+        return
+    device = torch.device(args.device)
+    bf16 = args.precision == "bf16" or (args.precision == "measure" and faster_in_bf16(device))
+    print(f"pid {os.getpid()}, {device}, frozen weights in {'bf16' if bf16 else 'float32'}", flush=True)
+    torch.manual_seed(args.seed)
+    lm, tokenizer = language_model()
+    model = TrainableVLM(lm.eval(), ModelConfig(args.rank, LAYERS[args.layers], bf16)).to(device)
+    if args.start and not (args.out / "checkpoint.pt").exists():
+        model.load(load_weights(args.start))
+    if args.compile:
+        model.compile_layers()
+    texts = [json.loads(line) for line in args.texts.read_text(encoding="utf-8").splitlines()]
+    config = MixConfig(rows=args.rows, length=args.length)
+    config = MixConfig(args.rows, args.length, {k: v * args.rows * args.length / 1536 for k, v in config.rates.items()})
+    mix = Mix(args.data, args.features, texts, tokenizer, config, args.seed)
+    val = Mix(
+        args.data,
+        args.features,
+        texts,
+        tokenizer,
+        MixConfig(args.rows, args.length, config.rates, blind=0.0),
+        args.seed,
+        "val",
+    )
+
+    def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = mix.batch(step).to(device)
+        return weighted_loss(model.losses(batch), batch)
+
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    settings = LoopConfig(
+        args.steps, args.seed, warmup=min(50, 1 + args.steps // 5), evaluate_every=args.evaluate_every
+    )
+    loop = Loop(
+        params,
+        optimizer(params, args.lr),
+        step_loss,
+        settings,
+        args.out,
+        lambda: validation(model, val, args.validation_steps),
+    )
+    print(
+        f"{sum(p.numel() for p in params.values()) / 1e6:.1f} M parameters,",
+        f"from step {loop.step} to {loop.schedule.steps}",
+        flush=True,
+    )
+    finished = loop.run()
+    print("finished" if finished else "stopped; run again to continue", math.floor(loop.step), flush=True)
+
+
+if __name__ == "__main__":
+    main()

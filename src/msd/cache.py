@@ -1,0 +1,99 @@
+"""The key/value cache: preallocated, one slot per column, able to keep an arbitrary accepted path.
+
+A tree of N nodes is written behind the committed slots of each row in one target pass; `commit` then moves the rows of
+the accepted path together and forgets the rest. `transformers` sees an ordinary `Cache`. This module knows nothing of
+tokens or positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Layer(CacheLayerMixin):
+    """One decoder layer's view of the cache. `keys`, `values`: [B, H, C, D]."""
+
+    def __init__(self, owner: KVCache, index: int) -> None:
+        super().__init__()
+        self.owner, self.index = owner, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes the layer's part of the storage on the first keys seen."""
+        self.keys, self.values = self.owner._allocate(self.index, key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes [B, H, N, D] behind the committed slots; returns views of all slots up to the last written one."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        base, width = self.owner.committed, key_states.shape[-2]
+        stop = max(base) + width
+        if min(base) == max(base):
+            self.keys[:, :, base[0] : stop] = key_states
+            self.values[:, :, base[0] : stop] = value_states
+        else:
+            for row, at in enumerate(base):
+                self.keys[row, :, at : at + width] = key_states[row]
+                self.values[row, :, at : at + width] = value_states[row]
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(number of key slots a pass of `query_length` sees, offset of the first)."""
+        return max(self.owner.committed) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Committed slots of the longest row."""
+        return max(self.owner.committed)
+
+    def get_max_length(self) -> int:
+        """C."""
+        return self.owner.capacity
+
+
+class KVCache(Cache):
+    """Keys and values of `layers` decoder layers for `batch` rows of `capacity` slots; `committed` slots per row."""
+
+    def __init__(self, layers: int, batch: int, capacity: int) -> None:
+        self.capacity, self.batch = capacity, batch
+        self.committed = [0] * batch
+        self._storage: list[Tensor] = []  # [layers of one shape, 2, B, H, C, D]; one entry unless layers differ
+        self._shared = layers
+        super().__init__(layers=[_Layer(self, i) for i in range(layers)])
+
+    def _allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        B, H, _, D = keys.shape
+        if keys.shape != values.shape:
+            raise NotImplementedError(f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} differ")
+        if not self._storage:
+            # zeros, not empty: a masked slot still meets 0 * value, and 0 * NaN is NaN
+            self._storage.append(keys.new_zeros(self._shared, 2, B, H, self.capacity, D))
+        block = self._storage[0]
+        if block.shape[2:4] == (B, H) and block.shape[5] == D:
+            return block[index, 0], block[index, 1]
+        own = keys.new_zeros(1, 2, B, H, self.capacity, D)
+        self._storage.append(own)
+        return own[0, 0], own[0, 1]
+
+    def advance(self, count: int) -> None:
+        """Commits the `count` slots written last, of every row: the prompt, after prefill."""
+        self.committed = [c + count for c in self.committed]
+
+    def commit(self, paths: list[list[int]]) -> None:
+        """Keeps, of the N slots written last, the nodes `paths[row]` in that order, and forgets the others.
+
+        A path lists node indices, increasing; an empty path keeps nothing of that row.
+        """
+        for row, path in enumerate(paths):
+            base = self.committed[row]
+            moved = [(k, n) for k, n in enumerate(path) if k != n]
+            if moved:
+                target, source = (torch.tensor(x) + base for x in zip(*moved, strict=True))
+                for block in self._storage:
+                    # the right side is a copy, so overlapping rows are safe
+                    block[:, :, row, :, target] = block[:, :, row, :, source]
+            self.committed[row] = base + len(path)

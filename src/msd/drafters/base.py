@@ -1,0 +1,35 @@
+"""The protocol that every drafter follows."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from msd.plan import Budget
+from msd.sampling import Sampler
+from msd.targets.base import State
+from msd.tree import Accepted, DraftTree, Scores
+
+
+class Drafter(Protocol):
+    """Proposes trees below the newest token. Holds no request's data: what it remembers lives in `State.memory`.
+
+    name: the method's name in tables. taps: hidden-state indices it needs from the target (see `msd.targets.taps`).
+    """
+
+    name: str
+    taps: tuple[int, ...]
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """Called once, after prefill and the first emitted token; `scores` are those of the prompt."""
+        ...
+
+    def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
+        """A tree per row within the budget; node 0 is `state.layout.newest()`.
+
+        A drafter that samples its candidates draws them with `sampler.multinomial`, so that the request's seed decides.
+        """
+        ...
+
+    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """Called after each step with what was accepted, before the next `propose`."""
+        ...

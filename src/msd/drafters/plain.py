@@ -1,0 +1,25 @@
+"""`ar`: no drafting. One token per target pass, on the same loop and backend as every other method."""
+
+from __future__ import annotations
+
+from msd.plan import Budget
+from msd.sampling import Sampler
+from msd.targets.base import State
+from msd.tree import Accepted, DraftTree, Scores
+
+
+class Plain:
+    """Proposes nothing."""
+
+    name = "ar"
+    taps: tuple[int, ...] = ()
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """Nothing to remember."""
+
+    def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
+        """The root alone."""
+        return DraftTree.root_only(state.layout.newest())
+
+    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """Nothing to remember."""

@@ -1,0 +1,34 @@
+"""Method names and how to make their drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msd.drafters.base import Drafter
+from msd.drafters.plain import Plain
+from msd.drafters.prompt_lookup import PromptLookup
+from msd.errors import UserError
+
+_METHODS: dict[str, Callable[[], Drafter]] = {}
+
+
+def register(name: str, make: Callable[[], Drafter]) -> None:
+    """Makes `name` a method: `create(name)` returns `make()`."""
+    _METHODS[name] = make
+
+
+def methods() -> list[str]:
+    """All method names, plain decoding first."""
+    return list(_METHODS)
+
+
+def create(name: str) -> Drafter:
+    """A fresh drafter of method `name`; UserError names the known ones."""
+    if name not in _METHODS:
+        raise UserError(f"unknown method '{name}'; known: {', '.join(_METHODS)}")
+    return _METHODS[name]()
+
+
+register("ar", Plain)
+register("prompt-lookup", PromptLookup)
+register("prompt-lookup:sampled", lambda: PromptLookup(sampled=True))

@@ -1,0 +1,183 @@
+"""One way into the program for images: `load_image`, which trusts nothing.
+
+Size limits are checked on the header, before any pixel is decoded. Only common raster formats are opened, so that no
+external program (Ghostscript for EPS) is ever started. Whatever a broken file makes the decoder raise becomes one line.
+"""
+
+import io
+import os
+import re
+import stat
+import warnings
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from msd.errors import UserError
+
+MAX_BYTES = 20 * 1000 * 1000
+MAX_PIXELS = 40 * 1000 * 1000
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+ALPHA_MODES = ("RGBA", "RGBa", "LA", "PA")
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.32, section 4.6.4)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """An upright 8-bit RGB image of its own, sharing nothing with the source.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of animations and
+    multi-page files the first picture is taken.
+
+    Args:
+        source: a path; the bytes of a file; a binary file object, read from where it stands; a PIL image; or an array
+            [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8, uint16 or floats in [0, 1].
+
+    Raises:
+        UserError: the source is no such thing, larger than 20 MB or 40 million pixels, empty, broken, or a URL.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the PIL image")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, str | os.PathLike):
+        name = f"'{_short(os.fsdecode(source))}'"
+        data = _read_path(source, name)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        name, data = "the image given as bytes", bytes(source[: MAX_BYTES + 1])
+    elif hasattr(source, "read"):
+        name = "the image given as a file object"
+        data = source.read(MAX_BYTES + 1)
+        if not isinstance(data, bytes):
+            raise UserError(f"{name} gives {type(data).__name__}, not bytes; open it in binary mode ('rb')")
+    else:
+        raise UserError(
+            f"cannot load an image from a {type(source).__name__}; give a path, bytes, a binary file object, "
+            "a PIL image or a numpy array"
+        )
+    return _to_rgb(_open(data, name), name)
+
+
+def _read_path(source: str | os.PathLike[str], name: str) -> bytes:
+    """At most MAX_BYTES + 1 bytes of a regular file."""
+    text = os.fsdecode(source)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2}|data:", text):
+        raise UserError(f"{name} is a URL, and fetching is off; save the image and give its path")
+    if not text:
+        raise UserError("the path of the image is empty; give the path of an image file")
+    try:
+        path = Path(text)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UserError(f"{name} is {kind}; give the path of an image file")
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {name}; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}; check the path") from error
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """The header of an image file; pixels are still encoded."""
+    if not data:
+        raise UserError(f"{name} is empty (0 bytes); give an image file")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{name} is larger than {MAX_BYTES // 10**6} MB; compress or resize it")
+    Image.init()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about large and odd files; the checks here decide
+            return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError as error:  # PIL's own limit, which leaves no size to ask for
+        raise UserError(f"{name} has too many pixels; at most {_limit()}: resize it") from error
+    except Exception as error:  # parsers of hostile files raise anything: OSError, SyntaxError, struct.error, KeyError…
+        known = "JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF"
+        raise UserError(f"{name} is not a readable image; give a {known} file") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Check the size, decode, turn upright, reduce to 8-bit RGB on white."""
+    _check_size(image.width, image.height, name)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image.load()
+    except Exception as error:  # as in `_open`
+        raise UserError(f"{name} is broken or truncated; save or download it again") from error
+    upright = UPRIGHT.get(_orientation(image))
+    try:
+        if image.mode.startswith(("I", "F")):
+            rgb = Image.fromarray(_grey_to_8_bit(np.asarray(image), name)).convert("RGB")
+        elif image.mode in ALPHA_MODES or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        else:
+            rgb = image.convert("RGB")
+    except (ValueError, OSError) as error:  # such as LAB, which PIL cannot convert
+        raise UserError(f"{name} has colour mode {image.mode}, which cannot be converted; save it as RGB") from error
+    return rgb.transpose(upright) if upright is not None else rgb
+
+
+def _from_array(array: NDArray[np.generic]) -> Image.Image:
+    """[H, W] or [H, W, 1 | 3 | 4] -> RGB image."""
+    shape = "x".join(map(str, array.shape))
+    name = f"the array of shape {shape} and type {array.dtype}"
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise UserError(f"{name} is not an image; give [height, width] or [height, width, 1, 3 or 4], channels last")
+    _check_size(array.shape[1], array.shape[0], name)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16 or np.issubdtype(array.dtype, np.floating):
+        array = _grey_to_8_bit(array, name)
+    elif array.dtype != np.uint8:
+        raise UserError(f"{name} is not an image; give bool, uint8, uint16 or floats in [0, 1]")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+def _grey_to_8_bit(values: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
+    """uint16, int32 in [0, 65535] or floats in [0, 1], any shape -> uint8 over the full range of the type."""
+    top = 1.0 if np.issubdtype(values.dtype, np.floating) else 65535.0
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):  # also catches NaN
+        raise UserError(f"{name} has values from {low} to {high}; scale them to 0 to {top:g}")
+    return np.rint(np.multiply(values, 255.0 / top, dtype=np.float32)).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) if there is none or the EXIF block is damaged."""
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # an unreadable EXIF block says nothing about the pixels, which did decode
+        return 1
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise UserError(f"{name} is {width}x{height} pixels; give an image of at least 1x1")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name} is {width}x{height} pixels; at most {_limit()}: resize it")
+
+
+def _limit() -> str:
+    return f"{MAX_PIXELS // 10**6} million pixels"
+
+
+def _short(text: str) -> str:
+    """Text of bounded length, without control characters, for a message."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 120 else f"{text[:117]}…"

@@ -1,0 +1,285 @@
+"""SpeculativeVLM: the front door. Images and a prompt in; text, token ids and statistics out.
+
+Preparation is `transformers` own: `generate()` builds the generation config, logits processors and stopping criteria,
+then hands over to the MSD loop through its `custom_generate` hook, so that everything a user can set there means here
+exactly what it means there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import StopStringCriteria
+
+from msd import drafters, loading, prompts
+from msd.decode import decode
+from msd.drafters import Drafter
+from msd.errors import UserError
+from msd.layout import Layout
+from msd.plan import Plan
+from msd.sampling import Randomness, Sampler
+from msd.statistics import Statistics
+from msd.streaming import Stream
+from msd.targets import adapt
+from msd.verify import Lossless, Verifier
+
+Seed = int | Sequence[int] | torch.Generator | None
+
+
+class SpeculativeConfig(BaseModel):
+    """How to speculate. method: a name of `msd.drafters.methods()`; nodes, depth: the largest draft tree."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "prompt-lookup"
+    nodes: int = Field(default=8, ge=1)
+    depth: int = Field(default=6, ge=1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer. tokens: emitted ids without the prompt. finish: "eos", "length" or "criteria"."""
+
+    text: str
+    tokens: list[int]
+    finish: str
+    method: str
+    statistics: Statistics
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole call, image encoding and prefill included."""
+        return self.statistics.seconds["total"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens per second of the whole call."""
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        own = {"text": self.text, "tokens": self.tokens, "finish": self.finish, "method": self.method}
+        statistics = self.statistics.as_dict()
+        split = statistics.pop("seconds")
+        return {**own, "seconds": self.seconds, "tokens_per_second": self.tokens_per_second, **statistics, "time": split}
+
+
+class SpeculativeVLM:
+    """A vision-language model that decodes speculatively; its output is that of the model alone.
+
+    model: a `transformers` image-text-to-text model of a supported architecture. processor: its processor.
+    drafter: a method name or a drafter; the config's method by default.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        config: SpeculativeConfig | None = None,
+        drafter: str | Drafter | None = None,
+    ) -> None:
+        self.config = config or SpeculativeConfig()
+        chosen = drafter or self.config.method
+        self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
+        self.model, self.processor = model.eval(), processor
+        self.target = adapt(model, self.drafter.taps)
+        self.verifier: Verifier = Lossless()
+        self.plan = Plan(self.config.nodes, self.config.depth)
+        # `generate()` cannot hand a tokenizer to a custom loop, so default stop strings are kept here
+        self._stop_strings = model.generation_config.stop_strings
+        model.generation_config.stop_strings = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path = "reference",
+        drafter: str | Drafter | None = None,
+        config: SpeculativeConfig | None = None,
+        **kwargs: Any,
+    ) -> SpeculativeVLM:
+        """Loads a target by name ("reference", a folder, or a hub id) and a drafter by method name.
+
+        kwargs go to `AutoModelForImageTextToText.from_pretrained` (dtype: float32 on a CPU unless given, device_map …).
+        """
+        model, processor = loading.load_target(target, **kwargs)
+        return cls(model, processor, config, drafter)
+
+    def with_method(self, drafter: str | Drafter) -> SpeculativeVLM:
+        """The same loaded model with another drafter; vision features are shared."""
+        other = SpeculativeVLM(self.model, self.processor, self.config, drafter)
+        other._stop_strings = self._stop_strings
+        other.target.vision = self.target.vision
+        return other
+
+    def generate(
+        self,
+        images: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: prompts.Messages | None = None,
+        seed: Seed = None,
+        **kwargs: Any,
+    ) -> Result | list[Result]:
+        """Answers a prompt about images; a list of prompts gives a list of results.
+
+        images: one source or a list of them (path, bytes, PIL image, array); with several prompts, a list of such lists.
+        messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
+        neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
+        `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
+        kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
+        logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
+        """
+        single = isinstance(prompt, str) or messages is not None
+        if "input_ids" not in kwargs:
+            kwargs = {**self._inputs(images, prompt, messages), **kwargs}
+        elif images is not None or prompt is not None or messages is not None:
+            raise UserError("give processor output or images with a prompt, not both")
+        with self._lock:
+            results = self._generate(kwargs, seed)
+        return results[0] if single or len(results) == 1 else results
+
+    def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
+        """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
+        generate = partial(self.generate, images, prompt)
+        return Stream(generate, self.processor.tokenizer, kwargs)
+
+    def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
+        """Processor output of either front-door form."""
+        if (prompt is None) == (messages is None):
+            raise UserError("give a prompt or messages (one of the two), or processor output")
+        if prompt is None or isinstance(prompt, str):
+            group = [] if images is None else images if isinstance(images, list | tuple) else [images]
+            if messages is not None:
+                return prompts.prepare(self.processor, [group], chats=[messages])
+            return prompts.prepare(self.processor, [group], [prompt])
+        groups = [[]] * len(prompt) if images is None else images
+        if len(groups) != len(prompt):
+            raise UserError(f"{len(prompt)} prompts but {len(groups)} image lists; give one list per prompt")
+        listed = [g if isinstance(g, list | tuple) else [g] for g in groups]
+        return prompts.prepare(self.processor, listed, prompt)
+
+    @torch.no_grad()
+    def _generate(self, kwargs: dict[str, Any], seed: Seed) -> list[Result]:
+        """Lets `generate()` prepare, and runs the loop in its place."""
+        begin = time.perf_counter()
+        statistics = Statistics()
+        kwargs = self._with_stop_strings(kwargs)
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
+            if kwargs.pop(name, None) is not None:
+                raise UserError(f"{name} asks for another way of decoding; choose msd's with drafter=… instead")
+        streamer = kwargs.pop("streamer", None)
+        with statistics.timed("prefill"):
+            kwargs = self.target.encode_images(kwargs)
+        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics)
+        sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
+        seconds = statistics.seconds
+        seconds["total"] = time.perf_counter() - begin
+        seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
+        length = kwargs["input_ids"].shape[1]
+        return [self._result(sampler, row, length, statistics) for row in range(sampler.layout.batch)]
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *,
+        seed: Seed,
+        streamer: Any,
+        statistics: Statistics,
+    ) -> Sampler:
+        """The decoding method `generate()` calls: prefill, then the loop."""
+        B, L = input_ids.shape
+        self._refuse(generation_config, B, L, streamer)
+        capacity = generation_config.max_length + self.plan.nodes + 1
+        with statistics.timed("prefill"):
+            state, prompt = self.target.prefill(input_ids, model_kwargs, capacity)
+        vocabulary = prompt.logits.shape[-1]
+        randomness = _randomness(seed, B, input_ids.device)
+        do_sample = bool(generation_config.do_sample)
+        sampler = Sampler(state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        steps = decode(self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
+        for accepted in steps:
+            if streamer is not None:
+                for token in accepted.tokens[0]:
+                    streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        return sampler
+
+    def _refuse(self, config: GenerationConfig, batch: int, length: int, streamer: Any) -> None:
+        """One clear line for what speculative decoding cannot do, or the model cannot hold."""
+        if config.num_beams and config.num_beams > 1:
+            raise UserError(f"num_beams={config.num_beams}: speculative decoding follows one beam; use num_beams=1")
+        if config.return_dict_in_generate:
+            raise UserError("return_dict_in_generate is not supported; the result's statistics and tokens take its place")
+        if streamer is not None and batch > 1:
+            raise UserError(f"a streamer takes one prompt at a time, got {batch}")
+        context = self.target.context_length
+        if context is not None and config.max_length > context:
+            raise UserError(
+                f"{length} prompt tokens and {config.max_length - length} new ones do not fit the model's context of "
+                f"{context}; lower max_new_tokens to at most {max(context - length, 0)} or shorten the prompt"
+            )
+
+    def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Moves stop strings into a stopping criterion with our tokenizer."""
+        config: GenerationConfig | None = kwargs.get("generation_config")
+        strings = kwargs.pop("stop_strings", None) or (config and config.stop_strings) or self._stop_strings
+        tokenizer = kwargs.pop("tokenizer", self.processor and self.processor.tokenizer)
+        if strings is None:
+            return kwargs
+        if config is not None and config.stop_strings is not None:
+            config = GenerationConfig.from_dict({**config.to_dict(), "stop_strings": None})
+            kwargs = {**kwargs, "generation_config": config}
+        criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+        criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
+        return {**kwargs, "stopping_criteria": criteria}
+
+    def _result(self, sampler: Sampler, row: int, length: int, statistics: Statistics) -> Result:
+        """What `row` emitted after its `length` prompt columns."""
+        layout: Layout = sampler.layout
+        tokens = layout.tokens[row, length : layout.end[row]].tolist()
+        text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
+        return Result(text, tokens, sampler.finish[row] or "", self.drafter.name, statistics)
+
+
+def _as_decoding_method(run: Any) -> Any:
+    """A callable with the signature that `generate(custom_generate=…)` expects."""
+
+    def decoding_method(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Sampler:
+        return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+    return decoding_method
+
+
+def _randomness(seed: Seed, batch: int, device: torch.device) -> Randomness:
+    """Generators for a batch; see `SpeculativeVLM.generate`."""
+    if seed is None or isinstance(seed, torch.Generator):
+        return seed
+    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise UserError(f"{len(seeds)} seeds for {batch} answers; give one seed, or one per answer")
+    return [torch.Generator(device).manual_seed(s) for s in seeds]

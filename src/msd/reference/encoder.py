@@ -1,0 +1,202 @@
+"""EfficientNet-Lite0 as a vision tower: one token per 32x32 cell of the image, batch norms folded away.
+
+The network is the one of Tan & Le (EfficientNet, arXiv 1905.11946) in its "lite" form: no squeeze-and-excitation, ReLU6
+everywhere, stem and head of fixed width. It is frozen: every convolution already carries its batch norm, so that
+training and evaluation modes are the same function. What is learned on top are one LayerNorm and one position vector
+per cell.
+
+This module does not know about projectors, language models or caches.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from msd.reference.sources import WEIGHTS
+
+LITE0_STAGES = (
+    # repeats, kernel, stride of the first repeat, expansion, output channels
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class EfficientNetLiteConfig(PretrainedConfig):
+    """Shape of the tower; the defaults are Lite0 at 256x256.
+
+    `stages` holds one (repeats, kernel, stride, expansion, channels) per stage. The product of all strides, the stem's
+    2 included, must equal `patch_size`, and `image_size` must be a multiple of it: ValueError otherwise.
+    """
+
+    model_type = "msd_efficientnet_lite0"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 32,
+        num_channels: int = 3,
+        stem_size: int = 32,
+        hidden_size: int = 1280,
+        stages: Sequence[Sequence[int]] = LITE0_STAGES,
+        layer_norm_eps: float = 1e-5,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        self.stem_size = stem_size
+        self.hidden_size = hidden_size
+        self.stages = [list(stage) for stage in stages]
+        self.layer_norm_eps = layer_norm_eps
+        reduction = 2
+        for _, _, stride, _, _ in self.stages:
+            reduction *= stride
+        if reduction != patch_size:
+            raise ValueError(f"patch_size is {patch_size}, but the strides of the stages reduce by {reduction}")
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+
+    @property
+    def num_cells(self) -> int:
+        """Number of image tokens: (image_size / patch_size) squared."""
+        return int((self.image_size // self.patch_size) ** 2)
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding, which is one pixel wider at the bottom right for stride 2."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(
+            inputs, outputs, kernel, stride, padding=(kernel - 1) // 2 if stride == 1 else 0, groups=groups
+        )
+        total = kernel - stride  # right for every size that the stride divides, and all sizes here are
+        self.pad = (total // 2, total - total // 2) * 2 if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H / stride, W / stride]."""
+        return super().forward(F.pad(x, self.pad) if self.pad else x)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection; the input is added when the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.expand = SameConv(inputs, inner) if expansion > 1 else None
+        self.depthwise = SameConv(inner, inner, kernel, stride, groups=inner)
+        self.project = SameConv(inner, outputs)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H / stride, W / stride]."""
+        inner = x if self.expand is None else F.relu6(self.expand(x))
+        out = self.project(F.relu6(self.depthwise(inner)))
+        return x + out if self.residual else out
+
+
+class EfficientNetLite(PreTrainedModel):
+    """The tower that `LlavaForConditionalGeneration` builds from a config of type `msd_efficientnet_lite0`.
+
+    Use it with `vision_feature_layer=-1` and `vision_feature_select_strategy="full"`: there is no class token.
+    """
+
+    config_class = EfficientNetLiteConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # There is no attention inside, so that any implementation asked of the whole model suits.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self.stem = SameConv(config.num_channels, config.stem_size, kernel=3, stride=2)
+        width, blocks = config.stem_size, []
+        for repeats, kernel, stride, expansion, outputs in config.stages:
+            for i in range(repeats):
+                blocks.append(InvertedResidual(width, outputs, kernel, stride if i == 0 else 1, expansion))
+                width = outputs
+        self.blocks = nn.ModuleList(blocks)
+        self.head = SameConv(width, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.position = nn.Parameter(torch.zeros(config.num_cells, config.hidden_size))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SameConv):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, EfficientNetLite):
+            nn.init.zeros_(module.position)
+
+    @torch.no_grad()
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Features without gradient, before normalisation and positions: what training precomputes.
+
+        Args:
+            pixel_values: [B, 3, S, S] float, (x - 127) / 128 of 8-bit RGB, S = `config.image_size`.
+
+        Returns:
+            [B, (S / 32)^2, 1280], cells row by row, values in [0, 6].
+
+        Raises:
+            ValueError: the image is not S x S.
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ValueError(f"expected pixel_values [B, 3, {size}, {size}], got {list(pixel_values.shape)}")
+        x = F.relu6(self.stem(pixel_values.to(self.stem.weight.dtype)))
+        for block in self.blocks:
+            x = block(x)
+        return F.relu6(self.head(x)).flatten(2).transpose(1, 2)
+
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = True, **kwargs: object
+    ) -> BaseModelOutput | tuple[Tensor, ...]:
+        """Image tokens before the projector.
+
+        Args:
+            pixel_values: as in `features`.
+            return_dict: False for a plain tuple.
+            kwargs: ignored: what LLaVA passes to towers with attention.
+
+        Returns:
+            `last_hidden_state` [B, cells, 1280]; `hidden_states` = (features, last_hidden_state), always present.
+        """
+        features = self.features(pixel_values)
+        tokens = self.norm(features) + self.position
+        if return_dict is False:
+            return tokens, (features, tokens)
+        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(features, tokens))
+
+
+def load_encoder() -> EfficientNetLite:
+    """Lite0 at 256x256 with the bundled weights, float32; its `norm` and `position` are as before any training."""
+    encoder = EfficientNetLite(EfficientNetLiteConfig())
+    weights = load_file(WEIGHTS / "encoder.safetensors") | {
+        name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "position"))
+    }
+    encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLite)

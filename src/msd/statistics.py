@@ -1,0 +1,72 @@
+"""What happened in a generation: counts under vLLM's names, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from msd.tree import Accepted, DraftTree
+
+
+@dataclass
+class Statistics:
+    """Counts over all rows of a generation. A *step* is one target pass over one row's tree, prefill left out."""
+
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
+    acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
+    seconds: Counter[str] = field(default_factory=Counter)  # prefill, draft, verify, host and total wall time
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """τ: tokens emitted per target pass, bonus token included. 1.0 for plain decoding; 0.0 without a step."""
+        return self.num_emitted_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
+
+    @property
+    def tau_without_bonus(self) -> float:
+        """Accepted drafts per target pass (what ViSpec and zju-SpecVLM print)."""
+        return self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted share of all drafted nodes."""
+        return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    def count(self, tree: DraftTree, accepted: Accepted) -> None:
+        """Adds one step of every row that took part in it."""
+        drafted = (tree.valid.sum(1) - 1).tolist()
+        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
+            if tokens:
+                self.num_spec_steps += 1
+                self.num_draft_tokens += drafted[row]
+                self.num_accepted_draft_tokens += len(nodes)
+                self.num_emitted_tokens += len(tokens)
+                self.acceptance_histogram[len(nodes)] += 1
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the wall time of the block to `seconds[part]`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - begin
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, vLLM's names."""
+        return {
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "tau_without_bonus": self.tau_without_bonus,
+            "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_histogram": {str(k): v for k, v in sorted(self.acceptance_histogram.items())},
+            "num_spec_steps": self.num_spec_steps,
+            "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
+            "num_draft_tokens": self.num_draft_tokens,
+            "seconds": dict(self.seconds),
+        }

@@ -1,0 +1,187 @@
+"""A training loop that can stop anywhere and go on to the same result.
+
+Everything a step does follows from (seed, step): the caller draws data from the step number alone, the loop seeds
+torch from it, and the learning rate is a function of the step, never of the clock. A checkpoint therefore holds
+weights, optimizer state, step and schedule. Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+StepLoss = Callable[[int], tuple[Tensor, Mapping[str, float]]]
+Evaluate = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, then a cosine from `level` at step `start` to `floor` at step `steps`, as factors of the peak."""
+
+    steps: int
+    start: int = 0
+    level: float = 1.0
+    warmup: int = 50
+    floor: float = 0.03
+
+    def factor(self, step: int) -> float:
+        """The learning rate of `step`, as a share of the peak."""
+        part = min(1.0, max(0.0, (step - self.start) / max(1, self.steps - self.start)))
+        cosine = self.floor + (self.level - self.floor) * 0.5 * (1 + math.cos(math.pi * part))
+        return min(1.0, (step + 1) / max(1, self.warmup)) * cosine
+
+    def landing(self, step: int, steps: int) -> Schedule:
+        """The same run with another end: from where the schedule stands at `step`, a cosine to the floor at `steps`."""
+        if steps == self.steps:
+            return self
+        if steps <= step:
+            raise ValueError(f"the run is at step {step} already: it cannot end at step {steps}")
+        return Schedule(steps, step, self.factor(max(step, self.warmup)), self.warmup, self.floor)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how often. Seconds only decide when to save, which changes no result."""
+
+    steps: int
+    seed: int = 0
+    warmup: int = 50
+    floor: float = 0.03
+    clip: float = 1.0
+    log_every: int = 10
+    evaluate_every: int = 200
+    save_seconds: float = 300.0
+    memory: float = 0.98  # of the running losses
+
+
+class Loop:
+    """Trains named parameters; its state lives in `folder/checkpoint.pt`, its log in `folder/log.jsonl`.
+
+    `step_loss(step)` returns the loss to minimise and named losses to log. A folder with a checkpoint is continued;
+    if `config.steps` differs from the checkpoint's, the schedule lands at the new end.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        step_loss: StepLoss,
+        config: LoopConfig,
+        folder: Path,
+        evaluate: Evaluate | None = None,
+    ):
+        self.params, self.optimizer, self.step_loss, self.config = dict(params), optimizer, step_loss, config
+        self.folder, self.evaluate = folder, evaluate
+        self.step, self.running = 0, dict[str, float]()
+        self.schedule = Schedule(config.steps, warmup=config.warmup, floor=config.floor)
+        self._peaks = [g["lr"] for g in optimizer.param_groups]
+        self._stop = False
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self._restore()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state is kept."""
+        return self.folder / "checkpoint.pt"
+
+    def run(self) -> bool:
+        """Train to the end of the schedule, or to a signal (returns False); either way the state is saved."""
+        saved, begun, first = time.monotonic(), time.monotonic(), self.step
+        with _signals(self._ask_to_stop):
+            while self.step < self.schedule.steps and not self._stop:
+                self._one_step()
+                done = self.step >= self.schedule.steps
+                if self.step % self.config.log_every == 0 or done:
+                    self._log(seconds=(time.monotonic() - begun) / (self.step - first))
+                if self.evaluate and (self.step % self.config.evaluate_every == 0 or done):
+                    self._log(**{f"val_{k}": v for k, v in self.evaluate().items()})
+                if time.monotonic() - saved > self.config.save_seconds:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        return self.step >= self.schedule.steps
+
+    def _one_step(self) -> None:
+        factor = self.schedule.factor(self.step)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        loss, parts = self.step_loss(self.step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {loss.item()}: lower the learning rate and start again"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in {"loss": loss.item(), **parts}.items():
+            old = self.running.get(name, value)
+            self.running[name] = self.config.memory * old + (1 - self.config.memory) * value
+        self.step += 1
+
+    def save(self) -> None:
+        """Write the checkpoint beside the old one, then put it in its place."""
+        state = {
+            "params": {k: v.detach() for k, v in self.params.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "schedule": asdict(self.schedule),
+            "running": self.running,
+        }
+        beside = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, beside)
+        beside.replace(self.checkpoint)
+
+    def _restore(self) -> None:
+        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        if state["params"].keys() != self.params.keys():
+            raise ValueError(f"{self.checkpoint} holds other parameters than this model trains: use another folder")
+        with torch.no_grad():
+            for name, value in state["params"].items():
+                self.params[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.running = state["step"], state["running"]
+        self.schedule = Schedule(**state["schedule"]).landing(self.step, self.config.steps)
+
+    def _log(self, **values: float) -> None:
+        row = {
+            "step": self.step,
+            "steps": self.schedule.steps,
+            "lr": self.schedule.factor(self.step - 1),
+            **self.running,
+            **values,
+        }
+        if any(k.startswith("val_") for k in values):
+            row = {"step": self.step, **values}
+        row = {k: round(v, 4) for k, v in row.items()}
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        print(time.strftime("%H:%M:%S"), " ".join(f"{k} {v:g}" for k, v in row.items()), flush=True)
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self._stop = True
+
+
+@contextmanager
+def _signals(
+    handler: Callable[..., None], kinds: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
+) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a clean end while the loop runs."""
+    before = {kind: signal.signal(kind, handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)

@@ -1,0 +1,104 @@
+"""Scores of generated text: CIDEr and BLEU, exact match as VQA counts it, yes/no balance, repetition.
+
+Knows nothing of models: strings in, numbers out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+
+
+def plain_words(text: str) -> str:
+    """Lower-case words, everything but letters and digits dropped: the tokens CIDEr and BLEU compare here."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def caption_scores(references: Mapping[str, Sequence[str]], answers: Mapping[str, str]) -> dict[str, float]:
+    """CIDEr (Vedantam et al. 2015) and BLEU-1..4 of one answer per picture against its references.
+
+    By pycocoevalcap on `plain_words`, without its Java tokenizer. CIDEr's document frequencies are those of the
+    references given. Raises ValueError where a picture has an answer but no reference.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    if missing := answers.keys() - references.keys():
+        raise ValueError(f"no references for {sorted(missing)[:3]}")
+    refs = {k: [plain_words(r) for r in references[k]] for k in answers}
+    hyps = {k: [plain_words(a)] for k, a in answers.items()}
+    cider, _ = Cider().compute_score(refs, hyps)
+    bleu, _ = Bleu(4).compute_score(refs, hyps, verbose=0)
+    return {"cider": float(cider), **{f"bleu{n}": float(b) for n, b in enumerate(bleu, 1)}}
+
+
+def vqa_normalised(answer: str) -> str:
+    """An answer as VQA compares it: lower case, no punctuation or articles, number words as digits."""
+    text = re.sub(r"(?<=\d),(?=\d)", "", answer.lower().strip())
+    text = re.sub(r"[^a-z0-9.' ]+", " ", text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text).replace("'", "")
+    return " ".join(_NUMBERS.get(w, w) for w in text.split() if w not in _ARTICLES)
+
+
+def exact_match(answers: Sequence[str], truths: Sequence[str]) -> float:
+    """Share of answers equal to the truth after `vqa_normalised`."""
+    pairs = list(zip(answers, truths, strict=True))
+    return sum(vqa_normalised(a) == vqa_normalised(t) for a, t in pairs) / max(1, len(pairs))
+
+
+def yes_no(answer: str) -> str | None:
+    """The answer's first word where it is "yes" or "no"."""
+    first = plain_words(answer).split()[:1]
+    return first[0] if first and first[0] in ("yes", "no") else None
+
+
+def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """Accuracy, its halves by truth, the share of "yes" said, and of answers that are neither."""
+    said = [yes_no(a) for a in answers]
+    pairs = list(zip(said, truths, strict=True))
+
+    def accuracy(of: list[tuple[str | None, str]]) -> float:
+        return sum(s == t for s, t in of) / max(1, len(of))
+
+    return {
+        "accuracy": accuracy(pairs),
+        "accuracy_yes": accuracy([p for p in pairs if p[1] == "yes"]),
+        "accuracy_no": accuracy([p for p in pairs if p[1] == "no"]),
+        "said_yes": sum(s == "yes" for s in said) / max(1, len(said)),
+        "neither": sum(s is None for s in said) / max(1, len(said)),
+    }
+
+
+def ngram_repetition(text: str, n: int = 8) -> float:
+    """Share of the text's runs of `n` words that occurred earlier in it."""
+    w = plain_words(text).split()
+    grams = [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeats_sentence(text: str) -> bool:
+    """Whether a sentence occurs twice."""
+    sentences = [plain_words(s) for s in re.split(r"[.!?]+(?:\s|$)", text)]
+    sentences = [s for s in sentences if s]
+    return len(set(sentences)) < len(sentences)
+
+
+def repetition_scores(texts: Sequence[str], lengths: Sequence[int]) -> dict[str, float]:
+    """Of long answers: share of repeated 8-grams (pooled), of answers that repeat a sentence, mean tokens."""
+    repeated, total = 0, 0
+    for text in texts:
+        count = max(0, len(plain_words(text).split()) - 7)
+        repeated += round(ngram_repetition(text) * count)
+        total += count
+    return {
+        "repeated_8grams": repeated / max(1, total),
+        "repeated_sentence": sum(map(repeats_sentence, texts)) / max(1, len(texts)),
+        "mean_tokens": sum(lengths) / max(1, len(lengths)),
+        "distinct": len(set(texts)) / max(1, len(texts)),
+    }

@@ -1,0 +1,143 @@
+"""DraftTree: the proposed continuations of the newest token, and what the target said of them.
+
+Node 0 is the root, the newest emitted token; every other node is a drafted token below its parent, parents first.
+A parent tries its children as *ordered trials*. A deterministic trial (top-k, prompt lookup) is there whatever the
+target says; a sampled trial was drawn from a law q, kept whole because verification needs it. Deterministic trials come
+first, and the same token from two sources is two trials on one node. See docs/verification.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msd.modality import LANGUAGE
+
+
+@dataclass
+class Trials:
+    """Sampled trials, in the order they are to be tried at each parent.
+
+    child: [B, N, K] int64, the node a trial of parent n leads to, -1 where there is none.
+    law:   [B, N, K] int64, row of `laws` the child's token was drawn from.
+    laws:  [B, R, V] float32, full draft laws q at draw time (each sums to 1).
+    """
+
+    child: Tensor
+    law: Tensor
+    laws: Tensor
+
+
+@dataclass
+class DraftTree:
+    """B trees of at most N nodes.
+
+    tokens:   [B, N] int64.
+    parents:  [B, N] int64, -1 at the root and at padding; a parent's index is below its children's.
+    depths:   [B, N] int64, 0 at the root.
+    valid:    [B, N] bool, False at padding nodes (rows may draft unequal numbers).
+    modality: [B, N] int64, ids of `msd.modality`.
+    fixed:    [B, N] bool, True where the node is a deterministic trial of its parent.
+    height:   largest depth, a host integer.
+    trials:   sampled trials, or None when every trial is deterministic.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    valid: Tensor
+    modality: Tensor
+    fixed: Tensor
+    height: int
+    trials: Trials | None = None
+
+    @classmethod
+    def root_only(cls, newest: Tensor) -> DraftTree:
+        """Trees without drafts over the newest tokens [B]: plain decoding."""
+        return cls.from_lists(newest, [[]] * len(newest), [[]] * len(newest))
+
+    @classmethod
+    def from_lists(
+        cls,
+        newest: Tensor,
+        tokens: list[list[int]],
+        parents: list[list[int]],
+        modality: list[list[int]] | None = None,
+        trials: Trials | None = None,
+        fixed: list[list[bool]] | None = None,
+    ) -> DraftTree:
+        """Builds trees from host lists of drafted nodes (the root excluded; a parent of 0 is the root)."""
+        B, N = len(tokens), 1 + max(map(len, tokens), default=0)
+        table = torch.zeros(6, B, N, dtype=torch.long)
+        table[1] = -1
+        table[4] = LANGUAGE.id
+        height = 0
+        for row, (drafted, above) in enumerate(zip(tokens, parents, strict=True)):
+            depth = [0]
+            for p in above:
+                depth.append(depth[p] + 1)
+            height = max(height, *depth)
+            n = len(depth)
+            table[0, row, 1:n] = torch.tensor(drafted, dtype=torch.long)
+            table[1, row, 1:n] = torch.tensor(above, dtype=torch.long)
+            table[2, row, :n] = torch.tensor(depth)
+            table[3, row, :n] = 1
+            if modality is not None:
+                table[4, row, 1:n] = torch.tensor(modality[row], dtype=torch.long)
+            table[5, row, 1:n] = 1 if fixed is None else torch.tensor(fixed[row], dtype=torch.long)
+        table = table.to(newest.device)
+        table[0, :, 0] = newest
+        t, p, d, v, m, f = table
+        return cls(t, p, d, v.bool(), m, f.bool(), height, trials)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    @property
+    def size(self) -> int:
+        """N, the root included."""
+        return self.tokens.shape[1]
+
+    def ancestors(self) -> Tensor:
+        """[B, N, N] bool: entry (i, j) says that node j is node i or above it."""
+        eye = torch.eye(self.size, dtype=torch.bool, device=self.tokens.device).expand(self.batch, -1, -1)
+        above = self.parents.clamp_min(0)[:, :, None].expand(-1, -1, self.size)
+        reach = eye
+        for _ in range(self.height):
+            reach = eye | (reach.gather(1, above) & (self.parents >= 0)[:, :, None])
+        return reach
+
+    def follow(self, node: Tensor, token: Tensor, among: Tensor) -> Tensor:
+        """The child of `node` [B] that carries `token` [B] among the nodes `among` [B, N] bool: [B], -1 if none."""
+        match = among & self.valid & (self.parents == node[:, None]) & (self.tokens == token[:, None])
+        found, child = match.max(dim=1)
+        return torch.where(found, child, -1)
+
+
+@dataclass
+class Scores:
+    """What one target pass says of a tree.
+
+    logits: [B, N, V], the target's logits after each node, in the model's dtype, unprocessed.
+    taps:   [B, N, T*H] hidden states at the drafter's tap layers, concatenated, or None.
+    """
+
+    logits: Tensor
+    taps: Tensor | None = None
+
+
+@dataclass
+class Accepted:
+    """The verifier's choice, on the host.
+
+    nodes:  for every row, the accepted drafted nodes in order (the root left out).
+    tokens: for every row, the emitted tokens: the accepted ones, then the target's own (bonus) token. One longer than
+            `nodes`, unless the row stopped on an accepted token (equal length) or had already finished (both empty).
+    """
+
+    nodes: list[list[int]]
+    tokens: list[list[int]]

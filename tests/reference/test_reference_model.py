@@ -1,0 +1,62 @@
+"""The real reference model, assembled from the installed wheel: what users get."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from msd import reference
+from msd.images import load_image
+from msd.reference import sources
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec(sources.GGUF_PACKAGE) is None, reason=f"needs: {sources.INSTALL_GGUF}"),
+]
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Any, Any]:
+    """Model and processor from the user's cache, assembled on the first run (half a minute)."""
+    folder = reference.path()
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def ask(parts: tuple[Any, Any], photos: list[str], prompt: str) -> list[str]:
+    """Greedy answers to one prompt about several photos, as one batch."""
+    model, processor = parts
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    images = [load_image(path) for path in reference.sample_photos() if path.stem in photos]
+    inputs = processor(images=images, text=[text] * len(images), return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_it_is_a_tied_float32_llava(parts: tuple[Any, Any]) -> None:
+    model, processor = parts
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.image_seq_length == 64
+    assert processor.tokenizer.encode(processor.image_token) == [model.config.image_token_id]
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size == 49152
+    assert not hasattr(model.config.text_config, "quantization_config")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_it_sees(parts: tuple[Any, Any]) -> None:
+    coffee, rocket = ask(parts, ["coffee", "rocket"], "Write a short caption for this picture.")
+    assert coffee != rocket
+    for answer in (coffee, rocket):
+        assert answer.endswith(".")
+        assert len(answer.split()) >= 3
+
+
+def test_the_language_model_is_the_published_one() -> None:
+    model, tokenizer = reference.language_model()
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(output[0]).endswith("Paris")
