@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, default=Path("runs/reference/text.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/reference/train"))
     parser.add_argument("--start", type=Path, help="weights to start from (fresh run only)")
-    parser.add_argument("--steps", type=int, default=1050)
+    parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--layers", choices=LAYERS, default="all")

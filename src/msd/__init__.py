@@ -1,5 +1,36 @@
-"""MSD: modality-aware speculative decoding for multimodal language models."""
+"""MSD: modality-aware speculative decoding for multimodal language models. The same output, sooner.
 
+    from msd import SpeculativeVLM
+    vlm = SpeculativeVLM.from_pretrained("reference")
+    print(vlm.generate("photo.jpg", "Describe the image.").text)
+
+The heavy libraries are imported when a name that needs them is first used, so that `import msd` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from msd.errors import UserError
 from msd.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from msd.modality import Modality
+    from msd.model import Result, SpeculativeConfig, SpeculativeVLM
+
+__all__ = ["Modality", "Result", "SpeculativeConfig", "SpeculativeVLM", "UserError", "__version__"]
+
+_HOMES = {
+    "Modality": "msd.modality",
+    "Result": "msd.model",
+    "SpeculativeConfig": "msd.model",
+    "SpeculativeVLM": "msd.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'msd' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

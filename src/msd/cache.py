@@ -68,7 +68,9 @@ class KVCache(Cache):
     def _allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         B, H, _, D = keys.shape
         if keys.shape != values.shape:
-            raise NotImplementedError(f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} differ")
+            raise NotImplementedError(
+                f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} differ"
+            )
         if not self._storage:
             # zeros, not empty: a masked slot still meets 0 * value, and 0 * NaN is NaN
             self._storage.append(keys.new_zeros(self._shared, 2, B, H, self.capacity, D))

@@ -28,7 +28,9 @@ def register(name: str, threshold: float) -> Modality:
     """Adds a modality, or returns the registered one when `name` and `threshold` agree. θ is in [0, 1]."""
     if name in _REGISTRY:
         if _REGISTRY[name].threshold != threshold:
-            raise UserError(f"modality '{name}' is registered with threshold {_REGISTRY[name].threshold}, not {threshold}")
+            raise UserError(
+                f"modality '{name}' is registered with threshold {_REGISTRY[name].threshold}, not {threshold}"
+            )
         return _REGISTRY[name]
     if not 0.0 <= threshold <= 1.0:
         raise UserError(f"modality '{name}': threshold {threshold} is outside [0, 1]")

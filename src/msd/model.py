@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,7 +71,13 @@ class Result:
         own = {"text": self.text, "tokens": self.tokens, "finish": self.finish, "method": self.method}
         statistics = self.statistics.as_dict()
         split = statistics.pop("seconds")
-        return {**own, "seconds": self.seconds, "tokens_per_second": self.tokens_per_second, **statistics, "time": split}
+        return {
+            **own,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            **statistics,
+            "time": split,
+        }
 
 
 class SpeculativeVLM:
@@ -122,6 +128,17 @@ class SpeculativeVLM:
         other.target.vision = self.target.vision
         return other
 
+    @overload
+    def generate(self, images: Any, prompt: str, *, seed: Seed = None, **kwargs: Any) -> Result: ...
+
+    @overload
+    def generate(self, images: Any, prompt: list[str], *, seed: Seed = None, **kwargs: Any) -> list[Result]: ...
+
+    @overload
+    def generate(
+        self, images: Any = None, *, messages: prompts.Messages | None = None, seed: Seed = None, **kwargs: Any
+    ) -> Result | list[Result]: ...
+
     def generate(
         self,
         images: Any = None,
@@ -133,7 +150,7 @@ class SpeculativeVLM:
     ) -> Result | list[Result]:
         """Answers a prompt about images; a list of prompts gives a list of results.
 
-        images: one source or a list of them (path, bytes, PIL image, array); with several prompts, a list of such lists.
+        images: one source or a list (path, bytes, PIL image, array); with several prompts, a list of such lists.
         messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
         neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
@@ -158,11 +175,10 @@ class SpeculativeVLM:
         """Processor output of either front-door form."""
         if (prompt is None) == (messages is None):
             raise UserError("give a prompt or messages (one of the two), or processor output")
-        if prompt is None or isinstance(prompt, str):
+        if messages is not None or isinstance(prompt, str):
             group = [] if images is None else images if isinstance(images, list | tuple) else [images]
-            if messages is not None:
-                return prompts.prepare(self.processor, [group], chats=[messages])
-            return prompts.prepare(self.processor, [group], [prompt])
+            chats = None if messages is None else [messages]
+            return prompts.prepare(self.processor, [group], None if prompt is None else [prompt], chats)
         groups = [[]] * len(prompt) if images is None else images
         if len(groups) != len(prompt):
             raise UserError(f"{len(prompt)} prompts but {len(groups)} image lists; give one list per prompt")
@@ -227,7 +243,9 @@ class SpeculativeVLM:
         if config.num_beams and config.num_beams > 1:
             raise UserError(f"num_beams={config.num_beams}: speculative decoding follows one beam; use num_beams=1")
         if config.return_dict_in_generate:
-            raise UserError("return_dict_in_generate is not supported; the result's statistics and tokens take its place")
+            raise UserError(
+                "return_dict_in_generate is not supported; the result's statistics and tokens take its place"
+            )
         if streamer is not None and batch > 1:
             raise UserError(f"a streamer takes one prompt at a time, got {batch}")
         context = self.target.context_length

@@ -30,18 +30,24 @@ def prepare(
     texts = [_render(processor, chat) for chat in chats]
     pictures = [load_image(source) for group in images for source in group]
     processor.tokenizer.padding_side = "left"
+    special = _adds_bos(texts, processor)
     batch = processor(
-        images=pictures or None, text=texts, padding=len(texts) > 1, return_tensors="pt", add_special_tokens=_adds_bos(texts, processor)
+        images=pictures or None, text=texts, padding=len(texts) > 1, return_tensors="pt", add_special_tokens=special
     )
     return dict(batch)
 
 
-def _single_turn(prompt: str, images: int) -> Messages:
-    """One user turn: the images, then the words."""
+def check_text(prompt: str) -> None:
+    """Refuses what cannot be a prompt: anything but text, and text without a word in it."""
     if not isinstance(prompt, str):
         raise UserError(f"the prompt must be text, got {type(prompt).__name__}")
     if not prompt.strip():
-        raise UserError("the prompt is empty; say what you want to know, for example -p 'Describe the image.'")
+        raise UserError("the prompt is empty; say what you want to know, for example 'Describe the image.'")
+
+
+def _single_turn(prompt: str, images: int) -> Messages:
+    """One user turn: the images, then the words."""
+    check_text(prompt)
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": prompt}]}]
 
 

@@ -90,8 +90,7 @@ class Sampler:
             return scores
         if self.pointwise:
             return self.processors(self.layout.tokens[rows, :1], scores)
-        histories = (self.layout.history(row)[None] for row in rows)
-        return torch.cat([self.per_row[r](h, scores[i : i + 1]) for i, (r, h) in enumerate(zip(rows, histories))])
+        return torch.cat([self.per_row[r](self.layout.history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
 
     def probabilities(self, law: Tensor) -> Tensor:
         """p [R, V]: the softmax of processed scores; at temperature 0 all mass is on the argmax."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Statistics:
     num_accepted_draft_tokens: int = 0
     num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
     acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
-    seconds: Counter[str] = field(default_factory=Counter)  # prefill, draft, verify, host and total wall time
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # prefill, draft, verify, host, total
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -49,6 +49,16 @@ class Statistics:
                 self.num_emitted_tokens += len(tokens)
                 self.acceptance_histogram[len(nodes)] += 1
 
+    def add(self, other: Statistics) -> None:
+        """Adds another generation's counts and times."""
+        self.num_spec_steps += other.num_spec_steps
+        self.num_draft_tokens += other.num_draft_tokens
+        self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
+        self.num_emitted_tokens += other.num_emitted_tokens
+        self.acceptance_histogram.update(other.acceptance_histogram)
+        for part, seconds in other.seconds.items():
+            self.seconds[part] += seconds
+
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Adds the wall time of the block to `seconds[part]`."""
@@ -64,6 +74,7 @@ class Statistics:
             "mean_acceptance_length": self.mean_acceptance_length,
             "tau_without_bonus": self.tau_without_bonus,
             "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_by_modality": None,  # no router labels output tokens yet
             "acceptance_histogram": {str(k): v for k, v in sorted(self.acceptance_histogram.items())},
             "num_spec_steps": self.num_spec_steps,
             "num_accepted_draft_tokens": self.num_accepted_draft_tokens,

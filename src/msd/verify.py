@@ -79,8 +79,10 @@ def _rows(tree: DraftTree, rows: list[int]) -> DraftTree:
     """The trees of some rows only."""
     t = tree.trials
     trials = None if t is None else Trials(t.child[rows], t.law[rows], t.laws[rows])
-    fields = (tree.tokens, tree.parents, tree.depths, tree.valid, tree.modality, tree.fixed)
-    return DraftTree(*(f[rows] for f in fields), tree.height, trials)
+    fixed, modality = tree.fixed[rows], tree.modality[rows]
+    return DraftTree(
+        tree.tokens[rows], tree.parents[rows], tree.depths[rows], tree.valid[rows], modality, fixed, tree.height, trials
+    )
 
 
 def _normalise(p: Tensor) -> Tensor:

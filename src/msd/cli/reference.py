@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(help="The embedded reference model: assemble it, check it, find it.", no_args_is_help=True)
+app = typer.Typer(help="The embedded reference model: assemble it, check it, find it.")
 
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder to keep the model in, instead of the user's cache.")

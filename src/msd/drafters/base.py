@@ -14,10 +14,12 @@ class Drafter(Protocol):
     """Proposes trees below the newest token. Holds no request's data: what it remembers lives in `State.memory`.
 
     name: the method's name in tables. taps: hidden-state indices it needs from the target (see `msd.targets.taps`).
+    sampled: whether it draws its candidates, in which case sampling is exact in distribution but not seed for seed.
     """
 
     name: str
     taps: tuple[int, ...]
+    sampled: bool
 
     def begin(self, state: State, scores: Scores) -> None:
         """Called once, after prefill and the first emitted token; `scores` are those of the prompt."""

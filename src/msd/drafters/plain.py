@@ -13,6 +13,7 @@ class Plain:
 
     name = "ar"
     taps: tuple[int, ...] = ()
+    sampled = False
 
     def begin(self, state: State, scores: Scores) -> None:
         """Nothing to remember."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class PromptLookup:
     def _draw(self, state: State, roots: list[_Node], budget: Budget, sampler: Sampler) -> DraftTree:
         """Trees of sampled trials: `branches` draws at the root, one at every deeper node, breadth first."""
         drafts = [
-            _sample_tree(root, budget.nodes, self.branches, lambda q, r=row: sampler.multinomial(q, [r]))
+            _sample_tree(root, budget.nodes, self.branches, partial(sampler.multinomial, rows=[row]))
             for row, root in enumerate(roots)
         ]
         size = 1 + max(len(d.tokens) for d in drafts)
@@ -113,7 +114,9 @@ class PromptLookup:
         trials = Trials(child.to(device), law.to(device), q.to(device))
         fixed = [[False] * len(d.tokens) for d in drafts]
         newest = state.layout.newest()
-        return DraftTree.from_lists(newest, [d.tokens for d in drafts], [d.parents for d in drafts], None, trials, fixed)
+        return DraftTree.from_lists(
+            newest, [d.tokens for d in drafts], [d.parents for d in drafts], None, trials, fixed
+        )
 
 
 def _most_frequent(root: _Node, budget: int) -> tuple[list[int], list[int]]:
@@ -141,7 +144,10 @@ class _Draft:
 
 
 def _sample_tree(root: _Node, budget: int, branches: int, draw: Callable[[Tensor], Tensor]) -> _Draft:
-    """Draws a tree with `draw` (q [1, n] -> index [1]); a node exists for what its ancestors are, never for what it turned out to be itself."""
+    """Draws a tree with `draw` (q [1, n] -> index [1]).
+
+    A node exists for what stands above it and was drawn before it, never for what it turned out to be itself.
+    """
     draft = _Draft()
     queue = [(root, 0, branches)]
     room = budget

@@ -69,5 +69,5 @@ def _key(tensors: dict[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().contiguous().cpu()
         digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Measuring: certificates of losslessness and benchmarks."""

@@ -1,0 +1,94 @@
+"""Data lines: what to ask about which images, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msd.errors import UserError
+
+BUNDLED = Path(__file__).parents[1] / "photos"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One data line. images: paths, in reading order. answer, tokens: another engine's output, where there is one."""
+
+    images: tuple[Path, ...]
+    prompt: str
+    answer: str | None
+    task: str
+    tokens: tuple[int, ...] | None = None
+
+
+def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
+    """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…" optional, "task": "…" optional}` lines.
+
+    path: the bundled photos and prompts by default. images: the folder of the images, by default the data file's own
+    folder or `images/` beside it. UserError names the line that is wrong.
+    """
+    path = path or BUNDLED / "prompts.jsonl"
+    return [_sample(line, where, _folder(path, images)) for where, line in _lines(path)]
+
+
+def load_outputs(path: Path, images: Path | None = None) -> list[Sample]:
+    """Data lines that also hold an engine's greedy output: `"tokens": [ids]`, or `"text": "…"`."""
+    samples = []
+    for where, line in _lines(path):
+        tokens, text = line.get("tokens"), line.get("text")
+        if tokens is None and text is None:
+            raise UserError(f"{where}: neither 'tokens' nor 'text'; an audited line holds the engine's output")
+        if tokens is not None and not (isinstance(tokens, list) and all(isinstance(t, int) for t in tokens)):
+            raise UserError(f"{where}: 'tokens' must be a list of token ids")
+        sample = _sample({**line, "answer": text}, where, _folder(path, images))
+        samples.append(
+            Sample(sample.images, sample.prompt, text, sample.task, None if tokens is None else tuple(tokens))
+        )
+    return samples
+
+
+def _folder(path: Path, images: Path | None) -> Path:
+    if images is not None:
+        if not images.is_dir():
+            raise UserError(f"--images '{images}' is not a folder")
+        return images
+    beside = path.parent / "images"
+    return beside if beside.is_dir() else path.parent
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place, object) of every non-empty line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read data '{path}': {reason}") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                parsed = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not a JSON object ({error.msg})") from error
+            if not isinstance(parsed, dict):
+                raise UserError(f"{path}:{number}: not a JSON object but {type(parsed).__name__}")
+            lines.append((f"{path}:{number}", parsed))
+    if not lines:
+        raise UserError(f"'{path}' holds no data lines")
+    return lines
+
+
+def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
+    prompt, image = line.get("prompt"), line.get("image", [])
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: 'prompt' must be text, got {prompt!r}")
+    names = [image] if isinstance(image, str) else image
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: 'image' must be a file name or a list of file names, got {image!r}")
+    paths = tuple(folder / name for name in names)
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{where}: image '{path}' does not exist; name its folder with --images")
+    return Sample(paths, prompt, line.get("answer"), str(line.get("task") or "default"))

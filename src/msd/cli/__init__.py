@@ -1,0 +1,63 @@
+"""The `msd` command. Bad input is one line on stderr and exit code 2; results go to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import typer
+from typer.exceptions import TyperException
+
+from msd.cli import bench, demo, generate, reference, verify
+from msd.errors import UserError
+from msd.version import __version__
+
+app = typer.Typer(
+    help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("generate")(generate.generate)
+app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
+app.add_typer(reference.app, name="reference")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"msd {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `msd` with `arguments` (the process's own by default) and exits."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        sys.exit(app(args=arguments or ["--help"], standalone_mode=False) or 0)
+    except UserError as error:
+        _fail(str(error), 2)
+    except TyperException as error:  # wrong options and the like
+        _fail(f"{error.format_message().rstrip('.')}; see 'msd --help'", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:  # a bug of ours: one line for the user, the traceback in a file for the report
+        with tempfile.NamedTemporaryFile("w", prefix="msd-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        _fail(f"internal error: {type(error).__name__}: {error}; please report it with {Path(log.name)}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    """One line on stderr, then exit."""
+    print(f"msd: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

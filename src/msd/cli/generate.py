@@ -1,0 +1,58 @@
+"""`msd generate`: an answer about images, streamed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from msd.cli.options import Json, MaxNewTokens, Target, quiet
+
+
+def generate(
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "",
+    target: Target = "reference",
+    method: Annotated[str, typer.Option("--method", help="How to draft: a method's name.")] = "prompt-lookup",
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer PROMPT about the images; the text appears as it is made."""
+    from msd import images as pictures
+    from msd import prompts
+    from msd.cli.options import chosen_methods
+
+    loaded = [pictures.load_image(Path(source)) for source in images or []]  # bad input fails before any model loads
+    prompts.check_text(prompt)
+    chosen_methods(method)
+    quiet()
+    from msd import SpeculativeVLM
+
+    vlm = SpeculativeVLM.from_pretrained(target, method)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    settings |= {k: v for k, v in sampling.items() if v is not None}
+    if as_json:
+        print(json.dumps(vlm.generate(loaded, prompt, **settings).as_dict()))
+        return
+    stream = vlm.stream(loaded, prompt, **settings)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    answer = stream.result
+    Console(file=sys.stderr).print(
+        f"[dim]{len(answer.tokens)} tokens in {answer.seconds:.2f} s, {answer.tokens_per_second:.1f} tokens/s, "
+        f"mean acceptance length {answer.statistics.mean_acceptance_length:.2f}, method {answer.method}[/dim]"
+    )

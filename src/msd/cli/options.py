@@ -1,0 +1,47 @@
+"""Options that several commands share, and the quiet that `--json` needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msd.errors import UserError
+
+Target = Annotated[str, typer.Option("--target", help="'reference', a checkpoint folder, or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); the bundled photos by default.")]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="Folder of the data's images; the data's own by default.")
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
+Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
+
+
+def quiet() -> None:
+    """Silences the libraries' progress bars and warnings, which are not for users of a command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as library
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def chosen_methods(names: str) -> list[str]:
+    """Method names of a `--method` value; UserError for an unknown one."""
+    from msd import drafters
+
+    if names == "all":
+        return drafters.methods()
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in listed if name not in drafters.methods()]
+    if unknown or not listed:
+        raise UserError(f"unknown method '{', '.join(unknown)}'; known: {', '.join(drafters.methods())}")
+    return listed

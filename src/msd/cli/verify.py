@@ -1,0 +1,67 @@
+"""`msd verify`: a certificate that a method's output is the target's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from msd.cli.options import Data, Images, Json, Limit, MaxNewTokens, Methods, Target, chosen_methods, quiet
+from msd.errors import UserError
+
+
+def verify(
+    target: Target = "reference",
+    method: Methods = "all",
+    data: Data = None,
+    images: Images = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 32,
+    draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = 100_000,
+    outputs: Annotated[
+        Path | None,
+        typer.Option("--outputs", help="Audit another engine's answers: data lines with 'tokens' or 'text'."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare with transformers' generate(): greedy and same-seed tokens, and χ² where candidates are sampled."""
+    from msd.bench.data import load_data, load_outputs
+
+    methods = chosen_methods(method)
+    samples = load_outputs(outputs, images) if outputs else load_data(data, images)
+    quiet()
+    from msd.bench import certificate
+    from msd.loading import load_target
+
+    model, processor = load_target(target)
+    console = Console(file=sys.stderr)
+    with console.status("verifying…") as status:
+        if outputs:
+            rows = [certificate.audit(model, processor, samples[:limit], status.update)]
+        else:
+            rows = certificate.certify(model, processor, samples[:limit], methods, max_new_tokens, draws, status.update)
+    if as_json:
+        print(json.dumps({"rows": [row.as_dict() for row in rows]}))
+    else:
+        _show(rows)
+    failed = [row.method for row in rows if not row.passed]
+    if failed:
+        raise UserError(f"not lossless: {', '.join(failed)}; the first differences are in the rows above")
+
+
+def _show(rows: list[Any]) -> None:
+    table = Table("method", "compared", "identical", "ties", "largest tie gap", "smallest p", "passed")
+    for row in rows:
+        gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
+        p = f"{min(row.p_values):.3f}" if row.p_values else "-"
+        counts = (str(row.compared), str(row.identical), str(len(row.tie_gaps)))
+        table.add_row(row.method, *counts, gap, p, "yes" if row.passed else "NO")
+    Console().print(table)
+    for row in rows:
+        for difference in row.differences:
+            print(f"{row.method}: {difference}")
