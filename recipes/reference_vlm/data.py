@@ -64,7 +64,11 @@ WEIGHTS = {
     "read": 0.7,
     "text": 0.6,
     "clip": 1.0,
+    "avoid": 1.0,
 }
+
+
+LATE_WEIGHTS = {"caption": 2.0, "avoid": 4.0}  # from `late_from` on
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,12 @@ class MixConfig:
         default_factory=lambda: {"flickr": 3.9, "coco": 4.4, "text": 1.2, "clips": 0.25, "words": 0.4, "receipts": 0.3}
     )
     detail: float = 0.85
+    late_detail: float = 0.4
     blind: float = 0.1
     one_word: float = 0.3
+    avoid_from: int = 232  # the step from which repeated sentences are trained against
+    late_from: int = 319  # the step from which LATE_WEIGHTS hold
+    captions_from: int = 432  # the step from which photos give more captions and fewer long answers
 
 
 def load_captions(data: Path) -> dict[str, list[str]]:
@@ -124,7 +132,7 @@ class Mix:
         seed: int = 0,
         split: str = "train",
     ):
-        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.tokenizer, self.config, self.seed, self.split = tokenizer, config, seed, split
         self.captions, self.questions = load_captions(data), load_questions(data)
         self.texts = [t for t in texts if t["task"] == split]
         self.sets = {name: FeatureSet(features, name) for name in ("flickr", "coco", "clips", "words", "receipts")}
@@ -134,7 +142,7 @@ class Mix:
         self.frequency = absence_weights(
             [self._facts(self.sets["flickr"].rows[n]["image"]) for n in self.pools["flickr"]]
         )
-        self._makers: dict[str, Callable[[str, int, random.Random], Sample]] = {
+        self._makers: dict[str, Callable[[str, int, random.Random, int], Sample]] = {
             "flickr": self._photo, "coco": self._coco, "clips": self._clip, "words": self._word, "receipts": self._line, "text": self._text,
         }  # fmt: skip
         self._orders: dict[tuple[str, int], list[int]] = {}
@@ -149,9 +157,19 @@ class Mix:
         out = []
         for source, rate in self.config.rates.items():
             for visit in range(int(step * rate), int((step + 1) * rate)):
-                sample = self._makers[source](source, self._row(source, visit), rng)
+                sample = self._makers[source](source, self._row(source, visit), rng, step)
+                sample = replace(sample, branches=self._at_step(step, sample.branches))
                 out.append(replace(sample, blind=bool(sample.pictures) and rng.random() < self.config.blind))
         return out
+
+    def _at_step(self, step: int, branches: Sequence[Branch]) -> tuple[Branch, ...]:
+        """What a step trains on of a sample's branches, and how much; validation is as at the first step."""
+        step = step if self.split == "train" else 0
+        if step < self.config.avoid_from:
+            return tuple(b for b in branches if not b.avoid)
+        if step < self.config.late_from:
+            return tuple(branches)
+        return tuple(replace(b, weight=LATE_WEIGHTS.get(b.task, b.weight)) for b in branches)
 
     def collate(self, samples: list[Sample]) -> Batch:
         batch = pack(place(samples, self.config.rows, self.config.length), self.config.length, END)
@@ -188,30 +206,46 @@ class Mix:
     def _sample(self, source: str, row: int, branches: list[Branch]) -> Sample:
         return Sample(self.prefix(self.sets[source].frames), tuple(branches), ((source, row),))
 
-    def _photo(self, source: str, row: int, rng: random.Random) -> Sample:
+    def _photo(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
         """Captions first, so that they are the last to be cut for room."""
         image = self.sets[source].rows[row]["image"]
         captions, facts = self.captions[image], self._facts(image)
         detail = None
-        if rng.random() < self.config.detail:
-            detail = self.branch(rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng), "detail")
+        late = self.split == "train" and step >= self.config.captions_from
+        if rng.random() < (self.config.late_detail if late else self.config.detail):
+            asked_for, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)
+            detail = self.branch(asked_for, answer, "detail")
             detail = detail if len(detail.answer) >= SHORTEST_DETAIL else None
-        short = rng.sample(captions, min(len(captions), 1 if detail else 2))
+        short = rng.sample(captions, min(len(captions), (2 if late else 1) * (1 if detail else 2)))
         branches = [self.branch(rng.choice(CAPTION_PROMPTS), tidy(c), "caption") for c in short]
         branches += [detail] if detail else []
         asked = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
         if asked:
             branches.append(self.branch(*asked, "yesno"))
         branches += [self.branch(q, a, "question") for q, a in open_questions(facts, rng)[: rng.choice((1, 1, 2))]]
+        if detail and row % 2:
+            branches.append(self._repetition(asked_for, answer, row))
         return self._sample(source, row, branches)
 
-    def _coco(self, source: str, row: int, rng: random.Random) -> Sample:
+    def _repetition(self, question: str, answer: str, row: int) -> Branch:
+        """A long answer that falls into repeating a sentence: from its fourth word on, that is to be avoided.
+
+        Mostly the first sentence is said twice in a row, for every third photo some earlier one is repeated later.
+        """
+        sentences = [f"{s}." for s in answer.rstrip(".").split(". ")]
+        last = 0 if row % 3 else row // 3 % len(sentences)
+        told, again = sentences[: last + 1], sentences[row // 7 % (last + 1)]
+        copied = again.split(" ")
+        opening = f"{question}<|im_end|>\n<|im_start|>assistant\n" + " ".join([*told, *copied[:3]])
+        return Branch(self.ids(opening), self.ids(" " + " ".join(copied[3:])), "avoid", WEIGHTS["avoid"], avoid=True)
+
+    def _coco(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
         questions = list(self.questions[self.sets[source].rows[row]["image"]])
         rng.shuffle(questions)
         suffix = lambda: rng.choice(ONE_WORD) if rng.random() < self.config.one_word else ""  # noqa: E731
         return self._sample(source, row, [self.branch(q + suffix(), a, "vqa") for q, a in questions[:5]])
 
-    def _clip(self, source: str, row: int, rng: random.Random) -> Sample:
+    def _clip(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
         shown = self.sets[source].rows[row]
         captions, motion = self.captions[shown["image"]], MOTION[shown["motion"]]
         branches = [
@@ -223,7 +257,7 @@ class Mix:
             branches.append(self.branch("Describe the video in detail.", answer, "detail"))
         return self._sample(source, row, branches)
 
-    def _word(self, source: str, row: int, rng: random.Random) -> Sample:
+    def _word(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
         shown = self.sets[source].rows[row]
         branches = [self.branch(rng.choice(READ_PROMPTS), shown["text"], "read")]
         colour = rng.choice(
@@ -232,12 +266,12 @@ class Mix:
         branches.append(self.branch(colour[0], f"{colour[1].capitalize()}.", "question"))
         return self._sample(source, row, branches)
 
-    def _line(self, source: str, row: int, rng: random.Random) -> Sample:
+    def _line(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
         return self._sample(
             source, row, [self.branch(rng.choice(LINE_PROMPTS), self.sets[source].rows[row]["text"], "read")]
         )
 
-    def _text(self, source: str, row: int, rng: random.Random) -> Sample:
+    def _text(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
         turn = self.texts[row]
         asked = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answer = (*turn["ids"], END) if turn["finished"] else tuple(turn["ids"])

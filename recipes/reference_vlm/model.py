@@ -90,9 +90,14 @@ class TrainableVLM(nn.Module):
         return states
 
     def losses(self, batch: Batch) -> Tensor:
-        """Cross entropy [T] float32 of every answer token, in the order of `batch.targets`."""
+        """Loss [T] float32 of every answer token, in the order of `batch.targets`.
+
+        Cross entropy -log p, or -log(1 - p) for a token to avoid (unlikelihood, Welleck et al. 2020).
+        """
         h = self.hidden(batch)[batch.rows, batch.columns]
-        return F.cross_entropy(self.lm.lm_head(h).float(), batch.targets, reduction="none")
+        entropy = F.cross_entropy(self.lm.lm_head(h).float(), batch.targets, reduction="none")
+        against = -torch.log1p(-torch.exp(-entropy).clamp(max=1 - 1e-4))
+        return torch.where(batch.avoid, against, entropy)
 
     def weights(self) -> dict[str, Tensor]:
         """What is trained, by the names of the shipped file."""

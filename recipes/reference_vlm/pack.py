@@ -18,12 +18,16 @@ IMAGE = -1  # a place for an image token in a sample's prefix
 
 @dataclass(frozen=True)
 class Branch:
-    """One question (ids, with the assistant's opening) and its answer (ids, with the end token if it ends)."""
+    """One question (ids, with the assistant's opening) and its answer (ids, with the end token if it ends).
+
+    The answer of an `avoid` branch is what the model shall not write there.
+    """
 
     question: tuple[int, ...]
     answer: tuple[int, ...]
     task: str
     weight: float = 1.0
+    avoid: bool = False
 
     def __len__(self) -> int:
         return len(self.question) + len(self.answer)
@@ -57,6 +61,7 @@ class Batch:
     columns: Tensor  # [T]
     targets: Tensor  # [T] the token predicted there
     weights: Tensor  # [T] float32
+    avoid: Tensor  # [T] bool
     tasks: list[str] = field(default_factory=list)  # [T]
     pictures: list[tuple[str, int]] = field(default_factory=list)  # their feature rows, in order
 
@@ -99,6 +104,7 @@ def pack(placed: Sequence[Sequence[Sample]], length: int, pad: int) -> Batch:
     columns: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
+    avoid: list[bool] = []
     tasks: list[str] = []
     pictures: list[tuple[str, int]] = []
     for r, row in enumerate(placed):
@@ -121,11 +127,12 @@ def pack(placed: Sequence[Sequence[Sample]], length: int, pad: int) -> Batch:
                 columns += range(first, first + len(b.answer))
                 targets += b.answer
                 weights += [b.weight] * len(b.answer)
+                avoid += [b.avoid] * len(b.answer)
                 tasks += [b.task] * len(b.answer)
                 at += m
             sample[r, start:at], blind[r, start:at] = s, item.blind
     t = lambda v: torch.tensor(v, dtype=torch.long)  # noqa: E731
     return Batch(
         ids, positions, sample, branch, is_image, blind, torch.zeros(0, CELLS, 1280), t(rows), t(columns), t(targets),
-        torch.tensor(weights), tasks, pictures,
+        torch.tensor(weights), torch.tensor(avoid, dtype=torch.bool), tasks, pictures,
     )  # fmt: skip

@@ -185,7 +185,7 @@ class SpeculativeVLM:
         listed = [g if isinstance(g, list | tuple) else [g] for g in groups]
         return prompts.prepare(self.processor, listed, prompt)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _generate(self, kwargs: dict[str, Any], seed: Seed) -> list[Result]:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()

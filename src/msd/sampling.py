@@ -14,13 +14,17 @@ from functools import partial
 import torch
 from torch import Tensor
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -66,7 +70,8 @@ class Sampler:
     ) -> None:
         self.layout, self.processors, self.do_sample, self.randomness = layout, processors, do_sample, randomness
         self.vocabulary = vocabulary
-        self.per_row = [_for_row(processors, row) for row in range(layout.batch)] if layout.batch > 1 else [processors]
+        rows = range(layout.batch)
+        self.per_row = [_for_row(processors, r, layout) for r in rows] if layout.batch > 1 else [processors]
         self.pointwise = all(type(p) in _POINTWISE for p in processors)
         self.max_length = min([c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)] + [layout.capacity])
         self.eos = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id}
@@ -128,24 +133,37 @@ class Sampler:
         return self.finish[row] is None
 
 
-def _for_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The processors as they would be had `row` come alone: those that hold per-row data keep its part of it."""
-    alone = LogitsProcessorList(processors)
-    for i, processor in enumerate(alone):
-        mine = copy.copy(processor)
+def _for_row(processors: LogitsProcessorList, row: int, layout: Layout) -> LogitsProcessorList:
+    """The processors as they would be had `row` come alone; those with a memory get one each."""
+    alone = LogitsProcessorList(copy.copy(p) for p in processors)
+    start = layout.start[row]
+    prompt = layout.history(row)[None, start:]
+    for i, mine in enumerate(alone):
         if isinstance(mine, RepetitionPenaltyLogitsProcessor):
             if isinstance(mine.prompt_ignore_length, Tensor):
                 mine.prompt_ignore_length = mine.prompt_ignore_length[row : row + 1]
         elif isinstance(mine, EncoderRepetitionPenaltyLogitsProcessor):
-            mine.encoder_input_ids = mine.encoder_input_ids[row : row + 1]
+            mine.encoder_input_ids = prompt
+        elif isinstance(mine, EncoderNoRepeatNGramLogitsProcessor):
+            alone[i] = _Unpadded(EncoderNoRepeatNGramLogitsProcessor(mine.ngram_size, prompt), start)
+        elif isinstance(mine, NoRepeatNGramLogitsProcessor | SequenceBiasLogitsProcessor):
+            alone[i] = _Unpadded(mine, start)
         elif isinstance(mine, PrefixConstrainedLogitsProcessor):
             mine._prefix_allowed_tokens_fn = partial(_as_row, mine._prefix_allowed_tokens_fn, row)
         elif isinstance(mine, UnbatchedClassifierFreeGuidanceLogitsProcessor):
             raise UserError("guidance_scale with several prompts at once is not supported; give one prompt at a time")
-        else:
-            continue
-        alone[i] = mine
     return alone
+
+
+class _Unpadded(LogitsProcessor):
+    """`processor` without the `start` columns of padding, whose repeated token would make n-grams of its own."""
+
+    def __init__(self, processor: LogitsProcessor, start: int) -> None:
+        self.processor, self.start = processor, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[1, V]."""
+        return self.processor(input_ids[:, self.start :], scores)
 
 
 def _as_row(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, tokens: Tensor) -> list[int]:

@@ -113,7 +113,9 @@ def _sampled_trials(
         p_c, q_c = residual[active].gather(1, c[:, None])[:, 0], q.gather(1, c[:, None])[:, 0]
         u = sampler.uniform([rows[i] for i in active], node.device)
         accept = u * q_c.double() < p_c.double()
-        left = _normalise((residual[active] - q).clamp_min(0.0))
+        left = (residual[active] - q).clamp_min(0.0)
+        # nothing is left when q and the residual agree but for rounding; the rejection then says nothing about them
+        left = _normalise(torch.where(left.sum(-1, keepdim=True) > 0, left, residual[active]))
         residual[active] = torch.where(accept[:, None], residual[active], left)
         token[active] = torch.where(accept, c, token[active])
         child[active] = torch.where(accept, trial[active], -1)

@@ -89,7 +89,9 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert rows["ar"]["speedup_vs_ar"] == 1.0 and rows["transformers"]["speedup_vs_transformers"] == 1.0
     for row in rows.values():
         assert row["identical"] == 1.0 and row["samples"] == 2 and row["tokens_per_second"] > 0
-    assert {"mean_acceptance_length", "tau_without_bonus", "prefill_s", "draft_s", "verify_s", "host_s"} <= rows["ar"].keys()
+    assert {"mean_acceptance_length", "tau_without_bonus", "prefill_s", "draft_s", "verify_s", "host_s"} <= rows[
+        "ar"
+    ].keys()
 
 
 def test_demo(capsys: pytest.CaptureFixture[str]) -> None:

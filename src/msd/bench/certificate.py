@@ -86,7 +86,7 @@ def certify(
                     continue
                 if reference is None:
                     reference = _generate(model, inputs, seed, kwargs)
-                tokens = engine.generate(**inputs, **kwargs, seed=seed).tokens  # type: ignore[union-attr]
+                tokens = engine.generate(**inputs, **kwargs, seed=seed).tokens
                 judge.compare(row, f"sample {seed} ({setting})", inputs, kwargs, seed, tokens, reference)
     for row in rows:
         if drafters.create(row.method).sampled:

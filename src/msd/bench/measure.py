@@ -108,7 +108,7 @@ def _ours(engine: SpeculativeVLM, inputs: dict[str, Any], settings: dict[str, An
     begin = time.perf_counter()
     answer = engine.generate(**inputs, **settings, seed=seed)
     seconds = time.perf_counter() - begin
-    return Run(answer.tokens, seconds, answer.statistics.seconds["prefill"], answer.statistics)  # type: ignore[union-attr]
+    return Run(answer.tokens, seconds, answer.statistics.seconds["prefill"], answer.statistics)
 
 
 def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Target:
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         layout = Layout.from_prompt(input_ids, capacity, mask, positions, self.placeholders)
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
+        if positions is None:  # the model's own default would count padding
+            model_kwargs = {**model_kwargs, "position_ids": self.positions(layout.positions[:, :, :L])}
         model_kwargs = {**model_kwargs, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         inputs = self.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
         with self.taps.recording() as taps:

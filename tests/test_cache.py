@@ -1,0 +1,107 @@
+"""KVCache: preallocated slots, per-row commits of arbitrary paths, layers of different shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msd.cache import KVCache
+
+B, H, D, C = 2, 2, 3, 24
+
+
+def block(first: int, count: int, heads: int = H) -> Tensor:
+    """Keys [B, heads, count, D] whose values name row and slot: 1000 * row + number."""
+    number = torch.arange(first, first + count).float()
+    rows = 1000.0 * torch.arange(B)
+    return (rows[:, None, None, None] + number[None, None, :, None]).expand(B, heads, count, D).clone()
+
+
+def written(cache: KVCache, layer: int, row: int) -> list[int]:
+    """The numbers in the committed slots of a row, its thousands left out."""
+    keys, values = cache.layers[layer].keys, cache.layers[layer].values
+    assert keys is not None and values is not None
+    committed = cache.committed[row]
+    assert torch.equal(keys[row, :, :committed] + 0.5, values[row, :, :committed])
+    assert bool((keys[row, :, :committed] == keys[row, :1, :committed, :1]).all()), "heads and channels move together"
+    return (keys[row, 0, :committed, 0] - 1000 * row).long().tolist()
+
+
+def write(cache: KVCache, first: int, count: int, heads: tuple[int, ...] = (H,)) -> None:
+    for layer, h in enumerate(heads):
+        keys = block(first, count, h)
+        cache.update(keys, keys + 0.5, layer)
+
+
+@st.composite
+def paths(draw: st.DrawFn) -> list[list[list[int]]]:
+    """Some steps of 4 nodes; per step and row, an increasing path that may be empty."""
+    steps = draw(st.integers(1, 4))
+    path = st.lists(st.integers(0, 3), unique=True, max_size=4).map(sorted)
+    return [[draw(path) for _ in range(B)] for _ in range(steps)]
+
+
+@settings(deadline=None, derandomize=True)
+@given(paths())
+@pytest.mark.parametrize("heads", [(H, H), (H, 1, H)])
+def test_commit_keeps_the_paths_in_order_and_forgets_the_rest(
+    heads: tuple[int, ...], steps: list[list[list[int]]]
+) -> None:
+    cache = KVCache(len(heads), B, C)
+    write(cache, 0, 5, heads)
+    cache.advance(5)
+    expected = [list(range(5)) for _ in range(B)]
+    for step, kept in enumerate(steps):
+        first = 100 * (step + 1)
+        write(cache, first, 4, heads)
+        cache.commit(kept)
+        for row, path in enumerate(kept):
+            expected[row] += [first + n for n in path]
+    for layer in range(len(heads)):
+        assert [written(cache, layer, row) for row in range(B)] == expected
+    assert cache.committed == [len(e) for e in expected]
+
+
+def test_update_returns_all_slots_up_to_the_last_written_one() -> None:
+    cache = KVCache(1, B, C)
+    write(cache, 0, 5)
+    cache.advance(5)
+    write(cache, 10, 3)
+    cache.commit([[0, 2], []])
+    assert cache.committed == [7, 5]
+    keys, values = cache.update(block(20, 3), block(20, 3) + 0.5, 0)
+    assert keys.shape == values.shape == (B, H, 10, D)
+    assert keys[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4, 10, 12, 20, 21, 22]
+    assert keys[1, 0, :8, 0].tolist() == [1000, 1001, 1002, 1003, 1004, 1020, 1021, 1022]
+    assert cache.get_mask_sizes(3, 0) == (10, 0)
+    assert cache.get_seq_length() == 7
+
+
+def test_capacity_is_taken_once_and_no_more_can_be_written() -> None:
+    cache = KVCache(1, B, 6)
+    write(cache, 0, 5)
+    keys = cache.layers[0].keys
+    assert keys is not None and keys.shape == (B, H, 6, D)
+    cache.advance(5)
+    write(cache, 5, 1)
+    again = cache.layers[0].keys
+    assert again is not None and again.data_ptr() == keys.data_ptr()
+    with pytest.raises(RuntimeError):
+        write(cache, 6, 2)
+    assert cache.layers[0].get_max_length() == 6
+
+
+def test_keys_and_values_of_different_shape_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="layer 0"):
+        KVCache(1, B, 6).update(block(0, 2), block(0, 2)[..., :1], 0)
+
+
+def test_slots_never_written_hold_zeros() -> None:
+    """A masked slot still meets 0 * value, and 0 * NaN is NaN."""
+    cache = KVCache(1, B, 6)
+    write(cache, 1, 2)
+    assert cache.layers[0].keys is not None
+    assert bool((cache.layers[0].keys[:, :, 2:] == 0).all())
