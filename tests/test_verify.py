@@ -178,6 +178,8 @@ def test_sampled_trials_at_temperature_zero_are_just_drafts() -> None:
     sampler = make_sampler(do_sample=False)
     best = plain(0, 1)[0]
     wrong = (best + 1) % V
-    result = Lossless().accept(with_trials([wrong, best], Q.expand(2, V)), Scores(TARGET[[[1, wrong, best]]]), sampler)
+    result = Lossless().accept(
+        with_trials([wrong, best], Q.expand(2, V)), Scores(TARGET[torch.tensor([[1, wrong, best]])]), sampler
+    )
     assert result.nodes == [[2]]
     assert result.tokens == [[best, *plain(0, 2)[1:]]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from msd import drafters, loading, prompts
+from msd import drafters, loading, prompts, verify
 from msd.decode import decode
 from msd.drafters import Drafter
 from msd.errors import UserError
@@ -31,17 +31,21 @@ from msd.sampling import Randomness, Sampler
 from msd.statistics import Statistics
 from msd.streaming import Stream
 from msd.targets import adapt
-from msd.verify import Lossless, Verifier
 
 Seed = int | Sequence[int] | torch.Generator | None
 
 
 class SpeculativeConfig(BaseModel):
-    """How to speculate. method: a name of `msd.drafters.methods()`; nodes, depth: the largest draft tree."""
+    """How to speculate.
+
+    method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
+    nodes, depth: the largest draft tree, in drafted nodes and in levels.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str = "prompt-lookup"
+    verifier: str = "lossless"
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=6, ge=1)
 
@@ -99,7 +103,7 @@ class SpeculativeVLM:
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps)
-        self.verifier: Verifier = Lossless()
+        self.verifier = verify.create(self.config.verifier)
         self.plan = Plan(self.config.nodes, self.config.depth)
         # `generate()` cannot hand a tokenizer to a custom loop, so default stop strings are kept here
         self._stop_strings = model.generation_config.stop_strings

@@ -8,11 +8,13 @@ exactly one that is not drafted, the recovered or bonus one, unless the text sto
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from msd.errors import UserError
 from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores, Trials
 
@@ -73,6 +75,21 @@ class Lossless:
                 [rows[i] for i in open_],
             )  # fmt: skip
         return token, child
+
+
+_POLICIES: dict[str, Callable[[], Verifier]] = {"lossless": Lossless}
+
+
+def policies() -> list[str]:
+    """Names of the verification policies, the default first."""
+    return list(_POLICIES)
+
+
+def create(name: str) -> Verifier:
+    """The verifier of policy `name`; UserError names the known ones."""
+    if name not in _POLICIES:
+        raise UserError(f"unknown verifier '{name}'; known: {', '.join(_POLICIES)}")
+    return _POLICIES[name]()
 
 
 def _rows(tree: DraftTree, rows: list[int]) -> DraftTree:

@@ -1,0 +1,119 @@
+"""Dependencies point one way: nothing imports anything above its own layer, and no two modules import each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import msd
+
+ROOT = Path(msd.__file__).parent
+# from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
+LAYERS: list[set[str]] = [
+    {"errors", "version"},
+    {"modality", "layout", "cache", "tree"},
+    {"sampling", "statistics"},
+    {"targets", "plan", "verify"},
+    {"drafters"},
+    {"decode"},
+    {"model", "prompts", "loading", "streaming", "images", "reference", "msd"},
+    {"bench", "train", "serve"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, str]:
+    """Dotted name -> source text of every module of the package."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = ("msd", *path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return found
+
+
+def imports(source: str, known: set[str]) -> set[str]:
+    """Modules of `known` that a source text imports, anywhere in it: also in functions and for type checkers only."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            deeper = {f"{node.module}.{alias.name}" for alias in node.names}
+            plain = any(name not in known for name in deeper)
+            found |= (deeper & known) | ({node.module or ""} if plain else set())
+    return found & known
+
+
+def place(module: str) -> str:
+    """The entry of `LAYERS` that a module belongs to."""
+    return module.split(".")[1] if "." in module else module
+
+
+def upward(texts: dict[str, str]) -> list[str]:
+    """'importer -> imported' for every import of something in a higher layer."""
+    return [
+        f"{name} -> {other}"
+        for name, text in texts.items()
+        for other in sorted(imports(text, set(texts)))
+        if RANK[place(other)] > RANK[place(name)]
+    ]
+
+
+def cycle(texts: dict[str, str]) -> list[str]:
+    """Modules that import each other in a ring, or nothing."""
+    graph = {name: imports(text, set(texts)) - {name} for name, text in texts.items()}
+    while leaves := {name for name, others in graph.items() if not others & set(graph)}:
+        graph = {name: others for name, others in graph.items() if name not in leaves}
+    return sorted(graph)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {place(name) for name in modules()} <= set(RANK), "give a new module its place in LAYERS"
+
+
+def test_no_module_imports_upward() -> None:
+    assert upward(modules()) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    # msd/__init__.py loads what it offers when it is asked for, so that importing it imports nothing above
+    texts = {name: text for name, text in modules().items() if name != "msd"}
+    assert cycle(texts) == []
+
+
+def test_the_imports_are_seen() -> None:
+    """Or the tests above would pass for want of anything to look at."""
+    texts = modules()
+    known = set(texts)
+    assert sum(len(imports(text, known)) for text in texts.values()) > 60
+    assert {"msd.drafters", "msd.decode", "msd.layout", "msd.verify"} <= imports(texts["msd.model"], known)
+    assert {"msd.model", "msd.modality"} <= imports(texts["msd"], known), "imports for type checkers count"
+    assert "msd.bench.certificate" in imports(texts["msd.cli.verify"], known), "imports in functions count"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from msd.decode import decode",
+        "from msd import decode",
+        "import msd.decode",
+        "def f():\n    from msd.decode import decode",
+        "if TYPE_CHECKING:\n    from msd.model import Result",
+        "from msd import SpeculativeVLM",
+    ],
+)
+def test_a_planted_upward_import_is_caught(line: str) -> None:
+    texts = modules()
+    texts["msd.tree"] += f"\n{line}\n"
+    assert len(upward(texts)) == 1
+
+
+def test_a_planted_cycle_is_caught() -> None:
+    texts = modules()
+    texts["msd.layout"] += "\nimport msd.tree\n"
+    texts["msd.tree"] += "\nimport msd.layout\n"
+    assert {"msd.layout", "msd.tree"} <= set(cycle({n: t for n, t in texts.items() if n != "msd"}))
