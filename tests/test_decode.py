@@ -147,6 +147,11 @@ def test_default_stop_strings_hold_for_every_engine_of_the_model() -> None:
     assert own.generation_config.stop_strings, "the user's model stays as it was"
 
 
+def test_stop_strings_without_a_tokenizer_are_refused() -> None:
+    with pytest.raises(UserError, match="tokenizer"):
+        SpeculativeVLM(model(), None).generate(**INPUTS, max_new_tokens=NEW, stop_strings="a")
+
+
 def test_max_time_ends_after_the_token_in_hand() -> None:
     result = check(max_time=0.0, max_new_tokens=NEW, needs_accepted=False)
     assert (len(result.tokens), result.finish) == (1, "criteria")

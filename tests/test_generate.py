@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import tiny
 from msd.model import Result, SpeculativeVLM
@@ -29,6 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ngram": {"do_sample": True, "temperature": 0.5, "no_repeat_ngram_size": 2},
     "bad-words": {"do_sample": True, "bad_words_ids": [[7], [9, 10], [11, 12, 13]]},
     "min-new-tokens": {"do_sample": True, "min_new_tokens": 15},
+    "guidance": {"do_sample": True, "guidance_scale": 1.5},
+    "watermark": {"do_sample": True, "watermarking_config": WatermarkingConfig(bias=2.5)},
+    "synthid": {"do_sample": True, "watermarking_config": SynthIDTextWatermarkingConfig(5, [1, 2, 3, 4, 5])},
     "sequence-bias": {"do_sample": True, "sequence_bias": [[[5], 4.0], [[6, 7], -3.0], [[tiny.EOS], 0.5]]},
 }
 

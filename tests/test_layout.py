@@ -70,3 +70,9 @@ def test_wrong_modalities_are_refused(name: str, threshold: float) -> None:
 def test_an_unknown_modality_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="language"):
         modality.get("smell")
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
+def test_padding_anywhere_but_on_the_left_is_refused(mask: list[int]) -> None:
+    with pytest.raises(UserError, match="left"):
+        Layout.from_prompt(torch.tensor([[4, 5, 6, 7]]), 8, torch.tensor([mask]))

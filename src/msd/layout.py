@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msd.errors import UserError
 from msd.modality import LANGUAGE, VISION
 
 
@@ -45,9 +46,11 @@ class Layout:
         """Lays out a prompt.
 
         input_ids [B, L] int64, attention_mask [B, L] of 0/1 (left padding only), position_ids [L], [B, L] or [A, B, L],
-        placeholders: placeholder token id -> modality id (the rest is language).
+        placeholders: placeholder token id -> modality id (the rest is language). UserError on any other padding.
         """
         B, L = input_ids.shape
+        if attention_mask is not None and not _is_left_padded(attention_mask):
+            raise UserError("the attention mask hides tokens after visible ones; pad prompts on the left")
         start = [0] * B if attention_mask is None else (L - attention_mask.long().sum(-1)).tolist()
         column = torch.arange(L, device=input_ids.device)
         first = torch.tensor(start, device=input_ids.device)[:, None]
@@ -98,6 +101,12 @@ class Layout:
     def history(self, row: int) -> Tensor:
         """All columns of `row` up to its newest token, padding included (so lengths are the prompt's own): [end]."""
         return self.tokens[row, : self.end[row]]
+
+
+def _is_left_padded(attention_mask: Tensor) -> bool:
+    """Whether every row of the mask [B, L] is zeros, if any, then ones, and at least one."""
+    seen = attention_mask.bool()
+    return bool(seen[:, -1].all() & (seen[:, 1:] >= seen[:, :-1]).all())
 
 
 def image_placeholders(token_ids: list[int | None]) -> dict[int, int]:
