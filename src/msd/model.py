@@ -105,9 +105,6 @@ class SpeculativeVLM:
         self.target = adapt(model, self.drafter.taps)
         self.verifier = verify.create(self.config.verifier)
         self.plan = Plan(self.config.nodes, self.config.depth)
-        # `generate()` cannot hand a tokenizer to a custom loop, so default stop strings are kept here
-        self._stop_strings = model.generation_config.stop_strings
-        model.generation_config.stop_strings = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -128,7 +125,6 @@ class SpeculativeVLM:
     def with_method(self, drafter: str | Drafter) -> SpeculativeVLM:
         """The same loaded model with another drafter; vision features are shared."""
         other = SpeculativeVLM(self.model, self.processor, self.config, drafter)
-        other._stop_strings = self._stop_strings
         other.target.vision = self.target.vision
         return other
 
@@ -195,7 +191,7 @@ class SpeculativeVLM:
         begin = time.perf_counter()
         statistics = Statistics()
         kwargs = self._with_stop_strings(kwargs)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
             if kwargs.pop(name, None) is not None:
                 raise UserError(f"{name} asks for another way of decoding; choose msd's with drafter=… instead")
         streamer = kwargs.pop("streamer", None)
@@ -260,18 +256,18 @@ class SpeculativeVLM:
             )
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Moves stop strings into a stopping criterion with our tokenizer."""
+        """Moves stop strings into a stopping criterion with our tokenizer, which `generate()` cannot hand to a loop."""
         config: GenerationConfig | None = kwargs.get("generation_config")
-        strings = kwargs.pop("stop_strings", None) or (config and config.stop_strings) or self._stop_strings
-        tokenizer = kwargs.pop("tokenizer", self.processor and self.processor.tokenizer)
-        if strings is None:
+        strings = kwargs.pop("stop_strings", None) or (config and config.stop_strings)
+        strings = strings or self.model.generation_config.stop_strings
+        tokenizer = kwargs.pop("tokenizer", None) or (self.processor and self.processor.tokenizer)
+        if not strings:
             return kwargs
-        if config is not None and config.stop_strings is not None:
-            config = GenerationConfig.from_dict({**config.to_dict(), "stop_strings": None})
-            kwargs = {**kwargs, "generation_config": config}
+        if tokenizer is None:
+            raise UserError(f"stop_strings={strings!r} need a tokenizer; give tokenizer=… or load a processor")
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
-        return {**kwargs, "stopping_criteria": criteria}
+        return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}
 
     def _result(self, sampler: Sampler, row: int, length: int, statistics: Statistics) -> Result:
         """What `row` emitted after its `length` prompt columns."""
