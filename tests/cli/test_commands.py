@@ -70,7 +70,7 @@ def test_verify_audits_other_engines(capsys: pytest.CaptureFixture[str], tmp_pat
     audit = ("verify", "--outputs", str(file), "--images", str(BUNDLED), "--json")
     assert json.loads(output(capsys, *audit))["rows"][0]["identical"] == 2
     wrong = [*answer["tokens"]]
-    wrong[3] += 1
+    wrong[0] += 1
     file.write_text(json.dumps({**line, "tokens": wrong}))
     with pytest.raises(SystemExit) as stop:
         main(list(audit))
