@@ -54,8 +54,9 @@ Randomness = torch.Generator | list[torch.Generator] | None
 class Sampler:
     """Laws, draws and stops for the B rows of a layout.
 
-    randomness: one generator for the whole batch (drawn from as `generate()` draws, all rows in one call), a list with
-    one per row (each row then draws as if it were alone), or None for torch's global generator. vocabulary: V.
+    randomness: a list with one generator per row (each row draws as if it were alone); one generator for the whole batch
+    (a single call draws for all rows that go on; `generate()` also draws for finished rows, so the two agree until the
+    first row ends); or None for torch's global one. vocabulary: V.
     `finish` holds, per row, why it stopped ("eos", "length", "criteria") or None while it goes on.
     """
 
