@@ -54,8 +54,8 @@ Randomness = torch.Generator | list[torch.Generator] | None
 class Sampler:
     """Laws, draws and stops for the B rows of a layout.
 
-    randomness: a list with one generator per row (each row draws as if it were alone); one generator for the whole batch
-    (a single call draws for all rows that go on; `generate()` also draws for finished rows, so the two agree until the
+    randomness: a list with one generator per row (each row draws as if alone); one generator for the whole batch (a
+    single call draws for all rows that go on; `generate()` also draws for finished rows, so the two agree until the
     first row ends); or None for torch's global one. vocabulary: V.
     `finish` holds, per row, why it stopped ("eos", "length", "criteria") or None while it goes on.
     """
