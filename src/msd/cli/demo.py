@@ -41,7 +41,7 @@ def demo(
     if as_json:
         print(json.dumps(results))
         return
-    table = Table("", "tokens/s", "speedup", "mean acceptance length", "same tokens")
+    table = Table("", "tokens/s", "vs transformers", "mean acceptance length", "same tokens")
     for row in results["rows"]:
         if row["task"] == "all":
             table.add_row(
