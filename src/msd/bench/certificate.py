@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd import drafters, prompts
+from msd import prompts
 from msd.bench.chi2 import holm
 from msd.bench.data import Sample
 from msd.bench.sampling_law import end_to_end_p_values
@@ -88,8 +88,8 @@ def certify(
                     reference = _generate(model, inputs, seed, kwargs)
                 tokens = engine.generate(**inputs, **kwargs, seed=seed).tokens
                 judge.compare(row, f"sample {seed} ({setting})", inputs, kwargs, seed, tokens, reference)
-    for row in rows:
-        if drafters.create(row.method).sampled:
+    for engine, row in zip(engines, rows, strict=True):
+        if engine.drafter.sampled:
             report(f"χ² of {row.method}, {draws} draws a cell")
             row.p_values = end_to_end_p_values(row.method, draws)
     return rows
