@@ -26,6 +26,9 @@ class RandomDrafter:
         self.prompt = 0
         self.shapes: set[tuple[int, ...]] = set()
 
+    def attach(self, model: object) -> None:
+        """Any target will do."""
+
     def begin(self, state: State, scores: Scores) -> None:
         """Remembers where the prompt ends: one token before the newest."""
         self.prompt = state.layout.end[0] - 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +65,47 @@ WEIGHTS = {
     "text": 0.6,
     "clip": 1.0,
     "avoid": 1.0,
-}
+}  # of an answer token
+FIRST_RATES = {"flickr": 3.9, "coco": 4.4, "text": 1.2, "clips": 0.25, "words": 0.4, "receipts": 0.3}
+LAST_RATES = {"flickr": 4.3, "coco": 4.6, "text": 0.8, "clips": 0.25, "words": 0.2, "receipts": 0.15}
+LATE_WEIGHTS = WEIGHTS | {"caption": 2.0, "avoid": 4.0}
 
 
-LATE_WEIGHTS = {"caption": 2.0, "avoid": 4.0}  # from `late_from` on
+@dataclass(frozen=True)
+class Phase:
+    """What is asked from step `start` on.
+
+    `rates` are samples by source and step of 1,536 tokens; `detail` is the share of photos asked for a long answer;
+    `captions` how many short ones a photo gives beside a long answer, and twice as many without; `avoid` whether
+    repeated sentences are trained against.
+    """
+
+    start: int
+    rates: dict[str, float]
+    detail: float
+    captions: int
+    avoid: bool
+    weights: dict[str, float]
+
+
+PHASES = (
+    Phase(0, FIRST_RATES, 0.85, 1, False, WEIGHTS),
+    Phase(232, FIRST_RATES, 0.85, 1, True, WEIGHTS),
+    Phase(319, FIRST_RATES, 0.85, 1, True, LATE_WEIGHTS),
+    Phase(432, FIRST_RATES, 0.4, 2, True, LATE_WEIGHTS),
+    Phase(570, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS),
+)
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Samples per step by source, and what a photo is asked. Sized for rows * length tokens."""
+    """The size of a step's rows and what photos are asked when; rates scale with the tokens."""
 
-    rows: int = 4
+    rows: int = 3
     length: int = 384
-    rates: dict[str, float] = field(
-        default_factory=lambda: {"flickr": 3.9, "coco": 4.4, "text": 1.2, "clips": 0.25, "words": 0.4, "receipts": 0.3}
-    )
-    detail: float = 0.85
-    late_detail: float = 0.4
+    phases: tuple[Phase, ...] = PHASES
     blind: float = 0.1
     one_word: float = 0.3
-    avoid_from: int = 232  # the step from which repeated sentences are trained against
-    late_from: int = 319  # the step from which LATE_WEIGHTS hold
-    captions_from: int = 432  # the step from which photos give more captions and fewer long answers
 
 
 def load_captions(data: Path) -> dict[str, list[str]]:
@@ -132,7 +151,8 @@ class Mix:
         seed: int = 0,
         split: str = "train",
     ):
-        self.tokenizer, self.config, self.seed, self.split = tokenizer, config, seed, split
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.phases = config.phases if split == "train" else config.phases[:1]  # validation stays comparable
         self.captions, self.questions = load_captions(data), load_questions(data)
         self.texts = [t for t in texts if t["task"] == split]
         self.sets = {name: FeatureSet(features, name) for name in ("flickr", "coco", "clips", "words", "receipts")}
@@ -142,7 +162,7 @@ class Mix:
         self.frequency = absence_weights(
             [self._facts(self.sets["flickr"].rows[n]["image"]) for n in self.pools["flickr"]]
         )
-        self._makers: dict[str, Callable[[str, int, random.Random, int], Sample]] = {
+        self._makers: dict[str, Callable[[str, int, random.Random, Phase], Sample]] = {
             "flickr": self._photo, "coco": self._coco, "clips": self._clip, "words": self._word, "receipts": self._line, "text": self._text,
         }  # fmt: skip
         self._orders: dict[tuple[str, int], list[int]] = {}
@@ -153,23 +173,24 @@ class Mix:
 
     def samples(self, step: int) -> list[Sample]:
         """The samples of a step before packing."""
-        rng = random.Random(f"{self.seed}-{step}")
+        rng, phase = random.Random(f"{self.seed}-{step}"), self._phase(step)
         out = []
-        for source, rate in self.config.rates.items():
-            for visit in range(int(step * rate), int((step + 1) * rate)):
-                sample = self._makers[source](source, self._row(source, visit), rng, step)
-                sample = replace(sample, branches=self._at_step(step, sample.branches))
+        for source in phase.rates:
+            for visit in range(self._visits(source, step), self._visits(source, step + 1)):
+                sample = self._makers[source](source, self._row(source, visit), rng, phase)
                 out.append(replace(sample, blind=bool(sample.pictures) and rng.random() < self.config.blind))
         return out
 
-    def _at_step(self, step: int, branches: Sequence[Branch]) -> tuple[Branch, ...]:
-        """What a step trains on of a sample's branches, and how much; validation is as at the first step."""
-        step = step if self.split == "train" else 0
-        if step < self.config.avoid_from:
-            return tuple(b for b in branches if not b.avoid)
-        if step < self.config.late_from:
-            return tuple(branches)
-        return tuple(replace(b, weight=LATE_WEIGHTS.get(b.task, b.weight)) for b in branches)
+    def _phase(self, step: int) -> Phase:
+        """The phase that a step falls in."""
+        return next(p for p in reversed(self.phases) if p.start <= step)
+
+    def _visits(self, source: str, step: int) -> int:
+        """How many rows of a source all steps before `step` have drawn."""
+        drawn = 0.0
+        for phase, end in zip(self.phases, (*(p.start for p in self.phases[1:]), step), strict=True):
+            drawn += max(0, min(step, end) - phase.start) * phase.rates[source]
+        return int(drawn * (self.config.rows * self.config.length / 1536))
 
     def collate(self, samples: list[Sample]) -> Batch:
         batch = pack(place(samples, self.config.rows, self.config.length), self.config.length, END)
@@ -198,36 +219,37 @@ class Mix:
         """The turn's opening and the places of its image tokens, each picture closed by a line break."""
         return self.ids("<|im_start|>user\n") + (*([IMAGE] * CELLS), *self.ids("\n")) * pictures
 
-    def branch(self, question: str, answer: str, task: str, longest: int = 110) -> Branch:
+    def branch(self, question: str, answer: str, task: str, phase: Phase, longest: int = 110) -> Branch:
         """A question and its answer; an answer cut at `longest` tokens has no end token."""
         asked = self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
-        return Branch(asked, (*self.ids(answer), END)[:longest], task, WEIGHTS[task])
+        return Branch(asked, (*self.ids(answer), END)[:longest], task, phase.weights[task])
 
     def _sample(self, source: str, row: int, branches: list[Branch]) -> Sample:
         return Sample(self.prefix(self.sets[source].frames), tuple(branches), ((source, row),))
 
-    def _photo(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
+    def _photo(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         """Captions first, so that they are the last to be cut for room."""
         image = self.sets[source].rows[row]["image"]
         captions, facts = self.captions[image], self._facts(image)
         detail = None
-        late = self.split == "train" and step >= self.config.captions_from
-        if rng.random() < (self.config.late_detail if late else self.config.detail):
+        if rng.random() < phase.detail:
             asked_for, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)
-            detail = self.branch(asked_for, answer, "detail")
+            detail = self.branch(asked_for, answer, "detail", phase)
             detail = detail if len(detail.answer) >= SHORTEST_DETAIL else None
-        short = rng.sample(captions, min(len(captions), (2 if late else 1) * (1 if detail else 2)))
-        branches = [self.branch(rng.choice(CAPTION_PROMPTS), tidy(c), "caption") for c in short]
+        short = rng.sample(captions, min(len(captions), phase.captions * (1 if detail else 2)))
+        branches = [self.branch(rng.choice(CAPTION_PROMPTS), tidy(c), "caption", phase) for c in short]
         branches += [detail] if detail else []
         asked = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
         if asked:
-            branches.append(self.branch(*asked, "yesno"))
-        branches += [self.branch(q, a, "question") for q, a in open_questions(facts, rng)[: rng.choice((1, 1, 2))]]
-        if detail and row % 2:
-            branches.append(self._repetition(asked_for, answer, row))
+            branches.append(self.branch(*asked, "yesno", phase))
+        branches += [
+            self.branch(q, a, "question", phase) for q, a in open_questions(facts, rng)[: rng.choice((1, 1, 2))]
+        ]
+        if detail and phase.avoid and row % 2:
+            branches.append(self._repetition(asked_for, answer, row, phase))
         return self._sample(source, row, branches)
 
-    def _repetition(self, question: str, answer: str, row: int) -> Branch:
+    def _repetition(self, question: str, answer: str, row: int, phase: Phase) -> Branch:
         """A long answer that falls into repeating a sentence: from its fourth word on, that is to be avoided.
 
         Mostly the first sentence is said twice in a row, for every third photo some earlier one is repeated later.
@@ -237,42 +259,44 @@ class Mix:
         told, again = sentences[: last + 1], sentences[row // 7 % (last + 1)]
         copied = again.split(" ")
         opening = f"{question}<|im_end|>\n<|im_start|>assistant\n" + " ".join([*told, *copied[:3]])
-        return Branch(self.ids(opening), self.ids(" " + " ".join(copied[3:])), "avoid", WEIGHTS["avoid"], avoid=True)
+        return Branch(
+            self.ids(opening), self.ids(" " + " ".join(copied[3:])), "avoid", phase.weights["avoid"], avoid=True
+        )
 
-    def _coco(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
+    def _coco(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         questions = list(self.questions[self.sets[source].rows[row]["image"]])
         rng.shuffle(questions)
         suffix = lambda: rng.choice(ONE_WORD) if rng.random() < self.config.one_word else ""  # noqa: E731
-        return self._sample(source, row, [self.branch(q + suffix(), a, "vqa") for q, a in questions[:5]])
+        return self._sample(source, row, [self.branch(q + suffix(), a, "vqa", phase) for q, a in questions[:5]])
 
-    def _clip(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
+    def _clip(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         shown = self.sets[source].rows[row]
         captions, motion = self.captions[shown["image"]], MOTION[shown["motion"]]
         branches = [
-            self.branch(rng.choice(CLIP_PROMPTS), f"{tidy(rng.choice(captions))} {motion}", "clip"),
-            self.branch(rng.choice(MOTION_PROMPTS), motion, "clip"),
+            self.branch(rng.choice(CLIP_PROMPTS), f"{tidy(rng.choice(captions))} {motion}", "clip", phase),
+            self.branch(rng.choice(MOTION_PROMPTS), motion, "clip", phase),
         ]
         if rng.random() < 0.25:
             answer = f"{long_answer(captions, self._facts(shown['image']), rng, sentences=6)} {motion}"
-            branches.append(self.branch("Describe the video in detail.", answer, "detail"))
+            branches.append(self.branch("Describe the video in detail.", answer, "detail", phase))
         return self._sample(source, row, branches)
 
-    def _word(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
+    def _word(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         shown = self.sets[source].rows[row]
-        branches = [self.branch(rng.choice(READ_PROMPTS), shown["text"], "read")]
+        branches = [self.branch(rng.choice(READ_PROMPTS), shown["text"], "read", phase)]
         colour = rng.choice(
             (("What color is the text?", shown["ink"]), ("What color is the background?", shown["ground"]))
         )
-        branches.append(self.branch(colour[0], f"{colour[1].capitalize()}.", "question"))
+        branches.append(self.branch(colour[0], f"{colour[1].capitalize()}.", "question", phase))
         return self._sample(source, row, branches)
 
-    def _line(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
+    def _line(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         return self._sample(
-            source, row, [self.branch(rng.choice(LINE_PROMPTS), self.sets[source].rows[row]["text"], "read")]
+            source, row, [self.branch(rng.choice(LINE_PROMPTS), self.sets[source].rows[row]["text"], "read", phase)]
         )
 
-    def _text(self, source: str, row: int, rng: random.Random, step: int) -> Sample:
+    def _text(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         turn = self.texts[row]
         asked = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answer = (*turn["ids"], END) if turn["finished"] else tuple(turn["ids"])
-        return Sample(self.prefix(0), (Branch(asked, answer, "text", WEIGHTS["text"]),))
+        return Sample(self.prefix(0), (Branch(asked, answer, "text", phase.weights["text"]),))

@@ -52,6 +52,8 @@ class TrainableVLM(nn.Module):
         super().__init__()
         self.config = config
         self.lm = lm.requires_grad_(False)
+        # faster here than sdpa with a mask (results/settings.md); a boolean mask would silently be wrong under it
+        self.lm.set_attn_implementation("eager")
         adapt(self.lm, config.layers, config.rank)
         if config.bf16:
             self._freeze_in(torch.bfloat16)
@@ -85,7 +87,8 @@ class TrainableVLM(nn.Module):
         if len(batch.features):
             tokens = self.image_tokens(batch.features).reshape(-1, HIDDEN).to(x.dtype)
             x = x.masked_scatter(batch.is_image[..., None], tokens)
-        out = self.lm.model(inputs_embeds=x, attention_mask=batch.mask(), position_ids=batch.positions, use_cache=False)
+        mask = torch.zeros(1, dtype=x.dtype, device=x.device).where(batch.mask(), torch.finfo(x.dtype).min)
+        out = self.lm.model(inputs_embeds=x, attention_mask=mask, position_ids=batch.positions, use_cache=False)
         states: Tensor = out.last_hidden_state
         return states
 

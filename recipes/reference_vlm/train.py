@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -115,18 +115,9 @@ def main() -> None:
     if args.compile:
         model.compile_layers()
     texts = [json.loads(line) for line in args.texts.read_text(encoding="utf-8").splitlines()]
-    config = MixConfig(rows=args.rows, length=args.length)
-    config = MixConfig(args.rows, args.length, {k: v * args.rows * args.length / 1536 for k, v in config.rates.items()})
+    config = MixConfig(args.rows, args.length)
     mix = Mix(args.data, args.features, texts, tokenizer, config, args.seed)
-    val = Mix(
-        args.data,
-        args.features,
-        texts,
-        tokenizer,
-        MixConfig(args.rows, args.length, config.rates, blind=0.0),
-        args.seed,
-        "val",
-    )
+    val = Mix(args.data, args.features, texts, tokenizer, replace(config, blind=0.0), args.seed, "val")
 
     def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         batch = mix.batch(step).to(device)
@@ -150,7 +141,7 @@ def main() -> None:
         flush=True,
     )
     finished = loop.run()
-    print("finished" if finished else "stopped; run again to continue", math.floor(loop.step), flush=True)
+    print("finished" if finished else "stopped; run again to continue", loop.step, flush=True)
 
 
 if __name__ == "__main__":

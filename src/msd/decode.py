@@ -46,6 +46,8 @@ def decode(
             tree = drafter.propose(state, plan.budget(sampler), sampler)
         with statistics.timed("verify"):
             scores = target.score(state, tree)
+            if verifier.routed:
+                scores.modality = drafter.route(state, tree, scores)
         accepted = verifier.accept(tree, scores, sampler)
         target.commit(state, accepted)
         with statistics.timed("draft"):

@@ -42,6 +42,8 @@ class DraftTree:
     fixed:    [B, N] bool, True where the node is a deterministic trial of its parent.
     height:   largest depth, a host integer.
     trials:   sampled trials, or None when every trial is deterministic.
+    q:        [B, N] float32, probability of the node's token under its parent's draft law, 1 at the root; or None when
+              the drafter has no law. The lossless policy does not read it.
     """
 
     tokens: Tensor
@@ -52,6 +54,7 @@ class DraftTree:
     fixed: Tensor
     height: int
     trials: Trials | None = None
+    q: Tensor | None = None
 
     @classmethod
     def root_only(cls, newest: Tensor) -> DraftTree:
@@ -124,10 +127,13 @@ class Scores:
 
     logits: [B, N, V], the target's logits after each node, in the model's dtype, unprocessed.
     taps:   [B, N, T*H] hidden states at the drafter's tap layers, concatenated, or None.
+    modality: [B, N] int64, class predicted for the token *below* each node from the target's own states, or None when
+            nobody routes; then every position counts as language.
     """
 
     logits: Tensor
     taps: Tensor | None = None
+    modality: Tensor | None = None
 
 
 @dataclass

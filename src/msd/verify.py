@@ -20,7 +20,12 @@ from msd.tree import Accepted, DraftTree, Scores, Trials
 
 
 class Verifier(Protocol):
-    """Chooses what to emit from a scored tree, and emits it through the sampler."""
+    """Chooses what to emit from a scored tree, and emits it through the sampler.
+
+    routed: whether `scores.modality` is to be filled in for it.
+    """
+
+    routed: bool
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
         """Walks each row's tree from the root and returns the accepted path and the emitted tokens."""
@@ -35,6 +40,8 @@ class Lossless:
     Sampled trials: multi-candidate rejection in trial order (SpecInfer, algorithm 2; Leviathan et al., section 2.3),
     after the deterministic ones have been taken out of p.
     """
+
+    routed = False
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
         """Walks down all rows together, one level at a time."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from msd.plan import Budget
 from msd.sampling import Sampler
 from msd.targets.base import State
@@ -21,6 +24,10 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
     sampled: bool
 
+    def attach(self, model: PreTrainedModel) -> None:
+        """Called once, when the drafter meets its target; UserError when the two do not fit."""
+        ...
+
     def begin(self, state: State, scores: Scores) -> None:
         """Called once, after prefill and the first emitted token; `scores` are those of the prompt."""
         ...
@@ -29,6 +36,13 @@ class Drafter(Protocol):
         """A tree per row within the budget; node 0 is `state.layout.newest()`.
 
         A drafter that samples its candidates draws them with `sampler.multinomial`, so that the request's seed decides.
+        """
+        ...
+
+    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
+        """[B, N] class predicted for the token below each scored node, from the target's states; None: no router.
+
+        Called between scoring and accepting when the verification policy asks for it.
         """
         ...
 

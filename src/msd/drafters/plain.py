@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from msd.plan import Budget
 from msd.sampling import Sampler
 from msd.targets.base import State
@@ -15,12 +18,19 @@ class Plain:
     taps: tuple[int, ...] = ()
     sampled = False
 
+    def attach(self, model: PreTrainedModel) -> None:
+        """Any target will do."""
+
     def begin(self, state: State, scores: Scores) -> None:
         """Nothing to remember."""
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The root alone."""
         return DraftTree.root_only(state.layout.newest())
+
+    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
+        """No router."""
+        return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Nothing to remember."""

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from msd.modality import LANGUAGE
 from msd.plan import Budget
@@ -47,10 +48,17 @@ class PromptLookup:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
         self.max_ngram, self.min_ngram, self.sampled, self.branches = max_ngram, min_ngram, sampled, branches
 
+    def attach(self, model: PreTrainedModel) -> None:
+        """Any target will do."""
+
     def begin(self, state: State, scores: Scores) -> None:
         """Indexes the prompt."""
         state.memory = [_Index() for _ in range(state.layout.batch)]
         self._read(state)
+
+    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
+        """No router."""
+        return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Indexes what was emitted."""
@@ -74,7 +82,7 @@ class PromptLookup:
         roots = [self._continuations(index, depth) for index, depth in zip(state.memory, budget.depth, strict=True)]
         if self.sampled:
             return self._draw(state, roots, budget, sampler)
-        picked = [_most_frequent(root, budget.nodes) for root in roots]
+        picked = [_most_frequent(root, budget.nodes, budget.width) for root in roots]
         return DraftTree.from_lists(state.layout.newest(), [t for t, _ in picked], [p for _, p in picked])
 
     def _continuations(self, index: _Index, depth: int) -> _Node:
@@ -97,8 +105,9 @@ class PromptLookup:
 
     def _draw(self, state: State, roots: list[_Node], budget: Budget, sampler: Sampler) -> DraftTree:
         """Trees of sampled trials: `branches` draws at the root, one at every deeper node, breadth first."""
+        branches = min(self.branches, budget.width or self.branches)
         drafts = [
-            _sample_tree(root, budget.nodes, self.branches, partial(sampler.multinomial, rows=[row]))
+            _sample_tree(root, budget.nodes, branches, partial(sampler.multinomial, rows=[row]))
             for row, root in enumerate(roots)
         ]
         size = 1 + max(len(d.tokens) for d in drafts)
@@ -119,16 +128,24 @@ class PromptLookup:
         )
 
 
-def _most_frequent(root: _Node, budget: int) -> tuple[list[int], list[int]]:
-    """The `budget` heaviest nodes as (tokens, parents); a child weighs no more than its parent, so they form a tree."""
+def _most_frequent(root: _Node, budget: int, width: int | None) -> tuple[list[int], list[int]]:
+    """The `budget` heaviest nodes as (tokens, parents), at most `width` on a level.
+
+    A child weighs no more than its parent, so they form a tree.
+    """
     tokens: list[int] = []
     parents: list[int] = []
+    depths = [0]
     frontier = [(child.weight, token, child, 0) for token, child in root.children.items()]
     while frontier and len(tokens) < budget:
         best = max(range(len(frontier)), key=lambda i: frontier[i][0])
         _, token, node, parent = frontier.pop(best)
+        depth = depths[parent] + 1
+        if width is not None and depths.count(depth) >= width:
+            continue
         tokens.append(token)
         parents.append(parent)
+        depths.append(depth)
         frontier += [(child.weight, t, child, len(tokens)) for t, child in node.children.items()]
     return tokens, parents
 

@@ -26,27 +26,38 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then a cosine from `level` at step `start` to `floor` at step `steps`, as factors of the peak."""
+    """A cosine from `level` at step `start` to `floor` at step `steps`, as factors of the peak.
+
+    The first `warmup` steps from step `warm_from` on rise to it.
+    """
 
     steps: int
     start: int = 0
     level: float = 1.0
     warmup: int = 50
     floor: float = 0.03
+    warm_from: int = 0
 
     def factor(self, step: int) -> float:
         """The learning rate of `step`, as a share of the peak."""
         part = min(1.0, max(0.0, (step - self.start) / max(1, self.steps - self.start)))
         cosine = self.floor + (self.level - self.floor) * 0.5 * (1 + math.cos(math.pi * part))
-        return min(1.0, (step + 1) / max(1, self.warmup)) * cosine
+        return min(1.0, (step - self.warm_from + 1) / max(1, self.warmup)) * cosine
 
     def landing(self, step: int, steps: int) -> Schedule:
-        """The same run with another end: from where the schedule stands at `step`, a cosine to the floor at `steps`."""
+        """The same run with another end: from where the schedule stands at `step`, a cosine to the floor at `steps`.
+
+        A run that had reached its end warms up to the peak again.
+        """
         if steps == self.steps:
             return self
         if steps <= step:
             raise ValueError(f"the run is at step {step} already: it cannot end at step {steps}")
-        return Schedule(steps, step, self.factor(max(step, self.warmup)), self.warmup, self.floor)
+        if step >= self.steps:
+            return Schedule(steps, step, 1.0, self.warmup, self.floor, step)
+        return Schedule(
+            steps, step, self.factor(max(step, self.warm_from + self.warmup)), self.warmup, self.floor, self.warm_from
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""What an MSD drafter is made of: sizes, parts that are switched on, and the shape of each modality's subtree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from msd import modality
+from msd.errors import UserError
+
+FORMS = ("ar", "block")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A subtree: `width` nodes go on per level, `depth` levels."""
+
+    width: int
+    depth: int
+
+
+def default_shapes() -> dict[str, Shape]:
+    """Language deep and narrow, vision wide and shallow, fusion between."""
+    return {"language": Shape(2, 8), "vision": Shape(5, 5), "fusion": Shape(3, 7)}
+
+
+@dataclass(frozen=True)
+class MSDConfig:
+    """Sizes follow the target's text model; H is its hidden size, V its vocabulary, T the number of taps.
+
+    form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
+    levels it is trained on. layers: decoder layers of the trunk. draft_vocabulary: ids the drafter can propose.
+    rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token. image_tokens:
+    compressed tokens per image. shapes, shared: a subtree's shape by modality, and that of the one tree when `subtrees` is off.
+    active_from: the router probability from which a modality's subtree exists.
+    The switches take one part each out, for controls and ablations: with all five off and `vision` off the drafter is
+    the `standard` control.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    draft_vocabulary: int
+    taps: tuple[int, ...]
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+    form: str = "block"
+    layers: int = 2
+    depth: int = 8
+    rank: int = 32
+    parent_rank: int = 64
+    image_tokens: int = 4
+    modalities: tuple[str, ...] = ("language", "vision", "fusion")
+    shapes: dict[str, Shape] = field(default_factory=default_shapes)
+    shared: Shape = Shape(4, 8)
+    active_from: float = 0.15
+    router: bool = True
+    experts: bool = True
+    subtrees: bool = True
+    vision: bool = True
+    transfer: bool = True
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UserError(f"form '{self.form}' is unknown; choose one of {', '.join(FORMS)}")
+        if self.modalities[:1] != ("language",):
+            raise UserError("the first modality of a drafter must be 'language', which the others build on")
+        for name in self.modalities:
+            modality.get(name)
+        missing = [name for name in self.modalities if name not in self.shapes]
+        if missing:
+            raise UserError(f"no subtree shape for modality '{missing[0]}'; add it to `shapes`")
+
+    @classmethod
+    def for_target(cls, text_config: Any, draft_vocabulary: int, **changes: Any) -> MSDConfig:
+        """The configuration for a `transformers` text config; `changes` override any field."""
+        c = text_config
+        rope = getattr(c, "rope_parameters", None) or {}
+        layers = c.num_hidden_layers
+        own = {
+            "hidden": c.hidden_size,
+            "heads": c.num_attention_heads,
+            "kv_heads": c.num_key_value_heads,
+            "head_dim": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+            "intermediate": c.intermediate_size,
+            "vocabulary": c.vocab_size,
+            "draft_vocabulary": draft_vocabulary,
+            "taps": tuple(sorted({min(2, layers), layers // 2, layers})),
+            "rope_theta": float(rope.get("rope_theta", getattr(c, "rope_theta", 10000.0))),
+            "eps": float(getattr(c, "rms_norm_eps", 1e-5)),
+        }
+        if changes.get("form") == "ar":
+            own |= {"layers": 1, "depth": 5}
+        return cls(**(own | changes))
+
+    def as_json(self) -> str:
+        """JSON text that `from_json` reads back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> MSDConfig:
+        """Strict: an unknown or missing field is a UserError that names it."""
+        raw = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        wrong = sorted(known.symmetric_difference(raw))
+        if wrong:
+            raise UserError(f"drafter config: field '{wrong[0]}' is {'unknown' if wrong[0] in raw else 'missing'}")
+        built = {
+            "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
+            "shared": Shape(**raw["shared"]),
+            "taps": tuple(raw["taps"]),
+            "modalities": tuple(raw["modalities"]),
+        }
+        return cls(**(raw | built))
+
+    def within(self, shape: Shape, width: int | None = None) -> Shape:
+        """A subtree's shape as far as the form reaches, and at most `width` wide."""
+        depth = min(shape.depth, self.depth) if self.form == "block" else shape.depth
+        return Shape(shape.width if width is None else min(width, shape.width), depth)
+
+    @property
+    def modality_ids(self) -> tuple[int, ...]:
+        """Registry ids of `modalities`, in order."""
+        return tuple(modality.get(name).id for name in self.modalities)

@@ -1,0 +1,78 @@
+"""`msd`: modality-aware draft trees (DESIGN, "What makes it MSD")."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from msd.drafters.msd.context import pick
+from msd.drafters.msd.grow import choose, grow
+from msd.drafters.msd.laws import levels
+from msd.drafters.msd.memory import Memory
+from msd.drafters.msd.network import MSDNetwork
+from msd.drafters.msd.sample import draw
+from msd.errors import UserError
+from msd.plan import Budget
+from msd.sampling import Sampler
+from msd.targets.base import State
+from msd.tree import Accepted, DraftTree, Scores
+
+
+class MSD:
+    """Drafts with a trained network. `sampled`: candidates are drawn from the draft laws instead of being the best."""
+
+    def __init__(self, network: MSDNetwork, name: str = "msd", sampled: bool = False) -> None:
+        self.network, self.name, self.sampled = network.eval(), name, sampled
+        self.taps = network.config.taps
+        self.modality_ids = torch.tensor(network.config.modality_ids)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Takes the target's embedding and device; UserError when the target is not the one it was trained for."""
+        embedding = model.get_input_embeddings()
+        vocabulary, hidden = embedding.weight.shape
+        c = self.network.config
+        if (vocabulary, hidden) != (c.vocabulary, c.hidden):
+            raise UserError(
+                f"method '{self.name}' was trained for a target with {c.vocabulary} tokens and hidden size {c.hidden}, "
+                f"not {vocabulary} and {hidden}; train one with `msd train`"
+            )
+        self.network.attach(embedding).to(model.device)
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """Prepares text and images apart, once."""
+        if scores.taps is None or scores.taps.shape[-1] != self.network.fuse.in_features:
+            raise UserError(
+                f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
+            )
+        state.memory = Memory.begin(self.network, state.layout, scores.taps)
+
+    def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
+        """Subtrees of the active modalities, merged; or draws from their laws."""
+        memory: Memory = state.memory
+        newest = state.layout.newest()
+        if max(budget.depth, default=0) < 1:
+            return DraftTree.root_only(newest)
+        context, visible = memory.context()
+        laws = levels(self.network, context, replace(memory.anchor, visible=visible))
+        ids, kinds = self.network.heads.ids, self.modality_ids.to(newest.device)
+        subtrees = choose(self.network.config, memory.route, budget.nodes, budget.width)
+        if self.sampled and sampler.do_sample:
+            return draw(laws, self.network.heads, subtrees, kinds, newest, budget, sampler)
+        return grow(laws, ids, subtrees, kinds, newest, budget.nodes, budget.depth)
+
+    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
+        """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
+        assert scores.taps is not None
+        memory: Memory = state.memory
+        feature = self.network.feature(scores.taps)
+        above = pick(feature, tree.parents.clamp_min(0))
+        above = torch.where((tree.parents < 0)[..., None], memory.anchor.feature, above)
+        kinds = self.network.route(above, self.network.embed(tree.tokens)).argmax(-1)
+        return self.modality_ids.to(kinds.device)[kinds]
+
+    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """Takes in the target's states of what was emitted."""
+        state.memory.observe(self.network, state.layout, tree, scores, accepted)

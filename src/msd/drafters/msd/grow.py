@@ -1,0 +1,190 @@
+"""Growing the subtrees of the active modalities and merging them under one root.
+
+Every active modality has a subtree of its own shape, drafted by its own expert from the first token on, and a share of
+the node budget by its router probability. Within a subtree the nodes kept are those most likely to be reached: a node's
+score is the log of its path's draft probabilities times the confidence at each parent. Paths that several subtrees
+propose become one node. All of it is tensor operations on [B, M, ...], with one look at the host: which subtrees exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msd.drafters.msd.config import MSDConfig, Shape
+from msd.drafters.msd.laws import Laws, Levels
+from msd.modality import LANGUAGE
+from msd.tree import DraftTree
+
+NEVER = -1e30
+PRIME = 1_000_003
+
+
+@dataclass
+class Subtrees:
+    """M subtrees of B rows. weights: [B, M, experts] of the first law. share: [B, M] probabilities, 0 where a row has
+    no such subtree. budget: [B, M] nodes. shapes: M of them.
+    """
+
+    weights: Tensor
+    share: Tensor
+    budget: Tensor
+    shapes: list[Shape]
+
+
+def choose(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:
+    """Dynamic subtree selection: from router probabilities [B, experts] to subtrees that share `nodes`.
+
+    A modality whose probability is below `active_from` in all rows has no subtree (a row's likeliest always has). With
+    subtrees off, or for a chain (`width` 1), one subtree follows the router's mixture.
+    """
+    B, M = route.shape
+    if not config.subtrees or width == 1:
+        budget = torch.full((B, 1), nodes, device=route.device)
+        return Subtrees(route[:, None], torch.ones_like(route[:, :1]), budget, [config.within(config.shared, width)])
+    active = route >= (config.active_from if config.dynamic else -1.0)
+    active = active | F.one_hot(route.argmax(-1), M).bool()
+    existing = [m for m, any_ in enumerate(active.any(0).tolist()) if any_]
+    share = (route * active)[:, existing]
+    share = share / share.sum(-1, keepdim=True)
+    budget = (share * nodes).floor().long()
+    left = nodes - budget.sum(-1, keepdim=True)
+    rank = (share * nodes - budget).argsort(dim=-1, descending=True).argsort(-1)
+    budget = (budget + (rank < left)) * active[:, existing]
+    weights = torch.eye(M, device=route.device, dtype=route.dtype)[existing].expand(B, -1, -1)
+    shapes = [config.within(config.shapes[config.modalities[m]], width) for m in existing]
+    return Subtrees(weights, share, budget, shapes)
+
+
+@dataclass
+class _Pool:
+    """Candidates of every subtree, level after level: [B, M, P]. `parent` is an index into P, -1 at the root."""
+
+    tokens: Tensor
+    score: Tensor
+    q: Tensor
+    parent: Tensor
+    depth: Tensor
+    kind: Tensor
+    path: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[_Pool]) -> _Pool:
+        return cls(*(torch.cat([getattr(p, name) for p in parts], -1) for name in cls.__annotations__))
+
+
+def grow(
+    levels: Levels, ids: Tensor, subtrees: Subtrees, modality_ids: Tensor, newest: Tensor, nodes: int, depth: list[int]
+) -> DraftTree:
+    """Trees of at most `nodes` drafted nodes, row b at most `depth[b]` levels deep.
+
+    ids [Vd]: the target's ids of draft tokens. modality_ids [experts]: registry ids. newest [B]: the roots.
+    """
+    deepest = min(max(depth, default=0), max(s.depth for s in subtrees.shapes))
+    if deepest < 1 or nodes < 1:
+        return DraftTree.root_only(newest)
+    pool = _expand(levels, ids, subtrees, modality_ids, deepest, torch.tensor(depth, device=newest.device))
+    return _merge(_select(pool, subtrees, nodes), newest, nodes)
+
+
+def _expand(
+    levels: Levels, ids: Tensor, subtrees: Subtrees, modality_ids: Tensor, deepest: int, limit: Tensor
+) -> _Pool:
+    """All candidates down to level `deepest`; `limit` [B] is each row's own."""
+    B, M = subtrees.budget.shape
+    device = ids.device
+    widths = torch.tensor([s.width for s in subtrees.shapes], device=device)[:, None]
+    depths = torch.tensor([s.depth for s in subtrees.shapes], device=device)
+    k = min(max(s.width for s in subtrees.shapes), len(ids))
+    score = torch.zeros(B, M, 1, device=device).masked_fill(subtrees.share[..., None] == 0, NEVER)
+    parent = torch.full((B, M, 1), -1, device=device)
+    path = torch.zeros(B, M, 1, dtype=torch.long, device=device)
+    laws: Laws = levels.root(subtrees.weights)
+    pools: list[_Pool] = []
+    offset = 0
+    for level in range(1, deepest + 1):
+        W = score.shape[-1]
+        top, index = laws.logits.float().log_softmax(-1).topk(k, -1)  # [B, M*W, k]
+        sure = F.logsigmoid(laws.sure.float())[..., None]
+        allowed = (level <= limit)[:, None] & (level <= depths)  # [B, M]
+        worth = score.reshape(B, M * W, 1) + top + sure - 1e-5  # strictly below the parent's
+        worth = worth.view(B, M, W * k).masked_fill(~allowed[..., None], NEVER)
+        tokens = ids[index].view(B, M, W * k)
+        kind = modality_ids[laws.weights.argmax(-1)].view(B, M, W, 1).expand(-1, -1, -1, k).reshape(B, M, W * k)
+        paths = (path[..., None] * PRIME + tokens.view(B, M, W, k) + 1).view(B, M, W * k)
+        above = parent[..., None].expand(-1, -1, -1, k).reshape(B, M, W * k)
+        pools.append(
+            _Pool(tokens, worth, top.exp().view(B, M, W * k), above, torch.full_like(tokens, level), kind, paths)
+        )
+        if level == deepest:
+            break
+        kept = min(k, W * k)
+        score, chosen = worth.topk(kept, -1)  # [B, M, kept]
+        score = score.masked_fill(torch.arange(kept, device=device) >= widths, NEVER)
+        parent, path = chosen + offset, paths.gather(-1, chosen)
+        offset += W * k
+        first = torch.arange(M, device=device)[:, None] * W
+        laws = levels.below(tokens.gather(-1, chosen).flatten(1), (chosen // k + first).flatten(1))
+    return _Pool.of(pools)
+
+
+def _select(pool: _Pool, subtrees: Subtrees, nodes: int) -> tuple[_Pool, Tensor]:
+    """Candidates in the order in which they are to be kept, flat: ([B, S] pool, valid [B, S]).
+
+    First those within their subtree's budget, best first, then all others: they fill what merging leaves free. A parent
+    stands before its children. `parent` becomes an index into S, -1 at the root.
+    """
+    B, M, P = pool.score.shape
+    n = min(nodes, P)
+    score, at = pool.score.topk(n, -1)
+    over = torch.arange(n, device=at.device) >= subtrees.budget[..., None]
+    order = (score + subtrees.share.log()[..., None]).flatten(1).argsort(dim=-1, descending=True)
+    order = order.gather(1, over.flatten(1).gather(1, order).long().argsort(dim=-1, stable=True))
+    slot = torch.empty_like(order).scatter_(1, order, torch.arange(M * n, device=at.device).expand(B, -1))
+    place = torch.full((B, M, P), -1, device=at.device).scatter_(-1, at, slot.view(B, M, n))  # candidate -> its slot
+
+    def flat(x: Tensor) -> Tensor:
+        return x.gather(-1, at).flatten(1).gather(1, order)
+
+    above = pool.parent.gather(-1, at)
+    parent = torch.where(above < 0, -1, place.gather(-1, above.clamp_min(0))).flatten(1).gather(1, order)
+    taken = _Pool(
+        flat(pool.tokens), flat(pool.score), flat(pool.q), parent, flat(pool.depth), flat(pool.kind), flat(pool.path)
+    )
+    return taken, taken.score > NEVER / 2
+
+
+def _merge(selected: tuple[_Pool, Tensor], newest: Tensor, nodes: int) -> DraftTree:
+    """One tree per row of the first `nodes` different paths; equal paths become the node that comes first."""
+    pool, valid = selected
+    B, S = valid.shape
+    same = (pool.path[:, :, None] == pool.path[:, None]) & (pool.tokens[:, :, None] == pool.tokens[:, None])
+    same = same & (pool.depth[:, :, None] == pool.depth[:, None]) & valid[:, None]
+    first = same.int().argmax(-1)  # of the equal slots
+    keep = valid & (first == torch.arange(S, device=valid.device))
+    number = keep.cumsum(1)  # a kept slot's node, the root being 0
+    keep = keep & (number <= nodes)
+    above = number.gather(1, first.gather(1, pool.parent.clamp_min(0)))
+    above = torch.where(pool.parent < 0, 0, above)
+    size, height = torch.stack([keep.sum(1).max(), (pool.depth * keep).max()]).tolist()
+    order = (~keep).long().argsort(dim=1, stable=True)[:, :size]
+
+    def column(x: Tensor, root: Tensor | float, empty: float) -> Tensor:
+        rest = x.gather(1, order).masked_fill(~keep.gather(1, order), empty)
+        return torch.cat([torch.as_tensor(root, device=x.device).to(x.dtype).expand(B)[:, None], rest], 1)
+
+    there = keep.gather(1, order)
+    return DraftTree(
+        tokens=column(pool.tokens, newest, 0),
+        parents=column(above, -1, -1),
+        depths=column(pool.depth, 0, 0),
+        valid=torch.cat([torch.ones_like(keep[:, :1]), there], 1),
+        modality=column(pool.kind, LANGUAGE.id, LANGUAGE.id),
+        fixed=torch.cat([torch.zeros_like(keep[:, :1]), there], 1),
+        height=int(height),
+        q=column(pool.q, 1.0, 0.0),
+    )

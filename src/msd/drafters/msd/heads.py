@@ -1,0 +1,114 @@
+"""From the trunk's states to draft laws: a reduced vocabulary, a low-rank expert per modality, a confidence.
+
+Cross-modality transfer: every other modality's expert corrects the language expert's result instead of the bare state,
+so that what the text subtree has learnt helps the vision subtree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msd.drafters.msd.config import MSDConfig
+
+
+class Expert(nn.Module):
+    """A low-rank correction [..., in] -> [..., H] that starts as nothing."""
+
+    def __init__(self, wide: int, hidden: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(wide, rank, bias=False), nn.Linear(rank, hidden, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The correction."""
+        out: Tensor = self.up(self.down(x))
+        return out
+
+
+class Experts(nn.Module):
+    """One expert per modality; all but the language one also see the image's global vector."""
+
+    def __init__(self, config: MSDConfig) -> None:
+        super().__init__()
+        H = config.hidden
+        self.transfer = config.transfer
+        self.language = Expert(H, H, config.rank)
+        self.others = nn.ModuleList(Expert(2 * H, H, config.rank) for _ in config.modalities[1:])
+
+    def parts(self, z: Tensor, image: Tensor) -> Tensor:
+        """States z [..., H], global image vector [..., H] -> [..., 1+M, H]: the state, then each expert's correction.
+
+        What an expert mixture gives is linear in these, so logits of any mixture follow from the parts' logits.
+        """
+        both = torch.cat([z, image.expand_as(z)], -1)
+        return torch.stack([z, self.language(z), *(expert(both) for expert in self.others)], -2)
+
+    def coefficients(self, weights: Tensor) -> Tensor:
+        """Modality weights [..., M] (sum 1) -> the parts' coefficients [..., 1+M]."""
+        one = torch.ones_like(weights[..., :1])
+        return torch.cat([one, one if self.transfer else weights[..., :1], weights[..., 1:]], -1)
+
+
+class Heads(nn.Module):
+    """State -> logits over the draft vocabulary, and the chance that a draft from here is accepted.
+
+    In the block form all depths come from one pass, so a child does not know its parent; a low-rank term conditioned on
+    the parent token, one per modality, mends that (DSpark's Markov head, here aware of modality and of the state).
+    """
+
+    ids: Tensor  # [Vd] int64: the target's id of each draft token
+
+    def __init__(self, config: MSDConfig) -> None:
+        super().__init__()
+        c, H = config, config.hidden
+        self.norm = nn.RMSNorm(H, c.eps)
+        self.experts = Experts(c) if c.experts else None
+        self.head = nn.Linear(H, c.draft_vocabulary, bias=False)
+        self.register_buffer("ids", torch.zeros(c.draft_vocabulary, dtype=torch.long))
+        self.confidence = nn.Linear(2 * H, 1)
+        self.block = c.form == "block"
+        if self.block:
+            kinds = len(c.modalities) if c.experts else 1
+            self.from_state = nn.Linear(H, c.parent_rank, bias=False)
+            self.from_parent = nn.Linear(H, c.parent_rank * kinds, bias=False)
+            self.to_words = nn.Linear(c.parent_rank, c.draft_vocabulary, bias=False)
+            nn.init.zeros_(self.to_words.weight)
+
+    def parts(self, state: Tensor, image: Tensor) -> Tensor:
+        """Trunk state [..., H] -> its parts [..., P, H] (P = 1 without experts)."""
+        z = self.norm(state)
+        return z[..., None, :] if self.experts is None else self.experts.parts(z, image)
+
+    def coefficients(self, weights: Tensor) -> Tensor:
+        """Modality weights [..., M] -> coefficients of the parts [..., P]."""
+        return torch.ones_like(weights[..., :1]) if self.experts is None else self.experts.coefficients(weights)
+
+    def given_parent(self, from_state: Tensor, parent: Tensor, weights: Tensor) -> Tensor:
+        """The block form's term of the parent token.
+
+        from_state [..., R]: `from_state` of the mixed parts; parent embedding [..., H]; weights [..., M] -> [..., Vd].
+        """
+        by_kind = self.from_parent(parent).unflatten(-1, (-1, from_state.shape[-1]))
+        chosen = by_kind[..., 0, :] if self.experts is None else (weights[..., None] * by_kind).sum(-2)
+        out: Tensor = self.to_words(F.silu(from_state + chosen))
+        return out
+
+    def sure(self, z: Tensor, parent: Tensor) -> Tensor:
+        """Confidence logit [...]: how much of the target's law the draft law meets here, given the parent holds."""
+        out: Tensor = self.confidence(torch.cat([z, parent], -1)).squeeze(-1)
+        return out
+
+    def full(self, q: Tensor, vocabulary: int) -> Tensor:
+        """A law over the draft vocabulary [..., Vd] as one over the target's [..., V]."""
+        return q.new_zeros(*q.shape[:-1], vocabulary).index_copy_(-1, self.ids, q)
+
+
+def frequent(counts: Tensor, size: int, always: Sequence[int] = ()) -> Tensor:
+    """The draft vocabulary: `always` and the most frequent ids by `counts` [V], `size` in all, ascending."""
+    ranked = counts.clone().double()
+    ranked[list(always)] = float("inf")
+    return ranked.topk(size).indices.sort().values

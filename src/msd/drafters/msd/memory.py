@@ -1,0 +1,99 @@
+"""What the drafter remembers of a batch in flight: context keys, preallocated, and the anchor it drafts from next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msd.drafters.msd.context import entries, pick
+from msd.drafters.msd.layer import Keys
+from msd.drafters.msd.network import Anchors, MSDNetwork
+from msd.layout import Layout
+from msd.tree import Accepted, DraftTree, Scores
+
+
+@dataclass
+class Memory:
+    """B rows. keys: a buffer [B, C, K, D] per layer. length: used entries per row. anchor: one per row (A = 1), the
+    newest entry. route: [B, M] probabilities of the class of the next drafted token.
+    """
+
+    keys: list[Keys]
+    length: list[int]
+    anchor: Anchors
+    route: Tensor
+
+    @classmethod
+    def begin(cls, network: MSDNetwork, layout: Layout, taps: Tensor) -> Memory:
+        """From the prompt's tap states [B, L, T*H]; the layout holds the first emitted token already."""
+        L = taps.shape[1]
+        found = entries(network, layout, taps)
+        length = found.present.sum(1).tolist()
+        room = found.x.shape[1] + layout.capacity - L
+        keys = [_with_room(k, room) for k in network.context(found.x, found.positions)]
+        last = torch.tensor(length, device=taps.device)[:, None] - 1
+        anchor = Anchors(
+            pick(found.x, last), pick(found.feature, last), pick(found.embedding, last),
+            found.positions.gather(1, last), _visible(length, room, taps.device), found.image,
+        )  # fmt: skip
+        return cls(keys, length, anchor, network.route(anchor.feature, anchor.embedding)[:, 0].exp())
+
+    def observe(self, network: MSDNetwork, layout: Layout, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """Appends an entry for every emitted token: the node it followed is known to the target now."""
+        added = [len(tokens) for tokens in accepted.tokens]
+        widest = max(added)
+        if widest == 0 or scores.taps is None:
+            return
+        device = scores.taps.device
+        path = torch.zeros(len(added), widest, dtype=torch.long)
+        token = torch.zeros_like(path)
+        first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
+        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
+            path[row, 1 : len(tokens)] = torch.tensor(nodes[: max(len(tokens) - 1, 0)], dtype=torch.long)
+            token[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        feature = network.feature(pick(scores.taps, path.to(device)))
+        embedding = network.embed(token.to(device))
+        x = network.entry(feature, embedding, self.anchor.image)
+        column = (first[:, None] + torch.arange(widest)).clamp_min(0).to(device)
+        positions = layout.positions[0].gather(1, column)
+        for buffer, new in zip(self.keys, network.context(x, positions), strict=True):
+            for row, (at, n) in enumerate(zip(self.length, added, strict=True)):
+                buffer.keys[row, at : at + n] = new.keys[row, :n]
+                buffer.values[row, at : at + n] = new.values[row, :n]
+        self.length = [at + n for at, n in zip(self.length, added, strict=True)]
+        last = torch.tensor(added, device=device)[:, None] - 1
+        grown, newest = last >= 0, last.clamp_min(0)
+        old = self.anchor
+
+        def latest(new: Tensor, before: Tensor) -> Tensor:
+            return torch.where(grown[..., None], pick(new, newest), before)
+
+        self.anchor = Anchors(
+            latest(x, old.x), latest(feature, old.feature), latest(embedding, old.embedding),
+            torch.where(grown, positions.gather(1, newest), old.positions),
+            _visible(self.length, old.visible.shape[-1], device), old.image,
+        )  # fmt: skip
+        self.route = network.route(self.anchor.feature, self.anchor.embedding)[:, 0].exp()
+
+    def context(self) -> tuple[list[Keys], Tensor]:
+        """(keys in use per layer [B, S, ...], visible [B, 1, S])."""
+        used = max(self.length)
+        return [Keys(k.keys[:, :used], k.values[:, :used]) for k in self.keys], self.anchor.visible[..., :used]
+
+
+def _with_room(keys: Keys, room: int) -> Keys:
+    """The same entries in buffers of `room` entries."""
+
+    def grow(x: Tensor) -> Tensor:
+        out = x.new_zeros(x.shape[0], room, *x.shape[2:])
+        out[:, : x.shape[1]] = x
+        return out
+
+    return Keys(grow(keys.keys), grow(keys.values))
+
+
+def _visible(length: list[int], room: int, device: torch.device) -> Tensor:
+    """[B, 1, room] bool: the entries in use."""
+    return (torch.arange(room) < torch.tensor(length)[:, None]).to(device)[:, None]

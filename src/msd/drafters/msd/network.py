@@ -1,0 +1,130 @@
+"""The drafter's network: fused target taps -> context -> states below an anchor -> draft laws.
+
+Position i of the text enters as x_i = fc([feature_i; emb(y_{i+1})]), feature_i being the target's fused tap states; an
+image enters as a few compressed tokens. Two forms share all of it:
+
+    ar      state s_1 at x_i drafts y_{i+2}; below, feature_state(s) stands for the feature the target has not computed
+            yet (self-fed, EAGLE). One pass per level.
+    block   D queries x_i + depth_d in one pass, seeing each other; words below depth 1 are then conditioned on their
+            parent by a low-rank term (DFlash, DSpark). One pass for all levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from msd.drafters.msd.config import MSDConfig
+from msd.drafters.msd.heads import Heads
+from msd.drafters.msd.layer import Keys, Layer
+from msd.drafters.msd.router import Router
+from msd.drafters.msd.vision import VisionAdaptor
+
+
+@dataclass
+class Anchors:
+    """A positions per row to draft from. B rows, S context entries.
+
+    x, feature, embedding: [B, A, H], the last of the token that follows the anchor (the root).
+    positions: [B, A] rotary position of the anchor. visible: [B, A, S] bool. image: [B, 1, H] global vector.
+    """
+
+    x: Tensor
+    feature: Tensor
+    embedding: Tensor
+    positions: Tensor
+    visible: Tensor
+    image: Tensor
+
+
+class MSDNetwork(nn.Module):
+    """All weights of an MSD drafter. `embed` is the target's own embedding, which is not among them."""
+
+    def __init__(self, config: MSDConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        H, wide = c.hidden, c.hidden * len(c.taps)
+        self.tap_norm, self.fuse = nn.RMSNorm(wide, c.eps), nn.Linear(wide, H, bias=False)
+        self.feature_norm, self.word_norm = nn.RMSNorm(H, c.eps), nn.RMSNorm(H, c.eps)
+        self.fc = nn.Linear(2 * H, H, bias=False)
+        self.feature_state = nn.Linear(H, H, bias=False)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.heads = Heads(c)
+        self.router = Router(c) if c.router else None
+        if c.vision:
+            self.adaptor, self.image_fc = VisionAdaptor(c), nn.Linear(H, H, bias=False)
+            nn.init.zeros_(self.image_fc.weight)
+        if c.form == "block":
+            self.depths = nn.Parameter(torch.randn(c.depth, H) * 0.02)
+        self._embedding: list[nn.Module] = []  # in a list, so that it is no part of the state dict
+
+    def attach(self, embedding: nn.Module) -> MSDNetwork:
+        """Gives the network the target's word embedding."""
+        self._embedding = [embedding]
+        return self
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Target embeddings [..., H] of token ids [...]."""
+        out: Tensor = self._embedding[0](tokens)
+        return out.to(self.fc.weight.dtype)
+
+    def feature(self, taps: Tensor) -> Tensor:
+        """Tap states [..., T*H] -> fused feature [..., H]."""
+        out: Tensor = self.fuse(self.tap_norm(taps.to(self.fc.weight.dtype)))
+        return out
+
+    def entry(self, feature: Tensor, embedding: Tensor, image: Tensor) -> Tensor:
+        """x [..., H] of a text position; `image` [..., H] is zero where no image stands before it."""
+        seen = feature + self.image_fc(image) if self.config.vision else feature
+        out: Tensor = self.fc(torch.cat([self.feature_norm(seen), self.word_norm(embedding)], -1))
+        return out
+
+    def route(self, feature: Tensor, embedding: Tensor) -> Tensor:
+        """Log-probabilities [..., M] of the class of the token after next."""
+        if self.router is None:
+            M = len(self.config.modalities)
+            return feature.new_full((*feature.shape[:-1], M), 1.0 / M).log()
+        logits: Tensor = self.router(feature, embedding)
+        return logits.log_softmax(-1)
+
+    def context(self, x: Tensor, positions: Tensor) -> list[Keys]:
+        """Keys and values of context entries x [B, S, H] at positions [B, S], for every layer."""
+        return [layer.keys(x, positions) for layer in self.layers]  # type: ignore[operator]
+
+    def block(self, context: Sequence[Keys], anchors: Anchors) -> Tensor:
+        """States of all depths in one pass: [B, A, D, H]; state d-1 drafts the d-th token below the root."""
+        D = len(self.depths)
+        h = anchors.x[:, :, None] + self.depths
+        positions = anchors.positions[..., None] + torch.arange(D, device=h.device)
+        mask = torch.ones(*h.shape[:3], D, dtype=torch.bool, device=h.device)
+        for layer, keys in zip(self.layers, context, strict=True):
+            h = layer(h, positions, keys, anchors.visible, layer.keys(h, positions), mask)  # type: ignore[operator]
+        return h
+
+    def step(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        context: Sequence[Keys],
+        visible: Tensor,
+        own: list[Keys] | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, list[Keys] | None]:
+        """One autoregressive level: n queries x [B, A, n, H] -> (states [B, A, n, H], drafts' keys with theirs added).
+
+        own None: the queries are the anchors themselves, which the context holds already. mask: [B, A, n, m+n] bool.
+        """
+        h, grown = x, []
+        for i, (layer, keys) in enumerate(zip(self.layers, context, strict=True)):
+            if mask is None:
+                h = layer(h, positions, keys, visible, None, None)
+                continue
+            mine = layer.keys(h, positions)  # type: ignore[operator]
+            if own:
+                mine = Keys(torch.cat([own[i].keys, mine.keys], 2), torch.cat([own[i].values, mine.values], 2))
+            grown.append(mine)
+            h = layer(h, positions, keys, visible, mine, mask)
+        return h, grown or None

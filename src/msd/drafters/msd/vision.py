@@ -1,0 +1,51 @@
+"""The decoupled vision path: an image enters the drafter as a few compressed tokens and one global vector.
+
+After ViSpec (arXiv 2509.15235, section 3.2): learned queries attend to the image's states, once per image and apart
+from text. We read the target's tap states at the image positions rather than the projector's output, so that any
+target, with any number of image tokens, serves unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msd.drafters.msd.config import MSDConfig
+
+
+class VisionAdaptor(nn.Module):
+    """[I, n, T*H] tap states of I images -> `image_tokens` compressed tokens and a global vector each."""
+
+    def __init__(self, config: MSDConfig) -> None:
+        super().__init__()
+        H, wide = config.hidden, config.hidden * len(config.taps)
+        self.heads = config.heads
+        self.norm = nn.RMSNorm(wide, config.eps)
+        self.queries = nn.Parameter(torch.randn(config.image_tokens + 1, H) * H**-0.5)
+        self.k_proj, self.v_proj = nn.Linear(wide, H, bias=False), nn.Linear(wide, H, bias=False)
+        self.o_proj = nn.Linear(H, H, bias=False)
+
+    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """states [I, n, T*H], mask [I, n] bool (False is padding) -> tokens [I, K, H], global [I, H]."""
+        images = len(mask)
+        normed = self.norm(states)
+        split = (self.heads, -1)
+        q = self.queries.expand(images, -1, -1).unflatten(-1, split).transpose(1, 2)
+        k, v = (p(normed).unflatten(-1, split).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        out = self.o_proj(seen.transpose(1, 2).flatten(-2))
+        return out[:, :-1], out[:, -1]
+
+
+def spans(shown: list[bool]) -> list[tuple[int, int]]:
+    """Runs of image columns as (first, one past the last)."""
+    found: list[tuple[int, int]] = []
+    start = None
+    for column, image in enumerate([*shown, False]):
+        if image and start is None:
+            start = column
+        elif not image and start is not None:
+            found.append((start, column))
+            start = None
+    return found

@@ -1,0 +1,93 @@
+"""The target as a teacher: one pass over prompts with their answers, as training and labelling need it.
+
+Gives what the decode loop would have seen position by position: hidden states at the tap layers and the logits that
+predict each answer token. The *blind* pass is the same but for one thing: nothing outside the image sees the image keys
+(positions unchanged), which is the target's law without the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msd.errors import UserError
+from msd.layout import Layout
+from msd.modality import LANGUAGE
+from msd.targets.base import Target
+
+
+@dataclass
+class Lesson:
+    """B prompts of L columns (left-padded) with answers of up to A tokens (right-padded).
+
+    layout: prompt and answer of every row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
+    taps: [B, L+A, T*H], or None without taps. logits: [B, A, V] float32; entry t predicts answer token t.
+    """
+
+    layout: Layout
+    prompt: int
+    lengths: list[int]
+    taps: Tensor | None
+    logits: Tensor
+
+    @property
+    def answers(self) -> Tensor:
+        """[B, A] int64 answer tokens; what is beyond a row's length has no meaning."""
+        return self.layout.tokens[:, self.prompt :]
+
+    def spoken(self) -> Tensor:
+        """[B, A] bool: which answer columns are real."""
+        device = self.layout.tokens.device
+        width = self.layout.tokens.shape[1] - self.prompt
+        return torch.arange(width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+
+
+@torch.no_grad()
+def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]], blind: bool = False) -> Lesson:
+    """Runs the target over prompts (processor output, images encoded or not) followed by `answers` (token ids).
+
+    UserError when an answer is empty, or holds a token that stands for image features, which a whole row at once
+    cannot tell from an image.
+    """
+    if any(len(a) == 0 for a in answers):
+        raise UserError("an answer without tokens teaches nothing; leave its prompt out")
+    spelled = target.placeholders.keys() & {t for a in answers for t in a}
+    if spelled:
+        raise UserError(f"an answer holds token {min(spelled)}, which stands for image features; leave its prompt out")
+    inputs = target.encode_images(dict(inputs))
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+    B, L = ids.shape
+    A = max(map(len, answers))
+    layout = Layout.from_prompt(ids, L + A, mask, inputs.pop("position_ids", None), target.placeholders)
+    for row, answer in enumerate(answers):
+        layout.append(row, list(answer))
+        rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
+        layout.positions[:, row, layout.end[row] :] = layout.positions[:, row, layout.end[row] - 1, None] + rest
+    with target.taps.recording() as taps:
+        output = target.model(
+            input_ids=layout.tokens,
+            attention_mask=_mask(layout, target.model.dtype, blind),
+            position_ids=target.positions(layout.positions),
+            use_cache=False,
+            logits_to_keep=A + 1,
+            return_dict=True,
+            **inputs,
+        )
+    return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, :-1].float())
+
+
+def _mask(layout: Layout, dtype: torch.dtype, blind: bool) -> Tensor:
+    """Additive causal mask [B, 1, S, S] of whole rows; padding columns see themselves, so that no row of it is empty."""
+    S, device = layout.capacity, layout.tokens.device
+    column = torch.arange(S, device=device)
+    start = torch.tensor(layout.start, device=device)[:, None, None]
+    seen = (column[None, :] <= column[:, None]) & (column >= start)  # [B, S, S]
+    if blind:
+        shown = layout.modality != LANGUAGE.id
+        seen = seen & ~(shown[:, None, :] & ~shown[:, :, None])
+    seen = seen | torch.eye(S, dtype=torch.bool, device=device)
+    return torch.zeros(1, dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,203 @@
+"""What a draft network is trained for: laws that meet the target's, weighed by modality.
+
+L = L_vision + λ_text·L_text + λ_fusion·L_fusion. A class's term is the mean over its drafted positions of
+regression (SmoothL1 of the trunk's state to the target's last hidden state), ‖p − q‖₁ = 2(1 − acceptance) over the
+draft vocabulary (ViSpec, arXiv 2509.15235, section 3.3) and cross entropy to p; positions deeper in a draft count
+less. Router and confidence have terms of their own that move nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msd import modality
+from msd.drafters.msd.context import entries, pick
+from msd.drafters.msd.network import Anchors, MSDNetwork
+from msd.errors import UserError
+from msd.targets.teacher import Lesson
+
+WEIGHTINGS = ("learned", "fixed", "threshold")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of a term's parts; `decay` per draft depth; how λ comes about (see `TaskWeights`)."""
+
+    regression: float = 0.2
+    overlap: float = 0.6
+    entropy: float = 0.4
+    router: float = 0.2
+    confidence: float = 0.1
+    decay: float = 0.8
+    weighting: str = "learned"
+
+
+class TaskWeights(nn.Module):
+    """λ of every modality but the reference one, vision, whose weight is 1.
+
+    learned: homoscedastic uncertainty (Kendall et al. 2018), λ = exp(-s) with penalty s, kept within [1/2, 2], for
+    without bounds λ drifts to 1/L and favours whatever is easiest. fixed: 1. threshold: the registry's θ.
+    """
+
+    def __init__(self, modalities: tuple[str, ...], weighting: str) -> None:
+        super().__init__()
+        if weighting not in WEIGHTINGS:
+            raise UserError(f"loss weighting '{weighting}' is unknown; choose one of {', '.join(WEIGHTINGS)}")
+        self.names, self.weighting = modalities, weighting
+        self.s = nn.Parameter(torch.zeros(len(modalities)), requires_grad=weighting == "learned")
+
+    def values(self) -> Tensor:
+        """λ [M], in the order of the modalities."""
+        if self.weighting == "threshold":
+            return torch.tensor([1.0 if n == "vision" else modality.get(n).threshold for n in self.names])
+        free = torch.tensor([n != "vision" for n in self.names], device=self.s.device)
+        with torch.no_grad():
+            self.s.clamp_(-math.log(2.0), math.log(2.0))
+        return torch.exp(-torch.where(free, self.s, 0.0))
+
+    def forward(self, terms: Tensor, present: Tensor) -> Tensor:
+        """Terms [M], present [M] bool (classes that occur) -> the weighted sum."""
+        weights = self.values().to(terms.device)
+        penalty = torch.log(weights)
+        return ((weights * terms - penalty) * present).sum()
+
+
+@dataclass
+class Drafts:
+    """A anchors per row with D drafted positions each.
+
+    anchors: what the network drafts from. index: [B, A, D] which answer token is drafted. valid: [B, A, D] bool.
+    """
+
+    anchors: Anchors
+    index: Tensor
+    valid: Tensor
+
+
+class DraftObjective(nn.Module):
+    """The loss of a draft network on lessons of its target."""
+
+    def __init__(self, network: MSDNetwork, config: LossConfig, depth: int | None = None) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.depth = depth or network.config.depth
+        self.weights = TaskWeights(network.config.modalities, config.weighting)
+        self.kinds = torch.tensor(network.config.modality_ids)
+
+    def states(self, lesson: Lesson, first: Tensor) -> tuple[Drafts, Tensor]:
+        """Trunk states [B, A, D, H] when the roots are the answer tokens `first` [B, A], deeper words as written."""
+        assert lesson.taps is not None
+        network, D = self.network, self.depth
+        found = entries(network, lesson.layout, lesson.taps[:, :-1])
+        anchors = found.anchors(first + lesson.prompt - 1)
+        context = network.context(found.x, found.positions)
+        index = first[..., None] + torch.arange(1, D + 1, device=first.device)
+        lengths = torch.tensor(lesson.lengths, device=first.device)[:, None, None]
+        drafts = Drafts(anchors, index, index < lengths)
+        if network.config.form == "block":
+            return drafts, network.block(context, anchors)[:, :, :D]
+        state, _ = network.step(
+            anchors.x[:, :, None], anchors.positions[..., None], context, anchors.visible, None, None
+        )
+        all_states, own = [state], None
+        for d in range(1, D):
+            feature = network.feature_state(state)
+            x = network.entry(feature, self._parents(lesson, index[..., d : d + 1]), anchors.image[:, None])
+            mask = torch.ones(*x.shape[:3], d, dtype=torch.bool, device=x.device)
+            state, own = network.step(x, anchors.positions[..., None] + d, context, anchors.visible, own, mask)
+            all_states.append(state)
+        return drafts, torch.cat(all_states, 2)
+
+    def routes(self, lesson: Lesson, drafts: Drafts, states: Tensor) -> Tensor:
+        """Router log-probabilities [B, A, D, M]; they teach the router and nothing behind it."""
+        anchors, network = drafts.anchors, self.network
+        feature = network.feature_state(states[:, :, :-1].detach())
+        if network.config.form == "ar":
+            feature = feature.detach()
+        feature = torch.cat([anchors.feature.detach()[:, :, None], feature], 2)
+        return network.route(feature, self._parents(lesson, drafts.index))
+
+    def logits(self, lesson: Lesson, drafts: Drafts, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft logits [B, A, D, Vd] under modality weights [B, A, D, M], and confidence logits [B, A, D]."""
+        heads = self.network.heads
+        parts = heads.parts(states, drafts.anchors.image[:, None])
+        z = (heads.coefficients(weights)[..., None] * parts).sum(-2)
+        parent = self._parents(lesson, drafts.index)
+        logits = heads.head(z)
+        if heads.block:
+            logits = logits + heads.given_parent(heads.from_state(z), parent, weights)
+        return logits, heads.sure(z.detach(), parent)
+
+    def forward(self, lesson: Lesson, labels: Tensor, first: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss and its parts. labels [B, T] modality ids of the answer tokens; first [B, A] which of them are roots."""
+        drafts, states = self.states(lesson, first)
+        at = drafts.index.clamp_max(labels.shape[1] - 1)
+        kind = (pick(labels, at.flatten(1)).view_as(at)[..., None] == self.kinds.to(at.device)).float()  # [B, A, D, M]
+        route = self.routes(lesson, drafts, states)
+        told = torch.rand(kind.shape[:3], device=at.device)[..., None] < 0.5  # half the time as decoding will have it
+        weights = torch.where(told, kind, route.detach().exp())
+        logits, sure = self.logits(lesson, drafts, states, weights)
+        log_q = logits.float().log_softmax(-1)
+        p = self._teacher(lesson, at)
+        overlap = (p - log_q.exp()).abs().sum(-1) + (1 - p.sum(-1))  # ‖p − q‖₁, the mass outside the vocabulary too
+        entropy = -(p * log_q).sum(-1)
+        truth = pick(lesson.taps[..., -states.shape[-1] :], (at + lesson.prompt - 1).flatten(1)).view_as(states)  # type: ignore[index]
+        regression = F.smooth_l1_loss(states, truth.to(states.dtype), reduction="none").mean(-1)
+        c = self.config
+        each = c.regression * regression + c.overlap * overlap + c.entropy * entropy
+        depth_weight = c.decay ** torch.arange(self.depth, device=at.device) * drafts.valid
+        total = (kind * depth_weight[..., None]).sum((0, 1, 2))  # [M]
+        terms = (each[..., None] * kind * depth_weight[..., None]).sum((0, 1, 2)) / total.clamp_min(1e-6)
+        loss = self.weights(terms, total > 0)
+        count = drafts.valid.sum().clamp_min(1)
+        routing = -((route * kind).sum(-1) * drafts.valid).sum() / count
+        met = (1 - overlap.detach() / 2).clamp(0, 1)
+        confidence = (F.binary_cross_entropy_with_logits(sure, met, reduction="none") * drafts.valid).sum() / count
+        loss = loss + (c.router * routing if self.network.router is not None else 0.0) + c.confidence * confidence
+        names = self.network.config.modalities
+        parts = {name: float(t) for name, t, n in zip(names, terms.detach(), total, strict=True) if n > 0}
+        acceptance = (met * drafts.valid).sum() / count
+        weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
+        return loss, {**parts, "router": float(routing.detach()), "acceptance": float(acceptance), **weighting}
+
+    def _parents(self, lesson: Lesson, index: Tensor) -> Tensor:
+        """Embeddings [B, A, D, H] of the tokens before the answer tokens `index`."""
+        at = (index - 1).clamp_max(lesson.answers.shape[1] - 1)
+        return self.network.embed(pick(lesson.answers, at.flatten(1)).view_as(at))
+
+    def _teacher(self, lesson: Lesson, at: Tensor) -> Tensor:
+        """The target's p over the draft vocabulary at answer tokens `at` [B, A, D]: [B, A, D, Vd], sums below 1."""
+        some = lesson.logits[..., self.network.heads.ids]
+        p = (some - lesson.logits.logsumexp(-1, keepdim=True)).exp()
+        return pick(p, at.flatten(1)).view(*at.shape, -1)
+
+
+@torch.no_grad()
+def chain_acceptance(objective: DraftObjective, lesson: Lesson, labels: Tensor, depth: int = 5) -> dict[str, list[int]]:
+    """[accepted, drafted] per modality name on top-1 chains from every answer token; below a rejection nothing counts.
+
+    The lesson's answers must be the target's greedy ones, which is what a draft is accepted against at temperature 0.
+    """
+    width = max(lesson.lengths) - 1
+    first = torch.arange(width, device=labels.device).expand(len(labels), -1)
+    drafts, states = objective.states(lesson, first)
+    logits, _ = objective.logits(lesson, drafts, states, objective.routes(lesson, drafts, states).exp())
+    guess = objective.network.heads.ids[logits[:, :, :depth].argmax(-1)]
+    at = drafts.index[:, :, :depth].clamp_max(labels.shape[1] - 1)
+    right = guess == pick(lesson.answers, at.flatten(1)).view_as(at)
+    reached = torch.cat([torch.ones_like(right[..., :1]), right[..., :-1].cumprod(-1).bool()], -1)
+    counts = reached & drafts.valid[:, :, :depth]
+    kind = pick(labels, at.flatten(1)).view_as(at)
+    names = objective.network.config.modalities
+    return {
+        name: [
+            int((right & counts & (kind == modality.get(name).id)).sum()),
+            int((counts & (kind == modality.get(name).id)).sum()),
+        ]
+        for name in names
+    }
