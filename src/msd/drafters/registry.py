@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from msd.drafters.base import Drafter
+from msd.drafters.msd import MSD, checkpoint
 from msd.drafters.plain import Plain
 from msd.drafters.prompt_lookup import PromptLookup
 from msd.errors import UserError
@@ -15,6 +17,16 @@ _METHODS: dict[str, Callable[[], Drafter]] = {}
 def register(name: str, make: Callable[[], Drafter]) -> None:
     """Makes `name` a method: `create(name)` returns `make()`."""
     _METHODS[name] = make
+
+
+def register_folder(folder: Path | str) -> None:
+    """Makes the trained drafter in `folder` the method `msd`, and its sampled form `msd:sampled`.
+
+    UserError now when the folder holds no drafter.
+    """
+    checkpoint.load(folder)
+    register("msd", lambda: MSD(checkpoint.load(folder)))
+    register("msd:sampled", lambda: MSD(checkpoint.load(folder), "msd:sampled", sampled=True))
 
 
 def methods() -> list[str]:

@@ -60,7 +60,7 @@ def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int
         raise UserError(f"an answer holds token {min(spelled)}, which stands for image features; leave its prompt out")
     inputs = target.encode_images(dict(inputs))
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
-    B, L = ids.shape
+    L = ids.shape[1]
     A = max(map(len, answers))
     layout = Layout.from_prompt(ids, L + A, mask, inputs.pop("position_ids", None), target.placeholders)
     for row, answer in enumerate(answers):
@@ -69,7 +69,7 @@ def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int
         layout.positions[:, row, layout.end[row] :] = layout.positions[:, row, layout.end[row] - 1, None] + rest
     with target.taps.recording() as taps:
         output = target.model(
-            input_ids=layout.tokens,
+            input_ids=torch.cat([ids, layout.tokens[:, L:]], 1),  # a layout pads with the first token, maybe an image
             attention_mask=_mask(layout, target.model.dtype, blind),
             position_ids=target.positions(layout.positions),
             use_cache=False,
@@ -81,7 +81,7 @@ def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int
 
 
 def _mask(layout: Layout, dtype: torch.dtype, blind: bool) -> Tensor:
-    """Additive causal mask [B, 1, S, S] of whole rows; padding columns see themselves, so that no row of it is empty."""
+    """Additive causal mask [B, 1, S, S] of whole rows; padding columns see themselves: no row of it is empty."""
     S, device = layout.capacity, layout.tokens.device
     column = torch.arange(S, device=device)
     start = torch.tensor(layout.start, device=device)[:, None, None]

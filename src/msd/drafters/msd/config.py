@@ -31,9 +31,9 @@ class MSDConfig:
 
     form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
     levels it is trained on. layers: decoder layers of the trunk. draft_vocabulary: ids the drafter can propose.
-    rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token. image_tokens:
-    compressed tokens per image. shapes, shared: a subtree's shape by modality, and that of the one tree when `subtrees` is off.
-    active_from: the router probability from which a modality's subtree exists.
+    rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token.
+    image_tokens: compressed tokens per image. shapes, shared: a subtree's shape by modality, and that of the one tree
+    when `subtrees` is off. active_from: the router probability from which a modality's subtree exists.
     The switches take one part each out, for controls and ablations: with all five off and `vision` off the drafter is
     the `standard` control.
     """

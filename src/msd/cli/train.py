@@ -1,0 +1,93 @@
+"""`msd train`: a draft head for a target, from answers that `msd capture` had it write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from msd.cli.options import Images, Json, Target, quiet
+from msd.errors import UserError
+
+T = TypeVar("T")
+
+
+def train(
+    captured: Annotated[Path, typer.Option("--captured", help="Answers written by 'msd capture'.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; an earlier run there goes on.")],
+    images: Images = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option("--held-out", help="Captured answers to measure acceptance on; 'val' lines otherwise."),
+    ] = None,
+    cuts: Annotated[
+        Path | None, typer.Option("--cuts", help="Modality cuts; those beside the captured answers by default.")
+    ] = None,
+    target: Target = "reference",
+    form: Annotated[str, typer.Option("--form", help="'block' (one pass for all levels) or 'ar'.")] = "block",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Length of the run; another number lands there.")] = 400,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Answers a step.")] = 8,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3,
+    draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096,
+    weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed or threshold.")] = "learned",
+    off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = "",
+    text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
+    from msd.gain import ModalityCuts
+    from msd.train.captured import cuts_path, read_captured
+
+    out_of = [name.strip() for name in off.split(",") if name.strip()]
+    answers = read_captured(captured, images)
+    training = [a for a in answers if a.split == "train"]
+    testing = read_captured(held_out, images) if held_out else [a for a in answers if a.split != "train"]
+    if not training:
+        raise UserError(f'\'{captured}\' has no answers of the train part; capture some without "split": "val"')
+    if not testing:
+        testing, training = _split(training)
+    frozen = cuts or cuts_path(captured)
+    if not frozen.exists():
+        raise UserError(
+            f"no modality cuts at '{frozen}'; 'msd capture' fits them on all lines, or name them with --cuts"
+        )
+    edges = ModalityCuts.load(frozen)
+    quiet()
+    from msd.drafters.msd import checkpoint
+    from msd.loading import load_target
+    from msd.targets.fingerprint import fingerprint
+    from msd.train import curves, drafting
+    from msd.train.draft_loss import LossConfig
+
+    wrong = sorted(set(out_of) - set(drafting.SWITCHES))
+    if wrong:
+        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(drafting.SWITCHES)}")
+    model, processor = load_target(target)
+    edges.check_target(fingerprint(model))
+    settings = drafting.DraftTraining(
+        form=form, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of),
+        text_only=text_only, loss=LossConfig(weighting=weighting),
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        finished = drafting.train(model, processor, training, testing, edges, out, settings)
+    curves.draw(out / "log.jsonl", out / "curves.png")
+    told = checkpoint.training(out / "drafter")
+    summary = {
+        "drafter": str(out / "drafter"), "finished": finished, "curves": str(out / "curves.png"),
+        **{name: told[name] for name in ("steps", "seconds", "peak_gigabytes", "losses", "held_out")},
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(summary))
+        return
+    print(f"{summary['drafter']}: step {told['steps']} of {steps}, held-out acceptance {told['held_out']}")
+    print("finished" if finished else "stopped; run the same command to go on")
+
+
+def _split(answers: list[T]) -> tuple[list[T], list[T]]:
+    """(held out, train): every twentieth answer is held out."""
+    return answers[::20], [a for i, a in enumerate(answers) if i % 20]
