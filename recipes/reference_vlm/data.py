@@ -77,7 +77,7 @@ class Phase:
 
     `rates` are samples by source and step of 1,536 tokens; `detail` is the share of photos asked for a long answer;
     `captions` how many short ones a photo gives beside a long answer, and twice as many without; `avoid` whether
-    repeated sentences are trained against.
+    repeated sentences are trained against; `whole_first` which samples lose when a step has too many (see `place`).
     """
 
     start: int
@@ -86,6 +86,7 @@ class Phase:
     captions: int
     avoid: bool
     weights: dict[str, float]
+    whole_first: bool = False
 
 
 PHASES = (
@@ -94,6 +95,7 @@ PHASES = (
     Phase(319, FIRST_RATES, 0.85, 1, True, LATE_WEIGHTS),
     Phase(432, FIRST_RATES, 0.4, 2, True, LATE_WEIGHTS),
     Phase(570, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS),
+    Phase(1046, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS, whole_first=True),
 )
 
 
@@ -169,7 +171,7 @@ class Mix:
 
     def batch(self, step: int) -> Batch:
         """The packed batch of a step, features included."""
-        return self.collate(self.samples(step))
+        return self.collate(self.samples(step), self._phase(step).whole_first)
 
     def samples(self, step: int) -> list[Sample]:
         """The samples of a step before packing."""
@@ -192,8 +194,9 @@ class Mix:
             drawn += max(0, min(step, end) - phase.start) * phase.rates[source]
         return int(drawn * (self.config.rows * self.config.length / 1536))
 
-    def collate(self, samples: list[Sample]) -> Batch:
-        batch = pack(place(samples, self.config.rows, self.config.length), self.config.length, END)
+    def collate(self, samples: list[Sample], whole_first: bool = False) -> Batch:
+        placed = place(samples, self.config.rows, self.config.length, whole_first)
+        batch = pack(placed, self.config.length, END)
         pictures = [self.sets[name].features(row) for name, row in batch.pictures]
         features = torch.cat(pictures).reshape(-1, CELLS, pictures[0].shape[-1]) if pictures else batch.features
         return replace(batch, features=features)

@@ -98,9 +98,12 @@ class TrainableVLM(nn.Module):
         Cross entropy -log p, or -log(1 - p) for a token to avoid (unlikelihood, Welleck et al. 2020).
         """
         h = self.hidden(batch)[batch.rows, batch.columns]
-        entropy = F.cross_entropy(self.lm.lm_head(h).float(), batch.targets, reduction="none")
-        against = -torch.log1p(-torch.exp(-entropy).clamp(max=1 - 1e-4))
-        return torch.where(batch.avoid, against, entropy)
+        logits = self.lm.lm_head(h).float()
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        some = logits[batch.avoid]
+        others = some.scatter(1, batch.targets[batch.avoid, None], float("-inf"))
+        against = some.logsumexp(-1) - others.logsumexp(-1)  # -log(1 - p), exact also where p is almost 1
+        return losses.masked_scatter(batch.avoid, against)
 
     def weights(self) -> dict[str, Tensor]:
         """What is trained, by the names of the shipped file."""

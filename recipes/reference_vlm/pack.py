@@ -78,11 +78,20 @@ class Batch:
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
-def place(samples: Sequence[Sample], rows: int, length: int) -> list[list[Sample]]:
-    """Samples into rows of `length`, longest first; one that fits nowhere loses its last branches, or is left out."""
+def place(samples: Sequence[Sample], rows: int, length: int, whole_first: bool = False) -> list[list[Sample]]:
+    """Samples into rows of `length`, longest first; one that fits nowhere loses its last branches, or is left out.
+
+    whole_first: clips and samples of few branches come first, so that the loss of room falls on those that have
+    branches to spare; longest first leaves out short samples (a third of the COCO photos, half of the text turns).
+    """
+
+    def rank(sample: Sample) -> tuple[int, int, int]:
+        cuttable = len(sample.branches) if whole_first and len(sample.pictures) <= 1 else 0
+        return cuttable, -len(sample.pictures) if whole_first else 0, -len(sample)
+
     placed: list[list[Sample]] = [[] for _ in range(rows)]
     room = [length] * rows
-    for sample in sorted(samples, key=len, reverse=True):
+    for sample in sorted(samples, key=rank):
         kept: Sample | None = sample
         while kept and len(kept) > max(room):
             kept = replace(kept, branches=kept.branches[:-1]) if len(kept.branches) > 1 else None

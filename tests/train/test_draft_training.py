@@ -174,3 +174,28 @@ def test_every_part_gets_a_gradient() -> None:
         loss.backward()
         still = [n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         assert still == []
+
+
+def test_calibration_error_by_hand() -> None:
+    from msd.train.router_report import calibration_error
+
+    sure = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    right = torch.tensor([True, True, True, False, False, True])
+    assert calibration_error(sure, right) == pytest.approx(4 / 6 * 0.2 + 2 / 6 * 0.05, abs=1e-6)
+    assert calibration_error(torch.ones(5), torch.ones(5).bool()) == 0.0
+
+
+def test_router_report_counts_every_first_draft_once() -> None:
+    from msd.train.router_report import router_report
+
+    model = tiny.llava()
+    made = network(model, "block")
+    _, _, taught, labels = lesson(model, made)
+    _, objective = overfit(made, taught, labels)
+    report = router_report(objective, [(taught, labels)])
+    assert report["positions"] == 4 * (LENGTH - 1)
+    assert sum(sum(row.values()) for row in report["confusion"].values()) == report["positions"]
+    right = sum(report["confusion"][n][n] for n in report["confusion"])
+    assert report["accuracy"] == pytest.approx(right / report["positions"])
+    assert report["accuracy"] > 0.6 > report["majority"]  # it has learnt labels that come in turn
+    assert 0 <= report["ece"] <= 1

@@ -1,50 +1,20 @@
 """The reference model's data mix and packing, on invented captions: nothing here needs the data sets."""
 
-import json
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "reference_vlm"))
-
-from data import Mix, MixConfig
+from data import Mix
 from facts import extract, open_questions, yes_no
+from invented import PHOTOS
 from long_answers import long_answer, repeats
 from pack import IMAGE, Branch, Sample, pack, place
 from words import THINGS, absent, content, present
 
 from msd.train.metrics import repeats_sentence
-
-PHOTOS = [
-    [
-        "A brown dog runs on the beach .",
-        "A puppy is chasing a red ball near the ocean .",
-        "The dog plays .",
-        "A dog running .",
-        "A wet dog on sand .",
-    ],
-    [
-        "Two men in blue shirts play guitar on a street .",
-        "Two guys are playing music outside a store .",
-        "Men with guitars .",
-        "Two men .",
-        "A band plays .",
-    ],
-    [
-        "A person is climbing a snowy mountain .",
-        "Someone wearing a yellow jacket hikes up a steep slope .",
-        "A hiker .",
-        "A climber in snow .",
-        "A cold day .",
-    ],
-]
 
 
 @pytest.mark.parametrize("captions", PHOTOS)
@@ -120,32 +90,15 @@ def test_what_does_not_fit_loses_branches_before_it_is_left_out() -> None:
     assert place([sample(0, pictures=4)], 1, 100) == [[]]
 
 
-class Words:
-    """A tokenizer: one id per word."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> "Words":
-        self.input_ids = [3 + hash(w) % 1000 for w in text.split()]
-        return self
-
-
-@pytest.fixture
-def mix(tmp_path: Path) -> Callable[..., Mix]:
-    """A mix over invented data: eight photos, two of them val."""
-    rows = [{"image": f"{i}.jpg", "split": "val" if i < 2 else "train"} for i in range(8)]
-    for name in ("flickr8k", "coco_vqa"):
-        (tmp_path / name).mkdir()
-    captions = [{**r, "text": c} for r in rows for c in PHOTOS[int(r["image"][0]) % 3]]
-    questions = [{**r, "question": f"What is {k}?", "answer": "cat", "source": "vqa2"} for r in rows for k in range(2)]
-    for file, lines in (("flickr8k/captions.jsonl", captions), ("coco_vqa/qa.jsonl", questions)):
-        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    extra = {"text": "hello", "ink": "red", "ground": "blue", "motion": "left"}
-    for name in ("flickr", "coco", "clips", "words", "receipts"):
-        frames = 4 if name == "clips" else 1
-        listing = {"frames": frames, "rows": [{**r, **extra} for r in rows]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(listing))
-        np.zeros((8, frames * 64, 1280), np.float16).tofile(tmp_path / f"{name}.bin")
-    texts = [{"prompt": "hi", "ids": [7], "finished": True, "task": task} for task in ("train", "val")]
-    return lambda **options: Mix(tmp_path, tmp_path, texts, Words(), MixConfig(), **options)
+def test_room_is_lost_by_those_that_have_branches_to_spare() -> None:
+    many = replace(sample(0), branches=sample(0).branches * 4)
+    short = [Sample((1, 4), (Branch((6,) * 10, (7, 2), "text"),)) for _ in range(3)]
+    length = len(many) + 5
+    longest_first = [s for row in place([many, *short], 1, length) for s in row]
+    assert longest_first == [many]
+    whole_first = [s for row in place([many, *short], 1, length, whole_first=True) for s in row]
+    assert whole_first[:3] == short
+    assert len(whole_first[3].branches) < len(many.branches)
 
 
 def test_the_mix_is_a_function_of_seed_and_step(mix: Callable[..., Mix]) -> None:
@@ -171,32 +124,3 @@ def test_a_tenth_of_the_pictures_is_hidden(mix: Callable[..., Mix]) -> None:
     blind = [s.blind for step in range(200) for s in train.samples(step) if s.pictures]
     assert 0.07 < sum(blind) / len(blind) < 0.13  # about 1,800 draws: seven standard errors either side
     assert train.batch(0).features.shape[1:] == (64, 1280)
-
-
-def test_packed_losses_equal_separate_ones() -> None:
-    from model import HIDDEN, ModelConfig, TrainableVLM
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
-    model = TrainableVLM(LlamaForCausalLM(config).eval(), ModelConfig(rank=2, layers=("q_proj",), bf16=False)).eval()
-    features = torch.randn(2, 64, 1280)
-
-    def losses(samples: list[Sample], seen: torch.Tensor) -> torch.Tensor:
-        batch = pack(place(samples, 1, 160), 160, 2)
-        batch.features = seen
-        return model.losses(batch)
-
-    together = losses([sample(0), sample(1, blind=True)], features)
-    apart = torch.cat([losses([sample(0)], features[:1]), losses([sample(1, blind=True)], features[1:])])
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
-    other = losses([sample(1, blind=True)], torch.randn(1, 64, 1280))
-    torch.testing.assert_close(other, apart[5:], rtol=1e-4, atol=1e-5)  # a blind sample's text does not see its picture
-    assert not torch.allclose(losses([sample(0)], torch.randn(1, 64, 1280)), apart[:5])

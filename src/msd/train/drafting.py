@@ -26,6 +26,7 @@ from msd.train.captured import Captured
 from msd.train.draft_loss import DraftObjective, LossConfig, chain_acceptance
 from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
+from msd.train.router_report import router_report
 
 SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")
 
@@ -103,9 +104,10 @@ def train(
     config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
     loop = Loop(params, optimizer, step_loss, config, out, evaluate)
     finished = loop.run()
+    router = evaluate.router() if finished and network.router is not None else None
     told = {
         "settings": asdict(settings), "steps": loop.step, "cuts": cuts.model_dump(), "answers": len(captured),
-        "losses": loop.running, "held_out": evaluate.last, "seconds": time.monotonic() - begun,
+        "losses": loop.running, "held_out": evaluate.last, "router": router, "seconds": time.monotonic() - begun,
         "peak_gigabytes": peak_gigabytes(),
     }  # fmt: skip
     checkpoint.save(network, out / "drafter", told)
@@ -134,6 +136,12 @@ class _Evaluation:
         total = [sum(c[i] for c in counts.values()) for i in (0, 1)]
         self.last["acceptance"] = total[0] / max(1, total[1])
         return self.last
+
+    def router(self) -> dict[str, Any]:
+        """See `router_report`."""
+        size = self.lessons.batch
+        starts = range(0, len(self.held_out), size)
+        return router_report(self.objective, (self.lessons.teach(self.held_out[s : s + size]) for s in starts))
 
 
 def _refuse_blind_targets(target: Target, processor: Any, captured: Sequence[Captured]) -> None:
