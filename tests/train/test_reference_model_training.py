@@ -123,10 +123,9 @@ def test_what_is_to_be_avoided_becomes_unlikely(models: Models) -> None:
     assert torch.exp(-model.losses(ordinary))[1] < 0.9 * before[1]
 
 
-@torch.no_grad()
 def test_a_certain_repetition_still_moves_the_model(models: Models) -> None:
     model, _ = models
-    model.lm.lm_head.weight.mul_(1000)
+    model.lm.lm_head.weight.data.mul_(1000)
     logits = model.lm(torch.tensor([[1, 4, 10, 11]])).logits[0, -1].detach()
     avoid = replace(AVOID, question=(10, 11), answer=(int(logits.argmax()),))
     loss = model.losses(packed((Sample((1, 4), (avoid,)),), features=torch.zeros(0)))
