@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"errors", "version"},
     {"modality", "layout", "cache", "tree"},
     {"sampling", "statistics"},
-    {"targets", "plan", "verify"},
+    {"targets", "plan", "verify", "gain"},
     {"drafters"},
     {"decode"},
     {"model", "prompts", "loading", "streaming", "images", "reference", "msd"},

@@ -28,14 +28,13 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from msd import verify
 from msd.bench import sampling_law
 from msd.bench.chi2 import chi2_p_value, holm
 from msd.layout import Layout
 from msd.model import SpeculativeVLM
 from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores, Trials
-from msd.verify import Lossless, Verifier
+from msd.verify import Lossless, Verifier, trials
 
 V, ROWS, DRAWS = 6, 10_000, 100_000
 FALSE_ALARM = 1e-3
@@ -198,20 +197,19 @@ def _left_as_it_is(p: Tensor) -> Tensor:
 
 
 def test_an_unnormalised_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_normalise", _left_as_it_is)
+    monkeypatch.setattr(trials, "normalise", _left_as_it_is)
     assert Cell(Drafter(3)).p_value(draws=FEW) < CAUGHT
 
 
 def test_drawing_from_p_instead_of_the_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    first: Callable[..., Any] = verify._sampled_trials
+    first: Callable[..., Any] = trials.sampled_trials
 
-    def from_p(tree: DraftTree, node: Tensor, residual: Tensor, sampler: Sampler, rows: list[int]) -> Any:
-        p = residual.clone()
-        token, child = first(tree, node, residual, sampler, rows)
+    def from_p(tree: DraftTree, node: Tensor, p: Tensor, sampler: Sampler, rows: list[int], *rule: Any) -> Any:
+        token, child = first(tree, node, p, sampler, rows, *rule)
         again = sampler.multinomial(p, rows)
         return torch.where(child >= 0, token, again), child
 
-    monkeypatch.setattr(verify, "_sampled_trials", from_p)
+    monkeypatch.setattr(trials, "sampled_trials", from_p)
     assert Cell(Drafter(1)).p_value(draws=FEW) < CAUGHT
 
 
@@ -230,7 +228,7 @@ def test_the_whole_loop_does_draft() -> None:
 
 
 def test_the_whole_loop_is_caught_with_an_unnormalised_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_normalise", _left_as_it_is)
+    monkeypatch.setattr(trials, "normalise", _left_as_it_is)
     assert min(sampling_law.end_to_end_p_values("prompt-lookup:sampled", 10_000)) < CAUGHT
 
 

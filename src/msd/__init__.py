@@ -17,10 +17,20 @@ from msd.version import __version__
 if TYPE_CHECKING:
     from msd.modality import Modality
     from msd.model import Result, SpeculativeConfig, SpeculativeVLM
+    from msd.verify import MSDVerification
 
-__all__ = ["Modality", "Result", "SpeculativeConfig", "SpeculativeVLM", "UserError", "__version__"]
+__all__ = [
+    "MSDVerification",
+    "Modality",
+    "Result",
+    "SpeculativeConfig",
+    "SpeculativeVLM",
+    "UserError",
+    "__version__",
+]
 
 _HOMES = {
+    "MSDVerification": "msd.verify",
     "Modality": "msd.modality",
     "Result": "msd.model",
     "SpeculativeConfig": "msd.model",

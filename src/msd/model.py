@@ -39,15 +39,20 @@ class SpeculativeConfig(BaseModel):
     """How to speculate.
 
     method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
-    nodes, depth: the largest draft tree, in drafted nodes and in levels.
+    thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; the registry's where it has none.
+    epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
+    nodes, depth, width: the largest draft tree, in drafted nodes, in levels and in nodes on a level (1: a chain).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str = "prompt-lookup"
     verifier: str = "lossless"
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    epsilon: float = 0.0
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=6, ge=1)
+    width: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ class SpeculativeVLM:
         chosen = drafter or self.config.method
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
+        self.drafter.attach(model)
         self.target = adapt(model, self.drafter.taps)
-        self.verifier = verify.create(self.config.verifier)
-        self.plan = Plan(self.config.nodes, self.config.depth)
+        self.verifier = verify.create(self.config.verifier, self.config.thresholds, self.config.epsilon)
+        self.plan = Plan(self.config.nodes, self.config.depth, self.config.width)
         self._lock = threading.Lock()
 
     @classmethod

@@ -7,9 +7,24 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from msd.modality import known
 from msd.tree import Accepted, DraftTree
+
+
+class Step(NamedTuple):
+    """One row's step. first: index in the row's answer of the token right below the root, the first drafted one.
+
+    levels: depth of the row's tree. accepted: drafts accepted, so that answer tokens first … first + accepted - 1 were.
+    """
+
+    row: int
+    first: int
+    levels: int
+    accepted: int
 
 
 @dataclass
@@ -22,6 +37,11 @@ class Statistics:
     num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
     acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # prefill, draft, verify, host, total
+    steps: list[Step] = field(default_factory=list)  # of this generation alone: `add` leaves them out
+    divergence: dict[str, tuple[int, float]] = field(
+        default_factory=dict
+    )  # modality -> (tokens, Σ TV), if not lossless
+    _answered: Counter[int] = field(default_factory=Counter)  # row -> tokens emitted in steps
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -40,7 +60,7 @@ class Statistics:
 
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
         """Adds one step of every row that took part in it."""
-        drafted = (tree.valid.sum(1) - 1).tolist()
+        drafted, levels = torch.stack([tree.valid.sum(1) - 1, (tree.depths * tree.valid).amax(1)]).tolist()
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens:
                 self.num_spec_steps += 1
@@ -48,6 +68,18 @@ class Statistics:
                 self.num_accepted_draft_tokens += len(nodes)
                 self.num_emitted_tokens += len(tokens)
                 self.acceptance_histogram[len(nodes)] += 1
+                self.steps.append(Step(row, 1 + self._answered[row], levels[row], len(nodes)))
+                self._answered[row] += len(tokens)
+        if accepted.divergence is not None and accepted.modality is not None:
+            names = {m.id: m.name for m in known()}
+            for kinds, spent in zip(accepted.modality, accepted.divergence, strict=True):
+                for kind, total_variation in zip(kinds, spent, strict=True):
+                    self._spend(names[kind], 1, total_variation)
+
+    def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
+        """Adds to the account of a modality."""
+        n, total = self.divergence.get(modality, (0, 0.0))
+        self.divergence[modality] = (n + tokens, total + total_variation)
 
     def add(self, other: Statistics) -> None:
         """Adds another generation's counts and times."""
@@ -58,6 +90,22 @@ class Statistics:
         self.acceptance_histogram.update(other.acceptance_histogram)
         for part, seconds in other.seconds.items():
             self.seconds[part] += seconds
+        for modality, (tokens, total_variation) in other.divergence.items():
+            self._spend(modality, tokens, total_variation)
+
+    def _divergence(self) -> dict[str, Any] | None:
+        """Total variation from the target's law: its mean per token, and its sum, which bounds that of all of them.
+
+        None when the verification policy is lossless. The prefill's token, always exact, is left out.
+        """
+        if not self.divergence:
+            return None
+
+        def account(tokens: int, total: float) -> dict[str, float]:
+            return {"tokens": tokens, "per_token": total / tokens, "total": total}
+
+        every = account(sum(n for n, _ in self.divergence.values()), sum(tv for _, tv in self.divergence.values()))
+        return {**every, "by_modality": {name: account(*of) for name, of in sorted(self.divergence.items())}}
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -74,7 +122,8 @@ class Statistics:
             "mean_acceptance_length": self.mean_acceptance_length,
             "tau_without_bonus": self.tau_without_bonus,
             "draft_acceptance_rate": self.draft_acceptance_rate,
-            "acceptance_by_modality": None,  # no router labels output tokens yet
+            "acceptance_by_modality": None,  # `msd bench` labels answer tokens; see `bench.modal`
+            "divergence": self._divergence(),
             "acceptance_histogram": {str(k): v for k, v in sorted(self.acceptance_histogram.items())},
             "num_spec_steps": self.num_spec_steps,
             "num_accepted_draft_tokens": self.num_accepted_draft_tokens,

@@ -143,7 +143,11 @@ class Accepted:
     nodes:  for every row, the accepted drafted nodes in order (the root left out).
     tokens: for every row, the emitted tokens: the accepted ones, then the target's own (bonus) token. One longer than
             `nodes`, unless the row stopped on an accepted token (equal length) or had already finished (both empty).
+    divergence: for every emitted token, the exact total variation of its law from the target's; None: all are 0.
+    modality: for every emitted token, the class its θ was of; None where `divergence` is.
     """
 
     nodes: list[list[int]]
     tokens: list[list[int]]
+    divergence: list[list[float]] | None = None
+    modality: list[list[int]] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,46 @@ BUNDLED = Path(__file__).parents[1] / "photos"
 
 @dataclass(frozen=True)
 class Sample:
-    """One data line. images: paths, in reading order. answer, tokens: another engine's output, where there is one."""
+    """One data line. images: paths, in reading order. answer, tokens: another engine's output, where there is one.
+
+    split: the part of its data set. where: file and line, for messages.
+    """
 
     images: tuple[Path, ...]
     prompt: str
     answer: str | None
     task: str
     tokens: tuple[int, ...] | None = None
+    split: str = "train"
+    where: str = field(default="", compare=False)
 
 
 def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
-    """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…" optional, "task": "…" optional}` lines.
+    """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…", "task": "…", "split": "…"}` lines.
 
-    path: the bundled photos and prompts by default. images: the folder of the images, by default the data file's own
-    folder or `images/` beside it. UserError names the line that is wrong.
+    Only the prompt is needed. path: the bundled photos and prompts by default. images: the folder of the images, by
+    default the data file's own folder or `images/` beside it. UserError names the line that is wrong.
     """
     path = path or BUNDLED / "prompts.jsonl"
-    return [_sample(line, where, _folder(path, images)) for where, line in _lines(path)]
+    return [_sample(line, where, image_folder(path, images)) for where, line in data_lines(path)]
 
 
 def load_outputs(path: Path, images: Path | None = None) -> list[Sample]:
     """Data lines that also hold an engine's greedy output: `"tokens": [ids]`, or `"text": "…"`."""
     samples = []
-    for where, line in _lines(path):
+    for where, line in data_lines(path):
         tokens, text = line.get("tokens"), line.get("text")
         if tokens is None and text is None:
             raise UserError(f"{where}: neither 'tokens' nor 'text'; an audited line holds the engine's output")
         if tokens is not None and not (isinstance(tokens, list) and all(isinstance(t, int) for t in tokens)):
             raise UserError(f"{where}: 'tokens' must be a list of token ids")
-        sample = _sample({**line, "answer": text}, where, _folder(path, images))
-        samples.append(
-            Sample(sample.images, sample.prompt, text, sample.task, None if tokens is None else tuple(tokens))
-        )
+        sample = _sample({**line, "answer": text}, where, image_folder(path, images))
+        samples.append(replace(sample, answer=text, tokens=None if tokens is None else tuple(tokens)))
     return samples
 
 
-def _folder(path: Path, images: Path | None) -> Path:
+def image_folder(path: Path, images: Path | None = None) -> Path:
+    """The folder that image names of the data file `path` start from; `images` if given, which must be a folder."""
     if images is not None:
         if not images.is_dir():
             raise UserError(f"--images '{images}' is not a folder")
@@ -58,7 +62,7 @@ def _folder(path: Path, images: Path | None) -> Path:
     return beside if beside.is_dir() else path.parent
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def data_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place, object) of every non-empty line."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -91,4 +95,5 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{where}: image '{path}' does not exist; name its folder with --images")
-    return Sample(paths, prompt, line.get("answer"), str(line.get("task") or "default"))
+    task, split = str(line.get("task") or "default"), str(line.get("split") or "train")
+    return Sample(paths, prompt, line.get("answer"), task, None, split, where)

@@ -3,7 +3,7 @@
 Every sample is answered by every method in turn, in an order that rotates from sample to sample, with empty vision
 caches; all share prompts, generation settings, dtype and threads. `transformers` is the library's `generate()` as users
 run it, `ar` our own loop without drafts. Times are wall times of the whole call, image encoding and prefill included;
-decode-only leaves out the time to the first token.
+decode-only leaves out the time to the first token. Acceptance by modality is measured afterwards, untimed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,9 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from msd import prompts
+from msd.bench import modal
 from msd.bench.data import Sample
+from msd.gain import ModalityCuts
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
 from msd.version import __version__
@@ -32,7 +35,7 @@ TRANSFORMERS, PLAIN = "transformers", "ar"
 
 @dataclass(frozen=True)
 class Run:
-    """One timed answer."""
+    """One answer and its times, in seconds."""
 
     tokens: list[int]
     seconds: float
@@ -48,10 +51,12 @@ def run(
     max_new_tokens: int,
     temperature: float,
     report: Callable[[str], None],
+    cuts: ModalityCuts | None = None,
 ) -> dict[str, Any]:
     """Results as in results.json: `environment` and a row per method and task, task "all" first.
 
-    Both baselines are always measured. At a temperature above 0 sample i is drawn with seed i.
+    Both baselines are always measured. At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at
+    temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`).
     """
     names = list(dict.fromkeys([PLAIN, *methods]))
     engines = {name: SpeculativeVLM(model, processor, drafter=name) for name in names}
@@ -73,7 +78,54 @@ def run(
     tasks = ["all", *dict.fromkeys(sample.task for sample in samples)]
     chosen = {task: [i for i, s in enumerate(samples) if task in ("all", s.task)] for task in tasks}
     rows = [_row(name, task, chosen[task], runs) for task in tasks for name in ways]
-    return {"environment": environment(model, settings), "rows": rows}
+    if cuts is not None and temperature == 0:
+        sight = _by_modality(engines, processor, samples, runs, settings, cuts, report)
+        for row in rows:
+            if row["method"] in sight:
+                row |= sight[row["method"]](chosen[row["task"]])
+    known = None if cuts is None else cuts.model_dump()
+    return {"environment": {**environment(model, settings), "modality_cuts": known}, "rows": rows}
+
+
+def _by_modality(
+    engines: dict[str, SpeculativeVLM],
+    processor: Any,
+    samples: Sequence[Sample],
+    runs: dict[str, list[Run]],
+    settings: dict[str, Any],
+    cuts: ModalityCuts,
+    report: Callable[[str], None],
+) -> dict[str, Callable[[list[int]], dict[str, Any]]]:
+    """For each drafting method, a function from chosen samples to its columns by modality.
+
+    Labels the library's answers, and decodes each sample once more on chains.
+    """
+    drafting = {
+        name: SpeculativeVLM(e.model, processor, modal.CHAIN, e.drafter) for name, e in engines.items() if name != PLAIN
+    }
+    chains: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
+    trees: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
+    for i, sample in enumerate(samples):
+        inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
+        answer = runs[TRANSFORMERS][i].tokens
+        report(f"sample {i + 1} of {len(samples)}, labels")
+        labels = modal.label_answer(engines[PLAIN].target, cuts, inputs, answer)
+        for name, engine in drafting.items():
+            report(f"sample {i + 1} of {len(samples)}, {name} on chains")
+            tree, chain = runs[name][i], _ours(engine, inputs, settings, 0)
+            trees[name].append((tree.statistics.steps, modal.shared(labels, answer, tree.tokens)))
+            chains[name].append((chain.statistics.steps, modal.shared(labels, answer, chain.tokens)))
+
+    def columns(name: str, chosen: list[int]) -> dict[str, Any]:
+        acceptance = modal.acceptance_by_modality(chains[name][i] for i in chosen)
+        coverage = modal.coverage_by_modality(trees[name][i] for i in chosen)
+        return {
+            "acceptance_by_modality": acceptance.rates(),
+            "coverage_by_modality": coverage.rates(),
+            "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
+        }
+
+    return {name: partial(columns, name) for name in drafting}
 
 
 class _FirstToken(BaseStreamer):
@@ -143,6 +195,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "draft_acceptance_rate": total.draft_acceptance_rate,
         "acceptance_by_modality": None,
         "coverage_by_modality": None,
+        "positions_by_modality": None,
         "identical": sum(same) / len(same),
         "seconds": seconds(mine),
         "prefill_s": split.get("prefill", sum(r.prefill for r in mine)),

@@ -19,26 +19,30 @@ _COLUMNS = {
     "identical": "identical",
     "mean_answer_tokens": "answer tokens",
 }
+_BY_MODALITY = {"acceptance_by_modality": "acceptance", "coverage_by_modality": "coverage"}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table per task."""
+    """A table per task. Acceptance (chain) and coverage (tree) by modality where they were measured."""
     environment = results["environment"]
     lines = [
         f"{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
         "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty."
     ]
+    columns = dict(_COLUMNS)
+    if any(row.get(name) for row in results["rows"] for name in _BY_MODALITY):
+        columns |= {name: f"{title}, vision / language / fusion" for name, title in _BY_MODALITY.items()}
     for task in dict.fromkeys(row["task"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["task"] == task]
         lines += [
             "",
             f"**{task}** ({rows[0]['samples']} samples)",
             "",
-            _line(_COLUMNS.values()),
-            _line("---" for _ in _COLUMNS),
+            _line(columns.values()),
+            _line("---" for _ in columns),
         ]
-        lines += [_line(_cell(row[name]) for name in _COLUMNS) for row in rows]
+        lines += [_line(_cell(row.get(name)) for name in columns) for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -57,4 +61,8 @@ def _line(cells: Any) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " / ".join(map(_cell, value.values()))
+    if value is None:
+        return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from typer.exceptions import TyperException
 
-from msd.cli import bench, demo, generate, reference, verify
+from msd.cli import bench, capture, demo, generate, reference, train, verify
 from msd.errors import UserError
 from msd.version import __version__
 
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("capture")(capture.capture)
+app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.add_typer(reference.app, name="reference")
 

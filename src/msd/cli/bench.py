@@ -10,32 +10,57 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from msd.cli.options import Data, Images, Json, Limit, MaxNewTokens, Methods, Target, chosen_methods, quiet
+from msd.cli.options import (
+    Data,
+    Drafter,
+    Images,
+    Json,
+    Limit,
+    MaxNewTokens,
+    Methods,
+    Target,
+    chosen_methods,
+    quiet,
+    use_drafter,
+)
+from msd.errors import UserError
 
 
 def bench(
     target: Target = "reference",
     method: Methods = "all",
+    drafter: Drafter = None,
     data: Data = None,
     images: Images = None,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 96,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0,
+    cuts: Annotated[
+        Path | None,
+        typer.Option("--cuts", help="Modality cuts of the target, from 'msd capture'; the reference model's own."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for results.json and report.md.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
     from msd.bench.data import load_data
 
+    use_drafter(drafter)
     methods = chosen_methods(method)
     samples = load_data(data, images)[:limit]
+    if cuts is not None and temperature > 0:
+        raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
-    from msd.bench import measure, report
+    from msd.bench import measure, modal, report
     from msd.loading import load_target
+    from msd.targets.fingerprint import fingerprint
 
+    known = modal.find_cuts(target, cuts)
     model, processor = load_target(target)
+    if known is not None:
+        known.check_target(fingerprint(model))
     with Console(file=sys.stderr).status("measuring…") as status:
-        results = measure.run(model, processor, samples, methods, max_new_tokens, temperature, status.update)
+        results = measure.run(model, processor, samples, methods, max_new_tokens, temperature, status.update, known)
     if out is not None:
         report.write(results, out)
     print(json.dumps(results) if as_json else report.markdown(results))

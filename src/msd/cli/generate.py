@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from msd.cli.options import Json, MaxNewTokens, Target, quiet
+from msd.cli.options import Drafter, Json, MaxNewTokens, Target, quiet
 
 
 def generate(
@@ -19,7 +19,10 @@ def generate(
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "",
     target: Target = "reference",
-    method: Annotated[str, typer.Option("--method", help="How to draft: a method's name.")] = "prompt-lookup",
+    method: Annotated[
+        str | None, typer.Option("--method", help="How to draft: a method's name; 'msd' with --drafter.")
+    ] = None,
+    drafter: Drafter = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0,
     top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)] = None,
@@ -30,10 +33,12 @@ def generate(
     """Answer PROMPT about the images; the text appears as it is made."""
     from msd import images as pictures
     from msd import prompts
-    from msd.cli.options import chosen_methods
+    from msd.cli.options import chosen_methods, use_drafter
 
     loaded = [pictures.load_image(Path(source)) for source in images or []]  # bad input fails before any model loads
     prompts.check_text(prompt)
+    use_drafter(drafter)
+    method = method or ("msd" if drafter else "prompt-lookup")
     chosen_methods(method)
     quiet()
     from msd import SpeculativeVLM

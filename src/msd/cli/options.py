@@ -20,7 +20,18 @@ Images = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
+Drafter = Annotated[
+    Path | None, typer.Option("--drafter", help="Folder of a trained drafter, which becomes the method 'msd'.")
+]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
+
+
+def use_drafter(folder: Path | None) -> None:
+    """Makes the drafter of a `--drafter` folder the method `msd`; UserError when there is none."""
+    if folder is not None:
+        from msd import drafters
+
+        drafters.register_folder(folder)
 
 
 def quiet() -> None:

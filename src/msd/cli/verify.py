@@ -11,13 +11,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from msd.cli.options import Data, Images, Json, Limit, MaxNewTokens, Methods, Target, chosen_methods, quiet
+from msd.cli.options import (
+    Data,
+    Drafter,
+    Images,
+    Json,
+    Limit,
+    MaxNewTokens,
+    Methods,
+    Target,
+    chosen_methods,
+    quiet,
+    use_drafter,
+)
 from msd.errors import UserError
 
 
 def verify(
     target: Target = "reference",
     method: Methods = "all",
+    drafter: Drafter = None,
     data: Data = None,
     images: Images = None,
     limit: Limit = None,
@@ -32,6 +45,7 @@ def verify(
     """Compare with transformers' generate(): greedy and same-seed tokens, and χ² where candidates are sampled."""
     from msd.bench.data import load_data, load_outputs
 
+    use_drafter(drafter)
     methods = chosen_methods(method)
     samples = load_outputs(outputs, images) if outputs else load_data(data, images)
     quiet()

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from msd.errors import UserError
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -22,15 +24,22 @@ class Prompt:
     text: str
     images: tuple[str, ...] = ()
     task: str = ""
+    split: str = "train"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote: generated ids without the end token, and whether it ended by itself."""
+    """What the model wrote: generated ids without the end token, and whether it ended by itself.
+
+    end: the end token, if that ended it. gain: image gain in nats of each token, the end token included; both are only
+    known to writers that label (`TargetWriter`).
+    """
 
     text: str
     ids: tuple[int, ...]
     finished: bool
+    end: int | None = None
+    gain: tuple[float, ...] | None = None
 
 
 class Writer(Protocol):
@@ -87,46 +96,98 @@ def capture(
     path: Path,
     batch: int = 16,
     report: Callable[[int, int], None] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Write one jsonl record per distinct (images, text); those already in `path` are kept and not asked again.
 
-    A record is `{"image": [...], "prompt", "answer", "ids", "finished", "task"}`. An interrupted run continues where
-    it stopped; a half-written last line is dropped. `report(done, total)` is called after each batch. Returns all
-    records that answer `prompts`, in the order of `prompts`.
+    A record is `{"image": [...], "prompt", "answer", "ids", "finished", "task", "split"}`, with "end" and "gain" from a
+    writer that labels, and `marks`, such as the model's name. An interrupted run continues where it stopped; a
+    half-written last line is dropped. `report(done, total)` is called after each batch. Returns all records that answer
+    `prompts`, in the order of `prompts`. UserError when `path` holds anything else, or records with other marks.
     """
-    wanted = list(dict.fromkeys(Prompt(p.text, p.images, p.task) for p in prompts))
-    wanted = list({(p.images, p.text): p for p in reversed(wanted)}.values())[::-1]
-    done = _read_back(path)
-    todo = [p for p in wanted if (p.images, p.text) not in done]
-    todo.sort(key=lambda p: (len(p.images), len(p.text)))  # alike in length: little padding
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as f:
+    marks = marks or {}
+    wanted, done = _distinct(prompts), _read_back(path, marks)
+    todo = _in_order(wanted, done)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}; choose another file") from error
+    with file:
         for start in range(0, len(todo), batch):
             group = todo[start : start + batch]
-            for p, a in zip(group, write(group), strict=True):
-                record = {
-                    "image": list(p.images),
-                    "prompt": p.text,
-                    "answer": a.text,
-                    "ids": list(a.ids),
-                    "finished": a.finished,
-                    "task": p.task,
-                }
-                done[p.images, p.text] = record
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-            f.flush()
+            records = [_record(p, a, marks) for p, a in zip(group, write(group), strict=True)]
+            done |= {(p.images, p.text): r for p, r in zip(group, records, strict=True)}
+            file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+            file.flush()
             if report:
                 report(len(wanted) - len(todo) + start + len(group), len(wanted))
     return [done[p.images, p.text] for p in wanted]
 
 
-def _read_back(path: Path) -> dict[tuple[tuple[str, ...], str], dict[str, Any]]:
-    """Records of an earlier run; cuts a half-written last line off the file."""
+def pending(prompts: Iterable[Prompt], path: Path, marks: Mapping[str, str] | None = None) -> list[Prompt]:
+    """The distinct prompts that `capture` would still ask, in its order."""
+    return _in_order(_distinct(prompts), _read_back(path, marks or {}))
+
+
+def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The first prompt of each (images, text)."""
+    first: dict[tuple[tuple[str, ...], str], Prompt] = {}
+    for p in prompts:
+        first.setdefault((p.images, p.text), p)
+    return list(first.values())
+
+
+def _in_order(wanted: list[Prompt], done: Mapping[tuple[tuple[str, ...], str], Any]) -> list[Prompt]:
+    """What is not done: alike in task, and so in the length of their answers; then each image's prompts together."""
+    todo = [p for p in wanted if (p.images, p.text) not in done]
+    return sorted(todo, key=lambda p: (len(p.images), p.task, p.images, len(p.text)))
+
+
+def _record(prompt: Prompt, answer: Answer, marks: Mapping[str, str]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "image": list(prompt.images),
+        "prompt": prompt.text,
+        "answer": answer.text,
+        "ids": list(answer.ids),
+        "finished": answer.finished,
+        "task": prompt.task,
+        "split": prompt.split,
+    }
+    if answer.gain is not None:
+        record |= {"end": answer.end, "gain": list(answer.gain)}
+    return record | dict(marks)
+
+
+def _read_back(path: Path, marks: Mapping[str, str]) -> dict[tuple[tuple[str, ...], str], dict[str, Any]]:
+    """Records of an earlier run by (images, text); cuts a half-written last line off the file."""
     if not path.exists():
         return {}
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}; choose another file") from error
     whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
+    half = raw[len(whole) :]
+    records = [_read_record(line, f"{path}:{n}", marks) for n, line in enumerate(whole.splitlines(), 1)]
+    if half and not half.startswith(b"{"):
+        raise UserError(f"'{path}' is not a file of captured answers; choose another one")
+    if half:
         path.write_bytes(whole)
-    records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
     return {(tuple(r["image"]), r["prompt"]): r for r in records}
+
+
+def _read_record(line: bytes, where: str, marks: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:  # not JSON, or not text at all
+        record = None
+    fields = {"image": list, "prompt": str, "answer": str, "ids": list}
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in fields.items()):
+        raise UserError(f"{where}: not a captured answer; choose another file")
+    for name, value in marks.items():
+        if record.get(name) != value:
+            raise UserError(
+                f"{where}: captured with {name} {record.get(name)!r}, this is {value!r}; choose another file"
+            )
+    return record

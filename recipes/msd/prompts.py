@@ -1,0 +1,122 @@
+"""Prompts for the target to answer, which MSD is then trained on: `prompts.jsonl` (train splits) and `val.jsonl`.
+
+python recipes/msd/prompts.py --data ../shared/data --out runs/msd
+msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
+
+Image names start from the data folder. Every photo is asked for one long description at most. Half of the questions
+come from COCO photos, each with and without the request for one word; half are drawn from the captions of Flickr photos
+(yes/no and open). Deterministic by seed, whatever the counts: a smaller set of a kind is the beginning of a larger one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
+
+from data import CAPTION_PROMPTS, DETAIL_PROMPTS, ONE_WORD, absence_weights, load_captions
+from facts import extract, open_questions, yes_no
+from features import read_jsonl
+from text_turns import TRAIN_FILES, VAL_FILES
+
+LONGEST = 240  # characters of a text-only prompt
+Line = dict[str, Any]
+
+
+def photos(data: Path, split: str, rng: random.Random) -> list[str]:
+    """All Flickr photos of a split, in random order."""
+    rows = read_jsonl(data / "flickr8k" / "captions.jsonl")
+    names = sorted({row["image"] for row in rows if row["split"] == split})
+    return rng.sample(names, len(names))
+
+
+def about_photos(names: list[str], prompts: tuple[str, ...], task: str, rng: random.Random) -> Iterator[Line]:
+    """One prompt about each photo."""
+    for name in names:
+        yield {"image": f"flickr8k/images/{name}", "prompt": rng.choice(prompts), "task": task}
+
+
+def coco_questions(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
+    """One question about each photo, as it is and with the request for one word."""
+    by_photo: dict[str, list[str]] = {}
+    for row in read_jsonl(data / "coco_vqa" / "qa.jsonl"):
+        if row["split"] == split:
+            by_photo.setdefault(row["image"], []).append(row["question"])
+    for name in rng.sample(sorted(by_photo), len(by_photo)):
+        question, image = rng.choice(by_photo[name]), f"coco_vqa/images/{name}"
+        yield {"image": image, "prompt": question, "task": "question"}
+        yield {"image": image, "prompt": question + rng.choice(ONE_WORD), "task": "vqa"}
+
+
+def caption_questions(data: Path, names: list[str], rng: random.Random) -> Iterator[Line]:
+    """Yes/no and open questions in turn, one about each photo whose captions give one."""
+    captions = load_captions(data)
+    facts = {name: extract(captions[name]) for name in names}
+    frequency = absence_weights(list(facts.values()))
+    yes_no_next = True
+    for name in names:
+        if yes_no_next:
+            asked, task = yes_no(facts[name], frequency, rng, rng.random() < 0.5), "yesno"
+        else:
+            asked, task = next(iter(open_questions(facts[name], rng)), None), "question"
+        if asked:
+            yield {"image": f"flickr8k/images/{name}", "prompt": asked[0], "task": task}
+            yes_no_next = not yes_no_next
+
+
+def texts(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
+    """Instructions without a picture; for validation, first turns of the benchmark prompts."""
+    rows = [r for name in (TRAIN_FILES if split == "train" else VAL_FILES) for r in read_jsonl(data / "text" / name)]
+    asked = [r["turns"][0] if "turns" in r else "\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
+    short = sorted({text for text in asked if text.strip() and len(text) <= LONGEST})
+    for text in rng.sample(short, len(short)):
+        yield {"prompt": text, "task": "text"}
+
+
+def build(data: Path, split: str, counts: dict[str, int], seed: int) -> list[Line]:
+    """Data lines of a split. counts: "detail", "caption", "questions", "text". SystemExit when the data has fewer."""
+    kinds = ("photos", "detail", "caption", "coco", "facts", "text")
+    rng = {kind: random.Random(f"{seed}-{split}-{kind}") for kind in kinds}
+    names = photos(data, split, rng["photos"])
+    sources = {  # captions and questions from the end, so that most photos are asked one thing
+        "detail": (counts["detail"], about_photos(names, DETAIL_PROMPTS, "detail", rng["detail"])),
+        "caption": (counts["caption"], about_photos(names[::-1], CAPTION_PROMPTS, "caption", rng["caption"])),
+        "coco": (counts["questions"] // 2, coco_questions(data, split, rng["coco"])),
+        "facts": (-(-counts["questions"] // 2), caption_questions(data, names[::-1], rng["facts"])),
+        "text": (counts["text"], texts(data, split, rng["text"])),
+    }
+    lines: list[Line] = []
+    for kind, (count, found) in sources.items():
+        taken = [line for _, line in zip(range(count), found, strict=False)]
+        if len(taken) < count:
+            raise SystemExit(f"{split}: {count} '{kind}' prompts wanted, the data gives {len(taken)}")
+        lines += taken
+    return [{**line, "split": split} for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/msd"))
+    parser.add_argument("--seed", type=int, default=0)
+    for split, defaults in (("", (2500, 800, 800, 300)), ("val-", (100, 60, 60, 20))):
+        for kind, count in zip(("detail", "caption", "questions", "text"), defaults, strict=True):
+            parser.add_argument(f"--{split}{kind}", type=int, default=count)
+    args = vars(parser.parse_args())
+    args["out"].mkdir(parents=True, exist_ok=True)
+    for split, prefix, name in (("train", "", "prompts.jsonl"), ("val", "val_", "val.jsonl")):
+        counts = {kind: args[prefix + kind] for kind in ("detail", "caption", "questions", "text")}
+        lines = build(args["data"], split, counts, args["seed"])
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (args["out"] / name).write_text(text, encoding="utf-8")
+        print(f"{args['out'] / name}: {len(lines)} prompts")
+
+
+if __name__ == "__main__":
+    main()

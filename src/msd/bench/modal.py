@@ -1,0 +1,91 @@
+"""Acceptance by modality: how often drafts are right where the image matters, and where it does not.
+
+Greedy decoding only: the answer is then the same whatever was drafted, and each of its tokens has one label, the class
+of the image's gain there (`msd.gain`).
+
+    acceptance   a chain of top-1 drafts, depth 5: the share of drafted positions whose draft was the target's token
+    coverage     a draft tree: the share of drafted positions at which the tree held the target's token
+
+A step drafts the answer positions below its root. The accepted ones count as hits, the first rejected one as a miss;
+what was drafted below a rejection or beyond the answer's end does not count, so no position counts twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from msd.gain import ModalityCuts, image_gain
+from msd.modality import FUSION, LANGUAGE, VISION
+from msd.model import SpeculativeConfig
+from msd.statistics import Step
+from msd.targets import Target
+
+CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1)
+SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
+
+Labelled = tuple[Iterable[Step], Sequence[int]]  # one answer's steps, and the modality ids of its tokens
+
+
+@dataclass
+class Tally:
+    """Positions drafted and positions hit, by modality id."""
+
+    positions: Counter[int] = field(default_factory=Counter)
+    hits: Counter[int] = field(default_factory=Counter)
+
+    def rates(self) -> dict[str, float | None]:
+        """Modality name -> hits per position; None without positions."""
+        seen = {m: self.positions[m.id] for m in (VISION, LANGUAGE, FUSION)}
+        return {m.name: self.hits[m.id] / n if n else None for m, n in seen.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Modality name -> positions."""
+        return {m.name: self.positions[m.id] for m in (VISION, LANGUAGE, FUSION)}
+
+
+def acceptance_by_modality(chains: Iterable[Labelled]) -> Tally:
+    """Of answers decoded on chains of top-1 drafts (`CHAIN`)."""
+    return _tally(chains)
+
+
+def coverage_by_modality(trees: Iterable[Labelled]) -> Tally:
+    """Of answers decoded on draft trees."""
+    return _tally(trees)
+
+
+def _tally(answers: Iterable[Labelled]) -> Tally:
+    """Below the last accepted draft the tree had no node with the target's token, or no node at all where it ended."""
+    tally = Tally()
+    for steps, labels in answers:
+        for step in steps:
+            for level in range(min(step.accepted + 1, step.levels)):
+                if step.first + level < len(labels):
+                    label = labels[step.first + level]
+                    tally.positions[label] += 1
+                    tally.hits[label] += level < step.accepted
+    return tally
+
+
+def label_answer(target: Target, cuts: ModalityCuts, inputs: dict[str, Any], tokens: Sequence[int]) -> list[int]:
+    """Modality ids of the answer `tokens` to one prompt (processor output), up to a spelled image placeholder."""
+    taught = list(takewhile(lambda token: token not in target.placeholders, tokens))
+    return [int(m) for m in cuts.labels(image_gain(target, inputs, [taught])[0])] if taught else []
+
+
+def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:
+    """Labels of `answer` as far as `other` says the same (ties in rounding may part the two)."""
+    pairs = enumerate(zip(answer, other, strict=False))
+    end = next((i for i, (a, b) in pairs if a != b), min(len(answer), len(other)))
+    return labels[:end]
+
+
+def find_cuts(target: str, file: Path | None) -> ModalityCuts | None:
+    """The cuts in `file`, or those shipped with the reference target, or None. UserError for a bad file."""
+    if file is not None:
+        return ModalityCuts.load(file)
+    return ModalityCuts.load(SHIPPED) if target == "reference" and SHIPPED.exists() else None

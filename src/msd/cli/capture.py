@@ -1,0 +1,107 @@
+"""`msd capture`: answers written by the target itself, with the image gain of every token, to train a drafter on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from msd.cli.options import Data, Images, Json, Limit, MaxNewTokens, Target, quiet
+from msd.errors import UserError
+
+
+def capture(
+    out: Annotated[Path, typer.Option("--out", help="File for the answers (jsonl); an earlier run there goes on.")],
+    data: Data = None,
+    images: Images = None,
+    target: Target = "reference",
+    max_new_tokens: MaxNewTokens = 128,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Let the target answer prompts greedily, and label what it says by how much the image mattered."""
+    from msd.bench.data import BUNDLED, image_folder, load_data
+    from msd.train.capture import Prompt, pending
+    from msd.train.capture import capture as write_all
+
+    begin = time.perf_counter()
+    lines = load_data(data, images)
+    samples = lines[:limit]
+    folder = image_folder(data or BUNDLED / "prompts.jsonl", images)
+    prompts = [Prompt(s.prompt, tuple(_name(p, folder) for p in s.images), s.task, s.split) for s in samples]
+    places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
+    pending(prompts, out)  # an --out that cannot be continued fails before any model loads
+    quiet()
+    from msd.gain import ModalityCuts
+    from msd.loading import load_target
+    from msd.targets.fingerprint import fingerprint
+    from msd.train.captured import cuts_path, fit_cuts
+    from msd.train.target_writer import TargetWriter
+
+    console = Console(file=sys.stderr)
+    with console.status("loading the target…"):
+        model, processor = load_target(target)
+        name = fingerprint(model)
+    frozen = cuts_path(out)
+    cuts = ModalityCuts.load(frozen) if frozen.exists() else None
+    if cuts is not None:
+        cuts.check_target(name)
+    writer = TargetWriter(model, processor, folder, max_new_tokens)
+    marks = {"target": name}
+    todo = pending(prompts, out, marks)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        for prompt in progress.track(todo, description="checking"):
+            _check(writer, prompt, places[prompt.images, prompt.text])
+        bar = progress.add_task("capturing", total=None)
+        try:
+            records = write_all(
+                prompts, writer, out, batch, lambda n, total: progress.update(bar, completed=n, total=total), marks
+            )
+        except KeyboardInterrupt:
+            console.print(f"interrupted; what is written is kept in {out}, and the same command goes on from there")
+            raise
+    if cuts is None and len(samples) == len(lines):  # a part of the data does not decide for good
+        cuts = fit_cuts(records, name)
+        if cuts is not None:
+            cuts.save(frozen)
+    summary = {
+        "out": str(out),
+        "records": len(records),
+        "written": len(todo),
+        "tokens": sum(len(r["gain"]) for r in records),
+        "finished": sum(r["finished"] for r in records) / len(records),
+        "target": name,
+        "cuts": None if cuts is None else {"path": str(frozen), **cuts.model_dump()},
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    print(json.dumps(summary) if as_json else _told(summary))
+
+
+def _check(writer: Any, prompt: Any, place: str) -> None:
+    """What is wrong with a prompt, with its file and line."""
+    try:
+        writer.check(prompt)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _name(path: Path, folder: Path) -> str:
+    """An image as the data names it."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _told(summary: dict[str, object]) -> str:
+    """The summary in words."""
+    cuts = summary["cuts"]
+    told = f"{summary['out']}: {summary['records']} answers, {summary['tokens']} tokens, {summary['written']} new"
+    if not isinstance(cuts, dict):
+        return f"{told}; no modality cuts (they are fitted on all lines of the train part that have images)"
+    edges = f"language ≤ {cuts['language_max']:.4f}, vision ≥ {cuts['vision_min']:.4f} nats"
+    return f"{told}\n{cuts['path']}: {edges}, fitted on {cuts['tokens']} tokens"

@@ -1,0 +1,62 @@
+"""Captured answers as training reads them, and the modality cuts that their gains give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msd.bench.data import data_lines, image_folder
+from msd.errors import UserError
+from msd.gain import ModalityCuts
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One answer of the target. ids: all its tokens, the end token included where it came; gain: nats of each."""
+
+    images: tuple[Path, ...]
+    prompt: str
+    ids: tuple[int, ...]
+    gain: tuple[float, ...]
+    task: str
+    split: str
+
+
+def read_captured(path: Path, images: Path | None = None) -> list[Captured]:
+    """What `msd capture` wrote. images: the folder given to it as --images; by default as for data lines.
+
+    UserError names the line that is wrong or whose image is missing.
+    """
+    folder = image_folder(path, images)
+    return [_captured(line, where, folder) for where, line in data_lines(path)]
+
+
+def cuts_path(path: Path) -> Path:
+    """Where the cuts of captured answers `path` are kept: beside it, with `.cuts.json` at the end."""
+    return path.with_name(path.name + ".cuts.json")
+
+
+def fit_cuts(records: Iterable[dict[str, Any]], target: str) -> ModalityCuts | None:
+    """Cuts from the records of the train part that have images (the rest is language); None where there are none."""
+    gains = [r["gain"] for r in records if r["split"] == "train" and r["image"]]
+    return ModalityCuts.fit(gains, target) if gains else None
+
+
+def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
+    kinds = {"image": list, "prompt": str, "ids": list, "gain": list, "task": str, "split": str}
+    for name, kind in kinds.items():
+        if not isinstance(line.get(name), kind):
+            raise UserError(f"{where}: '{name}' is missing or not a {kind.__name__}; write the file with 'msd capture'")
+    end = line.get("end")
+    ids = (*line["ids"], *(() if end is None else (end,)))
+    if len(ids) != len(line["gain"]):
+        raise UserError(f"{where}: {len(line['gain'])} gains for {len(ids)} answer tokens")
+    if not ids:
+        raise UserError(f"{where}: the answer has no tokens")
+    paths = tuple(folder / name for name in line["image"])
+    for picture in paths:
+        if not picture.is_file():
+            raise UserError(f"{where}: image '{picture}' does not exist; name the folder of the images")
+    return Captured(paths, line["prompt"], ids, tuple(line["gain"]), line["task"], line["split"])

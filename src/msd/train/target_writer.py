@@ -1,0 +1,71 @@
+"""TargetWriter: the target's own greedy answers, written with its images, and the image gain of every answer token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from msd.errors import UserError
+from msd.gain import assert_images_matter, image_gain
+from msd.model import Result, SpeculativeVLM
+from msd.prompts import prepare
+from msd.targets.vision import PIXELS
+from msd.train.capture import Answer, Prompt
+
+DIGITS = 4  # of a gain in nats
+
+
+class TargetWriter:
+    """Writes answers for `capture`: plain greedy decoding in batches, then two teacher passes for the gains.
+
+    Image placeholders are never written: the teacher would look for an image there. The first batch with images
+    refuses a target that does not see them. folder: where image names start from.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int) -> None:
+        self.engine = SpeculativeVLM(model, processor, drafter="ar")
+        self.processor, self.folder, self.max_new_tokens = processor, folder, max_new_tokens
+        self._sees = False
+
+    def check(self, prompt: Prompt) -> None:
+        """UserError for an image that cannot be read, a prompt that is refused, or one too long for the context."""
+        length, context = self._prepare([prompt])["input_ids"].shape[1], self.engine.target.context_length
+        if context is not None and length + self.max_new_tokens > context:
+            raise UserError(
+                f"{length} prompt tokens and {self.max_new_tokens} new ones do not fit the model's context of "
+                f"{context}; shorten the prompt or lower --max-new-tokens"
+            )
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answers in the order of the prompts; an image that several share is encoded once."""
+        target, raw = self.engine.target, self._prepare(prompts)
+        inputs = target.encode_images(raw)
+        never = list(target.placeholders)
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "suppress_tokens": never}
+        results = self.engine.generate(**inputs, **settings)
+        results = [results] if isinstance(results, Result) else results
+        answers = [r.tokens for r in results]
+        if not self._sees and PIXELS in raw:
+            assert_images_matter(target, raw, answers)
+            self._sees = True
+        gains = image_gain(target, inputs, answers)
+        return [
+            _answer(result, [round(g, DIGITS) for g in gain.tolist()])
+            for result, gain in zip(results, gains, strict=True)
+        ]
+
+    def _prepare(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Processor output of a batch."""
+        images = [[self.folder / name for name in p.images] for p in prompts]
+        return prepare(self.processor, images, [p.text for p in prompts])
+
+
+def _answer(result: Result, gain: list[float]) -> Answer:
+    """The end token is kept apart; an answer that a stop string ended is finished without one."""
+    ended = result.finish == "eos"
+    ids = tuple(result.tokens[:-1] if ended else result.tokens)
+    end = result.tokens[-1] if ended else None
+    return Answer(result.text, ids, result.finish in ("eos", "criteria"), end, tuple(gain))

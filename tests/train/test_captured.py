@@ -1,0 +1,141 @@
+"""Answers of the target with their gains: greedy as one by one, gains as `image_gain`, and what readers get of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_checkpoint
+from msd.errors import UserError
+from msd.gain import ModalityCuts, image_gain
+from msd.loading import load_target
+from msd.prompts import prepare
+from msd.targets import adapt
+from msd.train.capture import Prompt, capture, pending
+from msd.train.captured import Captured, fit_cuts, read_captured
+from msd.train.target_writer import TargetWriter
+
+NEW = 7
+PROMPTS = [
+    Prompt("Describe it.", ("0.png",), "detail"),
+    Prompt("Describe it.", ("1.png",), "detail"),
+    Prompt("What is it?", ("0.png",), "vqa", "val"),
+    Prompt("Compare the two.", ("0.png", "1.png"), "vqa"),
+    Prompt("What is the capital of France?", (), "text"),
+    Prompt("Hello.", (), "text"),
+    Prompt("Describe it.", ("2.png",), "detail"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("target")
+    tiny_checkpoint.write(place)
+    tiny_checkpoint.photos(place / "images", 3)
+    return place
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return load_target(folder)
+
+
+def writer(loaded: tuple[Any, Any], folder: Path) -> TargetWriter:
+    return TargetWriter(*loaded, folder / "images", NEW)
+
+
+def test_records_hold_greedy_answers_and_their_gains(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+    model, processor = loaded
+    model.generation_config.eos_token_id = [2, 150]  # an end that a random model reaches now and then
+    records = capture(PROMPTS, writer(loaded, folder), tmp_path / "out.jsonl", batch=3)
+    target = adapt(model)
+    for prompt, record in zip(PROMPTS, records, strict=True):
+        inputs = prepare(processor, [[folder / "images" / n for n in prompt.images]], [prompt.text])
+        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, suppress_tokens=[3])
+        tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
+        ended = tokens[-1] in (2, 150)
+        assert record["ids"] + ([record["end"]] if ended else []) == tokens
+        assert record["finished"] == ended
+        alone = image_gain(target, inputs, [tokens])[0]
+        assert record["gain"] == pytest.approx(alone.tolist(), abs=1e-3)
+        assert all(g == round(g, 4) for g in record["gain"])
+        assert (record["task"], record["split"]) == (prompt.task, prompt.split)
+        assert (max(record["gain"]) > 0.01) == bool(prompt.images)
+
+
+def test_an_image_is_encoded_once_in_a_batch(loaded: tuple[Any, Any], folder: Path) -> None:
+    write = writer(loaded, folder)
+    write([PROMPTS[0], PROMPTS[2], PROMPTS[3]])
+    vision = write.engine.target.vision
+    assert vision.misses == 2 + 2  # the two pictures, and the two that the check of the target changed
+
+
+def test_prompts_are_asked_by_task_and_image(tmp_path: Path) -> None:
+    asked = [(p.task, p.images) for p in pending([*PROMPTS, PROMPTS[0]], tmp_path / "none.jsonl")]
+    assert asked == [
+        ("text", ()), ("text", ()), ("detail", ("0.png",)), ("detail", ("1.png",)), ("detail", ("2.png",)),
+        ("vqa", ("0.png",)), ("vqa", ("0.png", "1.png")),
+    ]  # fmt: skip
+
+
+def test_a_target_that_does_not_see_writes_nothing(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+    model, processor = load_target(folder)
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.zero_()
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="does not change with its images"):
+        capture(PROMPTS[:2], TargetWriter(model, processor, folder / "images", NEW), path)
+    assert path.read_text() == ""
+
+
+def test_read_captured(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    records = capture(PROMPTS, writer(loaded, folder), path, batch=4)
+    with pytest.raises(UserError, match="does not exist"):
+        read_captured(path)
+    captured = {(c.images, c.prompt): c for c in read_captured(path, folder / "images")}
+    for prompt, record in zip(PROMPTS, records, strict=True):
+        images = tuple(folder / "images" / name for name in prompt.images)
+        end = () if record["end"] is None else (record["end"],)
+        expected = Captured(
+            images, prompt.text, (*record["ids"], *end), tuple(record["gain"]), prompt.task, prompt.split
+        )
+        assert captured[images, prompt.text] == expected
+    cuts = fit_cuts(records, "t")
+    assert cuts == ModalityCuts.fit([r["gain"] for r in records if r["image"] and r["split"] == "train"], "t")
+    assert fit_cuts([r for r in records if not r["image"]], "t") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"gain": [0.1]}, "1 gains for 2"),
+        ({"gain": None}, "'gain'"),
+        ({"image": "x.png"}, "'image'"),
+        ({"ids": [], "end": None, "gain": []}, "no tokens"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, change: dict[str, Any], part: str) -> None:
+    good = {"image": [], "prompt": "a", "answer": "b", "ids": [5], "end": 2, "gain": [0, 0], "task": "", "split": "val"}
+    path = tmp_path / "out.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    with pytest.raises(UserError, match=rf"out.jsonl:2.*{part}"):
+        read_captured(path)
+
+
+def test_a_file_of_another_kind_or_target_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    for content, part in [
+        ("my notes", "not a file of captured"),
+        ('{"image": "x.jpg", "prompt": "a"}\n', "not a captured"),
+        ('{"image": [], "prompt": "a", "answer": "", "ids": [], "target": "one"}\n', "target 'one'"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=part):
+            pending([], path, {"target": "two"})
+        assert path.read_text() == content

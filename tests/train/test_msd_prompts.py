@@ -1,0 +1,68 @@
+"""The prompts that MSD is trained on, from invented data: the right counts, splits kept apart, the same every time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "msd" / "prompts.py"
+SPEC = importlib.util.spec_from_file_location("msd_prompts", RECIPE)
+assert SPEC is not None and SPEC.loader is not None
+recipe = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(recipe)
+
+COUNTS = {"detail": 6, "caption": 4, "questions": 8, "text": 3}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    splits = ["val" if i % 4 == 0 else "train" for i in range(48)]
+    caption = "Two brown dogs run on the beach with a red ball ."
+    write("flickr8k/captions.jsonl", [{"image": f"{i}.jpg", "text": caption, "split": s} for i, s in enumerate(splits)])
+    asked = [{"image": f"c{i // 2}.jpg", "question": f"What is {i}?", "answer": "a"} for i in range(48)]
+    write("coco_vqa/qa.jsonl", [{**row, "split": splits[i // 2]} for i, row in enumerate(asked)])
+    train = [{"instruction": f"Do {i}.", "input": "it" * (i % 2), "output": ""} for i in range(9)]
+    for name in recipe.TRAIN_FILES:
+        write(f"text/{name}", train)
+    for name in recipe.VAL_FILES:
+        write(f"text/{name}", [{"turns": [f"Say {i}.", "Again."]} for i in range(9)])
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_counts_and_splits(data: Path, split: str) -> None:
+    lines = recipe.build(data, split, COUNTS, 0)
+    kinds = Counter(line["task"] for line in lines)
+    assert kinds == {"detail": 6, "caption": 4, "vqa": 2, "question": 2 + 2, "yesno": 2, "text": 3}
+    assert len({(line.get("image"), line["prompt"]) for line in lines}) == len(lines)
+    for line in lines:
+        assert line["split"] == split
+        if line["task"] == "text":
+            assert line["prompt"].startswith("Do " if split == "train" else "Say ")
+        else:
+            place, number = line["image"].split("/images/")
+            assert place in ("flickr8k", "coco_vqa")
+            assert (int(number.strip("c.jpg")) % 4 == 0) == (split == "val")
+
+
+def test_the_same_every_time_and_more_of_the_same(data: Path) -> None:
+    lines = recipe.build(data, "train", COUNTS, 0)
+    assert lines == recipe.build(data, "train", COUNTS, 0) != recipe.build(data, "train", COUNTS, 1)
+    more = recipe.build(data, "train", {**COUNTS, "detail": 9, "questions": 12}, 0)
+    assert all(line in more for line in lines)
+
+
+def test_too_few_photos(data: Path) -> None:
+    with pytest.raises(SystemExit, match="100 'detail' prompts wanted, the data gives 36"):
+        recipe.build(data, "train", {**COUNTS, "detail": 100}, 0)
