@@ -1,0 +1,124 @@
+"""MSDVerification: a chain of drafted tokens, verified from plain probabilities, without trees or models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msd import modality
+from msd.errors import UserError
+from msd.verify.divergence import sampled_law, total_variation
+from msd.verify.ledger import Ledger
+from msd.verify.rules import Rule, hard, ratio, soft
+from msd.verify.thetas import checked_epsilon, thetas
+from msd.verify.trials import left_after
+
+RULES: dict[str, Rule] = {"threshold": hard, "budget": soft, "lossless": ratio}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a chain came to.
+
+    tokens: emitted ids, the accepted ones and then the recovered or bonus token, if there is one.
+    accepted: how many drafts were accepted. divergence: exact total variation of each emitted token's law from p.
+    """
+
+    tokens: list[int]
+    accepted: int
+    divergence: list[float]
+
+
+class MSDVerification:
+    """Modality-aware verification of drafted tokens that were sampled from `draft_probs`.
+
+    policy: "threshold", "budget" or "lossless". thresholds: modality name -> θ, the registry's where it has none.
+    epsilon: mean total variation per token that `budget` may spend for each modality; the account is kept from call to
+    call, so use one object for one answer.
+    """
+
+    def __init__(
+        self, policy: str = "threshold", thresholds: Mapping[str, float] | None = None, epsilon: float = 0.0
+    ) -> None:
+        if policy not in RULES:
+            raise UserError(f"unknown verifier '{policy}'; known: {', '.join(RULES)}")
+        self.policy, self.epsilon = policy, checked_epsilon(epsilon)
+        self.thetas = thetas(thresholds or {})
+        self._ledgers = {kind: Ledger(epsilon, theta) for kind, theta in self.thetas.items()}
+
+    def verify(
+        self,
+        draft_tokens: Tensor | Sequence[int],
+        target_probs: Tensor,
+        draft_probs: Tensor,
+        modalities: Sequence[str | int],
+        generator: torch.Generator | None = None,
+    ) -> Verified:
+        """Accepts drafts in order until one is rejected, which the residual's token then replaces.
+
+        draft_tokens: [n]. target_probs: p, [n, V], or [n + 1, V] for a bonus token after the last draft. draft_probs:
+        q, [n, V]. modalities: n names or ids, the class predicted for each position. Probabilities are after
+        temperature and all processors; at temperature 0 give one-hot p, and every θ emits exactly the argmax. UserError
+        when these do not fit together.
+        """
+        tokens = [int(t) for t in draft_tokens]
+        kinds = [self._kind(m) for m in modalities]
+        _check(tokens, kinds, target_probs, draft_probs)
+        emitted: list[int] = []
+        divergence: list[float] = []
+        rule = RULES[self.policy]
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+            p, q = target_probs[i].double(), draft_probs[i].double()
+            theta = self.thetas[kind]
+            if rule is soft:
+                theta = self._ledgers[kind].theta(_cost(p, q, self._ledgers[kind].wish, rule))
+            spent = 0.0 if rule is ratio else _cost(p, q, theta, rule)
+            self._ledgers[kind].pay(spent)
+            divergence.append(spent)
+            chance = float(rule(p[token], q[token], theta))
+            if float(torch.rand((), generator=generator, dtype=torch.float64)) < chance:
+                emitted.append(token)
+                continue
+            emitted.append(_draw(left_after(p, q), generator))
+            return Verified(emitted, i, divergence)
+        if len(target_probs) > len(tokens):
+            emitted.append(_draw(target_probs[-1].double(), generator))
+            divergence.append(0.0)
+        return Verified(emitted, len(tokens), divergence)
+
+    def _kind(self, name: str | int) -> int:
+        """Modality id of a name or id."""
+        kind = modality.get(name).id if isinstance(name, str) else int(name)
+        if kind not in self.thetas:
+            raise UserError(f"modality {name!r} was not registered when this verification was made")
+        return kind
+
+
+def _cost(p: Tensor, q: Tensor, theta: float, rule: Rule) -> float:
+    """Total variation of the output law of one candidate from q [V]."""
+    return float(total_variation(sampled_law(p, q[None], theta, rule), p))
+
+
+def _draw(p: Tensor, generator: torch.Generator | None) -> int:
+    """One token from p [V]."""
+    return int(torch.multinomial(p, 1, generator=generator))
+
+
+def _check(tokens: list[int], kinds: list[int], p: Tensor, q: Tensor) -> None:
+    """UserError unless shapes, ids and probabilities fit together."""
+    n = len(tokens)
+    if q.dim() != 2 or p.dim() != 2 or p.shape[1] != q.shape[1] or len(q) != n or len(p) not in (n, n + 1):
+        raise UserError(
+            f"{n} draft tokens need draft_probs [{n}, V] and target_probs [{n} or {n + 1}, V], got {list(q.shape)} and "
+            f"{list(p.shape)}"
+        )
+    if len(kinds) != n:
+        raise UserError(f"{n} draft tokens but {len(kinds)} modalities; give one for each")
+    if bad := [t for t in tokens if not 0 <= t < q.shape[1]]:
+        raise UserError(f"draft token {bad[0]} is outside the vocabulary of {q.shape[1]}")
+    for name, law in (("target_probs", p), ("draft_probs", q)):
+        if len(law) and not bool(((law >= 0).all(-1) & ((law.double().sum(-1) - 1).abs() < 1e-3)).all()):
+            raise UserError(f"{name} has a row that is no probability law: entries must be ≥ 0 and sum to 1")

@@ -1,0 +1,77 @@
+"""`budget`: the soft rule. Accept surely when α ≥ θ, else with probability α; θ is kept where mean TV stays ≤ ε."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from msd.sampling import Sampler
+from msd.verify.divergence import budget_law, total_variation
+from msd.verify.ledger import Ledger
+from msd.verify.loose import Loose, Position
+from msd.verify.rules import soft
+from msd.verify.thetas import checked_epsilon, thetas
+from msd.verify.trials import normalise, sampled_trials, without
+
+
+class Budget(Loose):
+    """Spends at most ε of total variation per emitted token, for each modality of each answer; ε = 0 is `lossless`.
+
+    epsilon: in [0, 1]. thresholds: modality name -> θ to begin with (see `calibrate`), the registry's where there is
+    none. A deterministic candidate was drawn from a point mass, so α of all deterministic children together is their
+    mass P = Σ p(c): the chance that the lossless walk goes on. When P ≥ θ the token is drawn from p restricted to them;
+    else all is as in `lossless`. The first draw is always plain decoding's own, so a seed gives the same tokens until ε
+    is first spent.
+    """
+
+    def __init__(self, epsilon: float = 0.0, thresholds: Mapping[str, float] | None = None) -> None:
+        self.epsilon = checked_epsilon(epsilon)
+        self._thresholds = dict(thresholds or {})
+        thetas(self._thresholds)  # bad ones are told at once
+        self._ledgers: WeakKeyDictionary[Sampler, dict[tuple[int, int], Ledger]] = WeakKeyDictionary()
+
+    def _is_lossless(self) -> bool:
+        """Whether nothing may be spent."""
+        return self.epsilon == 0.0
+
+    def _ledger(self, sampler: Sampler, row: int, kind: int) -> Ledger:
+        """The ledger of a modality in a request's row. It ends with the request, so that seeds keep their meaning."""
+        mine = self._ledgers.setdefault(sampler, {})
+        if (row, kind) not in mine:
+            mine[row, kind] = Ledger(self.epsilon, thetas(self._thresholds)[kind])
+        return mine[row, kind]
+
+    def _theta(self, at: Position, kinds: list[int], sampler: Sampler) -> list[float]:
+        """From the ledgers, each of which is told what its wish would cost here."""
+        ledgers = [self._ledger(sampler, row, kind) for row, kind in zip(at.rows, kinds, strict=True)]
+        wish = torch.tensor([ledger.wish for ledger in ledgers], dtype=torch.float64, device=at.p.device)[:, None]
+        prices = total_variation(budget_law(at.p, wish, at.drafted, at.laws, at.present), at.p).tolist()
+        return [ledger.theta(price) for ledger, price in zip(ledgers, prices, strict=True)]
+
+    def _learn(self, sampler: Sampler, rows: list[int], kinds: list[int], spent: list[float]) -> None:
+        """Into the ledgers."""
+        for row, kind, tv in zip(rows, kinds, spent, strict=True):
+            self._ledger(sampler, row, kind).pay(tv)
+
+    def _emit(self, at: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
+        """Plain decoding's draw; where no child carries it, the children if P ≥ θ, else the sampled candidates."""
+        token = sampler.draw(at.law, at.rows)
+        among = at.tree.valid if at.tree.trials is None else at.tree.fixed
+        child = at.tree.follow(at.node, token, among)
+        kept = at.p.masked_fill(~at.drafted, 0.0)
+        mass = kept.sum(-1)
+        sure = (mass > 0) & (mass >= at.theta[:, 0])
+        again = ((child < 0) & sure).nonzero().squeeze(1).tolist()
+        if again:
+            token[again] = sampler.multinomial(normalise(kept[again]), [at.rows[i] for i in again])
+            child[again] = at.tree_of(again).follow(at.node[again], token[again], among[again])
+        open_ = [] if at.laws is None else ((child < 0) & ~sure).nonzero().squeeze(1).tolist()
+        if open_:
+            residual = without(at.p[open_], at.drafted[open_])
+            token[open_], child[open_] = sampled_trials(
+                at.tree_of(open_), at.node[open_], residual, sampler, [at.rows[i] for i in open_], soft, at.theta[open_]
+            )
+        return token, child, budget_law(at.p, at.theta, at.drafted, at.laws, at.present)

@@ -1,0 +1,48 @@
+"""`lossless`: the target's own law, whatever was drafted. docs/verification.md proves it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msd.sampling import Sampler
+from msd.tree import Accepted, DraftTree, Scores
+from msd.verify import trials
+from msd.verify.rules import ratio
+from msd.verify.walk import rows_of, walk
+
+
+class Lossless:
+    """Emits tokens distributed exactly as the target alone would emit them.
+
+    Deterministic trials: draw y ~ p as plain decoding does and follow the child that carries y (one draw per emitted
+    token, hence the same tokens as plain sampling with the same seed; at temperature 0, the longest argmax path).
+    Sampled trials: multi-candidate rejection in trial order (SpecInfer, algorithm 2; Leviathan et al., section 2.3),
+    after the deterministic ones have been taken out of p.
+    """
+
+    routed = False
+
+    def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
+        """The walk with `_choose`."""
+        return walk(tree, scores, sampler, self._choose)
+
+    def _choose(
+        self, tree: DraftTree, node: Tensor, law: Tensor, sampler: Sampler, rows: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(token [R], child [R] or -1): the next emitted token below `node` [R], and the node that carries it."""
+        view = rows_of(tree, rows)
+        token = sampler.draw(law, rows)
+        if tree.trials is None or not sampler.do_sample:
+            return token, view.follow(node, token, view.valid)
+        child = view.follow(node, token, view.fixed)
+        open_ = [i for i, c in enumerate(child.tolist()) if c < 0]  # no deterministic trial carries the draw
+        if open_:
+            below = (view.parents[open_] == node[open_, None]) & view.fixed[open_] & view.valid[open_]
+            p = sampler.probabilities(law[open_])
+            taken = torch.zeros_like(p).scatter_add_(1, view.tokens[open_], below.to(p.dtype))
+            token[open_], child[open_] = trials.sampled_trials(
+                rows_of(view, open_), node[open_], trials.normalise(p.masked_fill(taken > 0, 0.0)), sampler,
+                [rows[i] for i in open_], ratio,
+            )  # fmt: skip
+        return token, child

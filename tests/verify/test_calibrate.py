@@ -1,0 +1,76 @@
+"""θ for a divergence budget, on recorded positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from msd.errors import UserError
+from msd.verify import Budget, Threshold, calibrate, create, policies
+from msd.verify.calibrate import mean_divergence
+from msd.verify.divergence import budget_law, total_variation
+
+
+def records(n: int = 400, vocabulary: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q, drafted), [n, V]: a draft that is close to the target, and its three best tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, vocabulary, generator=generator) * 2
+    q = (logits + torch.randn(n, vocabulary, generator=generator) * 0.7).softmax(-1)
+    return logits.softmax(-1), q, torch.zeros(n, vocabulary, dtype=torch.bool).scatter(1, q.topk(3).indices, True)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.3, 0.8, 1.0])
+def test_mean_divergence_is_that_of_the_output_laws(theta: float) -> None:
+    p, q, drafted = records()
+    p = p.double()
+    sampled = total_variation(budget_law(p, theta, laws=q.double()[:, None]), p).mean()
+    ranked = total_variation(budget_law(p, theta, drafted), p).mean()
+    assert mean_divergence(p, q, theta) == pytest.approx(float(sampled), abs=1e-6)
+    assert mean_divergence(p, drafted, theta) == pytest.approx(float(ranked), abs=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.001, 0.01, 0.05])
+def test_the_least_theta_within_epsilon_is_found(epsilon: float) -> None:
+    p, q, drafted = records()
+    for kind in (q, drafted):
+        theta = calibrate({"vision": (p, kind)}, epsilon)["vision"]
+        assert 0.9 * epsilon < mean_divergence(p, kind, theta) <= epsilon
+        assert mean_divergence(p, kind, theta - 1e-3) > epsilon or theta < 1e-3
+
+
+def test_more_budget_means_a_smaller_theta_for_each_modality() -> None:
+    p, q, drafted = records()
+    found = [calibrate({"language": (p, q), "vision": (p, drafted)}, e) for e in (0.0, 0.01, 0.1, 1.0)]
+    for name in ("language", "vision"):
+        thetas = [f[name] for f in found]
+        assert thetas == sorted(thetas, reverse=True)
+        assert (thetas[0], thetas[-1]) == (1.0, 0.0)
+
+
+def test_bad_records_are_one_clear_line() -> None:
+    p, q, _ = records(5)
+    with pytest.raises(UserError, match="outside"):
+        calibrate({"vision": (p, q)}, 1.5)
+    with pytest.raises(UserError, match="unknown modality 'smell'"):
+        calibrate({"smell": (p, q)}, 0.1)
+    for bad in ((p, q[:4]), (p[0], q[0]), (p[:0], q[:0])):
+        with pytest.raises(UserError, match="must both be"):
+            calibrate({"vision": bad}, 0.1)
+
+
+def test_policies_and_their_settings() -> None:
+    assert policies() == ["lossless", "threshold", "budget"]
+    assert isinstance(create("threshold", {"vision": 0.9}), Threshold)
+    assert isinstance(create("budget", epsilon=0.1), Budget)
+    assert not create("lossless").routed
+    for wrong, line in (
+        (("greedy",), "unknown verifier 'greedy'; known: lossless, threshold, budget"),
+        (("lossless", {"vision": 0.5}), "no thresholds"),
+        (("threshold", None, 0.1), "no epsilon"),
+        (("threshold", {"vision": 1.1}), "outside"),
+        (("budget", {"smell": 0.1}), "unknown modality"),
+        (("budget", None, -0.1), "outside"),
+    ):
+        with pytest.raises(UserError, match=line):
+            create(*wrong)  # type: ignore[arg-type]
