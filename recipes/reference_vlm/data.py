@@ -77,7 +77,8 @@ class Phase:
 
     `rates` are samples by source and step of 1,536 tokens; `detail` is the share of photos asked for a long answer;
     `captions` how many short ones a photo gives beside a long answer, and twice as many without; `avoid` whether
-    repeated sentences are trained against; `whole_first` which samples lose when a step has too many (see `place`).
+    repeated sentences are trained against; `whole_first` which samples lose when a step has too many (see `place`);
+    `all_captions` is the share of photos that are only asked for a caption, once, and answer with all five.
     """
 
     start: int
@@ -87,6 +88,7 @@ class Phase:
     avoid: bool
     weights: dict[str, float]
     whole_first: bool = False
+    all_captions: float = 0.0
 
 
 PHASES = (
@@ -96,6 +98,7 @@ PHASES = (
     Phase(432, FIRST_RATES, 0.4, 2, True, LATE_WEIGHTS),
     Phase(570, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS),
     Phase(1046, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS, whole_first=True),
+    Phase(1373, LAST_RATES | {"flickr": 6.2, "coco": 3.7}, 0.8, 1, True, LATE_WEIGHTS, True, all_captions=0.8),
 )
 
 
@@ -234,6 +237,11 @@ class Mix:
         """Captions first, so that they are the last to be cut for room."""
         image = self.sets[source].rows[row]["image"]
         captions, facts = self.captions[image], self._facts(image)
+        if phase.all_captions and rng.random() < phase.all_captions:
+            asked = self.branch(rng.choice(CAPTION_PROMPTS), "", "caption", phase).question
+            answers = [self.branch("", tidy(c), "caption", phase) for c in rng.sample(captions, len(captions))]
+            prefix = self.prefix(self.sets[source].frames) + asked
+            return Sample(prefix, tuple(replace(b, question=()) for b in answers), ((source, row),))
         detail = None
         if rng.random() < phase.detail:
             asked_for, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)

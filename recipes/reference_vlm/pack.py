@@ -20,7 +20,8 @@ IMAGE = -1  # a place for an image token in a sample's prefix
 class Branch:
     """One question (ids, with the assistant's opening) and its answer (ids, with the end token if it ends).
 
-    The answer of an `avoid` branch is what the model shall not write there.
+    Without a question of its own it answers the one that the sample's prefix ends with. The answer of an `avoid` branch
+    is what the model shall not write there.
     """
 
     question: tuple[int, ...]
@@ -81,12 +82,14 @@ class Batch:
 def place(samples: Sequence[Sample], rows: int, length: int, whole_first: bool = False) -> list[list[Sample]]:
     """Samples into rows of `length`, longest first; one that fits nowhere loses its last branches, or is left out.
 
-    whole_first: clips and samples of few branches come first, so that the loss of room falls on those that have
-    branches to spare; longest first leaves out short samples (a third of the COCO photos, half of the text turns).
+    whole_first: clips and samples of few branches come first, and those that share a question last, so that the loss of
+    room falls on those that have branches to spare; longest first leaves out short samples (a third of the COCO photos,
+    half of the text turns).
     """
 
     def rank(sample: Sample) -> tuple[int, int, int]:
         cuttable = len(sample.branches) if whole_first and len(sample.pictures) <= 1 else 0
+        cuttable += 100 * all(not b.question for b in sample.branches)
         return cuttable, -len(sample.pictures) if whole_first else 0, -len(sample)
 
     placed: list[list[Sample]] = [[] for _ in range(rows)]
@@ -131,9 +134,9 @@ def pack(placed: Sequence[Sequence[Sample]], length: int, pad: int) -> Batch:
                 ids[r, at : at + m] = torch.tensor(b.question + b.answer)
                 positions[r, at : at + m] = torch.arange(n, n + m)
                 branch[r, at : at + m] = k
-                first = at + len(b.question) - 1
+                first = at + len(b.question)
                 rows += [r] * len(b.answer)
-                columns += range(first, first + len(b.answer))
+                columns += [first - 1 if b.question else start + n - 1, *range(first, first + len(b.answer) - 1)]
                 targets += b.answer
                 weights += [b.weight] * len(b.answer)
                 avoid += [b.avoid] * len(b.answer)
