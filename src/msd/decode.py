@@ -31,13 +31,16 @@ def decode(
     state: State,
     prompt: Scores,
     statistics: Statistics,
+    label: bool = False,
 ) -> Iterator[Accepted]:
     """Continues a prefilled batch until every row has stopped; yields what each step emitted.
 
     `prompt` holds the scores [B, 1, V] of the prompt's last token: a tree with nothing drafted, from which the first
-    token comes as every other does.
+    token comes as every other does. `label`: have the router's classes of emitted tokens in `Accepted.modality` even
+    if the verifier does not need them.
     """
     first = verifier.accept(DraftTree.root_only(state.layout.newest()), prompt, sampler)
+    first.modality = None  # no drafter has seen the prompt yet
     with statistics.timed("draft"):
         drafter.begin(state, prompt)
     yield first
@@ -46,7 +49,7 @@ def decode(
             tree = drafter.propose(state, plan.budget(sampler), sampler)
         with statistics.timed("verify"):
             scores = target.score(state, tree)
-            if verifier.routed:
+            if verifier.routed or label:
                 scores.modality = drafter.route(state, tree, scores)
         accepted = verifier.accept(tree, scores, sampler)
         target.commit(state, accepted)

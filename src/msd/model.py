@@ -41,6 +41,7 @@ class SpeculativeConfig(BaseModel):
     method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
     thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; the registry's where it has none.
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
+    label: whether results tell each token's modality, as the drafter's router predicts it.
     nodes, depth, width: the largest draft tree, in drafted nodes, in levels and in nodes on a level (1: a chain).
     """
 
@@ -50,6 +51,7 @@ class SpeculativeConfig(BaseModel):
     verifier: str = "lossless"
     thresholds: dict[str, float] = Field(default_factory=dict)
     epsilon: float = 0.0
+    label: bool = False
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=6, ge=1)
     width: int | None = Field(default=None, ge=1)
@@ -57,13 +59,17 @@ class SpeculativeConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """One answer. tokens: emitted ids without the prompt. finish: "eos", "length" or "criteria"."""
+    """One answer. tokens: emitted ids without the prompt. finish: "eos", "length" or "criteria".
+
+    predicted_modality: name per token as the router *predicts* it, None for the first token, or None without a router.
+    """
 
     text: str
     tokens: list[int]
     finish: str
     method: str
     statistics: Statistics
+    predicted_modality: list[str | None] | None = None
 
     @property
     def seconds(self) -> float:
@@ -78,6 +84,8 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         own = {"text": self.text, "tokens": self.tokens, "finish": self.finish, "method": self.method}
+        if self.predicted_modality is not None:
+            own["predicted_modality"] = self.predicted_modality
         statistics = self.statistics.as_dict()
         split = statistics.pop("seconds")
         return {
@@ -235,8 +243,9 @@ class SpeculativeVLM:
         sampler = Sampler(state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        steps = decode(self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
-        for accepted in steps:
+        parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
+        for accepted in decode(*parts, label=self.config.label):
+            statistics.label(accepted)
             if streamer is not None:
                 for token in accepted.tokens[0]:
                     streamer.put(torch.tensor([token]))
@@ -280,7 +289,8 @@ class SpeculativeVLM:
         layout: Layout = sampler.layout
         tokens = layout.tokens[row, length : layout.end[row]].tolist()
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
-        return Result(text, tokens, sampler.finish[row] or "", self.drafter.name, statistics)
+        labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
+        return Result(text, tokens, sampler.finish[row] or "", self.drafter.name, statistics, labels)
 
 
 def _as_decoding_method(run: Any) -> Any:

@@ -41,6 +41,7 @@ class Statistics:
     divergence: dict[str, tuple[int, float]] = field(
         default_factory=dict
     )  # modality -> (tokens, Σ TV), if not lossless
+    predicted: dict[int, list[str]] = field(default_factory=dict)  # row -> routed class of each token emitted in steps
     _answered: Counter[int] = field(default_factory=Counter)  # row -> tokens emitted in steps
 
     @property
@@ -75,6 +76,12 @@ class Statistics:
             for kinds, spent in zip(accepted.modality, accepted.divergence, strict=True):
                 for kind, total_variation in zip(kinds, spent, strict=True):
                     self._spend(names[kind], 1, total_variation)
+
+    def label(self, accepted: Accepted) -> None:
+        """Notes the router's classes of what a step emitted, where it had any."""
+        names = {m.id: m.name for m in known()}
+        for row, kinds in enumerate(accepted.modality or ()):
+            self.predicted.setdefault(row, []).extend(names[k] for k in kinds)
 
     def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
         """Adds to the account of a modality."""

@@ -144,7 +144,7 @@ class Accepted:
     tokens: for every row, the emitted tokens: the accepted ones, then the target's own (bonus) token. One longer than
             `nodes`, unless the row stopped on an accepted token (equal length) or had already finished (both empty).
     divergence: for every emitted token, the exact total variation of its law from the target's; None: all are 0.
-    modality: for every emitted token, the class its θ was of; None where `divergence` is.
+    modality: for every emitted token, the class that the router predicted for it; None where nobody asked.
     """
 
     nodes: list[list[int]]

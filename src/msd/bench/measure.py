@@ -26,7 +26,7 @@ from msd import prompts
 from msd.bench import modal
 from msd.bench.data import Sample
 from msd.gain import ModalityCuts
-from msd.model import SpeculativeVLM
+from msd.model import SpeculativeConfig, SpeculativeVLM
 from msd.statistics import Statistics
 from msd.version import __version__
 
@@ -52,6 +52,7 @@ def run(
     temperature: float,
     report: Callable[[str], None],
     cuts: ModalityCuts | None = None,
+    config: SpeculativeConfig | None = None,
 ) -> dict[str, Any]:
     """Results as in results.json: `environment` and a row per method and task, task "all" first.
 
@@ -59,7 +60,7 @@ def run(
     temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`).
     """
     names = list(dict.fromkeys([PLAIN, *methods]))
-    engines = {name: SpeculativeVLM(model, processor, drafter=name) for name in names}
+    engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     settings = {**sampling, "max_new_tokens": max_new_tokens}
     ways: dict[str, Callable[[dict[str, Any], int], Run]] = {
@@ -84,7 +85,8 @@ def run(
             if row["method"] in sight:
                 row |= sight[row["method"]](chosen[row["task"]])
     known = None if cuts is None else cuts.model_dump()
-    return {"environment": {**environment(model, settings), "modality_cuts": known}, "rows": rows}
+    policy = {} if config is None else config.model_dump(include={"verifier", "thresholds", "epsilon"})
+    return {"environment": {**environment(model, settings), **policy, "modality_cuts": known}, "rows": rows}
 
 
 def _by_modality(
@@ -196,6 +198,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "acceptance_by_modality": None,
         "coverage_by_modality": None,
         "positions_by_modality": None,
+        "divergence": total.as_dict()["divergence"],
         "identical": sum(same) / len(same),
         "seconds": seconds(mine),
         "prefill_s": split.get("prefill", sum(r.prefill for r in mine)),

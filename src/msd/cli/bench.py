@@ -13,13 +13,17 @@ from rich.console import Console
 from msd.cli.options import (
     Data,
     Drafter,
+    Epsilon,
     Images,
     Json,
     Limit,
     MaxNewTokens,
     Methods,
     Target,
+    Thresholds,
+    Verifier,
     chosen_methods,
+    policy,
     quiet,
     use_drafter,
 )
@@ -40,11 +44,15 @@ def bench(
         typer.Option("--cuts", help="Modality cuts of the target, from 'msd capture'; the reference model's own."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for results.json and report.md.")] = None,
+    verifier: Verifier = "lossless",
+    epsilon: Epsilon = 0.0,
+    threshold: Thresholds = None,
     as_json: Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
     from msd.bench.data import load_data
 
+    checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
     methods = chosen_methods(method)
     samples = load_data(data, images)[:limit]
@@ -53,6 +61,7 @@ def bench(
     quiet()
     from msd.bench import measure, modal, report
     from msd.loading import load_target
+    from msd.model import SpeculativeConfig
     from msd.targets.fingerprint import fingerprint
 
     known = modal.find_cuts(target, cuts)
@@ -60,7 +69,10 @@ def bench(
     if known is not None:
         known.check_target(fingerprint(model))
     with Console(file=sys.stderr).status("measuring…") as status:
-        results = measure.run(model, processor, samples, methods, max_new_tokens, temperature, status.update, known)
+        results = measure.run(
+            model, processor, samples, methods, max_new_tokens, temperature, status.update, known,
+            SpeculativeConfig(**checked),
+        )  # fmt: skip
     if out is not None:
         report.write(results, out)
     print(json.dumps(results) if as_json else report.markdown(results))

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from msd.cli.options import Drafter, Json, MaxNewTokens, Target, quiet
+from msd.cli.options import (
+    Drafter,
+    Epsilon,
+    Json,
+    MaxNewTokens,
+    Target,
+    Thresholds,
+    Verifier,
+    policy,
+    quiet,
+)
 
 
 def generate(
@@ -28,6 +39,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", min=1)] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
+    verifier: Verifier = "lossless",
+    epsilon: Epsilon = 0.0,
+    threshold: Thresholds = None,
     as_json: Json = False,
 ) -> None:
     """Answer PROMPT about the images; the text appears as it is made."""
@@ -37,13 +51,14 @@ def generate(
 
     loaded = [pictures.load_image(Path(source)) for source in images or []]  # bad input fails before any model loads
     prompts.check_text(prompt)
+    checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
     method = method or ("msd" if drafter else "prompt-lookup")
     chosen_methods(method)
     quiet()
-    from msd import SpeculativeVLM
+    from msd import SpeculativeConfig, SpeculativeVLM
 
-    vlm = SpeculativeVLM.from_pretrained(target, method)
+    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, **checked))
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -61,3 +76,13 @@ def generate(
         f"[dim]{len(answer.tokens)} tokens in {answer.seconds:.2f} s, {answer.tokens_per_second:.1f} tokens/s, "
         f"mean acceptance length {answer.statistics.mean_acceptance_length:.2f}, method {answer.method}[/dim]"
     )
+    if answer.predicted_modality:
+        counts = Counter(name for name in answer.predicted_modality if name)
+        told = ", ".join(f"{name} {n}" for name, n in counts.most_common())
+        Console(file=sys.stderr).print(f"[dim]tokens by modality, as the router predicts it: {told}[/dim]")
+    spent = answer.as_dict()["divergence"]
+    if spent:
+        Console(file=sys.stderr).print(
+            f"[dim]'{verifier}' is lossy: total variation {spent['per_token']:.4f} a token, at most "
+            f"{min(1.0, spent['total']):.2f} for the whole answer[/dim]"
+        )

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,19 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the 
 Drafter = Annotated[
     Path | None, typer.Option("--drafter", help="Folder of a trained drafter, which becomes the method 'msd'.")
 ]
+Verifier = Annotated[
+    str,
+    typer.Option(
+        "--verifier", help="'lossless', or the lossy 'threshold' or 'budget' (docs/modality_verification.md)."
+    ),
+]
+Epsilon = Annotated[
+    float, typer.Option("--epsilon", min=0.0, max=1.0, help="Mean total variation per token that 'budget' may spend.")
+]
+Thresholds = Annotated[
+    list[str] | None,
+    typer.Option("--threshold", help="NAME=θ of a modality, for 'threshold' and 'budget'; repeatable."),
+]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
 
 
@@ -32,6 +45,21 @@ def use_drafter(folder: Path | None) -> None:
         from msd import drafters
 
         drafters.register_folder(folder)
+
+
+def policy(verifier: str, thresholds: list[str] | None, epsilon: float) -> dict[str, Any]:
+    """The verification fields of a `SpeculativeConfig`; UserError for what no policy takes."""
+    from msd import verify
+
+    table: dict[str, float] = {}
+    for entry in thresholds or ():
+        name, _, number = entry.partition("=")
+        try:
+            table[name] = float(number)
+        except ValueError as error:
+            raise UserError(f"--threshold '{entry}' is not NAME=NUMBER, as in vision=0.6") from error
+    verify.create(verifier, table, epsilon)
+    return {"verifier": verifier, "thresholds": table, "epsilon": epsilon}
 
 
 def quiet() -> None:

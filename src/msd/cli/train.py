@@ -75,10 +75,12 @@ def train(
     )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):
         finished = drafting.train(model, processor, training, testing, edges, out, settings)
-    curves.draw(out / "log.jsonl", out / "curves.png")
+    log, picture = out / "log.jsonl", out / "curves.png"
+    if log.exists():  # a run stopped in its first steps has none yet
+        curves.draw(log, picture)
     told = checkpoint.training(out / "drafter")
     summary = {
-        "drafter": str(out / "drafter"), "finished": finished, "curves": str(out / "curves.png"),
+        "drafter": str(out / "drafter"), "finished": finished, "curves": str(picture) if log.exists() else None,
         **{name: told[name] for name in ("steps", "seconds", "peak_gigabytes", "losses", "held_out")},
     }  # fmt: skip
     if as_json:

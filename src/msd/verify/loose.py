@@ -70,13 +70,15 @@ class Loose(ABC):
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
         """The walk, with total variation and modality of every emitted token."""
         divergence: list[list[float]] = [[] for _ in range(tree.batch)]
-        kinds: list[list[int]] = [[] for _ in range(tree.batch)]
+        if scores.modality is None:
+            scores.modality = torch.full_like(tree.tokens, LANGUAGE.id)
+        modality = scores.modality
         exact = tree.height == 0 or not sampler.do_sample or self._is_lossless()
 
         def choose(
             tree: DraftTree, node: Tensor, law: Tensor, sampler: Sampler, rows: list[int]
         ) -> tuple[Tensor, Tensor]:
-            kind = [LANGUAGE.id] * len(rows) if scores.modality is None else scores.modality[rows, node].tolist()
+            kind = modality[rows, node].tolist()
             spent = [0.0] * len(rows)
             if exact:
                 token, child = Lossless()._choose(tree, node, law, sampler, rows)
@@ -87,13 +89,12 @@ class Loose(ABC):
                 token, child, out = self._emit(at, sampler)
                 spent = total_variation(out, at.p).tolist()
                 self._learn(sampler, rows, kind, spent)
-            for row, k, tv in zip(rows, kind, spent, strict=True):
-                kinds[row].append(k)
+            for row, tv in zip(rows, spent, strict=True):
                 divergence[row].append(tv)
             return token, child
 
         accepted = walk(tree, scores, sampler, choose)
-        accepted.divergence, accepted.modality = divergence, kinds
+        accepted.divergence = divergence
         return accepted
 
     def _is_lossless(self) -> bool:

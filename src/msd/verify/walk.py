@@ -21,9 +21,14 @@ def walk(tree: DraftTree, scores: Scores, sampler: Sampler, choose: Choose) -> A
     """
     rows = sampler.alive
     accepted = Accepted([[] for _ in range(tree.batch)], [[] for _ in range(tree.batch)])
+    if scores.modality is not None:
+        accepted.modality = [[] for _ in range(tree.batch)]
     node = torch.zeros(len(rows), dtype=torch.long, device=tree.tokens.device)
     for _ in range(tree.height + 1):
         law = sampler.law(scores.logits[rows, node], rows)  # p at the reached nodes, [R, V]
+        if scores.modality is not None and accepted.modality is not None:
+            for row, kind in zip(rows, scores.modality[rows, node].tolist(), strict=True):
+                accepted.modality[row].append(kind)
         token, child = choose(tree, node, law, sampler, rows)
         going = []
         for i, (row, y, c) in enumerate(zip(rows, token.tolist(), child.tolist(), strict=True)):

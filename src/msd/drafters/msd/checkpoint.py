@@ -29,6 +29,7 @@ def save(network: MSDNetwork, folder: Path, training: dict[str, Any] | None = No
     }
     beside = folder / f"{WEIGHTS}.tmp"
     save_file(tensors, beside)
+    beside.chmod(0o644)  # the library makes it private
     beside.replace(folder / WEIGHTS)
     (folder / CONFIG).write_text(network.config.as_json() + "\n", encoding="utf-8")
     (folder / EXTRA).write_text(json.dumps(training or {}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -43,6 +44,8 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> MSDNetwork:
     try:
         config = MSDConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
+    except UserError as error:
+        raise UserError(f"drafter '{folder}': {error}") from error
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise UserError(f"drafter '{folder}' is damaged: {error}") from error
     network = MSDNetwork(config)

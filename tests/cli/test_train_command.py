@@ -1,0 +1,166 @@
+"""`msd train` on a tiny target: resumes to the same drafter, which `generate`, `verify` and `bench` then take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_checkpoint
+from msd.cli import main
+from msd.train.draft_loss import DraftObjective
+
+STEPS = 6
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target with captured answers."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny_checkpoint.write(folder)
+    names = tiny_checkpoint.photos(folder / "images", 4)
+    lines = [{"image": n, "prompt": p} for n in names for p in ("Describe it.", "What is it?")]
+    lines += [{"prompt": f"Say {i}.", "split": "val" if i == 0 else "train"} for i in range(4)]
+    lines += [{"image": names[0], "prompt": "Is it?", "split": "val"}]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit) as stop:
+        main([
+            "capture", "--data", str(folder / "data.jsonl"), "--images", str(folder / "images"),
+            "--target", str(folder), "--out", str(folder / "captured.jsonl"), "--max-new-tokens", "12", "--json",
+        ])  # fmt: skip
+    assert not stop.value.code
+    return folder
+
+
+def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: object) -> dict[str, Any]:
+    code, told, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", out, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *more,
+    )  # fmt: skip
+    assert code == 0, err
+    summary: dict[str, Any] = json.loads(told)
+    return summary
+
+
+@pytest.mark.parametrize("form", ["block", "ar"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    whole = train(capsys, place, tmp_path / "whole", "--form", form)
+    assert whole["finished"] and whole["steps"] == STEPS
+    assert set(whole["held_out"]) == {"language", "vision", "fusion", "acceptance"}
+    assert Path(whole["curves"]).read_bytes().startswith(b"\x89PNG")
+
+    forward, calls = DraftObjective.forward, []
+
+    def interrupted(self: DraftObjective, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    monkeypatch.setattr(DraftObjective, "forward", interrupted)
+    part = train(capsys, place, tmp_path / "parts", "--form", form)
+    assert not part["finished"] and part["steps"] == 4
+    again = train(capsys, place, tmp_path / "parts", "--form", form)
+    assert again["finished"] and again["held_out"] == whole["held_out"]
+    one, two = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_drafter_is_used_by_every_command(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from msd.drafters import registry
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    drafter = train(capsys, place, tmp_path / "run")["drafter"]
+    image = place / "images" / "0.png"
+    common = ["--target", place, "--drafter", drafter, "--max-new-tokens", 10, "--json"]
+    code, out, err = run(capsys, "generate", image, "-p", "Describe it.", *common)
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["method"] == "msd"
+    labels = answer["predicted_modality"]
+    assert len(labels) == len(answer["tokens"]) and labels[0] is None
+    assert set(labels[1:]) <= {"language", "vision", "fusion"}
+    assert answer["divergence"] is None
+    plain = ["generate", image, "-p", "Describe it.", "--target", place, "--max-new-tokens", 10, "--json"]
+    _, out, _ = run(capsys, *plain, "--method", "ar")
+    assert answer["tokens"] == json.loads(out)["tokens"]
+    lossy = [
+        "--verifier",
+        "budget",
+        "--epsilon",
+        "0.05",
+        "--threshold",
+        "vision=0.7",
+        "--temperature",
+        "1",
+        "--seed",
+        1,
+    ]
+    code, out, err = run(capsys, "generate", image, "-p", "Describe it.", *common, *lossy)
+    assert code == 0, err
+    spent = json.loads(out)["divergence"]
+    assert 0 <= spent["per_token"] <= 0.05 + 1e-9
+    data = ["--data", place / "data.jsonl", "--images", place / "images", "--limit", 2, "--method", "msd"]
+    code, out, err = run(capsys, "verify", *common, *data)
+    assert code == 0, err
+    assert [r["passed"] for r in json.loads(out)["rows"]] == [True]
+    cuts = ["--cuts", place / "captured.jsonl.cuts.json"]
+    code, out, err = run(capsys, "bench", *common, *data, *cuts)
+    assert code == 0, err
+    row = next(r for r in json.loads(out)["rows"] if r["method"] == "msd")
+    assert row["identical"] == 1.0
+    assert set(row["acceptance_by_modality"]) == {"vision", "language", "fusion"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--form", "tree"], "form 'tree' is unknown; choose one of ar, block"),
+        (["--off", "router,hands"], "--off 'hands' is no part of the drafter"),
+        (["--weighting", "wild"], "loss weighting 'wild' is unknown"),
+        (["--cuts", "none.json"], "no modality cuts at 'none.json'"),
+        (["--captured", "none.jsonl"], "cannot read data 'none.jsonl'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    code, out, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", tmp_path / "run", *options,
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert said in err.strip().splitlines()[-1]
+
+
+def test_bad_policies_are_one_line(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    for options, said in (
+        (["--verifier", "brave"], "unknown verifier 'brave'"),
+        (["--threshold", "vision"], "--threshold 'vision' is not NAME=NUMBER"),
+        (["--verifier", "threshold", "--threshold", "smell=0.5"], "unknown modality 'smell'"),
+        (["--epsilon", "0.1"], "verifier 'lossless' has no epsilon"),
+        (["--drafter", str(place)], "is not that of an MSD drafter"),
+    ):
+        code, out, err = run(capsys, "generate", "-p", "Hello", "--target", place, *options)
+        assert (code, out) == (2, ""), options
+        assert said in err, options
