@@ -1,0 +1,150 @@
+"""The comparison of MSD with its own parts taken out: one capture, one budget of wall time for every row.
+
+python recipes/msd/rows.py train --minutes 15            # each row in turn; run again to continue
+python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
+
+A row's steps follow from its own measured speed, so a part that costs training time pays for it. `standard` is the same
+trunk, vocabulary, budget and plan with every modality part off. Rows that only differ in decoding share weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from msd import drafters
+from msd.bench import measure, report
+from msd.bench.data import load_data
+from msd.drafters.msd import MSD, checkpoint
+from msd.drafters.msd.network import MSDNetwork
+from msd.gain import ModalityCuts
+from msd.loading import load_target
+from msd.train.captured import Captured, cuts_path, read_captured
+from msd.train.draft_loss import LossConfig
+from msd.train.drafting import SWITCHES, DraftTraining, train
+
+PROBE = 6  # steps that a row's speed is measured on
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trained row. `decoding`: switches put out only when it drafts, by name of the row they give."""
+
+    settings: DraftTraining
+    decoding: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def rows(seeds: Sequence[int]) -> dict[str, Row]:
+    """Name -> row, the most wanted first."""
+    block = DraftTraining()
+    found = {}
+    for seed in seeds:
+        shared = (("one subtree", ("subtrees",)), ("all subtrees always", ("dynamic",))) if seed == seeds[0] else ()
+        found[f"msd:block seed {seed}"] = Row(replace(block, seed=seed), shared)
+        found[f"standard seed {seed}"] = Row(replace(block, seed=seed, off=SWITCHES))
+    found["msd:ar"] = Row(replace(block, form="ar"))
+    for name in ("router", "vision", "transfer"):
+        found[f"no {name}"] = Row(replace(block, off=(name,)))
+    found["text-only stage"] = Row(replace(block, text_only=True))
+    found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
+    return found
+
+
+def steps_for(minutes: float, seconds: float) -> int:
+    """Steps of `seconds` each that fill `minutes`, to the nearest ten."""
+    return max(10, round(minutes * 60 / seconds / 10) * 10)
+
+
+def train_rows(args: argparse.Namespace) -> None:
+    answers = read_captured(args.captured, args.images)
+    cuts = ModalityCuts.load(cuts_path(args.captured))
+    held_out = read_captured(args.held_out, args.images)[: args.held_out_limit]
+    model, processor = load_target(args.target)
+    for name, row in rows(range(args.seeds)).items():
+        if args.only and name not in args.only:
+            continue
+        folder = args.out / name.replace(" ", "_").replace(":", "_")
+        plan = folder / "plan.json"
+        if not plan.exists():
+            seconds = _speed(model, processor, answers, held_out, cuts, folder, row.settings)
+            plan.write_text(json.dumps({"steps": steps_for(args.minutes, seconds), "seconds_per_step": seconds}))
+        steps = json.loads(plan.read_text())["steps"]
+        print(f"{name}: {steps} steps", flush=True)
+        stages = replace(row.settings.stages, text=steps // 15, rise=steps // 4)
+        settings = replace(row.settings, steps=steps, stages=stages, evaluate_every=max(50, steps // 4))
+        if not train(model, processor, answers, held_out, cuts, folder, settings):
+            print("stopped; run again to continue")
+            return
+
+
+def _speed(
+    model: Any, processor: Any, answers: Sequence[Captured], held_out: Sequence[Captured], cuts: ModalityCuts,
+    folder: Path, settings: DraftTraining,
+) -> float:  # fmt: skip
+    """Seconds of a step about images, measured on a few after a warm-up."""
+    probe = folder / "probe"
+    stages = replace(settings.stages, text=0, rise=1)
+    times = []
+    for steps in (2, 2 + PROBE):
+        shutil.rmtree(probe, ignore_errors=True)
+        begun = time.monotonic()
+        probing = replace(settings, steps=steps, stages=stages, evaluate_every=10**6)
+        train(model, processor, answers, held_out[:1], cuts, probe, probing)
+        times.append(time.monotonic() - begun)
+    shutil.rmtree(probe)
+    return (times[1] - times[0]) / PROBE
+
+
+def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
+    """A trained network that decodes with some parts off."""
+    network = checkpoint.load(folder)
+    network.config = replace(network.config, **dict.fromkeys(off, False))
+    return network
+
+
+def bench_rows(args: argparse.Namespace) -> None:
+    methods = []
+    for name, row in rows(range(args.seeds)).items():
+        folder = args.out / name.replace(" ", "_").replace(":", "_") / "drafter"
+        if not (folder / "model.safetensors").exists():
+            continue
+        for shown, off in ((name, ()), *row.decoding):
+            drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
+            methods.append(shown)
+    model, processor = load_target(args.target)
+    samples = load_data(args.prompts, args.images)[: args.limit]
+    cuts = ModalityCuts.load(cuts_path(args.captured))
+    told = lambda text: print(text, end="\r", flush=True)  # noqa: E731
+    results = measure.run(model, processor, samples, methods, args.max_new_tokens, 0.0, told, cuts)
+    report.write(results, args.results)
+    print(report.markdown(results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "bench"))
+    parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
+    parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
+    parser.add_argument("--held-out-limit", type=int, default=60)
+    parser.add_argument("--images", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--prompts", type=Path, default=Path("runs/msd/val.jsonl"), help="what is benchmarked")
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--out", type=Path, default=Path("runs/msd/rows"))
+    parser.add_argument("--results", type=Path, default=Path("recipes/msd/results"))
+    parser.add_argument("--target", default="reference")
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of rows")
+    args = parser.parse_args()
+    train_rows(args) if args.what == "train" else bench_rows(args)
+
+
+if __name__ == "__main__":
+    main()
