@@ -24,6 +24,7 @@ from transformers.generation import StopStringCriteria
 from msd import drafters, loading, prompts, verify
 from msd.decode import decode
 from msd.drafters import Drafter
+from msd.drafters.msd import MSD
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.plan import Plan
@@ -39,7 +40,8 @@ class SpeculativeConfig(BaseModel):
     """How to speculate.
 
     method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
-    thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; the registry's where it has none.
+    thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; where it has none, `budget` takes
+    those calibrated for the drafter, if there are any, and else the registry's.
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
     label: whether results tell each token's modality, as the drafter's router predicts it.
     nodes, depth, width: the largest draft tree, in drafted nodes, in levels and in nodes on a level (1: a chain).
@@ -117,7 +119,10 @@ class SpeculativeVLM:
         self.model, self.processor = model.eval(), processor
         self.drafter.attach(model)
         self.target = adapt(model, self.drafter.taps)
-        self.verifier = verify.create(self.config.verifier, self.config.thresholds, self.config.epsilon)
+        thresholds = self.config.thresholds
+        if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, MSD):
+            thresholds = self.drafter.thresholds(self.config.epsilon)
+        self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width)
         self._lock = threading.Lock()
 

@@ -90,7 +90,9 @@ def test_the_drafter_is_used_by_every_command(
     from msd.drafters import registry
 
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    drafter = train(capsys, place, tmp_path / "run")["drafter"]
+    drafter = train(capsys, place, tmp_path / "run", "--calibrate", 2)["drafter"]
+    told = json.loads((Path(drafter) / "training.json").read_text())
+    assert set(told["thresholds"]) == {"0.005", "0.01", "0.02", "0.05", "0.1"}
     image = place / "images" / "0.png"
     common = ["--target", place, "--drafter", drafter, "--max-new-tokens", 10, "--json"]
     code, out, err = run(capsys, "generate", image, "-p", "Describe it.", *common)

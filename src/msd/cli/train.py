@@ -37,6 +37,10 @@ def train(
     off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = "",
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    calibrate: Annotated[
+        int,
+        typer.Option("--calibrate", min=0, help="Held-out prompts to solve the thresholds of 'budget' on at the end."),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
@@ -58,10 +62,10 @@ def train(
         )
     edges = ModalityCuts.load(frozen)
     quiet()
-    from msd.drafters.msd import checkpoint
+    from msd.drafters.msd import MSD, checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
-    from msd.train import curves, drafting
+    from msd.train import calibration, curves, drafting
     from msd.train.draft_loss import LossConfig
 
     wrong = sorted(set(out_of) - set(drafting.SWITCHES))
@@ -79,6 +83,12 @@ def train(
     if log.exists():  # a run stopped in its first steps has none yet
         curves.draw(log, picture)
     told = checkpoint.training(out / "drafter")
+    if finished and calibrate:
+        drafter = MSD(checkpoint.load(out / "drafter"))
+        prompts = [(a.images, a.prompt) for a in testing[:calibrate]]
+        masses = calibration.record(model, processor, drafter, prompts)
+        told |= {"thresholds": calibration.solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
+        checkpoint.note(out / "drafter", told)
     summary = {
         "drafter": str(out / "drafter"), "finished": finished, "curves": str(picture) if log.exists() else None,
         **{name: told[name] for name in ("steps", "seconds", "peak_gigabytes", "losses", "held_out")},

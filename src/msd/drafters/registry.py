@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from msd.drafters.base import Drafter
@@ -25,8 +26,12 @@ def register_folder(folder: Path | str) -> None:
     UserError now when the folder holds no drafter.
     """
     checkpoint.load(folder)
-    register("msd", lambda: MSD(checkpoint.load(folder)))
-    register("msd:sampled", lambda: MSD(checkpoint.load(folder), "msd:sampled", sampled=True))
+    for name, sampled in (("msd", False), ("msd:sampled", True)):
+        register(name, partial(_load, folder, name, sampled))
+
+
+def _load(folder: Path | str, name: str, sampled: bool) -> MSD:
+    return MSD(checkpoint.load(folder), name, sampled, checkpoint.training(folder).get("thresholds"))
 
 
 def methods() -> list[str]:

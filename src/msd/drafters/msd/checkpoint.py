@@ -32,7 +32,12 @@ def save(network: MSDNetwork, folder: Path, training: dict[str, Any] | None = No
     beside.chmod(0o644)  # the library makes it private
     beside.replace(folder / WEIGHTS)
     (folder / CONFIG).write_text(network.config.as_json() + "\n", encoding="utf-8")
-    (folder / EXTRA).write_text(json.dumps(training or {}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    note(folder, training or {})
+
+
+def note(folder: Path, training: dict[str, Any]) -> None:
+    """Replaces what is kept beside the weights."""
+    (folder / EXTRA).write_text(json.dumps(training, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> MSDNetwork:

@@ -109,7 +109,8 @@ class MSDConfig:
         known = {f.name for f in fields(cls)}
         wrong = sorted(known.symmetric_difference(raw))
         if wrong:
-            raise UserError(f"its config.json is not that of an MSD drafter: field '{wrong[0]}' is {'unknown' if wrong[0] in raw else 'missing'}")
+            how = "unknown" if wrong[0] in raw else "missing"
+            raise UserError(f"its config.json is not that of an MSD drafter: field '{wrong[0]}' is {how}")
         built = {
             "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
             "shared": Shape(**raw["shared"]),

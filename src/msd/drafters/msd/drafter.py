@@ -22,10 +22,21 @@ from msd.tree import Accepted, DraftTree, Scores
 
 
 class MSD:
-    """Drafts with a trained network. `sampled`: candidates are drawn from the draft laws instead of being the best."""
+    """Drafts with a trained network.
 
-    def __init__(self, network: MSDNetwork, name: str = "msd", sampled: bool = False) -> None:
+    sampled: candidates are drawn from the draft laws instead of being the best. calibrated: str(ε) -> modality name ->
+    θ that the `budget` policy begins with.
+    """
+
+    def __init__(
+        self,
+        network: MSDNetwork,
+        name: str = "msd",
+        sampled: bool = False,
+        calibrated: dict[str, dict[str, float]] | None = None,
+    ) -> None:
         self.network, self.name, self.sampled = network.eval(), name, sampled
+        self.calibrated = calibrated or {}
         self.taps = network.config.taps
         self.modality_ids = torch.tensor(network.config.modality_ids)
 
@@ -40,6 +51,11 @@ class MSD:
                 f"not {vocabulary} and {hidden}; train one with `msd train`"
             )
         self.network.attach(embedding).to(model.device)
+
+    def thresholds(self, epsilon: float) -> dict[str, float]:
+        """Calibrated θ for the largest known budget within ε; empty when there is none."""
+        within = [known for known in self.calibrated if float(known) <= epsilon]
+        return self.calibrated[max(within, key=float)] if within else {}
 
     def begin(self, state: State, scores: Scores) -> None:
         """Prepares text and images apart, once."""
