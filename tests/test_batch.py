@@ -11,7 +11,8 @@ from torch import Tensor
 
 import tiny
 from msd.errors import UserError
-from msd.model import Result, SpeculativeVLM
+from msd.model import SpeculativeVLM
+from msd.result import Result
 from random_drafter import RandomDrafter
 
 NEW = 16

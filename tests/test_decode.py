@@ -17,8 +17,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
+from msd.config import SpeculativeConfig
 from msd.errors import UserError
-from msd.model import Result, SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
+from msd.result import Result
 from random_drafter import RandomDrafter
 
 NEW = 20

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import tiny
-from msd.model import Result, SpeculativeVLM
+from msd.model import SpeculativeVLM
+from msd.result import Result
 from random_drafter import RandomDrafter
 
 Inputs = dict[str, Tensor]

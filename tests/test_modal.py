@@ -20,8 +20,9 @@ from msd.gain import ModalityCuts
 from msd.layout import Layout
 from msd.loading import load_target
 from msd.modality import FUSION, LANGUAGE, VISION
-from msd.model import Result, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.plan import Budget
+from msd.result import Result
 from msd.statistics import Step
 from msd.targets import State, Target
 from msd.targets.fingerprint import fingerprint

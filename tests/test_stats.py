@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tiny
-from msd.model import Result, SpeculativeVLM
+from msd.model import SpeculativeVLM
+from msd.result import Result
 from msd.statistics import Statistics
 from msd.targets import Target
 from msd.tree import Accepted, DraftTree

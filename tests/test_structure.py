@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"targets", "plan", "verify", "gain"},
     {"drafters"},
     {"decode"},
-    {"model", "prompts", "loading", "streaming", "images", "reference", "msd"},
+    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference", "msd"},
     {"bench", "train", "serve"},
     {"cli"},
 ]

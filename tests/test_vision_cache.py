@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from msd.model import Result, SpeculativeVLM
+from msd.model import SpeculativeVLM
+from msd.result import Result
 from msd.targets.vision import VisionCache
 
 Inputs = dict[str, Tensor]

@@ -15,8 +15,10 @@ from msd.errors import UserError
 from msd.version import __version__
 
 if TYPE_CHECKING:
+    from msd.config import SpeculativeConfig
     from msd.modality import Modality
-    from msd.model import Result, SpeculativeConfig, SpeculativeVLM
+    from msd.model import SpeculativeVLM
+    from msd.result import Result
     from msd.verify import MSDVerification
 
 __all__ = [
@@ -32,8 +34,8 @@ __all__ = [
 _HOMES = {
     "MSDVerification": "msd.verify",
     "Modality": "msd.modality",
-    "Result": "msd.model",
-    "SpeculativeConfig": "msd.model",
+    "Result": "msd.result",
+    "SpeculativeConfig": "msd.config",
     "SpeculativeVLM": "msd.model",
 }
 

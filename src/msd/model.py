@@ -10,93 +10,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
 from msd import drafters, loading, prompts, verify
+from msd.config import SpeculativeConfig
 from msd.decode import decode
 from msd.drafters import Drafter
 from msd.drafters.msd import MSD
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.plan import Plan
+from msd.result import Result
 from msd.sampling import Randomness, Sampler
 from msd.statistics import Statistics
 from msd.streaming import Stream
 from msd.targets import adapt
 
 Seed = int | Sequence[int] | torch.Generator | None
-
-
-class SpeculativeConfig(BaseModel):
-    """How to speculate.
-
-    method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
-    thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; where it has none, `budget` takes
-    those calibrated for the drafter, if there are any, and else the registry's.
-    epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
-    label: whether results tell each token's modality, as the drafter's router predicts it.
-    nodes, depth, width: the largest draft tree, in drafted nodes, in levels and in nodes on a level (1: a chain).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str = "prompt-lookup"
-    verifier: str = "lossless"
-    thresholds: dict[str, float] = Field(default_factory=dict)
-    epsilon: float = 0.0
-    label: bool = False
-    nodes: int = Field(default=8, ge=1)
-    depth: int = Field(default=6, ge=1)
-    width: int | None = Field(default=None, ge=1)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One answer. tokens: emitted ids without the prompt. finish: "eos", "length" or "criteria".
-
-    predicted_modality: name per token as the router *predicts* it, None for the first token, or None without a router.
-    """
-
-    text: str
-    tokens: list[int]
-    finish: str
-    method: str
-    statistics: Statistics
-    predicted_modality: list[str | None] | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the whole call, image encoding and prefill included."""
-        return self.statistics.seconds["total"]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Emitted tokens per second of the whole call."""
-        return len(self.tokens) / self.seconds if self.seconds else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        own = {"text": self.text, "tokens": self.tokens, "finish": self.finish, "method": self.method}
-        if self.predicted_modality is not None:
-            own["predicted_modality"] = self.predicted_modality
-        statistics = self.statistics.as_dict()
-        split = statistics.pop("seconds")
-        return {
-            **own,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            **statistics,
-            "time": split,
-        }
 
 
 class SpeculativeVLM:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 import tiny
 from msd import modality
+from msd.config import SpeculativeConfig
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, Shape, checkpoint
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
 from msd.drafters.msd.memory import Memory
 from msd.errors import UserError
 from msd.layout import Layout
-from msd.model import SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.plan import Plan
 from msd.targets import adapt
 from msd.targets.teacher import teach

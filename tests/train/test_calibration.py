@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import tiny
+from msd.config import SpeculativeConfig
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
-from msd.model import SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.train.calibration import Recorder, solve
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import tiny
+from msd.config import SpeculativeConfig
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
 from msd.modality import FUSION, LANGUAGE, VISION
-from msd.model import SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson, teach
 from msd.train.draft_loss import DraftObjective, LossConfig, TaskWeights, chain_acceptance

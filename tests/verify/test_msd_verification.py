@@ -13,8 +13,9 @@ from torch import Tensor
 import msd
 from msd.bench import sampling_law
 from msd.bench.chi2 import chi2_p_value
+from msd.config import SpeculativeConfig
 from msd.modality import VISION
-from msd.model import SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
 from msd.tree import Accepted, DraftTree
 

@@ -25,8 +25,9 @@ from transformers.generation.streamers import BaseStreamer
 from msd import prompts
 from msd.bench import modal
 from msd.bench.data import Sample
+from msd.config import SpeculativeConfig
 from msd.gain import ModalityCuts
-from msd.model import SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
 from msd.version import __version__
 

@@ -19,9 +19,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from msd.config import SpeculativeConfig
 from msd.gain import ModalityCuts, image_gain
 from msd.modality import FUSION, LANGUAGE, VISION
-from msd.model import SpeculativeConfig
 from msd.statistics import Step
 from msd.targets import Target
 

@@ -60,8 +60,8 @@ def bench(
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
     from msd.bench import measure, modal, report
+    from msd.config import SpeculativeConfig
     from msd.loading import load_target
-    from msd.model import SpeculativeConfig
     from msd.targets.fingerprint import fingerprint
 
     known = modal.find_cuts(target, cuts)

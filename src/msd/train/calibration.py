@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from msd.config import SpeculativeConfig
 from msd.drafters import Drafter
 from msd.modality import known
-from msd.model import SpeculativeConfig, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.sampling import Sampler
 from msd.verify import Budget, calibrate
 from msd.verify.loose import Position

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from msd.errors import UserError
 from msd.gain import assert_images_matter, image_gain
-from msd.model import Result, SpeculativeVLM
+from msd.model import SpeculativeVLM
 from msd.prompts import prepare
+from msd.result import Result
 from msd.targets.vision import PIXELS
 from msd.train.capture import Answer, Prompt
 

@@ -1,0 +1,28 @@
+"""SpeculativeConfig: what a user may set about speculation."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SpeculativeConfig(BaseModel):
+    """How to speculate.
+
+    method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
+    thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; where it has none, `budget` takes
+    those calibrated for the drafter, if there are any, and else the registry's.
+    epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
+    label: whether results tell each token's modality, as the drafter's router predicts it.
+    nodes, depth, width: the largest draft tree, in drafted nodes, in levels and in nodes on a level (1: a chain).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "prompt-lookup"
+    verifier: str = "lossless"
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    epsilon: float = 0.0
+    label: bool = False
+    nodes: int = Field(default=8, ge=1)
+    depth: int = Field(default=6, ge=1)
+    width: int | None = Field(default=None, ge=1)
