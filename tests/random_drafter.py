@@ -29,6 +29,10 @@ class RandomDrafter:
     def attach(self, model: object) -> None:
         """Any target will do."""
 
+    def twin(self, model: object) -> RandomDrafter:
+        """Itself."""
+        return self
+
     def begin(self, state: State, scores: Scores) -> None:
         """Remembers where the prompt ends: one token before the newest."""
         self.prompt = state.layout.end[0] - 1

@@ -18,16 +18,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from msd import drafters
 from msd.bench import measure, report
 from msd.bench.data import load_data
-from msd.drafters.msd import MSD, checkpoint
+from msd.drafters.msd import MSD, SWITCHES, checkpoint
 from msd.drafters.msd.network import MSDNetwork
 from msd.gain import ModalityCuts
 from msd.loading import load_target
+from msd.modality import LANGUAGE
+from msd.targets import State
 from msd.train.captured import Captured, cuts_path, read_captured
 from msd.train.draft_loss import LossConfig
-from msd.train.drafting import SWITCHES, DraftTraining, train
+from msd.train.drafting import DraftTraining, train
+from msd.tree import Scores
 
 PROBE = 6  # steps that a row's speed is measured on
 
@@ -108,12 +113,36 @@ def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
     return network
 
 
+class WrongImage(MSD):
+    """Drafts with the image of the request before: what its own image is worth to the drafter.
+
+    The target sees the right one, and so do its states at text positions.
+    """
+
+    other: Tensor | None = None
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """As usual, with other states at the image positions."""
+        assert scores.taps is not None
+        shown = state.layout.modality[0, : scores.taps.shape[1]] != LANGUAGE.id
+        mine = scores.taps[:, shown].clone()
+        if self.other is not None and self.other.shape == mine.shape:
+            taps = scores.taps.clone()
+            taps[:, shown] = self.other
+            scores = replace(scores, taps=taps)
+        self.other = mine
+        super().begin(state, scores)
+
+
 def bench_rows(args: argparse.Namespace) -> None:
     methods = []
     for name, row in rows(range(args.seeds)).items():
         folder = args.out / name.replace(" ", "_").replace(":", "_") / "drafter"
         if not (folder / "model.safetensors").exists():
             continue
+        if name == next(iter(rows(range(args.seeds)))):
+            drafters.register("wrong image", lambda f=folder: WrongImage(checkpoint.load(f), "wrong image"))  # type: ignore[misc]
+            methods.append("wrong image")
         for shown, off in ((name, ()), *row.decoding):
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
             methods.append(shown)

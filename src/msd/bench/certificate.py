@@ -91,7 +91,7 @@ def certify(
     for engine, row in zip(engines, rows, strict=True):
         if engine.drafter.sampled:
             report(f"χ² of {row.method}, {draws} draws a cell")
-            row.p_values = end_to_end_p_values(row.method, draws)
+            row.p_values = end_to_end_p_values(engine.drafter, draws)
     return rows
 
 

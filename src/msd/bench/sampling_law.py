@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from msd.bench.chi2 import chi2_p_value
+from msd.drafters import Drafter
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
 
@@ -28,13 +29,14 @@ VOCABULARY, EOS, TOKENS, ROWS = 6, 2, 4, 500
 SETTINGS: tuple[tuple[float, int], ...] = ((1.0, 0), (0.7, 4))  # (temperature, top-k; 0: off)
 
 
-def end_to_end_p_values(drafter_name: str, draws: int) -> list[float]:
+def end_to_end_p_values(drafter: Drafter, draws: int) -> list[float]:
     """χ² p-values of the joint law of four new tokens, one per entry of `SETTINGS`, from at least `draws` answers each.
 
-    The seeds are fixed, so the same code gives the same values. 10⁵ draws take about a minute a setting.
+    A twin of `drafter` drafts for the tiny model. The seeds are fixed, so the same code gives the same values. 10⁵
+    draws take about a minute a setting.
     """
     model = tiny_model()
-    engine = SpeculativeVLM(model, None, drafter=drafter_name)
+    engine = SpeculativeVLM(model, None, drafter=drafter.twin(model))
     values = []
     for temperature, top_k in SETTINGS:
         counts, _ = count_answers(engine, draws, temperature, top_k)

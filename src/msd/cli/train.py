@@ -62,15 +62,15 @@ def train(
         )
     edges = ModalityCuts.load(frozen)
     quiet()
-    from msd.drafters.msd import MSD, checkpoint
+    from msd.drafters.msd import MSD, SWITCHES, checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
     from msd.train import calibration, curves, drafting
     from msd.train.draft_loss import LossConfig
 
-    wrong = sorted(set(out_of) - set(drafting.SWITCHES))
+    wrong = sorted(set(out_of) - set(SWITCHES))
     if wrong:
-        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(drafting.SWITCHES)}")
+        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(SWITCHES)}")
     model, processor = load_target(target)
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(

@@ -28,6 +28,10 @@ class Drafter(Protocol):
         """Called once, when the drafter meets its target; UserError when the two do not fit."""
         ...
 
+    def twin(self, model: PreTrainedModel) -> Drafter:
+        """A drafter of the same kind for another, tiny model, any weights will do: its sampling is tested there."""
+        ...
+
     def begin(self, state: State, scores: Scores) -> None:
         """Called once, after prefill and the first emitted token; `scores` are those of the prompt."""
         ...

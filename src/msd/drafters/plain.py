@@ -21,6 +21,10 @@ class Plain:
     def attach(self, model: PreTrainedModel) -> None:
         """Any target will do."""
 
+    def twin(self, model: PreTrainedModel) -> Plain:
+        """Another."""
+        return Plain()
+
     def begin(self, state: State, scores: Scores) -> None:
         """Nothing to remember."""
 

@@ -51,6 +51,10 @@ class PromptLookup:
     def attach(self, model: PreTrainedModel) -> None:
         """Any target will do."""
 
+    def twin(self, model: PreTrainedModel) -> PromptLookup:
+        """Another with the same settings."""
+        return PromptLookup(self.max_ngram, self.min_ngram, self.sampled, self.branches)
+
     def begin(self, state: State, scores: Scores) -> None:
         """Indexes the prompt."""
         state.memory = [_Index() for _ in range(state.layout.batch)]

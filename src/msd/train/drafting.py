@@ -28,14 +28,12 @@ from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
 from msd.train.router_report import router_report
 
-SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")
-
 
 @dataclass(frozen=True)
 class DraftTraining:
     """How a drafter is trained. anchors: positions per answer and step that drafts start from.
 
-    off: parts of the network left out, names of `SWITCHES`. text_only: stage 1 alone.
+    off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone.
     """
 
     form: str = "block"

@@ -10,6 +10,7 @@ from msd import modality
 from msd.errors import UserError
 
 FORMS = ("ar", "block")
+SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")  # parts that can be left out
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.drafters.msd.config import SWITCHES, MSDConfig
 from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
@@ -51,6 +52,22 @@ class MSD:
                 f"not {vocabulary} and {hidden}; train one with `msd train`"
             )
         self.network.attach(embedding).to(model.device)
+
+    def twin(self, model: PreTrainedModel) -> MSD:
+        """The same form and switches with random weights, for a model of any size: its whole vocabulary is drafted."""
+        text, c = model.config.get_text_config(decoder=True), self.network.config
+        kept = ("form", "modalities", "shapes", "shared", "active_from", *SWITCHES)
+        config = MSDConfig.for_target(
+            text, text.vocab_size, rank=4, parent_rank=4, image_tokens=2, **{name: getattr(c, name) for name in kept}
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = MSDNetwork(config)
+            for p in network.parameters():
+                if not p.any():
+                    torch.nn.init.normal_(p, std=0.3)
+        network.heads.ids = torch.arange(text.vocab_size)
+        return MSD(network, self.name, self.sampled)
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
         """Calibrated θ for the largest known budget within ε; empty when there is none."""
