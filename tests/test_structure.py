@@ -18,8 +18,8 @@ LAYERS: list[set[str]] = [
     {"targets", "plan", "verify", "gain"},
     {"drafters"},
     {"decode"},
-    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference", "msd"},
-    {"bench", "train", "serve"},
+    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference"},
+    {"bench", "train", "serve", "msd"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

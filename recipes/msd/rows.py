@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,8 +28,9 @@ from msd.drafters.msd.network import MSDNetwork
 from msd.gain import ModalityCuts
 from msd.loading import load_target
 from msd.modality import LANGUAGE
+from msd.model import SpeculativeVLM
 from msd.targets import State
-from msd.train.captured import Captured, cuts_path, read_captured
+from msd.train.captured import Captured, cuts_path, mixed, read_captured
 from msd.train.draft_loss import LossConfig
 from msd.train.drafting import DraftTraining, train
 from msd.tree import Scores
@@ -69,7 +70,7 @@ def steps_for(minutes: float, seconds: float) -> int:
 def train_rows(args: argparse.Namespace) -> None:
     answers = read_captured(args.captured, args.images)
     cuts = ModalityCuts.load(cuts_path(args.captured))
-    held_out = read_captured(args.held_out, args.images)[: args.held_out_limit]
+    held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
     for name, row in rows(range(args.seeds)).items():
         if args.only and name not in args.only:
@@ -114,23 +115,23 @@ def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
 
 
 class WrongImage(MSD):
-    """Drafts with the image of the request before: what its own image is worth to the drafter.
+    """Drafts with another image, that of the first request any of them sees: what its own is worth to the drafter.
 
     The target sees the right one, and so do its states at text positions.
     """
 
-    other: Tensor | None = None
+    other: ClassVar[Tensor | None] = None
 
     def begin(self, state: State, scores: Scores) -> None:
         """As usual, with other states at the image positions."""
         assert scores.taps is not None
         shown = state.layout.modality[0, : scores.taps.shape[1]] != LANGUAGE.id
-        mine = scores.taps[:, shown].clone()
-        if self.other is not None and self.other.shape == mine.shape:
+        if WrongImage.other is None:
+            WrongImage.other = scores.taps[:, shown].clone()
+        if WrongImage.other.shape == scores.taps[:, shown].shape:
             taps = scores.taps.clone()
-            taps[:, shown] = self.other
+            taps[:, shown] = WrongImage.other
             scores = replace(scores, taps=taps)
-        self.other = mine
         super().begin(state, scores)
 
 
@@ -147,7 +148,12 @@ def bench_rows(args: argparse.Namespace) -> None:
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
             methods.append(shown)
     model, processor = load_target(args.target)
-    samples = load_data(args.prompts, args.images)[: args.limit]
+    samples = mixed(load_data(args.prompts, args.images), args.limit)
+    if "wrong image" in methods:  # its image is that of the last sample, which is then left out
+        last = next(s for s in reversed(samples) if s.images)
+        samples = [s for s in samples if s.images != last.images]
+        donor = SpeculativeVLM(model, processor, drafter="wrong image")
+        donor.generate(list(last.images), last.prompt, max_new_tokens=2, do_sample=False)
     cuts = ModalityCuts.load(cuts_path(args.captured))
     told = lambda text: print(text, end="\r", flush=True)  # noqa: E731
     results = measure.run(model, processor, samples, methods, args.max_new_tokens, 0.0, told, cuts)

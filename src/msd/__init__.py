@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from msd.modality import Modality
     from msd.model import SpeculativeVLM
     from msd.result import Result
+    from msd.train.draft_loss import msd_draft_loss
     from msd.verify import MSDVerification
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SpeculativeVLM",
     "UserError",
     "__version__",
+    "msd_draft_loss",
 ]
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "Result": "msd.result",
     "SpeculativeConfig": "msd.config",
     "SpeculativeVLM": "msd.model",
+    "msd_draft_loss": "msd.train.draft_loss",
 }
 
 

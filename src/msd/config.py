@@ -13,7 +13,8 @@ class SpeculativeConfig(BaseModel):
     those calibrated for the drafter, if there are any, and else the registry's.
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
     label: whether results tell each token's modality, as the drafter's router predicts it.
-    nodes, depth, width: the largest draft tree, in drafted nodes, in levels and in nodes on a level (1: a chain).
+    nodes, depth, width: the largest draft tree, in drafted nodes, in levels, and in children of a
+    node and nodes of a subtree that go on per level (1: a chain).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -79,6 +79,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert not part["finished"] and part["steps"] == 4
     again = train(capsys, place, tmp_path / "parts", "--form", form)
     assert again["finished"] and again["held_out"] == whole["held_out"]
+    record = (tmp_path / "parts" / "drafter" / "training.json").read_bytes()
+    train(capsys, place, tmp_path / "parts", "--form", form)
+    assert (tmp_path / "parts" / "drafter" / "training.json").read_bytes() == record  # a finished run stays as it is
+    code, _, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", tmp_path / "parts", "--form", form, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 90,
+    )  # fmt: skip
+    assert code == 2 and "holds a run with draft_vocabulary 100, not 90" in err
     one, two = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("whole", "parts"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)

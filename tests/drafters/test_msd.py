@@ -59,7 +59,7 @@ def tree(made: MSDNetwork, route: torch.Tensor, nodes: int, depth: list[int], wi
     remembered.anchor.visible = visible
     laws = levels(made, context, remembered.anchor)
     kinds = torch.tensor(made.config.modality_ids)
-    return grow(laws, made.heads.ids, choose(made.config, route, nodes, width), kinds, layout.newest(), nodes, depth)
+    return grow(laws, made.heads, choose(made.config, route, nodes, width), kinds, layout.newest(), nodes, depth)
 
 
 def paths(drafted: DraftTree, row: int) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,10 +149,17 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
         assert found.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
 
 
-def test_task_weights_stay_within_bounds() -> None:
+def test_task_weights_follow_the_losses_within_bounds() -> None:
     weights = TaskWeights(("language", "vision", "fusion"), "learned")
-    optimizer = torch.optim.SGD(weights.parameters(), lr=1.0)
-    for _ in range(50):
+    optimizer = torch.optim.SGD(weights.parameters(), lr=0.1)
+    for _ in range(200):
+        loss = weights(torch.tensor([1.25, 1.0, 0.8]), torch.ones(3, dtype=torch.bool))
+        assert float(loss.detach()) == pytest.approx(float((weights.values() * torch.tensor([1.25, 1.0, 0.8])).sum()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert weights.values().tolist() == pytest.approx([0.8, 1.0, 1.25], abs=0.02)
+    for _ in range(200):
         loss = weights(torch.tensor([0.01, 1.0, 9.0]), torch.ones(3, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
@@ -200,3 +208,71 @@ def test_router_report_counts_every_first_draft_once() -> None:
     assert report["accuracy"] == pytest.approx(right / report["positions"])
     assert report["accuracy"] > 0.6 > report["majority"]  # it has learnt labels that come in turn
     assert 0 <= report["ece"] <= 1
+
+
+def test_msd_draft_loss_by_hand() -> None:
+    import msd
+
+    torch.manual_seed(0)
+    draft, target, h, t = torch.randn(6, 9), torch.randn(6, 9), torch.randn(6, 4), torch.randn(6, 4)
+    kinds = torch.tensor([VISION.id, LANGUAGE.id, VISION.id, FUSION.id, LANGUAGE.id, LANGUAGE.id])
+    weights = TaskWeights(("language", "vision", "fusion"), "threshold")
+    loss, terms = msd.msd_draft_loss(draft, target, h, t, kinds, weights)
+    p, q = target.softmax(-1), draft.softmax(-1)
+    by_hand = []
+    for i in range(6):
+        regression = torch.nn.functional.smooth_l1_loss(h[i], t[i])
+        by_hand.append(0.2 * regression + 0.6 * (p[i] - q[i]).abs().sum() - 0.4 * (p[i] * q[i].log()).sum())
+    mean = lambda *rows: float(sum(by_hand[r] for r in rows)) / len(rows)  # noqa: E731
+    assert terms == pytest.approx({"language": mean(1, 4, 5), "vision": mean(0, 2), "fusion": mean(3)}, rel=1e-5)
+    assert float(loss) == pytest.approx(mean(0, 2) + 0.4 * mean(1, 4, 5) + 0.5 * mean(3), rel=1e-5)
+    with pytest.raises(msd.UserError, match="6 modalities need"):
+        msd.msd_draft_loss(draft[:5], target, h, t, kinds, weights)
+
+
+def test_confidence_is_calibrated_on_held_out_hits() -> None:
+    from msd.train import confidence
+
+    model = tiny.llava()
+    made = network(model, "block")
+    _, _, taught, labels = lesson(model, made)
+    log_q = torch.log(torch.tensor([0.9, 0.3, 0.01]))
+    assert torch.allclose(made.heads.hit(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
+    _, objective = overfit(made, taught, labels)
+    report = confidence.calibrate(objective, [(taught, labels)])
+    assert report["candidates"] > 100
+    assert report["ece"] < max(0.05, report["ece_of_q"])
+    assert made.heads.calibration.tolist() == pytest.approx(report["fit"], abs=1e-3)
+
+
+def test_lessons_take_every_answer_once_a_pass() -> None:
+    from pathlib import Path
+
+    from msd.gain import ModalityCuts
+    from msd.train.captured import Captured, mixed
+    from msd.train.lessons import Lessons, Stages
+
+    lengths = torch.randint(2, 90, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    answers = [
+        Captured(
+            (Path("a.jpg"),) if i % 4 else (), f"{i}", (5,) * n, (0.0,) * n, "detail" if n > 40 else "vqa", "train"
+        )
+        for i, n in enumerate(lengths)
+    ]
+    cuts = ModalityCuts(language_max=0.1, vision_min=0.2, tokens=1, target="t")
+    make = lambda: Lessons(None, None, answers, cuts, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
+    lessons = make()
+    steps = [lessons.drawn(s) for s in range(40)]
+    assert all(not a.images for step in steps[:3] for a in step)  # stage 1
+    assert all(len({bool(a.images) for a in step}) == 1 for step in steps)
+    assert make().drawn(17) == steps[17]  # a function of the step
+    about = [[a.prompt for a in step] for step in steps if step[0].images]
+    first_pass = [p for step in about[:12] for p in step]
+    assert len(set(first_pass)) == 48 == sum(bool(a.images) for a in answers)
+    spread = [max(len(a.ids) for a in step) - min(len(a.ids) for a in step) for step in steps[10:]]
+    assert sum(spread) / len(spread) < 20  # alike in length: little padding
+    assert [a.task for a in mixed(answers, 4)] in (["detail", "vqa"] * 2, ["vqa", "detail"] * 2)
+
+    roots = lessons.roots(SimpleNamespace(lengths=[3, 60], logits=torch.zeros(1)), 10)  # type: ignore[arg-type]
+    assert roots[0].tolist() == [0, 1, *[2] * 8]  # from token 2 on there is nothing to draft
+    assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from msd import prompts
 from msd.bench import modal
 from msd.bench.data import Sample
+from msd.bench.repeats import tau_outside_repeats
 from msd.config import SpeculativeConfig
 from msd.gain import ModalityCuts
 from msd.model import SpeculativeVLM
@@ -194,6 +195,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "speedup_decode_only": decoding(plain) / max(decoding(mine), 1e-9),
         "tokens_per_second": sum(len(r.tokens) for r in mine) / seconds(mine),
         "mean_acceptance_length": total.mean_acceptance_length,
+        "tau_outside_repeated_8grams": tau_outside_repeats((r.statistics.steps, r.tokens) for r in mine),
         "tau_without_bonus": total.tau_without_bonus,
         "draft_acceptance_rate": total.draft_acceptance_rate,
         "acceptance_by_modality": None,

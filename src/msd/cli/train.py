@@ -45,7 +45,7 @@ def train(
 ) -> None:
     """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
     from msd.gain import ModalityCuts
-    from msd.train.captured import cuts_path, read_captured
+    from msd.train.captured import cuts_path, mixed, read_captured
 
     out_of = [name.strip() for name in off.split(",") if name.strip()]
     answers = read_captured(captured, images)
@@ -85,7 +85,7 @@ def train(
     told = checkpoint.training(out / "drafter")
     if finished and calibrate:
         drafter = MSD(checkpoint.load(out / "drafter"))
-        prompts = [(a.images, a.prompt) for a in testing[:calibrate]]
+        prompts = [(a.images, a.prompt) for a in mixed(testing, calibrate)]
         masses = calibration.record(model, processor, drafter, prompts)
         told |= {"thresholds": calibration.solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
         checkpoint.note(out / "drafter", told)

@@ -58,7 +58,8 @@ def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int
     spelled = target.placeholders.keys() & {t for a in answers for t in a}
     if spelled:
         raise UserError(f"an answer holds token {min(spelled)}, which stands for image features; leave its prompt out")
-    inputs = target.encode_images(dict(inputs))
+    device = target.model.device
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.encode_images(dict(inputs)).items()}
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
     L = ids.shape[1]
     A = max(map(len, answers))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from msd.bench.data import data_lines, image_folder
 from msd.errors import UserError
 from msd.gain import ModalityCuts
+
+
+class _HasTask(Protocol):
+    @property
+    def task(self) -> str: ...
+
+
+T = TypeVar("T", bound=_HasTask)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,15 @@ def read_captured(path: Path, images: Path | None = None) -> list[Captured]:
     """
     folder = image_folder(path, images)
     return [_captured(line, where, folder) for where, line in data_lines(path)]
+
+
+def mixed(answers: Sequence[T], limit: int | None = None) -> list[T]:
+    """Up to `limit` answers (or data lines), tasks in turn, so that a part holds all of them in like numbers."""
+    by_task: dict[str, list[T]] = {}
+    for answer in answers:
+        by_task.setdefault(answer.task, []).append(answer)
+    turns = [a for group in zip_longest(*by_task.values()) for a in group if a is not None]
+    return turns[:limit]
 
 
 def cuts_path(path: Path) -> Path:

@@ -8,7 +8,6 @@ less. Router and confidence have terms of their own that move nothing else.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +37,11 @@ class LossConfig:
 
 
 class TaskWeights(nn.Module):
-    """λ of every modality but the reference one, vision, whose weight is 1.
+    """λ of every modality relative to vision, whose weight is 1 (to the first one where there is no vision).
 
-    learned: homoscedastic uncertainty (Kendall et al. 2018), λ = exp(-s) with penalty s, kept within [1/2, 2], for
-    without bounds λ drifts to 1/L and favours whatever is easiest. fixed: 1. threshold: the registry's θ.
+    learned: homoscedastic uncertainty (Kendall et al. 2018): a weight exp(-s) with penalty s for each class, and
+    λ = their ratio, kept within [1/2, 2]: without bounds it drifts to the inverse ratio of the losses and favours
+    whatever is easiest. fixed: 1. threshold: the registry's θ.
     """
 
     def __init__(self, modalities: tuple[str, ...], weighting: str) -> None:
@@ -49,22 +49,69 @@ class TaskWeights(nn.Module):
         if weighting not in WEIGHTINGS:
             raise UserError(f"loss weighting '{weighting}' is unknown; choose one of {', '.join(WEIGHTINGS)}")
         self.names, self.weighting = modalities, weighting
+        self.reference = modalities.index("vision") if "vision" in modalities else 0
         self.s = nn.Parameter(torch.zeros(len(modalities)), requires_grad=weighting == "learned")
 
     def values(self) -> Tensor:
         """λ [M], in the order of the modalities."""
         if self.weighting == "threshold":
-            return torch.tensor([1.0 if n == "vision" else modality.get(n).threshold for n in self.names])
-        free = torch.tensor([n != "vision" for n in self.names], device=self.s.device)
-        with torch.no_grad():
-            self.s.clamp_(-math.log(2.0), math.log(2.0))
-        return torch.exp(-torch.where(free, self.s, 0.0))
+            table = [modality.get(name).threshold for name in self.names]
+            table[self.reference] = 1.0
+            return self.s.new_tensor(table)
+        return torch.exp(self.s.detach()[self.reference] - self.s.detach()).clamp(0.5, 2.0)
 
     def forward(self, terms: Tensor, present: Tensor) -> Tensor:
-        """Terms [M], present [M] bool (classes that occur) -> the weighted sum."""
-        weights = self.values().to(terms.device)
-        penalty = torch.log(weights)
-        return ((weights * terms - penalty) * present).sum()
+        """Terms [M], present [M] bool (classes that occur) -> Σ λ·term, and what moves s alone."""
+        loss = (self.values() * terms * present).sum()
+        if self.weighting == "learned":
+            own = ((torch.exp(-self.s) * terms.detach() + self.s) * present).sum()
+            loss = loss + own - own.detach()
+        return loss
+
+
+def position_losses(
+    log_q: Tensor, p: Tensor, state: Tensor, truth: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Loss [...] of drafted positions, and how much of the target's law the draft law meets there, Σ min(p, q) [...].
+
+    log_q, p: [..., Vd] over the draft vocabulary, p summing to at most 1 (the rest is out of reach). state, truth:
+    [..., H], the draft state and the target's last hidden state.
+    """
+    l1 = (p - log_q.exp()).abs().sum(-1) + (1 - p.sum(-1)).clamp_min(0)  # ‖p − q‖₁ over all tokens
+    entropy = -(p * log_q).sum(-1)
+    regression = F.smooth_l1_loss(state, truth.to(state.dtype), reduction="none").mean(-1)
+    loss = config.regression * regression + config.overlap * l1 + config.entropy * entropy
+    return loss, (1 - l1.detach() / 2).clamp(0, 1)
+
+
+def msd_draft_loss(
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    draft_states: Tensor,
+    target_states: Tensor,
+    modalities: Tensor,
+    weights: TaskWeights,
+    config: LossConfig | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """L = Σ λ_m·L_m over plain tensors: (loss, its terms by modality).
+
+    draft_logits, target_logits: [N, V]. draft_states, target_states: [N, H]. modalities: [N] registry ids. UserError
+    when the shapes do not fit.
+    """
+    n = len(modalities)
+    if draft_logits.shape != target_logits.shape or len(draft_logits) != n or draft_states.shape != target_states.shape:
+        shapes = [list(t.shape) for t in (draft_logits, target_logits, draft_states, target_states)]
+        raise UserError(f"{n} modalities need draft and target logits [{n}, V] and states [{n}, H], got {shapes}")
+    each, _ = position_losses(
+        draft_logits.float().log_softmax(-1), target_logits.float().softmax(-1), draft_states, target_states,
+        config or LossConfig(),
+    )  # fmt: skip
+    ids = torch.tensor([modality.get(name).id for name in weights.names], device=modalities.device)
+    kind = (modalities[:, None] == ids).to(each.dtype)
+    count = kind.sum(0)
+    terms = (each[:, None] * kind).sum(0) / count.clamp_min(1)
+    loss = weights(terms, count > 0)
+    return loss, {name: float(t) for name, t in zip(weights.names, terms.detach(), strict=True)}
 
 
 @dataclass
@@ -139,24 +186,22 @@ class DraftObjective(nn.Module):
         at = drafts.index.clamp_max(labels.shape[1] - 1)
         kind = (pick(labels, at.flatten(1)).view_as(at)[..., None] == self.kinds.to(at.device)).float()  # [B, A, D, M]
         route = self.routes(lesson, drafts, states)
-        told = torch.rand(kind.shape[:3], device=at.device)[..., None] < 0.5  # half the time as decoding will have it
-        weights = torch.where(told, kind, route.detach().exp())
+        weights = route.detach().exp()
+        if self.network.config.subtrees:  # the first level of a subtree is its own expert's
+            weights = torch.cat([kind[:, :, :1], weights[:, :, 1:]], 2)
         logits, sure = self.logits(lesson, drafts, states, weights)
+        c = self.config
         log_q = logits.float().log_softmax(-1)
         p = self._teacher(lesson, at)
-        overlap = (p - log_q.exp()).abs().sum(-1) + (1 - p.sum(-1))  # ‖p − q‖₁, the mass outside the vocabulary too
-        entropy = -(p * log_q).sum(-1)
         truth = pick(lesson.taps[..., -states.shape[-1] :], (at + lesson.prompt - 1).flatten(1)).view_as(states)  # type: ignore[index]
-        regression = F.smooth_l1_loss(states, truth.to(states.dtype), reduction="none").mean(-1)
-        c = self.config
-        each = c.regression * regression + c.overlap * overlap + c.entropy * entropy
+        # the target's last state is normalised, so the draft's is compared as the heads see it
+        each, met = position_losses(log_q, p, self.network.heads.norm(states), truth, c)
         depth_weight = c.decay ** torch.arange(self.depth, device=at.device) * drafts.valid
         total = (kind * depth_weight[..., None]).sum((0, 1, 2))  # [M]
         terms = (each[..., None] * kind * depth_weight[..., None]).sum((0, 1, 2)) / total.clamp_min(1e-6)
         loss = self.weights(terms, total > 0)
         count = drafts.valid.sum().clamp_min(1)
         routing = -((route * kind).sum(-1) * drafts.valid).sum() / count
-        met = (1 - overlap.detach() / 2).clamp(0, 1)
         confidence = (F.binary_cross_entropy_with_logits(sure, met, reduction="none") * drafts.valid).sum() / count
         loss = loss + (c.router * routing if self.network.router is not None else 0.0) + c.confidence * confidence
         names = self.network.config.modalities

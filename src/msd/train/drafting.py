@@ -1,27 +1,31 @@
 """Training a draft network for a target from captured answers, to a folder that decoding loads.
 
-The network's embedding and the first guess of its output layer are the target's own. Resumable as `train.loop` is; the
-learning curve is drawn as it grows. With `accelerate launch` every process trains on its own share of a step's answers.
+The network's embedding and the first guess of its output layer are the target's own. Resumable as `train.loop` is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msd.drafters.msd import MSDConfig, MSDNetwork, checkpoint
 from msd.drafters.msd.heads import frequent
+from msd.errors import UserError
 from msd.gain import ModalityCuts, assert_images_matter
 from msd.prompts import prepare
 from msd.targets import Target, adapt
+from msd.targets.teacher import Lesson
+from msd.train import confidence
 from msd.train.captured import Captured
 from msd.train.draft_loss import DraftObjective, LossConfig, chain_acceptance
 from msd.train.lessons import Lessons, Stages, token_counts
@@ -60,8 +64,11 @@ def new_network(target: Target, captured: Sequence[Captured], settings: DraftTra
     network = MSDNetwork(MSDConfig.for_target(config, size, **changes))
     network.heads.ids = frequent(counts, size).to(torch.long)
     rows = model.get_output_embeddings().weight.detach().float().cpu()[network.heads.ids]
+    norm = getattr(getattr(model.get_decoder(), "norm", None), "weight", None)
     with torch.no_grad():
         network.heads.head.weight.copy_(rows)
+        if norm is not None:  # those rows expect states of the target's own scale
+            network.heads.norm.weight.copy_(norm)
     return network.attach(model.get_input_embeddings())
 
 
@@ -76,10 +83,15 @@ def train(
 ) -> bool:
     """Trains to `out/drafter`; False when it was asked to stop before the end (run it again to go on).
 
-    UserError when the target's images do not reach it.
+    A finished run is left as it is. UserError when the target's images do not reach it, or when `out` holds a run with
+    other settings, data or target.
     """
     model.requires_grad_(False)
     network = new_network(adapt(model), captured, settings).to(model.device)
+    _check_same_run(out, settings, network, cuts)
+    before = checkpoint.training(out / "drafter")
+    if before.get("finished") == settings.steps:
+        return True
     target = adapt(model, network.config.taps)
     _refuse_blind_targets(target, processor, captured)
     stages = Stages(settings.steps, 1, 1.0) if settings.text_only else settings.stages
@@ -97,17 +109,25 @@ def train(
         return loss, {**parts, **speed}
 
     params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(_groups(params, settings.lr), lr=settings.lr, betas=(0.9, 0.95))
     warmup = min(20, 1 + settings.steps // 10)
     config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
     loop = Loop(params, optimizer, step_loss, config, out, evaluate)
     finished = loop.run()
-    router = evaluate.router() if finished and network.router is not None else None
+    seconds = before.get("seconds", 0.0) + time.monotonic() - begun
+    reports = evaluate.reports() if finished else {}
     told = {
-        "settings": asdict(settings), "steps": loop.step, "cuts": cuts.model_dump(), "answers": len(captured),
-        "losses": loop.running, "held_out": evaluate.last, "router": router, "seconds": time.monotonic() - begun,
+        "settings": asdict(settings),
+        "steps": loop.step,
+        "finished": loop.step if finished else None,
+        "cuts": cuts.model_dump(),
+        "answers": len(captured),
+        "losses": loop.running,
+        "held_out": evaluate.last,
+        "seconds": seconds,
         "peak_gigabytes": peak_gigabytes(),
-    }  # fmt: skip
+        **reports,
+    }
     checkpoint.save(network, out / "drafter", told)
     return finished
 
@@ -122,10 +142,8 @@ class _Evaluation:
 
     def __call__(self) -> dict[str, float]:
         counts: dict[str, list[int]] = {}
-        size = self.lessons.batch
         self.objective.eval()
-        for start in range(0, len(self.held_out), size):
-            lesson, labels = self.lessons.teach(self.held_out[start : start + size])
+        for lesson, labels in self._taught():
             for name, (accepted, drafted) in chain_acceptance(self.objective, lesson, labels).items():
                 old = counts.setdefault(name, [0, 0])
                 counts[name] = [old[0] + accepted, old[1] + drafted]
@@ -135,11 +153,48 @@ class _Evaluation:
         self.last["acceptance"] = total[0] / max(1, total[1])
         return self.last
 
-    def router(self) -> dict[str, Any]:
-        """See `router_report`."""
+    def reports(self) -> dict[str, Any]:
+        """Of a trained network: the router's quality, and the fit that turns confidence into tree scores."""
+        told = {"confidence": confidence.calibrate(self.objective, self._taught())}
+        if self.objective.network.router is not None:
+            told["router"] = router_report(self.objective, self._taught())
+        return told
+
+    def _taught(self) -> Iterator[tuple[Lesson, Tensor]]:
+        """The held-out answers, in batches."""
         size = self.lessons.batch
-        starts = range(0, len(self.held_out), size)
-        return router_report(self.objective, (self.lessons.teach(self.held_out[s : s + size]) for s in starts))
+        for start in range(0, len(self.held_out), size):
+            yield self.lessons.teach(self.held_out[start : start + size])
+
+
+def _groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, the rest without; the few numbers behind λ move faster."""
+    free = {n: p for n, p in params.items() if p.dim() < 2 and not n.startswith("weights.")}
+    task = [p for n, p in params.items() if n.startswith("weights.")]
+    matrices = [p for n, p in params.items() if n not in free and not n.startswith("weights.")]
+    groups = [
+        {"params": matrices, "lr": lr, "weight_decay": 0.01},
+        {"params": list(free.values()), "lr": lr, "weight_decay": 0.0},
+        {"params": task, "lr": 30 * lr, "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork, cuts: ModalityCuts) -> None:
+    """Notes what a run is made of, or compares with what was noted."""
+    own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every")}
+    ids = hashlib.sha256(network.heads.ids.cpu().numpy().tobytes()).hexdigest()[:16]
+    run = json.loads(json.dumps({**own, "draft vocabulary": ids, "target": cuts.target}))
+    path = out / "run.json"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        return
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    other = [k for k in run if noted.get(k) != run[k]]
+    if other:
+        name = other[0]
+        raise UserError(f"'{out}' holds a run with {name} {noted.get(name)!r}, not {run[name]!r}; use another folder")
 
 
 def _refuse_blind_targets(target: Target, processor: Any, captured: Sequence[Captured]) -> None:

@@ -22,6 +22,8 @@ from msd.targets import Target
 from msd.targets.teacher import Lesson, teach
 from msd.train.captured import Captured
 
+WINDOW = 16  # batches among which answers are sorted by length
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -63,23 +65,40 @@ class Lessons:
         }
         if not long_enough:
             raise UserError("no captured answer has two tokens or more, so there is nothing to draft; capture more")
+        self._kinds: list[bool] = []
+        self._laps: dict[tuple[bool, int], list[list[int]]] = {}
 
     def __call__(self, step: int) -> tuple[Lesson, Tensor]:
         """The lesson of a step, and the modality labels [B, A] of its answer tokens."""
         return self.teach(self.drawn(step))
 
     def drawn(self, step: int) -> list[Captured]:
-        """The answers of a step, alike in length: every answer of a pool comes once before any comes again."""
-        rng = random.Random(f"{self.seed}-{step}")
-        share = self.stages.share(step)
-        about_images = [rng.random() < share for _ in range(self.batch)]
-        return [self._next(kind, step, i) for i, kind in enumerate(about_images)]
-
-    def _next(self, images: bool, step: int, place: int) -> Captured:
-        """A row of a pool, or of the other one if it is empty; walked through in a new order each pass."""
+        """The answers of a step: of one kind (about images or not), alike in length."""
+        images = self._about_images(step)
         pool = self.pools[images] or self.pools[not images]
-        lap, at = divmod(step * self.batch + place, len(pool))
-        return pool[random.Random(f"{self.seed}-{images}-{lap}").sample(range(len(pool)), len(pool))[at]]
+        before = sum(self._about_images(s) == images for s in range(step)) if all(self.pools.values()) else step
+        size = min(self.batch, len(pool))
+        lap, at = divmod(before, len(pool) // size)
+        return [pool[i] for i in self._lap(pool, images, lap)[at]]
+
+    def _about_images(self, step: int) -> bool:
+        while len(self._kinds) <= step:
+            at = len(self._kinds)
+            self._kinds.append(random.Random(f"{self.seed}-{at}").random() < self.stages.share(at))
+        return self._kinds[step]
+
+    def _lap(self, pool: list[Captured], images: bool, lap: int) -> list[list[int]]:
+        """Batches of one pass over a pool: every answer once but for a rest, in a new order each pass."""
+        if (images, lap) not in self._laps:
+            rng = random.Random(f"{self.seed}-{images}-{lap}")
+            order, size = rng.sample(range(len(pool)), len(pool)), min(self.batch, len(pool))
+            batches = []
+            for start in range(0, len(order), WINDOW * size):
+                near = sorted(order[start : start + WINDOW * size], key=lambda i: len(pool[i].ids))
+                batches += [near[k : k + size] for k in range(0, len(near) - size + 1, size)]
+            rng.shuffle(batches)
+            self._laps = {(images, lap): batches} | {k: v for k, v in self._laps.items() if k[0] != images}
+        return self._laps[images, lap]
 
     def teach(self, answers: Sequence[Captured]) -> tuple[Lesson, Tensor]:
         """The target's pass over some captured answers, and their labels."""
@@ -92,14 +111,14 @@ class Lessons:
         return lesson, labels
 
     def roots(self, lesson: Lesson, count: int) -> Tensor:
-        """Up to `count` answer tokens per row to draft from, [B, A], drawn with torch's generator.
+        """Up to `count` different answer tokens per row to draft from, [B, A], drawn with torch's generator.
 
-        A row with fewer repeats some, so that every row has as many.
+        A row with fewer is filled up with its last token, below which there is nothing to draft.
         """
         columns = []
         for length in lesson.lengths:
-            order = torch.randperm(length - 1)
-            columns.append(order.repeat(count // len(order) + 1)[:count].sort().values)
+            chosen = torch.randperm(length - 1)[:count].sort().values
+            columns.append(torch.nn.functional.pad(chosen, (0, count - len(chosen)), value=length - 1))
         return torch.stack(columns).to(lesson.logits.device)
 
 

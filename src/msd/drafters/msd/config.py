@@ -23,7 +23,7 @@ class Shape:
 
 def default_shapes() -> dict[str, Shape]:
     """Language deep and narrow, vision wide and shallow, fusion between."""
-    return {"language": Shape(2, 8), "vision": Shape(5, 5), "fusion": Shape(3, 7)}
+    return {"language": Shape(2, 6), "vision": Shape(5, 4), "fusion": Shape(3, 5)}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class MSDConfig:
     rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token.
     image_tokens: compressed tokens per image. shapes, shared: a subtree's shape by modality, and that of the one tree
     when `subtrees` is off. active_from: the router probability from which a modality's subtree exists.
-    The switches take one part each out, for controls and ablations: with all five off and `vision` off the drafter is
-    the `standard` control.
+    The switches take one part each out, for controls and ablations: with all of them off the drafter is the
+    `standard` control.
     """
 
     hidden: int
@@ -51,13 +51,13 @@ class MSDConfig:
     eps: float = 1e-5
     form: str = "block"
     layers: int = 2
-    depth: int = 8
+    depth: int = 6
     rank: int = 32
     parent_rank: int = 64
     image_tokens: int = 4
     modalities: tuple[str, ...] = ("language", "vision", "fusion")
     shapes: dict[str, Shape] = field(default_factory=default_shapes)
-    shared: Shape = Shape(4, 8)
+    shared: Shape = Shape(4, 6)
     active_from: float = 0.15
     router: bool = True
     experts: bool = True

@@ -1,4 +1,4 @@
-"""`msd`: modality-aware draft trees (DESIGN, "What makes it MSD")."""
+"""`msd`: modality-aware draft trees (docs/drafter.md)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TemperatureLogitsWarper
 
 from msd.drafters.msd.config import SWITCHES, MSDConfig
 from msd.drafters.msd.context import pick
@@ -90,15 +90,25 @@ class MSD:
             return DraftTree.root_only(newest)
         context, visible = memory.context()
         laws = levels(self.network, context, replace(memory.anchor, visible=visible))
-        ids, kinds = self.network.heads.ids, self.modality_ids.to(newest.device)
+        heads, kinds = self.network.heads, self.modality_ids.to(newest.device)
         subtrees = choose(self.network.config, memory.route, budget.nodes, budget.width)
         if self.sampled and sampler.do_sample:
-            return draw(laws, self.network.heads, subtrees, kinds, newest, budget, sampler)
-        return grow(laws, ids, subtrees, kinds, newest, budget.nodes, budget.depth)
+            return draw(
+                laws,
+                heads,
+                subtrees,
+                kinds,
+                newest,
+                budget,
+                sampler,
+                self.network.config.within(self.network.config.shared),
+            )
+        return grow(laws, heads, subtrees, kinds, newest, budget.nodes, budget.depth, _temperature(sampler))
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
-        assert scores.taps is not None
+        if self.network.router is None or scores.taps is None:
+            return None
         memory: Memory = state.memory
         feature = self.network.feature(scores.taps)
         above = pick(feature, tree.parents.clamp_min(0))
@@ -109,3 +119,9 @@ class MSD:
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Takes in the target's states of what was emitted."""
         state.memory.observe(self.network, state.layout, tree, scores, accepted)
+
+
+def _temperature(sampler: Sampler) -> float:
+    """The request's temperature; 1 where it has none."""
+    warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
+    return float(warpers[-1].temperature) if warpers else 1.0

@@ -1,9 +1,10 @@
 """Growing the subtrees of the active modalities and merging them under one root.
 
-Every active modality has a subtree of its own shape, drafted by its own expert from the first token on, and a share of
-the node budget by its router probability. Within a subtree the nodes kept are those most likely to be reached: a node's
-score is the log of its path's draft probabilities times the confidence at each parent. Paths that several subtrees
-propose become one node. All of it is tensor operations on [B, M, ...], with one look at the host: which subtrees exist.
+Every active modality has a subtree of its own shape, whose first tokens its own expert drafts, and a share of the node
+budget by its router probability. Within a subtree the nodes kept are those most likely to be reached: a node's score is
+the log of the chance that all of its path is the target's choice (`Heads.hit`). Paths that several subtrees propose
+become one node. All of it is tensor operations on [B, M, ...], with two looks at the host: which subtrees exist, and
+how large the tree came out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd.drafters.msd.config import MSDConfig, Shape
+from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.laws import Laws, Levels
 from msd.modality import LANGUAGE
 from msd.tree import DraftTree
@@ -78,28 +80,43 @@ class _Pool:
 
 
 def grow(
-    levels: Levels, ids: Tensor, subtrees: Subtrees, modality_ids: Tensor, newest: Tensor, nodes: int, depth: list[int]
+    levels: Levels,
+    heads: Heads,
+    subtrees: Subtrees,
+    modality_ids: Tensor,
+    newest: Tensor,
+    nodes: int,
+    depth: list[int],
+    temperature: float = 1.0,
 ) -> DraftTree:
     """Trees of at most `nodes` drafted nodes, row b at most `depth[b]` levels deep.
 
-    ids [Vd]: the target's ids of draft tokens. modality_ids [experts]: registry ids. newest [B]: the roots.
+    modality_ids [experts]: registry ids. newest [B]: the roots. temperature: of the draft law that `DraftTree.q` tells;
+    which nodes are drafted does not depend on it.
     """
     deepest = min(max(depth, default=0), max(s.depth for s in subtrees.shapes))
     if deepest < 1 or nodes < 1:
         return DraftTree.root_only(newest)
-    pool = _expand(levels, ids, subtrees, modality_ids, deepest, torch.tensor(depth, device=newest.device))
+    limit = torch.tensor(depth, device=newest.device)
+    pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, temperature)
     return _merge(_select(pool, subtrees, nodes), newest, nodes)
 
 
 def _expand(
-    levels: Levels, ids: Tensor, subtrees: Subtrees, modality_ids: Tensor, deepest: int, limit: Tensor
+    levels: Levels,
+    heads: Heads,
+    subtrees: Subtrees,
+    modality_ids: Tensor,
+    deepest: int,
+    limit: Tensor,
+    temperature: float,
 ) -> _Pool:
     """All candidates down to level `deepest`; `limit` [B] is each row's own."""
     B, M = subtrees.budget.shape
-    device = ids.device
+    device = subtrees.budget.device
     widths = torch.tensor([s.width for s in subtrees.shapes], device=device)[:, None]
     depths = torch.tensor([s.depth for s in subtrees.shapes], device=device)
-    k = min(max(s.width for s in subtrees.shapes), len(ids))
+    k = min(max(s.width for s in subtrees.shapes), len(heads.ids))
     score = torch.zeros(B, M, 1, device=device).masked_fill(subtrees.share[..., None] == 0, NEVER)
     parent = torch.full((B, M, 1), -1, device=device)
     path = torch.zeros(B, M, 1, dtype=torch.long, device=device)
@@ -109,16 +126,17 @@ def _expand(
     for level in range(1, deepest + 1):
         W = score.shape[-1]
         top, index = laws.logits.float().log_softmax(-1).topk(k, -1)  # [B, M*W, k]
-        sure = F.logsigmoid(laws.sure.float())[..., None]
+        q = top if temperature == 1.0 else (laws.logits.float() / temperature).log_softmax(-1).gather(-1, index)
         allowed = (level <= limit)[:, None] & (level <= depths)  # [B, M]
-        worth = score.reshape(B, M * W, 1) + top + sure - 1e-5  # strictly below the parent's
+        worth = score.reshape(B, M * W, 1) + heads.hit(top, laws.sure.float()[..., None]) - 1e-5  # below the parent's
+        worth = worth.view(B, M, W, k).masked_fill(torch.arange(k, device=device) >= widths[..., None], NEVER)
         worth = worth.view(B, M, W * k).masked_fill(~allowed[..., None], NEVER)
-        tokens = ids[index].view(B, M, W * k)
+        tokens = heads.ids[index].view(B, M, W * k)
         kind = modality_ids[laws.weights.argmax(-1)].view(B, M, W, 1).expand(-1, -1, -1, k).reshape(B, M, W * k)
         paths = (path[..., None] * PRIME + tokens.view(B, M, W, k) + 1).view(B, M, W * k)
         above = parent[..., None].expand(-1, -1, -1, k).reshape(B, M, W * k)
         pools.append(
-            _Pool(tokens, worth, top.exp().view(B, M, W * k), above, torch.full_like(tokens, level), kind, paths)
+            _Pool(tokens, worth, q.exp().view(B, M, W * k), above, torch.full_like(tokens, level), kind, paths)
         )
         if level == deepest:
             break

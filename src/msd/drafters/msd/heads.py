@@ -6,8 +6,6 @@ so that what the text subtree has learnt helps the vision subtree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,6 +59,7 @@ class Heads(nn.Module):
     """
 
     ids: Tensor  # [Vd] int64: the target's id of each draft token
+    calibration: Tensor  # [3]: see `hit`
 
     def __init__(self, config: MSDConfig) -> None:
         super().__init__()
@@ -69,6 +68,7 @@ class Heads(nn.Module):
         self.experts = Experts(c) if c.experts else None
         self.head = nn.Linear(H, c.draft_vocabulary, bias=False)
         self.register_buffer("ids", torch.zeros(c.draft_vocabulary, dtype=torch.long))
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0, 0.0]))
         self.confidence = nn.Linear(2 * H, 1)
         self.block = c.form == "block"
         if self.block:
@@ -102,13 +102,17 @@ class Heads(nn.Module):
         out: Tensor = self.confidence(torch.cat([z, parent], -1)).squeeze(-1)
         return out
 
-    def full(self, q: Tensor, vocabulary: int) -> Tensor:
-        """A law over the draft vocabulary [..., Vd] as one over the target's [..., V]."""
-        return q.new_zeros(*q.shape[:-1], vocabulary).index_copy_(-1, self.ids, q)
+    def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
+        """Log of the chance that a candidate is the target's choice, from its log q and its parent's confidence logit.
+
+        A logistic model of logit(q) and confidence, fitted on held-out greedy answers (`msd.train.confidence`); log q
+        itself before that.
+        """
+        odds = log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
+        slope, weight, bias = self.calibration.unbind()
+        return nn.functional.logsigmoid(slope * odds + weight * sure + bias)
 
 
-def frequent(counts: Tensor, size: int, always: Sequence[int] = ()) -> Tensor:
-    """The draft vocabulary: `always` and the most frequent ids by `counts` [V], `size` in all, ascending."""
-    ranked = counts.clone().double()
-    ranked[list(always)] = float("inf")
-    return ranked.topk(size).indices.sort().values
+def frequent(counts: Tensor, size: int) -> Tensor:
+    """The draft vocabulary: the `size` most frequent ids by `counts` [V], ascending."""
+    return counts.topk(size).indices.sort().values

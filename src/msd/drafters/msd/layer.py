@@ -16,6 +16,20 @@ from torch import Tensor, nn
 from msd.drafters.msd.config import MSDConfig
 
 
+class TapNorm(nn.Module):
+    """RMSNorm of each of T tap states by itself, [..., T*H] -> the same: layers differ in scale by orders."""
+
+    def __init__(self, taps: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.taps, self.eps = taps, eps
+        self.weight = nn.Parameter(torch.ones(taps * hidden))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """See the class."""
+        normed = F.rms_norm(states.unflatten(-1, (self.taps, -1)), (states.shape[-1] // self.taps,), eps=self.eps)
+        return normed.flatten(-2) * self.weight
+
+
 @dataclass
 class Keys:
     """Keys and values: [B, S, K, D] of a context, or [B, A, m, K, D] of drafts; K key heads of D numbers."""
@@ -38,7 +52,7 @@ class Rotary(nn.Module):
         angle = positions[..., None].float() * self.inverse
         cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
         a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class Layer(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.heads import Heads
-from msd.drafters.msd.layer import Keys, Layer
+from msd.drafters.msd.layer import Keys, Layer, TapNorm
 from msd.drafters.msd.router import Router
 from msd.drafters.msd.vision import VisionAdaptor
 
@@ -47,7 +47,7 @@ class MSDNetwork(nn.Module):
         super().__init__()
         self.config = c = config
         H, wide = c.hidden, c.hidden * len(c.taps)
-        self.tap_norm, self.fuse = nn.RMSNorm(wide, c.eps), nn.Linear(wide, H, bias=False)
+        self.tap_norm, self.fuse = TapNorm(len(c.taps), H, c.eps), nn.Linear(wide, H, bias=False)
         self.feature_norm, self.word_norm = nn.RMSNorm(H, c.eps), nn.RMSNorm(H, c.eps)
         self.fc = nn.Linear(2 * H, H, bias=False)
         self.feature_state = nn.Linear(H, H, bias=False)
@@ -67,9 +67,9 @@ class MSDNetwork(nn.Module):
         return self
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Target embeddings [..., H] of token ids [...]."""
-        out: Tensor = self._embedding[0](tokens)
-        return out.to(self.fc.weight.dtype)
+        """Target embeddings [..., H] of token ids [...], normalised: their own scale is a tenth of the states'."""
+        out: Tensor = self.word_norm(self._embedding[0](tokens).to(self.fc.weight.dtype))
+        return out
 
     def feature(self, taps: Tensor) -> Tensor:
         """Tap states [..., T*H] -> fused feature [..., H]."""
@@ -79,7 +79,7 @@ class MSDNetwork(nn.Module):
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor) -> Tensor:
         """x [..., H] of a text position; `image` [..., H] is zero where no image stands before it."""
         seen = feature + self.image_fc(image) if self.config.vision else feature
-        out: Tensor = self.fc(torch.cat([self.feature_norm(seen), self.word_norm(embedding)], -1))
+        out: Tensor = self.fc(torch.cat([self.feature_norm(seen), embedding], -1))
         return out
 
     def route(self, feature: Tensor, embedding: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msd.drafters.msd.config import Shape
 from msd.drafters.msd.grow import Subtrees
 from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.laws import Laws, Levels
@@ -28,25 +29,25 @@ def draw(
     newest: Tensor,
     budget: Budget,
     sampler: Sampler,
+    shape: Shape,
 ) -> DraftTree:
-    """Chains of draws, `BRANCHES` at most, all as deep as budget and shapes allow."""
+    """Chains of draws, `BRANCHES` at most, as deep as `shape`, the budget and the row's own limit allow."""
     B = len(newest)
     device = newest.device
     count = min(BRANCHES if budget.width is None else budget.width, budget.nodes)
     share = subtrees.budget.double() / subtrees.budget.sum(-1, keepdim=True)
     source = _assign(share, count)  # [B, count] subtree of each chain
-    depth = min(max(budget.depth), max(s.depth for s in subtrees.shapes), budget.nodes // count)
-    rows = list(range(B))
+    depth = min(max(budget.depth), shape.depth, budget.nodes // count)
     first = levels.root(subtrees.weights)
     laws = [_full(first, heads, sampler)]  # [B, M, V], then [B, count, V] a level
-    tokens = [_draw(laws[0].gather(1, source[..., None].expand(-1, -1, laws[0].shape[-1])), sampler, rows)]
+    tokens = [_draw(laws[0].gather(1, source[..., None].expand(-1, -1, laws[0].shape[-1])), sampler, budget.depth, 1)]
     kinds = [modality_ids[first.weights.argmax(-1)].gather(1, source)]
     above = source
-    for _ in range(1, depth):
+    for level in range(2, depth + 1):
         below = levels.below(tokens[-1], above)
         above = torch.arange(count, device=device).expand(B, -1)
         laws.append(_full(below, heads, sampler))
-        tokens.append(_draw(laws[-1], sampler, rows))
+        tokens.append(_draw(laws[-1], sampler, budget.depth, level))
         kinds.append(modality_ids[below.weights.argmax(-1)])
     return _tree(newest, tokens, kinds, laws, source, budget.depth)
 
@@ -72,9 +73,13 @@ def _full(laws: Laws, heads: Heads, sampler: Sampler) -> Tensor:
     return scores.softmax(-1).view(B, F, -1)
 
 
-def _draw(q: Tensor, sampler: Sampler, rows: list[int]) -> Tensor:
-    """One token from each of q [B, F, V]: [B, F]."""
-    return torch.stack([sampler.multinomial(q[:, f], rows) for f in range(q.shape[1])], 1)
+def _draw(q: Tensor, sampler: Sampler, limit: list[int], level: int) -> Tensor:
+    """One token from each of q [B, F, V]: [B, F]. A row that may not go as deep draws nothing: 0."""
+    rows = [row for row, deepest in enumerate(limit) if deepest >= level]
+    tokens = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+    for f in range(q.shape[1]):
+        tokens[rows, f] = sampler.multinomial(q[rows, f], rows)
+    return tokens
 
 
 def _tree(

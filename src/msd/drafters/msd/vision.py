@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd.drafters.msd.config import MSDConfig
+from msd.drafters.msd.layer import TapNorm
 
 
 class VisionAdaptor(nn.Module):
@@ -21,7 +22,7 @@ class VisionAdaptor(nn.Module):
         super().__init__()
         H, wide = config.hidden, config.hidden * len(config.taps)
         self.heads = config.heads
-        self.norm = nn.RMSNorm(wide, config.eps)
+        self.norm = TapNorm(len(config.taps), H, config.eps)
         self.queries = nn.Parameter(torch.randn(config.image_tokens + 1, H) * H**-0.5)
         self.k_proj, self.v_proj = nn.Linear(wide, H, bias=False), nn.Linear(wide, H, bias=False)
         self.o_proj = nn.Linear(H, H, bias=False)
