@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"decode"},
     {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference"},
     {"bench", "train", "serve", "msd"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -41,6 +41,9 @@ def train(
         int,
         typer.Option("--calibrate", min=0, help="Held-out prompts to solve the thresholds of 'budget' on at the end."),
     ] = 0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also log for TensorBoard, to OUT/tensorboard.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
@@ -77,8 +80,9 @@ def train(
         form=form, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of),
         text_only=text_only, loss=LossConfig(weighting=weighting),
     )  # fmt: skip
+    sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):
-        finished = drafting.train(model, processor, training, testing, edges, out, settings)
+        finished = drafting.train(model, processor, training, testing, edges, out, settings, sink)
     log, picture = out / "log.jsonl", out / "curves.png"
     if log.exists():  # a run stopped in its first steps has none yet
         curves.draw(log, picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ def read_log(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]
     training = [r for r in rows if "lr" in r]
     held_out = [{k.removeprefix("val_"): v for k, v in r.items()} for r in rows if any(k.startswith("val_") for k in r)]
     return training, held_out
+
+
+def tensorboard(folder: Path) -> Callable[[Mapping[str, float]], None]:
+    """A sink of log rows for TensorBoard, which reads `folder`; UserError when it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+    writer = SummaryWriter(folder)
+
+    def sink(row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, int(row["step"]))
+        writer.flush()
+
+    return sink
 
 
 def draw(log: Path, picture: Path) -> None:

@@ -1,6 +1,7 @@
 """Training a draft network for a target from captured answers, to a folder that decoding loads.
 
 The network's embedding and the first guess of its output layer are the target's own. Resumable as `train.loop` is.
+With `accelerate launch` every process trains on its own share of a step's answers; the first one writes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from msd.drafters.msd import MSDConfig, MSDNetwork, checkpoint
@@ -80,11 +82,12 @@ def train(
     cuts: ModalityCuts,
     out: Path,
     settings: DraftTraining,
+    sink: Callable[[Mapping[str, float]], None] | None = None,
 ) -> bool:
     """Trains to `out/drafter`; False when it was asked to stop before the end (run it again to go on).
 
-    A finished run is left as it is. UserError when the target's images do not reach it, or when `out` holds a run with
-    other settings, data or target.
+    `sink` is given every row of the log. A finished run is left as it is. UserError when the target's images do not
+    reach it, or when `out` holds a run with other settings, data or target.
     """
     model.requires_grad_(False)
     network = new_network(adapt(model), captured, settings).to(model.device)
@@ -92,19 +95,24 @@ def train(
     before = checkpoint.training(out / "drafter")
     if before.get("finished") == settings.steps:
         return True
+    accelerator = Accelerator(
+        cpu=model.device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
     target = adapt(model, network.config.taps)
     _refuse_blind_targets(target, processor, captured)
     stages = Stages(settings.steps, 1, 1.0) if settings.text_only else settings.stages
-    lessons = Lessons(target, processor, captured, cuts, settings.batch, stages, settings.seed)
+    share = (accelerator.process_index, accelerator.num_processes)
+    lessons = Lessons(target, processor, captured, cuts, settings.batch, stages, settings.seed, share)
     objective = DraftObjective(network, settings.loss).to(model.device)
     evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, settings.batch), held_out)
+    shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun, tokens = time.monotonic(), 0
 
     def step_loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         nonlocal tokens
         lesson, labels = lessons(step)
         tokens += sum(lesson.lengths)
-        loss, parts = objective(lesson, labels, lessons.roots(lesson, settings.anchors))
+        loss, parts = shared(lesson, labels, lessons.roots(lesson, settings.anchors))
         speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
         return loss, {**parts, **speed}
 
@@ -112,8 +120,11 @@ def train(
     optimizer = torch.optim.AdamW(_groups(params, settings.lr), lr=settings.lr, betas=(0.9, 0.95))
     warmup = min(20, 1 + settings.steps // 10)
     config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
-    loop = Loop(params, optimizer, step_loss, config, out, evaluate)
+    main = accelerator.is_main_process
+    loop = Loop(params, optimizer, step_loss, config, out, evaluate, accelerator.backward, main, sink)
     finished = loop.run()
+    if not main:
+        return finished
     seconds = before.get("seconds", 0.0) + time.monotonic() - begun
     reports = evaluate.reports() if finished else {}
     told = {

@@ -44,7 +44,10 @@ class Stages:
 
 
 class Lessons:
-    """Draws batches of `batch` captured answers of one split and has the target teach them."""
+    """Draws batches of `batch` captured answers of one split and has the target teach them.
+
+    share: (rank, processes); every process takes its part of the same batch.
+    """
 
     def __init__(
         self,
@@ -55,9 +58,10 @@ class Lessons:
         batch: int = 8,
         stages: Stages | None = None,
         seed: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.target, self.processor, self.cuts = target, processor, cuts
-        self.batch, self.stages, self.seed = batch, stages or Stages(), seed
+        self.batch, self.stages, self.seed, self.share = batch, stages or Stages(), seed, share
         long_enough = [c for c in captured if len(c.ids) > 1]
         self.pools = {
             True: [c for c in long_enough if c.images],
@@ -70,7 +74,9 @@ class Lessons:
 
     def __call__(self, step: int) -> tuple[Lesson, Tensor]:
         """The lesson of a step, and the modality labels [B, A] of its answer tokens."""
-        return self.teach(self.drawn(step))
+        rank, processes = self.share
+        answers = self.drawn(step)
+        return self.teach(answers[rank::processes] or answers[:1])
 
     def drawn(self, step: int) -> list[Captured]:
         """The answers of a step: of one kind (about images or not), alike in length."""

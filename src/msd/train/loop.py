@@ -78,8 +78,10 @@ class LoopConfig:
 class Loop:
     """Trains named parameters; its state lives in `folder/checkpoint.pt`, its log in `folder/log.jsonl`.
 
-    `step_loss(step)` returns the loss to minimise and named losses to log. A folder with a checkpoint is continued;
-    if `config.steps` differs from the checkpoint's, the schedule lands at the new end.
+    `step_loss(step)` returns the loss to minimise and named losses to log. A folder with a checkpoint is continued; if
+    `config.steps` differs from the checkpoint's, the schedule lands at the new end. With several processes each runs
+    the loop: `backward` brings their gradients together (accelerate's), and only the `main` one writes and evaluates.
+    `sink` is given every row of the log.
     """
 
     def __init__(
@@ -90,9 +92,13 @@ class Loop:
         config: LoopConfig,
         folder: Path,
         evaluate: Evaluate | None = None,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        main: bool = True,
+        sink: Callable[[Mapping[str, float]], None] | None = None,
     ):
         self.params, self.optimizer, self.step_loss, self.config = dict(params), optimizer, step_loss, config
-        self.folder, self.evaluate = folder, evaluate
+        self.folder, self.evaluate = folder, evaluate if main else None
+        self.backward, self.main, self.sink = backward, main, sink
         self.step, self.running = 0, dict[str, float]()
         self.schedule = Schedule(config.steps, warmup=config.warmup, floor=config.floor)
         self._peaks = [g["lr"] for g in optimizer.param_groups]
@@ -133,7 +139,7 @@ class Loop:
             raise FloatingPointError(
                 f"the loss of step {self.step} is {loss.item()}: lower the learning rate and start again"
             )
-        loss.backward()
+        self.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -144,6 +150,8 @@ class Loop:
 
     def save(self) -> None:
         """Write the checkpoint beside the old one, then put it in its place."""
+        if not self.main:
+            return
         state = {
             "params": {k: v.detach() for k, v in self.params.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -167,6 +175,8 @@ class Loop:
         self.schedule = Schedule(**state["schedule"]).landing(self.step, self.config.steps)
 
     def _log(self, **values: float) -> None:
+        if not self.main:
+            return
         row = {
             "step": self.step,
             "steps": self.schedule.steps,
@@ -179,6 +189,8 @@ class Loop:
         row = {k: round(v, 4) for k, v in row.items()}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
+        if self.sink:
+            self.sink(row)
         print(time.strftime("%H:%M:%S"), " ".join(f"{k} {v:g}" for k, v in row.items()), flush=True)
 
     def _ask_to_stop(self, *_: object) -> None:
