@@ -3,7 +3,7 @@
 Every active modality has a subtree of its own shape, whose first tokens its own expert drafts, and a share of the node
 budget by its router probability. Within a subtree the nodes kept are those most likely to be reached: a node's score is
 the log of the chance that all of its path is the target's choice (`Heads.hit`). Paths that several subtrees propose
-become one node. All of it is tensor operations on [B, M, ...], with two looks at the host: which subtrees exist, and
+become one node. All of it is tensor operations on whole batches, with two looks at the host: which subtrees exist, and
 how large the tree came out.
 """
 
@@ -64,11 +64,12 @@ def choose(config: MSDConfig, route: Tensor, nodes: int, width: int | None = Non
 
 @dataclass
 class _Pool:
-    """Candidates of every subtree, level after level: [B, M, P]. `parent` is an index into P, -1 at the root."""
+    """Candidates of all subtrees, level after level: [B, P]. tree: whose they are. parent: in P, -1 at the root."""
 
     tokens: Tensor
     score: Tensor
     q: Tensor
+    tree: Tensor
     parent: Tensor
     depth: Tensor
     kind: Tensor
@@ -77,6 +78,17 @@ class _Pool:
     @classmethod
     def of(cls, parts: Sequence[_Pool]) -> _Pool:
         return cls(*(torch.cat([getattr(p, name) for p in parts], -1) for name in cls.__annotations__))
+
+    def at(self, index: Tensor) -> _Pool:
+        """The candidates `index` [B, S]."""
+        return _Pool(*(getattr(self, name).gather(-1, index) for name in self.__annotations__))
+
+
+def _ranked(score: Tensor, tree: Tensor, trees: int) -> tuple[Tensor, Tensor]:
+    """Order [B, N] by falling score, and each ordered entry's rank among those of its own subtree, from 0."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    own = F.one_hot(tree.gather(-1, order), trees)
+    return order, ((own.cumsum(1) - 1) * own).sum(-1)
 
 
 def grow(
@@ -98,7 +110,8 @@ def grow(
     if deepest < 1 or nodes < 1:
         return DraftTree.root_only(newest)
     limit = torch.tensor(depth, device=newest.device)
-    pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, temperature)
+    frontier = min(nodes, sum(s.width for s in subtrees.shapes))
+    pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, frontier, temperature)
     return _merge(_select(pool, subtrees, nodes), newest, nodes)
 
 
@@ -109,70 +122,61 @@ def _expand(
     modality_ids: Tensor,
     deepest: int,
     limit: Tensor,
+    frontier: int,
     temperature: float,
 ) -> _Pool:
-    """All candidates down to level `deepest`; `limit` [B] is each row's own."""
+    """All candidates down to level `deepest`, `limit` [B] in each row; at most `frontier` nodes a level go on."""
     B, M = subtrees.budget.shape
     device = subtrees.budget.device
-    widths = torch.tensor([s.width for s in subtrees.shapes], device=device)[:, None]
+    widths = torch.tensor([s.width for s in subtrees.shapes], device=device)
     depths = torch.tensor([s.depth for s in subtrees.shapes], device=device)
-    k = min(max(s.width for s in subtrees.shapes), len(heads.ids))
-    score = torch.zeros(B, M, 1, device=device).masked_fill(subtrees.share[..., None] == 0, NEVER)
-    parent = torch.full((B, M, 1), -1, device=device)
-    path = torch.zeros(B, M, 1, dtype=torch.long, device=device)
+    k = min(int(max(s.width for s in subtrees.shapes)), len(heads.ids))
+    tree = torch.arange(M, device=device).expand(B, -1)  # of each node of the frontier, F = M of them at the root
+    score = torch.zeros(B, M, device=device).masked_fill(subtrees.share == 0, NEVER)
+    parent, path = torch.full_like(tree, -1), torch.zeros_like(tree)
     laws: Laws = levels.root(subtrees.weights)
     pools: list[_Pool] = []
     offset = 0
     for level in range(1, deepest + 1):
-        W = score.shape[-1]
-        top, index = laws.logits.float().log_softmax(-1).topk(k, -1)  # [B, M*W, k]
+        size = tree.shape[1] * k
+        spread = lambda x: x[..., None].expand(-1, -1, k).flatten(1)  # noqa: E731
+        top, index = laws.logits.float().log_softmax(-1).topk(k, -1)  # [B, F, k]
         q = top if temperature == 1.0 else (laws.logits.float() / temperature).log_softmax(-1).gather(-1, index)
-        allowed = (level <= limit)[:, None] & (level <= depths)  # [B, M]
-        worth = score.reshape(B, M * W, 1) + heads.hit(top, laws.sure.float()[..., None]) - 1e-5  # below the parent's
-        worth = worth.view(B, M, W, k).masked_fill(torch.arange(k, device=device) >= widths[..., None], NEVER)
-        worth = worth.view(B, M, W * k).masked_fill(~allowed[..., None], NEVER)
-        tokens = heads.ids[index].view(B, M, W * k)
-        kind = modality_ids[laws.weights.argmax(-1)].view(B, M, W, 1).expand(-1, -1, -1, k).reshape(B, M, W * k)
-        paths = (path[..., None] * PRIME + tokens.view(B, M, W, k) + 1).view(B, M, W * k)
-        above = parent[..., None].expand(-1, -1, -1, k).reshape(B, M, W * k)
-        pools.append(
-            _Pool(tokens, worth, q.exp().view(B, M, W * k), above, torch.full_like(tokens, level), kind, paths)
-        )
+        worth = score[..., None] + heads.hit(top, laws.sure.float()[..., None]) - 1e-5  # strictly below the parent's
+        allowed = (torch.arange(k, device=device) < widths[tree][..., None]) & (level <= depths[tree])[..., None]
+        worth = worth.masked_fill(~(allowed & (level <= limit)[:, None, None]), NEVER).flatten(1)
+        tokens = heads.ids[index].flatten(1)
+        paths = spread(path) * PRIME + tokens + 1
+        kinds = spread(modality_ids[laws.weights.argmax(-1)])
+        trees, depth = spread(tree), torch.full_like(tokens, level)
+        pools.append(_Pool(tokens, worth, q.exp().flatten(1), trees, spread(parent), depth, kinds, paths))
         if level == deepest:
             break
-        kept = min(k, W * k)
-        score, chosen = worth.topk(kept, -1)  # [B, M, kept]
-        score = score.masked_fill(torch.arange(kept, device=device) >= widths, NEVER)
-        parent, path = chosen + offset, paths.gather(-1, chosen)
-        offset += W * k
-        first = torch.arange(M, device=device)[:, None] * W
-        laws = levels.below(tokens.gather(-1, chosen).flatten(1), (chosen // k + first).flatten(1))
+        order, rank = _ranked(worth, trees, M)
+        out = rank >= widths[trees.gather(-1, order)]
+        order = order.gather(-1, out.long().argsort(dim=-1, stable=True))[:, : min(frontier, size)]
+        score, tree, path = worth.gather(-1, order), trees.gather(-1, order), paths.gather(-1, order)
+        score = score.masked_fill(out.sort(dim=-1, stable=True).values[:, : order.shape[1]], NEVER)
+        parent, offset = order + offset, offset + size
+        laws = levels.below(tokens.gather(-1, order), order // k)
     return _Pool.of(pools)
 
 
 def _select(pool: _Pool, subtrees: Subtrees, nodes: int) -> tuple[_Pool, Tensor]:
-    """Candidates in the order in which they are to be kept, flat: ([B, S] pool, valid [B, S]).
+    """Candidates in the order in which they are to be kept: ([B, S] pool, valid [B, S]).
 
     First those within their subtree's budget, best first, then all others: they fill what merging leaves free. A parent
     stands before its children. `parent` becomes an index into S, -1 at the root.
     """
-    B, M, P = pool.score.shape
-    n = min(nodes, P)
-    score, at = pool.score.topk(n, -1)
-    over = torch.arange(n, device=at.device) >= subtrees.budget[..., None]
-    order = (score + subtrees.share.log()[..., None]).flatten(1).argsort(dim=-1, descending=True)
-    order = order.gather(1, over.flatten(1).gather(1, order).long().argsort(dim=-1, stable=True))
-    slot = torch.empty_like(order).scatter_(1, order, torch.arange(M * n, device=at.device).expand(B, -1))
-    place = torch.full((B, M, P), -1, device=at.device).scatter_(-1, at, slot.view(B, M, n))  # candidate -> its slot
-
-    def flat(x: Tensor) -> Tensor:
-        return x.gather(-1, at).flatten(1).gather(1, order)
-
-    above = pool.parent.gather(-1, at)
-    parent = torch.where(above < 0, -1, place.gather(-1, above.clamp_min(0))).flatten(1).gather(1, order)
-    taken = _Pool(
-        flat(pool.tokens), flat(pool.score), flat(pool.q), parent, flat(pool.depth), flat(pool.kind), flat(pool.path)
+    M = subtrees.budget.shape[1]
+    order, rank = _ranked(pool.score + subtrees.share.log().gather(-1, pool.tree), pool.tree, M)
+    over = rank >= subtrees.budget.gather(-1, pool.tree.gather(-1, order))
+    order = order.gather(-1, over.long().argsort(dim=-1, stable=True))
+    slot = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
+    taken = pool.at(order[:, : M * nodes])
+    taken.parent = torch.where(taken.parent < 0, -1, slot.gather(-1, taken.parent.clamp_min(0)))
     return taken, taken.score > NEVER / 2
 
 
