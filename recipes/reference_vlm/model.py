@@ -127,10 +127,11 @@ class TrainableVLM(nn.Module):
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights from a shipped `.safetensors` file or a training checkpoint `.pt`."""
+    """Weights from a shipped `.safetensors` file or a training checkpoint `.pt`, averaged where the run averages."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
-    params: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["params"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    params: dict[str, Tensor] = state.get("averaged", state["params"])
     return params
 
 

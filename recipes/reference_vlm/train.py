@@ -93,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--evaluate-every", type=int, default=120)
     parser.add_argument("--validation-steps", type=int, default=6)
+    parser.add_argument("--average", type=float, default=0.995, help="share the averaged weights keep per step; 0: off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="write the checkpoint's weights as a shipped file, and stop")
@@ -124,8 +125,9 @@ def main() -> None:
         return weighted_loss(model.losses(batch), batch)
 
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    warmup = min(50, 1 + args.steps // 5)
     settings = LoopConfig(
-        args.steps, args.seed, warmup=min(50, 1 + args.steps // 5), evaluate_every=args.evaluate_every
+        args.steps, args.seed, warmup=warmup, evaluate_every=args.evaluate_every, average=args.average
     )
     loop = Loop(
         params,

@@ -12,7 +12,7 @@ from torch import nn
 from msd.train.loop import Loop, LoopConfig, Schedule
 
 
-def make(folder: Path, steps: int, stop_at: int | None = None) -> tuple[Loop, nn.Module]:
+def make(folder: Path, steps: int, stop_at: int | None = None, average: float = 0.0) -> tuple[Loop, nn.Module]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -24,7 +24,7 @@ def make(folder: Path, steps: int, stop_at: int | None = None) -> tuple[Loop, nn
             os.kill(os.getpid(), signal.SIGTERM)
         return loss, {"mse": loss.item()}
 
-    config = LoopConfig(steps, warmup=3, log_every=5, save_seconds=1e9)
+    config = LoopConfig(steps, warmup=3, log_every=5, save_seconds=1e9, average=average)
     return Loop(dict(model.named_parameters()), optimizer, step_loss, config, folder), model
 
 
@@ -128,3 +128,27 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
             LoopConfig(2),
             tmp_path,
         )
+
+
+def test_averaged_weights_follow_every_step_and_survive_an_interruption(tmp_path: Path) -> None:
+    whole, model = make(tmp_path / "a", 12, average=0.9)
+    by_hand = {n: p.detach().clone() for n, p in whole.params.items()}
+    one_step = whole._one_step
+
+    def watched() -> None:
+        one_step()
+        for n, p in whole.params.items():
+            by_hand[n] = 0.9 * by_hand[n] + 0.1 * p.detach()
+
+    whole._one_step = watched  # type: ignore[method-assign]
+    assert whole.run()
+    for n, value in by_hand.items():
+        torch.testing.assert_close(whole.averaged[n], value)
+    last = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with whole.using_average():
+        assert all(torch.equal(p, whole.averaged[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, last[n]) for n, p in model.named_parameters())
+    make(tmp_path / "b", 12, stop_at=5, average=0.9)[0].run()
+    again, _ = make(tmp_path / "b", 12, average=0.9)
+    again.run()
+    assert all(torch.equal(again.averaged[n], v) for n, v in whole.averaged.items())

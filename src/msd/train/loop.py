@@ -73,6 +73,7 @@ class LoopConfig:
     evaluate_every: int = 200
     save_seconds: float = 300.0
     memory: float = 0.98  # of the running losses
+    average: float = 0.0  # share that the averaged weights keep per step; 0: no averaging
 
 
 class Loop:
@@ -100,6 +101,7 @@ class Loop:
         self.folder, self.evaluate = folder, evaluate if main else None
         self.backward, self.main, self.sink = backward, main, sink
         self.step, self.running = 0, dict[str, float]()
+        self.averaged = {n: p.detach().clone() for n, p in self.params.items()} if config.average else {}
         self.schedule = Schedule(config.steps, warmup=config.warmup, floor=config.floor)
         self._peaks = [g["lr"] for g in optimizer.param_groups]
         self._stop = False
@@ -122,7 +124,9 @@ class Loop:
                 if self.step % self.config.log_every == 0 or done:
                     self._log(seconds=(time.monotonic() - begun) / (self.step - first))
                 if self.evaluate and (self.step % self.config.evaluate_every == 0 or done):
-                    self._log(**{f"val_{k}": v for k, v in self.evaluate().items()})
+                    with self.using_average():
+                        values = self.evaluate()
+                    self._log(**{f"val_{k}": v for k, v in values.items()})
                 if time.monotonic() - saved > self.config.save_seconds:
                     self.save()
                     saved = time.monotonic()
@@ -143,10 +147,27 @@ class Loop:
         torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for name, average in self.averaged.items():
+            average.lerp_(self.params[name].detach(), 1 - self.config.average)
         for name, value in {"loss": loss.item(), **parts}.items():
             old = self.running.get(name, value)
             self.running[name] = self.config.memory * old + (1 - self.config.memory) * value
         self.step += 1
+
+    @contextmanager
+    def using_average(self) -> Iterator[None]:
+        """Puts the averaged weights, if there are any, in the place of the parameters for a while."""
+        mine = {n: self.params[n].detach().clone() for n in self.averaged}
+        self._put(self.averaged)
+        try:
+            yield
+        finally:
+            self._put(mine)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.params[name].copy_(value)
 
     def save(self) -> None:
         """Write the checkpoint beside the old one, then put it in its place."""
@@ -159,6 +180,8 @@ class Loop:
             "schedule": asdict(self.schedule),
             "running": self.running,
         }
+        if self.averaged:
+            state["averaged"] = self.averaged
         beside = self.checkpoint.with_suffix(".tmp")
         torch.save(state, beside)
         beside.replace(self.checkpoint)
@@ -167,9 +190,9 @@ class Loop:
         state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         if state["params"].keys() != self.params.keys():
             raise ValueError(f"{self.checkpoint} holds other parameters than this model trains: use another folder")
-        with torch.no_grad():
-            for name, value in state["params"].items():
-                self.params[name].copy_(value)
+        self._put(state["params"])
+        if self.averaged:  # a run that was not averaged so far starts from where it is
+            self.averaged = {n: v.clone() for n, v in state.get("averaged", state["params"]).items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.running = state["step"], state["running"]
         self.schedule = Schedule(**state["schedule"]).landing(self.step, self.config.steps)
