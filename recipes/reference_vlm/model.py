@@ -138,6 +138,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """The shipped file: fp16."""
     save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, path)
+    path.chmod(0o644)  # the library makes it private
 
 
 def widths(weights: Mapping[str, Tensor]) -> ModelConfig:
