@@ -79,6 +79,20 @@ def test_packed_losses_equal_those_of_each_branch_alone(models: Models) -> None:
 
 
 @torch.no_grad()
+def test_answers_that_share_a_question_are_trained_as_if_each_had_it(models: Models) -> None:
+    answers = (CAPTION.answer, SHORT.answer, (44, 45, 46, 2))
+    shared = Sample(
+        (1, 4, *PICTURE, *CAPTION.question), tuple(Branch((), a, "caption") for a in answers), (("flickr", 0),)
+    )
+    own = Sample((1, 4, *PICTURE), tuple(Branch(CAPTION.question, a, "caption") for a in answers), (("flickr", 0),))
+    features = pictures(n=1)
+    expected = torch.cat([entropies_alone(models, own, b, features) for b in own.branches])
+    for sample in (shared, own):
+        found = models[0].losses(packed((sample,), features=features))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_blind_do_not_see_their_picture_and_the_others_only_their_own(models: Models) -> None:
     before, n = models[0].losses(packed(*ROWS)), [sum(len(b.answer) for b in s.branches) for s in (SEEN, BLIND, TEXT)]
     parts = {"seen": slice(0, n[0]), "blind": slice(n[0], n[0] + n[1]), "frames": slice(sum(n), -n[2])}

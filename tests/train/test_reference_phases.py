@@ -10,7 +10,7 @@ from data import FIRST_RATES, LAST_RATES, LATE_WEIGHTS, PHASES, WEIGHTS, Mix, Mi
 from pack import Sample
 
 QUICK = MixConfig(phases=tuple(replace(p, start=7 * i) for i, p in enumerate(PHASES)))
-BORDERS = (232, 319, 432, 570)
+BORDERS = (232, 319, 432, 570, 1046, 1373)
 
 
 def drawn(mix: Mix, source: str, steps: range) -> list[Sample]:
@@ -38,7 +38,8 @@ def test_a_phase_changes_all_from_its_first_step_and_nothing_before(
 ) -> None:
     now, without = mix(MixConfig(rows=40)), mix(MixConfig(rows=40, phases=PHASES[:n]))
     assert now.samples(border - 1) == without.samples(border - 1)
-    assert now.samples(border) != without.samples(border)
+    what = lambda m: (m.samples(border), m._phase(border).whole_first)  # noqa: E731
+    assert what(now) != what(without)
 
 
 @pytest.mark.parametrize("source", ["flickr", "coco", "words"])
@@ -67,7 +68,8 @@ def test_each_source_is_drawn_at_the_rate_of_its_phase(mix: Callable[..., Mix]) 
         (232, 318, 0.85, 1, WEIGHTS),
         (319, 431, 0.85, 1, LATE_WEIGHTS),
         (432, 569, 0.4, 2, LATE_WEIGHTS),
-        (570, 1800, 0.3, 2, LATE_WEIGHTS),
+        (570, 1045, 0.3, 2, LATE_WEIGHTS),
+        (1046, 1372, 0.3, 2, LATE_WEIGHTS),
     ],
 )
 def test_a_phase_holds_from_its_first_step_to_its_last(
@@ -101,3 +103,16 @@ def test_validation_asks_the_same_in_every_phase(mix: Callable[..., Mix]) -> Non
         samples = val.samples(step)
         assert samples == never_changed.samples(step)
         assert {b.weight == WEIGHTS[b.task] and not b.avoid for s in samples for b in s.branches} == {True}
+
+
+def test_the_last_phase_asks_most_photos_for_all_their_captions_at_once(mix: Callable[..., Mix]) -> None:
+    photos = drawn(mix(), "flickr", range(1373, 1433))
+    shared = [s for s in photos if all(not b.question for b in s.branches)]
+    assert len(shared) / len(photos) == pytest.approx(0.8, abs=0.08)
+    for sample in shared:
+        assert tasks(sample) == Counter(caption=5)
+        assert sample.prefix.count(-1) == 64  # the picture, then the question
+        assert len(sample.prefix) > 64 + 8
+    for sample in photos:
+        if sample not in shared:
+            assert all(b.question for b in sample.branches)
