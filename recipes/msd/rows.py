@@ -62,6 +62,11 @@ def rows(seeds: Sequence[int]) -> dict[str, Row]:
     return found
 
 
+def folder_of(out: Path, name: str) -> Path:
+    """Where a row is trained."""
+    return out / name.replace(" ", "_").replace(":", "_")
+
+
 def steps_for(minutes: float, seconds: float) -> int:
     """Steps of `seconds` each that fill `minutes`, to the nearest ten."""
     return max(10, round(minutes * 60 / seconds / 10) * 10)
@@ -75,7 +80,7 @@ def train_rows(args: argparse.Namespace) -> None:
     for name, row in rows(range(args.seeds)).items():
         if args.only and name not in args.only:
             continue
-        folder = args.out / name.replace(" ", "_").replace(":", "_")
+        folder = folder_of(args.out, name)
         plan = folder / "plan.json"
         if not plan.exists():
             seconds = _speed(model, processor, answers, held_out, cuts, folder, row.settings)
@@ -138,7 +143,7 @@ class WrongImage(MSD):
 def bench_rows(args: argparse.Namespace) -> None:
     methods = []
     for name, row in rows(range(args.seeds)).items():
-        folder = args.out / name.replace(" ", "_").replace(":", "_") / "drafter"
+        folder = folder_of(args.out, name) / "drafter"
         if not (folder / "model.safetensors").exists():
             continue
         if name == next(iter(rows(range(args.seeds)))):

@@ -72,16 +72,16 @@ class Statistics:
                 self.steps.append(Step(row, 1 + self._answered[row], levels[row], len(nodes)))
                 self._answered[row] += len(tokens)
         if accepted.divergence is not None and accepted.modality is not None:
-            names = {m.id: m.name for m in known()}
+            kinds_by_id = known()
             for kinds, spent in zip(accepted.modality, accepted.divergence, strict=True):
                 for kind, total_variation in zip(kinds, spent, strict=True):
-                    self._spend(names[kind], 1, total_variation)
+                    self._spend(kinds_by_id[kind].name, 1, total_variation)
 
     def label(self, accepted: Accepted) -> None:
         """Notes the router's classes of what a step emitted, where it had any."""
-        names = {m.id: m.name for m in known()}
+        kinds_by_id = known()
         for row, kinds in enumerate(accepted.modality or ()):
-            self.predicted.setdefault(row, []).extend(names[k] for k in kinds)
+            self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
 
     def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
         """Adds to the account of a modality."""

@@ -25,13 +25,9 @@ def register_folder(folder: Path | str) -> None:
 
     UserError now when the folder holds no drafter.
     """
-    checkpoint.load(folder)
+    network, thresholds = checkpoint.load(folder), checkpoint.training(folder).get("thresholds")
     for name, sampled in (("msd", False), ("msd:sampled", True)):
-        register(name, partial(_load, folder, name, sampled))
-
-
-def _load(folder: Path | str, name: str, sampled: bool) -> MSD:
-    return MSD(checkpoint.load(folder), name, sampled, checkpoint.training(folder).get("thresholds"))
+        register(name, partial(MSD, network, name, sampled, thresholds))
 
 
 def methods() -> list[str]:

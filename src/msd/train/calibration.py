@@ -55,8 +55,7 @@ def record(
         )  # fmt: skip
         if report:
             report(number + 1)
-    names = {m.id: m.name for m in known()}
-    return {names[kind]: masses for kind, masses in recorder.masses.items()}
+    return {known()[kind].name: masses for kind, masses in recorder.masses.items()}
 
 
 def solve(masses: dict[str, list[float]], budgets: Iterable[float] = BUDGETS) -> dict[str, dict[str, float]]:

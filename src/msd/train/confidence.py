@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd.drafters.msd.heads import log_odds
 from msd.targets.teacher import Lesson
 from msd.train.draft_loss import DraftObjective
 from msd.train.router_report import calibration_error
@@ -24,14 +25,11 @@ def candidates(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Tensor
     parent was accepted.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for lesson, labels in lessons:
-        first = torch.arange(max(lesson.lengths) - 1, device=labels.device).expand(len(labels), -1)
-        drafts, states = objective.states(lesson, first)
+    for lesson, _ in lessons:
+        drafts, states = objective.everywhere(lesson)
         logits, sure = objective.logits(lesson, drafts, states, objective.routes(lesson, drafts, states).exp())
         log_q, index = logits.float().log_softmax(-1).topk(min(CANDIDATES, logits.shape[-1]), -1)
-        at = drafts.index.clamp_max(labels.shape[1] - 1)
-        truth = lesson.answers.gather(1, at.flatten(1)).view_as(at)
-        hit = objective.network.heads.ids[index] == truth[..., None]
+        hit = objective.network.heads.ids[index] == drafts.read(lesson.answers)[..., None]
         keep = drafts.valid[..., None].expand_as(hit)
         found.append((log_q[keep], sure[..., None].expand_as(log_q)[keep], hit[keep]))
     log_q, sure, hit = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -42,8 +40,7 @@ def calibrate(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Tensor]
     """Fits `Heads.calibration` in place; reports the calibration error (0 to 1) of log q alone and of the fit."""
     heads = objective.network.heads
     log_q, sure, hit = (x.detach().cpu() for x in candidates(objective, lessons))
-    odds = log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
-    features = torch.stack([odds, sure.float(), torch.ones_like(odds)], -1)
+    features = torch.stack([log_odds(log_q), sure.float(), torch.ones_like(log_q)], -1)
     fit = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
     solver = torch.optim.LBFGS([fit], max_iter=60, line_search_fn="strong_wolfe")
 

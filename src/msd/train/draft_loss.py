@@ -125,6 +125,16 @@ class Drafts:
     index: Tensor
     valid: Tensor
 
+    def read(self, values: Tensor) -> Tensor:
+        """Values of the answer tokens [B, T, ...] at the drafted positions: [B, A, D, ...]; any at invalid ones."""
+        return _read(values, self.index)
+
+
+def _read(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, T, ...] at index [B, A, D], beyond the end the last: [B, A, D, ...]."""
+    at = index.clamp_max(values.shape[1] - 1)
+    return pick(values, at.flatten(1)).unflatten(1, at.shape[1:])
+
 
 class DraftObjective(nn.Module):
     """The loss of a draft network on lessons of its target."""
@@ -160,6 +170,12 @@ class DraftObjective(nn.Module):
             all_states.append(state)
         return drafts, torch.cat(all_states, 2)
 
+    def everywhere(self, lesson: Lesson) -> tuple[Drafts, Tensor]:
+        """`states` with every answer token but the last as a root."""
+        device = lesson.logits.device
+        first = torch.arange(max(lesson.lengths) - 1, device=device).expand(len(lesson.lengths), -1)
+        return self.states(lesson, first)
+
     def routes(self, lesson: Lesson, drafts: Drafts, states: Tensor) -> Tensor:
         """Router log-probabilities [B, A, D, M]; they teach the router and nothing behind it."""
         anchors, network = drafts.anchors, self.network
@@ -183,8 +199,7 @@ class DraftObjective(nn.Module):
     def forward(self, lesson: Lesson, labels: Tensor, first: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss and its parts. labels [B, T] modality ids of the answer tokens; first [B, A] which of them are roots."""
         drafts, states = self.states(lesson, first)
-        at = drafts.index.clamp_max(labels.shape[1] - 1)
-        kind = (pick(labels, at.flatten(1)).view_as(at)[..., None] == self.kinds.to(at.device)).float()  # [B, A, D, M]
+        kind = (drafts.read(labels)[..., None] == self.kinds.to(labels.device)).float()  # [B, A, D, M]
         route = self.routes(lesson, drafts, states)
         weights = route.detach().exp()
         if self.network.config.subtrees:  # the first level of a subtree is its own expert's
@@ -192,11 +207,12 @@ class DraftObjective(nn.Module):
         logits, sure = self.logits(lesson, drafts, states, weights)
         c = self.config
         log_q = logits.float().log_softmax(-1)
-        p = self._teacher(lesson, at)
-        truth = pick(lesson.taps[..., -states.shape[-1] :], (at + lesson.prompt - 1).flatten(1)).view_as(states)  # type: ignore[index]
+        p = drafts.read(self._teacher(lesson))
+        assert lesson.taps is not None
+        truth = drafts.read(lesson.taps[:, lesson.prompt - 1 : -1, -states.shape[-1] :])
         # the target's last state is normalised, so the draft's is compared as the heads see it
         each, met = position_losses(log_q, p, self.network.heads.norm(states), truth, c)
-        depth_weight = c.decay ** torch.arange(self.depth, device=at.device) * drafts.valid
+        depth_weight = c.decay ** torch.arange(self.depth, device=p.device) * drafts.valid
         total = (kind * depth_weight[..., None]).sum((0, 1, 2))  # [M]
         terms = (each[..., None] * kind * depth_weight[..., None]).sum((0, 1, 2)) / total.clamp_min(1e-6)
         loss = self.weights(terms, total > 0)
@@ -212,14 +228,12 @@ class DraftObjective(nn.Module):
 
     def _parents(self, lesson: Lesson, index: Tensor) -> Tensor:
         """Embeddings [B, A, D, H] of the tokens before the answer tokens `index`."""
-        at = (index - 1).clamp_max(lesson.answers.shape[1] - 1)
-        return self.network.embed(pick(lesson.answers, at.flatten(1)).view_as(at))
+        return self.network.embed(_read(lesson.answers, index - 1))
 
-    def _teacher(self, lesson: Lesson, at: Tensor) -> Tensor:
-        """The target's p over the draft vocabulary at answer tokens `at` [B, A, D]: [B, A, D, Vd], sums below 1."""
+    def _teacher(self, lesson: Lesson) -> Tensor:
+        """The target's p over the draft vocabulary at every answer token: [B, T, Vd], sums below 1."""
         some = lesson.logits[..., self.network.heads.ids]
-        p = (some - lesson.logits.logsumexp(-1, keepdim=True)).exp()
-        return pick(p, at.flatten(1)).view(*at.shape, -1)
+        return (some - lesson.logits.logsumexp(-1, keepdim=True)).exp()
 
 
 @torch.no_grad()
@@ -228,16 +242,13 @@ def chain_acceptance(objective: DraftObjective, lesson: Lesson, labels: Tensor, 
 
     The lesson's answers must be the target's greedy ones, which is what a draft is accepted against at temperature 0.
     """
-    width = max(lesson.lengths) - 1
-    first = torch.arange(width, device=labels.device).expand(len(labels), -1)
-    drafts, states = objective.states(lesson, first)
+    drafts, states = objective.everywhere(lesson)
     logits, _ = objective.logits(lesson, drafts, states, objective.routes(lesson, drafts, states).exp())
     guess = objective.network.heads.ids[logits[:, :, :depth].argmax(-1)]
-    at = drafts.index[:, :, :depth].clamp_max(labels.shape[1] - 1)
-    right = guess == pick(lesson.answers, at.flatten(1)).view_as(at)
+    right = guess == drafts.read(lesson.answers)[:, :, :depth]
     reached = torch.cat([torch.ones_like(right[..., :1]), right[..., :-1].cumprod(-1).bool()], -1)
     counts = reached & drafts.valid[:, :, :depth]
-    kind = pick(labels, at.flatten(1)).view_as(at)
+    kind = drafts.read(labels)[:, :, :depth]
     names = objective.network.config.modalities
     return {
         name: [

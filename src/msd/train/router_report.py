@@ -25,12 +25,9 @@ def router_report(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Ten
     names = objective.network.config.modalities
     said, truth, deep_said, deep_truth = [], [], [], []
     for lesson, labels in lessons:
-        first = torch.arange(max(lesson.lengths) - 1, device=labels.device).expand(len(labels), -1)
-        drafts, states = objective.states(lesson, first)
+        drafts, states = objective.everywhere(lesson)
         route = objective.routes(lesson, drafts, states).exp()
-        at = drafts.index.clamp_max(labels.shape[1] - 1)
-        kind = labels.gather(1, at.flatten(1)).view_as(at)
-        kind = (kind[..., None] == objective.kinds.to(kind.device)).long().argmax(-1)
+        kind = (drafts.read(labels)[..., None] == objective.kinds.to(labels.device)).long().argmax(-1)
         said.append(route[:, :, 0][drafts.valid[:, :, 0]])
         truth.append(kind[:, :, 0][drafts.valid[:, :, 0]])
         deep_said.append(route[:, :, 1:][drafts.valid[:, :, 1:]].argmax(-1))

@@ -91,18 +91,10 @@ class MSD:
         context, visible = memory.context()
         laws = levels(self.network, context, replace(memory.anchor, visible=visible))
         heads, kinds = self.network.heads, self.modality_ids.to(newest.device)
-        subtrees = choose(self.network.config, memory.route, budget.nodes, budget.width)
+        config = self.network.config
+        subtrees = choose(config, memory.route, budget.nodes, budget.width)
         if self.sampled and sampler.do_sample:
-            return draw(
-                laws,
-                heads,
-                subtrees,
-                kinds,
-                newest,
-                budget,
-                sampler,
-                self.network.config.within(self.network.config.shared),
-            )
+            return draw(laws, heads, subtrees, kinds, newest, budget, sampler, config.within(config.shared))
         return grow(laws, heads, subtrees, kinds, newest, budget.nodes, budget.depth, _temperature(sampler))
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:

@@ -108,9 +108,13 @@ class Heads(nn.Module):
         A logistic model of logit(q) and confidence, fitted on held-out greedy answers (`msd.train.confidence`); log q
         itself before that.
         """
-        odds = log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
         slope, weight, bias = self.calibration.unbind()
-        return nn.functional.logsigmoid(slope * odds + weight * sure + bias)
+        return F.logsigmoid(slope * log_odds(log_q) + weight * sure + bias)
+
+
+def log_odds(log_q: Tensor) -> Tensor:
+    """logit(q) of log q, kept finite at q = 1."""
+    return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
 
 
 def frequent(counts: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from msd.drafters.msd.config import Shape
 from msd.drafters.msd.grow import Subtrees
 from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.laws import Laws, Levels
+from msd.modality import LANGUAGE
 from msd.plan import Budget
 from msd.sampling import Sampler
 from msd.tree import DraftTree, Trials
@@ -39,8 +40,9 @@ def draw(
     source = _assign(share, count)  # [B, count] subtree of each chain
     depth = min(max(budget.depth), shape.depth, budget.nodes // count)
     first = levels.root(subtrees.weights)
-    laws = [_full(first, heads, sampler)]  # [B, M, V], then [B, count, V] a level
-    tokens = [_draw(laws[0].gather(1, source[..., None].expand(-1, -1, laws[0].shape[-1])), sampler, budget.depth, 1)]
+    shared = _full(first, heads, sampler)  # [B, M, V]
+    laws = [shared.gather(1, source[..., None].expand(-1, -1, shared.shape[-1]))]  # [B, count, V] a level
+    tokens = [_draw(laws[0], sampler, budget.depth, 1)]
     kinds = [modality_ids[first.weights.argmax(-1)].gather(1, source)]
     above = source
     for level in range(2, depth + 1):
@@ -49,7 +51,7 @@ def draw(
         laws.append(_full(below, heads, sampler))
         tokens.append(_draw(laws[-1], sampler, budget.depth, level))
         kinds.append(modality_ids[below.weights.argmax(-1)])
-    return _tree(newest, tokens, kinds, laws, source, budget.depth)
+    return _tree(newest, tokens, kinds, laws, budget.depth)
 
 
 def _assign(share: Tensor, count: int) -> Tensor:
@@ -82,46 +84,28 @@ def _draw(q: Tensor, sampler: Sampler, limit: list[int], level: int) -> Tensor:
     return tokens
 
 
-def _tree(
-    newest: Tensor, tokens: list[Tensor], kinds: list[Tensor], laws: list[Tensor], source: Tensor, limit: list[int]
-) -> DraftTree:
-    """Chains below the root as a tree with trials; level by level, chain by chain."""
-    B, count = source.shape
-    depth, M = len(tokens), laws[0].shape[1]
+def _tree(newest: Tensor, tokens: list[Tensor], kinds: list[Tensor], laws: list[Tensor], limit: list[int]) -> DraftTree:
+    """Chains below the root as a tree with trials; level by level, chain by chain. Node n's law is number n - 1."""
+    (B, count), depth, device = tokens[0].shape, len(tokens), newest.device
     N = 1 + depth * count
-    node = torch.arange(1, N, device=newest.device).view(depth, count)
-    parents = torch.cat([torch.full((1,), -1), torch.zeros(count, dtype=torch.long), node[:-1].flatten().cpu()])
-    depths = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(1, depth + 1).repeat_interleave(count)])
-    valid = depths[None] <= torch.tensor(limit)[:, None]
-    child = torch.full((B, N, count), -1, dtype=torch.long)
-    law = torch.zeros_like(child)
-    child[:, 0] = node[0].cpu()
-    law[:, 0] = source.cpu()
-    for level in range(1, depth):
-        for chain in range(count):
-            child[:, node[level - 1, chain], 0] = node[level, chain]
-            law[:, node[level - 1, chain], 0] = M + (level - 1) * count + chain
+    node = torch.arange(N, device=device)
+    parents = (node - count).clamp_min(0).masked_fill(node == 0, -1).expand(B, -1)
+    depths = ((node + count - 1) // count).expand(B, -1)
+    valid = depths <= torch.tensor(limit, device=device)[:, None]
+    child = torch.full((B, N, count), -1, device=device)
+    child[:, 0] = node[1 : 1 + count]
+    child[:, 1 : N - count, 0] = node[1 + count :]
     child = child.masked_fill(~valid.gather(1, child.clamp_min(0).flatten(1)).view_as(child), -1)
-    drafted = torch.cat([newest[:, None], torch.stack(tokens, 1).flatten(1)], 1)
-    q = torch.cat(laws, 1)
-    device = newest.device
-    every = lambda x: x.expand(B, -1).to(device)  # noqa: E731
-    chosen = [_of(x, t, source if level == 0 else None) for level, (x, t) in enumerate(zip(laws, tokens, strict=True))]
-    probability = torch.cat([torch.ones(B, 1, device=device), *chosen], 1)
+    drafted = torch.cat([newest[:, None], *tokens], 1)
+    chosen = [law.gather(-1, t[..., None]).squeeze(-1) for law, t in zip(laws, tokens, strict=True)]
     return DraftTree(
-        tokens=drafted.masked_fill(~valid.to(device), 0),
-        parents=every(parents).masked_fill(~valid.to(device), -1),
-        depths=every(depths).masked_fill(~valid.to(device), 0),
-        valid=valid.to(device),
-        modality=torch.cat([torch.zeros_like(newest)[:, None], torch.stack(kinds, 1).flatten(1)], 1),
-        fixed=torch.zeros(B, N, dtype=torch.bool, device=device),
+        tokens=drafted.masked_fill(~valid, 0),
+        parents=parents.masked_fill(~valid, -1),
+        depths=depths.masked_fill(~valid, 0),
+        valid=valid,
+        modality=torch.cat([torch.full_like(newest, LANGUAGE.id)[:, None], *kinds], 1),
+        fixed=torch.zeros_like(valid),
         height=depth,
-        trials=Trials(child.to(device), law.to(device), q),
-        q=probability,
+        trials=Trials(child, (child - 1).clamp_min(0), torch.cat(laws, 1)),
+        q=torch.cat([torch.ones_like(chosen[0][:, :1]), *chosen], 1),
     )
-
-
-def _of(law: Tensor, tokens: Tensor, source: Tensor | None) -> Tensor:
-    """q of `tokens` [B, F] under law [B, M or F, V], chain f's law being number source[b, f] at the root."""
-    own = law if source is None else law.gather(1, source[..., None].expand(-1, -1, law.shape[-1]))
-    return own.gather(-1, tokens[..., None]).squeeze(-1)
