@@ -9,6 +9,7 @@ the validation loss.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cloze import Cloze, answer_words, balanced, clozes, draw
 from facts import Facts, extract, open_questions, tidy, yes_no
 from features import FeatureSet, read_jsonl
 from long_answers import long_answer
@@ -55,6 +57,7 @@ MOTION = {
     "left": "The camera moves to the left.", "right": "The camera moves to the right.", "up": "The camera moves up.", "down": "The camera moves down.",
     "in": "The camera zooms in.", "out": "The camera zooms out.", "still": "The camera does not move.",
 }  # fmt: skip
+_SIDED = re.compile(r"\b(left|right|clockwise)", re.IGNORECASE)
 WEIGHTS = {
     "caption": 1.0,
     "detail": 0.8,
@@ -78,7 +81,9 @@ class Phase:
     `rates` are samples by source and step of 1,536 tokens; `detail` is the share of photos asked for a long answer;
     `captions` how many short ones a photo gives beside a long answer, and twice as many without; `avoid` whether
     repeated sentences are trained against; `whole_first` which samples lose when a step has too many (see `place`);
-    `all_captions` is the share of photos that are only asked for a caption, once, and answer with all five.
+    `all_captions` is the share of photos that are only asked for a caption, once, and answer with all five; `cloze`
+    the share before that which are only asked for single words out of captions; `mirrored` the share of COCO photos
+    that are shown mirrored, where no question speaks of left and right.
     """
 
     start: int
@@ -89,6 +94,8 @@ class Phase:
     weights: dict[str, float]
     whole_first: bool = False
     all_captions: float = 0.0
+    cloze: float = 0.0
+    mirrored: float = 0.0
 
 
 PHASES = (
@@ -98,7 +105,8 @@ PHASES = (
     Phase(432, FIRST_RATES, 0.4, 2, True, LATE_WEIGHTS),
     Phase(570, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS),
     Phase(1046, LAST_RATES, 0.3, 2, True, LATE_WEIGHTS, whole_first=True),
-    Phase(1373, LAST_RATES | {"flickr": 6.2, "coco": 3.7}, 0.8, 1, True, LATE_WEIGHTS, True, all_captions=0.8),
+    Phase(1373, LAST_RATES | {"flickr": 6.2, "coco": 3.7}, 0.8, 1, True, LATE_WEIGHTS, True, 0.8),
+    Phase(2110, LAST_RATES | {"flickr": 6.2, "coco": 3.7}, 0.8, 1, True, LATE_WEIGHTS, True, 0.7, 0.3, 0.5),
 )
 
 
@@ -160,13 +168,17 @@ class Mix:
         self.phases = config.phases if split == "train" else config.phases[:1]  # validation stays comparable
         self.captions, self.questions = load_captions(data), load_questions(data)
         self.texts = [t for t in texts if t["task"] == split]
-        self.sets = {name: FeatureSet(features, name) for name in ("flickr", "coco", "clips", "words", "receipts")}
+        names = ("flickr", "coco", "mirrored", "clips", "words", "receipts")
+        self.sets = {name: FeatureSet(features, name) for name in names}
+        self.mirrored = {r["image"]: i for i, r in enumerate(self.sets["mirrored"].rows)}
         self.pools = {n: [i for i, r in enumerate(s.rows) if r["split"] == split] for n, s in self.sets.items()}
         self.pools["text"] = list(range(len(self.texts)))
         self.facts: dict[str, Facts] = {}
         self.frequency = absence_weights(
             [self._facts(self.sets["flickr"].rows[n]["image"]) for n in self.pools["flickr"]]
         )
+        self.clozes = self._all_clozes()
+        self.rarity = balanced(self.clozes)
         self._makers: dict[str, Callable[[str, int, random.Random, Phase], Sample]] = {
             "flickr": self._photo, "coco": self._coco, "clips": self._clip, "words": self._word, "receipts": self._line, "text": self._text,
         }  # fmt: skip
@@ -237,6 +249,9 @@ class Mix:
         """Captions first, so that they are the last to be cut for room."""
         image = self.sets[source].rows[row]["image"]
         captions, facts = self.captions[image], self._facts(image)
+        if phase.cloze and self.clozes.get(image) and rng.random() < phase.cloze:
+            asked_words = draw(self.clozes[image], self.rarity, 5, rng)
+            return self._sample(source, row, [self._one_word(q, a, rng, phase) for q, a in asked_words])
         if phase.all_captions and rng.random() < phase.all_captions:
             asked = self.branch(rng.choice(CAPTION_PROMPTS), "", "caption", phase).question
             answers = [self.branch("", tidy(c), "caption", phase) for c in rng.sample(captions, len(captions))]
@@ -275,10 +290,31 @@ class Mix:
         )
 
     def _coco(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
-        questions = list(self.questions[self.sets[source].rows[row]["image"]])
+        image = self.sets[source].rows[row]["image"]
+        questions = list(self.questions[image])
         rng.shuffle(questions)
-        suffix = lambda: rng.choice(ONE_WORD) if rng.random() < self.config.one_word else ""  # noqa: E731
-        return self._sample(source, row, [self.branch(q + suffix(), a, "vqa", phase) for q, a in questions[:5]])
+        branches = [self._one_word(q, a, rng, phase) for q, a in questions[:5]]
+        if (
+            phase.mirrored
+            and rng.random() < phase.mirrored
+            and not any(_SIDED.search(f"{q} {a}") for q, a in questions)
+        ):
+            source, row = "mirrored", self.mirrored[image]
+        return self._sample(source, row, branches)
+
+    def _one_word(self, question: str, answer: str, rng: random.Random, phase: Phase) -> Branch:
+        suffix = rng.choice(ONE_WORD) if rng.random() < self.config.one_word else ""
+        return self.branch(question + suffix, answer, "vqa", phase)
+
+    def _all_clozes(self) -> dict[str, list[Cloze]]:
+        """Single words asked for by photo, of the train split of both data sets."""
+        shown = [self.sets["coco"].rows[i]["image"] for i in self._train("coco")]
+        nouns = answer_words(answer for image in shown for _, answer in self.questions[image])
+        photos = [self.sets["flickr"].rows[i]["image"] for i in self._train("flickr")]
+        return {n: [c for caption in self.captions[n] for c in clozes(caption, nouns)] for n in photos}
+
+    def _train(self, name: str) -> list[int]:
+        return [i for i, r in enumerate(self.sets[name].rows) if r["split"] == "train"]
 
     def _clip(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         shown = self.sets[source].rows[row]

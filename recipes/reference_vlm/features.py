@@ -2,7 +2,7 @@
 
   python recipes/reference_vlm/features.py --data ../shared/data --out runs/reference/features
 
-Sets: flickr (train and val), flip (train photos mirrored), coco, receipts (train lines, squashed to a square as the
+Sets: flickr, coco (train and val), mirrored (coco's train photos), receipts (train lines, squashed to a square as the
 processor does with any picture), words (rendered), clips (4 frames of a camera moving over a Flickr photo). A set's
 `.json` file lists its rows; it is written last, so an interrupted set is simply made again.
 """
@@ -92,7 +92,7 @@ def sets(
         "words": (1, lambda: _words(data, words)),
         "clips": (FRAMES, lambda: _clips(data, clips, val_clips)),
         "receipts": (1, lambda: _photos(data / "sroie_lines", receipts)),
-        "flip": (1, lambda: _photos(data / "flickr8k", [r for r in flickr if r["split"] == "train"], mirror=True)),
+        "mirrored": (1, lambda: _photos(data / "coco_vqa", [r for r in coco if r["split"] == "train"], mirror=True)),
     }
 
 

@@ -25,7 +25,7 @@ def mix(tmp_path: Path) -> Callable[..., Mix]:
     for file, lines in (("flickr8k/captions.jsonl", captions), ("coco_vqa/qa.jsonl", questions)):
         (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     extra = {"text": "hello", "ink": "red", "ground": "blue", "motion": "left"}
-    for name in ("flickr", "coco", "clips", "words", "receipts"):
+    for name in ("flickr", "coco", "mirrored", "clips", "words", "receipts"):
         frames = 4 if name == "clips" else 1
         listing = {"frames": frames, "rows": [{**r, **extra} for r in rows]}
         (tmp_path / f"{name}.json").write_text(json.dumps(listing))

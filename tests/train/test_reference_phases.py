@@ -10,11 +10,11 @@ from data import FIRST_RATES, LAST_RATES, LATE_WEIGHTS, PHASES, WEIGHTS, Mix, Mi
 from pack import Sample
 
 QUICK = MixConfig(phases=tuple(replace(p, start=7 * i) for i, p in enumerate(PHASES)))
-BORDERS = (232, 319, 432, 570, 1046, 1373)
+BORDERS = (232, 319, 432, 570, 1046, 1373, 2110)
 
 
 def drawn(mix: Mix, source: str, steps: range) -> list[Sample]:
-    name = lambda s: s.pictures[0][0] if s.pictures else "text"  # noqa: E731
+    name = lambda s: s.pictures[0][0].replace("mirrored", "coco") if s.pictures else "text"  # noqa: E731
     return [s for step in steps for s in mix.samples(step) if name(s) == source]
 
 
