@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data import END, MOTION, absence_weights, load_captions
-from facts import extract, presence_question, tidy, yes_no
+from facts import extract, tidy, yes_no
 from features import read_jsonl, sets
 from PIL import Image
 from seeing import Seeing, load
@@ -141,15 +141,11 @@ def clips(
 
 def bundled(seeing: Seeing, report: Results) -> None:
     """What the model says of the photos that ship with the package, for a human to judge."""
-    from msd.reference import sample_photos
+    from msd.bench.data import BUNDLED, data_lines
 
-    asked = (
-        CAPTION,
-        DETAIL,
-        "What color is the background?",
-        presence_question(extract(["A cat ."]).present[0], True, random.Random(0))[0],
-    )
-    prompts = [Prompt(q, (str(p),)) for p in sample_photos() for q in asked]
+    lines = [line for _, line in data_lines(BUNDLED / "prompts.jsonl")]
+    lines.sort(key=lambda line: line["image"])
+    prompts = [Prompt(line["prompt"], (str(BUNDLED / line["image"]),)) for line in lines]
     answers = seeing.answers(prompts, 120)
     report["bundled"] = [
         {"image": Path(p.images[0]).name, "prompt": p.text, "answer": a.text}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +24,7 @@ from pack import Batch
 from torch import Tensor
 
 from msd.train.loop import Loop, LoopConfig
+from msd.train.precision import faster_in_bf16
 
 LAYERS = {"all": ALL, "qvo": QVO}
 
@@ -51,21 +51,6 @@ def validation(model: TrainableVLM, mix: Mix, steps: int) -> dict[str, float]:
         for task, value in zip(batch.tasks, losses.tolist(), strict=True):
             totals[task].append(value)
     return {"all": weighted / weight} | {task: sum(v) / len(v) for task, v in sorted(totals.items())}
-
-
-def faster_in_bf16(device: torch.device, tokens: int = 1024, tries: int = 5) -> bool:
-    """Whether a matrix product of the language model's size is clearly faster in bf16 than in float32 here."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(tokens, 576, dtype=dtype, device=device), torch.ones(1536, 576, dtype=dtype, device=device)
-        times = []
-        for _ in range(tries):
-            start = time.perf_counter()
-            float((a @ b.T)[0, 0])
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) * 1.2 < seconds(torch.float32)
 
 
 def optimizer(params: Mapping[str, torch.nn.Parameter], lr: float) -> torch.optim.AdamW:

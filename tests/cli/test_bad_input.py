@@ -12,7 +12,7 @@ from PIL import Image
 from msd.bench.data import BUNDLED
 from msd.cli import main
 
-CAT = str(BUNDLED / "cat.jpg")
+PUPPY = str(BUNDLED / "puppy.jpg")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -67,33 +67,33 @@ def test_image_without_pixels(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
 def test_empty_prompt(capsys: pytest.CaptureFixture[str], prompt: str) -> None:
-    assert "empty" in refused(capsys, "generate", CAT, "-p", prompt)
+    assert "empty" in refused(capsys, "generate", PUPPY, "-p", prompt)
 
 
 def test_prompt_that_spells_the_placeholder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "<image>" in refused(capsys, "generate", CAT, "-p", "what is <image> here?")
+    assert "<image>" in refused(capsys, "generate", PUPPY, "-p", "what is <image> here?")
 
 
 def test_more_tokens_than_the_context(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "context of 8192" in refused(capsys, "generate", CAT, "-p", "What is it?", "--max-new-tokens", "9000")
+    assert "context of 8192" in refused(capsys, "generate", PUPPY, "-p", "What is it?", "--max-new-tokens", "9000")
 
 
 def test_unknown_method(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["generate", CAT, "-p", "Hi?"], ["verify"], ["bench"]):
+    for command in (["generate", PUPPY, "-p", "Hi?"], ["verify"], ["bench"]):
         assert "prompt-lookup" in refused(capsys, *command, "--method", "magic")
 
 
 def test_unknown_target(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no/such/target" in refused(capsys, "generate", CAT, "-p", "What is it?", "--target", "no/such/target")
+    assert "no/such/target" in refused(capsys, "generate", PUPPY, "-p", "What is it?", "--target", "no/such/target")
 
 
 def test_unsupported_architecture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
-    assert "t5" in refused(capsys, "generate", CAT, "-p", "What is it?", "--target", str(tmp_path))
+    assert "t5" in refused(capsys, "generate", PUPPY, "-p", "What is it?", "--target", str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "arguments", [["frobnicate"], ["generate", "--bogus"], ["generate", CAT, "-p", "Hi", "--max-new-tokens", "0"]]
+    "arguments", [["frobnicate"], ["generate", "--bogus"], ["generate", PUPPY, "-p", "Hi", "--max-new-tokens", "0"]]
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert "--help" in refused(capsys, *arguments)

@@ -11,7 +11,7 @@ import pytest
 from msd.bench.data import BUNDLED
 from msd.cli import main
 
-CAT = str(BUNDLED / "cat.jpg")
+PUPPY = str(BUNDLED / "puppy.jpg")
 pytestmark = pytest.mark.slow
 
 
@@ -29,7 +29,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def test_generate_streams_what_json_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("generate", CAT, "-p", "Describe the image in detail.", "--max-new-tokens", "24")
+    arguments = ("generate", PUPPY, "-p", "Describe the image in detail.", "--max-new-tokens", "24")
     answer = as_json(capsys, *arguments)
     assert {"text", "tokens", "seconds", "tokens_per_second", "mean_acceptance_length", "method"} <= answer.keys()
     assert "acceptance_by_modality" in answer and len(answer["tokens"]) == 24
@@ -37,7 +37,7 @@ def test_generate_streams_what_json_reports(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_generate_samples_by_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("generate", CAT, "-p", "What is it?", "--temperature", "1.5", "--max-new-tokens", "12", "--seed")
+    arguments = ("generate", PUPPY, "-p", "What is it?", "--temperature", "1.5", "--max-new-tokens", "12", "--seed")
     first = as_json(capsys, *arguments, "3")["tokens"]
     assert as_json(capsys, *arguments, "3")["tokens"] == first
     assert as_json(capsys, *arguments, "4")["tokens"] != first
@@ -46,8 +46,8 @@ def test_generate_samples_by_seed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_generate_takes_no_or_several_images(capsys: pytest.CaptureFixture[str]) -> None:
     text_only = as_json(capsys, "generate", "-p", "What is the capital of France?", "--max-new-tokens", "8")
     assert "Paris" in text_only["text"]
-    coffee = str(BUNDLED / "coffee.jpg")
-    assert as_json(capsys, "generate", CAT, coffee, "-p", "What is there?", "--max-new-tokens", "4")["tokens"]
+    horse = str(BUNDLED / "horse.jpg")
+    assert as_json(capsys, "generate", PUPPY, horse, "-p", "What is there?", "--max-new-tokens", "4")["tokens"]
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +62,8 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verify_audits_other_engines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("-p", "What animal is this?", "--max-new-tokens", "6")
-    answer = as_json(capsys, "generate", CAT, *arguments, "--method", "ar")
-    line = {"image": "cat.jpg", "prompt": "What animal is this?"}
+    answer = as_json(capsys, "generate", PUPPY, *arguments, "--method", "ar")
+    line = {"image": "puppy.jpg", "prompt": "What animal is this?"}
     right = [{**line, "tokens": answer["tokens"]}, {**line, "text": answer["text"]}]
     file = tmp_path / "outputs.jsonl"
     file.write_text("\n".join(map(json.dumps, right)))

@@ -48,9 +48,9 @@ def test_it_is_a_tied_float32_llava(parts: tuple[Any, Any]) -> None:
 
 
 def test_it_sees(parts: tuple[Any, Any]) -> None:
-    coffee, rocket = ask(parts, ["coffee", "rocket"], "Write a short caption for this picture.")
-    assert coffee != rocket
-    for answer in (coffee, rocket):
+    horse, skier = ask(parts, ["horse", "skier"], "Write a short caption for this picture.")
+    assert "horse" in horse and "horse" not in skier
+    for answer in (horse, skier):
         assert answer.endswith(".")
         assert len(answer.split()) >= 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 import tiny
 from msd.config import SpeculativeConfig
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
+from msd.errors import UserError
 from msd.modality import FUSION, LANGUAGE, VISION
 from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson, teach
+from msd.train import drafting
 from msd.train.draft_loss import DraftObjective, LossConfig, TaskWeights, chain_acceptance
 
 FORMS = ["block", "ar"]
@@ -276,3 +279,22 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
     roots = lessons.roots(SimpleNamespace(lengths=[3, 60], logits=torch.zeros(1)), 10)  # type: ignore[arg-type]
     assert roots[0].tolist() == [0, 1, *[2] * 8]  # from token 2 on there is nothing to draft
     assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59
+
+
+def test_a_half_precision_teacher_says_nearly_the_same() -> None:
+    model, made = tiny.llava(), network(tiny.llava(), "block")
+    target, inputs, exact, _ = lesson(model, made)
+    answers = exact.answers.tolist()
+    rough = teach(target, inputs, answers, dtype=torch.bfloat16)
+    apart = (rough.logits - exact.logits).abs().max()
+    assert 0 < apart < 0.05 * exact.logits.abs().max()
+    assert rough.taps is not None and rough.taps.shape == exact.taps.shape  # type: ignore[union-attr]
+
+
+def test_a_measured_precision_stays_for_the_whole_run(tmp_path: Path) -> None:
+    measured = drafting._settled(drafting.DraftTraining(), tmp_path, torch.device("cpu"))
+    assert measured.precision in ("bf16", "float32")
+    (tmp_path / "run.json").write_text('{"precision": "noted"}')
+    assert drafting._settled(drafting.DraftTraining(), tmp_path, torch.device("cpu")).precision == "noted"
+    with pytest.raises(UserError, match="precision 'half' is unknown"):
+        drafting._settled(drafting.DraftTraining(precision="half"), tmp_path, torch.device("cpu"))

@@ -36,6 +36,9 @@ def train(
     weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed or threshold.")] = "learned",
     off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = "",
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the target while it teaches: float32, bf16 or measure.")
+    ] = "measure",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     calibrate: Annotated[
         int,
@@ -78,7 +81,7 @@ def train(
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
         form=form, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of),
-        text_only=text_only, loss=LossConfig(weighting=weighting),
+        text_only=text_only, precision=precision, loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):

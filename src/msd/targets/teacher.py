@@ -47,8 +47,16 @@ class Lesson:
 
 
 @torch.no_grad()
-def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]], blind: bool = False) -> Lesson:
+def teach(
+    target: Target,
+    inputs: dict[str, Any],
+    answers: Sequence[Sequence[int]],
+    blind: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Lesson:
     """Runs the target over prompts (processor output, images encoded or not) followed by `answers` (token ids).
+
+    dtype: of the language model's matrix products where it is not the weights' own (autocast).
 
     UserError when an answer is empty, or holds a token that stands for image features, which a whole row at once
     cannot tell from an image.
@@ -68,7 +76,8 @@ def teach(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int
         layout.append(row, list(answer))
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
         layout.positions[:, row, layout.end[row] :] = layout.positions[:, row, layout.end[row] - 1, None] + rest
-    with target.taps.recording() as taps:
+    cast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    with target.taps.recording() as taps, cast:
         output = target.model(
             input_ids=torch.cat([ids, layout.tokens[:, L:]], 1),  # a layout pads with the first token, maybe an image
             attention_mask=_mask(layout, target.model.dtype, blind),

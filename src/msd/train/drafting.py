@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,19 @@ from msd.train.captured import Captured
 from msd.train.draft_loss import DraftObjective, LossConfig, chain_acceptance
 from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
+from msd.train.precision import faster_in_bf16
 from msd.train.router_report import router_report
+
+PRECISIONS = ("measure", "bf16", "float32")
 
 
 @dataclass(frozen=True)
 class DraftTraining:
     """How a drafter is trained. anchors: positions per answer and step that drafts start from.
 
-    off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone.
+    off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
+    the teaching target's matrix products, "float32" (the weights' own), "bf16" or "measure" (bf16 where it is clearly
+    faster here); held-out figures are always taken with the weights' own.
     """
 
     form: str = "block"
@@ -51,6 +56,7 @@ class DraftTraining:
     seed: int = 0
     off: tuple[str, ...] = ()
     text_only: bool = False
+    precision: str = "measure"
     loss: LossConfig = field(default_factory=LossConfig)
     stages: Stages = field(default_factory=Stages)
     evaluate_every: int = 100
@@ -90,6 +96,7 @@ def train(
     reach it, or when `out` holds a run with other settings, data or target.
     """
     model.requires_grad_(False)
+    settings = _settled(settings, out, model.device)
     network = new_network(adapt(model), captured, settings).to(model.device)
     _check_same_run(out, settings, network, cuts)
     before = checkpoint.training(out / "drafter")
@@ -102,7 +109,8 @@ def train(
     _refuse_blind_targets(target, processor, captured)
     stages = Stages(settings.steps, 1, 1.0) if settings.text_only else settings.stages
     share = (accelerator.process_index, accelerator.num_processes)
-    lessons = Lessons(target, processor, captured, cuts, settings.batch, stages, settings.seed, share)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+    lessons = Lessons(target, processor, captured, cuts, settings.batch, stages, settings.seed, share, dtype)
     objective = DraftObjective(network, settings.loss).to(model.device)
     evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
@@ -189,6 +197,17 @@ def _groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any
         {"params": task, "lr": 30 * lr, "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
+
+
+def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftTraining:
+    """The settings with a precision: what the run in `out` began with, or else what is faster here."""
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"precision '{settings.precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
+    if settings.precision != "measure":
+        return settings
+    if (out / "run.json").exists():
+        return replace(settings, precision=json.loads((out / "run.json").read_text(encoding="utf-8"))["precision"])
+    return replace(settings, precision="bf16" if faster_in_bf16(device) else "float32")
 
 
 def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork, cuts: ModalityCuts) -> None:

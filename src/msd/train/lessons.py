@@ -46,7 +46,8 @@ class Stages:
 class Lessons:
     """Draws batches of `batch` captured answers of one split and has the target teach them.
 
-    share: (rank, processes); every process takes its part of the same batch.
+    share: (rank, processes); every process takes its part of the same batch. dtype: of the target's matrix products,
+    its weights' own by default.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class Lessons:
         stages: Stages | None = None,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.target, self.processor, self.cuts = target, processor, cuts
         self.batch, self.stages, self.seed, self.share = batch, stages or Stages(), seed, share
+        self.dtype = dtype
         long_enough = [c for c in captured if len(c.ids) > 1]
         self.pools = {
             True: [c for c in long_enough if c.images],
@@ -110,7 +113,7 @@ class Lessons:
         """The target's pass over some captured answers, and their labels."""
         inputs = prompts.prepare(self.processor, [list(a.images) for a in answers], [a.prompt for a in answers])
         inputs = {k: v.to(self.target.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        lesson = teach(self.target, inputs, [a.ids for a in answers])
+        lesson = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
         labels = torch.zeros_like(lesson.answers)
         for row, answer in enumerate(answers):
             labels[row, : len(answer.ids)] = self.cuts.labels(answer.gain).to(labels.device)
