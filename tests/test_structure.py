@@ -13,7 +13,7 @@ ROOT = Path(msd.__file__).parent
 # from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
 LAYERS: list[set[str]] = [
     {"errors", "version"},
-    {"modality", "layout", "cache", "tree"},
+    {"modality", "layout", "cache", "tree", "backends"},
     {"sampling", "statistics"},
     {"targets", "plan", "verify", "gain"},
     {"drafters"},

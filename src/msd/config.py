@@ -12,6 +12,7 @@ class SpeculativeConfig(BaseModel):
     thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; where it has none, `budget` takes
     those calibrated for the drafter, if there are any, and else the registry's.
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
+    backend: how the target's passes are computed: "plain", by the model's own code; "fused"; or the faster one here.
     label: whether results tell each token's modality, as the drafter's router predicts it.
     nodes, depth, width: the largest draft tree, in drafted nodes, in levels, and in children of a
     node and nodes of a subtree that go on per level (1: a chain).
@@ -23,6 +24,7 @@ class SpeculativeConfig(BaseModel):
     verifier: str = "lossless"
     thresholds: dict[str, float] = Field(default_factory=dict)
     epsilon: float = 0.0
+    backend: str = "measure"
     label: bool = False
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=6, ge=1)

@@ -55,7 +55,7 @@ class SpeculativeVLM:
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.drafter.attach(model)
-        self.target = adapt(model, self.drafter.taps)
+        self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
         thresholds = self.config.thresholds
         if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, MSD):
             thresholds = self.drafter.thresholds(self.config.epsilon)

@@ -7,6 +7,8 @@ boolean one is silently wrong under `eager` attention). This module knows nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.backends import choose
 from msd.cache import KVCache
 from msd.layout import Layout, image_placeholders
 from msd.targets.taps import Taps
@@ -31,10 +34,19 @@ class State:
 
 
 class Target:
-    """Adapter of one model. `taps`: hidden-state indices to record for the drafter (see `Taps`)."""
+    """Adapter of one model. `taps`: hidden-state indices to record for the drafter (see `Taps`).
 
-    def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = (), vision_cache: VisionCache | None = None):
-        self.model = model
+    backend: a name of `msd.backends.NAMES`, for how passes are computed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        taps: tuple[int, ...] = (),
+        vision_cache: VisionCache | None = None,
+        backend: str = "measure",
+    ):
+        self.model, self.backend = model, choose(model, backend)
         self.text_config = model.config.get_text_config(decoder=True)
         self.taps = Taps(model.get_decoder(), taps)
         self.vision = vision_cache if vision_cache is not None else VisionCache()
@@ -67,7 +79,7 @@ class Target:
             model_kwargs = {**model_kwargs, "position_ids": self.positions(layout.positions[:, :, :L])}
         model_kwargs = {**model_kwargs, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         inputs = self.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-        with self.taps.recording() as taps:
+        with self.recording() as taps:
             output = self.model(**inputs, return_dict=True)
         cache.advance(L)
         return State(layout, cache), Scores(output.logits[:, -1:], taps.take())
@@ -75,7 +87,7 @@ class Target:
     def score(self, state: State, tree: DraftTree) -> Scores:
         """One pass over the trees; every node sees the committed prefix and its ancestors. Writes N cache slots."""
         positions = state.layout.next_positions(tree.depths)  # [A, B, N]
-        with self.taps.recording() as taps:
+        with self.recording() as taps:
             output = self.model(
                 input_ids=tree.tokens,
                 attention_mask=self.tree_mask(state, tree),
@@ -85,6 +97,12 @@ class Target:
                 return_dict=True,
             )
         return Scores(output.logits, taps.take())
+
+    @contextmanager
+    def recording(self) -> Iterator[Taps]:
+        """Passes inside are the backend's, and leave their tap states."""
+        with self.taps.recording() as taps, self.backend.running(taps.keep if taps.indices else None):
+            yield taps
 
     def positions(self, positions: Tensor) -> Tensor:
         """The model's `position_ids` for positions [A, B, N]: [B, N] for the 1-D families."""

@@ -19,7 +19,12 @@ def supported() -> list[str]:
     return sorted(_ADAPTERS)
 
 
-def adapt(model: PreTrainedModel, taps: tuple[int, ...] = (), vision_cache: VisionCache | None = None) -> Target:
+def adapt(
+    model: PreTrainedModel,
+    taps: tuple[int, ...] = (),
+    vision_cache: VisionCache | None = None,
+    backend: str = "measure",
+) -> Target:
     """The adapter of `model`; UserError names the missing one."""
     kind = model.config.model_type
     if kind not in _ADAPTERS:
@@ -27,4 +32,4 @@ def adapt(model: PreTrainedModel, taps: tuple[int, ...] = (), vision_cache: Visi
             f"no adapter for architecture '{kind}' (supported: {', '.join(supported())}); "
             "add one to msd/targets and register it in msd/targets/registry.py"
         )
-    return _ADAPTERS[kind](model, taps, vision_cache)
+    return _ADAPTERS[kind](model, taps, vision_cache, backend)

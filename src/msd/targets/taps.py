@@ -31,15 +31,16 @@ class Taps:
             if not 0 <= index <= len(layers):
                 raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
             if index == len(layers):
-                norm.register_forward_hook(lambda _m, _a, output, i=index: self._keep(i, output))
+                norm.register_forward_hook(lambda _m, _a, output, i=index: self.keep(i, output))
             else:
                 layers[index].register_forward_pre_hook(
-                    lambda _m, args, kwargs, i=index: self._keep(i, args[0] if args else kwargs["hidden_states"]),
+                    lambda _m, args, kwargs, i=index: self.keep(i, args[0] if args else kwargs["hidden_states"]),
                     with_kwargs=True,
                 )
 
-    def _keep(self, index: int, hidden: Any) -> None:
-        if self._on:
+    def keep(self, index: int, hidden: Any) -> None:
+        """Takes hidden state `index` of the pass that is being recorded, if it is wanted."""
+        if self._on and index in self.indices:
             self._seen[index] = hidden
 
     @contextmanager

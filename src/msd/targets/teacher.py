@@ -77,7 +77,8 @@ def teach(
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
         layout.positions[:, row, layout.end[row] :] = layout.positions[:, row, layout.end[row] - 1, None] + rest
     cast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    with target.taps.recording() as taps, cast:
+    recording = target.recording() if dtype is None else target.taps.recording()  # a backend has its own dtype
+    with recording as taps, cast:
         output = target.model(
             input_ids=torch.cat([ids, layout.tokens[:, L:]], 1),  # a layout pads with the first token, maybe an image
             attention_mask=_mask(layout, target.model.dtype, blind),

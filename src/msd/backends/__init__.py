@@ -1,0 +1,158 @@
+"""How a target's passes are computed: by the model itself, or fused where that is the same and faster here.
+
+`running()` hands the passes made inside to a backend and leaves all others, such as `generate()` by the library itself,
+to the model's own code.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
+from msd.backends.packed import Packed, can_pack
+from msd.errors import UserError
+
+NAMES = ("measure", "plain", "fused")
+TOLERANCE = 1e-4  # largest difference from the model's own pass, as a share of its largest value
+TRIAL_SECONDS = 1.0  # of measuring, about
+_active: ContextVar[Fused | None] = ContextVar("msd_backend", default=None)
+_keep: ContextVar[Any] = ContextVar("msd_taps", default=None)
+_chosen: WeakKeyDictionary[PreTrainedModel, Plain | Fused] = WeakKeyDictionary()
+
+
+class Plain:
+    """The model's own code."""
+
+    name = "plain"
+
+    @contextmanager
+    def running(self, keep: Callable[[int, Tensor], None] | None = None) -> Iterator[None]:
+        """Nothing is changed; hooks record taps."""
+        yield
+
+
+class Fused:
+    """The fused decoder pass, and a packed output layer where the model has an ordinary one.
+
+    Weights are packed again when the model's have been changed since. Modules are only touched while a pass runs.
+    """
+
+    name = "fused"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._decoder, self._output = model.get_decoder(), model.get_output_embeddings()
+        for module in (self._decoder, self._output):
+            if "forward" in vars(module):
+                raise UnsupportedDecoderError(f"the forward of its {type(module).__name__} has been replaced")
+        self._users, self._lock = 0, threading.Lock()
+        self._pack()
+
+    def _pack(self) -> None:
+        self.decoder = FusedDecoder(self._decoder)
+        plain = type(self._output) is torch.nn.Linear and can_pack(self._output.weight)
+        self.output = Packed.of(self._output) if plain else self._output
+        self._state = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        """Where the weights lie and how often each was written to."""
+        parameters = [*self._decoder.parameters(), *self._output.parameters()]
+        return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters]
+
+    @contextmanager
+    def running(self, keep: Callable[[int, Tensor], None] | None = None) -> Iterator[None]:
+        """Passes inside, of this thread, are fused; `keep(index, states)` is given every layer's hidden states."""
+        with self._lock:
+            if self._now() != self._state:
+                self._pack()
+            self._users += 1
+            if self._users == 1:
+                self._install(self._decoder, lambda **k: self.decoder.forward(**k, keep=_keep.get()))
+                self._install(self._output, lambda x: self.output(x))
+        active, kept = _active.set(self), _keep.set(keep)
+        try:
+            yield
+        finally:
+            _active.reset(active)
+            _keep.reset(kept)
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    del vars(self._decoder)["forward"], vars(self._output)["forward"]
+
+    def _install(self, module: nn.Module, fused: Callable[..., Any]) -> None:
+        """Sends a module's calls to `fused`, those of other threads to its own forward."""
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (fused if _active.get() is self else own)(*args, **kwargs)
+
+        vars(module)["forward"] = forward
+
+
+Backend = Plain | Fused
+
+
+def choose(model: PreTrainedModel, name: str = "measure") -> Backend:
+    """The backend of a model: the faster one by a short measurement, made once per model, or the one named.
+
+    UserError for an unknown name, or when the fused pass is asked for and the model has none.
+    """
+    if name not in NAMES:
+        raise UserError(f"backend '{name}' is unknown; choose one of {', '.join(NAMES)}")
+    if name == "plain":
+        return Plain()
+    if model in _chosen and name in ("measure", _chosen[model].name):
+        return _chosen[model]
+    try:
+        backend: Backend = Fused(model)
+        _compare(model, backend)
+    except UnsupportedDecoderError as reason:
+        if name == "fused":
+            raise UserError(f"this model has no fused backend: {reason}; use backend 'plain'") from reason
+        backend = Plain()
+    if name == "measure" and backend.name == "fused" and not _faster(model, backend):
+        backend = Plain()
+    _chosen[model] = backend
+    return backend
+
+
+def _compare(model: PreTrainedModel, backend: Backend) -> None:
+    """UnsupportedDecoderError unless the fused pass says what the model's own says."""
+    own, fused = _trial(model, Plain(), 5), _trial(model, backend, 5)
+    apart = float((own - fused).abs().max() / own.abs().max().clamp_min(1e-30))
+    if not apart <= TOLERANCE:
+        raise UnsupportedDecoderError(f"its fused pass differs from its own by {apart:.1e}")
+
+
+def _faster(model: PreTrainedModel, backend: Backend) -> bool:
+    """Whether passes over one row and over a tree of nine are faster, both ways measured in turn."""
+    seconds: dict[str, list[float]] = {"plain": [], "fused": []}
+    begun = time.perf_counter()
+    while len(seconds["plain"]) < 3 or time.perf_counter() - begun < TRIAL_SECONDS / 4:
+        for way in (Plain(), backend):
+            start = time.perf_counter()
+            _trial(model, way, 1)
+            _trial(model, way, 9)
+            seconds[way.name].append(time.perf_counter() - start)
+    return min(seconds["fused"]) < min(seconds["plain"])
+
+
+@torch.inference_mode()
+def _trial(model: PreTrainedModel, backend: Backend, rows: int) -> Tensor:
+    """Logits of a pass over a few rows of arbitrary embeddings: [1, rows, V]."""
+    weight = model.get_input_embeddings().weight
+    embeddings = weight[torch.arange(rows) * 7 % len(weight)][None]
+    with backend.running():
+        states = model.get_decoder()(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        out: Tensor = model.get_output_embeddings()(states)
+    return out

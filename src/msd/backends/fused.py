@@ -1,0 +1,165 @@
+"""A whole decoder pass in few steps: packed products, merged where they read the same input, residuals added inside.
+
+Serves decoders of the LLaMA kind (RMSNorm, rotary positions, grouped attention, gated SiLU): the ones whose parts are
+exactly those named in `PARTS`. It computes what the model's own `forward` computes, up to rounding, from the same
+weights and into the same cache; whoever uses it first compares the two (`msd.backends.choose`).
+
+Three things save steps beside packing. Query and key rows are reordered so that a rotary position is one complex
+product. The queries of a group share keys and values, so they enter attention as more rows of one head. Normed inputs
+go once through query, key and value together, and once through gate and up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from msd.backends.packed import Packed, can_pack
+
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
+PARTS = {
+    "input_layernorm.weight", "post_attention_layernorm.weight",
+    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+}  # fmt: skip
+BIASES = {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}
+MANY = 512  # rows from which attention keeps its heads apart: a mask of groups would be large
+
+
+class UnsupportedDecoderError(Exception):
+    """Why a decoder has no fused pass."""
+
+
+class _Layer:
+    """One decoder layer's packed weights."""
+
+    def __init__(self, layer: Any, dim: int) -> None:
+        a, m = layer.self_attn, layer.mlp
+        self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.scale = float(a.scaling)
+        self.qkv = Packed(
+            [_paired(a.q_proj.weight, dim), _paired(a.k_proj.weight, dim), a.v_proj.weight],
+            [] if a.v_proj.bias is None else [_paired(a.q_proj.bias, dim), _paired(a.k_proj.bias, dim), a.v_proj.bias],
+        )
+        self.out, self.gate_up, self.down = (
+            Packed.of(a.o_proj),
+            Packed.of(m.gate_proj, m.up_proj),
+            Packed.of(m.down_proj),
+        )
+
+
+class FusedDecoder:
+    """The fused pass of one decoder; `forward` takes what the decoder's own takes.
+
+    UnsupportedDecoderError says why there is none. `keep(index, states)` is given the hidden states before every layer
+    and after the final norm, numbered as `transformers` numbers them.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        _refuse(decoder)
+        self.decoder, c = decoder, decoder.config
+        self.hidden, self.eps = c.hidden_size, c.rms_norm_eps
+        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        self.layers = [_Layer(layer, self.dim) for layer in decoder.layers]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        keep: Any = None,
+        **_ignored: Any,
+    ) -> BaseModelOutputWithPast:
+        """See the class. attention_mask: [B, S], or additive [B, 1, N, S]; causal without one."""
+        h = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, N = h.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + N, device=h.device)[None]
+        cos, sin = self.decoder.rotary_emb(h, position_ids=position_ids)
+        half = self.dim // 2
+        turn = torch.complex(cos[..., :half].float(), sin[..., :half].float())[:, :, None]
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        if mask is None:
+            mask = _causal(h, past, attention_mask)
+        groups = self.heads // self.kv_heads
+        grouped = N < MANY
+        if grouped and mask is not None:
+            mask = mask.repeat(1, 1, groups, 1)
+        for i, layer in enumerate(self.layers):
+            if keep is not None:
+                keep(i, h)
+            x = layer.qkv(F.rms_norm(h, (self.hidden,), layer.input_norm, self.eps))
+            x = x.view(B, N, self.heads + 2 * self.kv_heads, self.dim)
+            qk = x[:, :, : self.heads + self.kv_heads].unflatten(-1, (half, 2))
+            qk = torch.view_as_real(torch.view_as_complex(qk) * turn).flatten(-2)
+            k, v = qk[:, :, self.heads :].transpose(1, 2), x[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, i)
+            q = qk[:, :, : self.heads]
+            if grouped:
+                q = q.view(B, N, self.kv_heads, groups, self.dim).permute(0, 2, 3, 1, 4)
+                q = q.reshape(B, self.kv_heads, groups * N, self.dim)
+                o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
+                o = o.view(B, self.kv_heads, groups, N, self.dim).permute(0, 3, 1, 2, 4)
+            else:
+                q = q.transpose(1, 2)
+                o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=groups > 1)
+                o = o.transpose(1, 2)
+            h = layer.out.plus(o.reshape(B, N, -1), h)
+            gate, up = layer.gate_up(F.rms_norm(h, (self.hidden,), layer.mlp_norm, self.eps)).chunk(2, -1)
+            h = layer.down.plus(F.silu(gate).mul_(up), h)
+        h = F.rms_norm(h, (self.hidden,), self.decoder.norm.weight, self.eps)
+        if keep is not None:
+            keep(len(self.layers), h)
+        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=past_key_values)
+
+
+def _paired(rows: Tensor, dim: int) -> Tensor:
+    """Rows of q or k (or their bias) so that what a rotary position turns together lies together, head by head."""
+    return rows.detach().unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _causal(h: Tensor, past: int, present: Tensor | None) -> Tensor | None:
+    """Additive [B or 1, 1, N, S] mask of N rows after `past` slots, or None where all is seen.
+
+    present: [B, S], 0 at padding.
+    """
+    N, S = h.shape[1], past + h.shape[1]
+    whole = present is None or bool(present.all())
+    if N == 1 and whole:
+        return None
+    column = torch.arange(S, device=h.device)
+    seen = (column <= torch.arange(past, S, device=h.device)[:, None])[None, None]
+    if not whole:
+        assert present is not None
+        seen = seen & (present[:, None, None, :S] != 0)
+    return torch.zeros(seen.shape, dtype=h.dtype, device=h.device).masked_fill_(~seen, torch.finfo(h.dtype).min)
+
+
+def _refuse(decoder: Any) -> None:
+    """UnsupportedDecoderError, unless the decoder is one that `forward` computes."""
+    kind, c = type(decoder).__name__, decoder.config
+    if kind not in DECODERS:
+        raise UnsupportedDecoderError(f"decoders of class {kind} have no fused pass")
+    if c.hidden_act != "silu":
+        raise UnsupportedDecoderError(f"activation '{c.hidden_act}' has no fused pass")
+    if getattr(c, "sliding_window", None) and getattr(c, "use_sliding_window", True):
+        raise UnsupportedDecoderError("sliding windows have no fused pass")
+    for layer in decoder.layers:
+        names = {name for name, _ in layer.named_parameters()}
+        if names not in (PARTS, PARTS | BIASES):
+            raise UnsupportedDecoderError(
+                f"a decoder layer has parts that are not fused: {', '.join(sorted(names ^ PARTS))}"
+            )
+        for name, part in layer.named_modules():
+            if name.endswith("_proj") and (type(part) is not nn.Linear or not can_pack(part.weight)):
+                raise UnsupportedDecoderError(f"{name} is no float32 linear layer on a CPU with oneDNN")
