@@ -26,7 +26,7 @@ class RandomDrafter:
         self.prompt = 0
         self.shapes: set[tuple[int, ...]] = set()
 
-    def attach(self, model: object) -> None:
+    def attach(self, model: object, backend: str = "plain") -> None:
         """Any target will do."""
 
     def twin(self, model: object) -> RandomDrafter:

@@ -54,8 +54,8 @@ class SpeculativeVLM:
         chosen = drafter or self.config.method
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
-        self.drafter.attach(model)
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
+        self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
         if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, MSD):
             thresholds = self.drafter.thresholds(self.config.epsilon)

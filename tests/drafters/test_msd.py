@@ -239,3 +239,19 @@ def test_plan_counts_as_chain() -> None:
     engine.plan = Plan(nodes=5, depth=5, width=1)
     result = engine.generate(**tiny.llava_inputs(0), max_new_tokens=20, do_sample=False)
     assert result.statistics.num_draft_tokens <= 5 * result.statistics.num_spec_steps
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_network_drafts_the_same(form: str) -> None:
+    """Packed products and attention of one anchor against the plain ones, which training runs."""
+    plain, packed = network(form), network(form)
+    packed.pack()
+    route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
+    with torch.inference_mode():
+        one, other = tree(plain, route, 8, [4, 3]), tree(packed, route, 8, [4, 3])
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.parents, other.parents)
+    assert one.q is not None and other.q is not None
+    torch.testing.assert_close(one.q, other.q, atol=1e-5, rtol=1e-4)
+    with torch.enable_grad():
+        trained = tree(packed, route, 8, [4, 3])
+    torch.testing.assert_close(trained.q, one.q, atol=1e-5, rtol=1e-4)

@@ -47,3 +47,19 @@ class Packed:
         """The same with `other` [..., out] added inside the kernel."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
         return out
+
+
+class Linear(nn.Linear):
+    """A linear layer that can be packed for use without gradients; its weights must not change after that."""
+
+    _packed: Packed | None = None
+
+    def pack(self) -> None:
+        """Packs what can be packed: float32 on a CPU."""
+        self._packed = Packed.of(self) if can_pack(self.weight) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if self._packed is not None and not torch.is_grad_enabled():
+            return self._packed(x)
+        return super().forward(x)

@@ -24,8 +24,11 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
     sampled: bool
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Called once, when the drafter meets its target; UserError when the two do not fit."""
+    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
+        """Called once, when the drafter meets its target; UserError when the two do not fit.
+
+        backend: the name of the one that computes the target's passes, which the drafter may follow.
+        """
         ...
 
     def twin(self, model: PreTrainedModel) -> Drafter:

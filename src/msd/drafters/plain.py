@@ -18,7 +18,7 @@ class Plain:
     taps: tuple[int, ...] = ()
     sampled = False
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Any target will do."""
 
     def twin(self, model: PreTrainedModel) -> Plain:

@@ -48,7 +48,7 @@ class PromptLookup:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
         self.max_ngram, self.min_ngram, self.sampled, self.branches = max_ngram, min_ngram, sampled, branches
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Any target will do."""
 
     def twin(self, model: PreTrainedModel) -> PromptLookup:

@@ -41,7 +41,7 @@ class MSD:
         self.taps = network.config.taps
         self.modality_ids = torch.tensor(network.config.modality_ids)
 
-    def attach(self, model: PreTrainedModel) -> None:
+    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Takes the target's embedding and device; UserError when the target is not the one it was trained for."""
         embedding = model.get_input_embeddings()
         vocabulary, hidden = embedding.weight.shape
@@ -52,6 +52,8 @@ class MSD:
                 f"not {vocabulary} and {hidden}; train one with `msd train`"
             )
         self.network.attach(embedding).to(model.device)
+        if backend == "fused":
+            self.network.pack()
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """The same form and switches with random weights, for a model of any size: its whole vocabulary is drafted."""

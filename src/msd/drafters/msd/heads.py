@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msd.backends.packed import Linear
 from msd.drafters.msd.config import MSDConfig
 
 
@@ -66,16 +67,16 @@ class Heads(nn.Module):
         c, H = config, config.hidden
         self.norm = nn.RMSNorm(H, c.eps)
         self.experts = Experts(c) if c.experts else None
-        self.head = nn.Linear(H, c.draft_vocabulary, bias=False)
+        self.head = Linear(H, c.draft_vocabulary, bias=False)
         self.register_buffer("ids", torch.zeros(c.draft_vocabulary, dtype=torch.long))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0, 0.0]))
         self.confidence = nn.Linear(2 * H, 1)
         self.block = c.form == "block"
         if self.block:
             kinds = len(c.modalities) if c.experts else 1
-            self.from_state = nn.Linear(H, c.parent_rank, bias=False)
-            self.from_parent = nn.Linear(H, c.parent_rank * kinds, bias=False)
-            self.to_words = nn.Linear(c.parent_rank, c.draft_vocabulary, bias=False)
+            self.from_state = Linear(H, c.parent_rank, bias=False)
+            self.from_parent = Linear(H, c.parent_rank * kinds, bias=False)
+            self.to_words = Linear(c.parent_rank, c.draft_vocabulary, bias=False)
             nn.init.zeros_(self.to_words.weight)
 
     def parts(self, state: Tensor, image: Tensor) -> Tensor:

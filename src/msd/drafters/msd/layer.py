@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msd.backends.packed import Linear, Packed, can_pack
 from msd.drafters.msd.config import MSDConfig
 
 
@@ -37,6 +38,10 @@ class Keys:
     keys: Tensor
     values: Tensor
 
+    def then(self, more: Keys) -> Keys:
+        """These and more of the same anchors' drafts."""
+        return Keys(torch.cat([self.keys, more.keys], 2), torch.cat([self.values, more.values], 2))
+
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021), halves rotated as in LLaMA."""
@@ -45,64 +50,123 @@ class Rotary(nn.Module):
 
     def __init__(self, dim: int, theta: float) -> None:
         super().__init__()
-        self.register_buffer("inverse", theta ** -(torch.arange(0, dim, 2).float() / dim), persistent=False)
+        inverse = theta ** -(torch.arange(0, dim, 2).float() / dim)
+        self.register_buffer("inverse", torch.cat([inverse, inverse]), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [..., heads, D] at integer positions [...]."""
-        angle = positions[..., None].float() * self.inverse
-        cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
+    def forward(self, positions: Tensor) -> Turn:
+        """How integer positions [...] turn what stands there: [..., 1, D] each."""
+        angle = (positions[..., None].float() * self.inverse)[..., None, :]
+        return Turn(angle.cos(), angle.sin())
+
+
+@dataclass
+class Turn:
+    """Cosines and sines of positions [..., 1, D]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., heads, D] turned."""
         a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        return torch.addcmul(x * self.cos.to(x.dtype), torch.cat([-b, a], -1), self.sin.to(x.dtype))
 
 
 class Layer(nn.Module):
     """Pre-norm attention and gated MLP. Context entries enter by their keys and values only."""
+
+    _packed: tuple[Packed, Packed] | None = None  # query, key and value; gate and up
 
     def __init__(self, config: MSDConfig) -> None:
         super().__init__()
         c, H = config, config.hidden
         self.heads, self.kv_heads, self.dim = c.heads, c.kv_heads, c.head_dim
         self.input_norm, self.mlp_norm = nn.RMSNorm(H, c.eps), nn.RMSNorm(H, c.eps)
-        self.q_proj = nn.Linear(H, c.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(H, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(H, c.kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, H, bias=False)
-        self.gate_proj = nn.Linear(H, c.intermediate, bias=False)
-        self.up_proj = nn.Linear(H, c.intermediate, bias=False)
-        self.down_proj = nn.Linear(c.intermediate, H, bias=False)
-        self.rotary = Rotary(c.head_dim, c.rope_theta)
+        self.q_proj = Linear(H, c.heads * c.head_dim, bias=False)
+        self.k_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
+        self.v_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
+        self.o_proj = Linear(c.heads * c.head_dim, H, bias=False)
+        self.gate_proj = Linear(H, c.intermediate, bias=False)
+        self.up_proj = Linear(H, c.intermediate, bias=False)
+        self.down_proj = Linear(c.intermediate, H, bias=False)
 
-    def keys(self, x: Tensor, positions: Tensor) -> Keys:
-        """Keys and values of entries x [..., H] at positions [...]: [..., K, D] each."""
+    def pack(self) -> None:
+        """Packs together the products that read the same input; see `msd.backends.packed.Linear`."""
+        if can_pack(self.q_proj.weight):
+            self._packed = Packed.of(self.q_proj, self.k_proj, self.v_proj), Packed.of(self.gate_proj, self.up_proj)
+
+    def keys(self, x: Tensor, turn: Turn) -> Keys:
+        """Keys and values of entries x [..., H] whose positions are `turn`: [..., K, D] each."""
         n = self.input_norm(x)
         k, v = (p(n).unflatten(-1, (self.kv_heads, self.dim)) for p in (self.k_proj, self.v_proj))
-        return Keys(self.rotary(k, positions), v)
+        return Keys(turn(k), v)
 
     def forward(
-        self, x: Tensor, positions: Tensor, context: Keys, visible: Tensor, own: Keys | None, mask: Tensor | None
-    ) -> Tensor:
-        """Queries x [B, A, n, H] at positions [B, A, n] -> [B, A, n, H].
+        self,
+        x: Tensor,
+        turn: Turn,
+        context: Keys,
+        visible: Tensor,
+        past: Keys | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Keys | None]:
+        """Queries x [B, A, n, H] -> ([B, A, n, H], keys of `past` and these queries).
 
-        visible: [B, A, S] bool, what of the context an anchor sees. own, mask: the anchor's drafts [B, A, m, ...] and
-        which of them a query sees, [B, A, n, m] bool; None when there is none yet.
+        visible: [B, A, S] bool, what of the context an anchor sees. mask: [B, A, n, m+n] bool, which of the drafts
+        before (`past`, m of them) and of the queries themselves a query sees; None: the queries are entries of the
+        context, and there are no others.
         """
-        B, A, n, _ = x.shape
-        q = self.q_proj(self.input_norm(x)).unflatten(-1, (self.heads, self.dim))
-        q = self.rotary(q, positions).unflatten(-2, (self.kv_heads, -1)) * self.dim**-0.5  # [B, A, n, K, G, D]
+        q, own = self._project(self.input_norm(x), turn, mask is not None)
+        if own is not None and past is not None:
+            own = past.then(own)
+        attend = self._attend_one if x.shape[1] == 1 and not torch.is_grad_enabled() else self._attend
+        x = x + self.o_proj(attend(q, context, visible, own, mask))
+        m = self.mlp_norm(x)
+        packed = self._packed if not torch.is_grad_enabled() else None
+        gate, up = packed[1](m).chunk(2, -1) if packed else (self.gate_proj(m), self.up_proj(m))
+        return x + self.down_proj(F.silu(gate) * up), own
+
+    def _project(self, n: Tensor, turn: Turn, with_keys: bool) -> tuple[Tensor, Keys | None]:
+        """(queries [B, A, n, heads, D], their own keys and values)."""
+        if not with_keys:
+            return turn(self.q_proj(n).unflatten(-1, (self.heads, self.dim))), None
+        if self._packed is not None and not torch.is_grad_enabled():
+            qkv = self._packed[0](n)
+        else:
+            qkv = torch.cat([self.q_proj(n), self.k_proj(n), self.v_proj(n)], -1)
+        qkv = qkv.unflatten(-1, (-1, self.dim))
+        q, k = turn(qkv[..., : -self.kv_heads, :]).split((self.heads, self.kv_heads), -2)
+        return q, Keys(k, qkv[..., -self.kv_heads :, :])
+
+    def _attend(self, q: Tensor, context: Keys, visible: Tensor, own: Keys | None, mask: Tensor | None) -> Tensor:
+        """[B, A, n, heads * D]: attention of every anchor's queries, the context's keys shared by all of them."""
+        B, A, n = q.shape[:3]
+        S = visible.shape[-1]
+        q = q.unflatten(-2, (self.kv_heads, -1)) * self.dim**-0.5  # [B, A, n, K, G, D]
         flat = q.permute(0, 3, 1, 2, 4, 5).reshape(B, self.kv_heads, -1, self.dim)  # [B, K, A*n*G, D]
-        scores = (flat @ context.keys.permute(0, 2, 3, 1)).view(B, self.kv_heads, A, n, -1, visible.shape[-1])
+        scores = (flat @ context.keys.permute(0, 2, 3, 1)).view(B, self.kv_heads, A, n, -1, S)
         scores = scores.masked_fill(~visible[:, None, :, None, None], torch.finfo(scores.dtype).min)
         if own is not None and mask is not None:
             below = torch.einsum("bankgd,bamkd->bkangm", q, own.keys)
             below = below.masked_fill(~mask[:, None, :, :, None], torch.finfo(scores.dtype).min)
             scores = torch.cat([scores, below], -1)
         weights = scores.softmax(-1)
-        S = visible.shape[-1]
         out = weights[..., :S].reshape(B, self.kv_heads, -1, S) @ context.values.transpose(1, 2)
         out = out.view(B, self.kv_heads, A, n, -1, self.dim)
         if own is not None:
             out = out + torch.einsum("bkangm,bamkd->bkangd", weights[..., S:], own.values)
-        x = x + self.o_proj(out.permute(0, 2, 3, 1, 4, 5).reshape(B, A, n, -1))
-        m = self.mlp_norm(x)
-        hidden: Tensor = x + self.down_proj(F.silu(self.gate_proj(m)) * self.up_proj(m))
-        return hidden
+        return out.permute(0, 2, 3, 1, 4, 5).reshape(B, A, n, -1)
+
+    def _attend_one(self, q: Tensor, context: Keys, visible: Tensor, own: Keys | None, mask: Tensor | None) -> Tensor:
+        """The same for one anchor per row: context and drafts are one sequence, a group's queries rows of one head."""
+        B, _, n = q.shape[:3]
+        k, v, seen = context.keys, context.values, visible[:, :, None].expand(-1, -1, n, -1)
+        if own is not None and mask is not None:
+            k, v = torch.cat([k, own.keys[:, 0]], 1), torch.cat([v, own.values[:, 0]], 1)
+            seen = torch.cat([seen, mask], -1)
+        q = q[:, 0].unflatten(-2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, n, D]
+        groups = q.shape[2]
+        out = F.scaled_dot_product_attention(
+            q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen.repeat(1, 1, groups, 1)
+        )
+        return out.unflatten(2, (groups, n)).permute(0, 3, 1, 2, 4).reshape(B, 1, n, -1)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from msd.backends.packed import Linear
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.heads import Heads
-from msd.drafters.msd.layer import Keys, Layer, TapNorm
+from msd.drafters.msd.layer import Keys, Layer, Rotary, TapNorm
 from msd.drafters.msd.router import Router
 from msd.drafters.msd.vision import VisionAdaptor
 
@@ -47,15 +48,16 @@ class MSDNetwork(nn.Module):
         super().__init__()
         self.config = c = config
         H, wide = c.hidden, c.hidden * len(c.taps)
-        self.tap_norm, self.fuse = TapNorm(len(c.taps), H, c.eps), nn.Linear(wide, H, bias=False)
+        self.tap_norm, self.fuse = TapNorm(len(c.taps), H, c.eps), Linear(wide, H, bias=False)
         self.feature_norm, self.word_norm = nn.RMSNorm(H, c.eps), nn.RMSNorm(H, c.eps)
-        self.fc = nn.Linear(2 * H, H, bias=False)
-        self.feature_state = nn.Linear(H, H, bias=False)
+        self.fc = Linear(2 * H, H, bias=False)
+        self.feature_state = Linear(H, H, bias=False)
+        self.rotary = Rotary(c.head_dim, c.rope_theta)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.heads = Heads(c)
         self.router = Router(c) if c.router else None
         if c.vision:
-            self.adaptor, self.image_fc = VisionAdaptor(c), nn.Linear(H, H, bias=False)
+            self.adaptor, self.image_fc = VisionAdaptor(c), Linear(H, H, bias=False)
             nn.init.zeros_(self.image_fc.weight)
         if c.form == "block":
             self.depths = nn.Parameter(torch.randn(c.depth, H) * 0.02)
@@ -90,18 +92,25 @@ class MSDNetwork(nn.Module):
         logits: Tensor = self.router(feature, embedding)
         return logits.log_softmax(-1)
 
+    def pack(self) -> None:
+        """Packs the linear layers for decoding on this machine; the weights must not change after that."""
+        for module in self.modules():
+            if isinstance(module, Linear | Layer):
+                module.pack()
+
     def context(self, x: Tensor, positions: Tensor) -> list[Keys]:
         """Keys and values of context entries x [B, S, H] at positions [B, S], for every layer."""
-        return [layer.keys(x, positions) for layer in self.layers]  # type: ignore[operator]
+        turn = self.rotary(positions)
+        return [layer.keys(x, turn) for layer in self.layers]  # type: ignore[operator]
 
     def block(self, context: Sequence[Keys], anchors: Anchors) -> Tensor:
         """States of all depths in one pass: [B, A, D, H]; state d-1 drafts the d-th token below the root."""
         D = len(self.depths)
         h = anchors.x[:, :, None] + self.depths
-        positions = anchors.positions[..., None] + torch.arange(D, device=h.device)
+        turn = self.rotary(anchors.positions[..., None] + torch.arange(D, device=h.device))
         mask = torch.ones(*h.shape[:3], D, dtype=torch.bool, device=h.device)
         for layer, keys in zip(self.layers, context, strict=True):
-            h = layer(h, positions, keys, anchors.visible, layer.keys(h, positions), mask)  # type: ignore[operator]
+            h, _ = layer(h, turn, keys, anchors.visible, None, mask)
         return h
 
     def step(
@@ -115,16 +124,10 @@ class MSDNetwork(nn.Module):
     ) -> tuple[Tensor, list[Keys] | None]:
         """One autoregressive level: n queries x [B, A, n, H] -> (states [B, A, n, H], drafts' keys with theirs added).
 
-        own None: the queries are the anchors themselves, which the context holds already. mask: [B, A, n, m+n] bool.
+        mask: [B, A, n, m+n] bool; None: the queries are the anchors themselves, which the context holds already.
         """
-        h, grown = x, []
+        h, turn, grown = x, self.rotary(positions), []
         for i, (layer, keys) in enumerate(zip(self.layers, context, strict=True)):
-            if mask is None:
-                h = layer(h, positions, keys, visible, None, None)
-                continue
-            mine = layer.keys(h, positions)  # type: ignore[operator]
-            if own:
-                mine = Keys(torch.cat([own[i].keys, mine.keys], 2), torch.cat([own[i].values, mine.values], 2))
+            h, mine = layer(h, turn, keys, visible, own[i] if own else None, mask)
             grown.append(mine)
-            h = layer(h, positions, keys, visible, mine, mask)
-        return h, grown or None
+        return h, None if mask is None else grown
