@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from msd.backends import choose
 from msd.errors import UserError
 
 
@@ -63,14 +64,15 @@ class GreedyWriter:
     def __init__(self, model: Any, tokenizer: Any, encode: Encode, max_new_tokens: int, end: int):
         self.model, self.tokenizer, self.encode = model, tokenizer, encode
         self.max_new_tokens, self.end = max_new_tokens, end
+        self.backend = choose(model)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Greedy answers, each until the end token or `max_new_tokens`."""
         inputs = {k: v.to(self.model.device) for k, v in self.encode(prompts).items()}
-        out = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=self.end, pad_token_id=self.end
-        )
+        ends = {"eos_token_id": self.end, "pad_token_id": self.end}
+        with self.backend.running():
+            out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **ends)
         answers = []
         for row in out[:, inputs["input_ids"].shape[1] :].tolist():
             finished = self.end in row
