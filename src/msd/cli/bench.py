@@ -54,7 +54,7 @@ def bench(
 
     checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
-    methods = chosen_methods(method)
+    methods = chosen_methods(method, target)
     samples = load_data(data, images)[:limit]
     if cuts is not None and temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")

@@ -54,7 +54,7 @@ def generate(
     checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
     method = method or ("msd" if drafter else "prompt-lookup")
-    chosen_methods(method)
+    chosen_methods(method, target)
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
 

@@ -73,12 +73,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def chosen_methods(names: str) -> list[str]:
-    """Method names of a `--method` value; UserError for an unknown one."""
+def chosen_methods(names: str, target: str) -> list[str]:
+    """Method names of a `--method` value, "all" being all for that target; UserError for an unknown one."""
     from msd import drafters
 
     if names == "all":
-        return drafters.methods()
+        return drafters.methods(target)
     listed = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in listed if name not in drafters.methods()]
     if unknown or not listed:

@@ -46,7 +46,7 @@ def verify(
     from msd.bench.data import load_data, load_outputs
 
     use_drafter(drafter)
-    methods = chosen_methods(method)
+    methods = chosen_methods(method, target)
     samples = load_outputs(outputs, images) if outputs else load_data(data, images)
     quiet()
     from msd.bench import certificate
