@@ -28,12 +28,18 @@ LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
 
 
 @torch.no_grad()
-def image_gain(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+def image_gain(
+    target: Target,
+    inputs: dict[str, Any],
+    answers: Sequence[Sequence[int]],
+    seeing: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """Gains in nats of every answer token, one [T_i] float64 tensor per row, ≥ 0; exactly 0 in rows without an image.
 
     inputs: processor output of B prompts, images encoded or not. answers: B lists of token ids. Laws are softmaxes of
-    the raw logits, without processors. UserError when an answer is empty or holds an image placeholder, whose place
-    the model would fill with features.
+    the raw logits, without processors. seeing: the logits [T_i, V] of each answer's tokens with the image, where they
+    are known already, as they are to whoever wrote the answers. UserError when an answer is empty or holds an image
+    placeholder, whose place the model would fill with features.
     """
     if any(token in target.placeholders for answer in answers for token in answer):
         raise UserError("an answer holds an image placeholder token; cut it there, it cannot be taught")
@@ -41,10 +47,13 @@ def image_gain(target: Target, inputs: dict[str, Any], answers: Sequence[Sequenc
     shown = _shows_images(target, inputs["input_ids"])
     if not any(shown):
         return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
-    seeing, blind = teach(target, inputs, answers), teach(target, inputs, answers, blind=True)
+    if seeing is None:
+        lesson = teach(target, inputs, answers)
+        seeing = [lesson.logits[row, :n] for row, n in enumerate(lesson.lengths)]
+    blind = teach(target, inputs, answers, blind=True)
     return [
-        _divergence(seeing.logits[row, :n], blind.logits[row, :n]) if shown[row] else torch.zeros(n).double()
-        for row, n in enumerate(seeing.lengths)
+        _divergence(p, blind.logits[row, : len(p)]) if shown[row] else torch.zeros(len(p)).double()
+        for row, p in enumerate(seeing)
     ]
 
 

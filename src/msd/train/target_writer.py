@@ -6,28 +6,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.drafters.plain import Plain
 from msd.errors import UserError
 from msd.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result
+from msd.targets.base import State
 from msd.targets.vision import PIXELS
 from msd.train.capture import Answer, Prompt
+from msd.tree import Accepted, DraftTree, Scores
 
 DIGITS = 4  # of a gain in nats
 
 
+class Witness(Plain):
+    """Plain decoding that keeps the target's logits at every token of the last batch: `said[row]`, a [V] each."""
+
+    def __init__(self) -> None:
+        self.said: list[list[Tensor]] = []
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """What the first token came from."""
+        self.said = [[row] for row in scores.logits[:, -1]]
+
+    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """What a token came from, in rows that go on."""
+        for said, logits, tokens in zip(self.said, scores.logits[:, 0], accepted.tokens, strict=True):
+            if tokens:
+                said.append(logits)
+
+
 class TargetWriter:
-    """Writes answers for `capture`: plain greedy decoding in batches, then two teacher passes for the gains.
+    """Writes answers for `capture`: plain greedy decoding in batches, then a blind teacher pass for the gains.
 
     Image placeholders are never written: the teacher would look for an image there. The first batch with images
     refuses a target that does not see them. folder: where image names start from.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int) -> None:
-        self.engine = SpeculativeVLM(model, processor, drafter="ar")
+        self.witness = Witness()
+        self.engine = SpeculativeVLM(model, processor, drafter=self.witness)
         self.processor, self.folder, self.max_new_tokens = processor, folder, max_new_tokens
         self._sees = False
 
@@ -52,7 +75,7 @@ class TargetWriter:
         if not self._sees and PIXELS in raw:
             assert_images_matter(target, raw, answers)
             self._sees = True
-        gains = image_gain(target, inputs, answers)
+        gains = image_gain(target, inputs, answers, [torch.stack(said) for said in self.witness.said])
         return [
             _answer(result, [round(g, DIGITS) for g in gain.tolist()])
             for result, gain in zip(results, gains, strict=True)
