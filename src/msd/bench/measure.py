@@ -88,7 +88,8 @@ def run(
                 row |= sight[row["method"]](chosen[row["task"]])
     known = None if cuts is None else cuts.model_dump()
     policy = {} if config is None else config.model_dump(include={"verifier", "thresholds", "epsilon"})
-    return {"environment": {**environment(model, settings), **policy, "modality_cuts": known}, "rows": rows}
+    backend = {"backend": engines[PLAIN].target.backend.name}
+    return {"environment": {**environment(model, settings), **backend, **policy, "modality_cuts": known}, "rows": rows}
 
 
 def _by_modality(

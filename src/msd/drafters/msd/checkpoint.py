@@ -31,13 +31,20 @@ def save(network: MSDNetwork, folder: Path, training: dict[str, Any] | None = No
     save_file(tensors, beside)
     beside.chmod(0o644)  # the library makes it private
     beside.replace(folder / WEIGHTS)
-    (folder / CONFIG).write_text(network.config.as_json() + "\n", encoding="utf-8")
+    _replace(folder / CONFIG, network.config.as_json() + "\n")
     note(folder, training or {})
 
 
 def note(folder: Path, training: dict[str, Any]) -> None:
     """Replaces what is kept beside the weights."""
-    (folder / EXTRA).write_text(json.dumps(training, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _replace(folder / EXTRA, json.dumps(training, indent=1, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> MSDNetwork:
