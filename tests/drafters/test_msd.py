@@ -93,8 +93,8 @@ def test_trees_keep_their_budgets(data: st.DataObject) -> None:
         assert len(found) <= nodes
         assert len(set(found)) == len(found), "equal paths are one node"
         assert max(map(len, found), default=0) <= limit
-        if limit >= 2:
-            assert len(found) == nodes or len(found) > nodes // 2  # what merging frees is filled again
+        # what merging frees is filled again; the narrowest subtree alone has two nodes or more a level, down to level 4
+        assert len(found) >= min(nodes, 2 * min(limit, 4))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ from msd.drafters.msd.config import SWITCHES, MSDConfig
 from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
-from msd.drafters.msd.memory import Memory
+from msd.drafters.msd.memory import Memory, Notes
 from msd.drafters.msd.network import MSDNetwork
 from msd.drafters.msd.sample import draw
 from msd.errors import UserError
@@ -77,19 +77,19 @@ class MSD:
         return self.calibrated[max(within, key=float)] if within else {}
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Prepares text and images apart, once."""
+        """Notes the prompt; it is read, text and images apart, when the first draft is asked for."""
         if scores.taps is None or scores.taps.shape[-1] != self.network.fuse.in_features:
             raise UserError(
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
             )
-        state.memory = Memory.begin(self.network, state.layout, scores.taps)
+        state.memory = Notes(scores.taps)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Subtrees of the active modalities, merged; or draws from their laws."""
-        memory: Memory = state.memory
         newest = state.layout.newest()
-        if max(budget.depth, default=0) < 1:
+        if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
+        memory = self._memory(state)
         context, visible = memory.context()
         laws = levels(self.network, context, replace(memory.anchor, visible=visible))
         heads, kinds = self.network.heads, self.modality_ids.to(newest.device)
@@ -103,16 +103,19 @@ class MSD:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
         if self.network.router is None or scores.taps is None:
             return None
-        memory: Memory = state.memory
         feature = self.network.feature(scores.taps)
         above = pick(feature, tree.parents.clamp_min(0))
-        above = torch.where((tree.parents < 0)[..., None], memory.anchor.feature, above)
+        above = torch.where((tree.parents < 0)[..., None], self._memory(state).anchor.feature, above)
         kinds = self.network.route(above, self.network.embed(tree.tokens)).argmax(-1)
         return self.modality_ids.to(kinds.device)[kinds]
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Takes in the target's states of what was emitted."""
-        state.memory.observe(self.network, state.layout, tree, scores, accepted)
+        """Notes the target's states of what was emitted."""
+        state.memory.observe(scores, accepted)
+
+    def _memory(self, state: State) -> Memory:
+        notes: Notes = state.memory
+        return notes.read(self.network, state.layout)
 
 
 def _temperature(sampler: Sampler) -> float:

@@ -11,7 +11,7 @@ from msd.drafters.msd.context import entries, pick
 from msd.drafters.msd.layer import Keys
 from msd.drafters.msd.network import Anchors, MSDNetwork
 from msd.layout import Layout
-from msd.tree import Accepted, DraftTree, Scores
+from msd.tree import Accepted, Scores
 
 
 @dataclass
@@ -40,21 +40,15 @@ class Memory:
         )  # fmt: skip
         return cls(keys, length, anchor, network.route(anchor.feature, anchor.embedding)[:, 0].exp())
 
-    def observe(self, network: MSDNetwork, layout: Layout, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Appends an entry for every emitted token: the node it followed is known to the target now."""
-        added = [len(tokens) for tokens in accepted.tokens]
-        widest = max(added)
-        if widest == 0 or scores.taps is None:
-            return
-        device = scores.taps.device
-        path = torch.zeros(len(added), widest, dtype=torch.long)
-        token = torch.zeros_like(path)
+    def take(self, network: MSDNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
+        """Appends an entry for each of the newest `added[row]` tokens of every row, W at most.
+
+        taps: [B, W, T*H], the target's states before each of them; token: [B, W]; any values beyond a row's number.
+        """
+        device, widest = taps.device, token.shape[1]
         first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
-        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
-            path[row, 1 : len(tokens)] = torch.tensor(nodes[: max(len(tokens) - 1, 0)], dtype=torch.long)
-            token[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        feature = network.feature(pick(scores.taps, path.to(device)))
-        embedding = network.embed(token.to(device))
+        feature = network.feature(taps)
+        embedding = network.embed(token)
         x = network.entry(feature, embedding, self.anchor.image)
         column = (first[:, None] + torch.arange(widest)).clamp_min(0).to(device)
         positions = layout.positions[0].gather(1, column)
@@ -81,6 +75,44 @@ class Memory:
         """(keys in use per layer [B, S, ...], visible [B, 1, S])."""
         used = max(self.length)
         return [Keys(k.keys[:, :used], k.values[:, :used]) for k in self.keys], self.anchor.visible[..., :used]
+
+
+class Notes:
+    """What was decoded and not read yet: tap states are kept as they come and read when a draft is asked for.
+
+    A request that is over before, or while nothing is drafted, costs the drafter nothing.
+    """
+
+    def __init__(self, taps: Tensor) -> None:
+        """taps: [B, L, T*H] of the prompt."""
+        self._prompt = taps
+        self._taps: list[list[Tensor]] = [[] for _ in taps]
+        self._tokens: list[list[int]] = [[] for _ in taps]
+        self._memory: Memory | None = None
+
+    def observe(self, scores: Scores, accepted: Accepted) -> None:
+        """Notes every emitted token with the states before it: the node it followed is known to the target now."""
+        assert scores.taps is not None
+        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
+            if tokens:
+                self._taps[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
+                self._tokens[row] += tokens
+
+    def read(self, network: MSDNetwork, layout: Layout) -> Memory:
+        """The memory of all that was decoded so far."""
+        if self._memory is None:
+            self._memory = Memory.begin(network, layout, self._prompt)
+        added = [len(tokens) for tokens in self._tokens]
+        if widest := max(added):
+            taps = self._prompt.new_zeros(len(added), widest, self._prompt.shape[-1])
+            token = torch.zeros(len(added), widest, dtype=torch.long)
+            for row, n in enumerate(added):
+                if n:
+                    taps[row, :n] = torch.cat(self._taps[row])
+                    token[row, :n] = torch.tensor(self._tokens[row])
+            self._memory.take(network, layout, taps, token.to(taps.device), added)
+            self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
+        return self._memory
 
 
 def _with_room(keys: Keys, room: int) -> Keys:
