@@ -27,7 +27,7 @@ def markdown(results: dict[str, Any]) -> str:
     environment = results["environment"]
     lines = [
         f"{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
-        f"{environment['backend']} backend, "
+        f"{environment.get('backend', 'plain')} backend, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
         "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty."
     ]
