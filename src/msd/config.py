@@ -14,6 +14,8 @@ class SpeculativeConfig(BaseModel):
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
     backend: how the target's passes are computed: "plain", by the model's own code; "fused"; or the faster one here.
     label: whether results tell each token's modality, as the drafter's router predicts it.
+    adaptive: whether a step drafts what pays by the measured costs of the target's passes, and nothing where drafting
+    loses; otherwise, and always where drafts are sampled or the verifier is lossy, it drafts as much as it may.
     nodes, depth, width: the largest draft tree, in drafted nodes, in levels, and in children of a
     node and nodes of a subtree that go on per level (1: a chain).
     """
@@ -26,6 +28,7 @@ class SpeculativeConfig(BaseModel):
     epsilon: float = 0.0
     backend: str = "measure"
     label: bool = False
+    adaptive: bool = True
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=6, ge=1)
     width: int | None = Field(default=None, ge=1)

@@ -45,15 +45,16 @@ def decode(
         drafter.begin(state, prompt)
     yield first
     while sampler.alive:
+        rows, budget = len(sampler.alive), plan.budget(sampler)
         with statistics.timed("draft"):
-            tree = drafter.propose(state, plan.budget(sampler), sampler)
+            tree = drafter.propose(state, budget, sampler)
         with statistics.timed("verify"):
             scores = target.score(state, tree)
             if verifier.routed or label:
                 scores.modality = drafter.route(state, tree, scores)
         accepted = verifier.accept(tree, scores, sampler)
         target.commit(state, accepted)
-        with statistics.timed("draft"):
-            drafter.observe(state, tree, scores, accepted)
+        drafter.observe(state, tree, scores, accepted)
         statistics.count(tree, accepted)
+        plan.learn(sampler, budget, tree.size - 1, sum(map(len, accepted.tokens)) / rows, statistics.latest)
         yield accepted

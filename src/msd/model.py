@@ -21,6 +21,7 @@ from transformers.generation import StopStringCriteria
 
 from msd import drafters, loading, prompts, verify
 from msd.config import SpeculativeConfig
+from msd.costs import costs
 from msd.decode import decode
 from msd.drafters import Drafter
 from msd.drafters.msd import MSD
@@ -60,7 +61,11 @@ class SpeculativeVLM:
         if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, MSD):
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
-        self.plan = Plan(self.config.nodes, self.config.depth, self.config.width)
+        # where a draft has a say in what is drawn, the time that steps take must not: a seed gives one answer
+        silent = not self.drafter.sampled and self.config.verifier == "lossless"
+        adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
+        measured = costs(self.target) if adaptive else None
+        self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
         self._lock = threading.Lock()
 
     @classmethod

@@ -1,10 +1,22 @@
-"""Plan: how much may be drafted in a step."""
+"""Plan: how much may be drafted in a step, and whether drafting pays at all.
+
+What a target pass costs by its number of rows is known (`msd.costs`), and what a drafted node is worth is the chance
+that it is accepted, which the drafter knows best. So a budget tells the drafter the seconds that trees of 0, 1, 2, …
+nodes cost, drafting included; the drafter keeps as many nodes as give most tokens per second. Above that stands a
+governor: it goes by what steps really took and gave, and stops drafting for a while when that loses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from msd.costs import Costs
 from msd.sampling import Sampler
+
+TRUST, PROBE = 4.0, 1.5  # plain steps' worth of time that drafting may lose before it stops; when it is tried again
+PAUSE, LONGEST = 16, 256  # steps without drafting, the first time and at most
+MEMORY = 0.9  # of running means
 
 
 @dataclass(frozen=True)
@@ -12,24 +24,79 @@ class Budget:
     """What one step may draft in each row: at most `nodes` drafted nodes, `depth[row]` levels and `width` per level.
 
     A width of None is no limit; a width of 1 asks for a chain, the likeliest draft below the likeliest draft.
+    seconds: of a whole step whose trees have 0, 1, … `nodes` drafted nodes; None: draft what fits.
     """
 
     nodes: int
     depth: list[int]
     width: int | None = None
+    seconds: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True)
+class Governor:
+    """Stops drafting when it loses time, and tries again after pauses that double as long as it keeps losing."""
+
+    def __init__(self) -> None:
+        self.credit, self.left, self.pause = TRUST, 0, PAUSE
+
+    def drafts(self) -> bool:
+        """Whether the next step may draft; counts a pause down."""
+        self.left = max(0, self.left - 1)
+        return self.left == 0
+
+    def learn(self, gain: float) -> None:
+        """gain: tokens a row that a drafting step emitted, less those that plain decoding emits in that time."""
+        self.credit = min(TRUST, self.credit + gain)
+        if self.credit >= TRUST:
+            self.pause = PAUSE
+        if self.credit < 0:
+            self.left, self.pause, self.credit = self.pause + 1, min(2 * self.pause, LONGEST), PROBE
+
+
 class Plan:
-    """A fixed budget: at most `nodes` drafted nodes in trees at most `depth` deep and `width` wide."""
+    """At most `nodes` drafted nodes in trees at most `depth` deep and `width` wide.
 
-    nodes: int = 8
-    depth: int = 6
-    width: int | None = None
+    With the target's costs, budgets tell seconds and a governor watches; what it learns lasts as long as the plan.
+    """
+
+    def __init__(self, nodes: int = 8, depth: int = 6, width: int | None = None, costs: Costs | None = None) -> None:
+        self.nodes, self.depth, self.width, self.costs = nodes, depth, width, costs
+        self.governor = Governor()
+        self.slowness = 1.0  # of target passes now against when their costs were measured
+        self.draft_seconds = 0.0
 
     def budget(self, sampler: Sampler) -> Budget:
         """The budget of the next step; a row that may emit r more tokens drafts at most r - 1, a finished one none."""
         alive = set(sampler.alive)
         rows = range(sampler.layout.batch)
         depth = [min(self.depth, sampler.room(r) - 1) if r in alive else 0 for r in rows]
-        return Budget(self.nodes, depth, self.width)
+        if self.costs is None:
+            return Budget(self.nodes, depth, self.width)
+        if not self.governor.drafts():
+            return Budget(0, [0 for _ in rows], self.width)
+        passes = self._passes(self.costs, sampler)
+        seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
+        return Budget(self.nodes, depth, self.width, seconds)
+
+    def learn(
+        self, sampler: Sampler, budget: Budget, drafted: int, emitted: float, seconds: Mapping[str, float]
+    ) -> None:
+        """What became of a budget: nodes drafted and tokens emitted per row, seconds of "draft" and "verify"."""
+        if self.costs is None:
+            return
+        passes = self._passes(self.costs, sampler)
+        self.slowness = _mean(self.slowness, seconds["verify"] / passes[min(drafted, self.nodes)])
+        if budget.nodes:
+            draft = seconds["draft"]
+            self.draft_seconds = _mean(self.draft_seconds, draft) if self.draft_seconds else draft
+            self.governor.learn(emitted - (draft + seconds["verify"]) / (self.slowness * passes[0]))
+
+    def _passes(self, costs: Costs, sampler: Sampler) -> list[float]:
+        """Seconds of target passes over trees of 0, 1, … nodes in every row: what counts is how many rows in all."""
+        B = sampler.layout.batch
+        curve = costs.of(B * (self.nodes + 1), max(sampler.layout.end))
+        return curve[B - 1 :: B]
+
+
+def _mean(old: float, new: float) -> float:
+    return MEMORY * old + (1 - MEMORY) * new

@@ -37,6 +37,7 @@ class Statistics:
     num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
     acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # prefill, draft, verify, host, total
+    latest: dict[str, float] = field(default_factory=dict)  # seconds of a part when it was last timed
     steps: list[Step] = field(default_factory=list)  # of this generation alone: `add` leaves them out
     divergence: dict[str, tuple[int, float]] = field(
         default_factory=dict
@@ -121,7 +122,8 @@ class Statistics:
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - begin
+            self.latest[part] = time.perf_counter() - begin
+            self.seconds[part] += self.latest[part]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, vLLM's names."""

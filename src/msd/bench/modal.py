@@ -25,7 +25,7 @@ from msd.modality import FUSION, LANGUAGE, VISION
 from msd.statistics import Step
 from msd.targets import Target
 
-CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1)
+CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
 
 Labelled = tuple[Iterable[Step], Sequence[int]]  # one answer's steps, and the modality ids of its tokens

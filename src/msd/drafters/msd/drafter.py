@@ -97,7 +97,9 @@ class MSD:
         subtrees = choose(config, memory.route, budget.nodes, budget.width)
         if self.sampled and sampler.do_sample:
             return draw(laws, heads, subtrees, kinds, newest, budget, sampler, config.within(config.shared))
-        return grow(laws, heads, subtrees, kinds, newest, budget.nodes, budget.depth, _temperature(sampler))
+        return grow(
+            laws, heads, subtrees, kinds, newest, budget.nodes, budget.depth, _temperature(sampler), budget.seconds
+        )
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""

@@ -100,9 +100,11 @@ def grow(
     nodes: int,
     depth: list[int],
     temperature: float = 1.0,
+    seconds: Sequence[float] | None = None,
 ) -> DraftTree:
     """Trees of at most `nodes` drafted nodes, row b at most `depth[b]` levels deep.
 
+    seconds: of a step with 0, 1, … `nodes` of them; the trees then have as many as give most tokens per second.
     modality_ids [experts]: registry ids. newest [B]: the roots. temperature: of the draft law that `DraftTree.q` tells;
     which nodes are drafted does not depend on it.
     """
@@ -112,7 +114,7 @@ def grow(
     limit = torch.tensor(depth, device=newest.device)
     frontier = min(nodes, sum(s.width for s in subtrees.shapes))
     pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, frontier, temperature)
-    return _merge(_select(pool, subtrees, nodes), newest, nodes)
+    return _merge(_select(pool, subtrees, nodes), newest, nodes, seconds)
 
 
 def _expand(
@@ -180,16 +182,32 @@ def _select(pool: _Pool, subtrees: Subtrees, nodes: int) -> tuple[_Pool, Tensor]
     return taken, taken.score > NEVER / 2
 
 
-def _merge(selected: tuple[_Pool, Tensor], newest: Tensor, nodes: int) -> DraftTree:
-    """One tree per row of the first `nodes` different paths; equal paths become the node that comes first."""
+def _best_size(worth: Tensor, seconds: Sequence[float]) -> Tensor:
+    """How many nodes, 0-dim: most expected tokens per second, rows having the same number.
+
+    worth: [B, S], log of the chance that a node is accepted; a step of n nodes takes seconds[n].
+    """
+    chances = worth.sort(dim=1, descending=True).values[:, : len(seconds) - 1].exp()
+    expected = len(worth) + F.pad(chances.sum(0).cumsum(0), (1, 0))
+    return (expected / worth.new_tensor(seconds[: len(expected)])).argmax()
+
+
+def _merge(selected: tuple[_Pool, Tensor], newest: Tensor, nodes: int, seconds: Sequence[float] | None) -> DraftTree:
+    """One tree per row of the first `nodes` different paths; equal paths become the node that comes first.
+
+    With `seconds`, only the best of them.
+    """
     pool, valid = selected
     B, S = valid.shape
     same = (pool.path[:, :, None] == pool.path[:, None]) & (pool.tokens[:, :, None] == pool.tokens[:, None])
     same = same & (pool.depth[:, :, None] == pool.depth[:, None]) & valid[:, None]
     first = same.int().argmax(-1)  # of the equal slots
     keep = valid & (first == torch.arange(S, device=valid.device))
+    keep = keep & (keep.cumsum(1) <= nodes)
+    if seconds is not None:  # equal paths are worth what the most hopeful subtree says, so a parent more than a child
+        worth = pool.score[:, None].masked_fill(~same, NEVER).amax(-1).masked_fill(~keep, NEVER)
+        keep = keep & (worth.argsort(dim=1, descending=True).argsort(1) < _best_size(worth, seconds))
     number = keep.cumsum(1)  # a kept slot's node, the root being 0
-    keep = keep & (number <= nodes)
     above = number.gather(1, first.gather(1, pool.parent.clamp_min(0)))
     above = torch.where(pool.parent < 0, 0, above)
     size, height = torch.stack([keep.sum(1).max(), (pool.depth * keep).max()]).tolist()

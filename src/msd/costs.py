@@ -1,0 +1,133 @@
+"""What a target pass costs here: seconds for a tree of n nodes, measured once per machine and model, kept on disk.
+
+    seconds(n, context) ≈ a(n) + b(n) · context
+
+The curve is far from a line in n: reading the weights costs the same for one row and for eight, and kernels change
+their method at certain sizes. So it is measured at some sizes, at two lengths of context, and interpolated between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import platformdirs
+import torch
+
+from msd.cache import KVCache
+from msd.layout import Layout
+from msd.targets.base import State, Target
+from msd.targets.fingerprint import fingerprint
+from msd.tree import DraftTree
+
+NODES = (1, 2, 3, 5, 9, 13, 17, 25, 33, 65)  # the root included
+CONTEXTS = (64, 512)
+TIMES = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a pass over `nodes[i]` nodes after `contexts[j]` tokens: seconds[j][i]."""
+
+    nodes: tuple[int, ...]
+    contexts: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def of(self, largest: int, context: int) -> list[float]:
+        """Seconds of a pass over 1, 2, … `largest` nodes after `context` tokens."""
+        near, far = (np.interp(np.arange(1, largest + 1), self.nodes, row) for row in self.seconds)
+        share = (context - self.contexts[0]) / (self.contexts[1] - self.contexts[0])
+        found: list[float] = np.maximum(near + share * np.maximum(far - near, 0.0), 1e-9).tolist()
+        return found
+
+
+def costs(target: Target, folder: Path | None = None) -> Costs:
+    """The target's costs on this machine: from `folder` (the user's cache by default), or measured and kept there."""
+    folder = folder or Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "costs"
+    path = folder / f"{_key(target)}.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Costs(tuple(raw["nodes"]), tuple(raw["contexts"]), tuple(tuple(row) for row in raw["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        found = measure(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        pass  # a cache that can't be written is measured again next time
+    return found
+
+
+@torch.inference_mode()
+def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int, ...] = CONTEXTS) -> Costs:
+    """Medians over chains of arbitrary tokens, the sizes taken in turn, so that a slow moment spoils none of them."""
+    limit = target.context_length or 10**9
+    contexts = tuple(min(c, max(1, limit - max(nodes) - 1) - (len(contexts) - 1 - i)) for i, c in enumerate(contexts))
+    rows = []
+    for context in contexts:
+        state = _state(target, context, max(nodes))
+        trees = [_chain(n, target) for n in nodes]
+        times: list[list[float]] = [[] for _ in nodes]
+        for turn in range(TIMES + 1):
+            for i, tree in enumerate(trees):
+                start = time.perf_counter()
+                target.score(state, tree)
+                if target.model.device.type == "cuda":
+                    torch.cuda.synchronize(target.model.device)
+                if turn:
+                    times[i].append(time.perf_counter() - start)
+        rows.append(tuple(median(t) for t in times))
+    return Costs(nodes, contexts, tuple(rows))
+
+
+def _state(target: Target, context: int, more: int) -> State:
+    """One row with `context` tokens behind it."""
+    ids = _words(context, target)[None]
+    layout = Layout.from_prompt(ids, context + more + 1, None, None, target.placeholders)
+    state = State(layout, KVCache(target.text_config.num_hidden_layers, 1, context + more + 1))
+    target.score(state, _chain(context, target))
+    state.cache.advance(context)
+    return state
+
+
+def _chain(nodes: int, target: Target) -> DraftTree:
+    """A chain of arbitrary tokens."""
+    tokens = _words(nodes, target)
+    return DraftTree.from_lists(tokens[:1], [tokens[1:].tolist()], [list(range(nodes - 1))])
+
+
+def _words(count: int, target: Target) -> torch.Tensor:
+    """Arbitrary token ids, none of them an image's."""
+    size = target.model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(count, device=target.model.device) * 37 + 5) % size
+    for placeholder in target.placeholders:
+        ids = torch.where(ids == placeholder, (placeholder + 1) % size, ids)
+    return ids
+
+
+def _key(target: Target) -> str:
+    """What a measurement depends on."""
+    device = target.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    parts = (
+        fingerprint(target.model), str(target.model.dtype), target.backend.name, name, torch.get_num_threads(),
+        torch.__version__, NODES, CONTEXTS,
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

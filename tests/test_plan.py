@@ -1,0 +1,129 @@
+"""The plan drafts what pays, and stops where drafting loses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from msd import costs as costs_module
+from msd.costs import Costs, costs, measure
+from msd.drafters.msd.grow import NEVER, _best_size
+from msd.model import SpeculativeVLM
+from msd.plan import LONGEST, PAUSE, Governor, Plan
+from msd.targets import adapt
+
+FLAT = Costs((1, 9, 33), (100, 200), ((1.0, 1.0, 4.0), (1.0, 1.0, 6.0)))
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    assert FLAT.of(9, 100) == [1.0] * 9
+    assert FLAT.of(33, 100)[20] == pytest.approx(1.0 + 3.0 * 12 / 24)
+    assert FLAT.of(33, 150)[-1] == pytest.approx(5.0)
+    assert FLAT.of(33, 300)[-1] == pytest.approx(8.0)
+
+
+def test_costs_are_measured_once_per_machine_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measured(target: Any) -> Costs:
+        calls.append(target)
+        return measure(target, (1, 3), (8, 16))
+
+    monkeypatch.setattr(costs_module, "measure", measured)
+    model = tiny.llava()
+    first = costs(adapt(model), tmp_path)
+    assert first.nodes == (1, 3) and all(s > 0 for row in first.seconds for s in row)
+    assert costs(adapt(model), tmp_path) == first and len(calls) == 1
+    costs(adapt(tiny.llava(seed=3)), tmp_path)
+    assert len(calls) == 2
+    for file in tmp_path.iterdir():
+        file.write_text("{broken")
+    costs(adapt(model), tmp_path)
+    assert len(calls) == 3
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert costs(adapt(model), blocked).nodes == (1, 3)
+
+
+def test_measuring_fits_a_short_context() -> None:
+    target = adapt(tiny.llava())
+    target.text_config.max_position_embeddings = 40
+    assert max(measure(target, (1, 8), (16, 500)).contexts) < 32
+
+
+@given(
+    st.lists(st.lists(st.floats(0.001, 1.0), min_size=6, max_size=6), min_size=1, max_size=3),
+    st.lists(st.floats(0.1, 3.0), min_size=7, max_size=7),
+)
+def test_the_best_size_is_that_of_trying_all(chances: list[list[float]], seconds: list[float]) -> None:
+    worth = torch.tensor(chances, dtype=torch.float64).log()
+    worth = torch.cat([worth, torch.full((len(chances), 2), NEVER, dtype=torch.float64)], 1)
+    rates = [(len(chances) + sum(sum(sorted(row, reverse=True)[:n]) for row in chances)) / seconds[n] for n in range(7)]
+    assert rates[int(_best_size(worth, seconds))] == pytest.approx(max(rates))
+
+
+def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:
+    governor, drafted = Governor(), []
+    for _ in range(3000):
+        drafts = governor.drafts()
+        drafted.append(drafts)
+        if drafts:
+            governor.learn(-0.5)
+    assert all(drafted[:9]) and not any(drafted[9 : 9 + PAUSE])
+    assert sum(drafted[-1000:]) <= 1000 / LONGEST * 5
+    for _ in range(LONGEST + 100):  # and drafts again when it pays
+        if governor.drafts():
+            governor.learn(+1.0)
+    assert governor.drafts() and governor.pause == PAUSE
+
+
+def fake(batch: int = 1, end: int = 100) -> Any:
+    return SimpleNamespace(
+        alive=list(range(batch)), room=lambda row: 50, layout=SimpleNamespace(batch=batch, end=[end] * batch)
+    )
+
+
+def test_budgets_tell_the_seconds_of_a_step() -> None:
+    plan = Plan(nodes=4, costs=FLAT)
+    assert plan.budget(fake()).seconds == (1.0,) * 5
+    plan.learn(fake(), plan.budget(fake()), 4, 3.0, {"draft": 0.5, "verify": 1.0})
+    assert plan.budget(fake()).seconds == (1.5,) * 5
+    assert plan.budget(fake(batch=8)).seconds == pytest.approx(
+        (0.5 + 1.0, *(0.5 + FLAT.of(40, 100)[8 * n + 7] for n in (1, 2, 3, 4)))
+    )
+    assert Plan(nodes=4).budget(fake()).seconds is None
+
+
+def test_a_slow_moment_is_not_blamed_on_drafting() -> None:
+    plan = Plan(nodes=4, costs=FLAT)
+    for _ in range(50):  # all passes take three times as long as when they were measured; drafting still gains
+        plan.learn(fake(), plan.budget(fake()), 4, 2.0, {"draft": 0.3, "verify": 3.0})
+    assert plan.slowness == pytest.approx(3.0, rel=0.01)
+    assert plan.budget(fake()).nodes == 4
+
+
+def test_a_drafter_that_is_never_right_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llava()
+    engine = SpeculativeVLM(model, None, drafter="prompt-lookup")
+    engine.plan = Plan(costs=FLAT)
+    asked = []
+    propose = engine.drafter.propose
+
+    def watched(state: Any, budget: Any, sampler: Any) -> Any:
+        asked.append(budget.nodes)
+        return propose(state, budget, sampler)
+
+    monkeypatch.setattr(engine.drafter, "propose", watched)
+    monkeypatch.setattr(Plan, "learn", lambda self, *a: self.governor.learn(-1.0) if a[1].nodes else None)
+    inputs = tiny.llava_inputs()
+    result = engine.generate(**inputs, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    assert asked.count(0) > 20 and asked[:3] == [8, 8, 8]
+    expected = model.generate(**inputs, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    assert result.tokens == expected[0, inputs["input_ids"].shape[1] :].tolist()
