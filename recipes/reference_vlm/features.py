@@ -4,7 +4,8 @@
 
 Sets: flickr, coco (train and val), mirrored (coco's train photos), receipts (train lines, squashed to a square as the
 processor does with any picture), words (rendered), clips (4 frames of a camera moving over a Flickr photo). A set's
-`.json` file lists its rows; it is written last, so an interrupted set is simply made again.
+`.json` file lists its rows; it is written last, so an interrupted set is simply made again. Beside the encoder's
+features lie the colours of each cell.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 from pictures import FRAMES, MOTIONS, clip, word_picture
 from PIL import Image
 
-SIDE, CELLS, WIDTH = 256, 64, 1280
+from msd.reference.encoder import load_encoder, thumbnails
+
+SIDE, CELLS, WIDTH, COLOURS = 256, 64, 1280, 48
 Row = dict[str, Any]  # what one row shows: "image", "split" and, where made, "text", "motion", "ink", "ground"
 Frames = Sequence[Image.Image]
 
@@ -110,38 +113,51 @@ def encode_set(
     path: Path,
     batch: int,
 ) -> None:
-    """Write `path`.bin ([N, frames, 64, 1280] fp16) and then `path`.json (its rows)."""
+    """Write `path`.bin ([N, frames, 64, 1280] fp16), `path`.rgb ([N, frames, 64, 48] fp16) and `path`.json (its rows).
+
+    Features that are there already, of an earlier version without colours, are kept.
+    """
     done: list[Row] = []
     pending: list[Image.Image] = []
     start = time.perf_counter()
-    with path.with_suffix(".bin").open("wb") as f:
+    kept = path.with_suffix(".json").exists()
+    shown_file = path.with_suffix(".rgb.tmp")
+    with shown_file.open("wb") as colours, path.with_suffix(".bin").open("ab" if kept else "wb") as f:
+
+        def write() -> None:
+            shown = pixels(pending)
+            colours.write(thumbnails(shown, SIDE // 32).half().numpy().tobytes())
+            if not kept:
+                f.write(encode(shown).half().numpy().tobytes())
+            pending.clear()
+
         for row, pictures in rows:
             done.append(row)
             pending.extend(pictures)
             if len(pending) >= batch:
-                f.write(encode(pixels(pending)).half().numpy().tobytes())
-                pending = []
+                write()
             if len(done) % 1000 == 0:
                 speed = len(done) * frames / (time.perf_counter() - start)
                 print(f"{path.name}: {len(done)} rows, {speed:.0f} pictures/s", flush=True)
         if pending:
-            f.write(encode(pixels(pending)).half().numpy().tobytes())
+            write()
+    shown_file.replace(path.with_suffix(".rgb"))
     path.with_suffix(".json").write_text(json.dumps({"frames": frames, "rows": done}), encoding="utf-8")
     print(f"{path.name}: {len(done)} rows in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 class FeatureSet:
-    """One set's features, memory-mapped: `features(i)` is [frames * 64, 1280] fp16, `rows[i]` what it shows."""
+    """One set's features, memory-mapped: `features(i)` is [frames * 64, 1280 + 48] fp16, `rows[i]` what it shows."""
 
     def __init__(self, folder: Path, name: str):
         listing = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         self.name, self.frames, self.rows = name, int(listing["frames"]), list(listing["rows"])
-        self._map = np.memmap(
-            folder / f"{name}.bin", np.float16, "r", shape=(len(self.rows), self.frames * CELLS, WIDTH)
-        )
+        shape = (len(self.rows), self.frames * CELLS)
+        self._map = np.memmap(folder / f"{name}.bin", np.float16, "r", shape=(*shape, WIDTH))
+        self._colours = np.memmap(folder / f"{name}.rgb", np.float16, "r", shape=(*shape, COLOURS))
 
     def features(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._map[index]))
+        return torch.from_numpy(np.concatenate([self._map[index], self._colours[index]], -1))
 
 
 def main() -> None:
@@ -155,12 +171,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--only", nargs="*", help="sets to make (all)")
     args = parser.parse_args()
-    from msd.reference.encoder import load_encoder
-
     encoder = load_encoder()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, (frames, rows) in sets(args.data, args.words, args.lines, args.clips, args.val_clips).items():
-        if (args.only and name not in args.only) or (args.out / f"{name}.json").exists():
+        if (args.only and name not in args.only) or all(
+            (args.out / f"{name}{end}").exists() for end in (".rgb", ".json")
+        ):
             continue
         encode_set(encoder.features, rows(), frames, args.out / name, args.batch)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from msd.train.lora import adapt, factors, load_factors
 
-CELLS, VISION, HIDDEN = 64, 1280, 576
+CELLS, VISION, COLOURS, HIDDEN = 64, 1280, 48, 576
 QVO = ("q_proj", "v_proj", "o_proj")
 ALL = (*QVO, "k_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,15 +33,17 @@ class ModelConfig:
 
 
 class Tower(nn.Module):
-    """Encoder features -> LayerNorm'ed, plus learned positions."""
+    """Encoder features -> LayerNorm'ed, plus learned positions and a map of each cell's colours."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.pos = nn.LayerNorm(VISION), nn.Parameter(torch.zeros(CELLS, VISION))
+        self.colour = nn.Parameter(torch.zeros(VISION, COLOURS))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, 64, 1280] -> [N, 64, 1280]."""
-        out: Tensor = self.norm(features) + self.pos
+        """[N, 64, 1280 + 48], features and colours of each cell -> [N, 64, 1280]."""
+        seen, colours = features.split((VISION, COLOURS), -1)
+        out: Tensor = self.norm(seen) + self.pos + colours @ self.colour.T
         return out
 
 
@@ -77,7 +79,7 @@ class TrainableVLM(nn.Module):
         return self.tower.pos.device
 
     def image_tokens(self, features: Tensor) -> Tensor:
-        """[N, 64, 1280] -> [N, 64, 576] float32."""
+        """[N, 64, 1328] -> [N, 64, 576] float32."""
         tokens: Tensor = self.linear_2(F.gelu(self.linear_1(self.tower(features.float()))))
         return tokens
 

@@ -57,7 +57,7 @@ class Batch:
     branch: Tensor  # [B, L] int64, 0 is the prefix
     is_image: Tensor  # [B, L] bool
     blind: Tensor  # [B, L] bool, the sample's text may not see its pictures
-    features: Tensor  # [N, 64, 1280]
+    features: Tensor  # [N, 64, 1328]
     rows: Tensor  # [T] where an answer token is predicted from
     columns: Tensor  # [T]
     targets: Tensor  # [T] the token predicted there
@@ -145,6 +145,6 @@ def pack(placed: Sequence[Sequence[Sample]], length: int, pad: int) -> Batch:
             sample[r, start:at], blind[r, start:at] = s, item.blind
     t = lambda v: torch.tensor(v, dtype=torch.long)  # noqa: E731
     return Batch(
-        ids, positions, sample, branch, is_image, blind, torch.zeros(0, CELLS, 1280), t(rows), t(columns), t(targets),
+        ids, positions, sample, branch, is_image, blind, torch.zeros(0, CELLS, 1328), t(rows), t(columns), t(targets),
         torch.tensor(weights), torch.tensor(avoid, dtype=torch.bool), tasks, pictures,
     )  # fmt: skip

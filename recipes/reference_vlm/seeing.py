@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from msd.backends import choose
 from msd.reference.assemble import IMAGE_TOKEN, build_model, build_processor
 from msd.reference.encoder import EfficientNetLiteConfig
 from msd.reference.sources import locate
@@ -79,7 +80,8 @@ class Seeing:
             inputs = {k: v.to(self.model.device) for k, v in self.encode(group, texts).items()}
             lengths = [len(self.processor.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
             keep = max(lengths) + 1
-            logits = self.model(**inputs, logits_to_keep=keep).logits.float()
+            with choose(self.model).running():
+                logits = self.model(**inputs, logits_to_keep=keep).logits.float()
             for row, n in enumerate(lengths):
                 target = inputs["input_ids"][row, -n:]
                 predicted = logits[row, -n - 1 : -1]

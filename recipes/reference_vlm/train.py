@@ -26,6 +26,7 @@ from torch import Tensor
 from msd.train.loop import Loop, LoopConfig
 from msd.train.precision import faster_in_bf16
 
+COLOUR = "tower.colour"
 LAYERS = {"all": ALL, "qvo": QVO}
 
 
@@ -54,10 +55,14 @@ def validation(model: TrainableVLM, mix: Mix, steps: int) -> dict[str, float]:
 
 
 def optimizer(params: Mapping[str, torch.nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW; the projector, which starts trained, learns half as fast as the low-rank updates."""
+    """AdamW; the projector, which starts trained, learns half as fast as the low-rank updates, colours from nothing."""
     low_rank = [p for n, p in params.items() if n.startswith("lm.")]
-    rest = [p for n, p in params.items() if not n.startswith("lm.")]
-    groups = [{"params": low_rank, "lr": lr}, {"params": rest, "lr": lr / 2}]
+    rest = [p for n, p in params.items() if not n.startswith("lm.") and n != COLOUR]
+    groups = [
+        {"params": low_rank, "lr": lr},
+        {"params": rest, "lr": lr / 2},
+        {"params": [params[COLOUR]], "lr": 5 * lr},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
 
@@ -68,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, default=Path("runs/reference/text.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/reference/train"))
     parser.add_argument("--start", type=Path, help="weights to start from (fresh run only)")
+    parser.add_argument("--behind", type=int, default=0, help="steps those weights have behind them: the mix goes on")
     parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, default=32)
@@ -106,7 +112,7 @@ def main() -> None:
     val = Mix(args.data, args.features, texts, tokenizer, replace(config, blind=0.0), args.seed, "val")
 
     def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = mix.batch(step).to(device)
+        batch = mix.batch(args.behind + step).to(device)
         return weighted_loss(model.losses(batch), batch)
 
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -46,8 +46,8 @@ def test_generate_samples_by_seed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_generate_takes_no_or_several_images(capsys: pytest.CaptureFixture[str]) -> None:
     text_only = as_json(capsys, "generate", "-p", "What is the capital of France?", "--max-new-tokens", "8")
     assert "Paris" in text_only["text"]
-    horse = str(BUNDLED / "horse.jpg")
-    assert as_json(capsys, "generate", PUPPY, horse, "-p", "What is there?", "--max-new-tokens", "4")["tokens"]
+    skier = str(BUNDLED / "skier.jpg")
+    assert as_json(capsys, "generate", PUPPY, skier, "-p", "What is there?", "--max-new-tokens", "4")["tokens"]
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:

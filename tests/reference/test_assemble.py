@@ -63,6 +63,7 @@ def trained_parts() -> dict[str, Tensor]:
         "tower.norm.weight": (24,),
         "tower.norm.bias": (24,),
         "tower.pos": (4, 24),
+        "tower.colour": (24, 48),
         "linear_1.weight": (32, 24),
         "linear_1.bias": (32,),
         "linear_2.weight": (32, 32),
@@ -82,6 +83,12 @@ def encoder_weights() -> dict[str, Tensor]:
     return {name: weight for name, weight in state.items() if not name.startswith(("norm.", "position"))}
 
 
+def colours_by_hand(pixels: Tensor) -> Tensor:
+    """[B, 3, 64, 64] -> [B, 4, 48]: mean colours of 8x8 pixels, 16 of them in each cell of 32x32."""
+    cells = [pixels[..., y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    return torch.stack([F.avg_pool2d(cell, 8).flatten(1) for cell in cells], 1)
+
+
 def logits_by_hand(trained: dict[str, Tensor], encoder: dict[str, Tensor], pixels: Tensor, ids: Tensor) -> Tensor:
     """[L, V] from the untouched language model, adapters added to the outputs of its linears."""
     lm, values = tiny_language_model(), {name: value.float() for name, value in trained.items()}
@@ -96,7 +103,13 @@ def logits_by_hand(trained: dict[str, Tensor], encoder: dict[str, Tensor], pixel
     tower = EfficientNetLite(VISION)
     tower.load_state_dict(encoder, strict=False)
     x = F.layer_norm(tower.features(pixels), (24,), values["tower.norm.weight"], values["tower.norm.bias"])
-    x = F.gelu(F.linear(x + values["tower.pos"], values["linear_1.weight"], values["linear_1.bias"]))
+    x = F.gelu(
+        F.linear(
+            x + values["tower.pos"] + colours_by_hand(pixels) @ values["tower.colour"].T,
+            values["linear_1.weight"],
+            values["linear_1.bias"],
+        )
+    )
     x = F.linear(x, values["linear_2.weight"], values["linear_2.bias"])  # [1, 4, 32]
     embedded = lm.get_input_embeddings()(ids)  # [1, L, 32]
     start = int((ids[0] == IMAGE_ID).nonzero()[0])
@@ -195,7 +208,7 @@ def test_other_media_are_refused_by_the_template(processor: LlavaProcessor) -> N
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
 
 
-@pytest.mark.parametrize("name", ["tower.pos", "linear_2.bias", "lm.model.layers.0.self_attn.q_proj.B"])
+@pytest.mark.parametrize("name", ["tower.pos", "tower.colour", "linear_2.bias", "lm.model.layers.0.self_attn.q_proj.B"])
 def test_a_missing_tensor_is_an_error(name: str) -> None:
     trained = {key: value for key, value in trained_parts().items() if key != name}
     with pytest.raises((KeyError, RuntimeError), match=name.split(".")[-1]):

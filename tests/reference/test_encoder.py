@@ -70,7 +70,9 @@ def unfolded_features(state: dict[str, Tensor], x: Tensor) -> Tensor:
 def folded(state: dict[str, Tensor], size: int) -> EfficientNetLite:
     model = EfficientNetLite(EfficientNetLiteConfig(image_size=size))
     missing, left_over = model.load_state_dict(fold_batch_norms(state), strict=False)
-    assert set(missing) == {"norm.weight", "norm.bias", "position"}
+    assert set(missing) == {
+        "norm.weight", "norm.bias", "position", "colour.weight",
+    }  # fmt: skip
     assert not left_over
     return model
 
@@ -113,10 +115,12 @@ def test_llava_finds_the_tokens_last_and_the_features_before() -> None:
     torch.testing.assert_close(encoder(pixels, return_dict=False)[0], output.last_hidden_state)
 
 
-def test_only_norm_and_positions_learn() -> None:
+def test_only_norm_positions_and_colours_learn() -> None:
     model = EfficientNetLite(EfficientNetLiteConfig(image_size=32)).train()
     model(torch.rand(1, 3, 32, 32)).last_hidden_state.square().sum().backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"norm.weight", "norm.bias", "position"}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        "norm.weight", "norm.bias", "position", "colour.weight",
+    }  # fmt: skip
 
 
 def test_it_is_saved_and_loaded_by_the_auto_classes(tmp_path: Path) -> None:

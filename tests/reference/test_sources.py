@@ -105,6 +105,7 @@ def test_the_manifest_command_records_new_weights(tmp_path: Path, monkeypatch: p
 def test_the_trained_file_has_what_assembly_needs() -> None:
     trained = load_file(sources.WEIGHTS / "vlm.safetensors")
     assert trained["tower.pos"].shape == (64, 1280)
+    assert trained["tower.colour"].shape == (1280, 48)
     for name, A in trained.items():
         assert A.dtype == torch.float16
         if name.endswith(".A"):

@@ -30,6 +30,7 @@ def mix(tmp_path: Path) -> Callable[..., Mix]:
         listing = {"frames": frames, "rows": [{**r, **extra} for r in rows]}
         (tmp_path / f"{name}.json").write_text(json.dumps(listing))
         np.zeros((8, frames * 64, 1280), np.float16).tofile(tmp_path / f"{name}.bin")
+        np.zeros((8, frames * 64, 48), np.float16).tofile(tmp_path / f"{name}.rgb")
     texts = [{"prompt": "hi", "ids": [7], "finished": True, "task": task} for task in ("train", "val")]
 
     def make(config: MixConfig | None = None, seed: int = 0, split: str = "train") -> Mix:

@@ -123,4 +123,4 @@ def test_a_tenth_of_the_pictures_is_hidden(mix: Callable[..., Mix]) -> None:
     train = mix()
     blind = [s.blind for step in range(200) for s in train.samples(step) if s.pictures]
     assert 0.07 < sum(blind) / len(blind) < 0.13  # about 1,800 draws: seven standard errors either side
-    assert train.batch(0).features.shape[1:] == (64, 1280)
+    assert train.batch(0).features.shape[1:] == (64, 1328)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model import CELLS, HIDDEN, VISION, ModelConfig, TrainableVLM
+from model import CELLS, COLOURS, HIDDEN, VISION, ModelConfig, TrainableVLM
 from pack import IMAGE, Batch, Branch, Sample, pack
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ def models() -> Models:
 
 def pictures(seed: int = 0, n: int = 4) -> Tensor:
     """Features of the four pictures of ROWS: seen, blind, and two frames."""
-    return torch.randn(n, CELLS, VISION, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, CELLS, VISION + COLOURS, generator=torch.Generator().manual_seed(seed))
 
 
 def packed(*rows: tuple[Sample, ...], features: Tensor | None = None) -> Batch:
@@ -165,7 +165,7 @@ def test_only_the_projector_and_the_factors_learn(models: Models) -> None:
     loss.backward()
     learning = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {n for n in learning if not n.startswith("lm.")} == {
-        "tower.norm.weight", "tower.norm.bias", "tower.pos", "linear_1.weight", "linear_1.bias", "linear_2.weight",
-        "linear_2.bias",
+        "tower.norm.weight", "tower.norm.bias", "tower.pos", "tower.colour", "linear_1.weight", "linear_1.bias",
+        "linear_2.weight", "linear_2.bias",
     }  # fmt: skip
     assert {n for n in learning if n.startswith("lm.")} == {n for n, _ in model.named_parameters() if n.endswith(".B")}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from msd.cli.options import Json, MaxNewTokens, quiet
 
-PHOTO, PROMPT = "horse.jpg", "Describe the image in detail."
+PHOTO, PROMPT = "surfer.jpg", "Describe the image in detail."
 
 
 def demo(

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from msd.reference.encoder import EfficientNetLiteConfig
 from msd.reference.sources import Sources
 
-BUILDER_VERSION = 1  # raise it when the same inputs would give another checkpoint
+BUILDER_VERSION = 2  # raise it when the same inputs would give another checkpoint
 IMAGE_TOKEN = "<image>"
 SPARE_TOKEN = "<empty_output>"  # a special token of SmolLM2's code data; the image placeholder takes its place and id
 LOW_RANK_SCALE = 2.0
@@ -96,8 +96,8 @@ def build_model(
         language_model: tied embeddings; its weights are read, not changed.
         vision_config: of the tower.
         encoder: the tower's convolutions, any float type.
-        trained: `tower.norm.{weight,bias}`, `tower.pos` [cells, C], `linear_{1,2}.{weight,bias}` (the projector) and
-            low-rank updates as in `add_low_rank`.
+        trained: `tower.norm.{weight,bias}`, `tower.pos` [cells, C], `tower.colour` [C, 48],
+            `linear_{1,2}.{weight,bias}` (the projector) and low-rank updates as in `add_low_rank`.
         image_token_id: the id whose embedding image features replace.
 
     Raises:
@@ -109,6 +109,7 @@ def build_model(
     state["lm_head.weight"] = text["model.embed_tokens.weight"]
     state |= {f"model.vision_tower.{name}": weight for name, weight in encoder.items()}
     state["model.vision_tower.position"] = trained["tower.pos"]
+    state["model.vision_tower.colour.weight"] = trained["tower.colour"]
     for name, weight in trained.items():
         if name.startswith("tower.norm."):
             state[f"model.vision_tower.{name.removeprefix('tower.')}"] = weight

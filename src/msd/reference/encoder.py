@@ -2,8 +2,9 @@
 
 The network is the one of Tan & Le (EfficientNet, arXiv 1905.11946) in its "lite" form: no squeeze-and-excitation, ReLU6
 everywhere, stem and head of fixed width. It is frozen: every convolution already carries its batch norm, so that
-training and evaluation modes are the same function. What is learned on top are one LayerNorm and one position vector
-per cell.
+training and evaluation modes are the same function. What is learned on top are one LayerNorm, one position vector per
+cell, and a linear map of the cell's 4x4 thumbnail: a network trained on recoloured photos (AutoAugment) says little of
+colour.
 
 This module does not know about projectors, language models or caches.
 """
@@ -29,6 +30,9 @@ LITE0_STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+
+
+THUMBNAIL = 4  # pixels a side that a cell is shrunk to
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
@@ -135,12 +139,15 @@ class EfficientNetLite(PreTrainedModel):
         self.head = SameConv(width, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.position = nn.Parameter(torch.zeros(config.num_cells, config.hidden_size))
+        self.colour = nn.Linear(config.num_channels * THUMBNAIL**2, config.hidden_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SameConv):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -182,17 +189,25 @@ class EfficientNetLite(PreTrainedModel):
             `last_hidden_state` [B, cells, 1280]; `hidden_states` = (features, last_hidden_state), always present.
         """
         features = self.features(pixel_values)
-        tokens = self.norm(features) + self.position
+        shown = thumbnails(pixel_values.to(features.dtype), self.config.image_size // self.config.patch_size)
+        tokens = self.norm(features) + self.position + self.colour(shown)
         if return_dict is False:
             return tokens, (features, tokens)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(features, tokens))
 
 
+def thumbnails(pixel_values: Tensor, side: int) -> Tensor:
+    """[B, 3, S, S] -> [B, side², 48]: of each of side x side cells, row by row, its mean colours on a 4x4 grid."""
+    small = F.adaptive_avg_pool2d(pixel_values, side * THUMBNAIL)
+    cells = small.unflatten(3, (side, THUMBNAIL)).unflatten(2, (side, THUMBNAIL))  # [B, 3, side, 4, side, 4]
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(small), side**2, -1)
+
+
 def load_encoder() -> EfficientNetLite:
-    """Lite0 at 256x256 with the bundled weights, float32; its `norm` and `position` are as before any training."""
+    """Lite0 at 256x256 with the bundled weights, float32; what is learned on top is as before any training."""
     encoder = EfficientNetLite(EfficientNetLiteConfig())
     weights = load_file(WEIGHTS / "encoder.safetensors") | {
-        name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "position"))
+        name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "position", "colour."))
     }
     encoder.load_state_dict(weights)
     return encoder.eval()
