@@ -83,6 +83,11 @@ def test_unknown_method(capsys: pytest.CaptureFixture[str]) -> None:
         assert "prompt-lookup" in refused(capsys, *command, "--method", "magic")
 
 
+def test_unknown_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["generate", PUPPY, "-p", "Hi?"], ["verify"], ["bench"]):
+        assert "choose one of measure, plain, fused" in refused(capsys, *command, "--backend", "magic")
+
+
 def test_unknown_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no/such/target" in refused(capsys, "generate", PUPPY, "-p", "What is it?", "--target", "no/such/target")
 

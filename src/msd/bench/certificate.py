@@ -22,6 +22,7 @@ from msd import prompts
 from msd.bench.chi2 import holm
 from msd.bench.data import Sample
 from msd.bench.sampling_law import end_to_end_p_values
+from msd.config import SpeculativeConfig
 from msd.model import SpeculativeVLM
 
 TIE_GAP = 1e-4
@@ -70,10 +71,15 @@ def certify(
     max_new_tokens: int,
     draws: int,
     report: Report,
+    backend: str = "measure",
 ) -> list[Row]:
-    """A row per method: every sample under every setting, sample i with seed i; χ² for methods that sample drafts."""
+    """A row per method: every sample under every setting, sample i with seed i; χ² for methods that sample drafts.
+
+    Every step drafts as much as it may, whether that pays or not.
+    """
     judge = _Judge(model)
-    engines = [SpeculativeVLM(model, processor, drafter=name) for name in methods]
+    config = SpeculativeConfig(adaptive=False, backend=backend)
+    engines = [SpeculativeVLM(model, processor, config, name) for name in methods]
     rows = [Row(name) for name in methods]
     for seed, sample in enumerate(samples):
         inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from msd.cli.options import (
+    Backend,
     Data,
     Drafter,
     Epsilon,
@@ -47,6 +48,7 @@ def bench(
     verifier: Verifier = "lossless",
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
+    backend: Backend = "measure",
     as_json: Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
@@ -71,7 +73,7 @@ def bench(
     with Console(file=sys.stderr).status("measuring…") as status:
         results = measure.run(
             model, processor, samples, methods, max_new_tokens, temperature, status.update, known,
-            SpeculativeConfig(**checked),
+            SpeculativeConfig(**checked, backend=backend),
         )  # fmt: skip
     if out is not None:
         report.write(results, out)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from msd.cli.options import (
+    Backend,
     Drafter,
     Epsilon,
     Json,
@@ -42,6 +43,7 @@ def generate(
     verifier: Verifier = "lossless",
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
+    backend: Backend = "measure",
     as_json: Json = False,
 ) -> None:
     """Answer PROMPT about the images; the text appears as it is made."""
@@ -58,7 +60,7 @@ def generate(
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
 
-    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, **checked))
+    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, backend=backend, **checked))
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -36,6 +36,10 @@ Thresholds = Annotated[
     list[str] | None,
     typer.Option("--threshold", help="NAME=θ of a modality, for 'threshold' and 'budget'; repeatable."),
 ]
+Backend = Annotated[
+    str,
+    typer.Option("--backend", help="Target passes: 'plain', by the model's own code; 'fused'; 'measure': the faster."),
+]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
 
 

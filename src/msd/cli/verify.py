@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msd.cli.options import (
+    Backend,
     Data,
     Drafter,
     Images,
@@ -40,6 +41,7 @@ def verify(
         Path | None,
         typer.Option("--outputs", help="Audit another engine's answers: data lines with 'tokens' or 'text'."),
     ] = None,
+    backend: Backend = "measure",
     as_json: Json = False,
 ) -> None:
     """Compare with transformers' generate(): greedy and same-seed tokens, and χ² where candidates are sampled."""
@@ -58,7 +60,9 @@ def verify(
         if outputs:
             rows = [certificate.audit(model, processor, samples[:limit], status.update)]
         else:
-            rows = certificate.certify(model, processor, samples[:limit], methods, max_new_tokens, draws, status.update)
+            rows = certificate.certify(
+                model, processor, samples[:limit], methods, max_new_tokens, draws, status.update, backend
+            )
     if as_json:
         print(json.dumps({"rows": [row.as_dict() for row in rows]}))
     else:
