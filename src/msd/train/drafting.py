@@ -34,7 +34,6 @@ from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
 from msd.train.precision import faster_in_bf16
 from msd.train.router_report import router_report
-from msd.train.warm_start import layers_from, output_from
 
 PRECISIONS = ("measure", "bf16", "float32")
 
@@ -43,8 +42,7 @@ PRECISIONS = ("measure", "bf16", "float32")
 class DraftTraining:
     """How a drafter is trained. anchors: positions per answer and step that drafts start from.
 
-    off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. warm:
-    whether the trunk begins as the target's last layers, where sizes agree. precision: of
+    off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
     the teaching target's matrix products, "float32" (the weights' own), "bf16" or "measure" (bf16 where it is clearly
     faster here); held-out figures are always taken with the weights' own.
     """
@@ -58,7 +56,6 @@ class DraftTraining:
     seed: int = 0
     off: tuple[str, ...] = ()
     text_only: bool = False
-    warm: bool = True
     precision: str = "measure"
     loss: LossConfig = field(default_factory=LossConfig)
     stages: Stages = field(default_factory=Stages)
@@ -66,7 +63,7 @@ class DraftTraining:
 
 
 def new_network(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork:
-    """A network for the target: the tokens it writes most as vocabulary, first guesses from the target itself."""
+    """A network for the target: the tokens it writes most as vocabulary, its output rows as first guess."""
     model, config = target.model, target.text_config
     counts = token_counts(captured, config.vocab_size)
     size = min(settings.draft_vocabulary, config.vocab_size)
@@ -74,9 +71,12 @@ def new_network(target: Target, captured: Sequence[Captured], settings: DraftTra
     torch.manual_seed(settings.seed)
     network = MSDNetwork(MSDConfig.for_target(config, size, **changes))
     network.heads.ids = frequent(counts, size).to(torch.long)
-    output_from(network, model)
-    if settings.warm:
-        layers_from(network, model)
+    rows = model.get_output_embeddings().weight.detach()[network.heads.ids.to(model.device)]
+    norm = getattr(getattr(model.get_decoder(), "norm", None), "weight", None)
+    with torch.no_grad():
+        network.heads.head.weight.copy_(rows)
+        if norm is not None:  # those rows expect states of the target's own scale
+            network.heads.norm.weight.copy_(norm)
     return network.attach(model.get_input_embeddings())
 
 
