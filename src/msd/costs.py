@@ -20,9 +20,8 @@ import numpy as np
 import platformdirs
 import torch
 
-from msd.cache import KVCache
-from msd.layout import Layout
-from msd.targets.base import State, Target
+from msd.files import write_whole
+from msd.targets.base import Target
 from msd.targets.fingerprint import fingerprint
 from msd.tree import DraftTree
 
@@ -58,9 +57,7 @@ def costs(target: Target, folder: Path | None = None) -> Costs:
         found = measure(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, json.dumps(asdict(found)) + "\n")
     except OSError:
         pass  # a cache that can't be written is measured again next time
     return found
@@ -73,7 +70,7 @@ def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int,
     contexts = tuple(min(c, max(1, limit - max(nodes) - 1) - (len(contexts) - 1 - i)) for i, c in enumerate(contexts))
     rows = []
     for context in contexts:
-        state = _state(target, context, max(nodes))
+        state, _ = target.prefill(_words(context, target)[None], {}, context + max(nodes) + 1)
         trees = [_chain(n, target) for n in nodes]
         times: list[list[float]] = [[] for _ in nodes]
         for turn in range(TIMES + 1):
@@ -86,16 +83,6 @@ def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int,
                     times[i].append(time.perf_counter() - start)
         rows.append(tuple(median(t) for t in times))
     return Costs(nodes, contexts, tuple(rows))
-
-
-def _state(target: Target, context: int, more: int) -> State:
-    """One row with `context` tokens behind it."""
-    ids = _words(context, target)[None]
-    layout = Layout.from_prompt(ids, context + more + 1, None, None, target.placeholders)
-    state = State(layout, KVCache(target.text_config.num_hidden_layers, 1, context + more + 1))
-    target.score(state, _chain(context, target))
-    state.cache.advance(context)
-    return state
 
 
 def _chain(nodes: int, target: Target) -> DraftTree:

@@ -56,5 +56,5 @@ def decode(
         target.commit(state, accepted)
         drafter.observe(state, tree, scores, accepted)
         statistics.count(tree, accepted)
-        plan.learn(sampler, budget, tree.size - 1, sum(map(len, accepted.tokens)) / rows, statistics.latest)
+        plan.learn(budget, tree.size - 1, sum(map(len, accepted.tokens)) / rows, statistics.latest)
         yield accepted

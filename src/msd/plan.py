@@ -25,12 +25,14 @@ class Budget:
 
     A width of None is no limit; a width of 1 asks for a chain, the likeliest draft below the likeliest draft.
     seconds: of a whole step whose trees have 0, 1, … `nodes` drafted nodes; None: draft what fits.
+    passes: of its target pass alone, as measured when the machine was quiet; None where costs are not known.
     """
 
     nodes: int
     depth: list[int]
     width: int | None = None
     seconds: tuple[float, ...] | None = None
+    passes: tuple[float, ...] | None = None
 
 
 class Governor:
@@ -72,30 +74,27 @@ class Plan:
         depth = [min(self.depth, sampler.room(r) - 1) if r in alive else 0 for r in rows]
         if self.costs is None:
             return Budget(self.nodes, depth, self.width)
+        passes = self._passes(self.costs, sampler)
         if not self.governor.drafts():
-            return Budget(0, [0 for _ in rows], self.width)
-        passes = self._passes(self.costs, sampler)
+            return Budget(0, [0 for _ in rows], self.width, passes=passes)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
-        return Budget(self.nodes, depth, self.width, seconds)
+        return Budget(self.nodes, depth, self.width, seconds, passes)
 
-    def learn(
-        self, sampler: Sampler, budget: Budget, drafted: int, emitted: float, seconds: Mapping[str, float]
-    ) -> None:
+    def learn(self, budget: Budget, drafted: int, emitted: float, seconds: Mapping[str, float]) -> None:
         """What became of a budget: nodes drafted and tokens emitted per row, seconds of "draft" and "verify"."""
-        if self.costs is None:
+        if budget.passes is None:
             return
-        passes = self._passes(self.costs, sampler)
-        self.slowness = _mean(self.slowness, seconds["verify"] / passes[min(drafted, self.nodes)])
+        self.slowness = _mean(self.slowness, seconds["verify"] / budget.passes[min(drafted, self.nodes)])
         if budget.nodes:
             draft = seconds["draft"]
             self.draft_seconds = _mean(self.draft_seconds, draft) if self.draft_seconds else draft
-            self.governor.learn(emitted - (draft + seconds["verify"]) / (self.slowness * passes[0]))
+            self.governor.learn(emitted - (draft + seconds["verify"]) / (self.slowness * budget.passes[0]))
 
-    def _passes(self, costs: Costs, sampler: Sampler) -> list[float]:
+    def _passes(self, costs: Costs, sampler: Sampler) -> tuple[float, ...]:
         """Seconds of target passes over trees of 0, 1, … nodes in every row: what counts is how many rows in all."""
         B = sampler.layout.batch
         curve = costs.of(B * (self.nodes + 1), max(sampler.layout.end))
-        return curve[B - 1 :: B]
+        return tuple(curve[B - 1 :: B])
 
 
 def _mean(old: float, new: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from msd import modality
 from msd.config import SpeculativeConfig
+from msd.drafters import registry
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, Shape, checkpoint
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
@@ -255,3 +257,17 @@ def test_a_packed_network_drafts_the_same(form: str) -> None:
     with torch.enable_grad():
         trained = tree(packed, route, 8, [4, 3])
     torch.testing.assert_close(trained.q, one.q, atol=1e-5, rtol=1e-4)
+
+
+def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    for name in ("msd", "msd-ar"):
+        checkpoint.save(network(), tmp_path / name, {"thresholds": {"0.01": {"vision": 0.9}}})
+    registry._register_shipped(tmp_path)
+    found = {"msd", "msd:sampled", "msd:ar"}
+    assert found <= set(registry.methods()) and not found & set(registry.methods("other/target"))
+    one, other = registry.create("msd"), registry.create("msd:sampled")
+    assert isinstance(one, MSD) and isinstance(other, MSD) and one.network is other.network
+    assert other.sampled and not one.sampled and one.thresholds(0.01) == {"vision": 0.9}
+    registry.register_folder(tmp_path / "msd")  # one's own takes its place, for any target
+    assert {"msd", "msd:sampled"} <= set(registry.methods("other/target"))

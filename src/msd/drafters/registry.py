@@ -18,6 +18,7 @@ from msd.errors import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _METHODS: dict[str, Callable[[], Drafter]] = {}
+_Trained = tuple[MSDNetwork, dict[str, dict[str, float]] | None]
 
 
 def register(name: str, make: Callable[[], Drafter]) -> None:
@@ -30,14 +31,9 @@ def register_folder(folder: Path | str) -> None:
 
     UserError now when the folder holds no drafter.
     """
-    network, thresholds = checkpoint.load(folder), checkpoint.training(folder).get("thresholds")
+    network, thresholds = _read(folder)
     for name, sampled in (("msd", False), ("msd:sampled", True)):
         register(name, partial(MSD, network, name, sampled, thresholds))
-
-
-def shipped() -> dict[str, Path]:
-    """Folders of the drafters that ship, by method name."""
-    return {p.parent.name.replace("-", ":"): p.parent for p in sorted(WEIGHTS.glob(f"*/{checkpoint.CONFIG}"))}
 
 
 def methods(target: str = "reference") -> list[str]:
@@ -57,20 +53,26 @@ class _Shipped(partial[Drafter]):
     """Makes a drafter that ships."""
 
 
-@cache
-def _read(folder: Path) -> tuple[MSDNetwork, dict[str, dict[str, float]] | None]:
+def _read(folder: Path | str) -> _Trained:
+    """A trained network and the thresholds calibrated for it."""
     return checkpoint.load(folder), checkpoint.training(folder).get("thresholds")
 
 
-def _from_shipped(folder: Path, name: str, sampled: bool) -> Drafter:
-    network, thresholds = _read(folder)
+def _register_shipped(root: Path) -> None:
+    """Makes the folders of `root` methods, and `msd` also one that samples; methods of a folder share its network."""
+    for folder in sorted(p.parent for p in root.glob(f"*/{checkpoint.CONFIG}")):
+        name, read = folder.name.replace("-", ":"), cache(partial(_read, folder))
+        register(name, _Shipped(_made, read, name, False))
+        if name == "msd":
+            register("msd:sampled", _Shipped(_made, read, "msd:sampled", True))
+
+
+def _made(read: Callable[[], _Trained], name: str, sampled: bool) -> MSD:
+    network, thresholds = read()
     return MSD(network, name, sampled, thresholds)
 
 
 register("ar", Plain)
 register("prompt-lookup", PromptLookup)
 register("prompt-lookup:sampled", lambda: PromptLookup(sampled=True))
-for _name, _folder in shipped().items():
-    register(_name, _Shipped(_from_shipped, _folder, _name, False))
-    if _name == "msd":
-        register("msd:sampled", _Shipped(_from_shipped, _folder, "msd:sampled", True))
+_register_shipped(WEIGHTS)

@@ -87,7 +87,7 @@ class Target:
     def score(self, state: State, tree: DraftTree) -> Scores:
         """One pass over the trees; every node sees the committed prefix and its ancestors. Writes N cache slots."""
         positions = state.layout.next_positions(tree.depths)  # [A, B, N]
-        with self.recording() as taps:
+        with self.recording(check=False) as taps:
             output = self.model(
                 input_ids=tree.tokens,
                 attention_mask=self.tree_mask(state, tree),
@@ -99,9 +99,9 @@ class Target:
         return Scores(output.logits, taps.take())
 
     @contextmanager
-    def recording(self) -> Iterator[Taps]:
-        """Passes inside are the backend's, and leave their tap states."""
-        with self.taps.recording() as taps, self.backend.running(taps.keep if taps.indices else None):
+    def recording(self, check: bool = True) -> Iterator[Taps]:
+        """Passes inside are the backend's, and leave their tap states. check: as in `Fused.running`."""
+        with self.taps.recording() as taps, self.backend.running(taps.keep if taps.indices else None, check):
             yield taps
 
     def positions(self, positions: Tensor) -> Tensor:

@@ -205,9 +205,9 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
         raise UserError(f"precision '{settings.precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
     if settings.precision != "measure":
         return settings
-    if (out / "run.json").exists():
-        return replace(settings, precision=json.loads((out / "run.json").read_text(encoding="utf-8"))["precision"])
-    return replace(settings, precision="bf16" if faster_in_bf16(device) else "float32")
+    run = out / "run.json"
+    begun = json.loads(run.read_text(encoding="utf-8")).get("precision", "float32") if run.exists() else None
+    return replace(settings, precision=begun or ("bf16" if faster_in_bf16(device) else "float32"))
 
 
 def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork, cuts: ModalityCuts) -> None:

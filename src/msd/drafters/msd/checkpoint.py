@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.network import MSDNetwork
 from msd.errors import UserError
+from msd.files import write_whole
 
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 
@@ -31,20 +32,13 @@ def save(network: MSDNetwork, folder: Path, training: dict[str, Any] | None = No
     save_file(tensors, beside)
     beside.chmod(0o644)  # the library makes it private
     beside.replace(folder / WEIGHTS)
-    _replace(folder / CONFIG, network.config.as_json() + "\n")
+    write_whole(folder / CONFIG, network.config.as_json() + "\n")
     note(folder, training or {})
 
 
 def note(folder: Path, training: dict[str, Any]) -> None:
     """Replaces what is kept beside the weights."""
-    _replace(folder / EXTRA, json.dumps(training, indent=1, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_whole(folder / EXTRA, json.dumps(training, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> MSDNetwork:

@@ -86,8 +86,7 @@ class Layer(nn.Module):
         self.k_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
         self.v_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
         self.o_proj = Linear(c.heads * c.head_dim, H, bias=False)
-        self.gate_proj = Linear(H, c.intermediate, bias=False)
-        self.up_proj = Linear(H, c.intermediate, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(H, c.intermediate, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate, H, bias=False)
 
     def pack(self) -> None:
