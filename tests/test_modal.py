@@ -42,7 +42,8 @@ def test_counts_by_hand() -> None:
         Step(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
     ]
     tally = modal.acceptance_by_modality([(steps, labels)])
-    assert tally.positions == Counter({V: 2, L: 3, F: 1})
+    assert tally.positions == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
+    assert tally.by_depth() == {"vision": [1.0, 1.0, None], "language": [1.0, 1.0, 0.0], "fusion": [1.0, None, None]}
     assert tally.rates() == {"vision": 1.0, "language": 2 / 3, "fusion": 1.0}
     assert tally.counts() == {"vision": 2, "language": 3, "fusion": 1}
     short = modal.coverage_by_modality([(steps, labels[:3]), (steps, [])])
@@ -81,8 +82,8 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
     drafter = Guesses(0, 64, [answer])
     result = SpeculativeVLM(model, None, modal.CHAIN, drafter).generate(**inputs, max_new_tokens=NEW)
     assert isinstance(result, Result) and result.tokens == answer
-    positions: Counter[int] = Counter()
-    hits: Counter[int] = Counter()
+    positions: Counter[tuple[int, int]] = Counter()
+    hits: Counter[tuple[int, int]] = Counter()
     at = 1  # the first token comes from prefill
     while at < len(answer):
         for level in range(6):
@@ -91,8 +92,8 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
             room = NEW - at  # the last token that fits is never drafted: the target gives it anyway
             drafted = level < min(5, room + level - 1)
             right = drafted and drafter.guess(at, answer) == answer[at]
-            positions[labels[at]] += drafted
-            hits[labels[at]] += right
+            positions[labels[at], level + 1] += drafted
+            hits[labels[at], level + 1] += right
             at += 1
             if not right:
                 break

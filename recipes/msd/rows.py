@@ -3,8 +3,9 @@
 python recipes/msd/rows.py train --minutes 15            # each row in turn; run again to continue
 python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
 
-A row's steps follow from its own measured speed, so a part that costs training time pays for it. `standard` is the same
-trunk, vocabulary, budget and plan with every modality part off. Rows that only differ in decoding share weights.
+The target says its word on all answers once, before the first row; every row learns from these notes. A row's steps
+follow from its own measured speed, so a part that costs training time pays for it. `standard` is the same trunk,
+vocabulary, budget and plan with every modality part off. Rows that only differ in decoding share weights.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from msd import drafters
+from msd.backends.precision import faster_in_bf16
 from msd.bench import measure, report
 from msd.bench.data import load_data
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
@@ -29,13 +33,15 @@ from msd.gain import ModalityCuts
 from msd.loading import load_target
 from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
-from msd.targets import State
+from msd.targets import State, adapt
 from msd.train.captured import Captured, cuts_path, mixed, read_captured
 from msd.train.draft_loss import LossConfig
-from msd.train.drafting import DraftTraining, train
+from msd.train.drafting import DraftTraining, new_network, train
+from msd.train.lessons import Lessons
+from msd.train.notebook import Notebook
 from msd.tree import Scores
 
-PROBE = 6  # steps that a row's speed is measured on
+PROBE = 40  # steps that a row's speed is measured on
 
 
 @dataclass(frozen=True)
@@ -73,40 +79,55 @@ def steps_for(minutes: float, seconds: float) -> int:
 
 
 def train_rows(args: argparse.Namespace) -> None:
-    answers = read_captured(args.captured, args.images)
+    answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
     cuts = ModalityCuts.load(cuts_path(args.captured))
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
-    for name, row in rows(range(args.seeds)).items():
-        if args.only and name not in args.only:
-            continue
+    wanted = {name: row for name, row in rows(range(args.seeds)).items() if not args.only or name in args.only}
+    first = next(iter(wanted.values())).settings
+    notes, seconds = read_notes(model, processor, answers, cuts, replace(first, remember=args.remember))
+    print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
+    for name, row in wanted.items():
         folder = folder_of(args.out, name)
+        run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
         plan = folder / "plan.json"
         if not plan.exists():
-            seconds = _speed(model, processor, answers, held_out, cuts, folder, row.settings)
-            plan.write_text(json.dumps({"steps": steps_for(args.minutes, seconds), "seconds_per_step": seconds}))
+            speed = _speed(run, folder / "probe", row.settings)
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            told = {"steps": steps_for(args.minutes, speed), "seconds_per_step": speed, "notes_seconds": seconds}
+            plan.write_text(json.dumps(told))
         steps = json.loads(plan.read_text())["steps"]
         print(f"{name}: {steps} steps", flush=True)
-        stages = replace(row.settings.stages, text=steps // 15, rise=steps // 4)
-        settings = replace(row.settings, steps=steps, stages=stages, evaluate_every=max(50, steps // 4))
-        if not train(model, processor, answers, held_out, cuts, folder, settings):
+        stages = replace(row.settings.stages, text=steps // 50, rise=steps // 10)
+        settings = replace(row.settings, steps=steps, stages=stages, evaluate_every=max(50, steps // 8))
+        if not run(folder, settings):
             print("stopped; run again to continue")
             return
 
 
-def _speed(
-    model: Any, processor: Any, answers: Sequence[Captured], held_out: Sequence[Captured], cuts: ModalityCuts,
-    folder: Path, settings: DraftTraining,
-) -> float:  # fmt: skip
+def read_notes(
+    model: Any, processor: Any, answers: Sequence[Captured], cuts: ModalityCuts, settings: DraftTraining
+) -> tuple[Notebook, float]:
+    """What the target says of all answers, and the seconds that took."""
+    network = new_network(adapt(model), answers, settings)
+    notes = Notebook(model.get_output_embeddings(), network.heads.ids, settings.remember)
+    dtype = torch.bfloat16 if faster_in_bf16(model.device) else None
+    lessons = Lessons(
+        adapt(model, network.config.taps), processor, answers, cuts, notes, settings.batch, dtype=dtype
+    )  # fmt: skip
+    begun = time.monotonic()
+    lessons.read_ahead(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
+    return notes, time.monotonic() - begun
+
+
+def _speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: DraftTraining) -> float:
     """Seconds of a step about images, measured on a few after a warm-up."""
-    probe = folder / "probe"
     stages = replace(settings.stages, text=0, rise=1)
     times = []
     for steps in (2, 2 + PROBE):
         shutil.rmtree(probe, ignore_errors=True)
         begun = time.monotonic()
-        probing = replace(settings, steps=steps, stages=stages, evaluate_every=10**6)
-        train(model, processor, answers, held_out[:1], cuts, probe, probing)
+        run(probe, replace(settings, steps=steps, stages=stages, evaluate_every=10**6))
         times.append(time.monotonic() - begun)
     shutil.rmtree(probe)
     return (times[1] - times[0]) / PROBE
@@ -180,6 +201,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("recipes/msd/results"))
     parser.add_argument("--target", default="reference")
     parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--remember", type=float, default=2.5, help="gigabytes for the target's word on the answers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of rows")
     args = parser.parse_args()

@@ -22,7 +22,7 @@ from msd.drafters.msd.memory import Memory
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.model import SpeculativeVLM
-from msd.plan import Plan
+from msd.plan import Budget, Plan
 from msd.targets import adapt
 from msd.targets.teacher import teach
 from msd.tree import DraftTree
@@ -55,13 +55,21 @@ def memory(made: MSDNetwork, rows: int = 3) -> tuple[Memory, Layout]:
     return Memory.begin(made, layout, lesson.taps[:, :L]), layout
 
 
-def tree(made: MSDNetwork, route: torch.Tensor, nodes: int, depth: list[int], width: int | None = None) -> DraftTree:
+def tree(
+    made: MSDNetwork,
+    route: torch.Tensor,
+    nodes: int,
+    depth: list[int],
+    width: int | None = None,
+    temperature: float | None = None,
+) -> DraftTree:
     remembered, layout = memory(made, len(route))
     context, visible = remembered.context()
     remembered.anchor.visible = visible
     laws = levels(made, context, remembered.anchor)
     kinds = torch.tensor(made.config.modality_ids)
-    return grow(laws, made.heads, choose(made.config, route, nodes, width), kinds, layout.newest(), nodes, depth)
+    subtrees = choose(made.config, route, nodes, width)
+    return grow(laws, made.heads, subtrees, kinds, layout.newest(), Budget(nodes, depth), temperature)
 
 
 def paths(drafted: DraftTree, row: int) -> list[tuple[int, ...]]:
@@ -257,6 +265,37 @@ def test_a_packed_network_drafts_the_same(form: str) -> None:
     with torch.enable_grad():
         trained = tree(packed, route, 8, [4, 3])
     torch.testing.assert_close(trained.q, one.q, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_drafts_are_nearly_the_same(form: str) -> None:
+    plain, half = network(form), network(form)
+    half.pack(torch.bfloat16)
+    route = torch.tensor([[0.3, 0.4, 0.3]])
+    with torch.inference_mode():
+        one, other = tree(plain, route, 8, [4]), tree(half, route, 8, [4])
+    first = [
+        {int(t): float(q) for t, q, d in zip(x.tokens[0], x.q[0], x.depths[0], strict=True) if d == 1}
+        for x in (one, other)
+        if x.q is not None
+    ]
+    both = first[0].keys() & first[1].keys()
+    assert both and all(first[0][t] == pytest.approx(first[1][t], rel=0.05) for t in both)
+    assert any(first[0][t] != first[1][t] for t in both)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_greedy_decoding_chooses_ranks_greedy_trees_alone(form: str) -> None:
+    """A request that samples takes a node with the chance q, whatever was calibrated on greedy answers."""
+    plain, calibrated = network(form), network(form)
+    calibrated.heads.calibration.copy_(torch.tensor([0.2, 0.3, 2.0]))
+    route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
+    with torch.inference_mode():
+        by_q = tree(plain, route, 9, [4, 4])
+        sampled = tree(calibrated, route, 9, [4, 4], temperature=1.0)
+        greedy = tree(calibrated, route, 9, [4, 4])
+    assert torch.equal(by_q.tokens, sampled.tokens) and torch.equal(by_q.parents, sampled.parents)
+    assert not (by_q.tokens.shape == greedy.tokens.shape and torch.equal(by_q.parents, greedy.parents))
 
 
 def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson, teach
 from msd.train import drafting
 from msd.train.draft_loss import DraftObjective, LossConfig, TaskWeights, chain_acceptance
+from msd.train.notebook import Notebook
 
 FORMS = ["block", "ar"]
 LENGTH = 24
@@ -40,8 +41,9 @@ def lesson(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], Lesson
     )
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
     target = adapt(model, made.config.taps)
-    taught = teach(target, inputs, answers)
     labels = torch.tensor([LANGUAGE.id, VISION.id, FUSION.id])[torch.arange(LENGTH) % 3].expand(4, -1)
+    notes = Notebook(model.get_output_embeddings(), made.heads.ids, 1.0, torch.float32)
+    taught, labels = notes.recall(0, lambda: (teach(target, inputs, answers), labels))
     return target, inputs, taught, labels
 
 
@@ -263,28 +265,31 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
         for i, n in enumerate(lengths)
     ]
     cuts = ModalityCuts(language_max=0.1, vision_min=0.2, tokens=1, target="t")
-    make = lambda: Lessons(None, None, answers, cuts, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
+    notes: Any = None
+    make = lambda: Lessons(None, None, answers, cuts, notes, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
     lessons = make()
     steps = [lessons.drawn(s) for s in range(40)]
     assert all(not a.images for step in steps[:3] for a in step)  # stage 1
     assert all(len({bool(a.images) for a in step}) == 1 for step in steps)
     assert make().drawn(17) == steps[17]  # a function of the step
     about = [[a.prompt for a in step] for step in steps if step[0].images]
-    first_pass = [p for step in about[:12] for p in step]
+    first_pass, second_pass = ([p for step in about[at : at + 12] for p in step] for at in (0, 12))
     assert len(set(first_pass)) == 48 == sum(bool(a.images) for a in answers)
+    assert sorted(first_pass) == sorted(second_pass) and first_pass != second_pass
     spread = [max(len(a.ids) for a in step) - min(len(a.ids) for a in step) for step in steps[10:]]
     assert sum(spread) / len(spread) < 20  # alike in length: little padding
     assert [a.task for a in mixed(answers, 4)] in (["detail", "vqa"] * 2, ["vqa", "detail"] * 2)
 
-    roots = lessons.roots(SimpleNamespace(lengths=[3, 60], logits=torch.zeros(1)), 10)  # type: ignore[arg-type]
+    roots = lessons.roots(SimpleNamespace(lengths=[3, 60], answers=torch.zeros(1)), 10)  # type: ignore[arg-type]
     assert roots[0].tolist() == [0, 1, *[2] * 8]  # from token 2 on there is nothing to draft
     assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59
 
 
 def test_a_half_precision_teacher_says_nearly_the_same() -> None:
     model, made = tiny.llava(), network(tiny.llava(), "block")
-    target, inputs, exact, _ = lesson(model, made)
-    answers = exact.answers.tolist()
+    target, inputs, taught, _ = lesson(model, made)
+    answers = taught.answers.tolist()
+    exact = teach(target, inputs, answers)
     rough = teach(target, inputs, answers, dtype=torch.bfloat16)
     apart = (rough.logits - exact.logits).abs().max()
     assert 0 < apart < 0.05 * exact.logits.abs().max()
@@ -298,3 +303,42 @@ def test_a_measured_precision_stays_for_the_whole_run(tmp_path: Path) -> None:
     assert drafting._settled(drafting.DraftTraining(), tmp_path, torch.device("cpu")).precision == "noted"
     with pytest.raises(UserError, match="precision 'half' is unknown"):
         drafting._settled(drafting.DraftTraining(precision="half"), tmp_path, torch.device("cpu"))
+
+
+def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
+    model = tiny.llava()
+    made = network(model, "block")
+    target, inputs, taught, labels = lesson(model, made)
+    answers, ids, head = taught.answers.tolist(), made.heads.ids, model.get_output_embeddings()
+    whole = teach(target, inputs, answers)
+    calls = []
+
+    def teaching() -> tuple[Lesson, torch.Tensor]:
+        calls.append(1)
+        return teach(target, inputs, answers), labels
+
+    said = whole.spoken()
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        notes, forgetful = Notebook(head, ids, 1.0, dtype), Notebook(head, ids, 0.0, dtype)
+        calls.clear()
+        first, again = notes.recall(1, teaching)[0], notes.recall(1, teaching)[0]
+        assert len(calls) == 1
+        anew = [forgetful.recall(1, teaching)[0] for _ in range(2)]
+        assert len(calls) == 3
+        for other in (again, *anew):  # the same bits, remembered or not: runs can be continued
+            assert torch.equal(other.logits, first.logits) and torch.equal(other.taps, first.taps)  # type: ignore[arg-type]
+        law = whole.logits.softmax(-1)[..., ids]
+        assert (first.logits.exp() - law)[said].abs().max() < near * law.max()
+
+
+def test_a_head_that_is_more_than_its_matrix_is_taught_each_time() -> None:
+    model = tiny.llava()
+    made = network(model, "block")
+    target, inputs, taught, labels = lesson(model, made)
+    whole = teach(target, inputs, taught.answers.tolist())
+    whole.logits = 3 * torch.tanh(whole.logits)  # soft-capped
+    notes = Notebook(model.get_output_embeddings(), made.heads.ids, 1.0)
+    for _ in range(2):
+        found, _ = notes.recall(0, lambda: (whole, labels))
+        assert torch.equal(found.logits, whole.logits.log_softmax(-1)[..., made.heads.ids])
+    assert notes.plain is False

@@ -26,20 +26,28 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Packed:
-    """y = x Wᵀ + b of one linear layer, or of several that read the same x, their outputs side by side."""
+    """y = x Wᵀ + b of one linear layer, or of several that read the same x, their outputs side by side.
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+    dtype: of the product; float32, or bfloat16, which rounds x and W and is for drafts alone.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), dtype: torch.dtype = torch.float32
+    ) -> None:
         whole = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), ROWS)
-        self.bias = torch.cat([b.detach() for b in biases]) if biases else None
+        self.dtype = dtype
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole.to(dtype).contiguous(), ROWS)
+        self.bias = torch.cat([b.detach() for b in biases]).to(dtype) if biases else None
 
     @classmethod
-    def of(cls, *linears: nn.Linear) -> Packed:
+    def of(cls, *linears: nn.Linear, dtype: torch.dtype = torch.float32) -> Packed:
         """From layers that all have a bias or all have none."""
-        return cls([x.weight for x in linears], [x.bias for x in linears if x.bias is not None])
+        return cls([x.weight for x in linears], [x.bias for x in linears if x.bias is not None], dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """x [..., in] -> [..., out], in the dtype of x."""
+        if x.dtype != self.dtype:
+            return self(x.to(self.dtype)).to(x.dtype)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
@@ -54,9 +62,9 @@ class Linear(nn.Linear):
 
     _packed: Packed | None = None
 
-    def pack(self) -> None:
-        """Packs what can be packed: float32 on a CPU."""
-        self._packed = Packed.of(self) if can_pack(self.weight) else None
+    def pack(self, dtype: torch.dtype = torch.float32) -> None:
+        """Packs what can be packed: float32 on a CPU, for products in `dtype`."""
+        self._packed = Packed.of(self, dtype=dtype) if can_pack(self.weight) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

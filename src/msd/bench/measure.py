@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,6 +25,8 @@ from transformers.generation.streamers import BaseStreamer
 from msd import prompts
 from msd.bench import modal
 from msd.bench.data import Sample
+from msd.bench.intervals import ratio_interval
+from msd.bench.mass import mean_mass, top_mass
 from msd.bench.repeats import tau_outside_repeats
 from msd.config import SpeculativeConfig
 from msd.gain import ModalityCuts
@@ -86,10 +88,17 @@ def run(
         for row in rows:
             if row["method"] in sight:
                 row |= sight[row["method"]](chosen[row["task"]])
+    masses = []
+    for i, sample in enumerate(samples):
+        report(f"sample {i + 1} of {len(samples)}, the target's certainty")
+        inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
+        masses.append(top_mass(engines[PLAIN].target, inputs, runs[TRANSFORMERS][i].tokens, temperature))
+    certainty = {task: mean_mass(masses[i] for i in chosen[task]) for task in tasks}
     known = None if cuts is None else cuts.model_dump()
     policy = {} if config is None else config.model_dump(include={"verifier", "thresholds", "epsilon"})
-    backend = {"backend": engines[PLAIN].target.backend.name}
-    return {"environment": {**environment(model, settings), **backend, **policy, "modality_cuts": known}, "rows": rows}
+    curve = next((asdict(e.plan.costs) for e in engines.values() if e.plan.costs), None)
+    told = {"backend": engines[PLAIN].target.backend.name, **policy, "modality_cuts": known, "costs": curve}
+    return {"environment": {**environment(model, settings), **told}, "target_top_mass": certainty, "rows": rows}
 
 
 def _by_modality(
@@ -127,6 +136,7 @@ def _by_modality(
         return {
             "acceptance_by_modality": acceptance.rates(),
             "coverage_by_modality": coverage.rates(),
+            "acceptance_by_depth": acceptance.by_depth(),
             "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
         }
 
@@ -192,6 +202,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "mean_answer_tokens": sum(len(r.tokens) for r in mine) / len(mine),
         "speedup_vs_transformers": seconds(library) / seconds(mine),
         "speedup_vs_ar": seconds(plain) / seconds(mine),
+        "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in mine]),
         "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(mine, plain, strict=True)),
         "speedup_decode_only": decoding(plain) / max(decoding(mine), 1e-9),
         "tokens_per_second": sum(len(r.tokens) for r in mine) / seconds(mine),
@@ -201,6 +212,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "draft_acceptance_rate": total.draft_acceptance_rate,
         "acceptance_by_modality": None,
         "coverage_by_modality": None,
+        "acceptance_by_depth": None,
         "positions_by_modality": None,
         "divergence": total.as_dict()["divergence"],
         "identical": sum(same) / len(same),

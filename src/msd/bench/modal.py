@@ -33,19 +33,34 @@ Labelled = tuple[Iterable[Step], Sequence[int]]  # one answer's steps, and the m
 
 @dataclass
 class Tally:
-    """Positions drafted and positions hit, by modality id."""
+    """Positions drafted and positions hit, by (modality id, depth in the draft, 1 for the first drafted token)."""
 
-    positions: Counter[int] = field(default_factory=Counter)
-    hits: Counter[int] = field(default_factory=Counter)
+    positions: Counter[tuple[int, int]] = field(default_factory=Counter)
+    hits: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def rates(self) -> dict[str, float | None]:
         """Modality name -> hits per position; None without positions."""
-        seen = {m: self.positions[m.id] for m in (VISION, LANGUAGE, FUSION)}
-        return {m.name: self.hits[m.id] / n if n else None for m, n in seen.items()}
+        seen = {m: (_of(self.hits, m.id), _of(self.positions, m.id)) for m in (VISION, LANGUAGE, FUSION)}
+        return {m.name: hits / n if n else None for m, (hits, n) in seen.items()}
 
     def counts(self) -> dict[str, int]:
         """Modality name -> positions."""
-        return {m.name: self.positions[m.id] for m in (VISION, LANGUAGE, FUSION)}
+        return {m.name: _of(self.positions, m.id) for m in (VISION, LANGUAGE, FUSION)}
+
+    def by_depth(self) -> dict[str, list[float | None]]:
+        """Modality name -> hits per position at depths 1, 2, …: of the positions whose parents were all accepted."""
+        deepest = max((depth for _, depth in self.positions), default=0)
+        return {
+            m.name: [
+                self.hits[m.id, d] / self.positions[m.id, d] if self.positions[m.id, d] else None
+                for d in range(1, deepest + 1)
+            ]
+            for m in (VISION, LANGUAGE, FUSION)
+        }
+
+
+def _of(counts: Counter[tuple[int, int]], modality: int) -> int:
+    return sum(n for (kind, _), n in counts.items() if kind == modality)
 
 
 def acceptance_by_modality(chains: Iterable[Labelled]) -> Tally:
@@ -65,9 +80,9 @@ def _tally(answers: Iterable[Labelled]) -> Tally:
         for step in steps:
             for level in range(min(step.accepted + 1, step.levels)):
                 if step.first + level < len(labels):
-                    label = labels[step.first + level]
-                    tally.positions[label] += 1
-                    tally.hits[label] += level < step.accepted
+                    place = labels[step.first + level], level + 1
+                    tally.positions[place] += 1
+                    tally.hits[place] += level < step.accepted
     return tally
 
 

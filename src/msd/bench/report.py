@@ -1,8 +1,9 @@
-"""What a benchmark says, as files: results.json for machines, report.md for people."""
+"""What a benchmark says, as files: results.json for machines, report.md and report.html for people."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from msd.errors import UserError
 _COLUMNS = {
     "method": "method",
     "speedup_vs_ar": "vs `ar`",
+    "speedup_vs_ar_interval": "95%",
     "speedup_vs_transformers": "vs `transformers`",
     "speedup_decode_only": "decode only, vs `ar`",
     "tokens_per_second": "tokens/s",
@@ -22,37 +24,48 @@ _COLUMNS = {
 _BY_MODALITY = {"acceptance_by_modality": "acceptance", "coverage_by_modality": "coverage"}
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """A table per task. Acceptance (chain) and coverage (tree) by modality where they were measured."""
-    environment = results["environment"]
-    lines = [
+def described(environment: dict[str, Any]) -> str:
+    """How it was measured, in a sentence or two."""
+    return (
         f"{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"{environment.get('backend', 'plain')} backend, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
-        "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty."
-    ]
+        "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty. "
+        "What a method gains over `ar` is drafting; what `ar` gains over `transformers` is kernel work."
+    )
+
+
+def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) per task. Acceptance (chain) and coverage (tree) by modality where they were measured."""
     columns = dict(_COLUMNS)
     if any(row.get(name) for row in results["rows"] for name in _BY_MODALITY):
         columns |= {name: f"{title}, vision / language / fusion" for name, title in _BY_MODALITY.items()}
     for task in dict.fromkeys(row["task"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["task"] == task]
-        lines += [
-            "",
-            f"**{task}** ({rows[0]['samples']} samples)",
-            "",
-            _line(columns.values()),
-            _line("---" for _ in columns),
-        ]
-        lines += [_line(_cell(row.get(name)) for name in columns) for row in rows]
+        cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+        mass = (results.get("target_top_mass") or {}).get(task)
+        sure = "" if mass is None else f", the target's likeliest 1/4/8 tokens hold {_cell(mass)}"
+        yield f"{task} ({rows[0]['samples']} samples{sure})", list(columns.values()), cells
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table per task."""
+    lines = [described(results["environment"])]
+    for title, head, rows in tables(results):
+        name, _, count = title.partition(" ")
+        lines += ["", f"**{name}** {count}", "", _line(head), _line("---" for _ in head), *map(_line, rows)]
     return "\n".join(lines) + "\n"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """results.json and report.md in `folder`, made if needed."""
+    """results.json, report.md and report.html in `folder`, made if needed."""
+    from msd.bench.page import page
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (folder / "report.md").write_text(markdown(results))
+        (folder / "report.html").write_text(page(results), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write results to '{folder}': {error.strerror}; choose another --out") from error
 
@@ -64,6 +77,8 @@ def _line(cells: Any) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return " / ".join(map(_cell, value.values()))
+    if isinstance(value, list):
+        return "–".join(map(_cell, value))
     if value is None:
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -29,16 +29,20 @@ def train(
     ] = None,
     target: Target = "reference",
     form: Annotated[str, typer.Option("--form", help="'block' (one pass for all levels) or 'ar'.")] = "block",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Length of the run; another number lands there.")] = 400,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Answers a step.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Length of the run; another number lands there.")] = 4000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Answers a step.")] = 4,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3,
     draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096,
     weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed or threshold.")] = "learned",
     off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = "",
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the target while it teaches: float32, bf16 or measure.")
+        str, typer.Option("--precision", help="Of matrix products in training: float32, bf16 or measure.")
     ] = "measure",
+    remember: Annotated[
+        float,
+        typer.Option("--remember", min=0.0, help="Gigabytes to remember the target's states in, for later passes."),
+    ] = 2.5,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     calibrate: Annotated[
         int,
@@ -81,7 +85,7 @@ def train(
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
         form=form, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of),
-        text_only=text_only, precision=precision, loss=LossConfig(weighting=weighting),
+        text_only=text_only, precision=precision, remember=remember, loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):

@@ -79,7 +79,7 @@ def position_losses(
     """
     l1 = (p - log_q.exp()).abs().sum(-1) + (1 - p.sum(-1)).clamp_min(0)  # ‖p − q‖₁ over all tokens
     entropy = -(p * log_q).sum(-1)
-    regression = F.smooth_l1_loss(state, truth.to(state.dtype), reduction="none").mean(-1)
+    regression = F.smooth_l1_loss(state.float(), truth.float(), reduction="none").mean(-1)
     loss = config.regression * regression + config.overlap * l1 + config.entropy * entropy
     return loss, (1 - l1.detach() / 2).clamp(0, 1)
 
@@ -137,7 +137,7 @@ def _read(values: Tensor, index: Tensor) -> Tensor:
 
 
 class DraftObjective(nn.Module):
-    """The loss of a draft network on lessons of its target."""
+    """The loss of a draft network on lessons of its target, whose logits are log p over the draft vocabulary."""
 
     def __init__(self, network: MSDNetwork, config: LossConfig, depth: int | None = None) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class DraftObjective(nn.Module):
 
     def everywhere(self, lesson: Lesson) -> tuple[Drafts, Tensor]:
         """`states` with every answer token but the last as a root."""
-        device = lesson.logits.device
+        device = lesson.answers.device
         first = torch.arange(max(lesson.lengths) - 1, device=device).expand(len(lesson.lengths), -1)
         return self.states(lesson, first)
 
@@ -207,7 +207,7 @@ class DraftObjective(nn.Module):
         logits, sure = self.logits(lesson, drafts, states, weights)
         c = self.config
         log_q = logits.float().log_softmax(-1)
-        p = drafts.read(self._teacher(lesson))
+        p = drafts.read(lesson.logits.exp())
         assert lesson.taps is not None
         truth = drafts.read(lesson.taps[:, lesson.prompt - 1 : -1, -states.shape[-1] :])
         # the target's last state is normalised, so the draft's is compared as the heads see it
@@ -229,11 +229,6 @@ class DraftObjective(nn.Module):
     def _parents(self, lesson: Lesson, index: Tensor) -> Tensor:
         """Embeddings [B, A, D, H] of the tokens before the answer tokens `index`."""
         return self.network.embed(_read(lesson.answers, index - 1))
-
-    def _teacher(self, lesson: Lesson) -> Tensor:
-        """The target's p over the draft vocabulary at every answer token: [B, T, Vd], sums below 1."""
-        some = lesson.logits[..., self.network.heads.ids]
-        return (some - lesson.logits.logsumexp(-1, keepdim=True)).exp()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from msd.backends.precision import faster_in_bf16
 from msd.drafters.msd import MSDConfig, MSDNetwork, checkpoint
 from msd.drafters.msd.heads import frequent
 from msd.errors import UserError
@@ -32,7 +33,7 @@ from msd.train.captured import Captured
 from msd.train.draft_loss import DraftObjective, LossConfig, chain_acceptance
 from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
-from msd.train.precision import faster_in_bf16
+from msd.train.notebook import Notebook
 from msd.train.router_report import router_report
 
 PRECISIONS = ("measure", "bf16", "float32")
@@ -43,23 +44,25 @@ class DraftTraining:
     """How a drafter is trained. anchors: positions per answer and step that drafts start from.
 
     off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
-    the teaching target's matrix products, "float32" (the weights' own), "bf16" or "measure" (bf16 where it is clearly
-    faster here); held-out figures are always taken with the weights' own.
+    matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
+    "measure" (bf16 where it is clearly faster here); held-out figures are always taken with the weights' own.
+    remember: gigabytes of memory for what the target said of the answers, which changes no result.
     """
 
     form: str = "block"
-    steps: int = 400
-    batch: int = 8
-    anchors: int = 24
+    steps: int = 4000
+    batch: int = 4
+    anchors: int = 48
     lr: float = 1e-3
     draft_vocabulary: int = 4096
     seed: int = 0
     off: tuple[str, ...] = ()
     text_only: bool = False
     precision: str = "measure"
+    remember: float = 2.5
     loss: LossConfig = field(default_factory=LossConfig)
     stages: Stages = field(default_factory=Stages)
-    evaluate_every: int = 100
+    evaluate_every: int = 500
 
 
 def new_network(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork:
@@ -89,11 +92,13 @@ def train(
     out: Path,
     settings: DraftTraining,
     sink: Callable[[Mapping[str, float]], None] | None = None,
+    notes: Notebook | None = None,
 ) -> bool:
     """Trains to `out/drafter`; False when it was asked to stop before the end (run it again to go on).
 
-    `sink` is given every row of the log. A finished run is left as it is. UserError when the target's images do not
-    reach it, or when `out` holds a run with other settings, data or target.
+    `sink` is given every row of the log. `notes`: shared by runs on the same answers with the same draft vocabulary. A
+    finished run is left as it is. UserError when the target's images do not reach it, or when `out` holds a run with
+    other settings, data or target.
     """
     model.requires_grad_(False)
     settings = _settled(settings, out, model.device)
@@ -110,9 +115,12 @@ def train(
     stages = Stages(settings.steps, 1, 1.0) if settings.text_only else settings.stages
     share = (accelerator.process_index, accelerator.num_processes)
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
-    lessons = Lessons(target, processor, captured, cuts, settings.batch, stages, settings.seed, share, dtype)
+    head, ids = model.get_output_embeddings(), network.heads.ids
+    notes = notes or Notebook(head, ids, settings.remember)
+    lessons = Lessons(target, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
     objective = DraftObjective(network, settings.loss).to(model.device)
-    evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, settings.batch), held_out)
+    exact = Notebook(head, ids, 0.1 * settings.remember, torch.float32)
+    evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun, tokens = time.monotonic(), 0
 
@@ -120,7 +128,8 @@ def train(
         nonlocal tokens
         lesson, labels = lessons(step)
         tokens += sum(lesson.lengths)
-        loss, parts = shared(lesson, labels, lessons.roots(lesson, settings.anchors))
+        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+            loss, parts = shared(lesson, labels, lessons.roots(lesson, settings.anchors))
         speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
         return loss, {**parts, **speed}
 
@@ -181,9 +190,7 @@ class _Evaluation:
 
     def _taught(self) -> Iterator[tuple[Lesson, Tensor]]:
         """The held-out answers, in batches."""
-        size = self.lessons.batch
-        for start in range(0, len(self.held_out), size):
-            yield self.lessons.teach(self.held_out[start : start + size])
+        return self.lessons.in_turn(self.held_out)
 
 
 def _groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
@@ -212,7 +219,7 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
 
 def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork, cuts: ModalityCuts) -> None:
     """Notes what a run is made of, or compares with what was noted."""
-    own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every")}
+    own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every", "remember")}
     ids = hashlib.sha256(network.heads.ids.cpu().numpy().tobytes()).hexdigest()[:16]
     run = json.loads(json.dumps({**own, "draft vocabulary": ids, "target": cuts.target}))
     path = out / "run.json"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TemperatureLogitsWarper
 
+from msd.backends.precision import faster_in_bf16
 from msd.drafters.msd.config import SWITCHES, MSDConfig
 from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import choose, grow
@@ -53,7 +54,7 @@ class MSD:
             )
         self.network.attach(embedding).to(model.device)
         if backend == "fused":
-            self.network.pack()
+            self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """The same form and switches with random weights, for a model of any size: its whole vocabulary is drafted."""
@@ -97,9 +98,7 @@ class MSD:
         subtrees = choose(config, memory.route, budget.nodes, budget.width)
         if self.sampled and sampler.do_sample:
             return draw(laws, heads, subtrees, kinds, newest, budget, sampler, config.within(config.shared))
-        return grow(
-            laws, heads, subtrees, kinds, newest, budget.nodes, budget.depth, _temperature(sampler), budget.seconds
-        )
+        return grow(laws, heads, subtrees, kinds, newest, budget, _temperature(sampler))
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
@@ -120,7 +119,9 @@ class MSD:
         return notes.read(self.network, state.layout)
 
 
-def _temperature(sampler: Sampler) -> float:
-    """The request's temperature; 1 where it has none."""
+def _temperature(sampler: Sampler) -> float | None:
+    """The temperature of a request that samples, 1 where it names none; None for greedy decoding."""
+    if not sampler.do_sample:
+        return None
     warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
     return float(warpers[-1].temperature) if warpers else 1.0

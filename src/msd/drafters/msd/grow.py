@@ -20,6 +20,7 @@ from msd.drafters.msd.config import MSDConfig, Shape
 from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.laws import Laws, Levels
 from msd.modality import LANGUAGE
+from msd.plan import Budget
 from msd.tree import DraftTree
 
 NEVER = -1e30
@@ -97,24 +98,23 @@ def grow(
     subtrees: Subtrees,
     modality_ids: Tensor,
     newest: Tensor,
-    nodes: int,
-    depth: list[int],
-    temperature: float = 1.0,
-    seconds: Sequence[float] | None = None,
+    budget: Budget,
+    temperature: float | None = None,
 ) -> DraftTree:
-    """Trees of at most `nodes` drafted nodes, row b at most `depth[b]` levels deep.
+    """Trees of at most `budget.nodes` drafted nodes, row b at most `budget.depth[b]` levels deep.
 
-    seconds: of a step with 0, 1, … `nodes` of them; the trees then have as many as give most tokens per second.
-    modality_ids [experts]: registry ids. newest [B]: the roots. temperature: of the draft law that `DraftTree.q` tells;
-    which nodes are drafted does not depend on it.
+    Where the budget tells seconds, trees have as many nodes as give most tokens per second. modality_ids [experts]:
+    registry ids. newest [B]: the roots. temperature: of a request that samples; None for greedy decoding. It decides
+    what a node is worth: the chance that the target chooses it.
     """
-    deepest = min(max(depth, default=0), max(s.depth for s in subtrees.shapes))
+    nodes = budget.nodes
+    deepest = min(max(budget.depth, default=0), max(s.depth for s in subtrees.shapes))
     if deepest < 1 or nodes < 1:
         return DraftTree.root_only(newest)
-    limit = torch.tensor(depth, device=newest.device)
+    limit = torch.tensor(budget.depth, device=newest.device)
     frontier = min(nodes, sum(s.width for s in subtrees.shapes))
     pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, frontier, temperature)
-    return _merge(_select(pool, subtrees, nodes), newest, nodes, seconds)
+    return _merge(_select(pool, subtrees, nodes), newest, nodes, budget.seconds)
 
 
 def _expand(
@@ -125,7 +125,7 @@ def _expand(
     deepest: int,
     limit: Tensor,
     frontier: int,
-    temperature: float,
+    temperature: float | None,
 ) -> _Pool:
     """All candidates down to level `deepest`, `limit` [B] in each row; at most `frontier` nodes a level go on."""
     B, M = subtrees.budget.shape
@@ -133,6 +133,7 @@ def _expand(
     widths = torch.tensor([s.width for s in subtrees.shapes], device=device)
     depths = torch.tensor([s.depth for s in subtrees.shapes], device=device)
     k = min(int(max(s.width for s in subtrees.shapes)), len(heads.ids))
+    warmth = 1.0 if temperature is None else temperature
     tree = torch.arange(M, device=device).expand(B, -1)  # of each node of the frontier, F = M of them at the root
     score = torch.zeros(B, M, device=device).masked_fill(subtrees.share == 0, NEVER)
     parent, path = torch.full_like(tree, -1), torch.zeros_like(tree)
@@ -143,8 +144,9 @@ def _expand(
         size = tree.shape[1] * k
         spread = lambda x: x[..., None].expand(-1, -1, k).flatten(1)  # noqa: E731
         top, index = laws.logits.float().log_softmax(-1).topk(k, -1)  # [B, F, k]
-        q = top if temperature == 1.0 else (laws.logits.float() / temperature).log_softmax(-1).gather(-1, index)
-        worth = score[..., None] + heads.hit(top, laws.sure.float()[..., None]) - 1e-5  # strictly below the parent's
+        q = top if warmth == 1.0 else (laws.logits.float() / warmth).log_softmax(-1).gather(-1, index)
+        hit = heads.hit(top, laws.sure.float()[..., None]) if temperature is None else q
+        worth = score[..., None] + hit - 1e-5  # strictly below the parent's
         allowed = (torch.arange(k, device=device) < widths[tree][..., None]) & (level <= depths[tree])[..., None]
         worth = worth.masked_fill(~(allowed & (level <= limit)[:, None, None]), NEVER).flatten(1)
         tokens = heads.ids[index].flatten(1)

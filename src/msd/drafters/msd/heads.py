@@ -119,5 +119,8 @@ def log_odds(log_q: Tensor) -> Tensor:
 
 
 def frequent(counts: Tensor, size: int) -> Tensor:
-    """The draft vocabulary: the `size` most frequent ids by `counts` [V], ascending."""
-    return counts.topk(size).indices.sort().values
+    """The draft vocabulary: the `size` most frequent ids by `counts` [V], ascending.
+
+    Of equally frequent ones the lower: byte-pair vocabularies are in order of frequency in general text.
+    """
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values

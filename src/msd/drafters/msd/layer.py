@@ -89,10 +89,11 @@ class Layer(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(H, c.intermediate, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate, H, bias=False)
 
-    def pack(self) -> None:
+    def pack(self, dtype: torch.dtype) -> None:
         """Packs together the products that read the same input; see `msd.backends.packed.Linear`."""
         if can_pack(self.q_proj.weight):
-            self._packed = Packed.of(self.q_proj, self.k_proj, self.v_proj), Packed.of(self.gate_proj, self.up_proj)
+            qkv = Packed.of(self.q_proj, self.k_proj, self.v_proj, dtype=dtype)
+            self._packed = qkv, Packed.of(self.gate_proj, self.up_proj, dtype=dtype)
 
     def keys(self, x: Tensor, turn: Turn) -> Keys:
         """Keys and values of entries x [..., H] whose positions are `turn`: [..., K, D] each."""

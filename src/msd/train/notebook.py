@@ -1,0 +1,68 @@
+"""What the target said of a batch, noted so that later passes over the same answers need no target.
+
+Noted are the tap states in `dtype`, of which the last is what the target's output layer reads, and the normaliser of
+every law. The laws over the draft vocabulary follow from these. A lesson is the same bits whether it was just taught or
+recalled, so a run that was stopped goes on to the same result. Nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from msd.targets.teacher import Lesson
+
+Taught = tuple[Lesson, Tensor]
+
+
+class Notebook:
+    """Keeps lessons while they fit into `gigabytes`; later ones are taught anew each time.
+
+    head: the target's output layer; ids [Vd]: the draft vocabulary. A head whose logits are more than its product with
+    the last tap (soft-capped, scaled) is found on the first lesson, and nothing is noted then.
+    """
+
+    def __init__(self, head: nn.Module, ids: Tensor, gigabytes: float, dtype: torch.dtype = torch.bfloat16) -> None:
+        params = {name: p.detach() for name, p in head.named_parameters(recurse=False)}
+        self.ids = ids.to(params["weight"].device)
+        self.rows = params["weight"][self.ids].float()
+        self.bias = params["bias"][self.ids].float() if "bias" in params else None
+        self.left, self.dtype = gigabytes * 1e9, dtype
+        self.plain: bool | None = None  # whether the head is nothing but its matrix
+        self._notes: dict[Hashable, tuple[Lesson, Tensor]] = {}
+
+    def recall(self, key: Hashable, teach: Callable[[], Taught]) -> Taught:
+        """The lesson known as `key`, its `logits` being log p over the draft vocabulary [B, A, Vd], and its labels."""
+        if key not in self._notes:
+            lesson, labels = teach()
+            if not self._is_plain(lesson):
+                return replace(lesson, logits=lesson.logits.log_softmax(-1)[..., self.ids]), labels
+            assert lesson.taps is not None
+            noted = replace(lesson, taps=lesson.taps.to(self.dtype), logits=lesson.logits.logsumexp(-1, keepdim=True))
+            size = sum(t.numel() * t.element_size() for t in (noted.taps, noted.logits, labels) if t is not None)
+            if size > self.left:
+                return self._read(noted), labels
+            self.left -= size
+            self._notes[key] = noted, labels
+        noted, labels = self._notes[key]
+        return self._read(noted), labels
+
+    def _read(self, noted: Lesson) -> Lesson:
+        assert noted.taps is not None
+        taps = noted.taps.float()
+        return replace(noted, taps=taps, logits=self._logits(noted, taps) - noted.logits)
+
+    def _logits(self, lesson: Lesson, taps: Tensor) -> Tensor:
+        last = taps[:, lesson.prompt - 1 : -1, -self.rows.shape[1] :]
+        return nn.functional.linear(last, self.rows, self.bias)
+
+    def _is_plain(self, lesson: Lesson) -> bool:
+        """Whether the head's logits follow from the last tap; looked at once."""
+        if self.plain is None:
+            assert lesson.taps is not None
+            gap = (self._logits(lesson, lesson.taps.float()) - lesson.logits[..., self.ids])[lesson.spoken()]
+            self.plain = bool(gap.abs().max() < 0.02 * lesson.logits.abs().max())
+        return self.plain
