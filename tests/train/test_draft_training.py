@@ -50,7 +50,7 @@ def lesson(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], Lesson
 def overfit(
     made: MSDNetwork, taught: Lesson, labels: torch.Tensor, steps: int = 60
 ) -> tuple[list[float], DraftObjective]:
-    objective = DraftObjective(made, LossConfig())
+    objective = DraftObjective(made, LossConfig(), ends=[int(taught.answers[0, -1])])
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
     roots = torch.arange(LENGTH - 1).expand(4, -1)
     losses = []
@@ -152,6 +152,34 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
         images = torch.tensor([s % 3 for s in range(4)])
         runs = images.clamp_max(1) if vision else images  # two images side by side are one run of image columns
         assert found.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
+
+
+def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the next token surely ends the answer, a plan that counts seconds drafts nothing; others draft always."""
+    from msd.costs import Costs
+    from msd.plan import Plan
+
+    model = tiny.llava()
+    made = network(model, "block")
+    _, inputs, taught, labels = lesson(model, made)
+    end = int(taught.answers[0, -1])
+    _, objective = overfit(made, taught, labels)
+    drafts, _ = objective.everywhere(taught)
+    said, last = objective.endings(taught, drafts)
+    expected = (taught.answers[:, 1:] == end) & (torch.arange(LENGTH - 1) < LENGTH - 1)
+    assert torch.equal(last, expected) and last.any()
+    assert ((said > 0) == last).float().mean() > 0.97
+    one = tiny.llava_inputs(0, images=0, words=6)
+    plain = model.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
+    engine = SpeculativeVLM(model, None, SpeculativeConfig(adaptive=False), MSD(made))
+    costs = Costs((1, 9), (8, 64), ((0.01, 0.01), (0.01, 0.01)))
+    for sure, counted, drafts_some in ((100.0, costs, False), (-100.0, costs, True), (100.0, None, True)):
+        torch.nn.init.constant_(made.ending.out.bias, sure)
+        engine.plan = Plan(costs=counted)
+        monkeypatch.setattr(engine.plan.governor, "drafts", lambda: True)
+        result = engine.generate(**one, max_new_tokens=12, do_sample=False)
+        assert result.tokens == plain
+        assert (result.statistics.num_draft_tokens > 0) == drafts_some
 
 
 def test_task_weights_follow_the_losses_within_bounds() -> None:

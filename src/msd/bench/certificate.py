@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from msd import prompts
 from msd.bench.chi2 import holm
+from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
 from msd.bench.sampling_law import end_to_end_p_values
 from msd.config import SpeculativeConfig
@@ -80,9 +81,9 @@ def certify(
     judge = _Judge(model)
     config = SpeculativeConfig(adaptive=False, backend=backend)
     engines = [SpeculativeVLM(model, processor, config, name) for name in methods]
-    rows = [Row(name) for name in methods]
+    rows, ask = [Row(name) for name in methods], Conversation(SpeculativeVLM(model, processor, config, "ar"))
     for seed, sample in enumerate(samples):
-        inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
+        inputs = ask(sample)
         for setting, options in SETTINGS.items():
             report(f"sample {seed + 1} of {len(samples)}, {setting}")
             kwargs = {**options, "max_new_tokens": max_new_tokens}

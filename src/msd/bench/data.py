@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ BUNDLED = Path(__file__).parents[1] / "photos"
 
 @dataclass(frozen=True)
 class Sample:
-    """One data line. images: paths, in reading order. answer, tokens: another engine's output, where there is one.
+    """A prompt of a data line. images: paths, in reading order. answer, tokens: another engine's output, if any.
 
-    split: the part of its data set. where: file and line, for messages.
+    split: the part of its data set. before: earlier turns of the conversation. where: file and line, for messages.
     """
 
     images: tuple[Path, ...]
@@ -25,17 +26,29 @@ class Sample:
     task: str
     tokens: tuple[int, ...] | None = None
     split: str = "train"
+    before: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
 
 
 def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
     """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…", "task": "…", "split": "…"}` lines.
 
-    Only the prompt is needed. path: the bundled photos and prompts by default. images: the folder of the images, by
+    Only the prompt is needed. `"turns": [prompt, …]` in its place is a conversation, and gives a sample for every turn.
+    path: the bundled photos and prompts by default. images: the folder of the images, by
     default the data file's own folder or `images/` beside it. UserError names the line that is wrong.
     """
     path = path or BUNDLED / "prompts.jsonl"
-    return [_sample(line, where, image_folder(path, images)) for where, line in data_lines(path)]
+    folder = image_folder(path, images)
+    return [sample for where, line in data_lines(path) for sample in _turns(line, where, folder)]
+
+
+def in_suites(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
+    """The samples whose task is one of `names`; all of them when there are no names. UserError for an unknown one."""
+    known = list(dict.fromkeys(sample.task for sample in samples))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--suite '{name}' is no task of the data; it has {', '.join(known)}")
+    return [sample for sample in samples if not names or sample.task in names]
 
 
 def load_outputs(path: Path, images: Path | None = None) -> list[Sample]:
@@ -84,6 +97,17 @@ def data_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return lines
 
 
+def _turns(line: dict[str, Any], where: str, folder: Path) -> list[Sample]:
+    """The samples of a line: one, or one for each of its turns."""
+    if "turns" not in line:
+        return [_sample(line, where, folder)]
+    turns = line["turns"]
+    if "prompt" in line or not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: 'turns' is a list of prompts in the place of 'prompt', got {turns!r}")
+    each = [_sample({**line, "prompt": turn, "answer": None}, where, folder) for turn in turns]
+    return [replace(sample, before=tuple(turns[:i])) for i, sample in enumerate(each)]
+
+
 def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
     prompt, image = line.get("prompt"), line.get("image", [])
     if not isinstance(prompt, str) or not prompt.strip():
@@ -96,4 +120,4 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
         if not path.is_file():
             raise UserError(f"{where}: image '{path}' does not exist; name its folder with --images")
     task, split = str(line.get("task") or "default"), str(line.get("split") or "train")
-    return Sample(paths, prompt, line.get("answer"), task, None, split, where)
+    return Sample(paths, prompt, line.get("answer"), task, None, split, (), where)

@@ -22,8 +22,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from msd import prompts
 from msd.bench import modal
+from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
 from msd.bench.intervals import ratio_interval
 from msd.bench.mass import mean_mass, top_mass
@@ -39,12 +39,13 @@ TRANSFORMERS, PLAIN = "transformers", "ar"
 
 @dataclass(frozen=True)
 class Run:
-    """One answer and its times, in seconds."""
+    """One answer and its times, in seconds. warm: of the same again, its photos being encoded already."""
 
     tokens: list[int]
     seconds: float
     prefill: float
     statistics: Statistics
+    warm: float | None = None
 
 
 def run(
@@ -57,11 +58,13 @@ def run(
     report: Callable[[str], None],
     cuts: ModalityCuts | None = None,
     config: SpeculativeConfig | None = None,
+    warm: bool = False,
 ) -> dict[str, Any]:
     """Results as in results.json: `environment` and a row per method and task, task "all" first.
 
     Both baselines are always measured. At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at
-    temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`).
+    temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`). `warm`: our methods
+    answer once more with the photos encoded, for a column of its own.
     """
     names = list(dict.fromkeys([PLAIN, *methods]))
     engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
@@ -69,11 +72,15 @@ def run(
     settings = {**sampling, "max_new_tokens": max_new_tokens}
     ways: dict[str, Callable[[dict[str, Any], int], Run]] = {
         TRANSFORMERS: lambda inputs, seed: _library(model, inputs, settings, seed),
-        **{name: lambda inputs, seed, e=engine: _ours(e, inputs, settings, seed) for name, engine in engines.items()},  # type: ignore[misc]
+        **{
+            name: lambda inputs, seed, e=engine: _ours(e, inputs, settings, seed, warm)
+            for name, engine in engines.items()
+        },  # type: ignore[misc]
     }
+    ask = Conversation(engines[PLAIN])
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for number, sample in enumerate([samples[0], *samples]):  # the first pass warms up and is not counted
-        inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
+        inputs = ask(sample)
         turn = number % len(ways)
         for name in [*list(ways)[turn:], *list(ways)[:turn]]:
             report(f"sample {number} of {len(samples)}, {name}")
@@ -84,14 +91,14 @@ def run(
     chosen = {task: [i for i, s in enumerate(samples) if task in ("all", s.task)] for task in tasks}
     rows = [_row(name, task, chosen[task], runs) for task in tasks for name in ways]
     if cuts is not None and temperature == 0:
-        sight = _by_modality(engines, processor, samples, runs, settings, cuts, report)
+        sight = _by_modality(engines, ask, samples, runs, settings, cuts, report)
         for row in rows:
             if row["method"] in sight:
                 row |= sight[row["method"]](chosen[row["task"]])
     masses = []
     for i, sample in enumerate(samples):
         report(f"sample {i + 1} of {len(samples)}, the target's certainty")
-        inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
+        inputs = ask(sample)
         masses.append(top_mass(engines[PLAIN].target, inputs, runs[TRANSFORMERS][i].tokens, temperature))
     certainty = {task: mean_mass(masses[i] for i in chosen[task]) for task in tasks}
     known = None if cuts is None else cuts.model_dump()
@@ -103,7 +110,7 @@ def run(
 
 def _by_modality(
     engines: dict[str, SpeculativeVLM],
-    processor: Any,
+    ask: Conversation,
     samples: Sequence[Sample],
     runs: dict[str, list[Run]],
     settings: dict[str, Any],
@@ -115,12 +122,14 @@ def _by_modality(
     Labels the library's answers, and decodes each sample once more on chains.
     """
     drafting = {
-        name: SpeculativeVLM(e.model, processor, modal.CHAIN, e.drafter) for name, e in engines.items() if name != PLAIN
+        name: SpeculativeVLM(e.model, e.processor, modal.CHAIN, e.drafter)
+        for name, e in engines.items()
+        if name != PLAIN
     }
     chains: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
     trees: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
     for i, sample in enumerate(samples):
-        inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
+        inputs = ask(sample)
         answer = runs[TRANSFORMERS][i].tokens
         report(f"sample {i + 1} of {len(samples)}, labels")
         labels = modal.label_answer(engines[PLAIN].target, cuts, inputs, answer)
@@ -170,12 +179,18 @@ def _library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str,
     return Run(tokens, seconds, first.at - begin, steps)
 
 
-def _ours(engine: SpeculativeVLM, inputs: dict[str, Any], settings: dict[str, Any], seed: int) -> Run:
+def _ours(
+    engine: SpeculativeVLM, inputs: dict[str, Any], settings: dict[str, Any], seed: int, warm: bool = False
+) -> Run:
     engine.target.vision.clear()
     begin = time.perf_counter()
     answer = engine.generate(**inputs, **settings, seed=seed)
-    seconds = time.perf_counter() - begin
-    return Run(answer.tokens, seconds, answer.statistics.seconds["prefill"], answer.statistics)
+    seconds, again = time.perf_counter() - begin, None
+    if warm:
+        begin = time.perf_counter()
+        engine.generate(**inputs, **settings, seed=seed)
+        again = time.perf_counter() - begin
+    return Run(answer.tokens, seconds, answer.statistics.seconds["prefill"], answer.statistics, again)
 
 
 def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -204,6 +219,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "speedup_vs_ar": seconds(plain) / seconds(mine),
         "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in mine]),
         "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(mine, plain, strict=True)),
+        "speedup_warm_vs_ar": _warm(plain, mine),
         "speedup_decode_only": decoding(plain) / max(decoding(mine), 1e-9),
         "tokens_per_second": sum(len(r.tokens) for r in mine) / seconds(mine),
         "mean_acceptance_length": total.mean_acceptance_length,
@@ -222,6 +238,12 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]]) ->
         "verify_s": split.get("verify"),
         "host_s": split.get("host"),
     }
+
+
+def _warm(plain: list[Run], mine: list[Run]) -> float | None:
+    """The speedup over plain decoding when both have the photos encoded; None where it was not measured."""
+    pairs = [(a.warm, b.warm) for a, b in zip(plain, mine, strict=True) if a.warm is not None and b.warm is not None]
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 
 def environment(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:

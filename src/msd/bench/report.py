@@ -38,6 +38,8 @@ def described(environment: dict[str, Any]) -> str:
 def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) per task. Acceptance (chain) and coverage (tree) by modality where they were measured."""
     columns = dict(_COLUMNS)
+    if any(row.get("speedup_warm_vs_ar") for row in results["rows"]):
+        columns |= {"speedup_warm_vs_ar": "warm, vs `ar`"}
     if any(row.get(name) for row in results["rows"] for name in _BY_MODALITY):
         columns |= {name: f"{title}, vision / language / fusion" for name, title in _BY_MODALITY.items()}
     for task in dict.fromkeys(row["task"] for row in results["rows"]):

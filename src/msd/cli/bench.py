@@ -37,6 +37,9 @@ def bench(
     drafter: Drafter = None,
     data: Data = None,
     images: Images = None,
+    suite: Annotated[
+        str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; all by default.")
+    ] = "",
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 96,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0,
@@ -44,20 +47,25 @@ def bench(
         Path | None,
         typer.Option("--cuts", help="Modality cuts of the target, from 'msd capture'; the reference model's own."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for results.json and report.md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
+    ] = None,
     verifier: Verifier = "lossless",
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
     backend: Backend = "measure",
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Also time every answer again with its photos encoded already.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
-    from msd.bench.data import load_data
+    from msd.bench.data import in_suites, load_data
 
     checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
     methods = chosen_methods(method, target)
-    samples = load_data(data, images)[:limit]
+    samples = in_suites(load_data(data, images), [name.strip() for name in suite.split(",") if name.strip()])[:limit]
     if cuts is not None and temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
@@ -73,7 +81,7 @@ def bench(
     with Console(file=sys.stderr).status("measuring…") as status:
         results = measure.run(
             model, processor, samples, methods, max_new_tokens, temperature, status.update, known,
-            SpeculativeConfig(**checked, backend=backend),
+            SpeculativeConfig(**checked, backend=backend), warm,
         )  # fmt: skip
     if out is not None:
         report.write(results, out)

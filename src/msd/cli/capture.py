@@ -34,6 +34,11 @@ def capture(
     begin = time.perf_counter()
     lines = load_data(data, images)
     samples = lines[:limit]
+    for sample in samples:
+        if sample.before:
+            raise UserError(
+                f"{sample.where}: a conversation; 'msd capture' asks single prompts, so give its first turn"
+            )
     folder = image_folder(data or BUNDLED / "prompts.jsonl", images)
     prompts = [Prompt(s.prompt, tuple(_name(p, folder) for p in s.images), s.task, s.split) for s in samples]
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}

@@ -3,11 +3,12 @@
 L = L_vision + λ_text·L_text + λ_fusion·L_fusion. A class's term is the mean over its drafted positions of
 regression (SmoothL1 of the trunk's state to the target's last hidden state), ‖p − q‖₁ = 2(1 − acceptance) over the
 draft vocabulary (ViSpec, arXiv 2509.15235, section 3.3) and cross entropy to p; positions deeper in a draft count
-less. Router and confidence have terms of their own that move nothing else.
+less. Router, ending and confidence have terms of their own that move nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class LossConfig:
     overlap: float = 0.6
     entropy: float = 0.4
     router: float = 0.2
+    ending: float = 0.2
     confidence: float = 0.1
     decay: float = 0.8
     weighting: str = "learned"
@@ -137,14 +139,20 @@ def _read(values: Tensor, index: Tensor) -> Tensor:
 
 
 class DraftObjective(nn.Module):
-    """The loss of a draft network on lessons of its target, whose logits are log p over the draft vocabulary."""
+    """The loss of a draft network on lessons of its target, whose logits are log p over the draft vocabulary.
 
-    def __init__(self, network: MSDNetwork, config: LossConfig, depth: int | None = None) -> None:
+    ends: ids of the tokens that end an answer.
+    """
+
+    def __init__(
+        self, network: MSDNetwork, config: LossConfig, depth: int | None = None, ends: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.network, self.config = network, config
         self.depth = depth or network.config.depth
         self.weights = TaskWeights(network.config.modalities, config.weighting)
         self.kinds = torch.tensor(network.config.modality_ids)
+        self.end_ids = torch.tensor(list(ends), dtype=torch.long)
 
     def states(self, lesson: Lesson, first: Tensor) -> tuple[Drafts, Tensor]:
         """Trunk states [B, A, D, H] when the roots are the answer tokens `first` [B, A], deeper words as written."""
@@ -185,6 +193,13 @@ class DraftObjective(nn.Module):
         feature = torch.cat([anchors.feature.detach()[:, :, None], feature], 2)
         return network.route(feature, self._parents(lesson, drafts.index))
 
+    def endings(self, lesson: Lesson, drafts: Drafts) -> tuple[Tensor, Tensor]:
+        """(logits [B, A] of the first drafted token being the answer's last, whether it is [B, A] bool)."""
+        anchors = drafts.anchors
+        said = self.network.ends(anchors.feature.detach(), anchors.embedding)
+        last = torch.isin(drafts.read(lesson.answers)[:, :, 0], self.end_ids.to(said.device))
+        return said, last & drafts.valid[:, :, 0]
+
     def logits(self, lesson: Lesson, drafts: Drafts, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Draft logits [B, A, D, Vd] under modality weights [B, A, D, M], and confidence logits [B, A, D]."""
         heads = self.network.heads
@@ -220,6 +235,10 @@ class DraftObjective(nn.Module):
         routing = -((route * kind).sum(-1) * drafts.valid).sum() / count
         confidence = (F.binary_cross_entropy_with_logits(sure, met, reduction="none") * drafts.valid).sum() / count
         loss = loss + (c.router * routing if self.network.router is not None else 0.0) + c.confidence * confidence
+        said, last = self.endings(lesson, drafts)
+        first_valid = drafts.valid[:, :, 0]
+        ending = F.binary_cross_entropy_with_logits(said.float(), last.float(), reduction="none")
+        loss = loss + c.ending * (ending * first_valid).sum() / first_valid.sum().clamp_min(1)
         names = self.network.config.modalities
         parts = {name: float(t) for name, t, n in zip(names, terms.detach(), total, strict=True) if n > 0}
         acceptance = (met * drafts.valid).sum() / count

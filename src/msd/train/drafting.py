@@ -118,7 +118,7 @@ def train(
     head, ids = model.get_output_embeddings(), network.heads.ids
     notes = notes or Notebook(head, ids, settings.remember)
     lessons = Lessons(target, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
-    objective = DraftObjective(network, settings.loss).to(model.device)
+    objective = DraftObjective(network, settings.loss, ends=_ends(model)).to(model.device)
     exact = Notebook(head, ids, 0.1 * settings.remember, torch.float32)
     evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
@@ -191,6 +191,12 @@ class _Evaluation:
     def _taught(self) -> Iterator[tuple[Lesson, Tensor]]:
         """The held-out answers, in batches."""
         return self.lessons.in_turn(self.held_out)
+
+
+def _ends(model: Any) -> list[int]:
+    """Ids of the tokens that end the target's answers."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:

@@ -23,6 +23,9 @@ from msd.targets.base import State
 from msd.tree import Accepted, DraftTree, Scores
 
 
+SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
+
+
 class MSD:
     """Drafts with a trained network.
 
@@ -90,6 +93,8 @@ class MSD:
         newest = state.layout.newest()
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
+        if budget.seconds is not None and self._all_end(state, newest, budget):
+            return DraftTree.root_only(newest)
         memory = self._memory(state)
         context, visible = memory.context()
         laws = levels(self.network, context, replace(memory.anchor, visible=visible))
@@ -113,6 +118,12 @@ class MSD:
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Notes the target's states of what was emitted."""
         state.memory.observe(scores, accepted)
+
+    def _all_end(self, state: State, newest: Tensor, budget: Budget) -> bool:
+        """Whether every answer that goes on most likely ends with the token that the target's pass gives anyway."""
+        rows = [row for row, depth in enumerate(budget.depth) if depth]
+        feature = self.network.feature(state.memory.newest()[rows])
+        return bool((self.network.ends(feature, self.network.embed(newest[rows])) > SURELY).all())
 
     def _memory(self, state: State) -> Memory:
         notes: Notes = state.memory

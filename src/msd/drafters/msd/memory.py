@@ -98,6 +98,11 @@ class Notes:
                 self._taps[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
                 self._tokens[row] += tokens
 
+    def newest(self) -> Tensor:
+        """[B, T*H]: the target's state before the newest emitted token of every row; the prompt's last at first."""
+        rows = [taps[-1][-1] if taps else self._prompt[row, -1] for row, taps in enumerate(self._taps)]
+        return torch.stack(rows)
+
     def read(self, network: MSDNetwork, layout: Layout) -> Memory:
         """The memory of all that was decoded so far."""
         if self._memory is None:

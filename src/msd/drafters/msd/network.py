@@ -21,7 +21,7 @@ from msd.backends.packed import Linear
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.layer import Keys, Layer, Rotary, TapNorm
-from msd.drafters.msd.router import Router
+from msd.drafters.msd.router import Probe
 from msd.drafters.msd.vision import VisionAdaptor
 
 
@@ -55,7 +55,8 @@ class MSDNetwork(nn.Module):
         self.rotary = Rotary(c.head_dim, c.rope_theta)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.heads = Heads(c)
-        self.router = Router(c) if c.router else None
+        self.router = Probe(H, len(c.modalities), c.eps) if c.router else None
+        self.ending = Probe(H, 1, c.eps)
         if c.vision:
             self.adaptor, self.image_fc = VisionAdaptor(c), Linear(H, H, bias=False)
             nn.init.zeros_(self.image_fc.weight)
@@ -92,6 +93,11 @@ class MSDNetwork(nn.Module):
             return feature.new_full((*feature.shape[:-1], M), 1.0 / M).log()
         logits: Tensor = self.router(feature, embedding)
         return logits.log_softmax(-1)
+
+    def ends(self, feature: Tensor, embedding: Tensor) -> Tensor:
+        """Logit [...] of the token after next being the answer's last."""
+        out: Tensor = self.ending(feature, embedding).squeeze(-1)
+        return out
 
     def pack(self, dtype: torch.dtype = torch.float32) -> None:
         """Packs the linear layers for decoding on this machine; the weights must not change after that.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msd.backends.packed import Linear
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.layer import TapNorm
 
@@ -24,8 +25,8 @@ class VisionAdaptor(nn.Module):
         self.heads = config.heads
         self.norm = TapNorm(len(config.taps), H, config.eps)
         self.queries = nn.Parameter(torch.randn(config.image_tokens + 1, H) * H**-0.5)
-        self.k_proj, self.v_proj = nn.Linear(wide, H, bias=False), nn.Linear(wide, H, bias=False)
-        self.o_proj = nn.Linear(H, H, bias=False)
+        self.k_proj, self.v_proj = Linear(wide, H, bias=False), Linear(wide, H, bias=False)
+        self.o_proj = Linear(H, H, bias=False)
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """states [I, n, T*H], mask [I, n] bool (False is padding) -> tokens [I, K, H], global [I, H]."""

@@ -1,0 +1,48 @@
+"""Processor output of data lines, earlier turns of a conversation included, which the target answers itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msd import prompts
+from msd.bench.data import Sample
+from msd.model import SpeculativeVLM
+
+LONGEST = 64  # tokens of an earlier answer
+
+
+class Conversation:
+    """What every method is asked: the same for all of them, prepared outside any timing."""
+
+    def __init__(self, engine: SpeculativeVLM) -> None:
+        """engine: decodes the earlier answers, greedily; each once."""
+        self.engine = engine
+        self._answers: dict[tuple[Any, ...], str] = {}
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        """input_ids [1, L] and what else the target takes."""
+        if not sample.before:
+            return prompts.prepare(self.engine.processor, [list(sample.images)], [sample.prompt])
+        asked = [*sample.before, sample.prompt]
+        pictures: list[dict[str, str]] = [{"type": "image"}] * len(sample.images)
+        chat: prompts.Messages = []
+        for i, question in enumerate(asked):
+            prompts.check_text(question)
+            chat.append({"role": "user", "content": [*(pictures if i == 0 else ()), _text(question)]})
+            if i < len(sample.before):
+                chat.append({"role": "assistant", "content": [_text(self._answer(sample, i))]})
+        return prompts.prepare(self.engine.processor, [list(sample.images)], chats=[chat])
+
+    def _answer(self, sample: Sample, turn: int) -> str:
+        """The target's answer to turn `turn`."""
+        asked = sample.before[: turn + 1]
+        key = (sample.images, asked)
+        if key not in self._answers:
+            earlier = Sample(sample.images, asked[-1], None, sample.task, before=asked[:-1])
+            answer = self.engine.generate(**self(earlier), max_new_tokens=LONGEST, do_sample=False)
+            self._answers[key] = answer.text.strip()
+        return self._answers[key]
+
+
+def _text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
