@@ -19,6 +19,7 @@ from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, Shape, checkpoint
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
 from msd.drafters.msd.memory import Memory
+from msd.drafters.msd.pace import Pace, reached
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.model import SpeculativeVLM
@@ -296,6 +297,39 @@ def test_what_greedy_decoding_chooses_ranks_greedy_trees_alone(form: str) -> Non
         greedy = tree(calibrated, route, 9, [4, 4])
     assert torch.equal(by_q.tokens, sampled.tokens) and torch.equal(by_q.parents, sampled.parents)
     assert not (by_q.tokens.shape == greedy.tokens.shape and torch.equal(by_q.parents, greedy.parents))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_levels_end_where_they_no_longer_pay(form: str) -> None:
+    """Free levels are all drafted, dear ones not, and nothing is timed without a plan that counts seconds."""
+    made = network(form)
+    route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
+    remembered, layout = memory(made, 2)
+    context, visible = remembered.context()
+    remembered.anchor.visible = visible
+    kinds, subtrees = torch.tensor(made.config.modality_ids), choose(made.config, route, 12)
+    heights = {}
+    for cost in (0.0, 1e-4, 1e9):
+        pace = Pace()
+        for passes in (None, (1.0,) * 13):
+            pace.level = cost
+            laws, budget = levels(made, context, remembered.anchor), Budget(12, [4, 4], passes=passes)
+            with torch.inference_mode():
+                heights[cost, passes is None] = grow(
+                    laws, made.heads, subtrees, kinds, layout.newest(), budget, None, pace
+                ).height
+            assert (pace.level == cost) == (passes is None or cost == 1e9)
+    assert heights[1e9, False] == 1 and heights[0.0, False] > 1
+    assert len({h for (_, untimed), h in heights.items() if untimed}) == 1
+
+
+def test_a_level_pays_by_what_it_is_expected_to_give() -> None:
+    pace = Pace()
+    pace.level = 0.003
+    assert pace.pays(before=0.5, reach=0.25, token=0.03)  # 0.125 tokens, 3.75 ms
+    assert not pace.pays(before=0.5, reach=0.2, token=0.03)  # 0.08 tokens, 2.4 ms
+    score = torch.tensor([[0.5, 0.25, 0.5, 1e-30], [0.1, 0.1, 0.1, 0.1]]).log()
+    assert reached(score, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 2) == pytest.approx((0.75 + 0.3) / 2)
 
 
 def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

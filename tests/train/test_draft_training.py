@@ -161,7 +161,7 @@ def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) ->
 
     model = tiny.llava()
     made = network(model, "block")
-    _, inputs, taught, labels = lesson(model, made)
+    _, _, taught, labels = lesson(model, made)
     end = int(taught.answers[0, -1])
     _, objective = overfit(made, taught, labels)
     drafts, _ = objective.everywhere(taught)

@@ -15,13 +15,13 @@ from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
 from msd.drafters.msd.memory import Memory, Notes
 from msd.drafters.msd.network import MSDNetwork
+from msd.drafters.msd.pace import Pace
 from msd.drafters.msd.sample import draw
 from msd.errors import UserError
 from msd.plan import Budget
 from msd.sampling import Sampler
 from msd.targets.base import State
 from msd.tree import Accepted, DraftTree, Scores
-
 
 SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
 
@@ -41,7 +41,7 @@ class MSD:
         calibrated: dict[str, dict[str, float]] | None = None,
     ) -> None:
         self.network, self.name, self.sampled = network.eval(), name, sampled
-        self.calibrated = calibrated or {}
+        self.calibrated, self.pace = calibrated or {}, Pace()
         self.taps = network.config.taps
         self.modality_ids = torch.tensor(network.config.modality_ids)
 
@@ -103,7 +103,7 @@ class MSD:
         subtrees = choose(config, memory.route, budget.nodes, budget.width)
         if self.sampled and sampler.do_sample:
             return draw(laws, heads, subtrees, kinds, newest, budget, sampler, config.within(config.shared))
-        return grow(laws, heads, subtrees, kinds, newest, budget, _temperature(sampler))
+        return grow(laws, heads, subtrees, kinds, newest, budget, _temperature(sampler), self.pace)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""

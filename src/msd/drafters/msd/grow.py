@@ -19,6 +19,7 @@ from torch import Tensor
 from msd.drafters.msd.config import MSDConfig, Shape
 from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.laws import Laws, Levels
+from msd.drafters.msd.pace import Pace, reached
 from msd.modality import LANGUAGE
 from msd.plan import Budget
 from msd.tree import DraftTree
@@ -100,12 +101,13 @@ def grow(
     newest: Tensor,
     budget: Budget,
     temperature: float | None = None,
+    pace: Pace | None = None,
 ) -> DraftTree:
     """Trees of at most `budget.nodes` drafted nodes, row b at most `budget.depth[b]` levels deep.
 
-    Where the budget tells seconds, trees have as many nodes as give most tokens per second. modality_ids [experts]:
-    registry ids. newest [B]: the roots. temperature: of a request that samples; None for greedy decoding. It decides
-    what a node is worth: the chance that the target chooses it.
+    Where the budget tells seconds, trees have as many nodes as give most tokens per second, and, by `pace`, as many
+    levels as pay. modality_ids [experts]: registry ids. newest [B]: the roots. temperature: of a request that samples;
+    None for greedy decoding. It decides what a node is worth: the chance that the target chooses it.
     """
     nodes = budget.nodes
     deepest = min(max(budget.depth, default=0), max(s.depth for s in subtrees.shapes))
@@ -113,7 +115,8 @@ def grow(
         return DraftTree.root_only(newest)
     limit = torch.tensor(budget.depth, device=newest.device)
     frontier = min(nodes, sum(s.width for s in subtrees.shapes))
-    pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, frontier, temperature)
+    timed = None if pace is None or budget.passes is None else (pace, budget.passes[0])
+    pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, frontier, temperature, timed)
     return _merge(_select(pool, subtrees, nodes), newest, nodes, budget.seconds)
 
 
@@ -126,8 +129,12 @@ def _expand(
     limit: Tensor,
     frontier: int,
     temperature: float | None,
+    timed: tuple[Pace, float] | None,
 ) -> _Pool:
-    """All candidates down to level `deepest`, `limit` [B] in each row; at most `frontier` nodes a level go on."""
+    """All candidates down to level `deepest`, `limit` [B] in each row; at most `frontier` nodes a level go on.
+
+    timed: a pace, and the seconds that a token costs without drafting; levels then end where they no longer pay.
+    """
     B, M = subtrees.budget.shape
     device = subtrees.budget.device
     widths = torch.tensor([s.width for s in subtrees.shapes], device=device)
@@ -139,7 +146,7 @@ def _expand(
     parent, path = torch.full_like(tree, -1), torch.zeros_like(tree)
     laws: Laws = levels.root(subtrees.weights)
     pools: list[_Pool] = []
-    offset = 0
+    offset, before = 0, 1.0
     for level in range(1, deepest + 1):
         size = tree.shape[1] * k
         spread = lambda x: x[..., None].expand(-1, -1, k).flatten(1)  # noqa: E731
@@ -162,6 +169,15 @@ def _expand(
         score, tree, path = worth.gather(-1, order), trees.gather(-1, order), paths.gather(-1, order)
         score = score.masked_fill(out.sort(dim=-1, stable=True).values[:, : order.shape[1]], NEVER)
         parent, offset = order + offset, offset + size
+        if timed is not None:
+            pace, token = timed
+            if level > 1:
+                pace.end()
+            reach = reached(score, tree, M)
+            if not pace.pays(before, reach, token):
+                break
+            before = reach
+            pace.begin()
         laws = levels.below(tokens.gather(-1, order), order // k)
     return _Pool.of(pools)
 
