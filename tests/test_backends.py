@@ -114,12 +114,32 @@ def test_names_and_refusals() -> None:
     assert backends.choose(model, "fused").name == "fused"
     assert backends.choose(model, "fused") is backends.choose(model, "fused")
     assert backends.choose(tiny.llava()).name in ("plain", "fused")
-    with pytest.raises(UserError, match="backend 'fast' is unknown; choose one of measure, plain, fused"):
+    with pytest.raises(UserError, match="backend 'fast' is unknown; choose one of measure, plain, fused, bf16"):
         backends.choose(model, "fast")
     half = tiny.llava().bfloat16()
     assert backends.choose(half).name == "plain"
     with pytest.raises(UserError, match=r"no fused backend: .*; use backend 'plain'"):
         backends.choose(half, "fused")
+
+
+def test_bf16_is_lossy_and_only_used_when_asked_for() -> None:
+    model, inputs = tiny.llava(), tiny.llava_inputs()
+    rough = backends.choose(model, "bf16")
+    assert rough.lossy and rough is backends.choose(model, "bf16")
+    exact = backends.choose(model)
+    assert not exact.lossy
+    with torch.no_grad():
+        own = model(**inputs).logits
+        with rough.running():
+            said = model(**inputs).logits
+    apart = (said - own).abs().max() / own.abs().max()
+    assert 1e-4 < apart < 0.1, "rounded to bfloat16"
+    vlm = SpeculativeVLM(model, None, SpeculativeConfig(backend="bf16"), "prompt-lookup")
+    assert vlm.plan.costs is None, (
+        "rounding depends on how much is drafted: not by the clock"
+    )
+    assert vlm.generate(**inputs, max_new_tokens=6).tokens
+    assert SpeculativeVLM(model, None, drafter="prompt-lookup").plan.costs is not None
 
 
 def test_a_fused_pass_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ def train_rows(args: argparse.Namespace) -> None:
     cuts = ModalityCuts.load(cuts_path(args.captured))
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
-    wanted = {name: row for name, row in rows(range(args.seeds)).items() if not args.only or name in args.only}
+    every = rows(range(args.seeds))
+    wanted = {name: every[name] for name in args.only or every}
     first = next(iter(wanted.values())).settings
     notes, seconds = read_notes(model, processor, answers, cuts, replace(first, remember=args.remember))
     print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--remember", type=float, default=2.5, help="gigabytes for the target's word on the answers")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="names of rows")
+    parser.add_argument("--only", nargs="*", help="names of rows, in the order in which to train them")
     args = parser.parse_args()
     train_rows(args) if args.what == "train" else bench_rows(args)
 

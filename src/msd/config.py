@@ -12,10 +12,11 @@ class SpeculativeConfig(BaseModel):
     thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; where it has none, `budget` takes
     those calibrated for the drafter, if there are any, and else the registry's.
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
-    backend: how the target's passes are computed: "plain", by the model's own code; "fused"; or the faster one here.
+    backend: how the target's passes are computed: "plain", by the model's own code; "fused"; "measure", the faster of
+    them here; or "bf16", fused with products rounded to bfloat16, whose answers are not always the model's own (lossy).
     label: whether results tell each token's modality, as the drafter's router predicts it.
     adaptive: whether a step drafts what pays by the measured costs of the target's passes, and nothing where drafting
-    loses; otherwise, and always where drafts are sampled or the verifier is lossy, it drafts as much as it may.
+    loses; otherwise, and always where drafts are sampled or verifier or backend are lossy, it drafts as much as it may.
     nodes, depth, width: the largest draft tree, in drafted nodes, in levels, and in children of a
     node and nodes of a subtree that go on per level (1: a chain).
     """

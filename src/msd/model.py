@@ -62,7 +62,8 @@ class SpeculativeVLM:
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         # where a draft has a say in what is drawn, the time that steps take must not: a seed gives one answer
-        silent = not self.drafter.sampled and self.config.verifier == "lossless"
+        lossy = self.config.verifier != "lossless" or self.target.backend.lossy
+        silent = not self.drafter.sampled and not lossy
         adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)

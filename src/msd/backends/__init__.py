@@ -1,5 +1,7 @@
 """How a target's passes are computed: by the model itself, or fused where that is the same and faster here.
 
+On request alone, and lossy: `bf16`, the fused pass with products rounded to bfloat16.
+
 `running()` hands the passes made inside to a backend and leaves all others, such as `generate()` by the library itself,
 to the model's own code.
 """
@@ -22,18 +24,21 @@ from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
 from msd.backends.packed import Packed, can_pack
 from msd.errors import UserError
 
-NAMES = ("measure", "plain", "fused")
-TOLERANCE = 1e-4  # largest difference from the model's own pass, as a share of its largest value
+NAMES = ("measure", "plain", "fused", "bf16")
+TOLERANCE = {
+    "fused": 1e-4,
+    "bf16": 0.1,
+}  # largest difference from the model's own pass, as a share of its largest value
 TRIAL_SECONDS = 0.25  # of measuring, about
 _active: ContextVar[Fused | None] = ContextVar("msd_backend", default=None)
 _keep: ContextVar[Any] = ContextVar("msd_taps", default=None)
-_chosen: WeakKeyDictionary[PreTrainedModel, Plain | Fused] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[PreTrainedModel, dict[str, Plain | Fused]] = WeakKeyDictionary()
 
 
 class Plain:
     """The model's own code."""
 
-    name = "plain"
+    name, lossy = "plain", False
 
     @contextmanager
     def running(self, keep: Callable[[int, Tensor], None] | None = None, check: bool = True) -> Iterator[None]:
@@ -47,9 +52,9 @@ class Fused:
     Weights are packed again when the model's have been changed since. Modules are only touched while a pass runs.
     """
 
-    name = "fused"
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype, self.lossy = dtype, dtype != torch.float32
+        self.name = "bf16" if self.lossy else "fused"
         self._decoder, self._output = model.get_decoder(), model.get_output_embeddings()
         for module in (self._decoder, self._output):
             if "forward" in vars(module):
@@ -58,9 +63,9 @@ class Fused:
         self._pack()
 
     def _pack(self) -> None:
-        self.decoder = FusedDecoder(self._decoder)
+        self.decoder = FusedDecoder(self._decoder, self.dtype)
         plain = type(self._output) is torch.nn.Linear and can_pack(self._output.weight)
-        self.output = Packed.of(self._output) if plain else self._output
+        self.output = Packed.of(self._output, dtype=self.dtype) if plain else self._output
         self._state = self._now()
 
     def _now(self) -> list[tuple[int, int]]:
@@ -112,32 +117,42 @@ def choose(model: PreTrainedModel, name: str = "measure") -> Backend:
     """
     if name not in NAMES:
         raise UserError(f"backend '{name}' is unknown; choose one of {', '.join(NAMES)}")
+    known = _chosen.setdefault(model, {})
+    if name not in known:
+        known[name] = _found(model, name)
+    return known[name]
+
+
+def _found(model: PreTrainedModel, name: str) -> Backend:
+    """A backend that says what the model says."""
     if name == "plain":
         return Plain()
-    if model in _chosen and name in ("measure", _chosen[model].name):
-        return _chosen[model]
+    if name == "measure":
+        try:
+            fused = choose(model, "fused")
+        except UserError:
+            return Plain()
+        if isinstance(fused, Fused) and _faster(model, fused):
+            return fused
+        del _chosen[model]["fused"]  # its packed weights are of no use
+        return Plain()
     try:
-        backend: Backend = Fused(model)
+        backend = Fused(model, torch.bfloat16 if name == "bf16" else torch.float32)
         _compare(model, backend)
     except UnsupportedDecoderError as reason:
-        if name == "fused":
-            raise UserError(f"this model has no fused backend: {reason}; use backend 'plain'") from reason
-        backend = Plain()
-    if name == "measure" and backend.name == "fused" and not _faster(model, backend):
-        backend = Plain()
-    _chosen[model] = backend
+        raise UserError(f"this model has no {name} backend: {reason}; use backend 'plain'") from reason
     return backend
 
 
-def _compare(model: PreTrainedModel, backend: Backend) -> None:
-    """UnsupportedDecoderError unless the fused pass says what the model's own says."""
+def _compare(model: PreTrainedModel, backend: Fused) -> None:
+    """UnsupportedDecoderError unless the fused pass says what the model's own says, nearly so if it is lossy."""
     own, fused = _trial(model, Plain(), 5), _trial(model, backend, 5)
     apart = float((own - fused).abs().max() / own.abs().max().clamp_min(1e-30))
-    if not apart <= TOLERANCE:
+    if not apart <= TOLERANCE[backend.name]:
         raise UnsupportedDecoderError(f"its fused pass differs from its own by {apart:.1e}")
 
 
-def _faster(model: PreTrainedModel, backend: Backend) -> bool:
+def _faster(model: PreTrainedModel, backend: Fused) -> bool:
     """Whether passes over one row and over a tree of nine are faster, both ways measured in turn."""
     seconds: dict[str, list[float]] = {"plain": [], "fused": []}
     begun = time.perf_counter()

@@ -37,35 +37,35 @@ class UnsupportedDecoderError(Exception):
 class _Layer:
     """One decoder layer's packed weights."""
 
-    def __init__(self, layer: Any, dim: int) -> None:
+    def __init__(self, layer: Any, dim: int, dtype: torch.dtype) -> None:
         a, m = layer.self_attn, layer.mlp
         self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.scale = float(a.scaling)
         self.qkv = Packed(
             [_paired(a.q_proj.weight, dim), _paired(a.k_proj.weight, dim), a.v_proj.weight],
             [] if a.v_proj.bias is None else [_paired(a.q_proj.bias, dim), _paired(a.k_proj.bias, dim), a.v_proj.bias],
+            dtype,
         )
         self.out, self.gate_up, self.down = (
-            Packed.of(a.o_proj),
-            Packed.of(m.gate_proj, m.up_proj),
-            Packed.of(m.down_proj),
+            Packed.of(*linears, dtype=dtype) for linears in ((a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
         )
 
 
 class FusedDecoder:
     """The fused pass of one decoder; `forward` takes what the decoder's own takes.
 
-    UnsupportedDecoderError says why there is none. `keep(index, states)` is given the hidden states before every layer
-    and after the final norm, numbered as `transformers` numbers them.
+    UnsupportedDecoderError says why there is none. dtype: of the products; what layers add up stays float32.
+    `keep(index, states)` is given the hidden states before every layer and after the final norm, numbered as
+    `transformers` numbers them.
     """
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype = torch.float32) -> None:
         _refuse(decoder)
         self.decoder, c = decoder, decoder.config
         self.hidden, self.eps = c.hidden_size, c.rms_norm_eps
         self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
         self.dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        self.layers = [_Layer(layer, self.dim) for layer in decoder.layers]
+        self.layers = [_Layer(layer, self.dim, dtype) for layer in decoder.layers]
 
     @torch.no_grad()
     def forward(

@@ -52,7 +52,9 @@ class Packed:
         return out
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The same with `other` [..., out] added inside the kernel."""
+        """The same with `other` [..., out] added, inside the kernel where dtypes allow it."""
+        if x.dtype != self.dtype:
+            return other + self(x)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
         return out
 

@@ -19,19 +19,20 @@ class Conversation:
         self.engine = engine
         self._answers: dict[tuple[Any, ...], str] = {}
 
-    def __call__(self, sample: Sample) -> dict[str, Any]:
-        """input_ids [1, L] and what else the target takes."""
-        if not sample.before:
-            return prompts.prepare(self.engine.processor, [list(sample.images)], [sample.prompt])
-        asked = [*sample.before, sample.prompt]
-        pictures: list[dict[str, str]] = [{"type": "image"}] * len(sample.images)
+    def __call__(self, *samples: Sample) -> dict[str, Any]:
+        """input_ids [B, L] and what else the target takes, of B samples asked together."""
+        pictures = [list(sample.images) for sample in samples]
+        return prompts.prepare(self.engine.processor, pictures, chats=[self._chat(s) for s in samples])
+
+    def _chat(self, sample: Sample) -> prompts.Messages:
         chat: prompts.Messages = []
-        for i, question in enumerate(asked):
+        for i, question in enumerate((*sample.before, sample.prompt)):
             prompts.check_text(question)
-            chat.append({"role": "user", "content": [*(pictures if i == 0 else ()), _text(question)]})
+            pictures: list[dict[str, str]] = [{"type": "image"}] * len(sample.images) if i == 0 else []
+            chat.append({"role": "user", "content": [*pictures, _text(question)]})
             if i < len(sample.before):
                 chat.append({"role": "assistant", "content": [_text(self._answer(sample, i))]})
-        return prompts.prepare(self.engine.processor, [list(sample.images)], chats=[chat])
+        return chat
 
     def _answer(self, sample: Sample, turn: int) -> str:
         """The target's answer to turn `turn`."""

@@ -28,7 +28,8 @@ def described(environment: dict[str, Any]) -> str:
     """How it was measured, in a sentence or two."""
     return (
         f"{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
-        f"{environment.get('backend', 'plain')} backend, "
+        f"{environment.get('backend', 'plain')} backend"
+        f"{' (lossy)' if environment.get('backend_lossy') else ''}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
         "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty. "
         "What a method gains over `ar` is drafting; what `ar` gains over `transformers` is kernel work."

@@ -54,6 +54,7 @@ def bench(
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
     backend: Backend = "measure",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts of a task that are answered together.")] = 1,
     warm: Annotated[
         bool, typer.Option("--warm", help="Also time every answer again with its photos encoded already.")
     ] = False,
@@ -81,7 +82,7 @@ def bench(
     with Console(file=sys.stderr).status("measuring…") as status:
         results = measure.run(
             model, processor, samples, methods, max_new_tokens, temperature, status.update, known,
-            SpeculativeConfig(**checked, backend=backend), warm,
+            SpeculativeConfig(**checked, backend=backend), warm, batch,
         )  # fmt: skip
     if out is not None:
         report.write(results, out)

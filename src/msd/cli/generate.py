@@ -82,6 +82,8 @@ def generate(
         counts = Counter(name for name in answer.predicted_modality if name)
         told = ", ".join(f"{name} {n}" for name, n in counts.most_common())
         Console(file=sys.stderr).print(f"[dim]tokens by modality, as the router predicts it: {told}[/dim]")
+    if vlm.target.backend.lossy:
+        Console(file=sys.stderr).print(f"[dim]backend '{backend}' is lossy: its products are rounded[/dim]")
     spent = answer.as_dict()["divergence"]
     if spent:
         Console(file=sys.stderr).print(

@@ -38,7 +38,10 @@ Thresholds = Annotated[
 ]
 Backend = Annotated[
     str,
-    typer.Option("--backend", help="Target passes: 'plain', by the model's own code; 'fused'; 'measure': the faster."),
+    typer.Option(
+        "--backend",
+        help="Target passes: 'plain', by the model's own code; 'fused'; 'measure': the faster; 'bf16': rounded, lossy.",
+    ),
 ]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
 

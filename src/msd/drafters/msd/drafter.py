@@ -56,7 +56,7 @@ class MSD:
                 f"not {vocabulary} and {hidden}; train one with `msd train`"
             )
         self.network.attach(embedding).to(model.device)
-        if backend == "fused":
+        if backend != "plain":
             self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
 
     def twin(self, model: PreTrainedModel) -> MSD:

@@ -1,0 +1,105 @@
+"""The model card of shipped drafters, from what their training noted and a benchmark measured.
+
+python recipes/msd/card.py --weights src/msd/weights --results recipes/msd/results/results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+NAMES = ("vision", "language", "fusion")
+
+
+def described(folder: Path) -> str:
+    """One drafter: what it is, how it was trained, what its training measured."""
+    told: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    settings, held = told["settings"], told["held_out"]
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        numbers = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+    size = (folder / "model.safetensors").stat().st_size
+    losses, router = told["losses"], told.get("router")
+    lines = [
+        f"## `{folder.name.replace('-', ':')}`",
+        "",
+        f"Form `{settings['form']}`, {numbers / 1e6:.1f} million numbers, {size / 1e6:.0f} MB in float16, for target "
+        f"`{told['cuts']['target']}`.",
+        "",
+        f"- Trained on {told['answers']:,} of the target's own answers: {told['steps']:,} steps of {settings['batch']} "
+        f"answers, {told['seconds'] / 60:.0f} minutes on two cores, {told['peak_gigabytes']:.1f} GB at most, "
+        f"{losses['answer_tokens_per_second']:.0f} answer tokens a second.",
+        "- Loss at the end (running mean): " + ", ".join(f"{name} {losses[name]:.2f}" for name in NAMES) + "; λ "
+        + ", ".join(f"{name} {losses[f'λ_{name}']:.2f}" for name in NAMES) + ".",
+        "- Held-out chain acceptance, depth 5: " + ", ".join(f"{name} {held[name]:.3f}" for name in NAMES)
+        + f"; all {held['acceptance']:.3f}.",
+    ]  # fmt: skip
+    if router:
+        lines.append(
+            f"- Router on {router['positions']:,} held-out positions: accuracy {router['accuracy']:.3f} (always the "
+            f"commonest class: {router['majority']:.3f}), expected calibration error {router['ece']:.3f}; below the "
+            f"first level {router['deeper']:.3f}. Confusion, true class by predicted class:"
+        )
+        lines += ["", "  | | " + " | ".join(router["confusion"]) + " |", "  |---" * (len(router["confusion"]) + 1) + "|"]
+        lines += [f"  | {a} | " + " | ".join(str(n) for n in row.values()) + " |" for a, row in router["confusion"].items()]
+        lines.append("")
+    fit = told["confidence"]
+    lines.append(
+        f"- Chance of a node, on {fit['candidates']:,} held-out candidates: expected calibration error {fit['ece']:.3f} "
+        f"({fit['ece_of_q']:.3f} of the draft law alone)."
+    )
+    for epsilon, table in (told.get("thresholds") or {}).items():
+        shown = ", ".join(f"{name} {theta:.2f}" for name, theta in table.items())
+        lines.append(f"- θ of `budget` at ε = {epsilon}: {shown}.")
+    return "\n".join(lines) + "\n"
+
+
+def measured(results: dict[str, Any], methods: list[str]) -> str:
+    """A table of the drafters' rows of a benchmark."""
+    head = ["method", "task", "vs `ar`", "95%", "τ", "τ outside repeats", "acceptance, vision / language / fusion"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in results["rows"]:
+        if row["method"] in methods:
+            rates = row["acceptance_by_modality"] or {}
+            low, high = row["speedup_vs_ar_interval"]
+            lines.append(
+                f"| `{row['method']}` | {row['task']} ({row['samples']}) | {row['speedup_vs_ar']:.2f} | "
+                f"{low:.2f}–{high:.2f} | {row['mean_acceptance_length']:.2f} | {row['tau_outside_repeated_8grams']:.2f} | "
+                + " / ".join("–" if rates.get(n) is None else f"{rates[n]:.3f}" for n in NAMES) + " |"
+            )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """# Draft heads for the reference model
+
+Trained with [`recipes/msd`](../../../recipes/msd/README.md) from answers that the reference model wrote itself about
+train photos of Flickr8k and COCO (images and captions are not part of the weights). They draft for that model alone;
+its output is the same with and without them ([proof](../../../docs/verification.md)). Apache-2.0.
+"""
+
+LIMITS = """## Limits
+
+What they learnt is how this small target speaks about everyday scenes. On texts without a picture, on other kinds of
+pictures and at high temperatures far fewer drafts are accepted; the plan then drafts less, or not at all.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=Path("src/msd/weights"))
+    parser.add_argument("--results", type=Path, default=Path("recipes/msd/results/results.json"))
+    args = parser.parse_args()
+    folders = sorted(path.parent for path in args.weights.glob("*/training.json"))
+    parts = [INTRODUCTION, *map(described, folders)]
+    if args.results.exists():
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        methods = [folder.name.replace("-", ":") for folder in folders]
+        parts += [f"## Measured\n\n`{args.results}`, val photos, greedy, float32:\n\n{measured(results, methods)}"]
+    (args.weights / "README.md").write_text("\n".join([*parts, LIMITS]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Rows of a benchmark: batches answer as single prompts do, and what is not known stays empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_checkpoint
+from msd.bench import measure
+from msd.bench.data import Sample
+from msd.bench.timing import Run, _until, library
+from msd.loading import load_target
+from msd.statistics import Statistics, Step
+
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    place = tmp_path_factory.mktemp("target")
+    tiny_checkpoint.write(place)
+    tiny_checkpoint.photos(place / "images", 2)
+    photo = place / "images" / "0.png"
+    ask = ["What is it?", "What is it? What is it doing?", "Where?", "What is it? Where is it? What"]
+    about = [Sample((photo,), words, None, "see") for words in ask[:3]]
+    return [about[0], Sample((), ask[3], None, "say"), about[1], Sample((), ask[0], None, "say"), about[2]]
+
+
+def test_batches_answer_as_single_prompts(samples: list[Sample]) -> None:
+    model, processor = load_target(samples[0].images[0].parents[1])
+    model.generation_config.eos_token_id = 2
+    rows = {}
+    for batch in (1, 2):
+        results = measure.run(model, processor, samples, ["prompt-lookup"], NEW, 0.0, lambda _: None, batch=batch)
+        assert results["environment"]["batch"] == batch
+        rows[batch] = {(r["method"], r["task"]): r for r in results["rows"]}
+    for key, row in rows[2].items():
+        single = rows[1][key]
+        assert (row["samples"], row["tokens"], row["identical"]) == (single["samples"], single["tokens"], 1.0)
+        assert (row["speedup_decode_only"] is None) == (key[0] == "transformers")
+    assert rows[1]["ar", "see"]["samples"] == 3 and rows[1]["ar", "say"]["samples"] == 2
+
+
+def test_a_sampled_batch_is_not_compared_with_the_library(samples: list[Sample]) -> None:
+    model, processor = load_target(samples[0].images[0].parents[1])
+    for batch, known in ((1, True), (2, False)):
+        results = measure.run(model, processor, samples[:3], [], NEW, 1.0, lambda _: None, batch=batch)
+        assert {row["identical"] is not None for row in results["rows"]} == {known}
+
+
+def test_groups_are_of_one_task_and_in_order(samples: list[Sample]) -> None:
+    assert measure._grouped(samples, 1) == [[0], [1], [2], [3], [4]]
+    assert measure._grouped(samples, 2) == [[0, 2], [1, 3], [4]]
+
+
+def test_padding_is_no_answer(samples: list[Sample]) -> None:
+    assert _until([5, 6, 2, 0, 0], {2}) == [5, 6, 2]
+    assert _until([5, 6], {2}) == [5, 6]
+    model, _ = load_target(samples[0].images[0].parents[1])
+    inputs = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
+    run = library(model, inputs, {"max_new_tokens": 4, "do_sample": False}, seed=0)
+    assert len(run.answers) == 2 and run.prefill is None and run.tokens == sum(map(len, run.answers))
+
+
+def test_steps_of_a_batch_go_to_their_rows() -> None:
+    steps = [Step(0, 1, 2, 1), Step(1, 1, 2, 0), Step(0, 3, 2, 2)]
+    run = Run([[5, 6, 7], [8]], 1.0, None, Statistics(steps=steps))
+    assert list(run.by_row()) == [([steps[0], steps[2]], [5, 6, 7]), ([steps[1]], [8])]
