@@ -60,7 +60,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 ) -> None:
     whole = train(capsys, place, tmp_path / "whole", "--form", form)
     assert whole["finished"] and whole["steps"] == STEPS
-    assert set(whole["held_out"]) == {"language", "vision", "fusion", "acceptance"}
+    assert set(whole["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}
     assert Path(whole["curves"]).read_bytes().startswith(b"\x89PNG")
 
     forward, calls = DraftObjective.forward, []

@@ -161,25 +161,33 @@ def train(
 
 
 class _Evaluation:
-    """Held-out chain acceptance by modality, and the mean acceptance length a chain would have."""
+    """Held-out chain acceptance: by modality in answers about images, and of all answers without one ("text")."""
 
     def __init__(self, objective: DraftObjective, lessons: Lessons, held_out: Sequence[Captured]) -> None:
         self.objective, self.lessons = objective, lessons
-        self.held_out = [c for c in held_out if len(c.ids) > 1]
+        some = [c for c in held_out if len(c.ids) > 1]
+        self.about_images, self.text = ([c for c in some if bool(c.images) == images] for images in (True, False))
         self.last: dict[str, float] = {}
 
     def __call__(self) -> dict[str, float]:
-        counts: dict[str, list[int]] = {}
         self.objective.eval()
-        for lesson, labels in self._taught():
+        seen, text = self._counts(self.about_images), self._counts(self.text)
+        self.objective.train()
+        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in seen.items()}
+        for name, counts in (("text", text), ("acceptance", seen or text)):
+            accepted, drafted = (sum(c[i] for c in counts.values()) for i in (0, 1))
+            if drafted:
+                self.last[name] = accepted / drafted
+        return self.last
+
+    def _counts(self, answers: Sequence[Captured]) -> dict[str, list[int]]:
+        """Modality name -> [accepted, drafted]."""
+        counts: dict[str, list[int]] = {}
+        for lesson, labels in self.lessons.in_turn(answers):
             for name, (accepted, drafted) in chain_acceptance(self.objective, lesson, labels).items():
                 old = counts.setdefault(name, [0, 0])
                 counts[name] = [old[0] + accepted, old[1] + drafted]
-        self.objective.train()
-        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in counts.items()}
-        total = [sum(c[i] for c in counts.values()) for i in (0, 1)]
-        self.last["acceptance"] = total[0] / max(1, total[1])
-        return self.last
+        return counts
 
     def reports(self) -> dict[str, Any]:
         """Of a trained network: the router's quality, and the fit that turns confidence into tree scores."""
@@ -189,8 +197,8 @@ class _Evaluation:
         return told
 
     def _taught(self) -> Iterator[tuple[Lesson, Tensor]]:
-        """The held-out answers, in batches."""
-        return self.lessons.in_turn(self.held_out)
+        """The held-out answers about images, in batches; those without where there are no others."""
+        return self.lessons.in_turn(self.about_images or self.text)
 
 
 def _ends(model: Any) -> list[int]:

@@ -102,10 +102,10 @@ class Lessons:
         return self._answers(*self._drawn(step))
 
     def in_turn(self, answers: Sequence[Captured]) -> Iterator[tuple[Lesson, Tensor]]:
-        """Lessons on `answers` (always the same ones) in batches, in their order."""
+        """Lessons on `answers` in batches, in their order."""
         for start in range(0, len(answers), self.batch):
-            some = answers[start : start + self.batch]
-            yield self.notebook.recall(("in turn", start), lambda some=some: self.teach(some))  # type: ignore[misc]
+            some = tuple(answers[start : start + self.batch])
+            yield self.notebook.recall(some, lambda some=some: self.teach(some))  # type: ignore[misc]
 
     def _answers(self, images: bool, at: int) -> list[Captured]:
         return [self.pools[images][i] for i in self.batches[images][at]]
