@@ -135,9 +135,7 @@ def test_bf16_is_lossy_and_only_used_when_asked_for() -> None:
     apart = (said - own).abs().max() / own.abs().max()
     assert 1e-4 < apart < 0.1, "rounded to bfloat16"
     vlm = SpeculativeVLM(model, None, SpeculativeConfig(backend="bf16"), "prompt-lookup")
-    assert vlm.plan.costs is None, (
-        "rounding depends on how much is drafted: not by the clock"
-    )
+    assert vlm.plan.costs is None, "rounding depends on how much is drafted: not by the clock"
     assert vlm.generate(**inputs, max_new_tokens=6).tokens
     assert SpeculativeVLM(model, None, drafter="prompt-lookup").plan.costs is not None
 

@@ -43,13 +43,14 @@ def described(folder: Path) -> str:
             f"commonest class: {router['majority']:.3f}), expected calibration error {router['ece']:.3f}; below the "
             f"first level {router['deeper']:.3f}. Confusion, true class by predicted class:"
         )
-        lines += ["", "  | | " + " | ".join(router["confusion"]) + " |", "  |---" * (len(router["confusion"]) + 1) + "|"]
-        lines += [f"  | {a} | " + " | ".join(str(n) for n in row.values()) + " |" for a, row in router["confusion"].items()]
+        table = router["confusion"]
+        lines += ["", "  | | " + " | ".join(table) + " |", "  |---" * (len(table) + 1) + "|"]
+        lines += [f"  | {a} | " + " | ".join(str(n) for n in row.values()) + " |" for a, row in table.items()]
         lines.append("")
     fit = told["confidence"]
     lines.append(
-        f"- Chance of a node, on {fit['candidates']:,} held-out candidates: expected calibration error {fit['ece']:.3f} "
-        f"({fit['ece_of_q']:.3f} of the draft law alone)."
+        f"- Chance of a node, on {fit['candidates']:,} held-out candidates: expected calibration error "
+        f"{fit['ece']:.3f} ({fit['ece_of_q']:.3f} of the draft law alone)."
     )
     for epsilon, table in (told.get("thresholds") or {}).items():
         shown = ", ".join(f"{name} {theta:.2f}" for name, theta in table.items())
@@ -67,7 +68,8 @@ def measured(results: dict[str, Any], methods: list[str]) -> str:
             low, high = row["speedup_vs_ar_interval"]
             lines.append(
                 f"| `{row['method']}` | {row['task']} ({row['samples']}) | {row['speedup_vs_ar']:.2f} | "
-                f"{low:.2f}–{high:.2f} | {row['mean_acceptance_length']:.2f} | {row['tau_outside_repeated_8grams']:.2f} | "
+                f"{low:.2f}–{high:.2f} | {row['mean_acceptance_length']:.2f} | "
+                f"{row['tau_outside_repeated_8grams'] or 0.0:.2f} | "
                 + " / ".join("–" if rates.get(n) is None else f"{rates[n]:.3f}" for n in NAMES) + " |"
             )  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -23,8 +23,8 @@ from model import ALL, QVO, ModelConfig, TrainableVLM, load_weights, save_weight
 from pack import Batch
 from torch import Tensor
 
+from msd.backends.precision import faster_in_bf16
 from msd.train.loop import Loop, LoopConfig
-from msd.train.precision import faster_in_bf16
 
 COLOUR = "tower.colour"
 LAYERS = {"all": ALL, "qvo": QVO}
