@@ -25,7 +25,7 @@ from torch import Tensor
 
 from msd import drafters
 from msd.backends.precision import faster_in_bf16
-from msd.bench import measure, report
+from msd.bench import files, measure, report
 from msd.bench.data import load_data
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
 from msd.drafters.msd.network import MSDNetwork
@@ -184,7 +184,7 @@ def bench_rows(args: argparse.Namespace) -> None:
     cuts = ModalityCuts.load(cuts_path(args.captured))
     told = lambda text: print(text, end="\r", flush=True)  # noqa: E731
     results = measure.run(model, processor, samples, methods, args.max_new_tokens, 0.0, told, cuts)
-    report.write(results, args.results)
+    files.write(results, args.results)
     print(report.markdown(results))
 
 

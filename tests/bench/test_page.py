@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from msd.bench import plots, report
+from msd.bench import files, plots, report
 from msd.bench.page import page
 
 
@@ -57,7 +57,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_stands_alone_and_holds_every_cell(tmp_path: Path) -> None:
-    report.write(results(), tmp_path)
+    files.write(results(), tmp_path)
     text = (tmp_path / "report.html").read_text()
     reader = Reader()
     reader.feed(text)

@@ -1,13 +1,9 @@
-"""What a benchmark says, as files: results.json for machines, report.md and report.html for people."""
+"""What a benchmark says, as tables."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from msd.errors import UserError
 
 _COLUMNS = {
     "method": "method",
@@ -58,19 +54,6 @@ def markdown(results: dict[str, Any]) -> str:
         name, _, count = title.partition(" ")
         lines += ["", f"**{name}** {count}", "", _line(head), _line("---" for _ in head), *map(_line, rows)]
     return "\n".join(lines) + "\n"
-
-
-def write(results: dict[str, Any], folder: Path) -> None:
-    """results.json, report.md and report.html in `folder`, made if needed."""
-    from msd.bench.page import page
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (folder / "report.md").write_text(markdown(results))
-        (folder / "report.html").write_text(page(results), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write results to '{folder}': {error.strerror}; choose another --out") from error
 
 
 def _line(cells: Any) -> str:

@@ -70,7 +70,7 @@ def bench(
     if cuts is not None and temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
-    from msd.bench import measure, modal, report
+    from msd.bench import files, measure, modal, report
     from msd.config import SpeculativeConfig
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
@@ -85,5 +85,5 @@ def bench(
             SpeculativeConfig(**checked, backend=backend), warm, batch,
         )  # fmt: skip
     if out is not None:
-        report.write(results, out)
+        files.write(results, out)
     print(json.dumps(results) if as_json else report.markdown(results))
