@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class SpeculativeConfig(BaseModel):
     """How to speculate.
 
-    method: a name of `msd.drafters.methods()`. verifier: a name of `msd.verify.policies()`.
+    method: a name of `msd.drafters.methods()`; without one, what ships for the target (`msd.drafters.default`).
+    verifier: a name of `msd.verify.policies()`.
     thresholds: modality name -> θ of `threshold`, or the θ that `budget` begins with; where it has none, `budget` takes
     those calibrated for the drafter, if there are any, and else the registry's.
     epsilon: mean total variation per emitted token that `budget` may spend (0: lossless).
@@ -23,7 +24,7 @@ class SpeculativeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = "prompt-lookup"
+    method: str | None = None
     verifier: str = "lossless"
     thresholds: dict[str, float] = Field(default_factory=dict)
     epsilon: float = 0.0

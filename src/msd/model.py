@@ -33,6 +33,7 @@ from msd.sampling import Randomness, Sampler
 from msd.statistics import Statistics
 from msd.streaming import Stream
 from msd.targets import adapt
+from msd.targets.fingerprint import fingerprint
 
 Seed = int | Sequence[int] | torch.Generator | None
 
@@ -41,7 +42,7 @@ class SpeculativeVLM:
     """A vision-language model that decodes speculatively; its output is that of the model alone.
 
     model: a `transformers` image-text-to-text model of a supported architecture. processor: its processor.
-    drafter: a method name or a drafter; the config's method by default.
+    drafter: a method name or a drafter; by default the config's method, or what ships for this very model.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SpeculativeVLM:
         drafter: str | Drafter | None = None,
     ) -> None:
         self.config = config or SpeculativeConfig()
-        chosen = drafter or self.config.method
+        chosen = drafter or self.config.method or drafters.default(fingerprint(model))
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)

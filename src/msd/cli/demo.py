@@ -16,7 +16,9 @@ PHOTO, PROMPT = "surfer.jpg", "Describe the image in detail."
 
 
 def demo(
-    method: Annotated[str, typer.Option("--method", help="How to draft: a method's name.")] = "prompt-lookup",
+    method: Annotated[
+        str | None, typer.Option("--method", help="How to draft: a method's name; by default what was trained for it.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 96,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each way, in turn.")] = 3,
     as_json: Json = False,
@@ -37,7 +39,9 @@ def demo(
         console.file.flush()
     console.print("\n")
     sample = Sample((photo,), PROMPT, None, "demo")
-    results = measure.run(vlm.model, vlm.processor, [sample] * runs, [method], max_new_tokens, 0.0, lambda _: None)
+    results = measure.run(
+        vlm.model, vlm.processor, [sample] * runs, [vlm.drafter.name], max_new_tokens, 0.0, lambda _: None
+    )
     if as_json:
         print(json.dumps(results))
         return

@@ -32,7 +32,8 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "",
     target: Target = "reference",
     method: Annotated[
-        str | None, typer.Option("--method", help="How to draft: a method's name; 'msd' with --drafter.")
+        str | None,
+        typer.Option("--method", help="How to draft: a method's name; by default what was trained for the target."),
     ] = None,
     drafter: Drafter = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -55,8 +56,9 @@ def generate(
     prompts.check_text(prompt)
     checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
-    method = method or ("msd" if drafter else "prompt-lookup")
-    chosen_methods(method, target)
+    method = method or ("msd" if drafter else None)
+    if method:
+        chosen_methods(method, target)
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
 

@@ -49,6 +49,13 @@ def create(name: str) -> Drafter:
     return _METHODS[name]()
 
 
+def default(target: str) -> str:
+    """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
+    made = _METHODS.get("msd")
+    trained = isinstance(made, _Shipped) and checkpoint.training(WEIGHTS / "msd").get("cuts", {}).get("target")
+    return "msd" if trained == target else "prompt-lookup"
+
+
 class _Shipped(partial[Drafter]):
     """Makes a drafter that ships."""
 
