@@ -1,4 +1,4 @@
-"""Our plain loop costs no more memory than `transformers` `generate()`: peak resident size of a process each."""
+"""What memory ways of decoding cost: peak resident size of a process each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+def peak(way: str) -> int:
+    """Peak resident size of a process that decodes by `way`."""
+    return int(subprocess.run([sys.executable, "-c", SCRIPT, way], capture_output=True, check=True, text=True).stdout)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ar", "prompt-lookup"])
-def test_peak_memory_is_within_1_3x(method: str) -> None:
-    peak = {
-        way: int(subprocess.run([sys.executable, "-c", SCRIPT, way], capture_output=True, check=True, text=True).stdout)
-        for way in (method, "transformers")
-    }
-    assert peak[method] <= 1.3 * peak["transformers"], peak
+@pytest.mark.parametrize(
+    ("method", "base", "most"),
+    [("ar", "transformers", 1.3), ("prompt-lookup", "transformers", 1.3), ("msd", "ar", 1.6)],
+)
+def test_peak_memory_stays_near(method: str, base: str, most: float) -> None:
+    found = {way: peak(way) for way in (method, base)}
+    assert found[method] <= most * found[base], found

@@ -53,7 +53,7 @@ def test_generate_takes_no_or_several_images(capsys: pytest.CaptureFixture[str])
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("verify", "--limit", "2", "--max-new-tokens", "10", "--draws", "2000")
     rows = {row["method"]: row for row in as_json(capsys, *arguments)["rows"]}
-    assert rows.keys() == {"ar", "prompt-lookup", "prompt-lookup:sampled"}
+    assert rows.keys() == {"ar", "prompt-lookup", "prompt-lookup:sampled", "msd", "msd:sampled"}
     for row in rows.values():
         assert row["passed"] and row["identical"] + row["ties"] == row["compared"]
     assert rows["ar"]["compared"] == 12 and rows["prompt-lookup:sampled"]["compared"] == 2
@@ -96,4 +96,6 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     results = as_json(capsys, "demo", "--max-new-tokens", "8", "--runs", "1")
-    assert {row["method"] for row in results["rows"]} == {"transformers", "ar", "prompt-lookup"}
+    assert {row["method"] for row in results["rows"]} == {"transformers", "ar", "msd"}
+    (msd,) = (row for row in results["rows"] if row["method"] == "msd" and row["task"] == "all")
+    assert msd["identical"] == 1.0 and msd["mean_acceptance_length"] > 1.5

@@ -344,3 +344,13 @@ def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, m
     assert other.sampled and not one.sampled and one.thresholds(0.01) == {"vision": 0.9}
     registry.register_folder(tmp_path / "msd")  # one's own takes its place, for any target
     assert {"msd", "msd:sampled"} <= set(registry.methods("other/target"))
+
+
+def test_a_model_is_drafted_for_by_what_was_trained_for_it(reference_model: tuple[Any, Any]) -> None:
+    from msd.targets.fingerprint import fingerprint
+
+    model, processor = reference_model
+    assert registry.default(fingerprint(model)) == "msd" and SpeculativeVLM(model, processor).drafter.name == "msd"
+    assert registry.default("llava-another") == "prompt-lookup"
+    assert SpeculativeVLM(MODEL, None).drafter.name == "prompt-lookup"
+    assert SpeculativeVLM(model, processor, drafter="ar").drafter.name == "ar"
