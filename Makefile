@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast check format results clean
+.PHONY: setup demo test test-fast check format results floors clean
 
 setup: $(VENV)/ready
 
@@ -38,6 +38,19 @@ results: setup
 	$(BIN)/msd verify --method all --limit 50 --json > results/verify.json
 	$(BIN)/msd bench --method all --out results > /dev/null
 	$(BIN)/python tools/readme_tables.py
+
+# The figures the project promises, on validation photos of DATA: about 40 minutes on two idle cores.
+DATA ?= ../shared/data
+VAL := $(BIN)/msd bench --method msd --data runs/floors/val.jsonl --images $(DATA)
+NOISE := $(BIN)/msd bench --method msd --data runs/floors/noise/noise.jsonl --temperature 1.5
+floors: setup
+	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/floors --val-detail 40 --val-caption 20 --val-questions 20 --val-text 0
+	$(BIN)/python recipes/floors/noise.py --out runs/floors/noise
+	$(VAL) --out results/val > /dev/null
+	$(VAL) --temperature 1 --limit 60 --out results/val-T1 > /dev/null
+	for n in 2 4 8 16; do $(VAL) --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
+	for n in 1 2 4 8 16; do $(NOISE) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
+	$(BIN)/python recipes/floors/table.py results
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis build dist

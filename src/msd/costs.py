@@ -70,8 +70,8 @@ def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int,
     contexts = tuple(min(c, max(1, limit - max(nodes) - 1) - (len(contexts) - 1 - i)) for i, c in enumerate(contexts))
     rows = []
     for context in contexts:
-        state, _ = target.prefill(_words(context, target)[None], {}, context + max(nodes) + 1)
-        trees = [_chain(n, target) for n in nodes]
+        state, _ = target.prefill(words(context, target)[None], {}, context + max(nodes) + 1)
+        trees = [chain(n, target) for n in nodes]
         times: list[list[float]] = [[] for _ in nodes]
         for turn in range(TIMES + 1):
             for i, tree in enumerate(trees):
@@ -85,14 +85,14 @@ def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int,
     return Costs(nodes, contexts, tuple(rows))
 
 
-def _chain(nodes: int, target: Target) -> DraftTree:
-    """A chain of arbitrary tokens."""
-    tokens = _words(nodes, target)
+def chain(nodes: int, target: Target) -> DraftTree:
+    """A tree that is one chain of arbitrary tokens, the root included in `nodes`."""
+    tokens = words(nodes, target)
     return DraftTree.from_lists(tokens[:1], [tokens[1:].tolist()], [list(range(nodes - 1))])
 
 
-def _words(count: int, target: Target) -> torch.Tensor:
-    """Arbitrary token ids, none of them an image's."""
+def words(count: int, target: Target) -> torch.Tensor:
+    """[count] arbitrary token ids, none of them an image's."""
     size = target.model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(count, device=target.model.device) * 37 + 5) % size
     for placeholder in target.placeholders:

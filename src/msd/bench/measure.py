@@ -2,8 +2,9 @@
 
 Every sample is answered by every method in turn, in an order that rotates from sample to sample, with empty vision
 caches; all share prompts, generation settings, dtype and threads. `transformers` is the library's `generate()` as users
-run it, `ar` our own loop without drafts. Times are wall times of the whole call, image encoding and prefill included;
-decode-only leaves out the time to the first token. Acceptance by modality is measured afterwards, untimed.
+run it, `transformers:…` its own drafting where that works, `ar` our own loop without drafts. Times are wall times of
+the whole call, image encoding and prefill included; decode-only leaves out the time to the first token. Acceptance by
+modality is measured afterwards, untimed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from msd.bench import modal
 from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
 from msd.bench.intervals import ratio_interval
+from msd.bench.kernels import outside_kernels
 from msd.bench.mass import mean_mass, top_mass
 from msd.bench.repeats import tau_outside_repeats
-from msd.bench.timing import Run, library, ours
+from msd.bench.timing import LIBRARY, Run, library, ours
 from msd.config import SpeculativeConfig
 from msd.gain import ModalityCuts
 from msd.model import SpeculativeVLM
@@ -60,18 +62,25 @@ def run(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     settings = {**sampling, "max_new_tokens": max_new_tokens}
     ways: dict[str, Callable[..., Run]] = {
-        TRANSFORMERS: partial(library, model, settings=settings),
+        **{name: partial(library, model, settings={**settings, **extra}) for name, extra in LIBRARY.items()},
         **{name: partial(ours, engine, settings=settings, warm=warm) for name, engine in engines.items()},
     }
     ask = Conversation(engines[PLAIN])
     runs: dict[str, list[Run]] = {name: [] for name in ways}
-    groups = _grouped(samples, batch)
+    groups, not_run = _grouped(samples, batch), dict[str, str]()
     for number, group in enumerate([groups[0], *groups]):  # the first pass warms up and is not counted
         inputs = ask(*(samples[i] for i in group))
         turn = number % len(ways)
         for name in [*list(ways)[turn:], *list(ways)[:turn]]:
             report(f"{'sample' if batch == 1 else 'batch'} {number} of {len(groups)}, {name}")
-            answer = ways[name](inputs, seed=group[0])
+            try:
+                answer = ways[name](inputs, seed=group[0])
+            except (ValueError, RuntimeError, TypeError) as error:
+                if name not in LIBRARY or name == TRANSFORMERS:
+                    raise
+                not_run[name] = f"{type(error).__name__}: {error}"  # some of the library's ways refuse some models
+                del ways[name], runs[name]
+                continue
             if number:
                 runs[name].append(answer)
     tasks = ["all", *dict.fromkeys(sample.task for sample in samples)]
@@ -96,7 +105,7 @@ def run(
     curve = next((asdict(e.plan.costs) for e in engines.values() if e.plan.costs), None)
     backend = engines[PLAIN].target.backend
     told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known, "costs": curve}
-    told["batch"] = batch
+    told |= {"batch": batch, "outside_kernels": outside_kernels(engines[PLAIN].target), "not_run": not_run}
     return {"environment": {**environment(model, settings), **told}, "target_top_mass": certainty, "rows": rows}
 
 
@@ -188,10 +197,10 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]], co
         "speedup_warm_vs_ar": _warm(plain, mine),
         "speedup_decode_only": None if base is None or own is None else base / max(own, 1e-9),
         "tokens_per_second": sum(r.tokens for r in mine) / seconds(mine),
-        "mean_acceptance_length": total.mean_acceptance_length,
+        "mean_acceptance_length": total.mean_acceptance_length if total.num_spec_steps else None,
         "tau_outside_repeated_8grams": tau_outside_repeats(row for r in mine for row in r.by_row()),
-        "tau_without_bonus": total.tau_without_bonus,
-        "draft_acceptance_rate": total.draft_acceptance_rate,
+        "tau_without_bonus": total.tau_without_bonus if total.num_spec_steps else None,
+        "draft_acceptance_rate": total.draft_acceptance_rate if total.num_spec_steps else None,
         "acceptance_by_modality": None,
         "coverage_by_modality": None,
         "acceptance_by_depth": None,
@@ -203,6 +212,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]], co
         "draft_s": split.get("draft"),
         "verify_s": split.get("verify"),
         "host_s": split.get("host"),
+        "host_share": split["host"] / seconds(mine) if split else None,
     }
 
 

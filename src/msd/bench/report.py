@@ -16,12 +16,16 @@ _COLUMNS = {
     "tau_without_bonus": "τ without bonus",
     "identical": "identical",
     "mean_answer_tokens": "answer tokens",
+    "host_share": "host share",
 }
 _BY_MODALITY = {"acceptance_by_modality": "acceptance", "coverage_by_modality": "coverage"}
 
 
 def described(environment: dict[str, Any]) -> str:
-    """How it was measured, in a sentence or two."""
+    """How it was measured, in a few sentences."""
+    outside = environment.get("outside_kernels") or {}
+    shares = ", ".join(f"{share:.0%} with {nodes} nodes" for nodes, share in outside.items())
+    refused = "".join(f" `{name}` does not run here ({why})." for name, why in environment.get("not_run", {}).items())
     return (
         f"{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"{environment.get('backend', 'plain')} backend"
@@ -29,6 +33,7 @@ def described(environment: dict[str, Any]) -> str:
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
         "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty. "
         "What a method gains over `ar` is drafting; what `ar` gains over `transformers` is kernel work."
+        f"{f' Of a target pass at least {shares} is spent outside operators.' if shares else ''}{refused}"
     )
 
 

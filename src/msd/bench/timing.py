@@ -52,19 +52,29 @@ class _FirstToken(BaseStreamer):
         """Nothing to flush."""
 
 
+# ways of the library's own to decode: name -> what is added to `generate()`
+LIBRARY: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    "transformers:prompt-lookup": {"prompt_lookup_num_tokens": 10},
+}
+
+
 def library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str, Any], seed: int) -> Run:
-    """`transformers` `generate()`. Of a batch the time to the first token is not known: it takes no streamer."""
+    """`transformers` `generate()`. Of a batch the time to the first token is not known: it takes no streamer.
+
+    Nor does it when it drafts, and then its passes are not counted: statistics are empty.
+    """
     torch.manual_seed(seed)
     length, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
-    first = _FirstToken()
+    first, drafts = _FirstToken(), "prompt_lookup_num_tokens" in settings
     begin = time.perf_counter()
-    output = model.generate(**inputs, **settings, **({"streamer": first} if rows == 1 else {}))
+    output = model.generate(**inputs, **settings, **({"streamer": first} if rows == 1 and not drafts else {}))
     seconds = time.perf_counter() - begin
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     answers = [_until(row, ends) for row in output[:, length:].tolist()]
     emitted = sum(map(len, answers)) - rows
-    statistics = Statistics(num_spec_steps=emitted, num_emitted_tokens=emitted)
+    statistics = Statistics() if drafts else Statistics(num_spec_steps=emitted, num_emitted_tokens=emitted)
     return Run(answers, seconds, first.at - begin if first.at else None, statistics)
 
 

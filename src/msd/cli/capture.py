@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from msd.cli.options import Data, Images, Json, Limit, MaxNewTokens, Target, quiet
+from msd.cli.options import Backend, Data, Images, Json, Limit, MaxNewTokens, Target, quiet
 from msd.errors import UserError
 
 
@@ -24,6 +24,7 @@ def capture(
     max_new_tokens: MaxNewTokens = 128,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
     limit: Limit = None,
+    backend: Backend = "measure",
     as_json: Json = False,
 ) -> None:
     """Let the target answer prompts greedily, and label what it says by how much the image mattered."""
@@ -58,8 +59,9 @@ def capture(
     cuts = ModalityCuts.load(frozen) if frozen.exists() else None
     if cuts is not None:
         cuts.check_target(name)
-    writer = TargetWriter(model, processor, folder, max_new_tokens)
-    marks = {"target": name}
+    writer = TargetWriter(model, processor, folder, max_new_tokens, backend)
+    lossy = writer.engine.target.backend.lossy
+    marks = {"target": name} | ({"backend": backend} if lossy else {})
     todo = pending(prompts, out, marks)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for prompt in progress.track(todo, description="checking"):
@@ -72,7 +74,7 @@ def capture(
         except KeyboardInterrupt:
             console.print(f"interrupted; what is written is kept in {out}, and the same command goes on from there")
             raise
-    if cuts is None and len(samples) == len(lines):  # a part of the data does not decide for good
+    if cuts is None and not lossy and len(samples) == len(lines):  # neither a part of the data nor rounded gains decide
         cuts = fit_cuts(records, name)
         if cuts is not None:
             cuts.save(frozen)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.config import SpeculativeConfig
 from msd.drafters.plain import Plain
 from msd.errors import UserError
 from msd.gain import assert_images_matter, image_gain
@@ -45,12 +46,15 @@ class TargetWriter:
     """Writes answers for `capture`: plain greedy decoding in batches, then a blind teacher pass for the gains.
 
     Image placeholders are never written: the teacher would look for an image there. The first batch with images
-    refuses a target that does not see them. folder: where image names start from.
+    refuses a target that does not see them. folder: where image names start from. backend: how passes are computed;
+    a lossy one writes answers that now and then take another way at a near tie, and gains that are a little off.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int, backend: str = "measure"
+    ) -> None:
         self.witness = Witness()
-        self.engine = SpeculativeVLM(model, processor, drafter=self.witness)
+        self.engine = SpeculativeVLM(model, processor, SpeculativeConfig(backend=backend), drafter=self.witness)
         self.processor, self.folder, self.max_new_tokens = processor, folder, max_new_tokens
         self._sees = False
 

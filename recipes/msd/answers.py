@@ -1,0 +1,122 @@
+"""The captured answers, small enough to keep: `answers.safetensors` beside this file spares the hour of capturing.
+
+python recipes/msd/answers.py pack      # runs/msd/{captured,val_captured}.jsonl -> recipes/msd/answers.safetensors
+python recipes/msd/answers.py unpack    # the other way, with the prompts of runs/msd/{prompts,val}.jsonl
+
+Kept are token ids and gains, which the target wrote; its prompts and photos are the data's and are not. An answer finds
+its prompt by a hash of both. The modality cuts are the shipped ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msd.bench.modal import SHIPPED
+from msd.errors import UserError
+from msd.gain import ModalityCuts
+from msd.loading import load_target
+from msd.targets.fingerprint import fingerprint
+from msd.train.capture import Answer, Prompt, capture
+from msd.train.captured import cuts_path
+
+PARTS = (("prompts.jsonl", "captured.jsonl"), ("val.jsonl", "val_captured.jsonl"))
+Record = dict[str, Any]
+
+
+def key(images: Sequence[str], prompt: str) -> int:
+    """A question about images, as 63 bits."""
+    said = json.dumps([list(images), prompt], ensure_ascii=False).encode()
+    return int.from_bytes(hashlib.sha256(said).digest()[:8], "big") >> 1
+
+
+def packed(records: list[Record]) -> dict[str, Tensor]:
+    """Answers side by side. key [N] int64, length [N] int32 and ended [N] bool of each; ids, gain of all tokens."""
+    ids = [r["ids"] + ([] if r["end"] is None else [r["end"]]) for r in records]
+    return {
+        "key": torch.tensor([key(r["image"], r["prompt"]) for r in records]),
+        "length": torch.tensor([len(row) for row in ids], dtype=torch.int32),
+        "ended": torch.tensor([r["end"] is not None for r in records]),
+        "ids": torch.tensor([token for row in ids for token in row], dtype=torch.int32),
+        "gain": torch.tensor([gain for r in records for gain in r["gain"]], dtype=torch.float32),
+    }
+
+
+def answers(tensors: dict[str, Tensor]) -> dict[int, tuple[list[int], list[float], bool]]:
+    """Key -> ids (the end token included), gains, whether the last id is the end token."""
+    parts = tensors["length"].tolist()
+    rows = zip(tensors["ids"].split(parts), tensors["gain"].split(parts), tensors["ended"].tolist(), strict=True)
+    return {
+        k: (ids.tolist(), [round(g, 4) for g in gain.tolist()], ended)
+        for k, (ids, gain, ended) in zip(tensors["key"].tolist(), rows, strict=True)
+    }
+
+
+def pack(work: Path, kept: Path) -> None:
+    """All captured answers into one file."""
+    records = [json.loads(line) for _, name in PARTS for line in (work / name).read_text("utf-8").splitlines()]
+    save_file(packed(records), kept, {"target": records[0]["target"]})
+    print(f"{kept}: {len(records)} answers, {kept.stat().st_size / 1e6:.1f} MB")
+
+
+class Kept:
+    """A writer for `capture` that has every answer already. UserError for a prompt that was never asked."""
+
+    def __init__(self, kept: Path, tokenizer: Any) -> None:
+        with safe_open(kept, "pt") as file:
+            self.target = file.metadata()["target"]
+            self.known = answers({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answers in the order of the prompts."""
+        return [self._answer(prompt) for prompt in prompts]
+
+    def _answer(self, prompt: Prompt) -> Answer:
+        found = self.known.get(key(prompt.images, prompt.text))
+        if found is None:
+            raise UserError(f"no answer is kept to '{prompt.text[:60]}'; capture anew")
+        ids, gain, ended = found
+        said, end = (ids[:-1], ids[-1]) if ended else (ids, None)
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        return Answer(text, tuple(said), ended, end, tuple(gain))
+
+
+def unpack(work: Path, kept: Path) -> None:
+    """Files as `msd capture` writes them. UserError when another model gave the answers."""
+    model, processor = load_target("reference")
+    write, name = Kept(kept, processor.tokenizer), fingerprint(model)
+    if name != write.target:
+        raise UserError(f"'{kept}' was written by {write.target}, the reference model is {name}; capture anew")
+    cuts = ModalityCuts.load(SHIPPED)
+    for asked, captured in PARTS:
+        lines = [json.loads(line) for line in (work / asked).read_text("utf-8").splitlines()]
+        prompts = [
+            Prompt(line["prompt"], (line["image"],) if "image" in line else (), line["task"], line["split"])
+            for line in lines
+        ]
+        records = capture(prompts, write, work / captured, marks={"target": name})
+        cuts.save(cuts_path(work / captured))
+        print(f"{work / captured}: {len(records)} answers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pack", "unpack"))
+    parser.add_argument("--work", type=Path, default=Path("runs/msd"))
+    parser.add_argument("--kept", type=Path, default=Path(__file__).with_name("answers.safetensors"))
+    args = parser.parse_args()
+    (pack if args.what == "pack" else unpack)(args.work, args.kept)
+
+
+if __name__ == "__main__":
+    main()
