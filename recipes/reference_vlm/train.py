@@ -24,7 +24,7 @@ from pack import Batch
 from torch import Tensor
 
 from msd.backends.precision import faster_in_bf16
-from msd.heap import keep_freed
+from msd.heap import use_large_blocks
 from msd.train.loop import Loop, LoopConfig
 
 COLOUR = "tower.colour"
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    keep_freed()
+    use_large_blocks()
     args = parse()
     if args.export:
         save_weights(load_weights(args.out / "checkpoint.pt"), args.export)
