@@ -1,0 +1,55 @@
+"""The kept answers of the recipe: what comes out is what went in, and finds its prompt."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from msd.errors import UserError
+from msd.train.capture import Prompt, capture
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "msd" / "answers.py"
+SPEC = importlib.util.spec_from_file_location("msd_answers", RECIPE)
+assert SPEC is not None and SPEC.loader is not None
+recipe = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(recipe)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(i) for i in ids)
+
+
+def record(images: list[str], prompt: str, answer: str, end: int | None) -> dict[str, Any]:
+    ids = [ord(c) for c in answer]
+    gain = [round(0.1 * i + 0.0123, 4) for i in range(len(ids) + (end is not None))]
+    return {
+        "image": images, "prompt": prompt, "answer": answer, "ids": ids, "finished": end is not None, "task": "caption",
+        "split": "train", "end": end, "gain": gain, "target": "tiny",
+    }  # fmt: skip
+
+
+RECORDS = [record(["a.jpg"], "what?", "a dog", 2), record(["b.jpg"], "what?", "a c", None), record([], "hé?", "ok", 2)]
+
+
+@pytest.fixture()
+def kept(tmp_path: Path) -> Path:
+    save_file(recipe.packed(RECORDS), tmp_path / "answers.safetensors", {"target": "tiny"})
+    return tmp_path / "answers.safetensors"
+
+
+def test_answers_come_back_as_they_were(kept: Path, tmp_path: Path) -> None:
+    prompts = [Prompt(r["prompt"], tuple(r["image"]), r["task"]) for r in reversed(RECORDS)]
+    records = capture(prompts, recipe.Kept(kept, Letters()), tmp_path / "captured.jsonl", marks={"target": "tiny"})
+    assert records == RECORDS[::-1]
+
+
+def test_a_prompt_that_was_never_asked_is_named(kept: Path) -> None:
+    with pytest.raises(UserError, match="no answer is kept to 'why"):
+        recipe.Kept(kept, Letters())([Prompt("why?", ("a.jpg",))])
