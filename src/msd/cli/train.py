@@ -88,7 +88,8 @@ def train(
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
         form=form, layers=layers, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed,
-        off=tuple(out_of), text_only=text_only, precision=precision, remember=remember, loss=LossConfig(weighting=weighting),
+        off=tuple(out_of), text_only=text_only, precision=precision, remember=remember,
+        loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):
