@@ -1,0 +1,37 @@
+"""State: one batch in flight, and what of it a later turn of the same conversation can use again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from msd.cache import KVCache
+from msd.layout import Layout
+
+Contents = dict[str, list[Tensor]]  # "image", "video" or "audio" -> what fills its placeholders, piece by piece
+
+
+@dataclass
+class State:
+    """One batch in flight: its text, its cache, and what the drafter remembers of it.
+
+    prefilled: rows that the target computed for the prompt, columns of the batch; those of an earlier turn left out.
+    contents: what stands at the placeholders, kept for comparison where the state is to be continued.
+    trail: [1, C, T*H] tap states of the committed slots, where the state is to be continued and there are taps.
+    """
+
+    layout: Layout
+    cache: KVCache
+    memory: Any = field(default=None)
+    prefilled: int = 0
+    contents: Contents = field(default_factory=dict)
+    trail: Tensor | None = None
+    scored: Tensor | None = None  # [1, N, T*H] tap states of the tree scored last, where there is a trail
+
+    def follow(self, nodes: list[int]) -> None:
+        """Adds the states of the committed `nodes` of the tree scored last to the trail; before the cache commits."""
+        if self.trail is not None and self.scored is not None:
+            at = self.cache.committed[0]
+            self.trail[0, at : at + len(nodes)] = self.scored[0, nodes]
