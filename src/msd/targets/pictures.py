@@ -150,28 +150,32 @@ class NestedTiles(Pictures):
 
 @dataclass(frozen=True)
 class AnyResolution(Pictures):
-    """LLaVA-OneVision's images: cut into tiles only where an image is its prompt's only one."""
+    """LLaVA-OneVision's images: cut into tiles only where an image is its prompt's only one.
 
-    def pieces(self, inputs: dict[str, Any]) -> list[Piece]:
-        """See `Pictures`; a piece also knows whether it is cut ("alone", a bool)."""
-        pieces = super().pieces(inputs)
-        groups = inputs.get("batch_num_images")
-        alone = [True] * len(pieces) if groups is None else [n == 1 for n in groups.tolist() for _ in range(n)]
-        return [{**piece, "alone": torch.tensor(a)} for piece, a in zip(pieces, alone, strict=True)]
+    A piece knows that of itself ("alone", a bool), from the number of images of every prompt that has any.
+    """
+
+    groups: str = "batch_num_images"
 
     @property
     def spent(self) -> tuple[str, ...]:
         """See `Pictures`."""
-        return (self.pixels, *self.beside)
+        return (*super().spent, self.groups)
+
+    def pieces(self, inputs: dict[str, Any]) -> list[Piece]:
+        """See `Pictures`."""
+        pieces = super().pieces({k: v for k, v in inputs.items() if k != self.groups})
+        sizes = inputs.get(self.groups)
+        alone = [True] * len(pieces) if sizes is None else [int(n) == 1 for n in sizes for _ in range(int(n))]
+        return [{**piece, "alone": torch.tensor(a)} for piece, a in zip(pieces, alone, strict=True)]
 
     def encode(self, model: PreTrainedModel, pieces: Sequence[Piece]) -> list[Features]:
-        """See `Pictures`; those that are cut, then those that are not."""
+        """See `Pictures`; those that are cut apart from those that are not."""
         found: dict[int, Features] = {}
         for alone in (True, False):
             some = [i for i, piece in enumerate(pieces) if bool(piece["alone"]) is alone]
-            if not some:
-                continue
-            arguments = self._together([{k: v for k, v in pieces[i].items() if k != "alone"} for i in some])
-            arguments["batch_num_images"] = torch.tensor([1] * len(some) if alone else [max(2, len(some))])
-            found.update(zip(some, self._divided(self._run(model, arguments), len(some)), strict=True))
+            if some:
+                arguments = self._together([{k: v for k, v in pieces[i].items() if k != "alone"} for i in some])
+                arguments[self.groups] = torch.tensor([1] * len(some) if alone else [max(2, len(some))])
+                found.update(zip(some, self._divided(self._run(model, arguments), len(some)), strict=True))
         return [found[i] for i in range(len(pieces))]

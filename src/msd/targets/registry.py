@@ -36,7 +36,7 @@ _TILES = Pictures(join="stack", limit=512)
 _QWEN = (Patches(), Patches("video", "pixel_values_videos", ("video_grid_thw",)))
 _FRAMES = Pictures("video", "pixel_values_videos", join="cat")
 _ONE_VISION = (
-    AnyResolution(beside=("image_sizes", "batch_num_images")),
+    AnyResolution(),
     Pictures("video", "pixel_values_videos", ("image_sizes_videos",), join="stack"),
 )
 
