@@ -1,8 +1,7 @@
 """A tiny random model of every family, and prompts for it as its processor would write them, without torchvision.
 
-A prompt is a list of parts: word ids, and `Picture`s. `row` turns one into processor output, `batch` several into a
-left-padded batch. What a family adds to its model is which ids stand for a picture, and which tensors describe all
-pictures of a batch; the layouts are those of the processors of transformers 5.23.
+What stands where is in `family_layouts`. A prompt is a list of parts: word ids, and `Picture`s. `row` turns one into
+processor output, `batch` several into a left-padded batch.
 """
 
 from __future__ import annotations
@@ -55,21 +54,37 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
-PAD, BOS, EOS, IMAGE, VIDEO, AUDIO, START, END, BREAK = range(9)
-WORDS, VOCABULARY = 9, 64  # the first word; ids below stand for something else
+from family_layouts import (
+    AUDIO,
+    BOS,
+    END,
+    EOS,
+    IMAGE,
+    PAD,
+    START,
+    VIDEO,
+    VOCABULARY,
+    WORDS,
+    Picture,
+    Rows,
+    grid,
+    lines,
+    marked,
+    nested,
+    next_views,
+    of,
+    one_vision,
+    one_vision_place,
+    qwen,
+    several,
+    sized,
+    stacked,
+    tiles,
+)  # fmt: skip
+
 WINDOW = 12  # of sliding layers: shorter than every prompt
 
-
-@dataclass(frozen=True)
-class Picture:
-    """kind: "image", "video" or "audio". data: [3, h, w], [frames, 3, h, w] or [mel bins, frames]."""
-
-    kind: str
-    data: Tensor
-
-
 Part = int | Picture
-Rows = list[list[Picture]]  # the pictures of every row
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,8 @@ class Family:
     """name: the test's; the model's `model_type` unless a family is there in two forms.
 
     make: a fresh model. place: the ids of a picture; told whether it is its prompt's only one of the kind. tensors:
-    what describes the pictures of all rows. sizes: of an image, [h, w], and of another one. frame: of a video's. types: the name of the
-    token types that the processor returns, and the type of words.
+    what describes the pictures of all rows. sizes: of an image, [h, w], and of another one; frame: of a video's.
+    types: the name of the token types that the processor returns. opens: pictures stand before all words.
     """
 
     name: str
@@ -89,7 +104,7 @@ class Family:
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (16, 16))
     types: str | None = None
     frame: tuple[int, int] = (16, 16)
-    opens: bool = False  # pictures stand before all words
+    opens: bool = False
 
     def picture(self, seed: int, kind: str = "image") -> Picture:
         """A random picture: sizes take turns; a video has 8 frames."""
@@ -150,8 +165,8 @@ def _tower(kind: type, **more: Any) -> Any:
 
 
 def _made(model: type, config: Any, sharpness: float = 10.0, strength: float = 6.0) -> Callable[[], PreTrainedModel]:
-    """A maker of seeded models, with larger weights than at the start of training, so that pictures matter and laws have
-    shape: `strength` times as large, the output layer's `sharpness` times.
+    """A maker of seeded models, with larger weights than at the start of training, so that pictures matter and laws
+    have shape: `strength` times as large, the output layer's `sharpness` times.
     """
 
     def make() -> PreTrainedModel:
@@ -168,150 +183,11 @@ def _made(model: type, config: Any, sharpness: float = 10.0, strength: float = 6
     return make
 
 
-def _of(rows: Rows, kind: str) -> list[Tensor]:
-    return [p.data for pictures in rows for p in pictures if p.kind == kind]
-
-
-def _stacked(rows: Rows, image: str = "pixel_values", video: str = "pixel_values_videos") -> dict[str, Tensor]:
-    """Pictures of one size: [I, 3, h, w] and [V, frames, 3, h, w]."""
-    found = {image: _of(rows, "image"), video: _of(rows, "video")}
-    return {name: torch.stack(data) for name, data in found.items() if data}
-
-
-def _several(tokens: int, frame: int = 0) -> Callable[[Picture, bool], list[int]]:
-    """`tokens` placeholders for an image, `frame` for each frame of a video."""
-    return lambda p, _: [IMAGE] * tokens if p.kind == "image" else [VIDEO] * (frame * len(p.data))
-
-
-# LLaVA-NeXT and LLaVA-OneVision: a base view, and tiles of wide or tall images
-
-
-def _views(image: Tensor) -> Tensor:
-    """[3, 3, 16, 16]: the base view (here any pixels of the image) and its two tiles."""
-    tall = image.shape[1] == 32
-    halves = [image[:, :16, :16], image[:, 16:] if tall else image[:, :, 16:]]
-    return torch.stack([image[:, ::2] if tall else image[:, :, ::2], *halves])
-
-
-def _next(rows: Rows) -> dict[str, Tensor]:
-    images = _of(rows, "image")
-    return {
-        "pixel_values": torch.stack([_views(x) for x in images]),
-        "image_sizes": torch.tensor([x.shape[1:] for x in images]),
-    }
-
-
-def _one_vision(rows: Rows) -> dict[str, Tensor]:
-    """Images of a prompt with several are not cut; views are filled up with zeros."""
-    groups = [[p.data for p in row if p.kind == "image"] for row in rows]
-    views = [_views(x) if len(group) == 1 else _views(x)[:1] for group in groups for x in group]
-    out = _stacked([[p for p in row if p.kind == "video"] for row in rows])
-    if views:
-        most = max(map(len, views))
-        padded = [torch.cat([v, v.new_zeros(most - len(v), *v.shape[1:])]) for v in views]
-        out |= {
-            "pixel_values": torch.stack(padded),
-            "image_sizes": torch.tensor([x.shape[1:] for group in groups for x in group]),
-            "batch_num_images": torch.tensor([len(group) for group in groups if group]),
-        }
-    return out
-
-
-def _one_vision_place(p: Picture, alone: bool) -> list[int]:
-    """A base view of 4 tokens; 2x4 or 4x2 tokens of tiles with a newline per row, or one newline. A frame pools to 1."""
-    if p.kind == "video":
-        return [VIDEO] * (len(p.data) + 1)
-    return [IMAGE] * (4 + (1 if not alone else 10 if p.data.shape[2] == 32 else 12))
-
-
-# Pixtral: images of any size, padded to the largest
-
-
-def _sized(rows: Rows) -> dict[str, Tensor]:
-    images = _of(rows, "image")
-    high, wide = (max(x.shape[i] for x in images) for i in (1, 2))
-    padded = [torch.nn.functional.pad(x, (0, wide - x.shape[2], 0, high - x.shape[1])) for x in images]
-    return {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor([x.shape[1:] for x in images])}
-
-
-def _lines(unit: int) -> Callable[[Picture, bool], list[int]]:
-    """A line of placeholders for each row of patches of `unit` pixels, a break after each and an end after the last."""
-
-    def place(p: Picture, _: bool) -> list[int]:
-        lines = [[IMAGE] * (p.data.shape[2] // unit) + [BREAK]] * (p.data.shape[1] // unit)
-        return [token for line in lines for token in line][:-1] + [END]
-
-    return place
-
-
-# Qwen-VL: rows of patches of 4x4 pixels and 2 frames, merged by 2x2
-
-
-def _patches(frames: Tensor) -> tuple[Tensor, list[int]]:
-    """([patches, 96], grid [t, h, w]) of frames [2t, 3, 4h, 4w], in the order of merged blocks."""
-    t, h, w = frames.shape[0] // 2, frames.shape[2] // 4, frames.shape[3] // 4
-    cut = frames.reshape(t, 2, 3, h // 2, 2, 4, w // 2, 2, 4).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return cut.reshape(t * h * w, -1), [t, h, w]
-
-
-def _qwen(seconds: bool) -> Callable[[Rows], dict[str, Tensor]]:
-    def tensors(rows: Rows) -> dict[str, Tensor]:
-        out = {}
-        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            found = _of(rows, kind)
-            if found:
-                cut = [_patches(torch.stack([x, x]) if kind == "image" else x) for x in found]
-                out[pixels] = torch.cat([patches for patches, _ in cut])
-                out[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in cut])
-        if seconds and _of(rows, "video"):
-            out["second_per_grid_ts"] = torch.tensor([1.0] * len(_of(rows, "video")))
-        return out
-
-    return tensors
-
-
-def _grid(frame_by_frame: bool) -> Callable[[Picture, bool], list[int]]:
-    def place(p: Picture, _: bool) -> list[int]:
-        each = p.data.shape[-2] // 8 * (p.data.shape[-1] // 8)
-        if p.kind == "image":
-            return [START, *[IMAGE] * each, END]
-        times = len(p.data) // 2
-        if not frame_by_frame:
-            return [START, *[VIDEO] * (each * times), END]
-        return [token for t in range(times) for token in (WORDS + t, START, *[VIDEO] * each, END)]
-
-    return place
-
-
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 _MARKS = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
 }  # fmt: skip
 _PATCH = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-
-
-# Idefics3, SmolVLM and InternVL: tiles of one size; a wide image has three
-
-
-def _tiles(data: Tensor) -> list[Tensor]:
-    """Tiles [3, 16, 16] of an image; of a video, its frames."""
-    if data.dim() == 4:
-        return list(data)
-    return [data] if data.shape[1] == data.shape[2] else list(_views(data))
-
-
-def _nested(rows: Rows) -> dict[str, Tensor]:
-    tiles = [[tile for p in row for tile in _tiles(p.data)] for row in rows]
-    pixels = torch.zeros(len(rows), max(map(len, tiles)), 3, 16, 16)
-    for i, row in enumerate(tiles):
-        for j, tile in enumerate(row):
-            pixels[i, j] = tile
-    return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
-
-
-def _marked(p: Picture, _: bool) -> list[int]:
-    """Four placeholders for each tile, marks around every one."""
-    return [token for _ in _tiles(p.data) for token in (START, *[IMAGE] * 4, END)]
 
 
 _PIXTRAL = {"head_dim": 8, "image_size": 32}
@@ -342,8 +218,8 @@ FAMILIES = [
     Family(
         "llava",
         _made(LlavaForConditionalGeneration, _llava_like(LlavaConfig, _CLIP, _LLAMA, image_seq_length=4, **_CUT)),
-        _several(4),
-        _stacked,
+        several(4),
+        stacked,
     ),
     Family(
         "pixtral",
@@ -351,8 +227,8 @@ FAMILIES = [
             LlavaForConditionalGeneration,
             _llava_like(LlavaConfig, _tower(PixtralVisionConfig, **_PIXTRAL), _MISTRAL, **_FULL),
         ),
-        _lines(8),
-        _sized,
+        lines(8),
+        sized,
         sizes=_SIDES,
     ),
     Family(
@@ -362,7 +238,7 @@ FAMILIES = [
             _llava_like(LlavaNextConfig, _CLIP, _LLAMA, image_grid_pinpoints=[[16, 32], [32, 16]], **_CUT),
         ),
         lambda p, _: [IMAGE] * (14 if p.data.shape[2] == 32 else 16),
-        _next,
+        next_views,
         sizes=_WIDE_OR_TALL,
     ),
     Family(
@@ -374,8 +250,8 @@ FAMILIES = [
                 image_grid_pinpoints=[[16, 16], [16, 32], [32, 16]], **_FULL,
             ),
         ),
-        _one_vision_place,
-        _one_vision,
+        one_vision_place,
+        one_vision,
         ("image", "video"),
         _WIDE_OR_TALL,
     ),
@@ -385,8 +261,8 @@ FAMILIES = [
             VideoLlavaForConditionalGeneration,
             _llava_like(VideoLlavaConfig, _CLIP, _LLAMA, video_token_id=VIDEO, image_seq_length=4, **_CUT),
         ),
-        _several(4, 5),
-        _stacked,
+        several(4, 5),
+        stacked,
         ("image", "video"),
     ),
     Family(
@@ -398,8 +274,8 @@ FAMILIES = [
                 vision_config=_PATCH | {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
             ),
         ),
-        _grid(False),
-        _qwen(False),
+        grid(False),
+        qwen(False),
         ("image", "video"),
         _SIDES,
         "mm_token_type_ids",
@@ -417,8 +293,8 @@ FAMILIES = [
                 },
             ),
         ),
-        _grid(False),
-        _qwen(True),
+        grid(False),
+        qwen(True),
         ("image", "video"),
         _SIDES,
         "mm_token_type_ids",
@@ -436,8 +312,8 @@ FAMILIES = [
                 },
             ),
         ),
-        _grid(True),
-        _qwen(False),
+        grid(True),
+        qwen(False),
         ("image", "video"),
         _SIDES,
         "mm_token_type_ids",
@@ -451,8 +327,8 @@ FAMILIES = [
                 vision_config=_tower(dict), text_config=_LLAMA, image_token_id=IMAGE, scale_factor=1, pad_token_id=PAD
             ),
         ),
-        _marked,
-        _nested,
+        marked,
+        nested,
         sizes=((16, 32), (16, 16)),
     ),
     Family(
@@ -463,8 +339,8 @@ FAMILIES = [
                 vision_config=_tower(dict), text_config=_LLAMA, image_token_id=IMAGE, scale_factor=1, pad_token_id=PAD
             ),
         ),
-        _marked,
-        _nested,
+        marked,
+        nested,
         ("image", "video"),
         ((16, 32), (16, 16)),
     ),
@@ -482,23 +358,23 @@ FAMILIES = [
             2.0,
             10.0,
         ),
-        _marked,
-        _stacked,
+        marked,
+        stacked,
         types="token_type_ids",
     ),
     Family(
         "paligemma",
         _paligemma(_text(GemmaConfig, head_dim=8)),
-        _several(4),
-        _stacked,
+        several(4),
+        stacked,
         types="token_type_ids",
         opens=True,
     ),
     Family(
         "paligemma2",
         _paligemma(_text(Gemma2Config, head_dim=8, sliding_window=256, query_pre_attn_scalar=8)),
-        _several(4),
-        _stacked,
+        several(4),
+        stacked,
         types="token_type_ids",
         opens=True,
     ),
@@ -511,8 +387,8 @@ FAMILIES = [
                 image_token_id=IMAGE, image_seq_length=4, downsample_ratio=0.5,
             ),
         ),
-        _marked,
-        lambda rows: {"pixel_values": torch.stack([t for row in rows for p in row for t in _tiles(p.data)])},
+        marked,
+        lambda rows: {"pixel_values": torch.stack([t for row in rows for p in row for t in tiles(p.data)])},
         ("image", "video"),
         ((16, 32), (16, 16)),
     ),
@@ -525,8 +401,8 @@ FAMILIES = [
                 vision_feature_layer=-1, spatial_merge_size=2, tie_word_embeddings=False,
             ),
         ),
-        _lines(16),
-        _sized,
+        lines(16),
+        sized,
         sizes=((16, 32), (32, 16)),
     ),
     Family(
@@ -539,8 +415,8 @@ FAMILIES = [
                 tie_word_embeddings=False,
             ),
         ),
-        _lines(16),
-        _sized,
+        lines(16),
+        sized,
         sizes=((16, 32), (32, 16)),
     ),
     Family(
@@ -556,7 +432,7 @@ FAMILIES = [
             ),
         ),
         lambda p, _: [START, *[AUDIO] * 2, END],
-        lambda rows: {"input_features": torch.stack(_of(rows, "audio"))},
+        lambda rows: {"input_features": torch.stack(of(rows, "audio"))},
         ("audio",),
     ),
 ]  # fmt: skip
