@@ -175,6 +175,8 @@ def _made(model: type, config: Any, sharpness: float = 10.0, strength: float = 6
         with torch.no_grad():
             made.lm_head.weight.mul_(sharpness)
             for name, weight in made.named_parameters():
+                if weight.dim() > 1 and not weight.any():  # such as Gemma 3's projector
+                    torch.nn.init.normal_(weight, std=0.02)
                 if weight.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
                     weight.mul_(strength)
         made.generation_config.eos_token_id, made.generation_config.pad_token_id = EOS, PAD
