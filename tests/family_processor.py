@@ -31,10 +31,14 @@ class Letters:
 class FamilyProcessor:
     """As far as `msd.prompts` and `msd.model` use one."""
 
-    image_token, chat_template = "<image>", None
+    image_token, chat_template = "<image>", "parts as they come"
 
     def __init__(self, family: Family) -> None:
         self.family, self.tokenizer = family, Letters()
+
+    def apply_chat_template(self, chat: list[dict[str, Any]], **_: Any) -> str:
+        parts = [part for message in chat for part in message["content"]]
+        return "".join(self.image_token if part["type"] == "image" else part["text"] for part in parts)
 
     def __call__(self, images: list[Image.Image] | None, text: list[str], **_: Any) -> dict[str, Any]:
         left = iter(images or ())
@@ -42,7 +46,7 @@ class FamilyProcessor:
         for one in text:
             parts: list[Part] = [] if self.family.opens else [BOS]
             for i, words in enumerate(one.split(self.image_token)):
-                parts += ([_picture(next(left))] if i else []) + list(self.tokenizer.encode(words.strip("\n")))
+                parts += ([_picture(next(left))] if i else []) + list(self.tokenizer.encode(words))
             prompts.append([*parts, BOS] if self.family.opens else parts)
         return self.family.batch(prompts)
 

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"drafters"},
     {"decode"},
-    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference"},
+    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference", "chat"},
     {"bench", "train", "serve", "msd"},
     {"cli", "__main__"},
 ]

@@ -2,6 +2,6 @@
 
 from msd.targets.base import Target
 from msd.targets.registry import Family, adapt, families, family, supported
-from msd.targets.state import State
+from msd.targets.state import Past, State
 
-__all__ = ["Family", "State", "Target", "adapt", "families", "family", "supported"]
+__all__ = ["Family", "Past", "State", "Target", "adapt", "families", "family", "supported"]

@@ -114,7 +114,8 @@ class Target:
             raise UserError(f"a conversation goes on one prompt at a time, got {B}")
         layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
         held = reuse.contents(model_kwargs) if keep or past is not None else {}
-        cut, pieces = (0, {}) if past is None else self.shared(layout, held, past)
+        source = self.model, self.taps.indices
+        cut, pieces = self.shared(layout, held, past) if past is not None and past.source == source else (0, {})
         arguments = reuse.remaining(model_kwargs, pieces) if cut else model_kwargs
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
         if past is not None and cut:
@@ -131,7 +132,7 @@ class Target:
         if taps is not None and past is not None and cut:
             assert past.trail is not None
             taps = torch.cat([past.trail[:, :cut], taps], 1)
-        state = State(layout, cache, prefilled=L - cut, contents=held if keep else {})
+        state = State(layout, cache, source=source, prefilled=L - cut, contents=held if keep else {})
         if keep and taps is not None:
             state.trail = taps.new_zeros(1, capacity, taps.shape[-1])
             state.trail[:, :L] = taps
