@@ -40,8 +40,8 @@ class FamilyProcessor:
         parts = [part for message in chat for part in message["content"]]
         return "".join(self.image_token if part["type"] == "image" else part["text"] for part in parts)
 
-    def __call__(self, images: list[Image.Image] | None, text: list[str], **_: Any) -> dict[str, Any]:
-        left = iter(images or ())
+    def __call__(self, images: list[list[Image.Image]] | None, text: list[str], **_: Any) -> dict[str, Any]:
+        left = iter([image for group in images or () for image in group])
         prompts = []
         for one in text:
             parts: list[Part] = [] if self.family.opens else [BOS]

@@ -74,7 +74,7 @@ def family(config: Any) -> Family:
     if kind not in _FAMILIES:
         raise UserError(
             f"no adapter for architecture '{kind}' (supported: {', '.join(supported())}); to add one, write "
-            f"msd/targets/{kind}.py and its line in msd/targets/registry.py, as docs/targets.md shows"
+            f"msd/targets/{kind.replace('-', '_')}.py and its line in msd/targets/registry.py, as docs/targets.md shows"
         )
     return _FAMILIES[kind]
 

@@ -20,6 +20,8 @@ from msd.modality import LANGUAGE
 from msd.targets import masks
 from msd.targets.base import TOKEN_TYPES, Target
 
+_REPLACED = ("attention_mask", "position_ids", "labels")  # of processor output, by those of whole rows, or by none
+
 
 @dataclass
 class Lesson:
@@ -74,7 +76,7 @@ def teach(
     A = max(map(len, answers))
     layout, _ = target.lay_out(ids, inputs, L + A)
     typed = inputs.get(TOKEN_TYPES[0]) is not None  # without token types no model sees both ways
-    inputs = {k: v for k, v in inputs.items() if k not in ("attention_mask", "position_ids", *TOKEN_TYPES)}
+    inputs = {k: v for k, v in inputs.items() if k not in (*TOKEN_TYPES, *_REPLACED)}
     for row, answer in enumerate(answers):
         layout.append(row, list(answer))
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
