@@ -20,16 +20,19 @@ from msd.targets.vision import VisionCache
 class Family:
     """One architecture. models: released models of it. takes: what may stand in a prompt beside text.
 
-    note: a limit or a peculiarity, if there is one.
+    needs: packages that its processor asks for beyond ours. note: a limit or a peculiarity, if there is one.
     """
 
     models: str
     takes: tuple[str, ...]
     adapter: type[Target] = Target
     pictures: tuple[Pictures, ...] = ()
+    needs: tuple[str, ...] = ()
     note: str = ""
 
 
+_VISION, _VIDEO = ("image",), ("image", "video")
+_TORCHVISION = ("torchvision",)
 _IMAGES = Pictures()
 _STACK = Pictures(join="stack")
 _TILES = Pictures(join="stack", limit=512)
@@ -41,20 +44,20 @@ _ONE_VISION = (
 )
 
 _FAMILIES: dict[str, Family] = {
-    "gemma3": Family("Gemma 3", ("image",), Gemma3, (_STACK,)),
-    "idefics3": Family("Idefics3", ("image",), Target, (NestedTiles(),)),
-    "internvl": Family("InternVL 2.5 to 3.5", ("image", "video"), Target, (_TILES,), "video frames enter as images"),
-    "llava": Family("LLaVA-1.5, Pixtral", ("image",), Target, (_IMAGES,)),
-    "llava_next": Family("LLaVA-NeXT (1.6)", ("image",), Target, (_IMAGES,)),
-    "llava_onevision": Family("LLaVA-OneVision", ("image", "video"), Target, _ONE_VISION),
-    "mistral3": Family("Mistral Small 3.1, Ministral 3", ("image",), Target, (_IMAGES,)),
-    "paligemma": Family("PaliGemma 1 and 2", ("image",), PaliGemma, (_STACK,), "turns of a chat share nothing"),
-    "qwen2_5_vl": Family("Qwen2.5-VL", ("image", "video"), MRope, _QWEN),
-    "qwen2_vl": Family("Qwen2-VL", ("image", "video"), MRope, _QWEN),
-    "qwen3_vl": Family("Qwen3-VL", ("image", "video"), MRope, _QWEN),
-    "smolvlm": Family("SmolVLM", ("image", "video"), Target, (NestedTiles(),), "video frames enter as images"),
-    "video_llava": Family("Video-LLaVA", ("image", "video"), Target, (_STACK, _FRAMES)),
-    "voxtral": Family("Voxtral", ("audio",), Target, (), "sounds are encoded at prefill, not remembered"),
+    "gemma3": Family("Gemma 3", _VISION, Gemma3, (_STACK,)),
+    "idefics3": Family("Idefics3", _VISION, Target, (NestedTiles(),)),
+    "internvl": Family("InternVL", _VIDEO, Target, (_TILES,), _TORCHVISION, "frames enter as images"),
+    "llava": Family("LLaVA-1.5, Pixtral", _VISION, Target, (_IMAGES,), (), "Pixtral's processor needs torchvision"),
+    "llava_next": Family("LLaVA-NeXT (1.6)", _VISION, Target, (_IMAGES,)),
+    "llava_onevision": Family("LLaVA-OneVision", _VIDEO, Target, _ONE_VISION, _TORCHVISION),
+    "mistral3": Family("Mistral Small 3.1", _VISION, Target, (_IMAGES,), _TORCHVISION),
+    "paligemma": Family("PaliGemma 1 and 2", _VISION, PaliGemma, (_STACK,), (), "turns of a chat share nothing"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
+    "qwen2_vl": Family("Qwen2-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
+    "qwen3_vl": Family("Qwen3-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
+    "smolvlm": Family("SmolVLM", _VIDEO, Target, (NestedTiles(),), _TORCHVISION, "frames enter as images"),
+    "video_llava": Family("Video-LLaVA", _VIDEO, Target, (_STACK, _FRAMES), _TORCHVISION),
+    "voxtral": Family("Voxtral", ("audio",), Target, (), ("mistral-common",), "sounds are encoded at every prefill"),
 }
 
 
