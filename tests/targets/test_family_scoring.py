@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES, VOCABULARY, WORDS, Family, Part
+from families import BY_NAME, FAMILIES, VOCABULARY, WINDOW, WORDS, Family, Part
 from msd.modality import LANGUAGE
 from msd.targets import State, Target, adapt
 from msd.targets.teacher import teach
@@ -112,6 +112,25 @@ def test_trees_of_a_padded_batch_before_and_after_commits(name: str) -> None:
             state.layout.append(row, said)
         target.commit(state, Accepted(paths, emitted))
     assert len(set(state.layout.end)) > 1, "the rows should have gone apart"
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3_window"])
+def test_a_tree_deeper_than_a_window(name: str) -> None:
+    """Two chains, their nodes in turn: a node's ancestors are twice as many slots back as they are columns."""
+    family = BY_NAME[name]
+    rows = [family.parts(1, ["image"])]
+    target = adapt(model(name), TAPS, backend="plain")
+    state = start(family, target, rows)
+    tokens = [random.Random(3).randrange(WORDS, VOCABULARY) for _ in range(2 * WINDOW + 8)]
+    parents = [max(0, i - 1) for i in range(len(tokens))]
+    tree = DraftTree.from_lists(state.layout.newest(), [tokens], [parents])
+    assert tree.height > WINDOW
+    with torch.no_grad():
+        scores = target.score(state, tree)
+    for node in range(0, len(tokens) + 1, 5):
+        path = path_to(parents, node)
+        expected = alone(family, rows[0], [WORDS, *(tokens[n - 1] for n in path)])
+        assert (scores.logits[0, node] - expected.logits[0, -1]).abs().max() <= TOLERANCE, f"node {node}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -151,6 +151,23 @@ def _first_run(family: Family, picture: Picture, runs: int) -> int:
     return runs - sum(t in PLACEHOLDERS and (i == 0 or own[i - 1] not in PLACEHOLDERS) for i, t in enumerate(own))
 
 
+@torch.inference_mode()
+def test_a_run_of_placeholders_is_never_cut() -> None:
+    """A picture that comes to stand right behind one shown before: a model may let the two see each other."""
+    family, target = BY_NAME["llava"], engine("llava").target
+    one, two = family.picture(1), family.picture(2)
+
+    def prefill(shown: list[Part], past: State | None) -> tuple[State, Tensor]:
+        inputs = target.encode_images(family.row(shown))
+        state, scores = target.prefill(inputs.pop("input_ids"), inputs, 64, past, keep=True)
+        return state, scores.logits
+
+    first, _ = prefill([20, 21, one, 22, 23], None)
+    later, said = prefill([20, 21, one, two, 24], first)
+    assert later.prefilled == 4 + 4 + 1
+    assert (said - prefill([20, 21, one, two, 24], None)[1]).abs().max() <= 1e-4
+
+
 def test_a_shorter_prompt_and_the_same_prompt() -> None:
     name = "qwen2_vl"
     family, past, vlm = BY_NAME[name], Past(), engine(name, "msd")
