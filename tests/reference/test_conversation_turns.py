@@ -20,8 +20,8 @@ def test_the_second_turn_about_a_photo(reference_model: tuple[Any, Any]) -> None
     vlm = SpeculativeVLM(model, processor, SpeculativeConfig(), "prompt-lookup")
     photo = sample_photos()[0]
     vlm.generate(photo, "Warm up.", **SETTINGS)
-    shares = []
-    for _ in range(3):  # the quickest of three, against a busy moment
+    seconds: list[tuple[float, float]] = []
+    for _ in range(4):  # the quickest of each counts, against busy moments
         vlm.target.vision.clear()
         chat = vlm.chat()
         first = chat.say("Describe the image.", photo, **SETTINGS)
@@ -33,10 +33,8 @@ def test_the_second_turn_about_a_photo(reference_model: tuple[Any, Any]) -> None
         shared = next(i for i, (a, b) in enumerate(zip([*held, None], asked, strict=False)) if a != b)
         assert first.statistics.num_prefill_rows == len(before)
         assert second.statistics.num_prefill_rows == len(asked) - shared < 40
-        shares.append(second.statistics.seconds["prefill"] / first.statistics.seconds["prefill"])
-    assert min(shares) <= 0.4, shares
+        seconds.append((first.statistics.seconds["prefill"], second.statistics.seconds["prefill"]))
+    one, two = map(min, zip(*seconds, strict=True))
+    assert two <= 0.4 * one, seconds
     anew = vlm.generate(chat.images, messages=chat.messages[:-1], **SETTINGS)
     assert second.tokens == anew.tokens
-    print(
-        f"prefill of turn 2 over turn 1: {shares}; rows {first.statistics.num_prefill_rows}, {second.statistics.num_prefill_rows}"
-    )
