@@ -94,9 +94,35 @@ def test_capacity_is_taken_once_and_no_more_can_be_written() -> None:
     assert cache.layers[0].get_max_length() == 6
 
 
-def test_keys_and_values_of_different_shape_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="layer 0"):
-        KVCache(1, B, 6).update(block(0, 2), block(0, 2)[..., :1], 0)
+def test_keys_and_values_of_different_width_move_together() -> None:
+    """As in latent attention (DeepSeek): here in the second of three layers."""
+    cache = KVCache(3, B, C)
+    for first, count in ((0, 5), (10, 4)):
+        for layer in range(3):
+            keys = block(first, count)
+            cache.update(keys, keys[..., :1] + 0.5 if layer == 1 else keys + 0.5, layer)
+        if first == 0:
+            cache.advance(5)
+    cache.commit([[0, 3], [1]])
+    keys, values = cache.layers[1].keys, cache.layers[1].values
+    assert keys is not None and values is not None
+    assert values.shape == (B, H, C, 1)
+    assert torch.equal(values[:, :, :7] - 0.5, keys[:, :, :7, :1])
+    assert keys[0, 0, :7, 0].tolist() == [0, 1, 2, 3, 4, 10, 13]
+    assert [written(cache, layer, 0) for layer in (0, 2)] == [[0, 1, 2, 3, 4, 10, 13]] * 2
+
+
+def test_a_larger_cache_goes_on_from_the_first_slots_of_another() -> None:
+    heads = (H, 1, H)
+    old, new = KVCache(3, B, 8), KVCache(3, B, C)
+    write(old, 0, 6, heads)
+    old.advance(6)
+    new.take(old, 4)
+    write(new, 50, 3, heads)
+    new.advance(3)
+    for layer in range(3):
+        assert written(new, layer, 1) == [0, 1, 2, 3, 50, 51, 52]
+        assert written(old, layer, 1) == [0, 1, 2, 3, 4, 5], "the old cache stays as it was"
 
 
 def test_slots_never_written_hold_zeros() -> None:

@@ -61,25 +61,39 @@ class KVCache(Cache):
     def __init__(self, layers: int, batch: int, capacity: int) -> None:
         self.capacity, self.batch = capacity, batch
         self.committed = [0] * batch
-        self._storage: list[Tensor] = []  # [layers of one shape, 2, B, H, C, D]; one entry unless layers differ
-        self._shared = layers
+        # blocks [layers, 2, B, H, C, D]: one for all layers of the first shape, one for each other layer, or two of
+        # [1, 1, B, H, C, D] for a layer whose keys and values differ
+        self._storage: list[Tensor] = []
+        self._shared_block: list[Tensor] = []  # the first of them, once it is there
+        self._layers = layers
         super().__init__(layers=[_Layer(self, i) for i in range(layers)])
 
     def _allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         B, H, _, D = keys.shape
         if keys.shape != values.shape:
-            raise NotImplementedError(
-                f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} differ"
-            )
-        if not self._storage:
+            apart = [x.new_zeros(1, 1, *x.shape[:2], self.capacity, x.shape[3]) for x in (keys, values)]
+            self._storage += apart
+            return apart[0][0, 0], apart[1][0, 0]
+        if not self._shared_block:
             # zeros, not empty: a masked slot still meets 0 * value, and 0 * NaN is NaN
-            self._storage.append(keys.new_zeros(self._shared, 2, B, H, self.capacity, D))
-        block = self._storage[0]
+            self._shared_block.append(keys.new_zeros(self._layers, 2, B, H, self.capacity, D))
+            self._storage += self._shared_block
+        block = self._shared_block[0]
         if block.shape[2:4] == (B, H) and block.shape[5] == D:
             return block[index, 0], block[index, 1]
         own = keys.new_zeros(1, 2, B, H, self.capacity, D)
         self._storage.append(own)
         return own[0, 0], own[0, 1]
+
+    def take(self, other: KVCache, count: int) -> None:
+        """Begins with the first `count` slots of another cache of the same model and batch; for an empty cache."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            assert theirs.keys is not None and theirs.values is not None
+            mine.lazy_initialization(theirs.keys, theirs.values)
+            assert mine.keys is not None and mine.values is not None
+            mine.keys[:, :, :count] = theirs.keys[:, :, :count]
+            mine.values[:, :, :count] = theirs.values[:, :, :count]
+        self.committed = [count] * self.batch
 
     def advance(self, count: int) -> None:
         """Commits the `count` slots written last, of every row: the prompt, after prefill."""

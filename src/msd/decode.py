@@ -17,7 +17,8 @@ from msd.drafters.base import Drafter
 from msd.plan import Plan
 from msd.sampling import Sampler
 from msd.statistics import Statistics
-from msd.targets.base import State, Target
+from msd.targets.base import Target
+from msd.targets.state import State
 from msd.tree import Accepted, DraftTree, Scores
 from msd.verify import Verifier
 

@@ -22,7 +22,6 @@ from msd.errors import UserError
 from msd.modality import FUSION, LANGUAGE, VISION
 from msd.targets.base import Target
 from msd.targets.teacher import teach
-from msd.targets.vision import PIXELS
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
 
@@ -58,15 +57,14 @@ def image_gain(
 
 
 def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> None:
-    """Refuses a target that its images do not reach: other pixels must change the logits of every prompt that has any.
+    """Refuses a target that its pictures or sounds do not reach: others must change the logits of every prompt.
 
     inputs: processor output with pixels, not encoded yet; answers as in `image_gain`. UserError otherwise.
     """
-    pixels = inputs.get(PIXELS)
-    if pixels is None:
+    other = {name: _negative(inputs[name]) for name in target.raw if inputs.get(name) is not None}
+    if not other:
         raise UserError("there are no pixels to change; give prompts with images, as the processor prepares them")
-    other = {**inputs, PIXELS: 1.0 - pixels.flip(-1)}  # negative and mirrored
-    one, two = teach(target, inputs, answers), teach(target, other, answers)
+    one, two = teach(target, inputs, answers), teach(target, {**inputs, **other}, answers)
     change = ((one.logits - two.logits).abs().amax(-1) * one.spoken()).amax(-1)  # [B]
     for row, shown in enumerate(_shows_images(target, inputs["input_ids"])):
         if shown and change[row] <= 1e-5:
@@ -146,6 +144,14 @@ def _shows_images(target: Target, input_ids: Tensor) -> list[bool]:
     """For every row of [B, L], whether it has image placeholders."""
     places = torch.tensor(list(target.placeholders), device=input_ids.device)
     return torch.isin(input_ids, places).any(1).tolist()
+
+
+def _negative(pixels: Tensor) -> Tensor:
+    """Negative and mirrored; tiles of zeros, which fill up a batch, stay so."""
+    other = 1.0 - pixels.flip(-1)
+    if pixels.dim() == 5:
+        other[~pixels.flatten(2).any(-1)] = 0.0
+    return other
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:

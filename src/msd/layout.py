@@ -90,6 +90,14 @@ class Layout:
         newest = self.positions[:, rows, [e - 1 for e in self.end]]  # [A, B]
         return newest[:, :, None] + depths[None]
 
+    def line(self) -> Tensor:
+        """Positions on one axis for whoever has only one, such as a drafter: [B, C].
+
+        Text stands at the same place on every axis, which is its place here; a picture's token under M-RoPE at the
+        furthest of its three, so that nothing of a picture stands behind the text that follows it.
+        """
+        return self.positions.amax(0) if len(self.positions) > 1 else self.positions[0]
+
     def append(self, row: int, tokens: list[int]) -> None:
         """Emits text `tokens` to `row`."""
         at, n = self.end[row], len(tokens)

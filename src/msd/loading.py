@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from msd import reference
 from msd.errors import UserError
-from msd.targets import supported
+from msd.targets import family
+
+PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")  # processors' own
 
 
 def load_target(target: str | Path = "reference", **kwargs: Any) -> tuple[PreTrainedModel, Any]:
@@ -18,22 +29,54 @@ def load_target(target: str | Path = "reference", **kwargs: Any) -> tuple[PreTra
     path = reference.path() if str(target) == "reference" else target
     if "dtype" not in kwargs and not torch.cuda.is_available():
         kwargs["dtype"] = torch.float32
+    config = _config(target, path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        family(config)
+    except UserError as error:
+        raise UserError(f"target '{target}': {error}") from error
+    seeing = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM  # such as those that hear
+    processor = _processor(target, path)  # first: it is what may be missing, and takes no time
+    try:
+        return auto.from_pretrained(path, **kwargs), processor
+    except OSError as error:
+        raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if kind := _model_type(path):  # such as "qwen", the first Qwen-VL
+            raise UserError(
+                f"target '{target}' has architecture '{kind}', which transformers {transformers.__version__} does not "
+                "have, so no adapter can be written; docs/targets.md lists what it can be"
+            ) from error
         raise UserError(
             f"unknown target '{target}': neither 'reference', nor a checkpoint folder, nor a model that could be "
             f"fetched ({_first_line(error)})"
         ) from error
-    if config.model_type not in supported():
-        raise UserError(
-            f"target '{target}' has architecture '{config.model_type}', which has no adapter "
-            f"(supported: {', '.join(supported())}); add one to msd/targets and register it in msd/targets/registry.py"
-        )
+
+
+def _model_type(path: str | Path) -> str | None:
+    """The architecture that a checkpoint folder's config names; None where there is no such folder or config."""
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, **kwargs), AutoProcessor.from_pretrained(path)
-    except OSError as error:
-        raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+        return json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _processor(target: str | Path, path: str | Path) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (ImportError, ValueError, OSError) as error:
+        said = str(error).lower().replace("_", "-")
+        missing = " and ".join(name for name in PACKAGES if name in said)
+        if missing:
+            raise UserError(
+                f"the processor of target '{target}' needs {missing}, which is not installed; install it"
+            ) from error
+        raise UserError(f"the processor of target '{target}' cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

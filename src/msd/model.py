@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import StopStringCriteria
 
 from msd import drafters, loading, prompts, verify
+from msd.chat import Chat
 from msd.config import SpeculativeConfig
 from msd.costs import costs
 from msd.decode import decode
@@ -32,7 +33,7 @@ from msd.result import Result
 from msd.sampling import Randomness, Sampler
 from msd.statistics import Statistics
 from msd.streaming import Stream
-from msd.targets import adapt
+from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
 
 Seed = int | Sequence[int] | torch.Generator | None
@@ -109,6 +110,7 @@ class SpeculativeVLM:
         *,
         messages: prompts.Messages | None = None,
         seed: Seed = None,
+        past: Past | None = None,
         **kwargs: Any,
     ) -> Result | list[Result]:
         """Answers a prompt about images; a list of prompts gives a list of results.
@@ -117,6 +119,7 @@ class SpeculativeVLM:
         messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
         neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
+        past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
@@ -126,13 +129,17 @@ class SpeculativeVLM:
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
         with self._lock:
-            results = self._generate(kwargs, seed)
+            results = self._generate(kwargs, seed, past)
         return results[0] if single or len(results) == 1 else results
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
         """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
         generate = partial(self.generate, images, prompt)
         return Stream(generate, self.processor.tokenizer, kwargs)
+
+    def chat(self) -> Chat:
+        """A new conversation; see `Chat`."""
+        return Chat(self.generate, self.processor)
 
     def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
         """Processor output of either front-door form."""
@@ -149,7 +156,7 @@ class SpeculativeVLM:
         return prompts.prepare(self.processor, listed, prompt)
 
     @torch.inference_mode()
-    def _generate(self, kwargs: dict[str, Any], seed: Seed) -> list[Result]:
+    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> list[Result]:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()
         statistics = Statistics()
@@ -160,7 +167,7 @@ class SpeculativeVLM:
         streamer = kwargs.pop("streamer", None)
         with statistics.timed("prefill"):
             kwargs = self.target.encode_images(kwargs)
-        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics)
+        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past)
         sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin
@@ -179,13 +186,16 @@ class SpeculativeVLM:
         seed: Seed,
         streamer: Any,
         statistics: Statistics,
+        past: Past | None,
     ) -> Sampler:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
         with statistics.timed("prefill"):
-            state, prompt = self.target.prefill(input_ids, model_kwargs, capacity)
+            before = past.state if past else None
+            state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
+        statistics.num_prefill_rows = B * state.prefilled
         vocabulary = prompt.logits.shape[-1]
         randomness = _randomness(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)
@@ -200,6 +210,8 @@ class SpeculativeVLM:
                     streamer.put(torch.tensor([token]))
         if streamer is not None:
             streamer.end()
+        if past is not None:
+            past.renew(state)
         return sampler
 
     def _refuse(self, config: GenerationConfig, batch: int, length: int, streamer: Any) -> None:

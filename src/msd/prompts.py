@@ -28,13 +28,23 @@ def prepare(
     for chat, group in zip(chats, images, strict=True):
         _check(processor, chat, len(group))
     texts = [_render(processor, chat) for chat in chats]
-    pictures = [load_image(source) for group in images for source in group]
+    # by prompt, because some processors cut an image into tiles only where it is its prompt's only one
+    pictures = [[load_image(source) for source in group] for group in images]
     processor.tokenizer.padding_side = "left"
     special = _adds_bos(texts, processor)
-    batch = processor(
-        images=pictures or None, text=texts, padding=len(texts) > 1, return_tensors="pt", add_special_tokens=special
-    )
-    return dict(batch)
+    try:
+        batch = processor(
+            images=pictures if any(pictures) else None,
+            text=texts,
+            padding=len(texts) > 1,
+            return_tensors="pt",
+            add_special_tokens=special,
+        )
+    except ValueError as error:
+        if any(pictures):
+            raise
+        raise UserError(f"this model's processor takes no prompt without an image ({error})") from error  # PaliGemma
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}  # PaliGemma's, for training
 
 
 def check_text(prompt: str) -> None:

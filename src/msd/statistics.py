@@ -31,6 +31,7 @@ class Step(NamedTuple):
 class Statistics:
     """Counts over all rows of a generation. A *step* is one target pass over one row's tree, prefill left out."""
 
+    num_prefill_rows: int = 0  # columns of the prompts that the target computed, those of an earlier turn left out
     num_spec_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
@@ -91,6 +92,7 @@ class Statistics:
 
     def add(self, other: Statistics) -> None:
         """Adds another generation's counts and times."""
+        self.num_prefill_rows += other.num_prefill_rows
         self.num_spec_steps += other.num_spec_steps
         self.num_draft_tokens += other.num_draft_tokens
         self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
@@ -134,6 +136,7 @@ class Statistics:
             "acceptance_by_modality": None,  # `msd bench` labels answer tokens; see `bench.modal`
             "divergence": self._divergence(),
             "acceptance_histogram": {str(k): v for k, v in sorted(self.acceptance_histogram.items())},
+            "num_prefill_rows": self.num_prefill_rows,
             "num_spec_steps": self.num_spec_steps,
             "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
             "num_draft_tokens": self.num_draft_tokens,

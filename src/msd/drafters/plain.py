@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from msd.plan import Budget
 from msd.sampling import Sampler
-from msd.targets.base import State
+from msd.targets.state import State
 from msd.tree import Accepted, DraftTree, Scores
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from msd.modality import LANGUAGE
 from msd.plan import Budget
 from msd.sampling import Sampler
-from msd.targets.base import State
+from msd.targets.state import State
 from msd.tree import Accepted, DraftTree, Scores, Trials
 
 

@@ -1,6 +1,7 @@
-"""Targets: the vision-language models whose output counts, one adapter per family."""
+"""Targets: the models whose output counts, one adapter per family."""
 
-from msd.targets.base import State, Target
-from msd.targets.registry import adapt, supported
+from msd.targets.base import Target
+from msd.targets.registry import Family, adapt, families, family, supported
+from msd.targets.state import Past, State
 
-__all__ = ["State", "Target", "adapt", "supported"]
+__all__ = ["Family", "Past", "State", "Target", "adapt", "families", "family", "supported"]

@@ -1,15 +1,15 @@
 """The target: prefills a prompt, scores a tree in one pass, keeps an accepted path.
 
-Wraps any `transformers` image-text-to-text model with 1-D rotary or learned positions, without touching its code: the
-prompt goes through the model's own `prepare_inputs_for_generation`, a tree through an additive float 4-D mask (a
-boolean one is silently wrong under `eager` attention). This module knows nothing of drafters, laws or randomness.
+Wraps any `transformers` model of pictures or sounds and text whose text has 1-D positions, without touching its code:
+the prompt goes through the model's own `prepare_inputs_for_generation`, a tree through an additive float 4-D mask.
+Families that differ override what differs: positions (`mrope`), who sees whom (`gemma3`, `paligemma`).
+This module knows nothing of drafters, laws or randomness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,25 +18,25 @@ from transformers import PreTrainedModel
 
 from msd.backends import choose
 from msd.cache import KVCache
-from msd.layout import Layout, image_placeholders
+from msd.errors import UserError
+from msd.layout import Layout
+from msd.modality import AUDIO, VISION
+from msd.targets import masks, reuse
+from msd.targets.pictures import Pictures
+from msd.targets.state import State
 from msd.targets.taps import Taps
 from msd.targets.vision import VisionCache
 from msd.tree import Accepted, DraftTree, Scores
 
-
-@dataclass
-class State:
-    """One batch in flight: its text, its cache, and what the drafter remembers of it."""
-
-    layout: Layout
-    cache: KVCache
-    memory: Any = field(default=None)
+KINDS = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}  # what placeholders stand for
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class Target:
     """Adapter of one model. `taps`: hidden-state indices to record for the drafter (see `Taps`).
 
-    backend: a name of `msd.backends.NAMES`, for how passes are computed.
+    backend: a name of `msd.backends.NAMES`, for how passes are computed. pictures: how the family lays out its images
+    and videos. UserError where a part of the model is of a kind that no adapter knows.
     """
 
     def __init__(
@@ -45,17 +45,30 @@ class Target:
         taps: tuple[int, ...] = (),
         vision_cache: VisionCache | None = None,
         backend: str = "measure",
+        pictures: Sequence[Pictures] = (Pictures(),),
     ):
-        self.model, self.backend = model, choose(model, backend)
         self.text_config = model.config.get_text_config(decoder=True)
+        self.windows = self.attention_kinds()
+        self.model, self.backend, self.pictures = model, choose(model, backend), tuple(pictures)
         self.taps = Taps(model.get_decoder(), taps)
-        self.vision = vision_cache if vision_cache is not None else VisionCache()
+        limit = max((p.limit for p in self.pictures), default=1)
+        self.vision = vision_cache if vision_cache is not None else VisionCache(limit)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """ "image", "video" or "audio" -> the token that stands for its features, for what the model takes."""
+        found = {kind: getattr(self.model.config, f"{kind}_token_id", None) for kind in KINDS}
+        return {kind: token for kind, token in found.items() if token is not None}
 
     @property
     def placeholders(self) -> dict[int, int]:
-        """Token ids that stand for image features, with their modality."""
-        config = self.model.config
-        return image_placeholders([getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")])
+        """Token ids that stand for features, with their modality."""
+        return {token: KINDS[kind] for kind, token in self.tokens.items()}
+
+    @property
+    def raw(self) -> tuple[str, ...]:
+        """Names of the tensors of processor output that hold pixels, or sounds."""
+        return (*(kind.pixels for kind in self.pictures), reuse.AUDIO_FEATURES)
 
     @property
     def context_length(self) -> int | None:
@@ -63,31 +76,72 @@ class Target:
         return getattr(self.text_config, "max_position_embeddings", None)
 
     def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Replaces pixels in processor output by vision features, each image encoded once and remembered.
+        """Replaces pixels in processor output by vision features, each picture encoded once and remembered.
 
-        Returns the inputs with `mm_encoder_outputs` in the place of the pixel tensors; unchanged without images.
+        Returns the inputs with `mm_encoder_outputs` in the place of the pixel tensors; unchanged without pictures.
+        Sounds stay as they are: models take their features in no other way, so prefill encodes them.
         """
-        return self.vision.encode(self.model, inputs)
+        return self.vision.encode(self.model, inputs, self.pictures)
 
-    def prefill(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[State, Scores]:
-        """Runs the prompt [B, L] (left-padded) and commits it; scores are those of the last token, [B, 1, V]."""
+    def lay_out(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[Layout, Tensor]:
+        """(the layout of a prompt [B, L], its `position_ids` as the model's own `generate()` prepares them).
+
+        model_kwargs: as for `generate()`; `position_ids` among them are taken as they are.
+        """
+        given = {k: v for k, v in model_kwargs.items() if k != "past_key_values"}
+        prepared = given.get("position_ids")
+        if prepared is None:
+            prepared = self.model._prepare_position_ids_for_generation(input_ids, {**given, "input_ids": input_ids})
+        mask = given.get("attention_mask")
+        layout = Layout.from_prompt(input_ids, capacity, mask, self.rotary(prepared), self.placeholders)
+        return layout, prepared
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        model_kwargs: dict[str, Any],
+        capacity: int,
+        past: State | None = None,
+        keep: bool = False,
+    ) -> tuple[State, Scores]:
+        """Runs the prompt [B, L] (left-padded) and commits it; scores are those of the last token, [B, 1, V].
+
+        past: the state after an earlier turn: what the prompt shares with it is not computed again. keep: the state
+        will be such a past. Both for single prompts only. Tap states are those of all L columns in any case.
+        """
         B, L = input_ids.shape
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        layout = Layout.from_prompt(input_ids, capacity, mask, positions, self.placeholders)
+        if B > 1 and (keep or past is not None):
+            raise UserError(f"a conversation goes on one prompt at a time, got {B}")
+        layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
+        held = reuse.contents(model_kwargs) if keep or past is not None else {}
+        source = self.model, self.taps.indices
+        cut, pieces = self.shared(layout, held, past) if past is not None and past.source == source else (0, {})
+        arguments = reuse.remaining(model_kwargs, pieces) if cut else model_kwargs
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
-        if positions is None:  # the model's own default would count padding
-            model_kwargs = {**model_kwargs, "position_ids": self.positions(layout.positions[:, :, :L])}
-        model_kwargs = {**model_kwargs, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        inputs = self.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-        with self.recording() as taps:
+        if past is not None and cut:
+            cache.take(past.cache, cut)
+        arguments = {**arguments, "position_ids": positions, "past_key_values": cache}
+        inputs = self.model.prepare_inputs_for_generation(
+            input_ids, is_first_iteration=True, next_sequence_length=L - cut, use_cache=True, logits_to_keep=1,
+            **{k: v for k, v in arguments.items() if k not in ("use_cache", "logits_to_keep")},
+        )  # fmt: skip
+        with self.recording() as recorded:
             output = self.model(**inputs, return_dict=True)
-        cache.advance(L)
-        return State(layout, cache), Scores(output.logits[:, -1:], taps.take())
+        cache.advance(L - cut)
+        taps = recorded.take()
+        if taps is not None and past is not None and cut:
+            assert past.trail is not None
+            taps = torch.cat([past.trail[:, :cut], taps], 1)
+        state = State(layout, cache, source=source, prefilled=L - cut, contents=held if keep else {})
+        if keep and taps is not None:
+            state.trail = taps.new_zeros(1, capacity, taps.shape[-1])
+            state.trail[:, :L] = taps
+        return state, Scores(output.logits[:, -1:], taps)
 
     def score(self, state: State, tree: DraftTree) -> Scores:
         """One pass over the trees; every node sees the committed prefix and its ancestors. Writes N cache slots."""
         positions = state.layout.next_positions(tree.depths)  # [A, B, N]
-        with self.recording(check=False) as taps:
+        with self.recording(check=False) as recorded:
             output = self.model(
                 input_ids=tree.tokens,
                 attention_mask=self.tree_mask(state, tree),
@@ -96,7 +150,10 @@ class Target:
                 use_cache=True,
                 return_dict=True,
             )
-        return Scores(output.logits, taps.take())
+        taps = recorded.take()
+        if state.trail is not None:
+            state.scored = taps
+        return Scores(output.logits, taps)
 
     @contextmanager
     def recording(self, check: bool = True) -> Iterator[Taps]:
@@ -104,30 +161,38 @@ class Target:
         with self.taps.recording() as taps, self.backend.running(taps.keep if taps.indices else None, check):
             yield taps
 
+    def rotary(self, position_ids: Tensor) -> Tensor:
+        """Layout positions [A, B, L] of the `position_ids` that `generate()` prepares: [B, L] for the 1-D families."""
+        return position_ids
+
     def positions(self, positions: Tensor) -> Tensor:
-        """The model's `position_ids` for positions [A, B, N]: [B, N] for the 1-D families."""
+        """The `position_ids` that the model's `forward` takes for layout positions [A, B, N]: [B, N] in one axis."""
         return positions[0]
 
-    def tree_mask(self, state: State, tree: DraftTree) -> Tensor | None:
-        """Additive mask [B, 1, N, S] over the S slots in use, or None where all of it would be zero."""
+    def attention_kinds(self) -> masks.Windows:
+        """Kinds of decoder layers by what they see; see `masks.windows`."""
+        return masks.windows(self.text_config)
+
+    def both_ways(self, layout: Layout, prompt: int) -> Tensor | None:
+        """[B, S, S] bool: columns that see each other whatever their order, of rows with `prompt` columns of prompt.
+
+        None where the model is causal throughout.
+        """
+        return None
+
+    def shared(self, layout: Layout, held: dict[str, list[Tensor]], past: State) -> tuple[int, dict[str, int]]:
+        """See `msd.targets.reuse.shared`."""
+        return reuse.shared(layout, held, past, self.tokens)
+
+    def tree_mask(self, state: State, tree: DraftTree) -> masks.Mask | None:
+        """Additive mask [B, 1, N, S] over the S slots in use, by kind of layer; None where all of it would be zero."""
         committed, start = state.cache.committed, state.layout.start
-        if tree.size == 1 and not any(start) and min(committed) == max(committed):
+        if tree.size == 1 and not any(start) and min(committed) == max(committed) and self.windows == {None: None}:
             return None
-        device = tree.tokens.device
-        slots = torch.arange(max(committed) + tree.size, device=device)  # [S]
-        first = torch.tensor(start, device=device)[:, None]
-        base = torch.tensor(committed, device=device)[:, None]
-        prefix = (slots >= first) & (slots < base)  # [B, S]
-        index = (slots - base).clamp(0, tree.size - 1)  # node written at each slot, [B, S]
-        inside = (slots >= base) & (slots < base + tree.size)
-        above = tree.ancestors().gather(2, index[:, None].expand(-1, tree.size, -1))  # [B, N, S]
-        seen = prefix[:, None] | (above & inside[:, None])
-        dtype = self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return masks.masks(*masks.tree_view(tree, start, committed), self.windows, self.model.dtype)
 
     def commit(self, state: State, accepted: Accepted) -> None:
         """Keeps the root and the accepted nodes of every row that emitted something."""
-        state.cache.commit(
-            [[0, *nodes] if tokens else [] for nodes, tokens in zip(accepted.nodes, accepted.tokens, strict=True)]
-        )
+        kept = [[0, *nodes] if tokens else [] for nodes, tokens in zip(accepted.nodes, accepted.tokens, strict=True)]
+        state.follow(kept[0])
+        state.cache.commit(kept)

@@ -1,22 +1,85 @@
-"""Which architectures have an adapter, and which adapter a model gets."""
+"""Which architectures have an adapter: one line each, and what a user should know of it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from msd.errors import UserError
 from msd.targets.base import Target
+from msd.targets.gemma3 import Gemma3
+from msd.targets.mrope import MRope
+from msd.targets.paligemma import PaliGemma
+from msd.targets.pictures import AnyResolution, NestedTiles, Patches, Pictures
 from msd.targets.vision import VisionCache
 
-_ADAPTERS: dict[str, type[Target]] = {
-    "llava": Target,
-    "llava_next": Target,
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. models: released models of it. takes: what may stand in a prompt beside text.
+
+    needs: packages that its processor asks for beyond ours. note: a limit or a peculiarity, if there is one.
+    """
+
+    models: str
+    takes: tuple[str, ...]
+    adapter: type[Target] = Target
+    pictures: tuple[Pictures, ...] = ()
+    needs: tuple[str, ...] = ()
+    note: str = ""
+
+
+_VISION, _VIDEO = ("image",), ("image", "video")
+_TORCHVISION = ("torchvision",)
+_IMAGES = Pictures()
+_STACK = Pictures(join="stack")
+_TILES = Pictures(join="stack", limit=512)
+_QWEN = (Patches(), Patches("video", "pixel_values_videos", ("video_grid_thw",)))
+_FRAMES = Pictures("video", "pixel_values_videos", join="cat")
+_ONE_VISION = (
+    AnyResolution(),
+    Pictures("video", "pixel_values_videos", ("image_sizes_videos",), join="stack"),
+)
+
+_FAMILIES: dict[str, Family] = {
+    "gemma3": Family("Gemma 3", _VISION, Gemma3, (_STACK,)),
+    "idefics3": Family("Idefics3", _VISION, Target, (NestedTiles(),)),
+    "internvl": Family("InternVL", _VIDEO, Target, (_TILES,), _TORCHVISION, "frames enter as images"),
+    "llava": Family("LLaVA-1.5, Pixtral", _VISION, Target, (_IMAGES,), (), "Pixtral's processor needs torchvision"),
+    "llava_next": Family("LLaVA-NeXT (1.6)", _VISION, Target, (_IMAGES,)),
+    "llava_onevision": Family("LLaVA-OneVision", _VIDEO, Target, _ONE_VISION, _TORCHVISION),
+    "mistral3": Family("Mistral Small 3.1", _VISION, Target, (_IMAGES,), _TORCHVISION),
+    "paligemma": Family("PaliGemma 1 and 2", _VISION, PaliGemma, (_STACK,), (), "turns of a chat share nothing"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
+    "qwen2_vl": Family("Qwen2-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
+    "qwen3_vl": Family("Qwen3-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
+    "smolvlm": Family("SmolVLM", _VIDEO, Target, (NestedTiles(),), _TORCHVISION, "frames enter as images"),
+    "video_llava": Family("Video-LLaVA", _VIDEO, Target, (_STACK, _FRAMES), _TORCHVISION),
+    "voxtral": Family("Voxtral", ("audio",), Target, (), ("mistral-common",), "sounds are encoded at every prefill"),
 }
 
 
 def supported() -> list[str]:
     """`model_type`s with an adapter."""
-    return sorted(_ADAPTERS)
+    return sorted(_FAMILIES)
+
+
+def families() -> dict[str, Family]:
+    """All of them, by `model_type`."""
+    return dict(sorted(_FAMILIES.items()))
+
+
+def family(config: Any) -> Family:
+    """The family of a model's config; UserError names the adapter to write."""
+    kind = config.model_type
+    if kind not in _FAMILIES:
+        raise UserError(
+            f"no adapter for architecture '{kind}' (supported: {', '.join(supported())}); to add one, write "
+            f"msd/targets/{kind.replace('-', '_')}.py and its line in msd/targets/registry.py, as docs/targets.md shows"
+        )
+    return _FAMILIES[kind]
 
 
 def adapt(
@@ -26,10 +89,5 @@ def adapt(
     backend: str = "measure",
 ) -> Target:
     """The adapter of `model`; UserError names the missing one."""
-    kind = model.config.model_type
-    if kind not in _ADAPTERS:
-        raise UserError(
-            f"no adapter for architecture '{kind}' (supported: {', '.join(supported())}); "
-            "add one to msd/targets and register it in msd/targets/registry.py"
-        )
-    return _ADAPTERS[kind](model, taps, vision_cache, backend)
+    found = family(model.config)
+    return found.adapter(model, taps, vision_cache, backend, found.pictures)

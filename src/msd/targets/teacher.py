@@ -17,7 +17,10 @@ from torch import Tensor
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.modality import LANGUAGE
-from msd.targets.base import Target
+from msd.targets import masks
+from msd.targets.base import TOKEN_TYPES, Target
+
+_REPLACED = ("attention_mask", "position_ids", "labels")  # of processor output, by those of whole rows, or by none
 
 
 @dataclass
@@ -68,10 +71,12 @@ def teach(
         raise UserError(f"an answer holds token {min(spelled)}, which stands for image features; leave its prompt out")
     device = target.model.device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.encode_images(dict(inputs)).items()}
-    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+    ids = inputs.pop("input_ids")
     L = ids.shape[1]
     A = max(map(len, answers))
-    layout = Layout.from_prompt(ids, L + A, mask, inputs.pop("position_ids", None), target.placeholders)
+    layout, _ = target.lay_out(ids, inputs, L + A)
+    typed = inputs.get(TOKEN_TYPES[0]) is not None  # without token types no model sees both ways
+    inputs = {k: v for k, v in inputs.items() if k not in (*TOKEN_TYPES, *_REPLACED)}
     for row, answer in enumerate(answers):
         layout.append(row, list(answer))
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
@@ -81,7 +86,7 @@ def teach(
     with recording as taps, cast:
         output = target.model(
             input_ids=torch.cat([ids, layout.tokens[:, L:]], 1),  # a layout pads with the first token, maybe an image
-            attention_mask=_mask(layout, target.model.dtype, blind),
+            attention_mask=_mask(target, layout, L, typed, blind),
             position_ids=target.positions(layout.positions),
             use_cache=False,
             logits_to_keep=A + 1,
@@ -91,14 +96,15 @@ def teach(
     return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, :-1].float())
 
 
-def _mask(layout: Layout, dtype: torch.dtype, blind: bool) -> Tensor:
-    """Additive causal mask [B, 1, S, S] of whole rows; padding columns see themselves: no row of it is empty."""
+def _mask(target: Target, layout: Layout, prompt: int, typed: bool, blind: bool) -> masks.Mask:
+    """Additive masks [B, 1, S, S] of whole rows; padding columns see themselves: no row of them is empty."""
     S, device = layout.capacity, layout.tokens.device
-    column = torch.arange(S, device=device)
-    start = torch.tensor(layout.start, device=device)[:, None, None]
-    seen = (column[None, :] <= column[:, None]) & (column >= start)  # [B, S, S]
+    seen, back = masks.row_view(layout.start, S, device)
+    both = target.both_ways(layout, prompt) if typed else None
+    if both is not None:
+        seen = seen | both
     if blind:
         shown = layout.modality != LANGUAGE.id
         seen = seen & ~(shown[:, None, :] & ~shown[:, :, None])
     seen = seen | torch.eye(S, dtype=torch.bool, device=device)
-    return torch.zeros(1, dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)[:, None]
+    return masks.masks(seen, back, target.windows, target.model.dtype)

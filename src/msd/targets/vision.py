@@ -1,6 +1,6 @@
-"""VisionCache: an image is encoded once, whatever request or turn it comes in.
+"""VisionCache: a picture is encoded once, whatever request or turn it comes in.
 
-The key is the content: bytes, shape and dtype of every tensor that describes the image (pixels, tile sizes), never a
+The key is the content: bytes, shape and dtype of every tensor that describes the picture (pixels, tile sizes), never a
 name, and never bytes without their shape (CVE-2025-46722). Least recently used features leave first.
 """
 
@@ -8,66 +8,67 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, uint8
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-PIXELS = "pixel_values"
-PER_IMAGE = (PIXELS, "image_sizes")  # tensors whose first dimension counts images
+from msd.targets.pictures import Features, Pictures
 
 
 class VisionCache:
-    """Features of up to `limit` images; `hits` and `misses` count images."""
+    """Features of up to `limit` pieces (see `msd.targets.pictures`); `hits` and `misses` count pieces."""
 
     def __init__(self, limit: int = 32) -> None:
         self.limit, self.hits, self.misses = limit, 0, 0
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._features: OrderedDict[str, Features] = OrderedDict()
 
     def clear(self) -> None:
         """Forgets all features and counts."""
         self._features.clear()
         self.hits = self.misses = 0
 
-    def encode(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Processor output with `mm_encoder_outputs` in the place of its per-image tensors.
+    def encode(
+        self, model: PreTrainedModel, inputs: dict[str, Any], kinds: Sequence[Pictures] = (Pictures(),)
+    ) -> dict[str, Any]:
+        """Processor output with `mm_encoder_outputs` in the place of its pixel tensors; unchanged without pictures.
 
-        pixel_values [I, 3, h, w] or [I, tiles, 3, h, w], image_sizes [I, 2] for I images in reading order; features
-        are one [tokens, H] tensor per image, as the model's `get_image_features` returns them.
+        kinds: how the model's family lays out its images, and its videos.
         """
-        if inputs.get(PIXELS) is None:
-            return inputs
-        images = {k: inputs[k] for k in PER_IMAGE if inputs.get(k) is not None}
-        count = len(images[PIXELS])
-        keys = [_key({k: v[i] for k, v in images.items()}) for i in range(count)]
+        rest, outputs = inputs, {}
+        for kind in kinds:
+            if inputs.get(kind.pixels) is None:
+                continue
+            pieces = kind.pieces(inputs)
+            rest = {k: v for k, v in rest.items() if k not in kind.spent}
+            if pieces:
+                outputs[kind.modality] = kind.joined(self._features_of(model, kind, pieces))
+        return {**rest, "mm_encoder_outputs": outputs} if outputs else rest
+
+    def _features_of(self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]]) -> list[Features]:
+        keys = [_key(kind.modality, kind.identity(piece)) for piece in pieces]
         fresh = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
         self.misses += len(fresh)
-        self.hits += count - len(fresh)
+        self.hits += len(pieces) - len(fresh)
         found = {key: self._features[key] for key in keys if key in self._features}
         if fresh:
             order = sorted(fresh.values())
-            with torch.no_grad():
-                output = model.base_model.get_image_features(
-                    **{k: v[order].to(model.device) for k, v in images.items()}, return_dict=True
-                )
-            found.update({keys[i]: f for i, f in zip(order, output.pooler_output, strict=True)})
+            encoded = kind.encode(model, [pieces[i] for i in order])
+            found.update({keys[i]: f for i, f in zip(order, encoded, strict=True)})
         for key in keys:
             self._features[key] = found[key]
             self._features.move_to_end(key)
         while len(self._features) > self.limit:
             self._features.popitem(last=False)
-        rest = {k: v for k, v in inputs.items() if k not in PER_IMAGE}
-        outputs = {"image": BaseModelOutputWithPooling(pooler_output=[found[key] for key in keys])}
-        return {**rest, "mm_encoder_outputs": outputs}
+        return [found[key] for key in keys]
 
 
-def _key(tensors: dict[str, Tensor]) -> str:
+def _key(modality: str, tensors: dict[str, Tensor]) -> str:
     """Content hash of named tensors: name, dtype, shape and bytes of each."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(modality.encode())
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().contiguous().cpu()
         digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(array.reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()

@@ -79,11 +79,11 @@ def new_network(target: Target, captured: Sequence[Captured], settings: DraftTra
     network = MSDNetwork(MSDConfig.for_target(config, size, **changes))
     network.heads.ids = frequent(counts, size).to(torch.long)
     rows = model.get_output_embeddings().weight.detach()[network.heads.ids.to(model.device)]
-    norm = getattr(getattr(model.get_decoder(), "norm", None), "weight", None)
     with torch.no_grad():
         network.heads.head.weight.copy_(rows)
-        if norm is not None:  # those rows expect states of the target's own scale
-            network.heads.norm.weight.copy_(norm)
+        # those rows expect states of the target's own scale; asked of the norm itself, because Gemma's weights are
+        # offsets from one
+        network.heads.norm.weight.copy_(model.get_decoder().norm(torch.ones_like(rows[0])))
     return network.attach(model.get_input_embeddings())
 
 

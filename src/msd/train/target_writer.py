@@ -17,8 +17,7 @@ from msd.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result
-from msd.targets.base import State
-from msd.targets.vision import PIXELS
+from msd.targets.state import State
 from msd.train.capture import Answer, Prompt
 from msd.tree import Accepted, DraftTree, Scores
 
@@ -76,7 +75,7 @@ class TargetWriter:
         results = self.engine.generate(**inputs, **settings)
         results = [results] if isinstance(results, Result) else results
         answers = [r.tokens for r in results]
-        if not self._sees and PIXELS in raw:
+        if not self._sees and any(raw.get(name) is not None for name in target.raw):
             assert_images_matter(target, raw, answers)
             self._sees = True
         gains = image_gain(target, inputs, answers, [torch.stack(said) for said in self.witness.said])

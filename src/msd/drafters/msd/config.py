@@ -82,6 +82,7 @@ class MSDConfig:
         """The configuration for a `transformers` text config; `changes` override any field."""
         c = text_config
         rope = getattr(c, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)  # where layers differ, that of the far-sighted ones
         layers = c.num_hidden_layers
         own = {
             "hidden": c.hidden_size,

@@ -68,7 +68,7 @@ def entries(network: MSDNetwork, layout: Layout, taps: Tensor) -> Entries:
         source = of_column.gather(1, order)
         x = torch.where((source >= 0)[..., None], compressed[source.clamp_min(0)].to(x.dtype), x)
     return Entries(
-        x, feature, embedding, layout.positions[0, :, :L].gather(1, order), present.gather(1, order),
+        x, feature, embedding, layout.line()[:, :L].gather(1, order), present.gather(1, order),
         (present.cumsum(1) - 1).clamp_min(0), image,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from msd.drafters.msd.sample import draw
 from msd.errors import UserError
 from msd.plan import Budget
 from msd.sampling import Sampler
-from msd.targets.base import State
+from msd.targets.state import State
 from msd.tree import Accepted, DraftTree, Scores
 
 SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8

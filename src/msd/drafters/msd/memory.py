@@ -51,7 +51,7 @@ class Memory:
         embedding = network.embed(token)
         x = network.entry(feature, embedding, self.anchor.image)
         column = (first[:, None] + torch.arange(widest)).clamp_min(0).to(device)
-        positions = layout.positions[0].gather(1, column)
+        positions = layout.line().gather(1, column)
         for buffer, new in zip(self.keys, network.context(x, positions), strict=True):
             for row, (at, n) in enumerate(zip(self.length, added, strict=True)):
                 buffer.keys[row, at : at + n] = new.keys[row, :n]

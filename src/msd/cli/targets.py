@@ -1,0 +1,53 @@
+"""`msd targets`: the architectures that a target may have, and what is tested of each."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from msd.cli.options import Json, quiet
+
+# by tests/targets, for every family, on tiny random models in float32
+TESTED = (
+    "greedy and same-seed tokens identical with generate(): one, two, no image; video where taken; batch of 3",
+    "scores of trees, and of answers in training, those of each path alone (1e-4)",
+    "other pictures or sounds, other answers",
+    "turns of a chat: only new rows computed, answers those of fresh requests",
+    "a drafter trained, saved, loaded and used",
+)
+
+
+def targets(as_json: Json = False) -> None:
+    """List the supported architectures, what their prompts take, and what is tested."""
+    quiet()
+    from msd.targets import families
+
+    found = families()
+    if as_json:
+        rows = [
+            {
+                "architecture": name,
+                "models": family.models,
+                "takes": list(family.takes),
+                "adapter": family.adapter.__name__,
+                "remembers": bool(family.pictures),
+                "processor_needs": list(family.needs),
+                "note": family.note,
+                "tested": list(TESTED),
+            }
+            for name, family in found.items()
+        ]
+        print(json.dumps({"targets": rows}))
+        return
+    whole = {"no_wrap": True, "overflow": "fold"}
+    table = Table(Column("architecture", **whole), "models", Column("takes", **whole), "processor needs", "note")  # type: ignore[arg-type]
+    for name, family in found.items():
+        table.add_row(name, family.models, ", ".join(family.takes), ", ".join(family.needs), family.note)
+    console = Console()
+    console.print(table)
+    console.print("Tested for each, on tiny random models:")
+    for check in TESTED:
+        console.print(f"  - {check}", soft_wrap=True)
+    console.print("How to add one: docs/targets.md")

@@ -1,0 +1,48 @@
+"""PaliGemma: the whole prompt, image and words, sees itself in both directions; the answer is causal.
+
+Every prompt column depends on the whole prompt, so a longer one shares nothing with an earlier turn. Positions count
+from one. PaliGemma 2's text model has sliding layers, which the model masks by itself at prefill but cannot be told
+about in a tree pass, so its context ends with the window (4096 columns; its prompts are shorter by far).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msd.layout import Layout
+from msd.targets.base import Target
+from msd.targets.masks import Windows
+from msd.targets.state import State
+
+FIRST = 1  # position of the first token
+
+
+class PaliGemma(Target):
+    """See the module."""
+
+    def attention_kinds(self) -> Windows:
+        """One, within the context."""
+        return {None: None}
+
+    @property
+    def context_length(self) -> int | None:
+        """As far as all layers see everything."""
+        limits = [super().context_length, getattr(self.text_config, "sliding_window", None)]
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known else None
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """[B, N]."""
+        return positions[0] + FIRST
+
+    def both_ways(self, layout: Layout, prompt: int) -> Tensor:
+        """Columns of the prompt."""
+        column = torch.arange(layout.capacity, device=layout.tokens.device)
+        first = torch.tensor(layout.start, device=column.device)[:, None]
+        inside = (column >= first) & (column < prompt)
+        return inside[:, :, None] & inside[:, None]
+
+    def shared(self, layout: Layout, held: dict[str, list[Tensor]], past: State) -> tuple[int, dict[str, int]]:
+        """Nothing."""
+        return 0, {}

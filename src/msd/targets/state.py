@@ -1,0 +1,54 @@
+"""State: one batch in flight, and what of it a later turn of the same conversation can use again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from msd.cache import KVCache
+from msd.layout import Layout
+
+Contents = dict[str, list[Tensor]]  # "image", "video" or "audio" -> what fills its placeholders, piece by piece
+
+
+@dataclass
+class State:
+    """One batch in flight: its text, its cache, and what the drafter remembers of it.
+
+    source: the model whose state it is, and the indices of its taps.
+    prefilled: rows that the target computed for the prompt, columns of the batch; those of an earlier turn left out.
+    contents: what stands at the placeholders, kept for comparison where the state is to be continued.
+    trail: [1, C, T*H] tap states of the committed slots, where the state is to be continued and there are taps.
+    """
+
+    layout: Layout
+    cache: KVCache
+    memory: Any = field(default=None)
+    source: Any = None
+    prefilled: int = 0
+    contents: Contents = field(default_factory=dict)
+    trail: Tensor | None = None
+    scored: Tensor | None = None  # [1, N, T*H] tap states of the tree scored last, where there is a trail
+
+    def follow(self, nodes: list[int]) -> None:
+        """Adds the states of the committed `nodes` of the tree scored last to the trail; before the cache commits."""
+        if self.trail is not None and self.scored is not None:
+            at = self.cache.committed[0]
+            self.trail[0, at : at + len(nodes)] = self.scored[0, nodes]
+
+
+@dataclass
+class Past:
+    """What a conversation has computed so far: the state after its last answer, or None before the first.
+
+    Given to one generation after another, which begin where their prompt parts from it and leave their own state here.
+    """
+
+    state: State | None = None
+
+    def renew(self, state: State) -> None:
+        """Takes the state of a finished generation, without what only a running one needs."""
+        state.memory = state.scored = None
+        self.state = state

@@ -1,0 +1,86 @@
+"""Every family: a drafter is trained for some steps, saved, loaded strictly and used; answers stay the model's own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import BY_NAME, FAMILIES
+from family_layouts import VOCABULARY, WORDS
+from family_processor import FamilyProcessor, photos
+from msd.config import SpeculativeConfig
+from msd.drafters.msd import MSD, checkpoint
+from msd.gain import ModalityCuts, image_gain
+from msd.model import SpeculativeVLM
+from msd.prompts import prepare
+from msd.result import Result
+from msd.targets import adapt
+from msd.train.captured import Captured
+from msd.train.drafting import DraftTraining, new_network, train
+from msd.train.lessons import Stages
+
+SETTINGS = DraftTraining(
+    steps=4, batch=2, anchors=4, draft_vocabulary=48, precision="float32", stages=Stages(1, 1, 0.2), evaluate_every=4
+)
+
+
+def answers(name: str, folder: Path) -> list[Captured]:
+    """About one image, about two, and about none; only those where the family takes no images."""
+    family = BY_NAME[name]
+    paths = photos(family, folder, 4) if "image" in family.kinds else []
+    shown = [tuple(paths[:1]), tuple(paths[1:3]), (), tuple(paths[3:]), (), tuple(paths[2:4])]
+    rng = random.Random(1)
+    found = []
+    for i, images in enumerate(shown):
+        ids = tuple(rng.randrange(WORDS, VOCABULARY) for _ in range(6 + i))
+        gain = tuple(rng.random() if images else 0.0 for _ in ids)
+        found.append(Captured(images, f"what is {i}", ids, gain, "vqa", "train"))
+    return found
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -> None:
+    family = BY_NAME[name]
+    model, processor, captured = family.make(), FamilyProcessor(family), answers(name, tmp_path)
+    cuts = ModalityCuts(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
+    assert train(model, processor, captured, captured[:3], cuts, tmp_path / "run", SETTINGS)
+    network = checkpoint.load(tmp_path / "run" / "drafter")
+    fresh = new_network(adapt(model, backend="plain"), captured, SETTINGS)
+    moved = [n for n, p in network.named_parameters() if not torch.equal(p, fresh.state_dict()[n])]
+    assert "fuse.weight" in moved and ("image_fc.weight" in moved) == ("image" in family.kinds)
+    vlm = SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain", adaptive=False), MSD(network))
+    images = list(captured[1].images)
+    inputs = prepare(processor, [images], ["what is it"])
+    wanted = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+    result = vlm.generate(images, "what is it", do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert isinstance(result, Result)
+    assert result.tokens == wanted[0, inputs["input_ids"].shape[1] :].tolist()
+    assert result.statistics.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_the_first_guess_is_the_targets_own_law(name: str) -> None:
+    """The draft head reads states of the scale of the target's last one, whatever its norm calls a weight."""
+    model = BY_NAME[name].make()
+    some = [Captured((), "", tuple(range(WORDS, 40)), (0.0,) * 31, "text", "train")]
+    network = new_network(adapt(model, backend="plain"), some, SETTINGS)
+    state = torch.randn(3, 32)
+    with torch.no_grad():
+        own = model.get_output_embeddings()(model.get_decoder().norm(state))[:, network.heads.ids]
+        ours = network.heads.head(network.heads.norm(state))
+    assert (own - ours).abs().max() <= 1e-3 * own.abs().max()
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_image_gain(name: str) -> None:
+    """What `msd capture` keeps: zero without a picture, else not."""
+    family = BY_NAME[name]
+    kind = family.kinds[0]
+    target = adapt(family.make(), backend="plain")
+    rows = [family.parts(1, [kind]), family.parts(2, []), family.parts(3, [kind, kind])]
+    with_one, without, with_two = image_gain(target, family.batch(rows), [[20, 21], [22], [23, 24, 25]])
+    assert bool((with_one > 0).all()) and bool((with_two > 0).all())
+    assert without.tolist() == [0.0]

@@ -1,0 +1,153 @@
+"""M-RoPE: cache slot, three rotary axes and rope delta are different things, at prefill, in trees and in drafts."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from families import BY_NAME
+from family_layouts import IMAGE, VIDEO, WORDS
+from msd.drafters.msd import MSDConfig, MSDNetwork
+from msd.drafters.msd.context import entries
+from msd.layout import Layout
+from msd.modality import LANGUAGE
+from msd.model import SpeculativeVLM
+from msd.result import Result
+from msd.targets import State, Target, adapt
+from msd.tree import DraftTree, Scores
+
+NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+SHOWN = [["image"], ["image", "image"], ["video"], []]
+
+
+@cache
+def model(name: str) -> Any:
+    return BY_NAME[name].make()
+
+
+@torch.no_grad()
+def prefilled(name: str) -> tuple[Target, State, Scores]:
+    """A padded batch with an image, two images, a video and nothing, its newest tokens not in the cache yet."""
+    family, target = BY_NAME[name], adapt(model(name), (1, 3), backend="plain")
+    inputs = target.encode_images(family.batch([family.parts(i, kinds) for i, kinds in enumerate(SHOWN)]))
+    state, scores = target.prefill(inputs.pop("input_ids"), inputs, 96)
+    for row in range(len(SHOWN)):
+        state.layout.append(row, [WORDS + row])
+    return target, state, scores
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_of_the_prompt_are_the_models_own_and_no_slots(name: str) -> None:
+    _, state, _ = prefilled(name)
+    layout = state.layout
+    for row, kinds in enumerate(SHOWN):
+        family = BY_NAME[name]
+        alone = family.row(family.parts(row, kinds))
+        ids = alone.pop("input_ids")
+        start, end = layout.start[row], layout.end[row] - 1
+        assert end - start == ids.shape[1]
+        ours = layout.positions[:, row, start:end]
+        if not kinds:
+            assert torch.equal(ours, torch.arange(end - start).expand(3, -1))
+            continue
+        positions, delta = model(name).model.get_rope_index(ids, **alone)
+        assert torch.equal(ours, positions[:, 0])
+        assert int(delta[0, 0]) < 0 or name == "qwen3_vl", "pictures take fewer positions than columns"
+        text = (ids[0] != IMAGE) & (ids[0] != VIDEO)
+        assert bool((ours[:, text] == ours[0, text]).all()), "text stands at the same place on every axis"
+        assert not bool((ours[:, ~text] == ours[0, ~text]).all()), "pictures do not"
+        assert not torch.equal(ours[0], torch.arange(end - start)), "and positions are no columns"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tree_goes_on_along_every_axis_whatever_delta_the_model_remembers(name: str) -> None:
+    """The model keeps the delta of its last prompt, of whomever; no pass of ours may read it."""
+    target, state, _ = prefilled(name)
+    nodes = len(SHOWN)
+    tree = DraftTree.from_lists(state.layout.newest(), [[20, 21, 22]] * nodes, [[0, 1, 0]] * nodes)
+    expected = state.layout.next_positions(tree.depths)
+    newest = torch.stack([state.layout.positions[:, r, e - 1] for r, e in enumerate(state.layout.end)], 1)
+    assert expected.shape == (3, nodes, 4)
+    assert torch.equal(expected, newest[:, :, None] + torch.tensor([0, 1, 2, 1]))
+    seen: list[torch.Tensor] = []
+    hook = model(name).model.language_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    said = []
+    with torch.no_grad():
+        for stale in (None, torch.full((nodes, 1), 999), torch.zeros(1, 1, dtype=torch.long)):
+            model(name).model.rope_deltas = stale
+            said.append(target.score(state, tree).logits)
+    hook.remove()
+    assert all(torch.equal(positions, expected) for positions in seen)
+    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_axis_counts(name: str) -> None:
+    """Or the tests here would pass with any positions."""
+    target, state, _ = prefilled(name)
+    tree = DraftTree.from_lists(state.layout.newest(), [[20, 21, 22]] * len(SHOWN), [[0, 1, 0]] * len(SHOWN))
+    with torch.no_grad():
+        right = target.score(state, tree).logits
+        for axis in range(3):
+            was = state.layout.positions.clone()
+            state.layout.positions[axis] += 3
+            assert (target.score(state, tree).logits - right).abs().max() > 1e-3, f"axis {axis}"
+            state.layout.positions = was
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_text_after_a_video_goes_on_from_the_newest_token_as_generate_does(name: str) -> None:
+    """The time axis of this video runs ahead of the words that follow it, so the rope delta would put an answer's
+    tokens elsewhere. `generate()` adds one to every axis; so do trees.
+    """
+    family = BY_NAME[name]
+    row = family.row([20, family.picture(1, "video")])
+    ids, arguments = row["input_ids"], {k: v for k, v in row.items() if k != "input_ids"}
+    positions, delta = model(name).model.get_rope_index(ids, **arguments)
+    newest = int(positions[0, 0, -1])
+    assert int(positions.max()) > newest
+    assert ids.shape[1] + int(delta[0, 0]) > newest + 1, "what the delta would make of the next column"
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    torch.manual_seed(2)
+    wanted = model(name).generate(**row, **settings)[0, ids.shape[1] :].tolist()
+    result = SpeculativeVLM(model(name), None, drafter="prompt-lookup").generate(**row, **settings, seed=2)
+    assert isinstance(result, Result)
+    assert result.tokens == wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_drafter_stands_where_text_stands(name: str) -> None:
+    """Its one axis is the one that text shares; pictures end right before the text that follows them."""
+    _, state, scores = prefilled(name)
+    layout: Layout = state.layout
+    line, text = layout.line(), layout.modality == LANGUAGE.id
+    for axis in range(3):
+        assert torch.equal(line[text], layout.positions[axis][text])
+    config = MSDConfig.for_target(model(name).config.text_config, 48, taps=(1, 3), image_tokens=2, rank=4)
+    network = MSDNetwork(config).attach(model(name).get_input_embeddings())
+    assert scores.taps is not None
+    with torch.no_grad():
+        found = entries(network, layout, scores.taps)
+    for row, shown in enumerate(SHOWN):
+        assert (
+            found.anchors(torch.tensor([[layout.end[row] - 2]] * len(SHOWN))).positions[row, 0]
+            == (layout.positions[0, row, layout.end[row] - 2])
+        )
+        positions = found.positions[row][found.present[row]]
+        if shown != ["video"]:
+            assert bool((positions[1:] >= positions[:-1]).all()), "in reading order"
+        assert int(positions.max()) < layout.end[row] - layout.start[row] - 1 or not shown
+
+
+def test_1_d_families_have_one_axis_and_its_positions_are_the_line() -> None:
+    family = BY_NAME["llava"]
+    target = adapt(family.make(), backend="plain")
+    row = family.row(family.parts(1, ["image"]))
+    layout, _ = target.lay_out(row["input_ids"], row, 64)
+    assert layout.positions.shape[0] == 1
+    assert layout.line().data_ptr() == layout.positions.data_ptr()
