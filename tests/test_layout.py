@@ -7,14 +7,14 @@ import torch
 
 from msd import modality
 from msd.errors import UserError
-from msd.layout import Layout, image_placeholders
+from msd.layout import Layout
 from msd.modality import LANGUAGE, VISION
 
 
 def two_rows() -> Layout:
     ids = torch.tensor([[9, 9, 5, 3, 6], [7, 3, 3, 8, 4]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    return Layout.from_prompt(ids, 12, mask, placeholders=image_placeholders([3, None]))
+    return Layout.from_prompt(ids, 12, mask, placeholders={3: VISION.id})
 
 
 def test_a_left_padded_prompt() -> None:
@@ -45,6 +45,13 @@ def test_every_rotary_axis_goes_on_from_the_newest_token() -> None:
     layout.append(0, [6])
     assert layout.positions[:, 0, 4].tolist() == [4, 4, 4]
     assert layout.next_positions(torch.tensor([[0, 1]])).tolist() == [[[4, 5]]] * 3
+
+
+def test_whoever_has_one_axis_stands_where_text_stands() -> None:
+    positions = torch.tensor([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[0, 2, 1, 3]]])
+    layout = Layout.from_prompt(torch.tensor([[4, 3, 3, 5]]), 8, position_ids=positions)
+    layout.append(0, [6])
+    assert layout.line()[0, :5].tolist() == [0, 2, 2, 3, 4]
 
 
 def test_given_positions_need_not_be_slots() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.modality import LANGUAGE, VISION
+from msd.modality import LANGUAGE
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Layout:
     def line(self) -> Tensor:
         """Positions on one axis for whoever has only one, such as a drafter: [B, C].
 
-        Text stands at the same place on every axis, which is its place here; a picture's token under M-RoPE at the
-        furthest of its three, so that nothing of a picture stands behind the text that follows it.
+        Text stands at the same place on every axis, which is its place here; a picture's token under M-RoPE stands at
+        the furthest of its three, so that an image ends right before the text that follows it.
         """
         return self.positions.amax(0) if len(self.positions) > 1 else self.positions[0]
 
@@ -115,8 +115,3 @@ def _is_left_padded(attention_mask: Tensor) -> bool:
     """Whether every row of the mask [B, L] is zeros, if any, then ones, and at least one."""
     seen = attention_mask.bool()
     return bool(seen[:, -1].all() & (seen[:, 1:] >= seen[:, :-1]).all())
-
-
-def image_placeholders(token_ids: list[int | None]) -> dict[int, int]:
-    """Placeholder map for `Layout.from_prompt` with every given id a vision token."""
-    return {t: VISION.id for t in token_ids if t is not None}

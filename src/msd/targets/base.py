@@ -29,7 +29,6 @@ from msd.targets.vision import VisionCache
 from msd.tree import Accepted, DraftTree, Scores
 
 KINDS = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}  # what placeholders stand for
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class Target:

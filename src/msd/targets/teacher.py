@@ -18,9 +18,11 @@ from msd.errors import UserError
 from msd.layout import Layout
 from msd.modality import LANGUAGE
 from msd.targets import masks
-from msd.targets.base import TOKEN_TYPES, Target
+from msd.targets.base import Target
 
-_REPLACED = ("attention_mask", "position_ids", "labels")  # of processor output, by those of whole rows, or by none
+_TYPES = "token_type_ids"
+# of processor output, by those of whole rows, or by none
+_REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "labels")
 
 
 @dataclass
@@ -75,8 +77,8 @@ def teach(
     L = ids.shape[1]
     A = max(map(len, answers))
     layout, _ = target.lay_out(ids, inputs, L + A)
-    typed = inputs.get(TOKEN_TYPES[0]) is not None  # without token types no model sees both ways
-    inputs = {k: v for k, v in inputs.items() if k not in (*TOKEN_TYPES, *_REPLACED)}
+    typed = inputs.get(_TYPES) is not None  # without token types no model sees both ways
+    inputs = {k: v for k, v in inputs.items() if k not in _REPLACED}
     for row, answer in enumerate(answers):
         layout.append(row, list(answer))
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
