@@ -211,9 +211,8 @@ def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
     assert "coverage, vision / language / fusion" in table
     assert json.loads(json.dumps(results))["environment"]["modality_cuts"] == cuts.model_dump()
     plain = measure.run(model, processor, samples(folder)[:1], methods, 4, 0.0, lambda _: None, warm=True)
-    assert {row["method"]: row["speedup_warm_vs_ar"] is None for row in plain["rows"]} == {
-        "transformers": True, "ar": False, "prompt-lookup": False,
-    }  # fmt: skip
+    for row in plain["rows"]:
+        assert (row["speedup_warm_vs_ar"] is None) == row["method"].startswith("transformers")
     assert all(row["acceptance_by_modality"] is None for row in plain["rows"])
     assert "coverage" not in report.markdown(plain)
 

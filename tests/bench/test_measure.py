@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tiny_checkpoint
-from msd.bench import measure
+from msd.bench import measure, report
 from msd.bench.data import Sample
-from msd.bench.timing import Run, _until, library
+from msd.bench.timing import LIBRARY, Run, _until, library
 from msd.loading import load_target
 from msd.statistics import Statistics, Step
 
@@ -46,6 +46,20 @@ def test_a_sampled_batch_is_not_compared_with_the_library(samples: list[Sample])
     for batch, known in ((1, True), (2, False)):
         results = measure.run(model, processor, samples[:3], [], NEW, 1.0, lambda _: None, batch=batch)
         assert {row["identical"] is not None for row in results["rows"]} == {known}
+
+
+def test_a_way_of_the_library_that_refuses_the_model_is_named(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_target(samples[0].images[0].parents[1])
+    monkeypatch.setitem(LIBRARY, "transformers:broken", {"no_such_setting": 1})
+    results = measure.run(model, processor, samples[:2], [], 4, 0.0, lambda _: None)
+    told = results["environment"]
+    assert "no_such_setting" in told["not_run"]["transformers:broken"]
+    assert "transformers:broken" not in {row["method"] for row in results["rows"]}
+    assert set(told["outside_kernels"]) == {"1", "9"}
+    assert all(0 <= share < 1 for share in told["outside_kernels"].values())
+    assert "`transformers:broken` does not run here" in report.markdown(results)
 
 
 def test_groups_are_of_one_task_and_in_order(samples: list[Sample]) -> None:
