@@ -13,10 +13,11 @@ from msd.drafters.msd.config import SWITCHES, MSDConfig
 from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
-from msd.drafters.msd.memory import Memory, Notes
+from msd.drafters.msd.memory import Memory
 from msd.drafters.msd.network import MSDNetwork
 from msd.drafters.msd.pace import Pace
 from msd.drafters.msd.sample import draw
+from msd.drafters.notes import Notes
 from msd.errors import UserError
 from msd.plan import Budget
 from msd.sampling import Sampler
@@ -86,7 +87,7 @@ class MSD:
             raise UserError(
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
             )
-        state.memory = Notes(scores.taps)
+        state.memory = Notes(scores.taps, Memory)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Subtrees of the active modalities, merged; or draws from their laws."""
@@ -126,7 +127,7 @@ class MSD:
         return bool((self.network.ends(feature, self.network.embed(newest[rows])) > SURELY).all())
 
     def _memory(self, state: State) -> Memory:
-        notes: Notes = state.memory
+        notes: Notes[Memory] = state.memory
         return notes.read(self.network, state.layout)
 
 
