@@ -29,6 +29,9 @@ def train(
     ] = None,
     target: Target = "reference",
     form: Annotated[str, typer.Option("--form", help="'block' (one pass for all levels) or 'ar'.")] = "block",
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default 2, for 'ar' 1.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Length of the run; another number lands there.")] = 4000,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Answers a step.")] = 4,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3,
@@ -84,8 +87,9 @@ def train(
     model, processor = load_target(target)
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
-        form=form, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of),
-        text_only=text_only, precision=precision, remember=remember, loss=LossConfig(weighting=weighting),
+        form=form, layers=layers, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed,
+        off=tuple(out_of), text_only=text_only, precision=precision, remember=remember,
+        loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):

@@ -43,6 +43,7 @@ PRECISIONS = ("measure", "bf16", "float32")
 class DraftTraining:
     """How a drafter is trained. anchors: positions per answer and step that drafts start from.
 
+    layers: decoder layers of the trunk, the form's own number by default (2 for "block", 1 for "ar").
     off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
     matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
     "measure" (bf16 where it is clearly faster here); held-out figures are always taken with the weights' own.
@@ -50,6 +51,7 @@ class DraftTraining:
     """
 
     form: str = "block"
+    layers: int | None = None
     steps: int = 4000
     batch: int = 4
     anchors: int = 48
@@ -71,6 +73,8 @@ def new_network(target: Target, captured: Sequence[Captured], settings: DraftTra
     counts = token_counts(captured, config.vocab_size)
     size = min(settings.draft_vocabulary, config.vocab_size)
     changes: dict[str, Any] = dict.fromkeys(settings.off, False) | {"form": settings.form}
+    if settings.layers is not None:
+        changes["layers"] = settings.layers
     torch.manual_seed(settings.seed)
     network = MSDNetwork(MSDConfig.for_target(config, size, **changes))
     network.heads.ids = frequent(counts, size).to(torch.long)
