@@ -31,7 +31,10 @@ PRIME = 1_000_003
 class Words(Protocol):
     """Which words a drafter proposes, and what they are worth."""
 
-    ids: Tensor  # [Vd] int64: the target's id of each
+    @property
+    def ids(self) -> Tensor:
+        """[Vd] int64: the target's id of each."""
+        ...
 
     def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
         """Log of the chance that a candidate is the target's choice: from its log q and its parent's confidence."""
