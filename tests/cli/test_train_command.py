@@ -28,20 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target with captured answers."""
-    folder = tmp_path_factory.mktemp("train")
-    tiny_checkpoint.write(folder)
-    names = tiny_checkpoint.photos(folder / "images", 4)
-    lines = [{"image": n, "prompt": p} for n in names for p in ("Describe it.", "What is it?")]
-    lines += [{"prompt": f"Say {i}.", "split": "val" if i == 0 else "train"} for i in range(4)]
-    lines += [{"image": names[0], "prompt": "Is it?", "split": "val"}]
-    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(SystemExit) as stop:
-        main([
-            "capture", "--data", str(folder / "data.jsonl"), "--images", str(folder / "images"),
-            "--target", str(folder), "--out", str(folder / "captured.jsonl"), "--max-new-tokens", "12", "--json",
-        ])  # fmt: skip
-    assert not stop.value.code
-    return folder
+    return tiny_checkpoint.captured(tmp_path_factory.mktemp("train"))
 
 
 def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: object) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class MSDNetwork(nn.Module):
         self._embedding = [embedding]
         return self
 
+    @property
+    def ids(self) -> Tensor:
+        """[Vd] int64: the target's id of each draft token."""
+        return self.heads.ids
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Target embeddings [..., H] of token ids [...], normalised: their own scale is a tenth of the states'."""
         out: Tensor = self.word_norm(self._embedding[0](tokens).to(self.fc.weight.dtype))

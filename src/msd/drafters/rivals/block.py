@@ -54,7 +54,7 @@ class Block(Rival):
     def feature(self, taps: Tensor) -> Tensor:
         """norm(fc([states])), the same for all layers."""
         out: Tensor = self.context_norm(self.fc(taps[..., : -self.config.hidden].to(self.dtype)))
-        return out
+        return out.to(self.dtype)
 
     def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
         """The feature alone."""

@@ -35,7 +35,7 @@ class Eagle2(Autoregressive):
     def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
         """fc([emb; h])."""
         out: Tensor = self.fc(torch.cat([word, feature], -1))
-        return out
+        return out.to(self.dtype)  # what layers add up keeps the weights' precision under autocast
 
     def loss(self, lesson: Lesson, first: Tensor) -> tuple[Tensor, Parts]:
         """SmoothL1 + 0.1 × cross entropy, one step ahead."""

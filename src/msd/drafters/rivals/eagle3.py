@@ -65,7 +65,7 @@ class Eagle3(Autoregressive):
     def feature(self, taps: Tensor) -> Tensor:
         """fc([low; middle; high])."""
         out: Tensor = self.fc(torch.cat([self.tap(taps, i) for i in self.used], -1))
-        return out
+        return out.to(self.dtype)
 
     def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
         """[emb; h]; in a draft, h is the state above it before the final norm."""

@@ -15,7 +15,7 @@ class MSDPublished(Eagle2):
 
     method = "msd-published"
     width = 8
-    stages = (0.5, 0.5, 0.0)
+    stages = (0.5, 0.5, 0.0, 0.0)
 
     def kept(self, c: Columns) -> Entries:
         """All columns, visual ones with the embedding for input."""

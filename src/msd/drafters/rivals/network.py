@@ -35,7 +35,8 @@ class Rival(nn.Module):
 
     layer: its decoder layer. deep: whether context goes through all layers, as in a language model, or enters every
     layer as it is. roots: answer tokens a row to draft from in a training step. reach: drafted tokens below each.
-    stages: (steps about text alone, steps until all are about images, share of these at first) of training, as shares.
+    stages: (steps about text alone, steps until all are about images, share of these at first, share of text kept) of
+    training, all of them shares.
     reduced: whether it has a draft vocabulary of its own.
     options: the method's own numbers and their defaults.
     """
@@ -48,7 +49,7 @@ class Rival(nn.Module):
     depth: ClassVar[int] = 5
     roots: ClassVar[int] = 48
     reach: ClassVar[int] = 1
-    stages: ClassVar[tuple[float, float, float]] = (0.02, 0.1, 0.5)
+    stages: ClassVar[tuple[float, float, float, float]] = (0.02, 0.1, 0.5, 0.05)
     reduced: ClassVar[bool] = False
     options: ClassVar[dict[str, float]] = {}
 
@@ -81,6 +82,10 @@ class Rival(nn.Module):
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """First weights from the target, before training; most methods begin at random."""
+
+    def choose_words(self, ids: Tensor) -> None:
+        """Makes the ascending target ids [Vd] the draft vocabulary of a `reduced` method."""
+        raise NotImplementedError
 
     def attach(self, model: PreTrainedModel) -> Self:
         """Takes the target's embedding and head."""

@@ -41,7 +41,7 @@ class Adaptor(nn.Module):
         q = self.q.transpose(0, 1).expand(len(states), -1, -1, -1)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         out: Tensor = self.o_proj(seen.transpose(1, 2).flatten(-2))
-        return out
+        return out.to(states.dtype)
 
 
 class ViSpec(Eagle2):
@@ -49,7 +49,7 @@ class ViSpec(Eagle2):
 
     method = "vispec"
     width, depth = 8, 3
-    stages = (0.3, 0.0, 1.0)
+    stages = (0.3, 0.0, 1.0, 0.0)
     options: ClassVar[dict[str, float]] = {"noise": 0.1}
 
     def __init__(self, config: RivalConfig) -> None:
