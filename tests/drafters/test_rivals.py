@@ -117,8 +117,8 @@ def test_losses_are_learnt(method: str) -> None:
     first = torch.arange(rivals.LENGTH - 1).expand(4, -1)
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
     losses, still = [], {n for n, p in made.named_parameters()}
-    for _ in range(30):
-        torch.manual_seed(0)
+    for step in range(30):
+        torch.manual_seed(step)
         loss, parts = made.loss(lesson, first)
         assert set(parts) and all(torch.isfinite(p) for p in parts.values())
         loss.backward()

@@ -29,7 +29,7 @@ class Autoregressive(Rival):
     def states(self, lesson: Lesson, first: Tensor, depth: int) -> Tensor:
         """See `Rival`: every root sees the true context above it and its own draft, as in decoding."""
         assert lesson.taps is not None
-        found = self.entries(lesson.layout, lesson.taps[:, :-1])
+        found = self.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
         feature = self.noisy(self.feature(found.taps))
         x = self.enter(found, feature)
         anchors = found.anchors(x, feature, first + lesson.prompt - 1)

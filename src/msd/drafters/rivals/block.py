@@ -53,8 +53,9 @@ class Block(Rival):
 
     def feature(self, taps: Tensor) -> Tensor:
         """norm(fc([states])), the same for all layers."""
-        out: Tensor = self.context_norm(self.fc(taps[..., : -self.config.hidden].to(self.dtype)))
-        return out.to(self.dtype)
+        fused = self.fc(taps[..., : -self.config.hidden].to(self.dtype))
+        out: Tensor = self.context_norm(fused.to(self.dtype))  # as without autocast
+        return out
 
     def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
         """The feature alone."""
@@ -77,7 +78,7 @@ class Block(Rival):
     def states(self, lesson: Lesson, first: Tensor, depth: int) -> Tensor:
         """See `Rival`. The block is as long as in decoding, whatever is asked for."""
         assert lesson.taps is not None
-        found = self.entries(lesson.layout, lesson.taps[:, :-1])
+        found = self.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
         feature = self.feature(found.taps)
         anchors = found.anchors(feature, feature, first + lesson.prompt - 1)
         context, _ = whole(self, found, feature)

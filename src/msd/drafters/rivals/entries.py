@@ -22,7 +22,7 @@ from msd.modality import LANGUAGE
 class Columns:
     """Columns 0 to L-1 of B texts. taps: [B, L, T*H]. tokens: [B, L], those after them; word: [B, L, H], embedded.
 
-    real: [B, L] bool, False at padding. visual: [B, L] bool, the token after is an image's. positions: [B, L].
+    real: [B, L] bool, False at padding. prompt: how many columns the prompt has. visual: [B, L] bool, the token after is an image's. positions: [B, L].
     """
 
     taps: Tensor
@@ -31,6 +31,7 @@ class Columns:
     visual: Tensor
     tokens: Tensor
     positions: Tensor
+    prompt: int
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Entries:
         )  # fmt: skip
 
 
-def columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hidden: int) -> Columns:
+def columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hidden: int, prompt: int) -> Columns:
     """Columns whose tap states are `taps` [B, L, T*H], the first of them being the input of layer 0."""
     L = taps.shape[1]
     column = torch.arange(L, device=taps.device)
@@ -76,7 +77,7 @@ def columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hid
     if L > 1:  # token L has been emitted: it is text
         shown = torch.cat([taps[:, 1:, :hidden], taps[:, -1:, :hidden]], 1)
         word = torch.where(visual[..., None], shown.to(word.dtype), word)
-    return Columns(taps, word, real, visual, tokens, layout.positions[0, :, :L])
+    return Columns(taps, word, real, visual, tokens, layout.positions[0, :, :L], prompt)
 
 
 def keep(c: Columns, kept: Tensor) -> tuple[Entries, Tensor]:

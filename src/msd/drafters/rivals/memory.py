@@ -30,7 +30,7 @@ class Memory:
     @classmethod
     def begin(cls, network: Rival, layout: Layout, taps: Tensor) -> Memory:
         """From the prompt's tap states [B, L, T*H]; the layout holds the first emitted token already."""
-        found = network.entries(layout, taps)
+        found = network.entries(layout, taps, taps.shape[1])
         feature = network.feature(found.taps)
         x = network.enter(found, feature)
         last = torch.full((len(taps), 1), taps.shape[1] - 1, device=taps.device)

@@ -137,9 +137,12 @@ class Rival(nn.Module):
         H = self.config.hidden
         return taps.unflatten(-1, (-1, H))[..., which, :].to(self.dtype)
 
-    def entries(self, layout: Layout, taps: Tensor) -> Entries:
-        """Entries of columns 0 to L-1, whose tap states are `taps` [B, L, T*H]; the layout holds token L as well."""
-        return self.kept(columns(layout, taps, self.embed, self.config.hidden))
+    def entries(self, layout: Layout, taps: Tensor, prompt: int) -> Entries:
+        """Entries of columns 0 to L-1, whose tap states are `taps` [B, L, T*H]; the layout holds token L as well.
+
+        prompt: how many columns the prompt has.
+        """
+        return self.kept(columns(layout, taps, self.embed, self.config.hidden, prompt))
 
     def kept(self, c: Columns) -> Entries:
         """The entries of a text; by default all of its columns."""

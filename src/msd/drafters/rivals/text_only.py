@@ -57,7 +57,7 @@ class TextOnly(Autoregressive):
             )
         self.load_state_dict(own | copied)
 
-    def entries(self, layout: Layout, taps: Tensor) -> Entries:
+    def entries(self, layout: Layout, taps: Tensor, prompt: int) -> Entries:
         """Every text token of columns 0 to L."""
         L = taps.shape[1]
         column = torch.arange(L + 1, device=taps.device)

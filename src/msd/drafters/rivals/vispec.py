@@ -91,7 +91,7 @@ class ViSpec(Eagle2):
         """
         assert lesson.taps is not None
         truth = Truth.of(lesson, first, 1, self.config.hidden)
-        found = self.entries(lesson.layout, lesson.taps[:, :-1])
+        found = self.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
         at = found.slot.gather(1, first + lesson.prompt - 1)
         plain = self.everywhere(found, self.noisy(self.feature(found.taps)))
         if bool((lesson.layout.modality == LANGUAGE.id).all()):
