@@ -95,16 +95,18 @@ def test_weights_in_the_repository_are_methods_for_the_reference_model(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    drafter = Path(train(capsys, place, tmp_path / "run", "msd-published")["drafter"])
+    drafter = Path(train(capsys, place, tmp_path / "run", "eagle2")["drafter"])
     (tmp_path / "weights").mkdir()
     drafter.rename(tmp_path / "weights" / "any-name")
     registry._register_rivals(tmp_path / "weights")
-    assert "msd-published" in registry.methods() and "msd-published" not in registry.methods("other/target")
-    assert isinstance(registry.create("msd-published"), RivalDrafter)
+    for name in ("eagle2", "specvlm-video"):  # the second drafts with the first one's weights
+        assert name in registry.methods() and name not in registry.methods("other/target")
+        made = registry.create(name)
+        assert isinstance(made, RivalDrafter) and type(made.network) is RIVALS[name]
     row = ["--target", place, "--data", place / "data.jsonl", "--images", place / "images", "--limit", 2, "--json"]
-    code, out, err = run(capsys, "verify", "--method", "msd-published", *row)
+    code, out, err = run(capsys, "verify", "--method", "eagle2,specvlm-video", *row)
     assert code == 0, err
-    assert [r["passed"] for r in json.loads(out)["rows"]] == [True]
+    assert [r["passed"] for r in json.loads(out)["rows"]] == [True, True]
 
 
 @pytest.mark.parametrize(

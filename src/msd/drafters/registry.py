@@ -90,11 +90,20 @@ def _register_rivals(root: Path) -> None:
         if method is None:
             register(folder.name, _Shipped(_made, cache(partial(_read, folder)), folder.name, False))
         elif method in rivals.RIVALS:
-            register(method, _Shipped(_rival, cache(partial(rivals.load, folder))))
+            read = cache(partial(rivals.load, folder))
+            register(method, _Shipped(_rival, read))
+            if method == rivals.Eagle2.method:  # prunes what that drafter sees, with its weights
+                register(rivals.SpecVLMVideo.method, _Shipped(_pruned, read))
 
 
 def _rival(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:
     return rivals.RivalDrafter(read())
+
+
+def _pruned(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:
+    trained = read()
+    assert isinstance(trained, rivals.Eagle2)
+    return rivals.RivalDrafter(rivals.SpecVLMVideo.from_eagle2(trained))
 
 
 def _made(read: Callable[[], _Trained], name: str, sampled: bool) -> MSD:

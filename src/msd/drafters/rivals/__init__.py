@@ -19,15 +19,20 @@ from msd.drafters.rivals.eagle3 import Eagle3
 from msd.drafters.rivals.hivis import HiViS
 from msd.drafters.rivals.msd_published import MSDPublished
 from msd.drafters.rivals.network import Rival
+from msd.drafters.rivals.specvlm import SpecVLM
+from msd.drafters.rivals.specvlm_video import SpecVLMVideo
 from msd.drafters.rivals.text_only import TextOnly
 from msd.drafters.rivals.vispec import ViSpec
 from msd.errors import UserError
 
-__all__ = ["RIVALS", "Rival", "RivalConfig", "RivalDrafter", "load", "named"]
+__all__ = ["RIVALS", "Eagle2", "Rival", "RivalConfig", "RivalDrafter", "SpecVLMVideo", "load", "named"]
 
 RIVALS: dict[str, type[Rival]] = {
-    network.method: network for network in (TextOnly, Eagle2, Eagle3, MSDPublished, ViSpec, HiViS, DFlash, DSpark)
-}
+    network.method: network
+    for network in (
+        TextOnly, Eagle2, Eagle3, MSDPublished, ViSpec, SpecVLM, SpecVLMVideo, DFlash, DSpark, HiViS,
+    )
+}  # fmt: skip
 
 
 def named(method: str) -> type[Rival]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msd.backends.packed import Linear
+from msd.drafters.msd.layer import Layer
 from msd.drafters.rivals.autoregressive import Autoregressive
 from msd.drafters.rivals.config import RivalConfig
 from msd.drafters.rivals.layers import BareLayer
@@ -25,7 +26,7 @@ class Eagle2(Autoregressive):
     """Blind to modality: image positions are positions like any other, with the projector's output as embedding."""
 
     method = "eagle2"
-    layer = BareLayer
+    layer: ClassVar[type[Layer]] = BareLayer
     options: ClassVar[dict[str, float]] = {"noise": 0.1}
 
     def __init__(self, config: RivalConfig) -> None:

@@ -22,7 +22,8 @@ from msd.modality import LANGUAGE
 class Columns:
     """Columns 0 to L-1 of B texts. taps: [B, L, T*H]. tokens: [B, L], those after them; word: [B, L, H], embedded.
 
-    real: [B, L] bool, False at padding. prompt: how many columns the prompt has. visual: [B, L] bool, the token after is an image's. positions: [B, L].
+    real: [B, L] bool, False at padding. prompt: how many columns the prompt has.
+    visual: [B, L] bool, the token after is an image's. positions: [B, L].
     """
 
     taps: Tensor
