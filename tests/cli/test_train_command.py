@@ -127,6 +127,8 @@ def test_the_drafter_is_used_by_every_command(
     row = next(r for r in json.loads(out)["rows"] if r["method"] == "msd")
     assert row["identical"] == 1.0
     assert set(row["acceptance_by_modality"]) == {"vision", "language", "fusion"}
+    counted = sum(row["positions_by_modality"]["acceptance"].values())
+    assert sum(e["drafted"] for e in row["errors"]) == counted > 0
 
 
 def test_two_processes_share_a_step(place: Path, tmp_path: Path) -> None:
