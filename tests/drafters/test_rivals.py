@@ -153,6 +153,23 @@ def test_saved_and_loaded_strictly(method: str, tmp_path: Path) -> None:
             load(tmp_path)
 
 
+def test_eight_bits_are_nearly_the_same(tmp_path: Path) -> None:
+    """Half as large, each weight within half a step of its row, drafts nearly the same, output the target's."""
+    made = rivals.network(MODEL, "dspark")
+    stored.save(made, made.config, tmp_path / "whole")
+    stored.save(made, made.config, tmp_path / "small", eight_bit=True)
+    size = {n: (tmp_path / n / "model.safetensors").stat().st_size for n in ("whole", "small")}
+    assert size["small"] < 0.62 * size["whole"]
+    again = load(tmp_path / "small")
+    for name, value in made.state_dict().items():
+        step = value.abs().amax(-1, keepdim=True) / 127 if value.dim() > 1 else value.abs() * 1e-3 + 1e-6
+        assert ((again.state_dict()[name] - value).abs() <= 0.55 * step + 1e-4).all(), name
+    engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), RivalDrafter(again))
+    one = tiny.llava_inputs(1)
+    plain = MODEL.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
+    assert engine.generate(**one, max_new_tokens=12, do_sample=False).tokens == plain
+
+
 def test_a_foreign_target_is_refused() -> None:
     with pytest.raises(UserError, match="was trained for a target with 64 tokens"):
         SpeculativeVLM(tiny.llava(vocab=70), None, None, RivalDrafter(rivals.network(MODEL, "eagle2")))

@@ -25,7 +25,7 @@ from msd.drafters.rivals.text_only import TextOnly
 from msd.drafters.rivals.vispec import ViSpec
 from msd.errors import UserError
 
-__all__ = ["RIVALS", "Eagle2", "Rival", "RivalConfig", "RivalDrafter", "SpecVLMVideo", "load", "named"]
+__all__ = ["RIVALS", "Eagle2", "Rival", "RivalConfig", "RivalDrafter", "SpecVLMVideo", "TextOnly", "load", "named"]
 
 RIVALS: dict[str, type[Rival]] = {
     network.method: network

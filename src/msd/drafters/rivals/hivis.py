@@ -24,6 +24,7 @@ class HiViS(Eagle2):
     """EAGLE-2's layer over words alone."""
 
     method = "hivis"
+    roots = 24
     reach = 4
     options: ClassVar[dict[str, float]] = {"noise": 0.1}
 

@@ -32,8 +32,6 @@ class TextOnly(Autoregressive):
     method = "text-only"
     deep = True
     layer_count = 3
-    roots = 48
-    reach = 1
 
     def __init__(self, config: RivalConfig) -> None:
         super().__init__(config)
