@@ -12,12 +12,16 @@ import torch
 
 import rivals
 import tiny
+import tiny_checkpoint
+from msd.bench import certificate
+from msd.bench.data import Sample
 from msd.config import SpeculativeConfig
-from msd.drafters import stored
+from msd.drafters import registry, stored
 from msd.drafters.rivals import RIVALS, RivalDrafter, load
 from msd.drafters.rivals.memory import Memory
 from msd.errors import UserError
 from msd.layout import Layout
+from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.plan import Budget
 from msd.targets.teacher import Lesson
@@ -46,6 +50,35 @@ def test_output_is_the_targets(method: str) -> None:
             drawn = MODEL.generate(**one, max_new_tokens=20, do_sample=True, temperature=0.8)[0, length:]
             seeded = engine.generate(**one, max_new_tokens=20, do_sample=True, temperature=0.8, seed=5)
             assert seeded.tokens == drawn.tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiles_of_another_family(method: str) -> None:
+    """LLaVA-NeXT: an image of several tiles, and a twin for a target of another size."""
+    model = tiny.llava_next()
+    one = tiny.llava_next_inputs(1)
+    plain = model.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
+    drafter = RivalDrafter(rivals.network(MODEL, method)).twin(tiny.llava(vocab=90))
+    assert drafter.name == method and drafter.network.config.vocabulary == 90
+    for made in (RivalDrafter(rivals.network(model, method)), drafter.twin(model)):
+        engine = SpeculativeVLM(model, None, SpeculativeConfig(nodes=9, depth=5, adaptive=False), made)
+        result = engine.generate(**one, max_new_tokens=12, do_sample=False)
+        assert result.tokens == plain and result.statistics.num_draft_tokens > 0
+
+
+def test_every_rival_passes_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate of `msd verify`: greedy, sampled, warped and penalised, with a photo and without."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    model, processor = load_target(tiny_checkpoint.write(tmp_path / "target"))
+    for method in METHODS:
+        made = rivals.network(model, method)
+        registry.register(method, lambda made=made: RivalDrafter(made))  # type: ignore[misc]
+    photo = tmp_path / tiny_checkpoint.photos(tmp_path, 1)[0]
+    samples = [Sample((photo,), "What is it?", None, "see"), Sample((), "Say.", None, "say")]
+    rows = certificate.certify(model, processor, samples, METHODS, 10, 1000, lambda _: None, "plain")
+    assert [row.method for row in rows] == METHODS
+    for row in rows:
+        assert row.passed and row.compared == 12, (row.method, row.differences)
 
 
 def decoded(made: Any, lesson: Lesson, steps: list[list[int]]) -> tuple[Memory, list[int]]:
