@@ -33,19 +33,18 @@ format: setup
 	$(BIN)/ruff format src tests recipes tools
 	$(BIN)/ruff check --fix src tests recipes tools
 
-# The committed result files and the README's tables: about 45 minutes on two cores, on an otherwise idle machine.
+# The committed result files and the README's tables, on validation photos of DATA: about an hour on two idle cores.
+DATA ?= ../shared/data
+VAL := $(BIN)/msd bench --method prompt-lookup,msd --data runs/val/val.jsonl --images $(DATA)
+NOISE := $(BIN)/msd bench --method msd --data runs/val/noise/noise.jsonl --temperature 1.5
 results: setup
 	$(BIN)/msd verify --method all --limit 50 --json > results/verify.json
-	$(BIN)/msd bench --method all --out results > /dev/null
+	$(MAKE) floors
 	$(BIN)/python tools/readme_tables.py
 
-# The figures the project promises, on validation photos of DATA: about 40 minutes on two idle cores.
-DATA ?= ../shared/data
-VAL := $(BIN)/msd bench --method msd --data runs/floors/val.jsonl --images $(DATA)
-NOISE := $(BIN)/msd bench --method msd --data runs/floors/noise/noise.jsonl --temperature 1.5
 floors: setup
-	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/floors --val-detail 40 --val-caption 20 --val-questions 20 --val-text 0
-	$(BIN)/python recipes/floors/noise.py --out runs/floors/noise
+	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 20 --val-text 0
+	$(BIN)/python recipes/floors/noise.py --out runs/val/noise
 	$(VAL) --out results/val > /dev/null
 	$(VAL) --temperature 1 --limit 60 --out results/val-T1 > /dev/null
 	for n in 2 4 8 16; do $(VAL) --batch $$n --out results/batch-$$n > /dev/null || exit 1; done

@@ -33,7 +33,8 @@ def main() -> int:
     text = readme.read_text()
     tables = {
         "verify": verify_table(json.loads((ROOT / "results/verify.json").read_text())["rows"]),
-        "bench": report.markdown(json.loads((ROOT / "results/results.json").read_text())),
+        "floors": (ROOT / "results/floors.md").read_text(),
+        "bench": report.markdown(json.loads((ROOT / "results/val/results.json").read_text())),
     }
     fresh = text
     for name, table in tables.items():

@@ -1,4 +1,4 @@
-"""Pictures of nothing, for which drafting is hardest: `python recipes/floors/noise.py --out runs/floors/noise`.
+"""Pictures of nothing, for which drafting is hardest: `python recipes/floors/noise.py --out runs/val/noise`.
 
 At a high temperature the target's answers to these follow no pattern; a plan that never loses has to leave drafting be.
 """
@@ -17,7 +17,7 @@ PROMPTS = ("Describe the image in detail.", "What is in the picture?", "Write a 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/floors/noise"))
+    parser.add_argument("--out", type=Path, default=Path("runs/val/noise"))
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

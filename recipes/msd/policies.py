@@ -20,7 +20,7 @@ from msd import prompts
 from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
 from msd.drafters.msd import MSD, checkpoint
-from msd.heap import use_large_blocks
+from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str,
 
 
 def main() -> None:
-    use_large_blocks()
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drafter", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))

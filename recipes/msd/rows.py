@@ -33,7 +33,7 @@ from msd.drafters import rivals, stored
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
 from msd.drafters.msd.network import MSDNetwork
 from msd.gain import ModalityCuts
-from msd.heap import use_large_blocks
+from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
@@ -239,7 +239,7 @@ def ship_rows(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    use_large_blocks()
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "bench", "ship"))
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))

@@ -24,7 +24,7 @@ from pack import Batch
 from torch import Tensor
 
 from msd.backends.precision import faster_in_bf16
-from msd.heap import use_large_blocks
+from msd.heap import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 
 COLOUR = "tower.colour"
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    use_large_blocks()
+    use_huge_pages()
     args = parse()
     if args.export:
         save_weights(load_weights(args.out / "checkpoint.pt"), args.export)

@@ -12,7 +12,7 @@ from typer.exceptions import TyperException
 
 from msd.cli import bench, capture, demo, generate, reference, train, verify
 from msd.errors import UserError
-from msd.heap import use_large_blocks
+from msd.heap import use_huge_pages
 from msd.version import __version__
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Runs `msd` with `arguments` (the process's own by default) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    use_large_blocks()
+    use_huge_pages()
     try:
         sys.exit(app(args=arguments or ["--help"], standalone_mode=False) or 0)
     except UserError as error:
