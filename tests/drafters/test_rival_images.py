@@ -90,6 +90,29 @@ def test_the_gate_asks_the_question() -> None:
     assert made.gate.weight.grad is not None and made.gate.weight.grad.any()
 
 
+def test_the_question_is_the_prompts_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither padding nor image tokens nor the answer, which training sees and decoding does not have yet."""
+    made = rivals.network(MODEL, "specvlm")
+    lesson = rivals.lesson(MODEL, made)
+    asked: list[Tensor] = []
+    forward = Compressor.forward
+
+    def noted(self: Compressor, states: Tensor, mask: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(question)
+        return forward(self, states, mask, question)
+
+    monkeypatch.setattr(Compressor, "forward", noted)
+    assert lesson.taps is not None
+    L = lesson.prompt
+    made.entries(lesson.layout, lesson.taps[:, :-1], L)
+    made.entries(lesson.layout, lesson.taps[:, :L], L)
+    assert torch.equal(asked[0], asked[1]) and len(asked[0]) == 2
+    for question, row in zip(asked[0], (1, 2), strict=True):  # the rows with images
+        ids = lesson.layout.tokens[row, lesson.layout.start[row] + 1 : L]
+        words = made.embed(ids[ids != tiny.IMAGE])
+        assert torch.allclose(question, words.mean(0), atol=1e-6)
+
+
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_what_is_left_of_an_image(branch: str) -> None:
     made = rivals.network(MODEL, "specvlm", options={"tokens": 3})

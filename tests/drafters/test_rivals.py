@@ -208,6 +208,25 @@ def test_a_foreign_target_is_refused() -> None:
         SpeculativeVLM(tiny.llava(vocab=70), None, None, RivalDrafter(rivals.network(MODEL, "eagle2")))
 
 
+def test_a_tie_is_the_parents() -> None:
+    """Where a child is as likely as its parent, to the last digit, the nodes that are kept are still a tree."""
+    made = rivals.network(MODEL, "eagle2")
+    sure = torch.full((64,), -1e4)
+    sure[7] = 1e4  # q = 1: every node of this path has the same score
+    made.logits = lambda states, parents: sure.expand(*states.shape[:-1], -1)  # type: ignore[method-assign]
+    lesson = rivals.lesson(MODEL, made)
+    assert lesson.taps is not None
+    whole = lesson.layout
+    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [lesson.prompt + 1] * 4)
+    state: Any = SimpleNamespace(layout=layout, memory=None)
+    drafter = RivalDrafter(made)
+    drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
+    for nodes in (1, 2, 4):
+        tree = drafter.propose(state, Budget(nodes, [5] * 4), SimpleNamespace(do_sample=False))  # type: ignore[arg-type]
+        assert tree.parents[0].tolist() == list(range(-1, nodes))
+        assert tree.tokens[0, 1:].tolist() == [7] * nodes
+
+
 def test_trees_grow_as_eagle_2_says() -> None:
     """k children of each of k frontier nodes a level, the k best go on, the best of all are kept: by brute force."""
     made = rivals.network(MODEL, "eagle2", width=3, depth=3)
