@@ -11,6 +11,7 @@ import rivals
 import tiny
 from msd.drafters.rivals import RIVALS, teaching
 from msd.drafters.rivals.teaching import Truth
+from msd.drafters.rivals.vispec import ViSpec
 from msd.train.rivals import Published, RivalObjective
 
 MODEL = tiny.llava()
@@ -152,3 +153,52 @@ def test_chains_count_what_is_drafted_right() -> None:
         assert accepted == (drafted if right else 0)
         each = [min(5, rivals.LENGTH - 1 - r) if right else 1 for r in range(rivals.LENGTH - 1)]
         assert drafted == 4 * sum(each)
+
+
+def test_eagles_loss_by_hand() -> None:
+    made = rivals.network(MODEL, "msd-published")
+    lesson = rivals.lesson(MODEL, made)
+    first = torch.tensor([[0, 6, rivals.LENGTH - 1]] * 4)  # below the last one there is nothing to draft
+    loss, parts = made.loss(lesson, first)
+    states = made.states(lesson, first, 1)[:, :, 0]
+    truth = lesson.taps[:, lesson.prompt - 1 : -1, -made.config.hidden :] if lesson.taps is not None else None
+    assert truth is not None
+    regression, entropy = [], []
+    for row in range(4):
+        for a, root in ((0, 0), (1, 6)):
+            off = (states[row, a] - truth[row, root + 1]).abs()
+            regression.append(float(torch.where(off < 1, 0.5 * off * off, off - 0.5).mean().detach()))
+            q = made.head(states[row, a]).log_softmax(-1)
+            entropy.append(-float((lesson.logits[row, root + 1].exp() * q).sum().detach()))
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    assert float(parts["regression"].detach()) == pytest.approx(mean(regression), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(mean(regression) + 0.1 * mean(entropy), rel=1e-4)
+
+
+def test_vispecs_second_stage_by_hand() -> None:
+    """A plain pass, and one in which every position's feature is what the plain pass drafted at the one before."""
+    made = rivals.network(MODEL, "vispec")
+    assert isinstance(made, ViSpec)
+    lesson = rivals.lesson(MODEL, made)
+    first = torch.tensor([[1, 9]] * 4)
+    assert lesson.taps is not None
+    found = made.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
+    feature = made.feature(found.taps)
+    plain = made.everywhere(found, feature)
+    fed = feature.clone()
+    for s in range(1, fed.shape[1]):
+        fed[:, s] = plain[:, s - 1]
+    losses = []
+    for states in (plain, made.everywhere(found, fed)):
+        for row in range(4):
+            for a, root in enumerate(first[0].tolist()):
+                at = int(found.slot[row, lesson.prompt - 1 + root])
+                if states is plain:
+                    assert torch.allclose(states[row, at], made.states(lesson, first, 1)[row, a, 0], atol=1e-5)
+                z, p = made.head(states[row, at]), lesson.logits[row, root + 1].exp()
+                apart = (p - z.softmax(-1)).abs().sum()
+                order = p.argsort(descending=True)[:10]
+                rank = sum(z[order[i:]].logsumexp(0) - z[order[i]] for i in range(10))
+                losses.append(float((10 * apart + 0.1 * rank).detach()))
+    loss, _ = made.loss(lesson, first)
+    assert float(loss.detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
