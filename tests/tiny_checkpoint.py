@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 import tiny
+from msd.cli import main
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]  # ids as in `tiny`
 
@@ -35,6 +38,23 @@ def write(folder: Path, seed: int = 0, sharpness: float = 10.0) -> Path:
     """`folder`, with model and processor in it."""
     tiny.llava(len(SPECIAL) + 256, seed, sharpness).save_pretrained(folder)
     processor().save_pretrained(folder)
+    return folder
+
+
+def captured(folder: Path) -> Path:
+    """`folder`, with a target in it and, by `msd capture`, answers of it in captured.jsonl."""
+    write(folder)
+    names = photos(folder / "images", 4)
+    lines: list[dict[str, str]] = [{"image": n, "prompt": p} for n in names for p in ("Describe it.", "What is it?")]
+    lines += [{"prompt": f"Say {i}.", "split": "val" if i == 0 else "train"} for i in range(4)]
+    lines += [{"image": names[0], "prompt": "Is it?", "split": "val"}]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit) as stop:
+        main([
+            "capture", "--data", str(folder / "data.jsonl"), "--images", str(folder / "images"),
+            "--target", str(folder), "--out", str(folder / "captured.jsonl"), "--max-new-tokens", "12", "--json",
+        ])  # fmt: skip
+    assert not stop.value.code
     return folder
 
 

@@ -2,8 +2,10 @@
 
 python recipes/msd/rows.py train --minutes 15            # each row in turn; run again to continue
 python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
+python recipes/msd/rows.py ship                          # rivals and the control to weights/, for `msd bench`
 
-The target says its word on all answers once, before the first row; every row learns from these notes. A row's steps
+The target says its word on all answers once, before the first row that needs it; every row learns from these notes,
+but for those that read other states or draft other words, for which it says it again. A row's steps
 follow from its own measured speed, so a part that costs training time pays for it. `standard` is the same trunk,
 vocabulary, budget and plan with every modality part off. Rows that only differ in decoding share weights.
 """
@@ -27,6 +29,7 @@ from msd import drafters
 from msd.backends.precision import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
+from msd.drafters import rivals, stored
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
 from msd.drafters.msd.network import MSDNetwork
 from msd.gain import ModalityCuts
@@ -37,12 +40,13 @@ from msd.model import SpeculativeVLM
 from msd.targets import State, adapt
 from msd.train.captured import Captured, cuts_path, mixed, read_captured
 from msd.train.draft_loss import LossConfig
-from msd.train.drafting import DraftTraining, new_network, train
+from msd.train.drafting import DraftTraining, train, untrained
 from msd.train.lessons import Lessons
 from msd.train.notebook import Notebook
 from msd.tree import Scores
 
 PROBE = 40  # steps that a row's speed is measured on
+SHIPPED_MEGABYTES = 60
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ def rows(seeds: Sequence[int]) -> dict[str, Row]:
         found[f"no {name}"] = Row(replace(block, off=(name,)))
     found["text-only stage"] = Row(replace(block, text_only=True))
     found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
+    for method in rivals.RIVALS:
+        if method != rivals.SpecVLMVideo.method:  # it drafts with eagle2's weights
+            gently = method == rivals.TextOnly.method  # it begins as a part of the target
+            found[method] = Row(replace(block, method=method, lr=0.3 * block.lr if gently else block.lr))
     return found
 
 
@@ -86,11 +94,18 @@ def train_rows(args: argparse.Namespace) -> None:
     model, processor = load_target(args.target)
     every = rows(range(args.seeds))
     wanted = {name: every[name] for name in args.only or every}
-    first = next(iter(wanted.values())).settings
-    notes, seconds = read_notes(model, processor, answers, cuts, replace(first, remember=args.remember))
-    print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
+    read: tuple[Any, ...] = ()
     for name, row in wanted.items():
         folder = folder_of(args.out, name)
+        if checkpoint.training(folder / "drafter").get("finished"):
+            continue
+        network = untrained(adapt(model), answers, row.settings)
+        if read != (wanted_states := (network.config.taps, network.ids.tolist())):
+            notes: Notebook | None = None  # frees the last ones before the next are read
+            reading = replace(row.settings, remember=args.remember)
+            notes, seconds = read_notes(model, processor, answers, cuts, reading, network)
+            read = wanted_states
+            print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
         run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
         plan = folder / "plan.json"
         if not plan.exists():
@@ -108,11 +123,15 @@ def train_rows(args: argparse.Namespace) -> None:
 
 
 def read_notes(
-    model: Any, processor: Any, answers: Sequence[Captured], cuts: ModalityCuts, settings: DraftTraining
+    model: Any,
+    processor: Any,
+    answers: Sequence[Captured],
+    cuts: ModalityCuts,
+    settings: DraftTraining,
+    network: MSDNetwork | rivals.Rival,
 ) -> tuple[Notebook, float]:
-    """What the target says of all answers, and the seconds that took."""
-    network = new_network(adapt(model), answers, settings)
-    notes = Notebook(model.get_output_embeddings(), network.heads.ids, settings.remember)
+    """What the target says of all answers, as far as the network reads it, and the seconds that took."""
+    notes = Notebook(model.get_output_embeddings(), network.ids, settings.remember)
     dtype = torch.bfloat16 if faster_in_bf16(model.device) else None
     lessons = Lessons(
         adapt(model, network.config.taps), processor, answers, cuts, notes, settings.batch, dtype=dtype
@@ -172,6 +191,13 @@ def bench_rows(args: argparse.Namespace) -> None:
         if name == next(iter(rows(range(args.seeds)))):
             drafters.register("wrong image", lambda f=folder: WrongImage(checkpoint.load(f), "wrong image"))  # type: ignore[misc]
             methods.append("wrong image")
+        if row.settings.method != "msd":
+            drafters.register(name, lambda f=folder: rivals.RivalDrafter(rivals.load(f)))  # type: ignore[misc]
+            methods.append(name)
+            if name == rivals.Eagle2.method:
+                drafters.register(rivals.SpecVLMVideo.method, lambda f=folder: pruned(f))  # type: ignore[misc]
+                methods.append(rivals.SpecVLMVideo.method)
+            continue
         for shown, off in ((name, ()), *row.decoding):
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
             methods.append(shown)
@@ -189,10 +215,33 @@ def bench_rows(args: argparse.Namespace) -> None:
     print(report.markdown(results))
 
 
+def pruned(folder: Path) -> rivals.RivalDrafter:
+    """`specvlm-video`, with the weights of the trained `eagle2`."""
+    trained = rivals.load(folder)
+    assert isinstance(trained, rivals.Eagle2)
+    return rivals.RivalDrafter(rivals.SpecVLMVideo.from_eagle2(trained))
+
+
+def ship_rows(args: argparse.Namespace) -> None:
+    """Writes the rivals, and the control's first seed as `standard`, and says how large they are together."""
+    sources = {m: folder_of(args.out, m) / "drafter" for m in rivals.RIVALS}
+    sources["standard"] = folder_of(args.out, "standard seed 0") / "drafter"
+    for name, source in sources.items():
+        if (source / "model.safetensors").exists():
+            network = checkpoint.load(source) if name == "standard" else rivals.load(source)
+            told = checkpoint.training(source)
+            stored.save(network, network.config, args.weights / name, told, args.eight_bit)
+    sizes = {f.parent.name: f.stat().st_size / 1e6 for f in args.weights.glob("*/model.safetensors")}
+    print("\n".join(f"{name}: {size:.1f} MB" for name, size in sorted(sizes.items())))
+    print(f"together {sum(sizes.values()):.1f} MB of {SHIPPED_MEGABYTES} MB")
+    if sum(sizes.values()) > SHIPPED_MEGABYTES:
+        raise SystemExit("that is more than the repository should carry; --eight-bit halves it")
+
+
 def main() -> None:
     use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "bench"))
+    parser.add_argument("what", choices=("train", "bench", "ship"))
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=60)
@@ -202,13 +251,15 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--out", type=Path, default=Path("runs/msd/rows"))
     parser.add_argument("--results", type=Path, default=Path("recipes/msd/results"))
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="where `ship` copies them to")
+    parser.add_argument("--eight-bit", action="store_true", help="shipped weights in 8 bits instead of 16")
     parser.add_argument("--target", default="reference")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--remember", type=float, default=2.5, help="gigabytes for the target's word on the answers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of rows, in the order in which to train them")
     args = parser.parse_args()
-    train_rows(args) if args.what == "train" else bench_rows(args)
+    {"train": train_rows, "bench": bench_rows, "ship": ship_rows}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,14 @@ class Sampler:
         return self.finish[row] is None
 
 
+def temperature(sampler: Sampler) -> float | None:
+    """The temperature of a request that samples, 1 where it names none; None for greedy decoding."""
+    if not sampler.do_sample:
+        return None
+    warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
+    return float(warpers[-1].temperature) if warpers else 1.0
+
+
 def _for_row(processors: LogitsProcessorList, row: int, layout: Layout) -> LogitsProcessorList:
     """The processors as they would be had `row` come alone; those with a memory get one each."""
     alone = LogitsProcessorList(copy.copy(p) for p in processors)

@@ -24,11 +24,13 @@ from transformers import PreTrainedModel
 from msd.bench import modal
 from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
+from msd.bench.errors import pattern
 from msd.bench.intervals import ratio_interval
 from msd.bench.kernels import outside_kernels
 from msd.bench.mass import mean_mass, top_mass
 from msd.bench.repeats import tau_outside_repeats
 from msd.bench.timing import LIBRARY, Run, library, ours
+from msd.bench.words import kinds_of
 from msd.config import SpeculativeConfig
 from msd.gain import ModalityCuts
 from msd.model import SpeculativeVLM
@@ -129,11 +131,14 @@ def _by_modality(
     }
     chains: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
     trees: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
+    words: list[list[str]] = []
     for i, sample in enumerate(samples):
         inputs = ask(sample)
         (answer,) = runs[TRANSFORMERS][i].answers
         report(f"sample {i + 1} of {len(samples)}, labels")
         labels = modal.label_answer(engines[PLAIN].target, cuts, inputs, answer)
+        tokenizer = engines[PLAIN].processor.tokenizer
+        words.append(kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer]))
         for name, engine in drafting.items():
             report(f"sample {i + 1} of {len(samples)}, {name} on chains")
             for kept, found in ((trees, runs[name][i]), (chains, ours(engine, inputs, settings, 0))):
@@ -147,6 +152,7 @@ def _by_modality(
             "coverage_by_modality": coverage.rates(),
             "acceptance_by_depth": acceptance.by_depth(),
             "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
+            "errors": pattern((*chains[name][i], words[i]) for i in chosen),
         }
 
     return {name: partial(columns, name) for name in drafting}
@@ -205,6 +211,7 @@ def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]], co
         "coverage_by_modality": None,
         "acceptance_by_depth": None,
         "positions_by_modality": None,
+        "errors": None,
         "divergence": total.as_dict()["divergence"],
         "identical": sum(a == b for a, b in pairs) / answers if comparable else None,
         "seconds": seconds(mine),

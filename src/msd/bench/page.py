@@ -1,4 +1,4 @@
-"""The report as one web page that needs nothing else: pictures first, then a table per task."""
+"""The report as one web page that needs nothing else: pictures first, then a table per task and the comparisons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 from typing import Any
 
 from msd.bench import plots
-from msd.bench.report import described, tables
+from msd.bench.report import comparisons, described, tables
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -25,7 +25,7 @@ def page(results: dict[str, Any]) -> str:
         for title, svg in plots.all_of(results).items()
     )
     parts = [f"<p>{_text(described(results['environment']))}</p>", figures]
-    for title, head, rows in tables(results):
+    for title, head, rows in (*tables(results), *comparisons(results)):
         parts.append(f"<h2>{_text(title)}</h2><div class='wide'><table><tr>{_cells(head, 'th')}</tr>")
         parts += [f"<tr>{_cells(row, 'td')}</tr>" for row in rows]
         parts.append("</table></div>")

@@ -7,6 +7,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from msd.bench import errors
+
 Results = dict[str, Any]
 COLOURS = {"vision": "tab:blue", "language": "tab:orange", "fusion": "tab:green"}
 PARTS = {"prefill": "0.75", "draft": "tab:orange", "verify": "tab:blue", "host": "tab:red"}
@@ -19,6 +21,7 @@ def all_of(results: Results) -> dict[str, str]:
     found = {
         "Speedup over `ar`, end to end, with 95% intervals": speedups(results),
         "Acceptance by depth of the draft": by_depth(results),
+        "Which drafts are rejected": rejections(results),
         "Where the time of a token goes": time_split(results),
         "What a target pass costs": cost_curve(results),
     }
@@ -36,7 +39,8 @@ def speedups(results: Results) -> str | None:
             mine = {r["task"]: r for r in rows if r["method"] == method}
             places = [t + i * width for t, task in enumerate(tasks) if task in mine]
             heights = [mine[task]["speedup_vs_ar"] for task in tasks if task in mine]
-            edges = [mine[task].get("speedup_vs_ar_interval") or [h, h] for task, h in zip(tasks, heights, strict=True)]
+            found = [mine[task].get("speedup_vs_ar_interval") for task in tasks if task in mine]
+            edges = [edge or [h, h] for edge, h in zip(found, heights, strict=True)]
             bars = [[max(0.0, h - low) for h, (low, _) in zip(heights, edges, strict=True)],
                     [max(0.0, high - h) for h, (_, high) in zip(heights, edges, strict=True)]]  # fmt: skip
             axes.bar(places, heights, width * 0.9, yerr=bars, capsize=2, label=method)
@@ -70,6 +74,30 @@ def by_depth(results: Results) -> str | None:
         axes.legend(fontsize=7)
 
     return _drawn(draw, 5)
+
+
+def rejections(results: Results) -> str | None:
+    """A bar per method and modality, depth or kind of word: rejected share of the drafted positions."""
+    measured = errors.methods(results)
+    if not measured:
+        return None
+    told = [column for group in errors.groups(results).values() for column in group]
+    width = 0.8 / len(measured)
+
+    def draw(axes: Any) -> None:
+        for i, (method, pattern) in enumerate(measured):
+            counts = [errors.rate(pattern, **which) for _, which in told]
+            places = [c + i * width for c, (_, drafted) in enumerate(counts) if drafted]
+            axes.bar(places, [r / n for r, n in counts if n], width * 0.9, label=method)
+        at = 0
+        for group in list(errors.groups(results).values())[:-1]:  # a line after each group
+            at += len(group)
+            axes.axvline(at - 0.5 + width * (len(measured) - 1) / 2, color="black", linewidth=0.8)
+        axes.set(xticks=[c + width * (len(measured) - 1) / 2 for c in range(len(told))], ylabel="rejected", ylim=(0, 1))
+        axes.set_xticklabels([name for name, _ in told], rotation=30, ha="right")
+        axes.legend(fontsize=7, ncols=2)
+
+    return _drawn(draw, 1.6 + 0.6 * len(told), 3.6)
 
 
 def time_split(results: Results) -> str | None:

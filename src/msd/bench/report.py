@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from msd.bench import description, errors
+
 _COLUMNS = {
     "method": "method",
     "speedup_vs_ar": "vs `ar`",
@@ -52,12 +54,20 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
         yield f"{task} ({rows[0]['samples']} samples{sure})", list(columns.values()), cells
 
 
+def comparisons(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of the description's tables and of the error pattern, where there are figures."""
+    yield from description.tables(results)
+    yield from errors.tables(results)
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """A table per task."""
+    """A table per task, then the comparisons."""
     lines = [described(results["environment"])]
     for title, head, rows in tables(results):
         name, _, count = title.partition(" ")
         lines += ["", f"**{name}** {count}", "", _line(head), _line("---" for _ in head), *map(_line, rows)]
+    for title, head, rows in comparisons(results):
+        lines += ["", f"**{title}**", "", _line(head), _line("---" for _ in head), *map(_line, rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -55,8 +55,8 @@ def generate(
     loaded = [pictures.load_image(Path(source)) for source in images or []]  # bad input fails before any model loads
     prompts.check_text(prompt)
     checked = policy(verifier, threshold, epsilon)
-    use_drafter(drafter)
-    method = method or ("msd" if drafter else None)
+    trained = use_drafter(drafter)
+    method = method or trained
     if method:
         chosen_methods(method, target)
     quiet()

@@ -21,7 +21,8 @@ Images = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
 Drafter = Annotated[
-    Path | None, typer.Option("--drafter", help="Folder of a trained drafter, which becomes the method 'msd'.")
+    Path | None,
+    typer.Option("--drafter", help="Folder of a trained drafter, used as the method it is of: 'msd' or a rival."),
 ]
 Verifier = Annotated[
     str,
@@ -46,12 +47,13 @@ Backend = Annotated[
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
 
 
-def use_drafter(folder: Path | None) -> None:
-    """Makes the drafter of a `--drafter` folder the method `msd`; UserError when there is none."""
-    if folder is not None:
-        from msd import drafters
+def use_drafter(folder: Path | None) -> str | None:
+    """Makes the drafter of a `--drafter` folder a method and names it; UserError when there is none."""
+    if folder is None:
+        return None
+    from msd import drafters
 
-        drafters.register_folder(folder)
+    return drafters.register_folder(folder)
 
 
 def policy(verifier: str, thresholds: list[str] | None, epsilon: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def train(
         Path | None, typer.Option("--cuts", help="Modality cuts; those beside the captured answers by default.")
     ] = None,
     target: Target = "reference",
+    method: Annotated[str, typer.Option("--method", help="'msd', or a rival, trained as published.")] = "msd",
     form: Annotated[str, typer.Option("--form", help="'block' (one pass for all levels) or 'ar'.")] = "block",
     layers: Annotated[
         int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default 2, for 'ar' 1.")
@@ -75,6 +76,7 @@ def train(
         )
     edges = ModalityCuts.load(frozen)
     quiet()
+    from msd.drafters import rivals
     from msd.drafters.msd import MSD, SWITCHES, checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
@@ -84,11 +86,15 @@ def train(
     wrong = sorted(set(out_of) - set(SWITCHES))
     if wrong:
         raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(SWITCHES)}")
+    if method != "msd":
+        rivals.named(method)
+        if calibrate:
+            raise UserError(f"--calibrate is for msd's router; method '{method}' has none")
     model, processor = load_target(target)
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
-        form=form, layers=layers, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary, seed=seed,
-        off=tuple(out_of), text_only=text_only, precision=precision, remember=remember,
+        method=method, form=form, layers=layers, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary,
+        seed=seed, off=tuple(out_of), text_only=text_only, precision=precision, remember=remember,
         loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None

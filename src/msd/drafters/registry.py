@@ -1,7 +1,8 @@
 """Method names and how to make their drafters: those made of code alone, and the trained ones that ship.
 
 Every folder of `WEIGHTS` is a drafter trained for the reference model; its name is the method's, with a dash for the
-colon. It is read when it is first used.
+colon. It is read when it is first used. So are the rivals of `RIVAL_WEIGHTS`, which a source checkout has and the wheel
+has not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+from msd.drafters import rivals, stored
 from msd.drafters.base import Drafter
 from msd.drafters.msd import MSD, MSDNetwork, checkpoint
 from msd.drafters.plain import Plain
@@ -17,6 +19,7 @@ from msd.drafters.prompt_lookup import PromptLookup
 from msd.errors import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+RIVAL_WEIGHTS = Path(__file__).parents[3] / "weights"
 _METHODS: dict[str, Callable[[], Drafter]] = {}
 _Trained = tuple[MSDNetwork, dict[str, dict[str, float]] | None]
 
@@ -26,14 +29,20 @@ def register(name: str, make: Callable[[], Drafter]) -> None:
     _METHODS[name] = make
 
 
-def register_folder(folder: Path | str) -> None:
-    """Makes the trained drafter in `folder` the method `msd`, and its sampled form `msd:sampled`.
+def register_folder(folder: Path | str) -> str:
+    """Makes the trained drafter in `folder` the method it is of, whose name is returned.
 
-    UserError now when the folder holds no drafter.
+    `msd` has a sampled form too, `msd:sampled`. UserError now when the folder holds no drafter.
     """
-    network, thresholds = _read(folder)
+    method = stored.method(Path(folder))
+    if method is not None:
+        network = rivals.load(folder)
+        register(method, partial(rivals.RivalDrafter, network))
+        return method
+    trained, thresholds = _read(folder)
     for name, sampled in (("msd", False), ("msd:sampled", True)):
-        register(name, partial(MSD, network, name, sampled, thresholds))
+        register(name, partial(MSD, trained, name, sampled, thresholds))
+    return "msd"
 
 
 def methods(target: str = "reference") -> list[str]:
@@ -74,6 +83,29 @@ def _register_shipped(root: Path) -> None:
             register("msd:sampled", _Shipped(_made, read, "msd:sampled", True))
 
 
+def _register_rivals(root: Path) -> None:
+    """Makes the folders of `root` methods: rivals by the name in their configuration, MSD networks by the folder's."""
+    for folder in sorted(p.parent for p in root.glob(f"*/{stored.CONFIG}")):
+        method = stored.method(folder)
+        if method is None:
+            register(folder.name, _Shipped(_made, cache(partial(_read, folder)), folder.name, False))
+        elif method in rivals.RIVALS:
+            read = cache(partial(rivals.load, folder))
+            register(method, _Shipped(_rival, read))
+            if method == rivals.Eagle2.method:  # prunes what that drafter sees, with its weights
+                register(rivals.SpecVLMVideo.method, _Shipped(_pruned, read))
+
+
+def _rival(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:
+    return rivals.RivalDrafter(read())
+
+
+def _pruned(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:
+    trained = read()
+    assert isinstance(trained, rivals.Eagle2)
+    return rivals.RivalDrafter(rivals.SpecVLMVideo.from_eagle2(trained))
+
+
 def _made(read: Callable[[], _Trained], name: str, sampled: bool) -> MSD:
     network, thresholds = read()
     return MSD(network, name, sampled, thresholds)
@@ -83,3 +115,5 @@ register("ar", Plain)
 register("prompt-lookup", PromptLookup)
 register("prompt-lookup:sampled", lambda: PromptLookup(sampled=True))
 _register_shipped(WEIGHTS)
+if (RIVAL_WEIGHTS.parent / "pyproject.toml").is_file():  # a source checkout
+    _register_rivals(RIVAL_WEIGHTS)

@@ -245,6 +245,10 @@ class DraftObjective(nn.Module):
         weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
         return loss, {**parts, "router": float(routing.detach()), "acceptance": float(acceptance), **weighting}
 
+    def acceptance(self, lesson: Lesson, labels: Tensor) -> dict[str, list[int]]:
+        """See `chain_acceptance`."""
+        return chain_acceptance(self, lesson, labels)
+
     def _parents(self, lesson: Lesson, index: Tensor) -> Tensor:
         """Embeddings [B, A, D, H] of the tokens before the answer tokens `index`."""
         return self.network.embed(_read(lesson.answers, index - 1))
@@ -252,18 +256,26 @@ class DraftObjective(nn.Module):
 
 @torch.no_grad()
 def chain_acceptance(objective: DraftObjective, lesson: Lesson, labels: Tensor, depth: int = 5) -> dict[str, list[int]]:
-    """[accepted, drafted] per modality name on top-1 chains from every answer token; below a rejection nothing counts.
-
-    The lesson's answers must be the target's greedy ones, which is what a draft is accepted against at temperature 0.
-    """
+    """[accepted, drafted] per modality name on top-1 chains from every answer token; see `count_chain`."""
     drafts, states = objective.everywhere(lesson)
     logits, _ = objective.logits(lesson, drafts, states, objective.routes(lesson, drafts, states).exp())
     guess = objective.network.heads.ids[logits[:, :, :depth].argmax(-1)]
-    right = guess == drafts.read(lesson.answers)[:, :, :depth]
+    return count_chain(lesson, labels, guess, objective.network.config.modalities)
+
+
+def count_chain(lesson: Lesson, labels: Tensor, guess: Tensor, names: Sequence[str]) -> dict[str, list[int]]:
+    """[accepted, drafted] per modality name of chains of guesses [B, A, D] below answer tokens 0 to A-1.
+
+    Below a rejection nothing counts. The lesson's answers must be the target's greedy ones, which is what a draft is
+    accepted against at temperature 0. labels: [B, T] modality ids of the answer tokens.
+    """
+    A, D = guess.shape[1:]
+    index = torch.arange(A, device=guess.device)[:, None] + torch.arange(1, D + 1, device=guess.device)
+    index = index.expand(len(guess), -1, -1)
+    valid = index < torch.tensor(lesson.lengths, device=guess.device)[:, None, None]
+    right = guess == _read(lesson.answers, index)
     reached = torch.cat([torch.ones_like(right[..., :1]), right[..., :-1].cumprod(-1).bool()], -1)
-    counts = reached & drafts.valid[:, :, :depth]
-    kind = drafts.read(labels)[:, :, :depth]
-    names = objective.network.config.modalities
+    counts, kind = reached & valid, _read(labels, index)
     return {
         name: [
             int((right & counts & (kind == modality.get(name).id)).sum()),

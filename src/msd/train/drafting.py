@@ -21,8 +21,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from msd.backends.precision import faster_in_bf16
-from msd.drafters.msd import MSDConfig, MSDNetwork, checkpoint
+from msd.drafters import stored
+from msd.drafters.msd import MSDConfig, MSDNetwork
 from msd.drafters.msd.heads import frequent
+from msd.drafters.rivals import Rival
 from msd.errors import UserError
 from msd.gain import ModalityCuts, assert_images_matter
 from msd.prompts import prepare
@@ -30,10 +32,11 @@ from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson
 from msd.train import confidence
 from msd.train.captured import Captured
-from msd.train.draft_loss import DraftObjective, LossConfig, chain_acceptance
+from msd.train.draft_loss import DraftObjective, LossConfig
 from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
 from msd.train.notebook import Notebook
+from msd.train.rivals import Published, RivalObjective, new_rival
 from msd.train.router_report import router_report
 
 PRECISIONS = ("measure", "bf16", "float32")
@@ -41,8 +44,9 @@ PRECISIONS = ("measure", "bf16", "float32")
 
 @dataclass(frozen=True)
 class DraftTraining:
-    """How a drafter is trained. anchors: positions per answer and step that drafts start from.
+    """How a drafter is trained. anchors: positions per answer and step that drafts start from, at most.
 
+    method: "msd" or a rival (`msd.drafters.rivals.RIVALS`), whose form, parts, loss and stages are the published ones.
     layers: decoder layers of the trunk, the form's own number by default (2 for "block", 1 for "ar").
     off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
     matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
@@ -65,6 +69,11 @@ class DraftTraining:
     loss: LossConfig = field(default_factory=LossConfig)
     stages: Stages = field(default_factory=Stages)
     evaluate_every: int = 500
+    method: str = "msd"
+
+    def __post_init__(self) -> None:
+        if self.method != "msd" and (self.off or self.form != "block"):
+            raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
 
 
 def new_network(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork:
@@ -106,9 +115,9 @@ def train(
     """
     model.requires_grad_(False)
     settings = _settled(settings, out, model.device)
-    network = new_network(adapt(model), captured, settings).to(model.device)
+    network = untrained(adapt(model), captured, settings).to(model.device)
     _check_same_run(out, settings, network, cuts)
-    before = checkpoint.training(out / "drafter")
+    before = stored.training(out / "drafter")
     if before.get("finished") == settings.steps:
         return True
     accelerator = Accelerator(
@@ -116,13 +125,17 @@ def train(
     )
     target = adapt(model, network.config.taps)
     _refuse_blind_targets(target, processor, captured)
-    stages = Stages(settings.steps, 1, 1.0) if settings.text_only else settings.stages
+    stages, anchors = settings.stages, settings.anchors
+    if isinstance(network, Rival):
+        stages, anchors = Published.of(network, settings.steps), min(anchors, network.roots)
+    if settings.text_only:
+        stages = Stages(settings.steps, 1, 1.0)
     share = (accelerator.process_index, accelerator.num_processes)
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
-    head, ids = model.get_output_embeddings(), network.heads.ids
+    head, ids = model.get_output_embeddings(), network.ids
     notes = notes or Notebook(head, ids, settings.remember)
     lessons = Lessons(target, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
-    objective = DraftObjective(network, settings.loss, ends=_ends(model)).to(model.device)
+    objective = _objective(network, settings, model)
     exact = Notebook(head, ids, 0.1 * settings.remember, torch.float32)
     evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
@@ -133,7 +146,7 @@ def train(
         lesson, labels = lessons(step)
         tokens += sum(lesson.lengths)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-            loss, parts = shared(lesson, labels, lessons.roots(lesson, settings.anchors))
+            loss, parts = shared(lesson, labels, lessons.roots(lesson, anchors))
         speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
         return loss, {**parts, **speed}
 
@@ -160,14 +173,30 @@ def train(
         "peak_gigabytes": peak_gigabytes(),
         **reports,
     }
-    checkpoint.save(network, out / "drafter", told)
+    stored.save(network, network.config, out / "drafter", told)
     return finished
+
+
+def untrained(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork | Rival:
+    """The network that a run begins with."""
+    if settings.method == "msd":
+        return new_network(target, captured, settings)
+    words = settings.draft_vocabulary
+    return new_rival(settings.method, target, captured, words, settings.seed, settings.layers)
+
+
+def _objective(network: MSDNetwork | Rival, settings: DraftTraining, model: Any) -> DraftObjective | RivalObjective:
+    if isinstance(network, Rival):
+        return RivalObjective(network)
+    return DraftObjective(network, settings.loss, ends=_ends(model)).to(model.device)
 
 
 class _Evaluation:
     """Held-out chain acceptance: by modality in answers about images, and of all answers without one ("text")."""
 
-    def __init__(self, objective: DraftObjective, lessons: Lessons, held_out: Sequence[Captured]) -> None:
+    def __init__(
+        self, objective: DraftObjective | RivalObjective, lessons: Lessons, held_out: Sequence[Captured]
+    ) -> None:
         self.objective, self.lessons = objective, lessons
         some = [c for c in held_out if len(c.ids) > 1]
         self.about_images, self.text = ([c for c in some if bool(c.images) == images] for images in (True, False))
@@ -188,13 +217,15 @@ class _Evaluation:
         """Modality name -> [accepted, drafted]."""
         counts: dict[str, list[int]] = {}
         for lesson, labels in self.lessons.in_turn(answers):
-            for name, (accepted, drafted) in chain_acceptance(self.objective, lesson, labels).items():
+            for name, (accepted, drafted) in self.objective.acceptance(lesson, labels).items():
                 old = counts.setdefault(name, [0, 0])
                 counts[name] = [old[0] + accepted, old[1] + drafted]
         return counts
 
     def reports(self) -> dict[str, Any]:
         """Of a trained network: the router's quality, and the fit that turns confidence into tree scores."""
+        if isinstance(self.objective, RivalObjective):
+            return {}
         told = {"confidence": confidence.calibrate(self.objective, self._taught())}
         if self.objective.network.router is not None:
             told["router"] = router_report(self.objective, self._taught())
@@ -235,17 +266,17 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
     return replace(settings, precision=begun or ("bf16" if faster_in_bf16(device) else "float32"))
 
 
-def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork, cuts: ModalityCuts) -> None:
+def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork | Rival, cuts: ModalityCuts) -> None:
     """Notes what a run is made of, or compares with what was noted."""
     own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every", "remember")}
-    ids = hashlib.sha256(network.heads.ids.cpu().numpy().tobytes()).hexdigest()[:16]
-    run = json.loads(json.dumps({**own, "draft vocabulary": ids, "target": cuts.target}))
+    ids = hashlib.sha256(network.ids.cpu().numpy().tobytes()).hexdigest()[:16]
+    run = json.loads(json.dumps({"method": settings.method, **own, "draft vocabulary": ids, "target": cuts.target}))
     path = out / "run.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return
-    noted = json.loads(path.read_text(encoding="utf-8"))
+    noted = {"method": "msd", **json.loads(path.read_text(encoding="utf-8"))}
     other = [k for k in run if noted.get(k) != run[k]]
     if other:
         name = other[0]

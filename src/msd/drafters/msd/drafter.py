@@ -6,20 +6,21 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TemperatureLogitsWarper
+from transformers import PreTrainedModel
 
 from msd.backends.precision import faster_in_bf16
 from msd.drafters.msd.config import SWITCHES, MSDConfig
 from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
-from msd.drafters.msd.memory import Memory, Notes
+from msd.drafters.msd.memory import Memory
 from msd.drafters.msd.network import MSDNetwork
 from msd.drafters.msd.pace import Pace
 from msd.drafters.msd.sample import draw
+from msd.drafters.notes import Notes
 from msd.errors import UserError
 from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.sampling import Sampler, temperature
 from msd.targets.state import State
 from msd.tree import Accepted, DraftTree, Scores
 
@@ -86,7 +87,7 @@ class MSD:
             raise UserError(
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
             )
-        state.memory = Notes(scores.taps)
+        state.memory = Notes(scores.taps, Memory)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Subtrees of the active modalities, merged; or draws from their laws."""
@@ -103,7 +104,7 @@ class MSD:
         subtrees = choose(config, memory.route, budget.nodes, budget.width)
         if self.sampled and sampler.do_sample:
             return draw(laws, heads, subtrees, kinds, newest, budget, sampler, config.within(config.shared))
-        return grow(laws, heads, subtrees, kinds, newest, budget, _temperature(sampler), self.pace)
+        return grow(laws, heads, subtrees, kinds, newest, budget, temperature(sampler), self.pace)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
@@ -126,13 +127,5 @@ class MSD:
         return bool((self.network.ends(feature, self.network.embed(newest[rows])) > SURELY).all())
 
     def _memory(self, state: State) -> Memory:
-        notes: Notes = state.memory
+        notes: Notes[Memory] = state.memory
         return notes.read(self.network, state.layout)
-
-
-def _temperature(sampler: Sampler) -> float | None:
-    """The temperature of a request that samples, 1 where it names none; None for greedy decoding."""
-    if not sampler.do_sample:
-        return None
-    warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
-    return float(warpers[-1].temperature) if warpers else 1.0

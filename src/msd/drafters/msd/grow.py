@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from msd.drafters.msd.config import MSDConfig, Shape
-from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.laws import Laws, Levels
 from msd.drafters.msd.pace import Pace, reached
 from msd.modality import LANGUAGE
@@ -26,6 +26,19 @@ from msd.tree import DraftTree
 
 NEVER = -1e30
 PRIME = 1_000_003
+
+
+class Words(Protocol):
+    """Which words a drafter proposes, and what they are worth."""
+
+    @property
+    def ids(self) -> Tensor:
+        """[Vd] int64: the target's id of each."""
+        ...
+
+    def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
+        """Log of the chance that a candidate is the target's choice: from its log q and its parent's confidence."""
+        ...
 
 
 @dataclass
@@ -95,7 +108,7 @@ def _ranked(score: Tensor, tree: Tensor, trees: int) -> tuple[Tensor, Tensor]:
 
 def grow(
     levels: Levels,
-    heads: Heads,
+    heads: Words,
     subtrees: Subtrees,
     modality_ids: Tensor,
     newest: Tensor,
@@ -122,7 +135,7 @@ def grow(
 
 def _expand(
     levels: Levels,
-    heads: Heads,
+    heads: Words,
     subtrees: Subtrees,
     modality_ids: Tensor,
     deepest: int,

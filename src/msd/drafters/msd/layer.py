@@ -7,14 +7,43 @@ own draft that `mask` allows. Decoding has one anchor per row, the root; trainin
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd.backends.packed import Linear, Packed, can_pack
-from msd.drafters.msd.config import MSDConfig
+
+
+class Sizes(Protocol):
+    """What a layer needs to know of a drafter's configuration."""
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers per head."""
+
+    @property
+    def intermediate(self) -> int:
+        """Width of the MLP."""
+
+    @property
+    def eps(self) -> float:
+        """Of RMSNorm."""
 
 
 class TapNorm(nn.Module):
@@ -77,11 +106,12 @@ class Layer(nn.Module):
 
     _packed: tuple[Packed, Packed] | None = None  # query, key and value; gate and up
 
-    def __init__(self, config: MSDConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         c, H = config, config.hidden
         self.heads, self.kv_heads, self.dim = c.heads, c.kv_heads, c.head_dim
-        self.input_norm, self.mlp_norm = nn.RMSNorm(H, c.eps), nn.RMSNorm(H, c.eps)
+        self.input_norm: nn.Module = nn.RMSNorm(H, c.eps)
+        self.mlp_norm = nn.RMSNorm(H, c.eps)
         self.q_proj = Linear(H, c.heads * c.head_dim, bias=False)
         self.k_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
         self.v_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
@@ -97,7 +127,9 @@ class Layer(nn.Module):
 
     def keys(self, x: Tensor, turn: Turn) -> Keys:
         """Keys and values of entries x [..., H] whose positions are `turn`: [..., K, D] each."""
-        n = self.input_norm(x)
+        return self._keys(self.input_norm(x), turn)
+
+    def _keys(self, n: Tensor, turn: Turn) -> Keys:
         k, v = (p(n).unflatten(-1, (self.kv_heads, self.dim)) for p in (self.k_proj, self.v_proj))
         return Keys(turn(k), v)
 
@@ -120,11 +152,15 @@ class Layer(nn.Module):
         if own is not None and past is not None:
             own = past.then(own)
         attend = self._attend_one if x.shape[1] == 1 and not torch.is_grad_enabled() else self._attend
-        x = x + self.o_proj(attend(q, context, visible, own, mask))
+        x = self._carried(x) + self.o_proj(attend(q, context, visible, own, mask))
         m = self.mlp_norm(x)
         packed = self._packed if not torch.is_grad_enabled() else None
         gate, up = packed[1](m).chunk(2, -1) if packed else (self.gate_proj(m), self.up_proj(m))
         return x + self.down_proj(F.silu(gate) * up), own
+
+    def _carried(self, x: Tensor) -> Tensor:
+        """What of the input goes past the attention."""
+        return x
 
     def _project(self, n: Tensor, turn: Turn, with_keys: bool) -> tuple[Tensor, Keys | None]:
         """(queries [B, A, n, heads, D], their own keys and values)."""
@@ -170,3 +206,23 @@ class Layer(nn.Module):
             q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen.repeat(1, 1, groups, 1)
         )
         return out.unflatten(2, (groups, n)).permute(0, 3, 1, 2, 4).reshape(B, 1, n, -1)
+
+
+def step(
+    layers: Iterable[Layer],
+    x: Tensor,
+    turn: Turn,
+    context: Sequence[Keys],
+    visible: Tensor,
+    own: list[Keys] | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, list[Keys] | None]:
+    """n queries x [B, A, n, H] through all layers -> (states [B, A, n, H], drafts' keys with theirs added).
+
+    own: keys of the drafts before. mask: [B, A, n, m+n] bool; None: the queries are entries of the context.
+    """
+    grown = []
+    for i, (layer, keys) in enumerate(zip(layers, context, strict=True)):
+        x, mine = layer(x, turn, keys, visible, own[i] if own else None, mask)
+        grown.append(mine)
+    return x, None if mask is None else grown

@@ -11,7 +11,6 @@ from msd.drafters.msd.context import entries, pick
 from msd.drafters.msd.layer import Keys
 from msd.drafters.msd.network import Anchors, MSDNetwork
 from msd.layout import Layout
-from msd.tree import Accepted, Scores
 
 
 @dataclass
@@ -32,11 +31,11 @@ class Memory:
         found = entries(network, layout, taps)
         length = found.present.sum(1).tolist()
         room = found.x.shape[1] + layout.capacity - L
-        keys = [_with_room(k, room) for k in network.context(found.x, found.positions)]
+        keys = [with_room(k, room) for k in network.context(found.x, found.positions)]
         last = torch.tensor(length, device=taps.device)[:, None] - 1
         anchor = Anchors(
             pick(found.x, last), pick(found.feature, last), pick(found.embedding, last),
-            found.positions.gather(1, last), _visible(length, room, taps.device), found.image,
+            found.positions.gather(1, last), visible(length, room, taps.device), found.image,
         )  # fmt: skip
         return cls(keys, length, anchor, network.route(anchor.feature, anchor.embedding)[:, 0].exp())
 
@@ -67,7 +66,7 @@ class Memory:
         self.anchor = Anchors(
             latest(x, old.x), latest(feature, old.feature), latest(embedding, old.embedding),
             torch.where(grown, positions.gather(1, newest), old.positions),
-            _visible(self.length, old.visible.shape[-1], device), old.image,
+            visible(self.length, old.visible.shape[-1], device), old.image,
         )  # fmt: skip
         self.route = network.route(self.anchor.feature, self.anchor.embedding)[:, 0].exp()
 
@@ -77,50 +76,7 @@ class Memory:
         return [Keys(k.keys[:, :used], k.values[:, :used]) for k in self.keys], self.anchor.visible[..., :used]
 
 
-class Notes:
-    """What was decoded and not read yet: tap states are kept as they come and read when a draft is asked for.
-
-    A request that is over before, or while nothing is drafted, costs the drafter nothing.
-    """
-
-    def __init__(self, taps: Tensor) -> None:
-        """taps: [B, L, T*H] of the prompt."""
-        self._prompt = taps
-        self._taps: list[list[Tensor]] = [[] for _ in taps]
-        self._tokens: list[list[int]] = [[] for _ in taps]
-        self._memory: Memory | None = None
-
-    def observe(self, scores: Scores, accepted: Accepted) -> None:
-        """Notes every emitted token with the states before it: the node it followed is known to the target now."""
-        assert scores.taps is not None
-        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
-            if tokens:
-                self._taps[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
-                self._tokens[row] += tokens
-
-    def newest(self) -> Tensor:
-        """[B, T*H]: the target's state before the newest emitted token of every row; the prompt's last at first."""
-        rows = [taps[-1][-1] if taps else self._prompt[row, -1] for row, taps in enumerate(self._taps)]
-        return torch.stack(rows)
-
-    def read(self, network: MSDNetwork, layout: Layout) -> Memory:
-        """The memory of all that was decoded so far."""
-        if self._memory is None:
-            self._memory = Memory.begin(network, layout, self._prompt)
-        added = [len(tokens) for tokens in self._tokens]
-        if widest := max(added):
-            taps = self._prompt.new_zeros(len(added), widest, self._prompt.shape[-1])
-            token = torch.zeros(len(added), widest, dtype=torch.long)
-            for row, n in enumerate(added):
-                if n:
-                    taps[row, :n] = torch.cat(self._taps[row])
-                    token[row, :n] = torch.tensor(self._tokens[row])
-            self._memory.take(network, layout, taps, token.to(taps.device), added)
-            self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
-        return self._memory
-
-
-def _with_room(keys: Keys, room: int) -> Keys:
+def with_room(keys: Keys, room: int) -> Keys:
     """The same entries in buffers of `room` entries."""
 
     def grow(x: Tensor) -> Tensor:
@@ -131,6 +87,6 @@ def _with_room(keys: Keys, room: int) -> Keys:
     return Keys(grow(keys.keys), grow(keys.values))
 
 
-def _visible(length: list[int], room: int, device: torch.device) -> Tensor:
+def visible(length: list[int], room: int, device: torch.device) -> Tensor:
     """[B, 1, room] bool: the entries in use."""
     return (torch.arange(room) < torch.tensor(length)[:, None]).to(device)[:, None]

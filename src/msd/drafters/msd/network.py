@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from msd.backends.packed import Linear
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.heads import Heads
-from msd.drafters.msd.layer import Keys, Layer, Rotary, TapNorm
+from msd.drafters.msd.layer import Keys, Layer, Rotary, TapNorm, step
 from msd.drafters.msd.router import Probe
 from msd.drafters.msd.vision import VisionAdaptor
 
@@ -69,6 +69,11 @@ class MSDNetwork(nn.Module):
         """Gives the network the target's word embedding."""
         self._embedding = [embedding]
         return self
+
+    @property
+    def ids(self) -> Tensor:
+        """[Vd] int64: the target's id of each draft token."""
+        return self.heads.ids
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Target embeddings [..., H] of token ids [...], normalised: their own scale is a tenth of the states'."""
@@ -139,8 +144,4 @@ class MSDNetwork(nn.Module):
 
         mask: [B, A, n, m+n] bool; None: the queries are the anchors themselves, which the context holds already.
         """
-        h, turn, grown = x, self.rotary(positions), []
-        for i, (layer, keys) in enumerate(zip(self.layers, context, strict=True)):
-            h, mine = layer(h, turn, keys, visible, own[i] if own else None, mask)
-            grown.append(mine)
-        return h, None if mask is None else grown
+        return step(self.layers, x, self.rotary(positions), context, visible, own, mask)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""The description's two tables, for what was measured here: speedup per task, and acceptance per modality.
+
+`standard` is MSD's own trunk, vocabulary, budget and plan with every modality part off; both have the same training.
+Several seeds of a method ("msd seed 0", …) are averaged. COCO-QA stands in the place of GQA; OCR is a stress task.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from msd.bench.errors import MODALITIES
+
+CONTROL, OURS = re.compile(r"standard( seed \d+)?"), re.compile(r"msd(:block|:ar)?( seed \d+)?")
+TASKS = {
+    "all": "all tasks",
+    "vqa": "VQA",
+    "cocoqa": "COCO-QA (in the place of GQA)",
+    "chat": "conversation",
+    "conversation": "conversation",
+    "ocr": "OCR (stress task)",
+}
+
+Row = dict[str, Any]
+
+
+def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of both; the second where acceptance was measured; none without both methods."""
+    standard, ours = (_rows(results, name) for name in (CONTROL, OURS))
+    if not standard or not ours:
+        return []
+    speed = [
+        [TASKS.get(re.sub(r"[^a-z]", "", task.lower()), task), *_compared(standard[task], ours[task], _speed)]
+        for task in standard
+        if task in ours
+    ]
+    found = [("Speedup per task, end to end over `ar`", ["task", "standard", "MSD", "improvement"], speed)]
+    accepted = [[m, *_compared(standard["all"], ours["all"], _accepted(m))] for m in MODALITIES]
+    if any(row[1] != "–" for row in accepted):
+        head = ["modality", "standard", "MSD", "improvement"]
+        found.append(("Acceptance rate per modality, chains of depth 5", head, accepted))
+    return found
+
+
+def _rows(results: dict[str, Any], method: re.Pattern[str]) -> dict[str, list[Row]]:
+    """Task -> rows of a method: its own, or else those of its seeds."""
+    exact = [r for r in results["rows"] if r["method"] in ("msd", "standard") and method.fullmatch(r["method"])]
+    rows = exact or [r for r in results["rows"] if method.fullmatch(r["method"])]
+    return {task: [r for r in rows if r["task"] == task] for task in dict.fromkeys(r["task"] for r in rows)}
+
+
+def _compared(standard: list[Row], ours: list[Row], value: Callable[[Row], float | None]) -> list[str]:
+    """Cells: both means, and how much larger the second is in parts of the first."""
+    a, b = (_mean([v for v in map(value, rows) if v is not None]) for rows in (standard, ours))
+    if a is None or b is None:
+        return ["–" if x is None else f"{x:.2f}" for x in (a, b)] + ["–"]
+    return [f"{a:.2f}", f"{b:.2f}", f"{100 * (b / a - 1):+.0f}%" if a else "–"]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _speed(row: Row) -> float | None:
+    return row["speedup_vs_ar"]
+
+
+def _accepted(modality: str) -> Callable[[Row], float | None]:
+    return lambda row: (row.get("acceptance_by_modality") or {}).get(modality)

@@ -1,0 +1,86 @@
+"""A rival at work: its tree, grown and pruned as EAGLE-2 does it, within the plan's budget as every method's is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from msd.backends.precision import faster_in_bf16
+from msd.drafters.msd.config import Shape
+from msd.drafters.msd.grow import Subtrees, grow
+from msd.drafters.msd.pace import Pace
+from msd.drafters.notes import Notes
+from msd.drafters.rivals.memory import Memory
+from msd.drafters.rivals.network import Rival
+from msd.errors import UserError
+from msd.modality import LANGUAGE
+from msd.plan import Budget
+from msd.sampling import Sampler, temperature
+from msd.targets.state import State
+from msd.tree import Accepted, DraftTree, Scores
+
+
+class RivalDrafter:
+    """Drafts with a trained network of a published method; its candidates are deterministic."""
+
+    sampled = False
+
+    def __init__(self, network: Rival, name: str | None = None) -> None:
+        self.network, self.name = network.eval(), name or network.method
+        self.taps, self.pace = network.config.taps, Pace()
+
+    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
+        """Takes the target's embedding and head; UserError when the target is not the one it was trained for."""
+        vocabulary, hidden = model.get_input_embeddings().weight.shape
+        c = self.network.config
+        if (vocabulary, hidden) != (c.vocabulary, c.hidden):
+            raise UserError(
+                f"method '{self.name}' was trained for a target with {c.vocabulary} tokens and hidden size {c.hidden}, "
+                f"not {vocabulary} and {hidden}; train one with `msd train --method {self.network.method}`"
+            )
+        self.network.attach(model).to(model.device)
+        if backend != "plain":
+            self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
+
+    def twin(self, model: PreTrainedModel) -> RivalDrafter:
+        """The same method with random weights, for a model of any size: its whole vocabulary is drafted."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = type(self.network).for_target(model.config.get_text_config(decoder=True))
+            for p in network.parameters():
+                if not p.any():
+                    nn.init.normal_(p, std=0.3)
+        return RivalDrafter(network, self.name)
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """Notes the prompt; it is read when the first draft is asked for."""
+        c = self.network.config
+        if scores.taps is None or scores.taps.shape[-1] != c.hidden * len(c.taps):
+            raise UserError(f"method '{self.name}' needs the target's states at layers {c.taps}, which were not kept")
+        state.memory = Notes(scores.taps, Memory)
+
+    def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
+        """The likeliest nodes of a tree `config.width` wide."""
+        newest = state.layout.newest()
+        if budget.nodes < 1 or max(budget.depth, default=0) < 1:
+            return DraftTree.root_only(newest)
+        notes: Notes[Memory] = state.memory
+        memory = notes.read(self.network, state.layout)
+        context, visible = memory.context()
+        laws = self.network.laws(context, replace(memory.anchor, visible=visible), newest)
+        c, one = self.network.config, torch.ones(len(newest), 1, device=newest.device)
+        width = c.width if budget.width is None else min(budget.width, c.width)
+        whole = Subtrees(one[..., None], one, one.long() * budget.nodes, [Shape(width, c.depth)])
+        kinds = torch.tensor([LANGUAGE.id], device=newest.device)
+        return grow(laws, self.network, whole, kinds, newest, budget, temperature(sampler), self.pace)
+
+    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
+        """No router."""
+        return None
+
+    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """Notes the target's states of what was emitted."""
+        state.memory.observe(scores, accepted)

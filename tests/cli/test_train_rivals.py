@@ -1,0 +1,131 @@
+"""`msd train --method NAME`: every rival is trained, kept strictly, gone on with, and used by the other commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_checkpoint
+from msd import backends
+from msd.cli import main
+from msd.drafters import registry
+from msd.drafters.rivals import RIVALS, RivalDrafter, load
+from msd.train.rivals import RivalObjective
+
+STEPS = 6
+FLOAT32 = ("--precision", "float32")  # what is measured to be faster may differ from run to run
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target with captured answers."""
+    return tiny_checkpoint.captured(tmp_path_factory.mktemp("rivals"))
+
+
+def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, method: str, *more: object) -> dict[str, Any]:
+    code, told, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", out, "--method", method, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *more,
+    )  # fmt: skip
+    assert code == 0, err
+    summary: dict[str, Any] = json.loads(told)
+    return summary
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_trained_loaded_and_used(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    summary = train(capsys, place, tmp_path / "run", method)
+    assert summary["finished"] and set(summary["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}
+    assert Path(summary["curves"]).read_bytes().startswith(b"\x89PNG")
+    made = load(summary["drafter"])
+    assert type(made) is RIVALS[method] and made.config.method == method
+    image = place / "images" / "0.png"
+    asked = ["generate", image, "-p", "Describe it.", "--target", place, "--max-new-tokens", 10, "--json"]
+    code, out, err = run(capsys, *asked, "--drafter", summary["drafter"])
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["method"] == method
+    _, out, _ = run(capsys, *asked, "--method", "ar")
+    assert answer["tokens"] == json.loads(out)["tokens"]
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_faster", lambda model, backend: False)  # rounding must not depend on the clock
+    whole = train(capsys, place, tmp_path / "whole", "vispec", *FLOAT32)
+    forward, calls = RivalObjective.forward, []
+
+    def interrupted(self: RivalObjective, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    monkeypatch.setattr(RivalObjective, "forward", interrupted)
+    assert not train(capsys, place, tmp_path / "parts", "vispec", *FLOAT32)["finished"]
+    again = train(capsys, place, tmp_path / "parts", "vispec", *FLOAT32)
+    assert again["finished"] and again["held_out"] == whole["held_out"]
+    one, two = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    code, _, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", tmp_path / "parts", "--method", "eagle2", "--steps", STEPS,
+    )  # fmt: skip
+    assert code == 2 and "holds a run with method 'vispec', not 'eagle2'" in err
+
+
+def test_weights_in_the_repository_are_methods_for_the_reference_model(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    drafter = Path(train(capsys, place, tmp_path / "run", "eagle2")["drafter"])
+    (tmp_path / "weights").mkdir()
+    drafter.rename(tmp_path / "weights" / "any-name")
+    registry._register_rivals(tmp_path / "weights")
+    for name in ("eagle2", "specvlm-video"):  # the second drafts with the first one's weights
+        assert name in registry.methods() and name not in registry.methods("other/target")
+        made = registry.create(name)
+        assert isinstance(made, RivalDrafter) and type(made.network) is RIVALS[name]
+    row = ["--target", place, "--data", place / "data.jsonl", "--images", place / "images", "--limit", 2, "--json"]
+    code, out, err = run(capsys, "verify", "--method", "eagle2,specvlm-video", *row)
+    assert code == 0, err
+    assert [r["passed"] for r in json.loads(out)["rows"]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "eagle9"], "method 'eagle9' cannot be trained; choose msd or one of"),
+        (["--method", "eagle2", "--off", "router"], "method 'eagle2' is trained as published"),
+        (["--method", "eagle2", "--calibrate", "2"], "--calibrate is for msd's router"),
+    ],
+)
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    code, out, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", tmp_path / "run", *options,
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert said in err.strip().splitlines()[-1]

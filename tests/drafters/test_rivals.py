@@ -1,0 +1,269 @@
+"""Every rival drafts what it was trained for, and whatever it drafts, the output is the target's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import rivals
+import tiny
+import tiny_checkpoint
+from msd.bench import certificate
+from msd.bench.data import Sample
+from msd.config import SpeculativeConfig
+from msd.drafters import registry, stored
+from msd.drafters.rivals import RIVALS, RivalDrafter, load
+from msd.drafters.rivals.memory import Memory
+from msd.errors import UserError
+from msd.layout import Layout
+from msd.loading import load_target
+from msd.model import SpeculativeVLM
+from msd.plan import Budget
+from msd.targets.teacher import Lesson
+
+METHODS = list(RIVALS)
+MODEL = tiny.llava()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_output_is_the_targets(method: str) -> None:
+    made = rivals.network(MODEL, method)
+    for backend in ("plain", "fused"):
+        config = SpeculativeConfig(nodes=9, depth=5, backend=backend)
+        engine = SpeculativeVLM(MODEL, None, config, RivalDrafter(made))
+        inputs = rivals.prompts(2)
+        L = inputs["input_ids"].shape[1]
+        plain = MODEL.generate(**inputs, max_new_tokens=20, do_sample=False)[:, L:].tolist()
+        for row, result in enumerate(engine.generate(**inputs, max_new_tokens=20, do_sample=False)):
+            assert result.tokens == plain[row][: len(result.tokens)]
+            assert result.finish == "length" or result.tokens[-1] == tiny.EOS
+            assert result.statistics.num_draft_tokens > 0
+        for images in (0, 1):
+            one = tiny.llava_inputs(1, images=images)
+            length = one["input_ids"].shape[1]
+            torch.manual_seed(5)
+            drawn = MODEL.generate(**one, max_new_tokens=20, do_sample=True, temperature=0.8)[0, length:]
+            seeded = engine.generate(**one, max_new_tokens=20, do_sample=True, temperature=0.8, seed=5)
+            assert seeded.tokens == drawn.tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiles_of_another_family(method: str) -> None:
+    """LLaVA-NeXT: an image of several tiles, and a twin for a target of another size."""
+    model = tiny.llava_next()
+    one = tiny.llava_next_inputs(1)
+    plain = model.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
+    drafter = RivalDrafter(rivals.network(MODEL, method)).twin(tiny.llava(vocab=90))
+    assert drafter.name == method and drafter.network.config.vocabulary == 90
+    for made in (RivalDrafter(rivals.network(model, method)), drafter.twin(model)):
+        engine = SpeculativeVLM(model, None, SpeculativeConfig(nodes=9, depth=5, adaptive=False), made)
+        result = engine.generate(**one, max_new_tokens=12, do_sample=False)
+        assert result.tokens == plain and result.statistics.num_draft_tokens > 0
+
+
+def test_every_rival_passes_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate of `msd verify`: greedy, sampled, warped and penalised, with a photo and without."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    model, processor = load_target(tiny_checkpoint.write(tmp_path / "target"))
+    for method in METHODS:
+        made = rivals.network(model, method)
+        registry.register(method, lambda made=made: RivalDrafter(made))  # type: ignore[misc]
+    photo = tmp_path / tiny_checkpoint.photos(tmp_path, 1)[0]
+    samples = [Sample((photo,), "What is it?", None, "see"), Sample((), "Say.", None, "say")]
+    rows = certificate.certify(model, processor, samples, METHODS, 10, 1000, lambda _: None, "plain")
+    assert [row.method for row in rows] == METHODS
+    for row in rows:
+        assert row.passed and row.compared == 12, (row.method, row.differences)
+
+
+def decoded(made: Any, lesson: Lesson, steps: list[list[int]]) -> tuple[Memory, list[int]]:
+    """What decoding remembers after `steps`, each the number of tokens that every row emitted; and where rows end."""
+    assert lesson.taps is not None
+    whole, L = lesson.layout, lesson.prompt
+    at = lambda end: Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)  # noqa: E731
+    end = [L + 1] * whole.batch
+    memory = Memory.begin(made, at(end), lesson.taps[:, :L])
+    for added in steps:
+        first, end = end, [e + n for e, n in zip(end, added, strict=True)]
+        column = (torch.tensor(first)[:, None] - 1 + torch.arange(max(added))).clamp_max(whole.tokens.shape[1] - 2)
+        rows = torch.arange(whole.batch)[:, None]
+        memory.take(made, at(end), lesson.taps[rows, column], whole.tokens[rows, column + 1], added)
+    return memory, end
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [[], [[3, 1, 2, 3], [0, 2, 1, 4]]])
+def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -> None:
+    """The laws below a root, as a loss sees them in a whole text and as decoding does, having read it in pieces."""
+    made = rivals.network(MODEL, method)
+    lesson = rivals.lesson(MODEL, made)
+    memory, end = decoded(made, lesson, steps)
+    first = torch.tensor([[e - 1 - lesson.prompt] for e in end])
+    index = first[..., None] + torch.arange(1, 4)
+    answers = lesson.answers
+    states = made.states(lesson, first, 3)
+    logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
+    context, visible = memory.context()
+    newest = answers.gather(1, first)[:, 0]
+    laws = made.laws(context, replace(memory.anchor, visible=visible), newest)
+    found = [laws.root(torch.ones(4, 1, 1))]
+    for d in range(1, 3):
+        found.append(laws.below(answers.gather(1, first + d), torch.zeros(4, 1, dtype=torch.long)))
+    for d, law in enumerate(found):
+        assert torch.allclose(law.logits[:, 0], logits[:, 0, d], atol=1e-4), d
+        assert law.logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
+    made = rivals.network(MODEL, method)
+    lesson = rivals.lesson(MODEL, made)
+    memory, _ = decoded(made, lesson, [])
+    context, visible = memory.context()
+    laws = made.laws(context, replace(memory.anchor, visible=visible), lesson.answers[:, 0])
+    together = laws.root(torch.ones(4, 1, 1)).logits
+    for row in range(4):
+        start = lesson.layout.start[row]
+        cut = lambda x: x[row : row + 1, start:]  # noqa: B023, E731
+        layout = Layout(
+            cut(lesson.layout.tokens), cut(lesson.layout.modality),
+            lesson.layout.positions[:, row : row + 1, start:], [0], [lesson.prompt + 1 - start],
+        )  # fmt: skip
+        assert lesson.taps is not None
+        alone = Memory.begin(made, layout, lesson.taps[row : row + 1, start : lesson.prompt])
+        keys, seen = alone.context()
+        law = made.laws(keys, replace(alone.anchor, visible=seen), lesson.answers[row : row + 1, 0])
+        assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_learnt(method: str) -> None:
+    """Every parameter moves, and the loss falls on a lesson that is repeated."""
+    made = rivals.network(MODEL, method).train()
+    lesson = rivals.lesson(MODEL, made)
+    text = replace(lesson, layout=replace(lesson.layout, modality=torch.zeros_like(lesson.layout.modality)))
+    first = torch.arange(rivals.LENGTH - 1).expand(4, -1)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    losses, still = [], {n for n, p in made.named_parameters()}
+    for step in range(30):
+        torch.manual_seed(step)
+        loss, parts = made.loss(lesson, first)
+        assert set(parts) and all(torch.isfinite(p) for p in parts.values())
+        loss.backward()
+        still -= {n for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert still == set()
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.isfinite(made.loss(text, first)[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_loaded_strictly(method: str, tmp_path: Path) -> None:
+    made = rivals.network(MODEL, method)
+    stored.save(made, made.config, tmp_path, {"answers": 3})
+    again = load(tmp_path)
+    assert type(again) is type(made) and again.config == made.config and stored.method(tmp_path) == method
+    for name, value in made.state_dict().items():
+        assert torch.allclose(again.state_dict()[name].float(), value.float(), atol=1e-2), name
+    assert not any("embed" in name or name == "head" for name in made.state_dict())
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = sorted(tensors)[0]
+    for broken, said in (
+        ({k: v for k, v in tensors.items() if k != name}, f"'{name}' is missing"),
+        (tensors | {"more": torch.zeros(1)}, "'more' is unknown"),
+    ):
+        save_file(broken, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=said):
+            load(tmp_path)
+
+
+def test_eight_bits_are_nearly_the_same(tmp_path: Path) -> None:
+    """Half as large, each weight within half a step of its row, drafts nearly the same, output the target's."""
+    made = rivals.network(MODEL, "dspark")
+    stored.save(made, made.config, tmp_path / "whole")
+    stored.save(made, made.config, tmp_path / "small", eight_bit=True)
+    size = {n: (tmp_path / n / "model.safetensors").stat().st_size for n in ("whole", "small")}
+    assert size["small"] < 0.62 * size["whole"]
+    again = load(tmp_path / "small")
+    for name, value in made.state_dict().items():
+        step = value.abs().amax(-1, keepdim=True) / 127 if value.dim() > 1 else value.abs() * 1e-3 + 1e-6
+        assert ((again.state_dict()[name] - value).abs() <= 0.55 * step + 1e-4).all(), name
+    engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), RivalDrafter(again))
+    one = tiny.llava_inputs(1)
+    plain = MODEL.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
+    assert engine.generate(**one, max_new_tokens=12, do_sample=False).tokens == plain
+
+
+def test_a_foreign_target_is_refused() -> None:
+    with pytest.raises(UserError, match="was trained for a target with 64 tokens"):
+        SpeculativeVLM(tiny.llava(vocab=70), None, None, RivalDrafter(rivals.network(MODEL, "eagle2")))
+
+
+def test_a_tie_is_the_parents() -> None:
+    """Where a child is as likely as its parent, to the last digit, the nodes that are kept are still a tree."""
+    made = rivals.network(MODEL, "eagle2")
+    sure = torch.full((64,), -1e4)
+    sure[7] = 1e4  # q = 1: every node of this path has the same score
+    made.logits = lambda states, parents: sure.expand(*states.shape[:-1], -1)  # type: ignore[method-assign]
+    lesson = rivals.lesson(MODEL, made)
+    assert lesson.taps is not None
+    whole = lesson.layout
+    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [lesson.prompt + 1] * 4)
+    state: Any = SimpleNamespace(layout=layout, memory=None)
+    drafter = RivalDrafter(made)
+    drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
+    for nodes in (1, 2, 4):
+        tree = drafter.propose(state, Budget(nodes, [5] * 4), SimpleNamespace(do_sample=False))  # type: ignore[arg-type]
+        assert tree.parents[0].tolist() == list(range(-1, nodes))
+        assert tree.tokens[0, 1:].tolist() == [7] * nodes
+
+
+def test_trees_grow_as_eagle_2_says() -> None:
+    """k children of each of k frontier nodes a level, the k best go on, the best of all are kept: by brute force."""
+    made = rivals.network(MODEL, "eagle2", width=3, depth=3)
+    lesson = rivals.lesson(MODEL, made)
+    memory, _ = decoded(made, lesson, [])
+    context, visible = memory.context()
+
+    def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
+        laws = made.laws(context, replace(memory.anchor, visible=visible), lesson.answers[:, 0])
+        z = laws.root(torch.ones(4, 1, 1))
+        for token in path:
+            z = laws.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))
+        return z.logits[row, 0].detach().log_softmax(-1)
+
+    whole, end = lesson.layout, [lesson.prompt + 1] * 4
+    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)
+    state: Any = SimpleNamespace(layout=layout, memory=None)
+    drafter = RivalDrafter(made)
+    assert lesson.taps is not None
+    drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
+    sampler: Any = SimpleNamespace(do_sample=False)
+    tree = drafter.propose(state, Budget(7, [3] * 4), sampler)
+    for row in range(4):
+        frontier, every = [((), 0.0)], []
+        for _ in range(3):
+            children = []
+            for path, score in frontier:
+                top = law(row, path).topk(3)
+                children += [((*path, int(t)), score + float(q)) for q, t in zip(*top, strict=True)]
+            every += children
+            frontier = sorted(children, key=lambda c: -c[1])[:3]
+        best = {path for path, _ in sorted(every, key=lambda c: (-c[1], len(c[0])))[:7]}
+        found = set()
+        for n in range(1, tree.size):
+            path, at = [], n
+            while at > 0:
+                path.append(int(tree.tokens[row, at]))
+                at = int(tree.parents[row, at])
+            found.add(tuple(path[::-1]))
+        assert found == best

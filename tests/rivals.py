@@ -1,0 +1,46 @@
+"""Rival drafters on tiny targets: random in every part, with lessons to compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tiny
+from msd.drafters.rivals import RIVALS, Rival
+from msd.targets import adapt
+from msd.targets.teacher import Lesson, teach
+from msd.train.notebook import Notebook
+
+LENGTH = 16
+
+
+def network(model: Any, method: str, seed: int = 0, **changes: Any) -> Rival:
+    """Of a method, for a tiny target."""
+    torch.manual_seed(seed)
+    if RIVALS[method].reduced:
+        changes = {"draft_vocabulary": 60} | changes
+    made = RIVALS[method].for_target(model.config.text_config, **changes)
+    if RIVALS[method].reduced:
+        made.choose_words(torch.arange(4, 64))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return made.attach(model).eval()
+
+
+def prompts(rows: int = 4) -> dict[str, torch.Tensor]:
+    """Of unequal lengths, row s with s modulo 3 images."""
+    return tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(rows)))
+
+
+def lesson(model: Any, made: Rival, rows: int = 4) -> Lesson:
+    """Greedy answers of `LENGTH` tokens, the target's word on them being over the network's vocabulary."""
+    inputs = prompts(rows)
+    out = model.generate(
+        **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
+    )
+    answers = out[:, inputs["input_ids"].shape[1] :].tolist()
+    notes = Notebook(model.get_output_embeddings(), made.ids, 1.0, torch.float32)
+    target = adapt(model, made.config.taps)
+    return notes.recall(0, lambda: (teach(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]
