@@ -43,6 +43,26 @@ def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: obj
     return summary
 
 
+def test_a_run_goes_on_from_a_drafter(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    train(capsys, place, tmp_path / "first", "--off", "vision", *FLOAT32)
+    first = tmp_path / "first" / "drafter"
+    train(capsys, place, tmp_path / "more", "--start", first, "--lr", 0, *FLOAT32)
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "more" / "drafter"))
+    assert one.keys() == two.keys(), "the parts are those of the first"
+    same = {name for name in one if torch.equal(one[name], two[name])}
+    assert one.keys() - same <= {"heads.calibration"}, "a learning rate of 0 changes no weight"
+    told = json.loads((tmp_path / "more" / "drafter" / "training.json").read_text())
+    assert told["before"]["steps"] == STEPS and told["before"]["before"] is None
+    train(capsys, place, tmp_path / "learnt", "--start", first, *FLOAT32)
+    other = load_file(tmp_path / "learnt" / "drafter" / "model.safetensors")
+    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    code, _, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", tmp_path / "no", "--start", first, "--form", "ar",
+    )  # fmt: skip
+    assert code == 2 and "brings its method, form" in err
+
+
 @pytest.mark.parametrize("form", ["block", "ar"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str

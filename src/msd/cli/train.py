@@ -40,6 +40,9 @@ def train(
     weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed or threshold.")] = "learned",
     off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = "",
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="An msd drafter to go on from, with its form, parts and vocabulary.")
+    ] = None,
     precision: Annotated[
         str, typer.Option("--precision", help="Of matrix products in training: float32, bf16 or measure.")
     ] = "measure",
@@ -93,8 +96,9 @@ def train(
     model, processor = load_target(target)
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
-        method=method, form=form, layers=layers, steps=steps, batch=batch, lr=lr, draft_vocabulary=draft_vocabulary,
-        seed=seed, off=tuple(out_of), text_only=text_only, precision=precision, remember=remember,
+        method=method, start=None if start is None else str(start), form=form, layers=layers, steps=steps, batch=batch,
+        lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of), text_only=text_only,
+        precision=precision, remember=remember,
         loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from msd.backends.precision import faster_in_bf16
 from msd.drafters import stored
-from msd.drafters.msd import MSDConfig, MSDNetwork
+from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, checkpoint
 from msd.drafters.msd.heads import frequent
 from msd.drafters.rivals import Rival
 from msd.errors import UserError
@@ -51,7 +51,8 @@ class DraftTraining:
     off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
     matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
     "measure" (bf16 where it is clearly faster here); held-out figures are always taken with the weights' own.
-    remember: gigabytes of memory for what the target said of the answers, which changes no result.
+    remember: gigabytes of memory for what the target said of the answers, which changes no result. start: the folder of
+    an `msd` drafter to go on from; it keeps its form, parts and vocabulary.
     """
 
     form: str = "block"
@@ -70,8 +71,13 @@ class DraftTraining:
     stages: Stages = field(default_factory=Stages)
     evaluate_every: int = 500
     method: str = "msd"
+    start: str | None = None
 
     def __post_init__(self) -> None:
+        if self.start is not None and (self.method, self.form, self.layers, self.off) != ("msd", "block", None, ()):
+            raise UserError(
+                "a drafter to start from brings its method, form, layers and parts; leave these settings out"
+            )
         if self.method != "msd" and (self.off or self.form != "block"):
             raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
 
@@ -171,6 +177,7 @@ def train(
         "held_out": evaluate.last,
         "seconds": seconds,
         "peak_gigabytes": peak_gigabytes(),
+        "before": None if settings.start is None else _history(stored.training(settings.start)),
         **reports,
     }
     stored.save(network, network.config, out / "drafter", told)
@@ -179,6 +186,8 @@ def train(
 
 def untrained(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork | Rival:
     """The network that a run begins with."""
+    if settings.start is not None:
+        return MSD(checkpoint.load(settings.start)).fitted(target.model).train()
     if settings.method == "msd":
         return new_network(target, captured, settings)
     words = settings.draft_vocabulary
@@ -189,6 +198,11 @@ def _objective(network: MSDNetwork | Rival, settings: DraftTraining, model: Any)
     if isinstance(network, Rival):
         return RivalObjective(network)
     return DraftObjective(network, settings.loss, ends=_ends(model)).to(model.device)
+
+
+def _history(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the drafter that a run starts from had behind it."""
+    return {name: told.get(name) for name in ("steps", "seconds", "answers", "before")}
 
 
 class _Evaluation:

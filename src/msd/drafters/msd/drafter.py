@@ -48,6 +48,12 @@ class MSD:
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Takes the target's embedding and device; UserError when the target is not the one it was trained for."""
+        self.fitted(model)
+        if backend != "plain":
+            self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
+
+    def fitted(self, model: PreTrainedModel) -> MSDNetwork:
+        """The network with the target's embedding, on its device; UserError when the two differ in size."""
         embedding = model.get_input_embeddings()
         vocabulary, hidden = embedding.weight.shape
         c = self.network.config
@@ -56,9 +62,7 @@ class MSD:
                 f"method '{self.name}' was trained for a target with {c.vocabulary} tokens and hidden size {c.hidden}, "
                 f"not {vocabulary} and {hidden}; train one with `msd train`"
             )
-        self.network.attach(embedding).to(model.device)
-        if backend != "plain":
-            self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
+        return self.network.attach(embedding).to(model.device)
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """The same form and switches with random weights, for a model of any size: its whole vocabulary is drafted."""
