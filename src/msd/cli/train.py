@@ -49,7 +49,7 @@ def train(
     remember: Annotated[
         float,
         typer.Option("--remember", min=0.0, help="Gigabytes to remember the target's states in, for later passes."),
-    ] = 2.5,
+    ] = 2.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     calibrate: Annotated[
         int,

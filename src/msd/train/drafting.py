@@ -66,7 +66,7 @@ class DraftTraining:
     off: tuple[str, ...] = ()
     text_only: bool = False
     precision: str = "measure"
-    remember: float = 2.5
+    remember: float = 2.0
     loss: LossConfig = field(default_factory=LossConfig)
     stages: Stages = field(default_factory=Stages)
     evaluate_every: int = 500
@@ -176,7 +176,7 @@ def train(
         "losses": loop.running,
         "held_out": evaluate.last,
         "seconds": seconds,
-        "peak_gigabytes": peak_gigabytes(),
+        "peak_gigabytes": max(before.get("peak_gigabytes", 0.0), peak_gigabytes()),
         "before": None if settings.start is None else _history(stored.training(settings.start)),
         **reports,
     }
