@@ -85,9 +85,9 @@ its output is the same with and without them ([proof](../../../docs/verification
 LIMITS = """## Limits
 
 The training was short and beside other work: a schedule of 7,000 steps, ended after 3,290 by a landing of 400. The
-curves (`recipes/msd/results/curves.png`) still rise, vision and fusion fastest. Memory went above the 6 GB meant for it,
-with 2.5 GB to remember the target's states in; the default is 2 GB now. Held-out figures are of answers about photos;
-on texts without one, 0.27 of the drafts on a chain are accepted.
+curves (`recipes/msd/results/curves.png`) still rise, vision and fusion fastest. Memory went above the 6 GB meant for
+it, with 2.5 GB to remember the target's states in; the default is 2 GB now. Held-out figures are of answers about
+photos; on texts without one, 0.27 of the drafts on a chain are accepted.
 
 What they learnt is how this small target speaks about everyday scenes. On texts without a picture, on other kinds of
 pictures and at high temperatures far fewer drafts are accepted; the plan then drafts less, or not at all.
