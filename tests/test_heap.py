@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def faults(call: str) -> int:
     """Page faults of five tensors of 120 MB, in a process of its own."""
     script = FAULTS.format(call=call)
-    return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    clean = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}  # any `msd` command before sets it
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=clean)
+    return int(run.stdout)
 
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
