@@ -35,7 +35,7 @@ format: setup
 
 # The committed result files and the README's tables, on validation photos of DATA: about an hour on two idle cores.
 DATA ?= ../shared/data
-VAL := $(BIN)/msd bench --method prompt-lookup,msd --data runs/val/val.jsonl --images $(DATA)
+VAL := $(BIN)/msd bench --data runs/val/val.jsonl --images $(DATA)
 NOISE := $(BIN)/msd bench --method msd --data runs/val/noise/noise.jsonl --temperature 1.5
 results: setup
 	$(BIN)/msd verify --method all --limit 50 --json > results/verify.json
@@ -45,9 +45,9 @@ results: setup
 floors: setup
 	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 20 --val-text 0
 	$(BIN)/python recipes/floors/noise.py --out runs/val/noise
-	$(VAL) --out results/val > /dev/null
-	$(VAL) --temperature 1 --limit 60 --out results/val-T1 > /dev/null
-	for n in 2 4 8 16; do $(VAL) --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
+	$(VAL) --method prompt-lookup,msd --out results/val > /dev/null
+	$(VAL) --method msd --temperature 1 --limit 60 --out results/val-T1 > /dev/null
+	for n in 2 4 8 16; do $(VAL) --method msd --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
 	for n in 1 2 4 8 16; do $(NOISE) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/python recipes/floors/table.py results
 

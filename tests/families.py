@@ -1,17 +1,14 @@
-"""A tiny random model of every family, and prompts for it as its processor would write them, without torchvision.
+"""A tiny random model of every family, with what its processor would write, without torchvision.
 
-What stands where is in `family_layouts`. A prompt is a list of parts: word ids, and `Picture`s. `row` turns one into
-processor output, `batch` several into a left-padded batch.
+What stands where is in `family_layouts`, what a family is in `family`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
@@ -54,6 +51,7 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
+from family import Family
 from family_layouts import (
     AUDIO,
     BOS,
@@ -64,9 +62,6 @@ from family_layouts import (
     START,
     VIDEO,
     VOCABULARY,
-    WORDS,
-    Picture,
-    Rows,
     grid,
     lines,
     marked,
@@ -83,68 +78,6 @@ from family_layouts import (
 )  # fmt: skip
 
 WINDOW = 12  # of sliding layers: shorter than every prompt
-
-Part = int | Picture
-
-
-@dataclass(frozen=True)
-class Family:
-    """name: the test's; the model's `model_type` unless a family is there in two forms.
-
-    make: a fresh model. place: the ids of a picture; told whether it is its prompt's only one of the kind. tensors:
-    what describes the pictures of all rows. sizes: of an image, [h, w], and of another one; frame: of a video's.
-    types: the name of the token types that the processor returns. opens: pictures stand before all words.
-    """
-
-    name: str
-    make: Callable[[], Any]
-    place: Callable[[Picture, bool], list[int]]
-    tensors: Callable[[Rows], dict[str, Tensor]]
-    kinds: tuple[str, ...] = ("image",)
-    sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (16, 16))
-    types: str | None = None
-    frame: tuple[int, int] = (16, 16)
-    opens: bool = False
-
-    def picture(self, seed: int, kind: str = "image") -> Picture:
-        """A random picture: sizes take turns; a video has 8 frames."""
-        g = torch.Generator().manual_seed(seed)
-        if kind == "audio":
-            return Picture(kind, torch.randn(8, 16, generator=g))
-        shape = (3, *self.sizes[seed % 2]) if kind == "image" else (8, 3, *self.frame)
-        return Picture(kind, torch.randn(shape, generator=g))
-
-    def parts(self, seed: int, kinds: Sequence[str], words: int = 12) -> list[Part]:
-        """A prompt: words, pictures of `kinds` with words between, words that repeat themselves."""
-        g = torch.Generator().manual_seed(seed)
-        text: list[Part] = list(torch.randint(WORDS, VOCABULARY, (words,), generator=g).tolist())
-        shown: list[Part] = []
-        for i, kind in enumerate(kinds):
-            shown += [self.picture(10 * seed + i, kind), *([] if self.opens else text[i : i + 2])]
-        opening = [BOS, *text[:3]]
-        return [*([*shown, *opening] if self.opens else [*opening, *shown]), *text, *text[: words // 2]]
-
-    def row(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """Processor output of one prompt."""
-        return self.batch([parts])
-
-    def batch(self, prompts: Sequence[Sequence[Part]]) -> dict[str, Any]:
-        """Processor output of several, left-padded."""
-        shown = [[p for p in parts if isinstance(p, Picture)] for parts in prompts]
-        ids = []
-        for parts, pictures in zip(prompts, shown, strict=True):
-            of_kind = {kind: sum(p.kind == kind for p in pictures) for kind in self.kinds}
-            written = [[p] if isinstance(p, int) else self.place(p, of_kind[p.kind] == 1) for p in parts]
-            ids.append([token for some in written for token in some])
-        width = max(map(len, ids))
-        out = {
-            "input_ids": torch.tensor([[PAD] * (width - len(x)) + x for x in ids]),
-            "attention_mask": torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids]),
-        }
-        if self.types is not None:
-            kinds = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO)
-            out[self.types] = torch.zeros_like(kinds) if self.opens else kinds
-        return {**out, **(self.tensors(shown) if any(shown) else {})}
 
 
 def _text(kind: type, **more: Any) -> Any:

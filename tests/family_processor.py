@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from families import Family, Part
+from family import Family, Part
 from family_layouts import BOS, VOCABULARY, WORDS, Picture
 
 LETTERS = "".join(chr(c) for c in range(ord("0"), ord("0") + VOCABULARY - WORDS))

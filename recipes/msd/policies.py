@@ -19,6 +19,7 @@ from typing import Any
 from msd import prompts
 from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
+from msd.drafters import stored
 from msd.drafters.msd import MSD, checkpoint
 from msd.heap import use_huge_pages
 from msd.loading import load_target
@@ -53,7 +54,7 @@ def agreement(one: list[int], two: list[int]) -> tuple[float, float]:
 
 def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str, Any]]:
     model, processor = load_target(args.target)
-    thresholds = checkpoint.training(args.drafter).get("thresholds")
+    thresholds = stored.training(args.drafter).get("thresholds")
     drafter = MSD(checkpoint.load(args.drafter), calibrated=thresholds)
     engines = {name: SpeculativeVLM(model, processor, SpeculativeConfig(**s), drafter) for name, s in POLICIES.items()}
     engines = {"ar": SpeculativeVLM(model, processor, drafter="ar"), **engines}

@@ -97,7 +97,7 @@ def train_rows(args: argparse.Namespace) -> None:
     read: tuple[Any, ...] = ()
     for name, row in wanted.items():
         folder = folder_of(args.out, name)
-        if checkpoint.training(folder / "drafter").get("finished"):
+        if stored.training(folder / "drafter").get("finished"):
             continue
         network = untrained(adapt(model), answers, row.settings)
         if read != (wanted_states := (network.config.taps, network.ids.tolist())):
@@ -229,7 +229,7 @@ def ship_rows(args: argparse.Namespace) -> None:
     for name, source in sources.items():
         if (source / "model.safetensors").exists():
             network = checkpoint.load(source) if name == "standard" else rivals.load(source)
-            told = checkpoint.training(source)
+            told = stored.training(source)
             stored.save(network, network.config, args.weights / name, told, args.eight_bit)
     sizes = {f.parent.name: f.stat().st_size / 1e6 for f in args.weights.glob("*/model.safetensors")}
     print("\n".join(f"{name}: {size:.1f} MB" for name, size in sorted(sizes.items())))

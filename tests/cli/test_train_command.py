@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,35 +11,14 @@ from safetensors.torch import load_file
 
 import tiny_checkpoint
 from msd import backends
-from msd.cli import main
 from msd.train.draft_loss import DraftObjective
-
-STEPS = 6
-FLOAT32 = ("--precision", "float32")  # what is measured to be faster may differ from run to run
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+from training_command import FLOAT32, STEPS, interrupt, run, train
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target with captured answers."""
     return tiny_checkpoint.captured(tmp_path_factory.mktemp("train"))
-
-
-def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: object) -> dict[str, Any]:
-    code, told, err = run(
-        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
-        "--out", out, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *more,
-    )  # fmt: skip
-    assert code == 0, err
-    summary: dict[str, Any] = json.loads(told)
-    return summary
 
 
 def test_a_run_goes_on_from_a_drafter(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
@@ -73,18 +51,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert set(whole["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}
     assert Path(whole["curves"]).read_bytes().startswith(b"\x89PNG")
 
-    forward, calls = DraftObjective.forward, []
-
-    def interrupted(self: DraftObjective, *args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *args)
-
-    monkeypatch.setattr(DraftObjective, "forward", interrupted)
+    interrupt(monkeypatch, DraftObjective)
     part = train(capsys, place, tmp_path / "parts", "--form", form, *FLOAT32)
     assert not part["finished"] and part["steps"] == 4
     again = train(capsys, place, tmp_path / "parts", "--form", form, *FLOAT32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,21 +11,10 @@ from safetensors.torch import load_file
 
 import tiny_checkpoint
 from msd import backends
-from msd.cli import main
 from msd.drafters import registry
 from msd.drafters.rivals import RIVALS, RivalDrafter, load
 from msd.train.rivals import RivalObjective
-
-STEPS = 6
-FLOAT32 = ("--precision", "float32")  # what is measured to be faster may differ from run to run
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+from training_command import FLOAT32, STEPS, interrupt, run, train
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +23,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint.captured(tmp_path_factory.mktemp("rivals"))
 
 
-def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, method: str, *more: object) -> dict[str, Any]:
-    code, told, err = run(
-        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
-        "--out", out, "--method", method, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *more,
-    )  # fmt: skip
-    assert code == 0, err
-    summary: dict[str, Any] = json.loads(told)
-    return summary
-
-
 @pytest.mark.parametrize("method", RIVALS)
 def test_trained_loaded_and_used(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    summary = train(capsys, place, tmp_path / "run", method)
+    summary = train(capsys, place, tmp_path / "run", "--method", method)
     assert summary["finished"] and set(summary["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}
     assert Path(summary["curves"]).read_bytes().startswith(b"\x89PNG")
     made = load(summary["drafter"])
@@ -69,21 +47,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_faster", lambda model, backend: False)  # rounding must not depend on the clock
-    whole = train(capsys, place, tmp_path / "whole", "vispec", *FLOAT32)
-    forward, calls = RivalObjective.forward, []
-
-    def interrupted(self: RivalObjective, *args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *args)
-
-    monkeypatch.setattr(RivalObjective, "forward", interrupted)
-    assert not train(capsys, place, tmp_path / "parts", "vispec", *FLOAT32)["finished"]
-    again = train(capsys, place, tmp_path / "parts", "vispec", *FLOAT32)
+    whole = train(capsys, place, tmp_path / "whole", "--method", "vispec", *FLOAT32)
+    interrupt(monkeypatch, RivalObjective)
+    assert not train(capsys, place, tmp_path / "parts", "--method", "vispec", *FLOAT32)["finished"]
+    again = train(capsys, place, tmp_path / "parts", "--method", "vispec", *FLOAT32)
     assert again["finished"] and again["held_out"] == whole["held_out"]
     one, two = (load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -98,7 +65,7 @@ def test_weights_in_the_repository_are_methods_for_the_reference_model(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    drafter = Path(train(capsys, place, tmp_path / "run", "eagle2")["drafter"])
+    drafter = Path(train(capsys, place, tmp_path / "run", "--method", "eagle2")["drafter"])
     (tmp_path / "weights").mkdir()
     drafter.rename(tmp_path / "weights" / "any-name")
     registry._register_rivals(tmp_path / "weights")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from msd import modality
 from msd.config import SpeculativeConfig
-from msd.drafters import registry
+from msd.drafters import registry, stored
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, Shape, checkpoint
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
@@ -209,7 +209,7 @@ def test_saved_and_loaded_strictly(tmp_path: Any) -> None:
     assert again.config == made.config
     for name, value in made.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), value.float(), atol=1e-2), name
-    assert checkpoint.training(tmp_path / "d") == {"answers": 3}
+    assert stored.training(tmp_path / "d") == {"answers": 3}
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tmp_path / "d" / "model.safetensors")

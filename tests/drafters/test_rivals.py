@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3TextConfig
 
 import rivals
 import tiny
@@ -17,6 +18,7 @@ from msd.bench import certificate
 from msd.bench.data import Sample
 from msd.config import SpeculativeConfig
 from msd.drafters import registry, stored
+from msd.drafters.msd import MSDConfig
 from msd.drafters.rivals import RIVALS, RivalDrafter, load
 from msd.drafters.rivals.memory import Memory
 from msd.errors import UserError
@@ -267,3 +269,14 @@ def test_trees_grow_as_eagle_2_says() -> None:
                 at = int(tree.parents[row, at])
             found.add(tuple(path[::-1]))
         assert found == best
+
+
+def test_sizes_are_read_as_msd_reads_them() -> None:
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    theta = config.rope_parameters["full_attention"]["rope_theta"]
+    assert theta != 10000.0, "its layers turn in two ways"
+    ours = MSDConfig.for_target(config, 64)
+    assert RIVALS["eagle2"].for_target(config).config.rope_theta == ours.rope_theta == theta

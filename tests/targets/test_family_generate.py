@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from families import BY_NAME, FAMILIES, Family, Part
+from families import BY_NAME, FAMILIES
+from family import Family, Part
 from family_layouts import Picture
 from msd.backends import choose
 from msd.config import SpeculativeConfig

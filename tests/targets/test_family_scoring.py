@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES, VOCABULARY, WINDOW, WORDS, Family, Part
+from families import BY_NAME, FAMILIES, WINDOW
+from family import Family, Part
+from family_layouts import VOCABULARY, WORDS
 from msd.modality import LANGUAGE
 from msd.targets import State, Target, adapt
 from msd.targets.teacher import teach

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from families import BY_NAME, Part
+from families import BY_NAME
+from family import Part
 from family_layouts import WORDS
 from msd.config import SpeculativeConfig
 from msd.model import SpeculativeVLM

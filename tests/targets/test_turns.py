@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES, Family, Part
+from families import BY_NAME, FAMILIES
+from family import Family, Part
 from family_layouts import AUDIO, IMAGE, VIDEO, WORDS, Picture
 from family_processor import FamilyProcessor, photos
 from msd.config import SpeculativeConfig

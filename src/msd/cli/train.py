@@ -79,7 +79,7 @@ def train(
         )
     edges = ModalityCuts.load(frozen)
     quiet()
-    from msd.drafters import rivals
+    from msd.drafters import rivals, stored
     from msd.drafters.msd import MSD, SWITCHES, checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
@@ -107,13 +107,13 @@ def train(
     log, picture = out / "log.jsonl", out / "curves.png"
     if log.exists():  # a run stopped in its first steps has none yet
         curves.draw(log, picture)
-    told = checkpoint.training(out / "drafter")
+    told = stored.training(out / "drafter")
     if finished and calibrate:
         drafter = MSD(checkpoint.load(out / "drafter"))
         prompts = [(a.images, a.prompt) for a in mixed(testing, calibrate)]
         masses = calibration.record(model, processor, drafter, prompts)
         told |= {"thresholds": calibration.solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
-        checkpoint.note(out / "drafter", told)
+        stored.note(out / "drafter", told)
     summary = {
         "drafter": str(out / "drafter"), "finished": finished, "curves": str(picture) if log.exists() else None,
         **{name: told[name] for name in ("steps", "seconds", "peak_gigabytes", "losses", "held_out")},

@@ -61,7 +61,7 @@ def create(name: str) -> Drafter:
 def default(target: str) -> str:
     """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
     made = _METHODS.get("msd")
-    trained = isinstance(made, _Shipped) and checkpoint.training(WEIGHTS / "msd").get("cuts", {}).get("target")
+    trained = isinstance(made, _Shipped) and stored.training(WEIGHTS / "msd").get("cuts", {}).get("target")
     return "msd" if trained == target else "prompt-lookup"
 
 
@@ -71,12 +71,12 @@ class _Shipped(partial[Drafter]):
 
 def _read(folder: Path | str) -> _Trained:
     """A trained network and the thresholds calibrated for it."""
-    return checkpoint.load(folder), checkpoint.training(folder).get("thresholds")
+    return checkpoint.load(folder), stored.training(folder).get("thresholds")
 
 
 def _register_shipped(root: Path) -> None:
     """Makes the folders of `root` methods, and `msd` also one that samples; methods of a folder share its network."""
-    for folder in sorted(p.parent for p in root.glob(f"*/{checkpoint.CONFIG}")):
+    for folder in sorted(p.parent for p in root.glob(f"*/{stored.CONFIG}")):
         name, read = folder.name.replace("-", ":"), cache(partial(_read, folder))
         register(name, _Shipped(_made, read, name, False))
         if name == "msd":

@@ -10,9 +10,6 @@ import torch
 from msd.drafters import stored
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.network import MSDNetwork
-from msd.drafters.stored import CONFIG, note, training
-
-__all__ = ["CONFIG", "load", "note", "save", "training"]
 
 
 def save(network: MSDNetwork, folder: Path, training: dict[str, Any] | None = None) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from msd import modality
+from msd.drafters import configs
 from msd.errors import UserError
 
 FORMS = ("ar", "block")
@@ -80,21 +80,10 @@ class MSDConfig:
     @classmethod
     def for_target(cls, text_config: Any, draft_vocabulary: int, **changes: Any) -> MSDConfig:
         """The configuration for a `transformers` text config; `changes` override any field."""
-        c = text_config
-        rope = getattr(c, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)  # where layers differ, that of the far-sighted ones
-        layers = c.num_hidden_layers
-        own = {
-            "hidden": c.hidden_size,
-            "heads": c.num_attention_heads,
-            "kv_heads": c.num_key_value_heads,
-            "head_dim": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-            "intermediate": c.intermediate_size,
-            "vocabulary": c.vocab_size,
+        layers = text_config.num_hidden_layers
+        own = configs.sizes(text_config) | {
             "draft_vocabulary": draft_vocabulary,
             "taps": tuple(sorted({min(2, layers), layers // 2, layers})),
-            "rope_theta": float(rope.get("rope_theta", getattr(c, "rope_theta", 10000.0))),
-            "eps": float(getattr(c, "rms_norm_eps", 1e-5)),
         }
         if changes.get("form") == "ar":
             own |= {"layers": 1, "depth": 5}
@@ -102,17 +91,12 @@ class MSDConfig:
 
     def as_json(self) -> str:
         """JSON text that `from_json` reads back."""
-        return json.dumps(asdict(self), indent=1)
+        return configs.as_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> MSDConfig:
         """Strict: an unknown or missing field is a UserError that names it."""
-        raw = json.loads(text)
-        known = {f.name for f in fields(cls)}
-        wrong = sorted(known.symmetric_difference(raw))
-        if wrong:
-            how = "unknown" if wrong[0] in raw else "missing"
-            raise UserError(f"its config.json is not that of an MSD drafter: field '{wrong[0]}' is {how}")
+        raw = configs.read(text, cls, "an MSD drafter")
         built = {
             "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
             "shared": Shape(**raw["shared"]),

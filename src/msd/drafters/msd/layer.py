@@ -71,6 +71,12 @@ class Keys:
         """These and more of the same anchors' drafts."""
         return Keys(torch.cat([self.keys, more.keys], 2), torch.cat([self.values, more.values], 2))
 
+    def write(self, more: Keys, at: Sequence[int], count: Sequence[int]) -> None:
+        """Puts the first `count[row]` of a context's new entries from `at[row]` on, in a buffer with room for them."""
+        for row, (first, n) in enumerate(zip(at, count, strict=True)):
+            self.keys[row, first : first + n] = more.keys[row, :n]
+            self.values[row, first : first + n] = more.values[row, :n]
+
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021), halves rotated as in LLaMA."""

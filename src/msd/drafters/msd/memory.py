@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,20 +53,12 @@ class Memory:
         column = (first[:, None] + torch.arange(widest)).clamp_min(0).to(device)
         positions = layout.line().gather(1, column)
         for buffer, new in zip(self.keys, network.context(x, positions), strict=True):
-            for row, (at, n) in enumerate(zip(self.length, added, strict=True)):
-                buffer.keys[row, at : at + n] = new.keys[row, :n]
-                buffer.values[row, at : at + n] = new.values[row, :n]
+            buffer.write(new, self.length, added)
         self.length = [at + n for at, n in zip(self.length, added, strict=True)]
-        last = torch.tensor(added, device=device)[:, None] - 1
-        grown, newest = last >= 0, last.clamp_min(0)
-        old = self.anchor
-
-        def latest(new: Tensor, before: Tensor) -> Tensor:
-            return torch.where(grown[..., None], pick(new, newest), before)
-
+        old, latest = self.anchor, newest(added, device)
         self.anchor = Anchors(
             latest(x, old.x), latest(feature, old.feature), latest(embedding, old.embedding),
-            torch.where(grown, positions.gather(1, newest), old.positions),
+            latest(positions, old.positions),
             visible(self.length, old.visible.shape[-1], device), old.image,
         )  # fmt: skip
         self.route = network.route(self.anchor.feature, self.anchor.embedding)[:, 0].exp()
@@ -74,6 +67,20 @@ class Memory:
         """(keys in use per layer [B, S, ...], visible [B, 1, S])."""
         used = max(self.length)
         return [Keys(k.keys[:, :used], k.values[:, :used]) for k in self.keys], self.anchor.visible[..., :used]
+
+
+def newest(added: list[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of new values [B, W, ...], the first `added[row]` of them real, and old ones [B, 1, ...].
+
+    It gives the last of each row's new values [B, 1, ...], and the old one where there are none.
+    """
+    last = torch.tensor(added, device=device)[:, None] - 1
+
+    def latest(new: Tensor, before: Tensor) -> Tensor:
+        grown = (last >= 0).view(-1, *[1] * (new.dim() - 1))
+        return torch.where(grown, pick(new, last.clamp_min(0)), before)
+
+    return latest
 
 
 def with_room(keys: Keys, room: int) -> Keys:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from msd.errors import UserError
+from msd.drafters import configs
 
 
 @dataclass(frozen=True)
@@ -37,31 +35,10 @@ class RivalConfig:
 
     def as_json(self) -> str:
         """JSON text that `from_json` reads back."""
-        return json.dumps(asdict(self), indent=1)
+        return configs.as_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> RivalConfig:
         """Strict: an unknown or missing field is a UserError that names it."""
-        raw = json.loads(text)
-        known = {f.name for f in fields(cls)}
-        for name in sorted(known.symmetric_difference(raw)):
-            how = "unknown" if name in raw else "missing"
-            raise UserError(f"its config.json is not that of a drafter here: field '{name}' is {how}")
+        raw = configs.read(text, cls, "a drafter here")
         return cls(**(raw | {"taps": tuple(raw["taps"])}))
-
-
-def sizes(text_config: Any) -> dict[str, Any]:
-    """The fields of a `RivalConfig` that a `transformers` text config decides."""
-    c = text_config
-    rope = getattr(c, "rope_parameters", None) or {}
-    return {
-        "hidden": c.hidden_size,
-        "heads": c.num_attention_heads,
-        "kv_heads": c.num_key_value_heads,
-        "head_dim": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-        "intermediate": c.intermediate_size,
-        "vocabulary": c.vocab_size,
-        "draft_vocabulary": c.vocab_size,
-        "rope_theta": float(rope.get("rope_theta", getattr(c, "rope_theta", 10000.0))),
-        "eps": float(getattr(c, "rms_norm_eps", 1e-5)),
-    }

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from msd.drafters.msd.context import pick
 from msd.drafters.msd.layer import Keys
-from msd.drafters.msd.memory import visible
+from msd.drafters.msd.memory import newest, visible
 from msd.drafters.msd.network import Anchors
 from msd.drafters.rivals.network import Rival
 from msd.layout import Layout
@@ -47,16 +46,11 @@ class Memory:
         feature, word, old = network.feature(taps), network.embed(token), self.anchor
         x = network.entry(feature, word, old.image, 0)
         self._append(network, x, positions, added, self.keys[0].keys.shape[1])
-        last = torch.tensor(added, device=taps.device)[:, None] - 1
-        grown, newest = last >= 0, last.clamp_min(0)
-
-        def latest(new: Tensor, before: Tensor) -> Tensor:
-            return torch.where(grown[..., None], pick(new, newest), before)
-
+        latest = newest(added, taps.device)
         self.anchor = replace(
             self.anchor, x=latest(x, old.x), feature=latest(feature, old.feature),
             embedding=latest(word, old.embedding),
-            positions=torch.where(grown, positions.gather(1, newest), old.positions),
+            positions=latest(positions, old.positions),
         )  # fmt: skip
 
     def _append(self, network: Rival, x: Tensor, positions: Tensor, added: list[int], room: int) -> None:
@@ -69,9 +63,7 @@ class Memory:
                 shape = (B, room, *new.keys.shape[2:])
                 self.keys.append(Keys(new.keys.new_zeros(shape), new.values.new_zeros(shape)))
             buffer = self.keys[layer]
-            for row, (at, n) in enumerate(zip(self.length, added, strict=True)):
-                buffer.keys[row, at : at + n] = new.keys[row, :n]
-                buffer.values[row, at : at + n] = new.values[row, :n]
+            buffer.write(new, self.length, added)
             return Keys(buffer.keys[:, :used], buffer.values[:, :used])
 
         entry, new = torch.arange(used, device=x.device), torch.arange(W, device=x.device)

@@ -6,6 +6,7 @@ level by level (`Autoregressive`) or all levels in one pass (`Block`, in `block.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from msd.backends.packed import Linear, Packed, can_pack
+from msd.drafters import configs
 from msd.drafters.msd.laws import Levels
 from msd.drafters.msd.layer import Keys, Layer, Rotary, step
 from msd.drafters.msd.network import Anchors
-from msd.drafters.rivals.config import RivalConfig, sizes
+from msd.drafters.rivals.config import RivalConfig
 from msd.drafters.rivals.entries import Columns, Entries, columns, keep
 from msd.errors import UserError
 from msd.layout import Layout
@@ -30,7 +32,7 @@ Parts = dict[str, Tensor]
 _packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, Packed]] = WeakKeyDictionary()
 
 
-class Rival(nn.Module):
+class Rival(nn.Module, ABC):
     """A published drafter. A subclass is a method: its idea and its loss.
 
     layer: its decoder layer. deep: whether context goes through all layers, as in a language model, or enters every
@@ -76,9 +78,9 @@ class Rival(nn.Module):
         options = cls.options | changes.pop("options", {})
         own = {
             "method": cls.method, "layers": cls.layer_count, "taps": cls.tapped(text_config.num_hidden_layers),
-            "width": cls.width, "depth": cls.depth, "options": options,
+            "width": cls.width, "depth": cls.depth, "options": options, "draft_vocabulary": text_config.vocab_size,
         }  # fmt: skip
-        return cls(RivalConfig(**(sizes(text_config) | own | changes)))
+        return cls(RivalConfig(**(configs.sizes(text_config) | own | changes)))
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """First weights from the target, before training; most methods begin at random."""
@@ -152,13 +154,13 @@ class Rival(nn.Module):
         """What a method makes of tap states [..., T*H]: [..., H]; by default the last of them."""
         return self.tap(taps, -1)
 
+    @abstractmethod
     def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
         """The layers' input at a text position.
 
         feature, word: [..., H]. image: as in `Entries`. level: 0 where the feature
         is the target's, else how deep in a draft.
         """
-        raise NotImplementedError
 
     def enter(self, found: Entries, feature: Tensor) -> Tensor:
         """Inputs [B, S, ...] of entries whose features are `feature` [B, S, H]."""
@@ -193,24 +195,24 @@ class Rival(nn.Module):
         """See `msd.drafters.msd.layer.step`; positions [B, A, n]."""
         return step(self.stack, x, self.rotary(positions), context, visible, own, mask)
 
+    @abstractmethod
     def laws(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> Levels:
         """The draft laws of one step in decoding; one anchor per row, below the tokens `newest` [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def states(self, lesson: Lesson, first: Tensor, depth: int) -> Tensor:
         """States [B, A, D, H] below the answer tokens `first` [B, A], deeper words as written; D = depth."""
-        raise NotImplementedError
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """Draft logits [..., Vd] of states [..., H] below the tokens `parents` [...]; most do not ask for these."""
         return self.head(states)
 
+    @abstractmethod
     def loss(self, lesson: Lesson, first: Tensor) -> tuple[Tensor, Parts]:
         """The published loss on drafts from the answer tokens `first` [B, A], and its parts for the log.
 
         The lesson's logits are the target's log p over `ids`.
         """
-        raise NotImplementedError
 
 
 def whole(network: Rival, found: Entries, x: Tensor) -> tuple[list[Keys], Tensor]:

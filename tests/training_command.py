@@ -1,0 +1,49 @@
+"""`msd train` on a tiny target, for tests: short runs, and one that is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from msd.cli import main
+
+STEPS = 6
+FLOAT32 = ("--precision", "float32")  # what is measured to be faster may differ from run to run
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: object) -> dict[str, Any]:
+    """The summary of a run of `STEPS` steps on the answers captured in `place`."""
+    code, told, err = run(
+        capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", out, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *more,
+    )  # fmt: skip
+    assert code == 0, err
+    summary: dict[str, Any] = json.loads(told)
+    return summary
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, objective: type[nn.Module]) -> None:
+    """Has the process asked to stop in its fourth step from now on."""
+    forward, calls = objective.forward, []
+
+    def interrupted(self: nn.Module, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    monkeypatch.setattr(objective, "forward", interrupted)
