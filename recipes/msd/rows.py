@@ -1,25 +1,28 @@
-"""The comparison of MSD with its own parts taken out: one capture, one budget of wall time for every row.
+"""The comparison of MSD with its own parts taken out and with rivals: one capture, one budget of time for every row.
 
-python recipes/msd/rows.py train --minutes 15            # each row in turn; run again to continue
+python recipes/msd/rows.py train --minutes 15            # two rows at a time; run again to continue
 python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
 python recipes/msd/rows.py ship                          # rivals and the control to weights/, for `msd bench`
 
 The target says its word on all answers once, before the first row that needs it; every row learns from these notes,
-but for those that read other states or draft other words, for which it says it again. A row's steps
-follow from its own measured speed, so a part that costs training time pays for it. `standard` is the same trunk,
-vocabulary, budget and plan with every modality part off. Rows that only differ in decoding share weights.
+but for those that read other states or draft other words, for which it says it again. Rows are trained two at a time,
+each on one core; minutes are that core's, and a row's steps follow from its own measured speed, so a part that costs
+training time pays for it. `standard` is the same trunk, vocabulary, budget and plan with every modality part off. Rows
+that only differ in decoding share weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import Empty
 from typing import Any, ClassVar
 
 import torch
@@ -42,9 +45,11 @@ from msd.train.captured import Captured, cuts_path, mixed, read_captured
 from msd.train.draft_loss import LossConfig
 from msd.train.drafting import DraftTraining, train, untrained
 from msd.train.lessons import Lessons
+from msd.train.loop import signals
 from msd.train.notebook import Notebook
 from msd.tree import Scores
 
+FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps that a row's speed is measured on
 SHIPPED_MEGABYTES = 60
 
@@ -88,38 +93,62 @@ def steps_for(minutes: float, seconds: float) -> int:
 
 
 def train_rows(args: argparse.Namespace) -> None:
+    """Rows that learn from the same notes are trained side by side, each on one core, from what is read once."""
     answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
     cuts = ModalityCuts.load(cuts_path(args.captured))
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
+    model.requires_grad_(False)
     every = rows(range(args.seeds))
-    wanted = {name: every[name] for name in args.only or every}
-    read: tuple[Any, ...] = ()
-    for name, row in wanted.items():
-        folder = folder_of(args.out, name)
-        if stored.training(folder / "drafter").get("finished"):
-            continue
-        network = untrained(adapt(model), answers, row.settings)
-        if read != (wanted_states := (network.config.taps, network.ids.tolist())):
-            notes: Notebook | None = None  # frees the last ones before the next are read
-            reading = replace(row.settings, remember=args.remember)
-            notes, seconds = read_notes(model, processor, answers, cuts, reading, network)
-            read = wanted_states
-            print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
+    alike: dict[Any, dict[str, Row]] = {}
+    for name in args.only or every:
+        if not stored.training(folder_of(args.out, name) / "drafter").get("finished"):
+            network = untrained(adapt(model), answers, every[name].settings)
+            alike.setdefault((network.config.taps, tuple(network.ids.tolist())), {})[name] = every[name]
+    for some in alike.values():
+        settings = replace(next(iter(some.values())).settings, remember=args.remember)
+        network = untrained(adapt(model), answers, settings)
+        notes, seconds = read_notes(model, processor, answers, cuts, settings, network)
+        print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
         run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
-        plan = folder / "plan.json"
-        if not plan.exists():
-            speed = _speed(run, folder / "probe", row.settings)
-            plan.parent.mkdir(parents=True, exist_ok=True)
-            told = {"steps": steps_for(args.minutes, speed), "seconds_per_step": speed, "notes_seconds": seconds}
-            plan.write_text(json.dumps(told))
-        steps = json.loads(plan.read_text())["steps"]
-        print(f"{name}: {steps} steps", flush=True)
-        stages = replace(row.settings.stages, text=steps // 50, rise=steps // 10)
-        settings = replace(row.settings, steps=steps, stages=stages, evaluate_every=max(50, steps // 8))
-        if not run(folder, settings):
+        waiting = FORK.Queue()
+        for name in some:
+            waiting.put(name)
+        if not _side_by_side(args.side_by_side, partial(_train_waiting, waiting, some, run, args)):
             print("stopped; run again to continue")
             return
+
+
+def _side_by_side(count: int, work: Callable[[], None]) -> bool:
+    """Does the work in `count` processes that share this one's memory; whether all came to its end."""
+    workers = [FORK.Process(target=work) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    with signals(lambda *_: [worker.terminate() for worker in workers]):
+        for worker in workers:
+            worker.join()
+    return all(worker.exitcode == 0 for worker in workers)
+
+
+def _train_waiting(waiting: Any, some: dict[str, Row], run: Callable[..., bool], args: argparse.Namespace) -> None:
+    """Trains one waiting row after another; ends the process with 1 where one was stopped."""
+    torch.set_num_threads(1)  # also because threads do not survive a fork
+    while True:
+        try:
+            name = waiting.get(timeout=1)
+        except Empty:
+            return
+        folder, settings = folder_of(args.out, name), some[name].settings
+        plan = folder / "plan.json"
+        if not plan.exists():
+            speed = _speed(run, folder / "probe", settings)
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            plan.write_text(json.dumps({"steps": steps_for(args.minutes, speed), "seconds_per_step": speed}))
+        steps = json.loads(plan.read_text())["steps"]
+        print(f"{name}: {steps} steps", flush=True)
+        stages = replace(settings.stages, text=steps // 50, rise=steps // 10)
+        if not run(folder, replace(settings, steps=steps, stages=stages, evaluate_every=max(50, steps // 8))):
+            raise SystemExit(1)
 
 
 def read_notes(
@@ -142,14 +171,14 @@ def read_notes(
 
 
 def _speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: DraftTraining) -> float:
-    """Seconds of a step about images, measured on a few after a warm-up."""
+    """Seconds of one core that a step about images takes, measured on a few after a warm-up."""
     stages = replace(settings.stages, text=0, rise=1)
     times = []
     for steps in (2, 2 + PROBE):
         shutil.rmtree(probe, ignore_errors=True)
-        begun = time.monotonic()
+        begun = time.process_time()
         run(probe, replace(settings, steps=steps, stages=stages, evaluate_every=10**6))
-        times.append(time.monotonic() - begun)
+        times.append(time.process_time() - begun)
     shutil.rmtree(probe)
     return (times[1] - times[0]) / PROBE
 
@@ -255,7 +284,8 @@ def main() -> None:
     parser.add_argument("--eight-bit", action="store_true", help="shipped weights in 8 bits instead of 16")
     parser.add_argument("--target", default="reference")
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--remember", type=float, default=2.5, help="gigabytes for the target's word on the answers")
+    parser.add_argument("--remember", type=float, default=4.0, help="gigabytes for the target's word on the answers")
+    parser.add_argument("--side-by-side", type=int, default=2, help="rows trained at the same time, each on one core")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of rows, in the order in which to train them")
     args = parser.parse_args()

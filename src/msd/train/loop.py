@@ -117,7 +117,7 @@ class Loop:
     def run(self) -> bool:
         """Train to the end of the schedule, or to a signal (returns False); either way the state is saved."""
         saved, begun, first = time.monotonic(), time.monotonic(), self.step
-        with _signals(self._ask_to_stop):
+        with signals(self._ask_to_stop):
             while self.step < self.schedule.steps and not self._stop:
                 self._one_step()
                 done = self.step >= self.schedule.steps
@@ -221,10 +221,10 @@ class Loop:
 
 
 @contextmanager
-def _signals(
+def signals(
     handler: Callable[..., None], kinds: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
 ) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a clean end while the loop runs."""
+    """Ctrl-C and SIGTERM call `handler` in the block, such as one that asks for a clean end."""
     before = {kind: signal.signal(kind, handler) for kind in kinds}
     try:
         yield
