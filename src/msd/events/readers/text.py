@@ -31,7 +31,7 @@ def read(file: File) -> Source:
     size = None
     with _opened(file) as stream:
         sample: list[str] = []
-        while len(sample) < 100 and (line := stream.readline(LINE_LIMIT)):
+        for line in itertools.islice(_lines(stream), 100):
             geometry = GEOMETRY.fullmatch(line.strip())
             size = (int(geometry[1]), int(geometry[2])) if geometry else size
             if line.strip() and line[0] not in "#%":
@@ -62,7 +62,7 @@ def _plain_order(sample: list[str], separator: str | None) -> tuple[int, ...]:
     """Places of t, x, y, p in lines without names, from lines that are whole."""
     rows = [line.split(separator) for line in sample if line.endswith("\n")] or [sample[0].split(separator)]
     if min(map(len, rows)) < 4:
-        raise UserError(f"its line '{min(rows, key=len)}' has fewer than four columns; give t,x,y,p lines")
+        raise UserError(f"its line '{' '.join(min(rows, key=len))[:60]}' has fewer than four columns; give t,x,y,p lines")
     last, third = ({word.strip() for word in (row[i] for row in rows)} for i in (3, 2))
     polarities = {"0", "1", "-1"}
     return (3, 0, 1, 2) if not last <= polarities and third <= polarities else (0, 1, 2, 3)
