@@ -25,9 +25,9 @@ class Motion(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pan: float = Field(1.0, ge=0, le=1, description="share of the free way to the photo's edges")
-    zoom: tuple[float, float] = Field((0.5, 0.7), description="least and largest part of the photo that is seen, 0 to 1")
-    roll: float = Field(10.0, ge=0, le=45, description="largest turn to either side, degrees")
-    period: float = Field(1.5, gt=0, description="seconds of the slowest wave")
+    zoom: tuple[float, float] = Field((0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1")
+    roll: float = Field(5.0, ge=0, le=45, description="largest turn to either side, degrees")
+    period: float = Field(2.0, gt=0, description="seconds of the slowest wave")
     waves: int = Field(3, ge=1, le=8, description="waves of each movement; wave k is k times faster and 1/k² as high")
 
 
