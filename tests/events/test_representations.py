@@ -80,7 +80,12 @@ def test_time_surfaces_are_those_of_a_loop(stream: EventStream, tau: float, shar
 
 
 @quick
-@given(stream=streams, count=st.integers(1, 6), by=st.sampled_from(["count", "time"]), grid=st.sampled_from([(1, 1), (7, 5), SIZE]))
+@given(
+    stream=streams,
+    count=st.integers(1, 6),
+    by=st.sampled_from(["count", "time"]),
+    grid=st.sampled_from([(1, 1), (7, 5), SIZE]),
+)
 def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid: tuple[int, int]) -> None:
     found = cells(stream, grid, count, by)
     begin, end = stream.span
@@ -89,12 +94,16 @@ def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid
         length = edges[frame + 1] - edges[frame] if by == "time" else (events[-1][0] - events[0][0] if events else 0)
         for row in range(grid[1]):
             for column in range(grid[0]):
-                pixels = [
-                    (x, y)
-                    for x in range(SIZE[0])
-                    for y in range(SIZE[1])
-                    if x * grid[0] // SIZE[0] == column and y * grid[1] // SIZE[1] == row
-                ] if grid != SIZE else [(column, row)]
+                pixels = (
+                    [
+                        (x, y)
+                        for x in range(SIZE[0])
+                        for y in range(SIZE[1])
+                        if x * grid[0] // SIZE[0] == column and y * grid[1] // SIZE[1] == row
+                    ]
+                    if grid != SIZE
+                    else [(column, row)]
+                )
                 inside = set(pixels)
                 number = sum((x, y) in inside for _, x, y, _ in events)
                 rate = number / len(pixels) / max(length, 1000) * 1e6
@@ -172,6 +181,9 @@ def test_parts_of_a_stream() -> None:
         lambda s: frames(s, 0),
         lambda s: frames(s, 3, "size"),
         lambda s: event_frames(s, 10**9),
+        lambda s: event_frames(EventStream(s.t, s.x, s.y, s.p, (60_000, 60_000))),
+        lambda s: time_surface(EventStream(s.t, s.x, s.y, s.p, (60_000, 60_000))),
+        lambda s: voxel_grid(s, 10**9),
         lambda s: voxel_grid(s, 0),
         lambda s: time_surface(s, 0.0),
         lambda s: cells(s, (0, 4)),

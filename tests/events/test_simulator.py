@@ -1,4 +1,4 @@
-"""The simulator against its definition: ramps whose crossings are known, a loop over small steps, statistics of noise."""
+"""The simulator against its definition: ramps whose crossings are known, a loop, statistics of noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def ramp(rates: list[float], seconds: float, steps: int, start: float = -2.0) ->
 
 
 @quick
-@given(rate=st.floats(0.3, 1.9), threshold=st.floats(0.05, 0.5), steps=st.integers(1, 50), sign=st.sampled_from([-1, 1]))
+@given(
+    rate=st.floats(0.3, 1.9), threshold=st.floats(0.05, 0.5), steps=st.integers(1, 50), sign=st.sampled_from([-1, 1])
+)
 def test_a_ramp_gives_evenly_spaced_events(rate: float, threshold: float, steps: int, sign: int) -> None:
     """Log brightness of slope r meets threshold k·C at k·C/r, however many frames show it."""
     frames, times = ramp([sign * rate], 1.0, steps, start=-2.0 if sign > 0 else -0.1)
@@ -78,7 +80,10 @@ def loop(levels: np.ndarray, times: np.ndarray, on: float, off: float, blind: fl
 
 @quick
 @given(
-    seed=st.integers(0, 10_000), on=st.floats(0.05, 0.4), off=st.floats(0.05, 0.4), blind=st.sampled_from([0, 37.0, 400.0])
+    seed=st.integers(0, 10_000),
+    on=st.floats(0.05, 0.4),
+    off=st.floats(0.05, 0.4),
+    blind=st.sampled_from([0, 37.0, 400.0]),
 )
 def test_random_signals_are_those_of_a_loop(seed: int, on: float, off: float, blind: float) -> None:
     draw = np.random.default_rng(seed)
@@ -155,7 +160,10 @@ def test_a_moving_camera_shows_the_photo_without_edges() -> None:
         assert np.asarray(camera.picture(time)).min() == 50
     assert len(events_of_photo(photo, (32, 32), 50_000, settings=SimulatorSettings.ideal())) == 0
     still = Motion(pan=0, roll=0, zoom=(0.9, 0.9))
-    assert len(events_of_photo(Image.effect_noise((90, 90), 60), (32, 32), 50_000, 500, still, SimulatorSettings.ideal())) == 0
+    assert (
+        len(events_of_photo(Image.effect_noise((90, 90), 60), (32, 32), 50_000, 500, still, SimulatorSettings.ideal()))
+        == 0
+    )
 
 
 def test_motion_is_smooth() -> None:

@@ -44,7 +44,7 @@ def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     wanted = frames(stream, 5, "time")
     for number, image in enumerate(wanted):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "frames" / f"frame-{number:03d}.png")), image)
-    code, out, _ = run(capsys, path, "--out", tmp_path / "view.html", "--json")
+    _, out, _ = run(capsys, path, "--out", tmp_path / "view.html", "--json")
     page = (tmp_path / "view.html").read_text()
     assert page.count("data:image/png") == 5 and json.loads(out)["written"] == [str(tmp_path / "view.html")]
 

@@ -19,7 +19,9 @@ def events(
         Path | None, typer.Option("--out", help="Draw frames: a .gif, a .html, or a folder for PNG files.")
     ] = None,
     frames: Annotated[int, typer.Option("--frames", min=1, max=1000, help="How many frames.")] = 5,
-    by: Annotated[str, typer.Option("--by", help="'count': equally many events a frame; 'time': equally long.")] = "count",
+    by: Annotated[
+        str, typer.Option("--by", help="'count': equally many events a frame; 'time': equally long.")
+    ] = "count",
     size: Annotated[
         str | None, typer.Option("--size", help="Sensor as WIDTHxHEIGHT, for files that do not tell it.")
     ] = None,

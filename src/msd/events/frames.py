@@ -11,13 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from msd.errors import UserError
 from msd.events.cells import Cells, Rates
-from msd.events.pieces import By, Events, cut, edges, extent
+from msd.events.pieces import By, Events, check_room, cut, edges, extent
 
 EMPTY = 2
 COLOURS = np.array([[0, 0, 255], [255, 0, 0], [255, 255, 255]], np.uint8)  # by pixel value: darker, brighter, empty
-LIMIT = 500_000_000  # pixels of all frames together
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +57,7 @@ def event_frames(
     whole = extent(events)
     borders = edges(whole, count, by)
     width, height = events.size
-    if count * width * height > LIMIT:
-        raise UserError(f"{count} frames of {width}x{height} are more than {LIMIT // 10**6} million pixels; take fewer")
+    check_room(count, (width, height))
     pixels = np.full((count, height * width), EMPTY, np.uint8)
     counts = np.zeros(count, np.int64)
     spans = np.zeros((count, 2), np.int64)
@@ -82,8 +79,6 @@ def event_frames(
     return EventFrames(pixels.reshape(count, height, width), counts, spans, cells)
 
 
-def frames(
-    events: Events, count: int = 5, by: By = "count", size: tuple[int, int] | None = None
-) -> list[Image.Image]:
+def frames(events: Events, count: int = 5, by: By = "count", size: tuple[int, int] | None = None) -> list[Image.Image]:
     """`event_frames` as RGB images, of the sensor's size or stretched to (width, height)."""
     return event_frames(events, count, by).images(size)

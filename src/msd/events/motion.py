@@ -24,19 +24,21 @@ class Motion(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pan: float = Field(1.0, ge=0, le=1, description="share of the free way to the photo's edges")
-    zoom: tuple[float, float] = Field((0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1")
-    roll: float = Field(5.0, ge=0, le=45, description="largest turn to either side, degrees")
-    period: float = Field(2.0, gt=0, description="seconds of the slowest wave")
-    waves: int = Field(3, ge=1, le=8, description="waves of each movement; wave k is k times faster and 1/k² as high")
+    pan: float = Field(default=1.0, ge=0, le=1, description="share of the free way to the photo's edges")
+    zoom: tuple[float, float] = Field(
+        default=(0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1"
+    )
+    roll: float = Field(default=5.0, ge=0, le=45, description="largest turn to either side, degrees")
+    period: float = Field(default=2.0, gt=0, description="seconds of the slowest wave")
+    waves: int = Field(
+        default=3, ge=1, le=8, description="waves of each movement; wave k is k times faster and 1/k² as high"
+    )
 
 
 class Camera:
     """A path over a photo. The same seed gives the same path."""
 
-    def __init__(
-        self, photo: Image.Image, size: tuple[int, int], motion: Motion | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, photo: Image.Image, size: tuple[int, int], motion: Motion | None = None, seed: int = 0) -> None:
         """photo: any mode. size: (width, height) of the views. UserError for an impossible zoom."""
         self.motion = motion or Motion()
         low, high = self.motion.zoom
@@ -88,9 +90,11 @@ class Camera:
 
 
 def times(duration: int, rate: float) -> list[int]:
-    """Times of frames from 0 to `duration` µs at `rate` a second, the end included; UserError for less than one step."""
+    """Times of frames from 0 to `duration` µs at `rate` a second, the end included; UserError for less than two."""
     if not 0 < rate <= 1e6 or duration < 1e6 / rate:
-        raise UserError(f"{rate} frames a second for {duration} µs; give time for two frames, at most a million a second")
+        raise UserError(
+            f"{rate} frames a second for {duration} µs; give time for two frames, at most a million a second"
+        )
     return [round(i * 1e6 / rate) for i in range(int(duration * rate / 1e6) + 1)]
 
 

@@ -1,14 +1,15 @@
 """How a stream or a recording is cut into frames of equal count or equal time, piece by piece.
 
 A frame is a run of events. Cutting needs to know the whole first (how many events, or from when to when): a stream in
-memory knows, a recording is read once to find out and once more to be cut. A piece never spans two frames or two chunks,
-so whatever is made of frames is made incrementally, in memory that does not depend on the number of events.
+memory knows, a recording is read once to find out and once more to be cut. A piece never spans two frames or two
+chunks, so whatever is made of frames is made incrementally, in memory that does not depend on the number of events.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ from msd.events.stream import EventStream
 
 Events: TypeAlias = EventStream | Recording
 By: TypeAlias = Literal["count", "time"]
+MAX_FRAMES = 10_000
+MAX_PIXELS = 250_000_000  # of all layers of a representation together
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def edges(whole: Extent, count: int, by: By) -> NDArray[np.int64]:
     """
     if by not in ("count", "time"):
         raise UserError(f"frames by '{by}'; choose 'count' (equally many events) or 'time' (equally long)")
-    if count < 1:
-        raise UserError(f"{count} frames; ask for at least 1")
+    if not 1 <= count <= MAX_FRAMES:
+        raise UserError(f"{count} frames; ask for 1 to {MAX_FRAMES}")
     numbers = np.arange(count + 1, dtype=np.int64)
     if by == "count":
         borders = numbers * (whole.events // count)
@@ -63,15 +66,21 @@ def edges(whole: Extent, count: int, by: By) -> NDArray[np.int64]:
     return whole.begin + numbers * (whole.end + 1 - whole.begin) // count
 
 
+def check_room(layers: int, size: tuple[int, int]) -> None:
+    """UserError for a representation that would take gigabytes: a damaged header may tell of any sensor."""
+    if layers * size[0] * size[1] > MAX_PIXELS:
+        raise UserError(
+            f"{layers} layers of {size[0]}x{size[1]} are more than {MAX_PIXELS // 10**6} million pixels; "
+            "ask for fewer, or check the sensor size"
+        )
+
+
 def cut(events: Events, borders: NDArray[np.int64], by: By) -> Iterator[tuple[int, EventStream]]:
     """(number of the frame, some of its events) in order; `borders` as `edges` gives them."""
     passed = 0
     for chunk in chunks(events):
-        if by == "count":
-            places = np.clip(borders - passed, 0, len(chunk))
-        else:
-            places = np.searchsorted(chunk.t, borders)
-        for frame, (first, last) in enumerate(zip(places, places[1:], strict=False)):
+        places = np.clip(borders - passed, 0, len(chunk)) if by == "count" else np.searchsorted(chunk.t, borders)
+        for frame, (first, last) in enumerate(pairwise(places)):
             if last > first:
                 yield frame, chunk.part(int(first), int(last))
         passed += len(chunk)

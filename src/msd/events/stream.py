@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -74,7 +75,7 @@ class EventStream:
     def split(self, count: int) -> list[EventStream]:
         """`count` parts of equally many events; the last takes what division leaves over."""
         edges = [i * (len(self) // count) for i in range(count)] + [len(self)]
-        return [self.part(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [self.part(a, b) for a, b in pairwise(edges)]
 
 
 def unchecked(t: Any, x: Any, y: Any, p: Any, size: tuple[int, int]) -> EventStream:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msd.errors import UserError
-from msd.events.pieces import Events, chunks
+from msd.events.pieces import Events, check_room, chunks
 
 NEVER = np.iinfo(np.int64).min
 
@@ -27,6 +27,7 @@ def time_surface(events: Events, tau: float = 50_000.0, at: int | None = None) -
     """
     if not tau > 0:
         raise UserError(f"tau = {tau} µs; it must be above 0")
+    check_room(2, events.size)
     width, height = events.size
     last = np.full(2 * height * width, NEVER, np.int64)
     end = 0

@@ -9,17 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msd.errors import UserError
-from msd.events.pieces import Events, chunks, extent
+from msd.events.pieces import Events, check_room, chunks, extent
 
 
 def voxel_grid(events: Events, bins: int = 5) -> NDArray[np.float32]:
     """float32 [bins, H, W]: the sum over events of ±1 · max(0, 1 - |b - t*|), t* from 0 to bins - 1 over the span.
 
     Polarity 1 counts as +1 and 0 as -1. Where all events have one time, they are in the first bin. A recording is read
-    twice, chunk by chunk. UserError for fewer than 1 bin.
+    twice, chunk by chunk. UserError for fewer than 1 bin or too many.
     """
     if bins < 1:
         raise UserError(f"{bins} time bins; ask for at least 1")
+    check_room(bins, events.size)
     whole = extent(events)
     width, height = events.size
     grid = np.zeros(bins * height * width, np.float64)

@@ -51,9 +51,7 @@ def read(file: File) -> Source:
     raise UserError(f"its encoding is '{evt or 'not told'}'; {known}: convert it, for example with metavision tools")
 
 
-def _decode(
-    file: File, offset: int, word: str, decoder: evt2.Decoder | evt3.Decoder, chunk: int
-) -> Iterator[Columns]:
+def _decode(file: File, offset: int, word: str, decoder: evt2.Decoder | evt3.Decoder, chunk: int) -> Iterator[Columns]:
     for words in file.words(offset, word, chunk):
         yield decoder(words)
 
@@ -88,9 +86,7 @@ def _size(header: dict[str, str]) -> tuple[tuple[int, int] | None, str]:
     return None, "events"
 
 
-def _dat(
-    file: File, header: dict[str, str], offset: int, size: tuple[int, int] | None, size_from: str
-) -> Source:
+def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] | None, size_from: str) -> Source:
     """After the header: one byte event type, one byte event size, then (uint32 t, uint32 address) for each event.
 
     Address of version 2: x 14 bits, y 14 bits, p 1 bit. Of version 1: x 9 bits, y 8 bits, p 1 bit. The clock wraps
@@ -105,7 +101,9 @@ def _dat(
     if len(start) < 2:
         raise UserError("the file ends in its header; it is truncated: copy it again")
     if start[0] not in CD_EVENTS or start[1] != 8:
-        raise UserError(f"its events have type {start[0]} and {start[1]} bytes; t, x, y, p events have type 0 or 12 and 8")
+        raise UserError(
+            f"its events have type {start[0]} and {start[1]} bytes; t, x, y, p events have type 0 or 12 and 8"
+        )
     x_bits, y_bits = (14, 14) if version == "2" else (9, 8)
 
     def columns(chunk: int) -> Iterator[Columns]:
