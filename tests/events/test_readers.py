@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_what_is_broken_is_told(tmp_path: Path, name: str, content: bytes, said:
         pytest.importorskip({"h5": "h5py", "aedat4": "aedat"}[name.split(".")[-1]])
     (tmp_path / name).write_bytes(content)
     assert said in refusal(tmp_path / name)
+
+
+def test_damage_that_makes_the_aedat_package_panic_is_told(tmp_path: Path) -> None:
+    """In the header, where one such panic ends the process, and a packet of two bytes."""
+    pytest.importorskip("aedat")
+    path = write(tmp_path, "aedat4", scene(120))
+    whole = path.read_bytes()
+    for place in range(14, 80):
+        for value in (0, 127, 255):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            try:
+                read(path)
+            except UserError as error:
+                assert "\n" not in str(error)
+    path.write_bytes(whole + struct.pack("<iI", 0, 2) + b"ab")
+    assert "a packet cannot be read" in refusal(path)
 
 
 def test_what_is_no_file_is_told(tmp_path: Path) -> None:

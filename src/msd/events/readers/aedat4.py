@@ -1,9 +1,16 @@
-"""AEDAT 4 (iniVation DV), through the `aedat` package (MIT, Rust). The first stream of events in the file is read."""
+"""AEDAT 4 (iniVation DV), through the `aedat` package (MIT, Rust). The first stream of events in the file is read.
+
+The package panics on some damaged headers, once so that the process ended, so the header is checked here before the
+package sees it: a FlatBuffers table (compression, place of the index, text) whose text is XML.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -12,12 +19,16 @@ from msd.events.readers.file import File, library
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
+MAGIC = b"#!AER-DAT4.0\r\n"
+HEADER_LIMIT = 1 << 20  # bytes
+FIELDS = (4, 8, 4)  # bytes of compression, place of the index, and offset of the text in the table
 BROKEN = "the file is truncated or damaged: copy it again"
 
 
 def read(file: File) -> Source:
     """The first stream of events."""
     file.one_recording()
+    _check_header(file)
     decoder = _open(file)
     streams = [(number, about) for number, about in decoder.id_to_stream().items() if about["type"] == "events"]
     if not streams:
@@ -26,12 +37,41 @@ def read(file: File) -> Source:
     return Source("aedat4", lambda chunk: _columns(file, number, chunk), (about["width"], about["height"]), "header")
 
 
+def _check_header(file: File) -> None:
+    """UserError unless every offset of the header's table lies in the header, and its text is XML in ASCII."""
+    with file.path.open("rb") as stream:
+        start = stream.read(len(MAGIC) + 4)
+        length = int.from_bytes(start[len(MAGIC) :], "little")
+        data = stream.read(min(length, HEADER_LIMIT))
+    try:
+        if not start.startswith(MAGIC) or len(start) < len(MAGIC) + 4 or len(data) < length or data[4:8] != b"IOHE":
+            raise ValueError("it is cut short, or no AEDAT 4.0 header")
+        (table,) = struct.unpack_from("<I", data)
+        vtable = table - struct.unpack_from("<i", data, table)[0]
+        if vtable < 0:
+            raise ValueError("an offset points before it")
+        size, table_size, *fields = struct.unpack_from("<5H", data, vtable)
+        if size < 10 or not fields[2] or any(f and f + n > table_size for f, n in zip(fields, FIELDS, strict=True)):
+            raise ValueError("its table is damaged")
+        if table + table_size > length or (fields[0] and not 0 <= _number(data, table + fields[0]) <= 4):
+            raise ValueError("its table is damaged")
+        text = table + fields[2] + _number(data, table + fields[2])
+        about = data[text + 4 : text + 4 + _number(data, text)]
+        if len(about) != _number(data, text) or b"<!" in about:
+            raise ValueError("its text is damaged")
+        ElementTree.fromstring(about.decode("ascii"))
+    except (ValueError, struct.error, ElementTree.ParseError) as error:
+        raise UserError(f"its header cannot be read ({error}); {BROKEN}") from error
+
+
+def _number(data: bytes, place: int) -> int:
+    return int(struct.unpack_from("<I", data, place)[0])
+
+
 def _open(file: File) -> Any:
     aedat = library("aedat", "AEDAT 4")
-    try:
+    with _told("its header"):
         return aedat.Decoder(str(file.path))
-    except Exception as error:  # the package raises RuntimeError and others for whatever it cannot read
-        raise UserError(f"its header cannot be read ({error}); {BROKEN}") from error
 
 
 def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
@@ -39,10 +79,8 @@ def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
     packets = iter(_open(file))
     held: list[Any] = []
     while True:
-        try:
+        with _told("a packet"):
             packet = next(packets, None)
-        except Exception as error:  # as in `_open`
-            raise UserError(f"a packet cannot be read ({error}); {BROKEN}") from error
         if packet is not None and packet["stream_id"] == number:
             held.append(packet["events"])
         if held and (packet is None or sum(map(len, held)) >= chunk):
@@ -51,3 +89,14 @@ def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
             yield events["t"], events["x"], events["y"], events["p"]
         if packet is None:
             return
+
+
+@contextmanager
+def _told(part: str) -> Iterator[None]:
+    """What the package raises as one line: RuntimeError and others, and Rust's panics, which are no `Exception`s."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{part} cannot be read ({error}); {BROKEN}") from error
