@@ -28,6 +28,7 @@ BROKEN = "the file is truncated or damaged: copy it again"
 def read(file: File) -> Source:
     """The first stream of events."""
     file.one_recording()
+    library("aedat", "AEDAT 4")  # where it is missing, that is said first
     _check_header(file)
     decoder = _open(file)
     streams = [(number, about) for number, about in decoder.id_to_stream().items() if about["type"] == "events"]
