@@ -129,3 +129,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[0] == 0
     code, out, _ = run(capsys)
     assert code == 0 and "generate" in out
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    assert f"'{device}'" in refused(capsys, "generate", PUPPY, "-p", "What is it?", "--device", device)

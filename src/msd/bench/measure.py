@@ -38,6 +38,7 @@ from msd.statistics import Statistics
 from msd.version import __version__
 
 TRANSFORMERS, PLAIN = "transformers", "ar"
+REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError)  # some of the library's ways refuse some models
 
 
 def run(
@@ -59,17 +60,20 @@ def run(
     temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`). `warm`: our methods
     answer once more with the photos encoded, for a column of its own. `batch`: samples of a task answered together.
     """
-    names = list(dict.fromkeys([PLAIN, *methods]))
-    engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     settings = {**sampling, "max_new_tokens": max_new_tokens}
-    ways: dict[str, Callable[..., Run]] = {
-        **{name: partial(library, model, settings={**settings, **extra}) for name, extra in LIBRARY.items()},
-        **{name: partial(ours, engine, settings=settings, warm=warm) for name, engine in engines.items()},
-    }
+    ways, not_run = dict[str, Callable[..., Run]](), dict[str, str]()
+    for name, extra in LIBRARY.items():
+        try:
+            ways[name] = partial(library, model, settings={**settings, **extra(model)})
+        except REFUSALS as error:
+            not_run[name] = _refusal(error)
+    names = list(dict.fromkeys([PLAIN, *methods]))
+    engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
+    ways |= {name: partial(ours, engine, settings=settings, warm=warm) for name, engine in engines.items()}
     ask = Conversation(engines[PLAIN])
     runs: dict[str, list[Run]] = {name: [] for name in ways}
-    groups, not_run = _grouped(samples, batch), dict[str, str]()
+    groups = _grouped(samples, batch)
     for number, group in enumerate([groups[0], *groups]):  # the first pass warms up and is not counted
         inputs = ask(*(samples[i] for i in group))
         turn = number % len(ways)
@@ -77,10 +81,10 @@ def run(
             report(f"{'sample' if batch == 1 else 'batch'} {number} of {len(groups)}, {name}")
             try:
                 answer = ways[name](inputs, seed=group[0])
-            except (ValueError, RuntimeError, TypeError) as error:
+            except REFUSALS as error:
                 if name not in LIBRARY or name == TRANSFORMERS:
                     raise
-                not_run[name] = f"{type(error).__name__}: {error}"  # some of the library's ways refuse some models
+                not_run[name] = _refusal(error)
                 del ways[name], runs[name]
                 continue
             if number:
@@ -156,6 +160,10 @@ def _by_modality(
         }
 
     return {name: partial(columns, name) for name in drafting}
+
+
+def _refusal(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _grouped(samples: Sequence[Sample], batch: int) -> list[list[int]]:

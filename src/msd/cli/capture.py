@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from msd.cli.options import Backend, Data, Images, Json, Limit, MaxNewTokens, Target, quiet
+from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet
 from msd.errors import UserError
 
 
@@ -25,6 +25,7 @@ def capture(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
     limit: Limit = None,
     backend: Backend = "measure",
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Let the target answer prompts greedily, and label what it says by how much the image mattered."""
@@ -53,7 +54,7 @@ def capture(
 
     console = Console(file=sys.stderr)
     with console.status("loading the target…"):
-        model, processor = load_target(target)
+        model, processor = load_target(target, device)
         name = fingerprint(model)
     frozen = cuts_path(out)
     cuts = ModalityCuts.load(frozen) if frozen.exists() else None

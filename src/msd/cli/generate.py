@@ -13,6 +13,7 @@ from rich.console import Console
 
 from msd.cli.options import (
     Backend,
+    Device,
     Drafter,
     Epsilon,
     Json,
@@ -45,6 +46,7 @@ def generate(
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
     backend: Backend = "measure",
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Answer PROMPT about the images; the text appears as it is made."""
@@ -62,7 +64,9 @@ def generate(
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
 
-    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, backend=backend, **checked))
+    vlm = SpeculativeVLM.from_pretrained(
+        target, method, SpeculativeConfig(label=True, backend=backend, **checked), device=device
+    )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
