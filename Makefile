@@ -43,7 +43,7 @@ results: setup
 	$(BIN)/python tools/readme_tables.py
 
 floors: setup
-	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 20 --val-text 0
+	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 80 --val-text 0
 	$(BIN)/python recipes/floors/noise.py --out runs/val/noise
 	$(VAL) --method prompt-lookup,msd --out results/val > /dev/null
 	$(VAL) --method msd --temperature 1 --limit 60 --out results/val-T1 > /dev/null

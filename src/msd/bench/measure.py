@@ -54,7 +54,7 @@ def run(
     warm: bool = False,
     batch: int = 1,
 ) -> dict[str, Any]:
-    """Results as in results.json: `environment` and a row per method and task, task "all" first.
+    """Results as in results.json: `environment`, a row per method and task (task "all" first), every sample's seconds.
 
     Both baselines are always measured. At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at
     temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`). `warm`: our methods
@@ -112,7 +112,13 @@ def run(
     backend = engines[PLAIN].target.backend
     told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known, "costs": curve}
     told |= {"batch": batch, "outside_kernels": outside_kernels(engines[PLAIN].target), "not_run": not_run}
-    return {"environment": {**environment(model, settings), **told}, "target_top_mass": certainty, "rows": rows}
+    return {
+        "environment": {**environment(model, settings), **told},
+        "target_top_mass": certainty,
+        "rows": rows,
+        "sample_tasks": [samples[group[0]].task for group in groups],
+        "sample_seconds": {name: [round(run_.seconds, 4) for run_ in runs[name]] for name in ways},
+    }
 
 
 def _by_modality(
