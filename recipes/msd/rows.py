@@ -33,8 +33,10 @@ from msd.backends.precision import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
 from msd.drafters import rivals, stored
+from msd.drafters.combined import Combined
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
 from msd.drafters.msd.network import MSDNetwork
+from msd.drafters.registry import COMBINED
 from msd.gain import ModalityCuts
 from msd.heap import use_huge_pages
 from msd.loading import load_target
@@ -77,8 +79,8 @@ def rows(seeds: Sequence[int]) -> dict[str, Row]:
     found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
     for method in rivals.RIVALS:
         if method != rivals.SpecVLMVideo.method:  # it drafts with eagle2's weights
-            gently = method == rivals.TextOnly.method  # it begins as a part of the target
-            found[method] = Row(replace(block, method=method, lr=0.3 * block.lr if gently else block.lr))
+            small = method == rivals.TextOnly.method  # it begins as a part of the target, which a high rate undoes
+            found[method] = Row(replace(block, method=method, **({"lr": 0.3 * block.lr, "layers": 2} if small else {})))
     return found
 
 
@@ -223,6 +225,11 @@ def bench_rows(args: argparse.Namespace) -> None:
         if row.settings.method != "msd":
             drafters.register(name, lambda f=folder: rivals.RivalDrafter(rivals.load(f)))  # type: ignore[misc]
             methods.append(name)
+            if name in COMBINED and (router := folder_of(args.out, "msd:block seed 0") / "drafter").exists():
+                drafters.register(
+                    f"msd+{name}", lambda f=folder, r=router: Combined(rivals.load(f), checkpoint.load(r))
+                )  # type: ignore[misc]
+                methods.append(f"msd+{name}")
             if name == rivals.Eagle2.method:
                 drafters.register(rivals.SpecVLMVideo.method, lambda f=folder: pruned(f))  # type: ignore[misc]
                 methods.append(rivals.SpecVLMVideo.method)
