@@ -62,7 +62,7 @@ class Combined(RivalDrafter):
             raise UserError(
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
             )
-        notes: Notes[Memory] = Notes(self._of(scores.taps, c.taps), Memory)
+        notes: Notes[Memory] = Notes(self._of(scores.taps, c.taps), Memory.begin)
         state.memory = _Memory(notes, self._of(scores.taps[:, -1], self.msd.taps))
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
