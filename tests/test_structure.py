@@ -20,7 +20,8 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"drafters"},
     {"decode"},
-    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference", "chat"},
+    {"containers", "images", "videos", "sounds", "prompts", "chat"}
+    | {"model", "config", "result", "loading", "streaming", "reference"},
     {"bench", "train", "serve", "msd"},
     {"cli", "__main__"},
 ]
