@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast check format results floors clean
+.PHONY: setup demo test test-fast check format results floors estimate-page clean
 
 setup: $(VENV)/ready
 
@@ -50,6 +50,10 @@ floors: setup
 	for n in 2 4 8 16; do $(VAL) --method msd --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
 	for n in 1 2 4 8 16; do $(NOISE) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/python recipes/floors/table.py results
+
+# docs/estimate.md from the presets and, where it is there, results/estimate.json (`recipes/estimate/validate.py`).
+estimate-page: setup
+	$(BIN)/python tools/estimate_page.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis build dist

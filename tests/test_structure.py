@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"decode"},
     {"containers", "images", "videos", "sounds", "prompts", "chat"}
     | {"model", "config", "result", "loading", "streaming", "reference"},
-    {"bench", "train", "serve", "msd"},
+    {"bench", "train", "serve", "estimate", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

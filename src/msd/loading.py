@@ -43,6 +43,11 @@ def load_target(target: str | Path = "reference", **kwargs: Any) -> tuple[PreTra
         raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
 
 
+def load_config(target: str | Path) -> PreTrainedConfig:
+    """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
+    return _config(target, reference.path() if str(target) == "reference" else target)
+
+
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
