@@ -5,6 +5,7 @@ User text that spells a placeholder would be taken for an image, so it is refuse
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,6 +143,11 @@ def _media(processor: Any, groups: Sequence[Sequence[Any]]) -> dict[str, Any]:
         given["do_sample_frames"] = False
     sounds = [source for group in groups for source in group if kind(source) == "audio"]
     if sounds:
+        if "audio" not in inspect.signature(processor.__call__).parameters:  # Voxtral's
+            raise UserError(
+                "this model's processor takes sounds by a chat template of its own alone; "
+                "make its tensors with that, and give them to generate(**inputs)"
+            )
         given = {"audio": [_heard(processor, sound) for sound in sounds], "sampling_rate": _rate(processor)}
     return given
 
