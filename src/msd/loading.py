@@ -64,6 +64,11 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def load_config(target: str | Path) -> PreTrainedConfig:
+    """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
+    return _config(target, reference.path() if str(target) == "reference" else target)
+
+
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)

@@ -116,7 +116,8 @@ class SpeculativeVLM:
     ) -> Result | list[Result]:
         """Answers a prompt about images; a list of prompts gives a list of results.
 
-        images: one source or a list (path, bytes, PIL image, array); with several prompts, a list of such lists.
+        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, a list of
+        such lists.
         messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
         neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.

@@ -1,5 +1,5 @@
-"""From images and words to answers through the real processors, as far as they need no torchvision; and what is said
-where one does.
+"""From images, videos, sounds and words to answers through the real processors; and what is said where one needs a
+package that is missing. Those that need torchvision run where it is installed (`make test-full`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from transformers import (
     LlavaProcessor,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2AudioProcessor,
     SiglipImageProcessor,
+    WhisperFeatureExtractor,
 )
 
+from clips import write_sound
 from families import BY_NAME
-from family_layouts import VOCABULARY, WORDS
+from family_layouts import AUDIO, VOCABULARY, WORDS
+from msd import Audio
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.gain import ModalityCuts
@@ -44,10 +48,15 @@ CROP: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": SIZE}
 
 
 def tokenizer(
-    image: str = "<image>", start: str = "<start>", end: str = "<end>", extra: tuple[str, ...] = (), **more: Any
+    image: str = "<image>",
+    start: str = "<start>",
+    end: str = "<end>",
+    extra: tuple[str, ...] = (),
+    audio: str = "<audio>",
+    **more: Any,
 ) -> Any:
     """Ids as in the tiny families; then `extra` special tokens, and letters as far as the vocabulary goes."""
-    special = ["<pad>", "<s>", "</s>", image, "<video>", "<audio>", start, end, "<break>", *extra]
+    special = ["<pad>", "<s>", "</s>", image, "<video>", audio, start, end, "<break>", *extra]
     letters = ["Ġ", "Ċ", *"abcdefghijklmnopqrstuvwxyz.?"]
     vocabulary = {token: i for i, token in enumerate((special + letters)[:VOCABULARY])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -90,6 +99,12 @@ def paligemma() -> Any:
     return PaliGemmaProcessor(SiglipImageProcessor(size=SIZE, image_seq_length=4), tokenizer())
 
 
+def qwen2_audio() -> Any:
+    """Of a second and 16 mel frames."""
+    ears = WhisperFeatureExtractor(feature_size=8, sampling_rate=1600, hop_length=100, chunk_length=1, n_fft=200)
+    return Qwen2AudioProcessor(ears, tokenizer("<image>", "<|audio_bos|>", "<|audio_eos|>", audio="<|AUDIO|>"))
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": llava, "llava_next": llava_next, "gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma,
 }  # fmt: skip
@@ -122,6 +137,26 @@ def test_one_two_and_no_image(name: str) -> None:
         assert alone.tokens == wanted[-1]
     together = vlm.generate([shown for _, shown in asked], [prompt for prompt, _ in asked], **settings, seed=7)
     assert [result.tokens for result in together] == wanted
+
+
+def test_sounds(tmp_path: Path) -> None:
+    """None, one, two of unequal lengths, and all as a batch."""
+    model, processor = BY_NAME["qwen2_audio"].make(), qwen2_audio()
+    long, short = (Audio(write_sound(tmp_path / f"{s}.wav", s, 8000, 90 / s)) for s in (1.0, 0.4))
+    settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": True, "top_k": 0}
+    vlm = SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain"), "prompt-lookup")
+    asked: list[list[Audio]] = [[], [long], [short, long]]
+    wanted = []
+    for i, shown in enumerate(asked):
+        inputs = prepare(processor, [shown], ["what is it"])
+        assert int((inputs["input_ids"] == AUDIO).sum()) == sum(4 if sound is long else 2 for sound in shown)
+        torch.manual_seed(7 + i)
+        wanted.append(model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist())
+        assert vlm.generate(shown, "what is it", **settings, seed=7 + i).tokens == wanted[-1]
+    together = vlm.generate(asked, ["what is it"] * 3, **settings, seed=7)
+    assert [result.tokens for result in together] == wanted
+    with pytest.raises(UserError, match="2 s long; this model hears 1 s"):
+        vlm.generate(Audio(write_sound(tmp_path / "long.wav", 1.6)), "what is it")
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -41,8 +41,13 @@ def capture(
             raise UserError(
                 f"{sample.where}: a conversation; 'msd capture' asks single prompts, so give its first turn"
             )
+        if not all(isinstance(shown, Path) for shown in sample.images):
+            raise UserError(f"{sample.where}: a video; 'msd capture' asks about images, so leave the line out")
     folder = image_folder(data or BUNDLED / "prompts.jsonl", images)
-    prompts = [Prompt(s.prompt, tuple(_name(p, folder) for p in s.images), s.task, s.split) for s in samples]
+    prompts = [
+        Prompt(s.prompt, tuple(_name(p, folder) for p in s.images if isinstance(p, Path)), s.task, s.split)
+        for s in samples
+    ]
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()

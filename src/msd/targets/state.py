@@ -10,7 +10,16 @@ from torch import Tensor
 from msd.cache import KVCache
 from msd.layout import Layout
 
-Contents = dict[str, list[Tensor]]  # "image", "video" or "audio" -> what fills its placeholders, piece by piece
+
+@dataclass(frozen=True)
+class Piece:
+    """What fills some placeholders. columns: how many; None where all pieces of a prompt fill equally many."""
+
+    data: Tensor
+    columns: int | None
+
+
+Contents = dict[str, list[Piece]]  # by modality: "image", "video" or "audio"
 
 
 @dataclass

@@ -97,7 +97,7 @@ def teach(
             return_dict=True,
             **inputs,
         )
-    return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, :-1].float())
+    return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
 
 
 def _mask(target: Target, layout: Layout, prompt: int, typed: bool, blind: bool) -> masks.Mask:
