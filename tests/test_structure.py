@@ -14,7 +14,7 @@ ROOT = Path(msd.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "version", "files", "heap"},
     {"modality", "layout", "cache", "tree", "backends"},
-    {"sampling", "statistics"},
+    {"sampling", "statistics", "events"},
     {"targets", "verify", "gain"},
     {"costs"},
     {"plan"},

@@ -1,0 +1,34 @@
+"""Events of event cameras: files, frames, voxel grids, time surfaces, cells, a simulator, and pictures of them.
+
+Everything that takes `events` takes an `EventStream` in memory or a `Recording` on disk, which is read chunk by chunk.
+"""
+
+from msd.events.cells import Cells, cells
+from msd.events.frames import EventFrames, event_frames, frames
+from msd.events.motion import Camera, Motion, events_of_photo
+from msd.events.readers import open_chunks, read
+from msd.events.recording import Recording
+from msd.events.simulator import Simulator, SimulatorSettings, simulate
+from msd.events.stream import EventStream
+from msd.events.surface import time_surface
+from msd.events.voxels import voxel_grid
+
+__all__ = [
+    "Camera",
+    "Cells",
+    "EventFrames",
+    "EventStream",
+    "Motion",
+    "Recording",
+    "Simulator",
+    "SimulatorSettings",
+    "cells",
+    "event_frames",
+    "events_of_photo",
+    "frames",
+    "open_chunks",
+    "read",
+    "simulate",
+    "time_surface",
+    "voxel_grid",
+]

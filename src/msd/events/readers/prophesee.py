@@ -1,0 +1,122 @@
+"""Prophesee files: `.raw` (EVT 2.0, EVT 3.0) and `.dat` (version 1 and 2). A text header of "% " lines, then words.
+
+Source: https://docs.prophesee.ai/stable/data/ (file formats, encoding formats).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from msd.errors import UserError
+from msd.events.readers import evt2, evt3
+from msd.events.readers.file import File
+from msd.events.recording import Source
+from msd.events.stream import Columns
+
+SENSORS = {  # a word of the header's plugin or sensor name -> (width, height)
+    "genx320": (320, 320),
+    "imx636": (1280, 720),
+    "gen41": (1280, 720),
+    "gen4": (1280, 720),
+    "gen31": (640, 480),
+    "gen3": (640, 480),
+}
+CD_EVENTS = (0x00, 0x0C)
+"""Types of a `.dat` file that hold t, x, y, p: two-dimensional events, and change detection events."""
+
+
+def read(file: File) -> Source:
+    """EVT 2.0, EVT 3.0 or `.dat`, as the header says."""
+    file.one_recording()
+    lines, offset = file.comment_header()
+    header = _fields(lines)
+    size, size_from = _size(header)
+    evt = header.get("evt", "") or {"EVT2": "2.0", "EVT3": "3.0"}.get(header.get("format", "").split(";")[0], "")
+    if not evt and ("Data file" in " ".join(lines) or file.path.suffix.lower() == ".dat"):
+        return _dat(file, header, offset, size, size_from)
+    if header.get("endianness", "little") != "little":
+        raise UserError(f"its words are {header['endianness']}-endian; convert it to little-endian")
+    for version, decoder, word in (("2", evt2.Decoder, "<u4"), ("3", evt3.Decoder, "<u2")):
+        if evt in (version, f"{version}.0"):
+            return Source(
+                f"evt{version}",
+                lambda chunk, decoder=decoder, word=word: _decode(file, offset, word, decoder(), chunk),  # type: ignore[misc]
+                size,
+                size_from,
+            )
+    known = "EVT 2.0 and 3.0 are read"
+    raise UserError(f"its encoding is '{evt or 'not told'}'; {known}: convert it, for example with metavision tools")
+
+
+def _decode(file: File, offset: int, word: str, decoder: evt2.Decoder | evt3.Decoder, chunk: int) -> Iterator[Columns]:
+    for words in file.words(offset, word, chunk):
+        yield decoder(words)
+
+
+def _fields(lines: list[str]) -> dict[str, str]:
+    """First word of each header line -> the rest, and the `key=value` parts of a `format` line."""
+    fields = {}
+    for line in lines:
+        key, _, value = line.partition(" ")
+        fields[key] = value.strip()
+    for part in fields.get("format", "").split(";")[1:]:
+        key, _, value = part.partition("=")
+        fields[key.strip()] = value.strip()
+    return fields
+
+
+def _size(header: dict[str, str]) -> tuple[tuple[int, int] | None, str]:
+    """(sensor size, where it is from) of a header."""
+    text = header.get("geometry", "")
+    for width, height in (("width", "height"), ("Width", "Height")):
+        if width in header and height in header:
+            text = f"{header[width]}x{header[height]}"
+    if text:
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+        if not found:
+            raise UserError(f"its header gives the sensor size as '{text[:40]}'; the file is broken")
+        return (int(found[1]), int(found[2])), "header"
+    names = " ".join(header.get(key, "") for key in ("plugin_name", "sensor_name", "sensor_generation")).lower()
+    for word, size in SENSORS.items():
+        if word in re.split(r"[\W_]+", names):
+            return size, "sensor name"
+    return None, "events"
+
+
+def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] | None, size_from: str) -> Source:
+    """After the header: one byte event type, one byte event size, then (uint32 t, uint32 address) for each event.
+
+    Address of version 2: x 14 bits, y 14 bits, p 1 bit. Of version 1: x 9 bits, y 8 bits, p 1 bit. The clock wraps
+    after 2³² µs.
+    """
+    version = header.get("Version", "1")
+    if version not in ("1", "2"):
+        raise UserError(f"it is a .dat file of version '{version[:20]}'; 1 and 2 are read")
+    with file.path.open("rb") as stream:
+        stream.seek(offset)
+        start = stream.read(2)
+    if len(start) < 2:
+        raise UserError("the file ends in its header; it is truncated: copy it again")
+    if start[0] not in CD_EVENTS or start[1] != 8:
+        raise UserError(
+            f"its events have type {start[0]} and {start[1]} bytes; t, x, y, p events have type 0 or 12 and 8"
+        )
+    x_bits, y_bits = (14, 14) if version == "2" else (9, 8)
+
+    def columns(chunk: int) -> Iterator[Columns]:
+        wraps, last = 0, 0
+        for words in file.words(offset + 2, "<u8", chunk):
+            clock = (words & 0xFFFFFFFF).astype(np.int64)
+            address = (words >> np.uint64(32)).astype(np.uint32)
+            steps = np.diff(clock, prepend=last)
+            t = clock + ((wraps + np.cumsum(steps < -(1 << 31))) << 32)
+            wraps, last = int(t[-1] >> 32), int(clock[-1])
+            x = address & ((1 << x_bits) - 1)
+            y = address >> x_bits & ((1 << y_bits) - 1)
+            yield t, x, y, address >> (x_bits + y_bits) & 1
+
+    count = (file.path.stat().st_size - offset - 2) // 8
+    return Source(f"dat{version}", columns, size, size_from, count)

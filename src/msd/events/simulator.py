@@ -1,0 +1,184 @@
+"""An event camera in software: events where the logarithm of brightness has moved by a threshold.
+
+Every pixel keeps a reference, the log brightness of its last event. Between two frames log brightness is a straight
+line in time; each time it gets a threshold away from the reference there is an event, at the moment of crossing, and the
+reference moves by the threshold. Thresholds differ from pixel to pixel; after an event a pixel is blind for a while
+(crossings then move the reference and give no event, as in ESIM); leakage lowers the reference steadily, which gives
+slow events of polarity 1; shot noise adds events at random. Frames are fed one at a time, so a video may be of any length.
+
+Sources: Rebecq et al., "ESIM: an Open Event Camera Simulator", 2018; Hu et al., "v2e: From Video Frames to Realistic DVS
+Events", 2021. It knows nothing of where the frames are from; `msd.events.motion` makes some of photos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from msd.errors import UserError
+from msd.events.stream import EventStream, join
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float64)  # of R, G, B (ITU-R BT.601)
+
+
+class SimulatorSettings(BaseModel):
+    """What kind of camera it is. The noise of a quiet camera by default; `ideal()` has none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold_on: float = Field(0.2, gt=0, description="rise of log brightness that gives an event")
+    threshold_off: float = Field(0.2, gt=0, description="fall of log brightness that gives an event")
+    mismatch: float = Field(0.03, ge=0, description="standard deviation of a pixel's thresholds")
+    refractory: float = Field(100.0, ge=0, description="µs without events after an event")
+    leak_rate: float = Field(0.1, ge=0, description="leak events per second and pixel")
+    shot_rate: float = Field(0.1, ge=0, description="shot noise events per second and pixel")
+    dark: float = Field(0.02, gt=0, description="added to brightness (0 to 1) before the logarithm")
+
+    @classmethod
+    def ideal(cls, threshold: float = 0.2, dark: float = 0.02) -> SimulatorSettings:
+        """A camera without noise, mismatch and blind time."""
+        return cls(
+            threshold_on=threshold,
+            threshold_off=threshold,
+            mismatch=0,
+            refractory=0,
+            leak_rate=0,
+            shot_rate=0,
+            dark=dark,
+        )
+
+
+LEAST_THRESHOLD = 0.01
+
+
+class Simulator:
+    """Frames in, events out. The first frame sets the references and gives no events."""
+
+    def __init__(self, size: tuple[int, int], settings: SimulatorSettings | None = None, seed: int = 0) -> None:
+        """size: (width, height) of the frames. seed: of mismatch and noise; the same seed gives the same events."""
+        self.settings = settings or SimulatorSettings()
+        self.size = size
+        self.draw = np.random.default_rng(seed)
+        pixels = size[0] * size[1]
+        self.on, self.off = (
+            np.maximum(self.draw.normal(level, self.settings.mismatch, pixels), min(LEAST_THRESHOLD, level))
+            for level in (self.settings.threshold_on, self.settings.threshold_off)
+        )
+        self.time: int | None = None
+        self.level = np.zeros(pixels)  # log brightness at `time`, and leakage
+        self.leakage = np.zeros(pixels)  # so far; it lowers the reference, which here is to raise the level
+        self.reference = np.zeros(pixels)
+        self.last = np.full(pixels, -np.inf)  # time of the last event, µs, not rounded
+
+    def feed(self, frame: ArrayLike, time: int) -> EventStream:
+        """The events since the frame before.
+
+        Args:
+            frame: [H, W] or [H, W, 3] of uint8, or of floats from 0 to 1.
+            time: µs, later than that of the frame before.
+
+        Raises:
+            UserError: a frame of another size, type or range, or a time that does not come later.
+        """
+        level = np.log(self.settings.dark + brightness(frame, self.size)).ravel()
+        if self.time is None:
+            self.time, self.level, self.reference = int(time), level, level.copy()
+            return join([], self.size)
+        if time <= self.time:
+            raise UserError(f"a frame at {time} µs follows one at {self.time} µs; times must rise")
+        begin, duration = self.time, int(time) - self.time
+        self.leakage += self.settings.leak_rate * self.on * (duration / 1e6)
+        crossings = self._crossings(level + self.leakage, begin, duration)
+        at, pixel, polarity = map(np.concatenate, zip(crossings, self._noise(begin, duration), strict=True))
+        t = np.floor(at + 0.5).astype(np.int64)
+        order = np.argsort(t, kind="stable")
+        self.time = int(time)
+        width = self.size[0]
+        return EventStream(t[order], pixel[order] % width, pixel[order] // width, polarity[order], self.size)
+
+    def _crossings(
+        self, level: NDArray[np.float64], begin: int, duration: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """(times, pixels, polarities) of the crossings between the last levels and these, without the blind ones."""
+        before, moved = self.level, level - self.reference
+        rising = moved >= 0
+        threshold = np.where(rising, self.on, self.off)
+        count = np.floor(np.abs(moved) / threshold + 1e-9).astype(np.int64)
+        active = np.flatnonzero(count)
+        step = np.where(rising, threshold, -threshold)[active]
+        change = (level - before)[active]
+        first = begin + (self.reference[active] + step - before[active]) / change * duration
+        spacing = step / change * duration  # between the crossings of a pixel, µs
+        number = count[active]
+        self.level = level
+        self.reference[active] += step * number
+
+        # a pixel sees the first crossing after its blind time, and then each one that is a blind time after the last seen
+        blind = self.settings.refractory
+        wait = np.maximum(self.last[active] + blind - first, 0)
+        start = np.ceil(wait / spacing - 1e-9).astype(np.int64)
+        stride = np.maximum(np.ceil(blind / spacing - 1e-9), 1).astype(np.int64)
+        seen = np.maximum((number - start + stride - 1) // stride, 0)
+        some = seen > 0
+        self.last[active[some]] = (first + (start + (seen - 1) * stride) * spacing)[some]
+        which = np.repeat(np.arange(len(active)), seen)
+        turn = np.arange(len(which)) - np.repeat(np.cumsum(seen) - seen, seen)
+        at = first[which] + (start[which] + turn * stride[which]) * spacing[which]
+        return at, active[which], rising[active[which]].astype(np.int64)
+
+    def _noise(self, begin: int, duration: int) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """Shot noise: (times, pixels, polarities), all uniform; references do not move."""
+        pixels = self.size[0] * self.size[1]
+        count = self.draw.poisson(self.settings.shot_rate * pixels * duration / 1e6)
+        at = begin + self.draw.random(count) * duration
+        return at, self.draw.integers(0, pixels, count), self.draw.integers(0, 2, count)
+
+
+def simulate(
+    frames: Iterable[ArrayLike], times: Iterable[int], settings: SimulatorSettings | None = None, seed: int = 0
+) -> EventStream:
+    """The events of a video.
+
+    Args:
+        frames: at least one, [H, W] or [H, W, 3] of uint8 or of floats from 0 to 1; any iterable, taken one at a time.
+        times: of the frames, µs, rising.
+        settings: of the camera. seed: of its mismatch and noise.
+
+    Raises:
+        UserError: no frames, frames and times not equally many, or what `Simulator.feed` refuses.
+    """
+    parts: list[EventStream] = []
+    simulator: Simulator | None = None
+    rest = iter(times)
+    for frame in frames:
+        time = next(rest, None)
+        if time is None:
+            raise UserError("there are more frames than times; give each frame its time")
+        if simulator is None:
+            shape = np.shape(frame)
+            if len(shape) < 2:
+                raise UserError(f"a frame of shape {shape}; give [height, width] or [height, width, 3]")
+            simulator = Simulator((shape[1], shape[0]), settings, seed)
+        parts.append(simulator.feed(frame, time))
+    if simulator is None:
+        raise UserError("there are no frames; give at least one")
+    if next(rest, None) is not None:
+        raise UserError("there are more times than frames; give each frame its time")
+    return join(parts, simulator.size)
+
+
+def brightness(frame: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:
+    """[H, W] from 0 to 1 of a frame; UserError for what is none of this size."""
+    values = np.asarray(frame)
+    if values.ndim == 3 and values.shape[2] == 3:
+        values = values @ LUMA / (255 if values.dtype == np.uint8 else 1)
+    elif values.dtype == np.uint8:
+        values = values / 255
+    if values.shape != (size[1], size[0]):
+        raise UserError(f"a frame of shape {np.shape(frame)}; the first was {size[0]} wide and {size[1]} high")
+    if values.dtype.kind != "f" or not (values.min() >= 0 and values.max() <= 1 + 1e-6):
+        raise UserError(f"a frame of type {values.dtype} from {values.min()} to {values.max()}; give uint8, or 0 to 1")
+    return values.astype(np.float64, copy=False)

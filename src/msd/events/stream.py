@@ -1,0 +1,135 @@
+"""`EventStream`: events of one camera in memory, ordered by time. It knows nothing of files, frames or models.
+
+An event says that the brightness of one pixel rose (p = 1) or fell (p = 0) by a threshold at one moment. Thirteen bytes
+each: t int64, x and y uint16, p uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msd.errors import UserError
+
+MAX_SIDE = 65_535
+Columns: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+"""(t, x, y, p), each [N] of any integer type: events as a decoder gives them, not yet checked."""
+
+
+@dataclass(frozen=True, eq=False)
+class EventStream:
+    """Events in order of time; equal times are allowed.
+
+    Attributes:
+        t: int64 [N], microseconds, never decreasing. The zero is the recording's own.
+        x, y: uint16 [N], pixels from the upper left corner, below the width and the height.
+        p: uint8 [N], 1 for brighter, 0 for darker.
+        size: (width, height) of the sensor in pixels.
+
+    Raises:
+        UserError: the arrays do not have these lengths and ranges. Integer arrays of other types are converted, and
+            polarities -1 and 1 become 0 and 1.
+    """
+
+    t: NDArray[np.int64]
+    x: NDArray[np.uint16]
+    y: NDArray[np.uint16]
+    p: NDArray[np.uint8]
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        size = check_size(self.size)
+        columns = checked((self.t, self.x, self.y, self.p), size)
+        for name, value in zip("txyp", columns, strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "size", size)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Times of the first and the last event, µs; (0, 0) without events."""
+        return (int(self.t[0]), int(self.t[-1])) if len(self) else (0, 0)
+
+    @property
+    def rate(self) -> float:
+        """Events per second over the span; 0 where the span has no length."""
+        first, last = self.span
+        return len(self) * 1e6 / (last - first) if last > first else 0.0
+
+    def part(self, first: int, last: int) -> EventStream:
+        """Events number `first` to `last` - 1, as views of the same memory."""
+        return unchecked(self.t[first:last], self.x[first:last], self.y[first:last], self.p[first:last], self.size)
+
+    def between(self, begin: int, end: int) -> EventStream:
+        """Events with begin <= t < end (µs), as views of the same memory."""
+        first, last = np.searchsorted(self.t, (begin, end))
+        return self.part(int(first), int(last))
+
+    def split(self, count: int) -> list[EventStream]:
+        """`count` parts of equally many events; the last takes what division leaves over."""
+        edges = [i * (len(self) // count) for i in range(count)] + [len(self)]
+        return [self.part(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def unchecked(t: Any, x: Any, y: Any, p: Any, size: tuple[int, int]) -> EventStream:
+    """A stream of arrays that are known to hold: views of a checked stream, or the output of a check."""
+    stream = object.__new__(EventStream)
+    for name, value in zip(("t", "x", "y", "p", "size"), (t, x, y, p, size), strict=True):
+        object.__setattr__(stream, name, value)
+    return stream
+
+
+def join(streams: Iterable[EventStream], size: tuple[int, int]) -> EventStream:
+    """One stream of several that follow each other in time; UserError if they do not."""
+    parts = list(streams)
+    empty = unchecked(*checked((np.empty(0, np.int64),) * 4, size), size)
+    parts = parts or [empty]
+    return EventStream(
+        np.concatenate([s.t for s in parts]),
+        np.concatenate([s.x for s in parts]),
+        np.concatenate([s.y for s in parts]),
+        np.concatenate([s.p for s in parts]),
+        size,
+    )
+
+
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) as ints; UserError unless both are from 1 to 65,535."""
+    width, height = (int(side) for side in size)
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise UserError(f"a sensor of {width}x{height} pixels; width and height must be from 1 to {MAX_SIDE}")
+    return width, height
+
+
+def checked(columns: Columns, size: tuple[int, int]) -> Columns:
+    """The columns as int64, uint16, uint16, uint8; UserError for what cannot be events of a sensor of this size."""
+    lengths = {len(column) for column in columns}
+    if len(lengths) != 1 or any(column.ndim != 1 for column in columns):
+        raise UserError(f"t, x, y and p have lengths {', '.join(str(len(c)) for c in columns)}; they must be equal")
+    for name, column in zip("txyp", columns, strict=True):
+        if column.dtype.kind not in "iub":
+            raise UserError(f"event column {name} has type {column.dtype}; give integers (t in microseconds)")
+    t, x, y, p = columns
+    t = t.astype(np.int64, copy=False)
+    if len(t) == 0:
+        return t, x.astype(np.uint16), y.astype(np.uint16), p.astype(np.uint8)
+    for name, column, side in (("x", x, size[0]), ("y", y, size[1])):
+        low, high = int(column.min()), int(column.max())
+        if low < 0 or high >= side:
+            wrong = low if low < 0 else high
+            raise UserError(f"an event has {name} = {wrong}, outside the sensor of {size[0]}x{size[1]} pixels")
+    if p.dtype.kind == "i" and (p == -1).any():
+        p = np.where(p == -1, 0, p)
+    if p.dtype.kind != "b" and (p.min() < 0 or p.max() > 1):
+        raise UserError(f"an event has polarity {int(p.max() if p.max() > 1 else p.min())}; it is 0 or 1 (or -1 and 1)")
+    back = np.flatnonzero(t[1:] < t[:-1])
+    if len(back):
+        i = int(back[0])
+        raise UserError(f"times go back from {t[i]} to {t[i + 1]} µs at event {i + 1}; order the events by time")
+    return t, x.astype(np.uint16, copy=False), y.astype(np.uint16, copy=False), p.astype(np.uint8, copy=False)
