@@ -1,6 +1,7 @@
 """The comparison of MSD with its own parts taken out and with rivals: one capture, one budget of time for every row.
 
 python recipes/msd/rows.py train --minutes 15            # two rows at a time; run again to continue
+python recipes/msd/rows.py tell                          # what training measured on held-out answers
 python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
 python recipes/msd/rows.py ship                          # rivals and the control to weights/, for `msd bench`
 
@@ -32,6 +33,7 @@ from msd import drafters
 from msd.backends.precision import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
+from msd.bench.timing import LIBRARY
 from msd.drafters import rivals, stored
 from msd.drafters.combined import Combined
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
@@ -237,6 +239,8 @@ def bench_rows(args: argparse.Namespace) -> None:
         for shown, off in ((name, ()), *row.decoding):
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
             methods.append(shown)
+    for name in [n for n in LIBRARY if n != measure.TRANSFORMERS]:
+        del LIBRARY[name]  # what the library drafts itself is measured elsewhere
     model, processor = load_target(args.target)
     samples = mixed(load_data(args.prompts, args.images), args.limit)
     if "wrong image" in methods:  # its image is that of the last sample, which is then left out
@@ -249,6 +253,20 @@ def bench_rows(args: argparse.Namespace) -> None:
     results = measure.run(model, processor, samples, methods, args.max_new_tokens, 0.0, told, cuts)
     files.write(results, args.results)
     print(report.markdown(results))
+
+
+def tell_rows(args: argparse.Namespace) -> None:
+    """What training said of the rows: held-out chain acceptance, steps and time, to `trained.json` in the results."""
+    told = {}
+    for name in rows(range(args.seeds)):
+        noted = stored.training(folder_of(args.out, name) / "drafter")
+        if noted.get("finished"):
+            told[name] = {key: noted[key] for key in ("steps", "seconds", "peak_gigabytes", "held_out")}
+    (args.results / "trained.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("| row | steps | acceptance | vision | language | fusion |\n|---|---|---|---|---|---|")
+    for name, row in told.items():
+        rates = [row["held_out"].get(kind, 0.0) for kind in ("acceptance", "vision", "language", "fusion")]
+        print(f"| {name} | {row['steps']:,} | " + " | ".join(f"{rate:.3f}" for rate in rates) + " |")
 
 
 def pruned(folder: Path) -> rivals.RivalDrafter:
@@ -277,7 +295,7 @@ def ship_rows(args: argparse.Namespace) -> None:
 def main() -> None:
     use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "bench", "ship"))
+    parser.add_argument("what", choices=("train", "tell", "bench", "ship"))
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=60)
@@ -296,7 +314,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of rows, in the order in which to train them")
     args = parser.parse_args()
-    {"train": train_rows, "bench": bench_rows, "ship": ship_rows}[args.what](args)
+    {"train": train_rows, "tell": tell_rows, "bench": bench_rows, "ship": ship_rows}[args.what](args)
 
 
 if __name__ == "__main__":

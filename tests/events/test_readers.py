@@ -96,9 +96,7 @@ def test_truncated_files_are_a_prefix_or_one_line(tmp_path: Path, format: str, d
 
 @fixture_ok
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
-def test_damaged_files_never_raise_anything_else(
-    tmp_path: Path, format: str, changes: list[tuple[float, int]]
-) -> None:
+def test_damaged_files_never_raise_anything_else(tmp_path: Path, format: str, changes: list[tuple[float, int]]) -> None:
     path = write(tmp_path, format, scene(120))
     data = bytearray(path.read_bytes())
     for place, value in changes:

@@ -76,7 +76,10 @@ def evt3(stream: EventStream) -> bytes:
 
 
 def dat(stream: EventStream) -> bytes:
-    data = f"% Data file containing CD events.\n% Version 2\n% Height {SIZE[1]}\n% Width {SIZE[0]}\n".encode() + b"\x0c\x08"
+    data = (
+        f"% Data file containing CD events.\n% Version 2\n% Height {SIZE[1]}\n% Width {SIZE[0]}\n".encode()
+        + b"\x0c\x08"
+    )
     for t, x, y, p in rows(stream):
         data += struct.pack("<II", t % (1 << 32), p << 28 | y << 14 | x)
     return data
@@ -102,7 +105,11 @@ def nmnist(stream: EventStream) -> bytes:
 
 
 def csv(stream: EventStream) -> bytes:
-    lines = [f"%geometry:{SIZE[0]},{SIZE[1]}", "x,y,polarity,timestamp", *(f"{x},{y},{p},{t}" for t, x, y, p in rows(stream))]
+    lines = [
+        f"%geometry:{SIZE[0]},{SIZE[1]}",
+        "x,y,polarity,timestamp",
+        *(f"{x},{y},{p},{t}" for t, x, y, p in rows(stream)),
+    ]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -24,13 +24,15 @@ class Motion(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pan: float = Field(1.0, ge=0, le=1, description="share of the free way to the photo's edges")
+    pan: float = Field(default=1.0, ge=0, le=1, description="share of the free way to the photo's edges")
     zoom: tuple[float, float] = Field(
-        (0.5, 0.7), description="least and largest part of the photo that is seen, 0 to 1"
+        (0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1"
     )
-    roll: float = Field(10.0, ge=0, le=45, description="largest turn to either side, degrees")
-    period: float = Field(1.5, gt=0, description="seconds of the slowest wave")
-    waves: int = Field(3, ge=1, le=8, description="waves of each movement; wave k is k times faster and 1/k² as high")
+    roll: float = Field(default=5.0, ge=0, le=45, description="largest turn to either side, degrees")
+    period: float = Field(default=2.0, gt=0, description="seconds of the slowest wave")
+    waves: int = Field(
+        default=3, ge=1, le=8, description="waves of each movement; wave k is k times faster and 1/k² as high"
+    )
 
 
 class Camera:
@@ -88,7 +90,7 @@ class Camera:
 
 
 def times(duration: int, rate: float) -> list[int]:
-    """Times of frames from 0 to `duration` µs at `rate` a second, the end included; UserError for less than one step."""
+    """Times of frames from 0 to `duration` µs at `rate` a second, the end too; UserError for less than one step."""
     if not 0 < rate <= 1e6 or duration < 1e6 / rate:
         raise UserError(
             f"{rate} frames a second for {duration} µs; give time for two frames, at most a million a second"

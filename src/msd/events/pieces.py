@@ -1,12 +1,13 @@
 """How a stream or a recording is cut into frames of equal count or equal time, piece by piece.
 
 A frame is a run of events. Cutting needs to know the whole first (how many events, or from when to when): a stream in
-memory knows, a recording is read once to find out and once more to be cut. A piece never spans two frames or two chunks,
-so whatever is made of frames is made incrementally, in memory that does not depend on the number of events.
+memory knows, a recording is read once to find out and once more to be cut. A piece never spans two frames or two
+chunks, so whatever is made of frames is made incrementally, in memory that does not depend on the number of events.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -67,11 +68,8 @@ def cut(events: Events, borders: NDArray[np.int64], by: By) -> Iterator[tuple[in
     """(number of the frame, some of its events) in order; `borders` as `edges` gives them."""
     passed = 0
     for chunk in chunks(events):
-        if by == "count":
-            places = np.clip(borders - passed, 0, len(chunk))
-        else:
-            places = np.searchsorted(chunk.t, borders)
-        for frame, (first, last) in enumerate(zip(places, places[1:], strict=False)):
+        places = np.clip(borders - passed, 0, len(chunk)) if by == "count" else np.searchsorted(chunk.t, borders)
+        for frame, (first, last) in enumerate(itertools.pairwise(places)):
             if last > first:
                 yield frame, chunk.part(int(first), int(last))
         passed += len(chunk)

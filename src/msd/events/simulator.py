@@ -1,13 +1,14 @@
 """An event camera in software: events where the logarithm of brightness has moved by a threshold.
 
 Every pixel keeps a reference, the log brightness of its last event. Between two frames log brightness is a straight
-line in time; each time it gets a threshold away from the reference there is an event, at the moment of crossing, and the
-reference moves by the threshold. Thresholds differ from pixel to pixel; after an event a pixel is blind for a while
+line in time; each time it gets a threshold away from the reference there is an event, at the moment of crossing, and
+the reference moves by the threshold. Thresholds differ from pixel to pixel; after an event a pixel is blind for a while
 (crossings then move the reference and give no event, as in ESIM); leakage lowers the reference steadily, which gives
-slow events of polarity 1; shot noise adds events at random. Frames are fed one at a time, so a video may be of any length.
+slow events of polarity 1; shot noise adds events at random. Frames are fed one at a time, so a video may be of any
+length.
 
-Sources: Rebecq et al., "ESIM: an Open Event Camera Simulator", 2018; Hu et al., "v2e: From Video Frames to Realistic DVS
-Events", 2021. It knows nothing of where the frames are from; `msd.events.motion` makes some of photos.
+Sources: Rebecq et al., "ESIM: an Open Event Camera Simulator", 2018; Hu et al., "v2e: From Video Frames to Realistic
+DVS Events", 2021. It knows nothing of where the frames are from; `msd.events.motion` makes some of photos.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class SimulatorSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold_on: float = Field(0.2, gt=0, description="rise of log brightness that gives an event")
-    threshold_off: float = Field(0.2, gt=0, description="fall of log brightness that gives an event")
-    mismatch: float = Field(0.03, ge=0, description="standard deviation of a pixel's thresholds")
-    refractory: float = Field(100.0, ge=0, description="µs without events after an event")
-    leak_rate: float = Field(0.1, ge=0, description="leak events per second and pixel")
-    shot_rate: float = Field(0.1, ge=0, description="shot noise events per second and pixel")
-    dark: float = Field(0.02, gt=0, description="added to brightness (0 to 1) before the logarithm")
+    threshold_on: float = Field(default=0.2, gt=0, description="rise of log brightness that gives an event")
+    threshold_off: float = Field(default=0.2, gt=0, description="fall of log brightness that gives an event")
+    mismatch: float = Field(default=0.03, ge=0, description="standard deviation of a pixel's thresholds")
+    refractory: float = Field(default=100.0, ge=0, description="µs without events after an event")
+    leak_rate: float = Field(default=0.1, ge=0, description="leak events per second and pixel")
+    shot_rate: float = Field(default=0.1, ge=0, description="shot noise events per second and pixel")
+    dark: float = Field(default=0.02, gt=0, description="added to brightness (0 to 1) before the logarithm")
 
     @classmethod
     def ideal(cls, threshold: float = 0.2, dark: float = 0.02) -> SimulatorSettings:
@@ -96,8 +97,8 @@ class Simulator:
         t = np.floor(at + 0.5).astype(np.int64)
         order = np.argsort(t, kind="stable")
         self.time = int(time)
-        width = self.size[0]
-        return EventStream(t[order], pixel[order] % width, pixel[order] // width, polarity[order], self.size)
+        x, y = (place.astype(np.uint16) for place in (pixel[order] % self.size[0], pixel[order] // self.size[0]))
+        return EventStream(t[order], x, y, polarity[order].astype(np.uint8), self.size)
 
     def _crossings(
         self, level: NDArray[np.float64], begin: int, duration: int
@@ -116,7 +117,7 @@ class Simulator:
         self.level = level
         self.reference[active] += step * number
 
-        # a pixel sees the first crossing after its blind time, and then each one that is a blind time after the last seen
+        # a pixel sees the first crossing after its blind time, then each that is a blind time after the last seen
         blind = self.settings.refractory
         wait = np.maximum(self.last[active] + blind - first, 0)
         start = np.ceil(wait / spacing - 1e-9).astype(np.int64)

@@ -6,6 +6,7 @@ each: t int64, x and y uint16, p uint8.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -74,7 +75,7 @@ class EventStream:
     def split(self, count: int) -> list[EventStream]:
         """`count` parts of equally many events; the last takes what division leaves over."""
         edges = [i * (len(self) // count) for i in range(count)] + [len(self)]
-        return [self.part(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [self.part(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def unchecked(t: Any, x: Any, y: Any, p: Any, size: tuple[int, int]) -> EventStream:

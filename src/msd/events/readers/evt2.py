@@ -40,7 +40,7 @@ class Decoder:
 
 
 def unwrapped(values: NDArray[Any], last: int | None, wrap: int) -> NDArray[np.int64]:
-    """A counter's values with its wraps counted in: a fall by more than half of `wrap` is a wrap. `last`: the one before."""
+    """A counter's values with its wraps, falls by more than half of `wrap`, counted in. `last`: the one before."""
     values = values.astype(np.int64)
     if not len(values):
         return values

@@ -6,7 +6,7 @@ DSEC compresses with Blosc and Zstandard, which `hdf5plugin` brings. Source: htt
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,8 @@ def _size(root: Any, where: Any) -> tuple[tuple[int, int] | None, str]:
 def _opened(file: File) -> Iterator[Any]:
     """The file's root group; whatever h5py says about a broken file becomes one line."""
     h5py = library("h5py", "HDF5")
-    try:
+    with suppress(UserError):  # files without filters are read all the same; h5py names a missing one otherwise
         library("hdf5plugin", "compressed HDF5")  # registers its filters
-    except UserError:
-        pass  # files without such filters are read all the same; h5py names the missing filter otherwise
     try:
         with h5py.File(file.path, "r") as root:
             yield root

@@ -17,6 +17,7 @@ import numpy as np
 from msd.errors import UserError
 
 MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+CODES = {operation.code: operation for operation in pickletools.opcodes}
 BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}  # opcode -> bytes of its length
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUES = {
@@ -77,7 +78,7 @@ def _run(data: mmap.mmap, offset: int) -> Any:
     memo: dict[int, Any] = {}
     data.seek(offset)
     while True:
-        operation = pickletools.code2op[data.read(1).decode("latin-1")]
+        operation = CODES[data.read(1).decode("latin-1")]
         name = operation.name
         if name in BYTES:
             length = int.from_bytes(data.read(BYTES[name]), "little")
@@ -85,7 +86,7 @@ def _run(data: mmap.mmap, offset: int) -> Any:
             data.seek(begin + length)  # ValueError beyond the end
             stack.append(memoryview(data)[begin : begin + length])
             continue
-        argument = operation.arg.reader(data) if operation.arg else None
+        argument: Any = operation.arg.reader(data) if operation.arg else None
         if name == "STOP":
             return stack.pop()
         if name in VALUES:
@@ -155,7 +156,7 @@ def _filled(target: Any, state: tuple[Any, ...]) -> None:
         target.order = state[1]
     elif isinstance(target, _Array):
         _, shape, kind, fortran, data = state
-        if kind.dtype() == object:
+        if kind.dtype().hasobject:
             target.value = data  # the list of its items
         else:
             target.value = np.frombuffer(data, kind.dtype()).reshape(shape, order="F" if fortran else "C")

@@ -63,7 +63,7 @@ def _plain_order(sample: list[str], separator: str | None) -> tuple[int, ...]:
     rows = [line.split(separator) for line in sample if line.endswith("\n")] or [sample[0].split(separator)]
     if min(map(len, rows)) < 4:
         raise UserError(
-            f"its line '{' '.join(min(rows, key=len))[:60]}' has fewer than four columns; give t,x,y,p lines"
+            f"its line '{' '.join(next(row for row in rows if len(row) < 4))[:60]}' has fewer than four columns; give t,x,y,p lines"
         )
     last, third = ({word.strip() for word in (row[i] for row in rows)} for i in (3, 2))
     polarities = {"0", "1", "-1"}
