@@ -26,7 +26,7 @@ class Motion(BaseModel):
 
     pan: float = Field(default=1.0, ge=0, le=1, description="share of the free way to the photo's edges")
     zoom: tuple[float, float] = Field(
-        (0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1"
+        default=(0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1"
     )
     roll: float = Field(default=5.0, ge=0, le=45, description="largest turn to either side, degrees")
     period: float = Field(default=2.0, gt=0, description="seconds of the slowest wave")

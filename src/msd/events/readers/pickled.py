@@ -77,6 +77,7 @@ def _run(data: mmap.mmap, offset: int) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     data.seek(offset)
+    stream: Any = data  # an mmap reads as a file does
     while True:
         operation = CODES[data.read(1).decode("latin-1")]
         name = operation.name
@@ -86,7 +87,7 @@ def _run(data: mmap.mmap, offset: int) -> Any:
             data.seek(begin + length)  # ValueError beyond the end
             stack.append(memoryview(data)[begin : begin + length])
             continue
-        argument: Any = operation.arg.reader(data) if operation.arg else None
+        argument: Any = operation.arg.reader(stream) if operation.arg else None
         if name == "STOP":
             return stack.pop()
         if name in VALUES:

@@ -61,10 +61,9 @@ def _named_order(head: list[str]) -> tuple[int, ...]:
 def _plain_order(sample: list[str], separator: str | None) -> tuple[int, ...]:
     """Places of t, x, y, p in lines without names, from lines that are whole."""
     rows = [line.split(separator) for line in sample if line.endswith("\n")] or [sample[0].split(separator)]
-    if min(map(len, rows)) < 4:
-        raise UserError(
-            f"its line '{' '.join(next(row for row in rows if len(row) < 4))[:60]}' has fewer than four columns; give t,x,y,p lines"
-        )
+    for row in rows:
+        if len(row) < 4:
+            raise UserError(f"its line '{' '.join(row)[:60]}' has fewer than four columns; give t,x,y,p lines")
     last, third = ({word.strip() for word in (row[i] for row in rows)} for i in (3, 2))
     polarities = {"0", "1", "-1"}
     return (3, 0, 1, 2) if not last <= polarities and third <= polarities else (0, 1, 2, 3)
