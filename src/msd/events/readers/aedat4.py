@@ -30,8 +30,15 @@ def _open(file: File) -> Any:
     aedat = library("aedat", "AEDAT 4")
     try:
         return aedat.Decoder(str(file.path))
-    except Exception as error:  # the package raises RuntimeError and others for whatever it cannot read
+    except BaseException as error:  # the package raises RuntimeError and others, and panics, which are no Exception
+        _let_through(error)
         raise UserError(f"its header cannot be read ({error}); {BROKEN}") from error
+
+
+def _let_through(error: BaseException) -> None:
+    """Raises what is no complaint of the package, such as Ctrl-C."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
@@ -41,7 +48,8 @@ def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
     while True:
         try:
             packet = next(packets, None)
-        except Exception as error:  # as in `_open`
+        except BaseException as error:  # as in `_open`
+            _let_through(error)
             raise UserError(f"a packet cannot be read ({error}); {BROKEN}") from error
         if packet is not None and packet["stream_id"] == number:
             held.append(packet["events"])
