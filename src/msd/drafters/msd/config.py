@@ -22,8 +22,8 @@ class Shape:
 
 
 def default_shapes() -> dict[str, Shape]:
-    """Language deep and narrow, vision wide and shallow, fusion between."""
-    return {"language": Shape(2, 6), "vision": Shape(5, 4), "fusion": Shape(3, 5)}
+    """Language narrow, vision wide, fusion between; all as deep as a block (docs/drafter.md says what less depth cost)."""
+    return {"language": Shape(3, 6), "vision": Shape(5, 6), "fusion": Shape(4, 6)}
 
 
 @dataclass(frozen=True)
