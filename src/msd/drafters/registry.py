@@ -86,11 +86,12 @@ def _register_shipped(root: Path) -> None:
 
 
 def _register_rivals(root: Path) -> None:
-    """Makes the folders of `root` methods: rivals by the name in their configuration, MSD networks by the folder's."""
+    """Makes the folders of `root` methods: rivals by the name in their configuration, others by the folder's."""
     for folder in sorted(p.parent for p in root.glob(f"*/{stored.CONFIG}")):
         method = stored.method(folder)
         if method is None:
-            register(folder.name, _Shipped(_made, cache(partial(_read, folder)), folder.name, False))
+            name = folder.name.replace("-", ":")
+            register(name, _Shipped(_made, cache(partial(_read, folder)), name, False))
         elif method in rivals.RIVALS:
             read = cache(partial(rivals.load, folder))
             register(method, _Shipped(_rival, read))

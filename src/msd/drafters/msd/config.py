@@ -22,7 +22,7 @@ class Shape:
 
 
 def default_shapes() -> dict[str, Shape]:
-    """Language narrow, vision wide, fusion between; all as deep as a block (docs/drafter.md says what less depth cost)."""
+    """Language narrow, vision wide, fusion between; all as deep as a block (docs/drafter.md tells why)."""
     return {"language": Shape(3, 6), "vision": Shape(5, 6), "fusion": Shape(4, 6)}
 
 
