@@ -56,11 +56,11 @@ def event_frames(
     Raises:
         UserError: no such division, or the recording is broken.
     """
-    whole = extent(events)
-    borders = edges(whole, count, by)
     width, height = events.size
     if count * width * height > LIMIT:
         raise UserError(f"{count} frames of {width}x{height} are more than {LIMIT // 10**6} million pixels; take fewer")
+    whole = extent(events)
+    borders = edges(whole, count, by)
     pixels = np.full((count, height * width), EMPTY, np.uint8)
     counts = np.zeros(count, np.int64)
     spans = np.zeros((count, 2), np.int64)
