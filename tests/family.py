@@ -24,6 +24,7 @@ class Family:
 
     make: a fresh model. place: the ids of a picture; told whether it is its prompt's only one of the kind. tensors:
     what describes the pictures of all rows. sizes: of an image, [h, w], and of another one; frame: of a video's.
+    lengths: of a sound, in mel frames, and of another one.
     types: the name of the token types that the processor returns. opens: pictures stand before all words.
     """
 
@@ -35,13 +36,14 @@ class Family:
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (16, 16))
     types: str | None = None
     frame: tuple[int, int] = (16, 16)
+    lengths: tuple[int, int] = (16, 16)
     opens: bool = False
 
     def picture(self, seed: int, kind: str = "image") -> Picture:
         """A random picture: sizes take turns; a video has 8 frames."""
         g = torch.Generator().manual_seed(seed)
         if kind == "audio":
-            return Picture(kind, torch.randn(8, 16, generator=g))
+            return Picture(kind, torch.randn(8, self.lengths[seed % 2], generator=g))
         shape = (3, *self.sizes[seed % 2]) if kind == "image" else (8, 3, *self.frame)
         return Picture(kind, torch.randn(shape, generator=g))
 

@@ -163,3 +163,17 @@ def nested(rows: Rows) -> dict[str, Tensor]:
 def marked(p: Picture, _: bool) -> list[int]:
     """Four placeholders for each tile, marks around every one."""
     return [token for _ in tiles(p.data) for token in (START, *[IMAGE] * 4, END)]
+
+
+# Qwen2-Audio: mel frames padded to one length, with a mask; four of them to a token
+
+
+def sounds(length: int) -> Callable[[Rows], dict[str, Tensor]]:
+    def tensors(rows: Rows) -> dict[str, Tensor]:
+        heard = of(rows, "audio")
+        return {
+            "input_features": torch.stack([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in heard]),
+            "feature_attention_mask": torch.tensor([[int(i < x.shape[1]) for i in range(length)] for x in heard]),
+        }
+
+    return tensors

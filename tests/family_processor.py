@@ -1,9 +1,11 @@
-"""A processor for the tiny families: PIL images of the sizes that a family takes, and one token per letter."""
+"""A processor for the tiny families: images, videos and sounds at the sizes that a family takes, a token per letter."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from family import Family, Part
 from family_layouts import BOS, VOCABULARY, WORDS, Picture
 
+RATE = 16_000  # samples a second
 LETTERS = "".join(chr(c) for c in range(ord("0"), ord("0") + VOCABULARY - WORDS))
 
 
@@ -31,29 +34,56 @@ class Letters:
 class FamilyProcessor:
     """As far as `msd.prompts` and `msd.model` use one."""
 
-    image_token, chat_template = "<image>", "parts as they come"
+    chat_template = "parts as they come"
 
     def __init__(self, family: Family) -> None:
         self.family, self.tokenizer = family, Letters()
+        self.marks = {f"<{kind}>": kind for kind in family.kinds}
+        for mark, kind in self.marks.items():
+            setattr(self, f"{kind}_token", mark)
+        self.feature_extractor = SimpleNamespace(sampling_rate=RATE, n_samples=RATE)
 
     def apply_chat_template(self, chat: list[dict[str, Any]], **_: Any) -> str:
         parts = [part for message in chat for part in message["content"]]
-        return "".join(self.image_token if part["type"] == "image" else part["text"] for part in parts)
+        return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)
 
-    def __call__(self, images: list[list[Image.Image]] | None, text: list[str], **_: Any) -> dict[str, Any]:
-        left = iter([image for group in images or () for image in group])
+    def __call__(
+        self,
+        images: list[list[Image.Image]] | None = None,
+        text: Sequence[str] = (),
+        videos: Sequence[Sequence[np.ndarray]] = (),
+        audio: Sequence[np.ndarray] = (),
+        **_: Any,
+    ) -> dict[str, Any]:
+        left = {
+            "image": iter([image for group in images or () for image in group]), "video": iter(videos),
+            "audio": iter(audio),
+        }  # fmt: skip
         prompts = []
         for one in text:
             parts: list[Part] = [] if self.family.opens else [BOS]
-            for i, words in enumerate(one.split(self.image_token)):
-                parts += ([_picture(next(left))] if i else []) + list(self.tokenizer.encode(words))
+            for words in re.split("(<[a-z]+>)", one):
+                kind = self.marks.get(words)
+                parts += self.tokenizer.encode(words) if kind is None else [self._picture(kind, next(left[kind]))]
             prompts.append([*parts, BOS] if self.family.opens else parts)
         return self.family.batch(prompts)
 
+    def _picture(self, kind: str, source: Any) -> Picture:
+        if kind == "audio":
+            return Picture(kind, self.family.picture(0, kind).data.mul(float(np.abs(source).mean())))
+        if kind == "video":
+            return Picture(
+                kind, torch.stack([_pixels(Image.fromarray(frame), [self.family.frame]) for frame in source])
+            )
+        return Picture(kind, _pixels(source, self.family.sizes))
 
-def _picture(image: Image.Image) -> Picture:
+
+def _pixels(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """[3, h, w], of the first of the sizes if it is of none."""
+    if image.size[::-1] not in sizes:
+        image = image.resize(sizes[0][::-1])
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float()
-    return Picture("image", (pixels / 255 - 0.5) * 4)
+    return (pixels / 255 - 0.5) * 4
 
 
 def photos(family: Family, folder: Path, count: int) -> list[Path]:

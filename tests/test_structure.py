@@ -12,7 +12,7 @@ import msd
 ROOT = Path(msd.__file__).parent
 # from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
 LAYERS: list[set[str]] = [
-    {"errors", "version", "files", "heap"},
+    {"errors", "version", "files", "heap", "hidden"},
     {"modality", "layout", "cache", "tree", "backends"},
     {"sampling", "statistics", "events"},
     {"targets", "verify", "gain"},
@@ -20,8 +20,9 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"drafters"},
     {"decode"},
-    {"model", "config", "result", "prompts", "loading", "streaming", "images", "reference", "chat"},
-    {"bench", "train", "serve", "msd"},
+    {"containers", "images", "videos", "sounds", "prompts", "chat"}
+    | {"model", "config", "result", "loading", "streaming", "reference"},
+    {"bench", "train", "serve", "estimate", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

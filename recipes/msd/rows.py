@@ -1,6 +1,7 @@
 """The comparison of MSD with its own parts taken out and with rivals: one capture, one budget of time for every row.
 
 python recipes/msd/rows.py train --minutes 15            # two rows at a time; run again to continue
+python recipes/msd/rows.py tell                          # what training measured on held-out answers
 python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
 python recipes/msd/rows.py ship                          # rivals and the control to weights/, for `msd bench`
 
@@ -32,9 +33,13 @@ from msd import drafters
 from msd.backends.precision import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
+from msd.bench.timing import LIBRARY
 from msd.drafters import rivals, stored
+from msd.drafters.combined import Combined
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
+from msd.drafters.msd.config import default_shapes
 from msd.drafters.msd.network import MSDNetwork
+from msd.drafters.registry import COMBINED
 from msd.gain import ModalityCuts
 from msd.heap import use_huge_pages
 from msd.loading import load_target
@@ -51,7 +56,8 @@ from msd.tree import Scores
 
 FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps that a row's speed is measured on
-SHIPPED_MEGABYTES = 60
+SHIPPED_MEGABYTES = 60  # of rivals
+OWN = {"standard": "standard seed 0", "msd-15min": "msd:block seed 0", "msd-ar": "msd:ar"}  # shipped name -> row
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,8 @@ def rows(seeds: Sequence[int]) -> dict[str, Row]:
     found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
     for method in rivals.RIVALS:
         if method != rivals.SpecVLMVideo.method:  # it drafts with eagle2's weights
-            gently = method == rivals.TextOnly.method  # it begins as a part of the target
-            found[method] = Row(replace(block, method=method, lr=0.3 * block.lr if gently else block.lr))
+            small = method == rivals.TextOnly.method  # it begins as a part of the target, which a high rate undoes
+            found[method] = Row(replace(block, method=method, **({"lr": 0.3 * block.lr, "layers": 2} if small else {})))
     return found
 
 
@@ -223,6 +229,11 @@ def bench_rows(args: argparse.Namespace) -> None:
         if row.settings.method != "msd":
             drafters.register(name, lambda f=folder: rivals.RivalDrafter(rivals.load(f)))  # type: ignore[misc]
             methods.append(name)
+            if name in COMBINED and (router := folder_of(args.out, "msd:block seed 0") / "drafter").exists():
+                drafters.register(
+                    f"msd+{name}", lambda f=folder, r=router: Combined(rivals.load(f), checkpoint.load(r))
+                )  # type: ignore[misc]
+                methods.append(f"msd+{name}")
             if name == rivals.Eagle2.method:
                 drafters.register(rivals.SpecVLMVideo.method, lambda f=folder: pruned(f))  # type: ignore[misc]
                 methods.append(rivals.SpecVLMVideo.method)
@@ -230,6 +241,8 @@ def bench_rows(args: argparse.Namespace) -> None:
         for shown, off in ((name, ()), *row.decoding):
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
             methods.append(shown)
+    for name in [n for n in LIBRARY if n != measure.TRANSFORMERS]:
+        del LIBRARY[name]  # what the library drafts itself is measured elsewhere
     model, processor = load_target(args.target)
     samples = mixed(load_data(args.prompts, args.images), args.limit)
     if "wrong image" in methods:  # its image is that of the last sample, which is then left out
@@ -244,6 +257,20 @@ def bench_rows(args: argparse.Namespace) -> None:
     print(report.markdown(results))
 
 
+def tell_rows(args: argparse.Namespace) -> None:
+    """What training said of the rows: held-out chain acceptance, steps and time, to `trained.json` in the results."""
+    told = {}
+    for name in rows(range(args.seeds)):
+        noted = stored.training(folder_of(args.out, name) / "drafter")
+        if noted.get("finished"):
+            told[name] = {key: noted[key] for key in ("steps", "seconds", "peak_gigabytes", "held_out")}
+    (args.results / "trained.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("| row | steps | acceptance | vision | language | fusion |\n|---|---|---|---|---|---|")
+    for name, row in told.items():
+        rates = [row["held_out"].get(kind, 0.0) for kind in ("acceptance", "vision", "language", "fusion")]
+        print(f"| {name} | {row['steps']:,} | " + " | ".join(f"{rate:.3f}" for rate in rates) + " |")
+
+
 def pruned(folder: Path) -> rivals.RivalDrafter:
     """`specvlm-video`, with the weights of the trained `eagle2`."""
     trained = rivals.load(folder)
@@ -252,25 +279,26 @@ def pruned(folder: Path) -> rivals.RivalDrafter:
 
 
 def ship_rows(args: argparse.Namespace) -> None:
-    """Writes the rivals, and the control's first seed as `standard`, and says how large they are together."""
+    """Writes the rivals, and first seeds of MSD's own forms (`OWN`), and says how large the rivals are together."""
     sources = {m: folder_of(args.out, m) / "drafter" for m in rivals.RIVALS}
-    sources["standard"] = folder_of(args.out, "standard seed 0") / "drafter"
+    sources |= {name: folder_of(args.out, row) / "drafter" for name, row in OWN.items()}
     for name, source in sources.items():
         if (source / "model.safetensors").exists():
-            network = checkpoint.load(source) if name == "standard" else rivals.load(source)
-            told = stored.training(source)
-            stored.save(network, network.config, args.weights / name, told, args.eight_bit)
+            network = checkpoint.load(source) if name in OWN else rivals.load(source)
+            config = replace(network.config, shapes=default_shapes()) if name in OWN else network.config
+            stored.save(network, config, args.weights / name, stored.training(source), args.eight_bit)
     sizes = {f.parent.name: f.stat().st_size / 1e6 for f in args.weights.glob("*/model.safetensors")}
     print("\n".join(f"{name}: {size:.1f} MB" for name, size in sorted(sizes.items())))
-    print(f"together {sum(sizes.values()):.1f} MB of {SHIPPED_MEGABYTES} MB")
-    if sum(sizes.values()) > SHIPPED_MEGABYTES:
+    together = sum(size for name, size in sizes.items() if name not in OWN)
+    print(f"rivals together {together:.1f} MB of {SHIPPED_MEGABYTES} MB")
+    if together > SHIPPED_MEGABYTES:
         raise SystemExit("that is more than the repository should carry; --eight-bit halves it")
 
 
 def main() -> None:
     use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "bench", "ship"))
+    parser.add_argument("what", choices=("train", "tell", "bench", "ship"))
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=60)
@@ -289,7 +317,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of rows, in the order in which to train them")
     args = parser.parse_args()
-    {"train": train_rows, "bench": bench_rows, "ship": ship_rows}[args.what](args)
+    {"train": train_rows, "tell": tell_rows, "bench": bench_rows, "ship": ship_rows}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -19,26 +19,32 @@ if TYPE_CHECKING:
     from msd.modality import Modality
     from msd.model import SpeculativeVLM
     from msd.result import Result
+    from msd.sounds import Audio
     from msd.train.draft_loss import msd_draft_loss
     from msd.verify import MSDVerification
+    from msd.videos import Video
 
 __all__ = [
+    "Audio",
     "MSDVerification",
     "Modality",
     "Result",
     "SpeculativeConfig",
     "SpeculativeVLM",
     "UserError",
+    "Video",
     "__version__",
     "msd_draft_loss",
 ]
 
 _HOMES = {
+    "Audio": "msd.sounds",
     "MSDVerification": "msd.verify",
     "Modality": "msd.modality",
     "Result": "msd.result",
     "SpeculativeConfig": "msd.config",
     "SpeculativeVLM": "msd.model",
+    "Video": "msd.videos",
     "msd_draft_loss": "msd.train.draft_loss",
 }
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from msd import prompts
 from msd.errors import UserError
-from msd.images import load_image
 from msd.result import Result
 from msd.streaming import Stream
 from msd.targets import Past
@@ -23,7 +22,8 @@ class Chat:
     """One conversation; `SpeculativeVLM.chat()` makes it. Not for use by several threads at once.
 
     messages: all turns so far in `transformers`' format; may be changed between turns. images: those they place, in
-    order. A turn's `Result.statistics.num_prefill_rows` tells how many rows of its prompt were computed.
+    order, with videos and sounds among them. A turn's `Result.statistics.num_prefill_rows` tells how many rows of its
+    prompt were computed.
     """
 
     def __init__(self, answer: Callable[..., Any], processor: Any) -> None:
@@ -43,8 +43,8 @@ class Chat:
         if kwargs.get("num_return_sequences", 1) != 1:
             raise UserError(f"num_return_sequences={kwargs['num_return_sequences']}: a chat goes on with one answer")
         shown = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        loaded = [load_image(source) for source in shown]
-        parts = [*({"type": "image"} for _ in loaded), {"type": "text", "text": prompt}]
+        loaded = [prompts.load(source) for source in shown]
+        parts = [*({"type": prompts.kind(source)} for source in loaded), {"type": "text", "text": prompt}]
         asked: prompts.Messages = [*self.messages, {"role": "user", "content": parts}]
         pictures = [*self.images, *loaded]
         result: Result = self._answer(pictures, messages=asked, past=self._past, **kwargs)

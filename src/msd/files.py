@@ -1,8 +1,48 @@
-"""Text files that are there whole or not at all."""
+"""Files of the user: opened with care, or written whole or not at all."""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from msd.errors import UserError
+
+
+@contextmanager
+def open_regular(source: str | os.PathLike[str], name: str, kind: str) -> Iterator[BinaryIO]:
+    """A regular file, open for reading bytes. name: what to call it, kind: what it should be, in messages.
+
+    UserError: a URL, no such file, a folder, a device, or not readable.
+    """
+    text = os.fsdecode(source)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2}|data:", text):
+        raise UserError(f"{name} is a URL, and fetching is off; save the {kind} and give its path")
+    if not text:
+        raise UserError(f"the path of the {kind} is empty; give the path of one")
+    try:
+        path = Path(text)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            found = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UserError(f"{name} is {found}; give the path of a file")
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {name}; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}; check the path") from error
+    with file:
+        yield file
+
+
+def shortened(text: str) -> str:
+    """Text of bounded length, without control characters, for a message."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 120 else f"{text[:117]}…"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,10 +6,7 @@ external program (Ghostscript for EPS) is ever started. Whatever a broken file m
 
 import io
 import os
-import re
-import stat
 import warnings
-from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msd.errors import UserError
+from msd.files import open_regular, shortened
 
 MAX_BYTES = 20 * 1000 * 1000
 MAX_PIXELS = 40 * 1000 * 1000
@@ -54,7 +52,7 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, str | os.PathLike):
-        name = f"'{_short(os.fsdecode(source))}'"
+        name = f"'{shortened(os.fsdecode(source))}'"
         data = _read_path(source, name)
     elif isinstance(source, bytes | bytearray | memoryview):
         name, data = "the image given as bytes", bytes(source[: MAX_BYTES + 1])
@@ -73,23 +71,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
 def _read_path(source: str | os.PathLike[str], name: str) -> bytes:
     """At most MAX_BYTES + 1 bytes of a regular file."""
-    text = os.fsdecode(source)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2}|data:", text):
-        raise UserError(f"{name} is a URL, and fetching is off; save the image and give its path")
-    if not text:
-        raise UserError("the path of the image is empty; give the path of an image file")
-    try:
-        path = Path(text)
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise UserError(f"{name} is {kind}; give the path of an image file")
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {name}; check the path") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}; check the path") from error
+    with open_regular(source, name, "image") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -175,9 +158,3 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _limit() -> str:
     return f"{MAX_PIXELS // 10**6} million pixels"
-
-
-def _short(text: str) -> str:
-    """Text of bounded length, without control characters, for a message."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= 120 else f"{text[:117]}…"

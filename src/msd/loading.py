@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,16 @@ from msd.targets import family
 PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")  # processors' own
 
 
-def load_target(target: str | Path = "reference", **kwargs: Any) -> tuple[PreTrainedModel, Any]:
-    """(model, processor) of `target`; float32 on a CPU unless `dtype` is given. UserError says what is missing."""
+def load_target(
+    target: str | Path = "reference", device: str | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, Any]:
+    """(model, processor) of `target`, on torch's `device` (a CPU by default); float32 on a CPU unless `dtype` is given.
+
+    UserError says what is missing. kwargs go to `from_pretrained`.
+    """
+    place = _device(device)
     path = reference.path() if str(target) == "reference" else target
-    if "dtype" not in kwargs and not torch.cuda.is_available():
+    if "dtype" not in kwargs and place.type == "cpu" and "device_map" not in kwargs:
         kwargs["dtype"] = torch.float32
     config = _config(target, path)
     try:
@@ -38,9 +45,28 @@ def load_target(target: str | Path = "reference", **kwargs: Any) -> tuple[PreTra
     auto = AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM  # such as those that hear
     processor = _processor(target, path)  # first: it is what may be missing, and takes no time
     try:
-        return auto.from_pretrained(path, **kwargs), processor
+        model = auto.from_pretrained(path, **kwargs)
+        return (model if device is None else model.to(place)), processor
     except OSError as error:
         raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _device(name: str | None) -> torch.device:
+    """The device called `name`, which must be there; "cuda" is a process's own card where several were launched."""
+    rank = os.environ.get("LOCAL_RANK")
+    try:
+        device = torch.device("cpu" if name is None else f"cuda:{rank}" if name == "cuda" and rank else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(
+            f"device '{name}' cannot be used here ({_first_line(error)}); --device cpu always can"
+        ) from error
+    return device
+
+
+def load_config(target: str | Path) -> PreTrainedConfig:
+    """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
+    return _config(target, reference.path() if str(target) == "reference" else target)
 
 
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:

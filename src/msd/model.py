@@ -27,6 +27,7 @@ from msd.decode import decode
 from msd.drafters import Drafter
 from msd.drafters.msd import MSD
 from msd.errors import UserError
+from msd.hidden import Hidden
 from msd.layout import Layout
 from msd.plan import Plan
 from msd.result import Result
@@ -115,10 +116,13 @@ class SpeculativeVLM:
     ) -> Result | list[Result]:
         """Answers a prompt about images; a list of prompts gives a list of results.
 
-        images: one source or a list (path, bytes, PIL image, array); with several prompts, a list of such lists.
+        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, a list of
+        such lists.
         messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
         neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
+        beside: tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function that makes them,
+        which runs while the target prefills (`statistics.seconds`: "beside", and "beside_wait" after the prefill).
         past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
@@ -164,10 +168,13 @@ class SpeculativeVLM:
         for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
             if kwargs.pop(name, None) is not None:
                 raise UserError(f"{name} asks for another way of decoding; choose msd's with drafter=… instead")
-        streamer = kwargs.pop("streamer", None)
+        streamer, beside = kwargs.pop("streamer", None), kwargs.pop("beside", None)
+        hidden = Hidden(torch.inference_mode()(beside)) if callable(beside) else None
         with statistics.timed("prefill"):
             kwargs = self.target.encode_images(kwargs)
-        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past)
+        run = partial(
+            self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, beside=hidden or beside
+        )
         sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin
@@ -187,6 +194,7 @@ class SpeculativeVLM:
         streamer: Any,
         statistics: Statistics,
         past: Past | None,
+        beside: Tensor | Hidden[Tensor] | None,
     ) -> Sampler:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
@@ -196,6 +204,12 @@ class SpeculativeVLM:
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
         statistics.num_prefill_rows = B * state.prefilled
+        if isinstance(beside, Hidden):
+            with statistics.timed("beside_wait"):
+                state.beside = beside.result()
+            statistics.seconds["beside"] = beside.seconds
+        else:
+            state.beside = beside
         vocabulary = prompt.logits.shape[-1]
         randomness = _randomness(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)

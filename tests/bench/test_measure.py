@@ -7,6 +7,7 @@ import torch
 
 import tiny_checkpoint
 from msd.bench import measure, report
+from msd.bench.assistant import shallow
 from msd.bench.data import Sample
 from msd.bench.timing import LIBRARY, Run, _until, library
 from msd.loading import load_target
@@ -52,7 +53,7 @@ def test_a_way_of_the_library_that_refuses_the_model_is_named(
     samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = load_target(samples[0].images[0].parents[1])
-    monkeypatch.setitem(LIBRARY, "transformers:broken", {"no_such_setting": 1})
+    monkeypatch.setitem(LIBRARY, "transformers:broken", lambda _: {"no_such_setting": 1})
     results = measure.run(model, processor, samples[:2], [], 4, 0.0, lambda _: None)
     told = results["environment"]
     assert "no_such_setting" in told["not_run"]["transformers:broken"]
@@ -80,3 +81,16 @@ def test_steps_of_a_batch_go_to_their_rows() -> None:
     steps = [Step(0, 1, 2, 1), Step(1, 1, 2, 0), Step(0, 3, 2, 2)]
     run = Run([[5, 6, 7], [8]], 1.0, None, Statistics(steps=steps))
     assert list(run.by_row()) == [([steps[0], steps[2]], [5, 6, 7]), ([steps[1]], [8])]
+
+
+def test_the_library_s_assistant_is_the_front_of_the_target(samples: list[Sample]) -> None:
+    model, processor = load_target(samples[0].images[0].parents[1])
+    layers = len(model.get_decoder().layers)
+    assistant = shallow(model)
+    assert len(assistant.get_decoder().layers) == max(1, layers // 3)
+    assert len(model.get_decoder().layers) == model.config.get_text_config().num_hidden_layers == layers
+    own = dict(model.named_parameters())
+    assert all(parameter is own[name] for name, parameter in assistant.named_parameters())
+    results = measure.run(model, processor, samples[:2], [], NEW, 0.0, lambda _: None)
+    row = next(r for r in results["rows"] if r["method"] == "transformers:assisted")
+    assert row["identical"] == 1.0 and row["speedup_decode_only"] is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clips import write_clip, write_sound
 from msd.bench.data import BUNDLED
 from msd.cli import main
 
@@ -51,6 +52,19 @@ def test_truncated_jpeg(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     whole = picture(tmp_path / "b.jpg", (256, 256))
     (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
     assert "b.jpg" in refused(capsys, "generate", str(tmp_path / "b.jpg"), "-p", "What is it?")
+
+
+def test_broken_videos_and_sounds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("not a video")
+    for option in ("--video", "--audio"):
+        assert "nowhere.mp4" in refused(capsys, "generate", option, "nowhere.mp4", "-p", "What is it?")
+        assert "a.mp4" in refused(capsys, "generate", option, str(tmp_path / "a.mp4"), "-p", "What is it?")
+    write_clip(tmp_path / "b.mp4", range(3))
+    assert "no audio stream" in refused(capsys, "generate", "--audio", str(tmp_path / "b.mp4"), "-p", "What is it?")
+    write_sound(tmp_path / "c.wav")
+    assert "no video stream" in refused(capsys, "generate", "--video", str(tmp_path / "c.wav"), "-p", "What is it?")
+    video = ["--video", str(tmp_path / "b.mp4"), "--frames", "9999"]
+    assert "1 to 512" in refused(capsys, "generate", *video, "-p", "What is it?")
 
 
 def test_oversized_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -112,6 +126,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -
         ('{"image": "x.jpg"}', "'prompt'"),
         ('{"image": 3, "prompt": "a"}', "'image'"),
         ('{"image": "x.jpg", "prompt": "a"}', "does not exist"),
+        ('{"video": "x.mp4", "prompt": "a"}', "does not exist"),
+        ('{"video": 3, "prompt": "a"}', "'video'"),
         ("", "no data lines"),
     ],
 )
@@ -129,3 +145,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[0] == 0
     code, out, _ = run(capsys)
     assert code == 0 and "generate" in out
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    assert f"'{device}'" in refused(capsys, "generate", PUPPY, "-p", "What is it?", "--device", device)

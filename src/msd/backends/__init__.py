@@ -65,7 +65,7 @@ class Fused:
     def _pack(self) -> None:
         self.decoder = FusedDecoder(self._decoder, self.dtype)
         plain = type(self._output) is torch.nn.Linear and can_pack(self._output.weight)
-        self.output = Packed.of(self._output, dtype=self.dtype) if plain else self._output
+        self.output = Packed.of(self._output, dtype=self.dtype) if plain else None  # None: its own forward
         self._state = self._now()
 
     def _now(self) -> list[tuple[int, int]]:
@@ -85,7 +85,8 @@ class Fused:
             self._users += 1
             if self._users == 1:
                 self._install(self._decoder, lambda **k: self.decoder.forward(**k, keep=_keep.get()))
-                self._install(self._output, lambda x: self.output(x))
+                if self.output is not None:
+                    self._install(self._output, self.output)
         active, kept = _active.set(self), _keep.set(keep)
         try:
             yield
@@ -95,7 +96,8 @@ class Fused:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    del vars(self._decoder)["forward"], vars(self._output)["forward"]
+                    for module in (self._decoder, self._output):
+                        vars(module).pop("forward", None)
 
     def _install(self, module: nn.Module, fused: Callable[..., Any]) -> None:
         """Sends a module's calls to `fused`, those of other threads to its own forward."""

@@ -15,9 +15,10 @@ ROWS = 8  # the number of rows the layout is chosen for; it serves all others as
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN takes this weight: a float32 matrix on a CPU that it supports."""
+    """Whether oneDNN takes this weight: a float32 matrix on a CPU that it supports, and no quantised one."""
     return (
-        weight.device.type == "cpu"
+        type(weight) in (Tensor, nn.Parameter)  # quantised weights are subclasses that call themselves float32
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.dim() == 2
         and torch.backends.mkldnn.is_available()

@@ -28,7 +28,7 @@ class Conversation:
         chat: prompts.Messages = []
         for i, question in enumerate((*sample.before, sample.prompt)):
             prompts.check_text(question)
-            pictures: list[dict[str, str]] = [{"type": "image"}] * len(sample.images) if i == 0 else []
+            pictures = [{"type": prompts.kind(source)} for source in sample.images] if i == 0 else []
             chat.append({"role": "user", "content": [*pictures, _text(question)]})
             if i < len(sample.before):
                 chat.append({"role": "assistant", "content": [_text(self._answer(sample, i))]})

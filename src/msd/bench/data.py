@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from msd.errors import UserError
+from msd.videos import Video
 
 BUNDLED = Path(__file__).parents[1] / "photos"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of a data line. images: paths, in reading order. answer, tokens: another engine's output, if any.
+    """A prompt of a data line. images: paths, in reading order, then videos.
 
-    split: the part of its data set. before: earlier turns of the conversation. where: file and line, for messages.
+    answer, tokens: another engine's output, if any. split: the part of its data set.
+    before: earlier turns of the conversation. where: file and line, for messages.
     """
 
-    images: tuple[Path, ...]
+    images: tuple[Path | Video, ...]
     prompt: str
     answer: str | None
     task: str
@@ -34,6 +36,7 @@ def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
     """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…", "task": "…", "split": "…"}` lines.
 
     Only the prompt is needed. `"turns": [prompt, …]` in its place is a conversation, and gives a sample for every turn.
+    `"video": "x.mp4" or […]` shows videos, after the images.
     path: the bundled photos and prompts by default. images: the folder of the images, by
     default the data file's own folder or `images/` beside it. UserError names the line that is wrong.
     """
@@ -109,15 +112,24 @@ def _turns(line: dict[str, Any], where: str, folder: Path) -> list[Sample]:
 
 
 def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
-    prompt, image = line.get("prompt"), line.get("image", [])
+    prompt = line.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: 'prompt' must be text, got {prompt!r}")
-    names = [image] if isinstance(image, str) else image
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: 'image' must be a file name or a list of file names, got {image!r}")
-    paths = tuple(folder / name for name in names)
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{where}: image '{path}' does not exist; name its folder with --images")
+    shown: tuple[Path | Video, ...] = (
+        *_files(line, "image", where, folder),
+        *map(Video, _files(line, "video", where, folder)),
+    )
     task, split = str(line.get("task") or "default"), str(line.get("split") or "train")
-    return Sample(paths, prompt, line.get("answer"), task, None, split, (), where)
+    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where)
+
+
+def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Path]:
+    """The files that a line names under `kind`."""
+    named = line.get(kind, [])
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: '{kind}' must be a file name or a list of file names, got {named!r}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{where}: {kind} '{folder / name}' does not exist; name its folder with --images")
+    return [folder / name for name in names]

@@ -38,6 +38,7 @@ from msd.statistics import Statistics
 from msd.version import __version__
 
 TRANSFORMERS, PLAIN = "transformers", "ar"
+REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError)  # some of the library's ways refuse some models
 
 
 def run(
@@ -53,23 +54,26 @@ def run(
     warm: bool = False,
     batch: int = 1,
 ) -> dict[str, Any]:
-    """Results as in results.json: `environment` and a row per method and task, task "all" first.
+    """Results as in results.json: `environment`, a row per method and task (task "all" first), every sample's seconds.
 
     Both baselines are always measured. At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at
     temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`). `warm`: our methods
     answer once more with the photos encoded, for a column of its own. `batch`: samples of a task answered together.
     """
-    names = list(dict.fromkeys([PLAIN, *methods]))
-    engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     settings = {**sampling, "max_new_tokens": max_new_tokens}
-    ways: dict[str, Callable[..., Run]] = {
-        **{name: partial(library, model, settings={**settings, **extra}) for name, extra in LIBRARY.items()},
-        **{name: partial(ours, engine, settings=settings, warm=warm) for name, engine in engines.items()},
-    }
+    ways, not_run = dict[str, Callable[..., Run]](), dict[str, str]()
+    for name, extra in LIBRARY.items():
+        try:
+            ways[name] = partial(library, model, settings={**settings, **extra(model)})
+        except REFUSALS as error:
+            not_run[name] = _refusal(error)
+    names = list(dict.fromkeys([PLAIN, *methods]))
+    engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
+    ways |= {name: partial(ours, engine, settings=settings, warm=warm) for name, engine in engines.items()}
     ask = Conversation(engines[PLAIN])
     runs: dict[str, list[Run]] = {name: [] for name in ways}
-    groups, not_run = _grouped(samples, batch), dict[str, str]()
+    groups = _grouped(samples, batch)
     for number, group in enumerate([groups[0], *groups]):  # the first pass warms up and is not counted
         inputs = ask(*(samples[i] for i in group))
         turn = number % len(ways)
@@ -77,10 +81,10 @@ def run(
             report(f"{'sample' if batch == 1 else 'batch'} {number} of {len(groups)}, {name}")
             try:
                 answer = ways[name](inputs, seed=group[0])
-            except (ValueError, RuntimeError, TypeError) as error:
+            except REFUSALS as error:
                 if name not in LIBRARY or name == TRANSFORMERS:
                     raise
-                not_run[name] = f"{type(error).__name__}: {error}"  # some of the library's ways refuse some models
+                not_run[name] = _refusal(error)
                 del ways[name], runs[name]
                 continue
             if number:
@@ -108,7 +112,13 @@ def run(
     backend = engines[PLAIN].target.backend
     told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known, "costs": curve}
     told |= {"batch": batch, "outside_kernels": outside_kernels(engines[PLAIN].target), "not_run": not_run}
-    return {"environment": {**environment(model, settings), **told}, "target_top_mass": certainty, "rows": rows}
+    return {
+        "environment": {**environment(model, settings), **told},
+        "target_top_mass": certainty,
+        "rows": rows,
+        "sample_tasks": [samples[group[0]].task for group in groups],
+        "sample_seconds": {name: [round(run_.seconds, 4) for run_ in runs[name]] for name in ways},
+    }
 
 
 def _by_modality(
@@ -156,6 +166,10 @@ def _by_modality(
         }
 
     return {name: partial(columns, name) for name in drafting}
+
+
+def _refusal(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _grouped(samples: Sequence[Sample], batch: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from msd.bench import description, errors
+from msd.bench import description, duels, errors
 
 _COLUMNS = {
     "method": "method",
@@ -55,7 +55,8 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
 
 
 def comparisons(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of the description's tables and of the error pattern, where there are figures."""
+    """(title, head, rows) of the comparisons that there are figures for."""
+    yield from duels.tables(results)
     yield from description.tables(results)
     yield from errors.tables(results)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from msd.bench.assistant import shallow
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics, Step
 
@@ -52,11 +53,13 @@ class _FirstToken(BaseStreamer):
         """Nothing to flush."""
 
 
-# ways of the library's own to decode: name -> what is added to `generate()`
-LIBRARY: dict[str, dict[str, Any]] = {
-    "transformers": {},
-    "transformers:prompt-lookup": {"prompt_lookup_num_tokens": 10},
+# ways of the library's own to decode: name -> what is added to `generate()` of a model
+LIBRARY: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "transformers": lambda _: {},
+    "transformers:prompt-lookup": lambda _: {"prompt_lookup_num_tokens": 10},
+    "transformers:assisted": lambda model: {"assistant_model": shallow(model)},
 }
+DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
 
 
 def library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str, Any], seed: int) -> Run:
@@ -66,7 +69,7 @@ def library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str, 
     """
     torch.manual_seed(seed)
     length, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
-    first, drafts = _FirstToken(), "prompt_lookup_num_tokens" in settings
+    first, drafts = _FirstToken(), any(name in settings for name in DRAFTING)
     begin = time.perf_counter()
     output = model.generate(**inputs, **settings, **({"streamer": first} if rows == 1 and not drafts else {}))
     seconds = time.perf_counter() - begin

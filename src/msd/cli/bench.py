@@ -13,6 +13,7 @@ from rich.console import Console
 from msd.cli.options import (
     Backend,
     Data,
+    Device,
     Drafter,
     Epsilon,
     Images,
@@ -54,6 +55,7 @@ def bench(
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
     backend: Backend = "measure",
+    device: Device = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts of a task that are answered together.")] = 1,
     warm: Annotated[
         bool, typer.Option("--warm", help="Also time every answer again with its photos encoded already.")
@@ -76,7 +78,7 @@ def bench(
     from msd.targets.fingerprint import fingerprint
 
     known = modal.find_cuts(target, cuts)
-    model, processor = load_target(target)
+    model, processor = load_target(target, device)
     if known is not None:
         known.check_target(fingerprint(model))
     with Console(file=sys.stderr).status("measuring…") as status:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from msd.cli.options import Backend, Data, Images, Json, Limit, MaxNewTokens, Target, quiet
+from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet
 from msd.errors import UserError
 
 
@@ -25,6 +25,7 @@ def capture(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
     limit: Limit = None,
     backend: Backend = "measure",
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Let the target answer prompts greedily, and label what it says by how much the image mattered."""
@@ -40,8 +41,13 @@ def capture(
             raise UserError(
                 f"{sample.where}: a conversation; 'msd capture' asks single prompts, so give its first turn"
             )
+        if not all(isinstance(shown, Path) for shown in sample.images):
+            raise UserError(f"{sample.where}: a video; 'msd capture' asks about images, so leave the line out")
     folder = image_folder(data or BUNDLED / "prompts.jsonl", images)
-    prompts = [Prompt(s.prompt, tuple(_name(p, folder) for p in s.images), s.task, s.split) for s in samples]
+    prompts = [
+        Prompt(s.prompt, tuple(_name(p, folder) for p in s.images if isinstance(p, Path)), s.task, s.split)
+        for s in samples
+    ]
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
@@ -53,7 +59,7 @@ def capture(
 
     console = Console(file=sys.stderr)
     with console.status("loading the target…"):
-        model, processor = load_target(target)
+        model, processor = load_target(target, device)
         name = fingerprint(model)
     frozen = cuts_path(out)
     cuts = ModalityCuts.load(frozen) if frozen.exists() else None

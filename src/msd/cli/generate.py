@@ -1,4 +1,4 @@
-"""`msd generate`: an answer about images, streamed."""
+"""`msd generate`: an answer about images, videos or sounds, streamed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from msd.cli.options import (
     Backend,
+    Device,
     Drafter,
     Epsilon,
     Json,
@@ -28,6 +29,13 @@ from msd.cli.options import (
 def generate(
     images: Annotated[
         list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")
+    ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option("--video", help="A video file, shown after the images; repeatable.")
+    ] = None,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video, spread evenly over its time.")] = 8,
+    audio: Annotated[
+        list[Path] | None, typer.Option("--audio", help="A sound file, for models that hear; repeatable.")
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "",
     target: Target = "reference",
@@ -45,14 +53,20 @@ def generate(
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
     backend: Backend = "measure",
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Answer PROMPT about the images; the text appears as it is made."""
-    from msd import images as pictures
+    """Answer PROMPT about what is shown; the text appears as it is made."""
     from msd import prompts
     from msd.cli.options import chosen_methods, use_drafter
+    from msd.sounds import Audio
+    from msd.videos import Video
 
-    loaded = [pictures.load_image(Path(source)) for source in images or []]  # bad input fails before any model loads
+    sounds = [Audio(path) for path in audio or ()]
+    sources = [*map(Path, images or ()), *(Video(path, frames) for path in video or ()), *sounds]
+    loaded = [prompts.load(source) for source in sources]  # bad input fails before any model loads
+    for sound in sounds:
+        sound.load()
     prompts.check_text(prompt)
     checked = policy(verifier, threshold, epsilon)
     trained = use_drafter(drafter)
@@ -62,7 +76,9 @@ def generate(
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
 
-    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, backend=backend, **checked))
+    vlm = SpeculativeVLM.from_pretrained(
+        target, method, SpeculativeConfig(label=True, backend=backend, **checked), device=device
+    )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -44,6 +44,10 @@ Backend = Annotated[
         help="Target passes: 'plain', by the model's own code; 'fused'; 'measure': the faster; 'bf16': rounded, lossy.",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Where the model runs, as torch calls it: 'cpu' (default), 'cuda', 'cuda:1'."),
+]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from msd.cli.options import Images, Json, Target, quiet
+from msd.cli.options import Device, Images, Json, Target, quiet
 from msd.errors import UserError
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also log for TensorBoard, to OUT/tensorboard.")
     ] = False,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
@@ -93,7 +94,7 @@ def train(
         rivals.named(method)
         if calibrate:
             raise UserError(f"--calibrate is for msd's router; method '{method}' has none")
-    model, processor = load_target(target)
+    model, processor = load_target(target, device)
     edges.check_target(fingerprint(model))
     settings = drafting.DraftTraining(
         method=method, start=None if start is None else str(start), form=form, layers=layers, steps=steps, batch=batch,

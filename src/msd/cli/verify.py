@@ -14,6 +14,7 @@ from rich.table import Table
 from msd.cli.options import (
     Backend,
     Data,
+    Device,
     Drafter,
     Images,
     Json,
@@ -42,6 +43,7 @@ def verify(
         typer.Option("--outputs", help="Audit another engine's answers: data lines with 'tokens' or 'text'."),
     ] = None,
     backend: Backend = "measure",
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Compare with transformers' generate(): greedy and same-seed tokens, and χ² where candidates are sampled."""
@@ -54,7 +56,7 @@ def verify(
     from msd.bench import certificate
     from msd.loading import load_target
 
-    model, processor = load_target(target)
+    model, processor = load_target(target, device)
     console = Console(file=sys.stderr)
     with console.status("verifying…") as status:
         if outputs:

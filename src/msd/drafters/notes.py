@@ -5,6 +5,7 @@ A request that is over before, or while nothing is drafted, costs the drafter no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -29,11 +30,11 @@ M = TypeVar("M", bound=Remembers)
 
 
 class Notes(Generic[M]):
-    """Of a batch. memory: what reads them, made by `memory.begin(network, layout, taps)` from the prompt's."""
+    """Of a batch. What reads them is made by `begin(network, layout, taps)` from the prompt's."""
 
-    def __init__(self, taps: Tensor, memory: Any) -> None:
+    def __init__(self, taps: Tensor, begin: Callable[[Any, Layout, Tensor], M]) -> None:
         """taps: [B, L, T*H] of the prompt."""
-        self._prompt, self._begin = taps, memory.begin
+        self._prompt, self._begin = taps, begin
         self._taps: list[list[Tensor]] = [[] for _ in taps]
         self._tokens: list[list[int]] = [[] for _ in taps]
         self._memory: M | None = None

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from msd.drafters import rivals, stored
 from msd.drafters.base import Drafter
+from msd.drafters.combined import Combined
 from msd.drafters.msd import MSD, MSDNetwork, checkpoint
 from msd.drafters.plain import Plain
 from msd.drafters.prompt_lookup import PromptLookup
 from msd.errors import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
+COMBINED = ("eagle3", "dspark")  # trunks of the `msd+NAME` methods: the best known of either kind
 RIVAL_WEIGHTS = Path(__file__).parents[3] / "weights"
 _METHODS: dict[str, Callable[[], Drafter]] = {}
 _Trained = tuple[MSDNetwork, dict[str, dict[str, float]] | None]
@@ -84,20 +86,27 @@ def _register_shipped(root: Path) -> None:
 
 
 def _register_rivals(root: Path) -> None:
-    """Makes the folders of `root` methods: rivals by the name in their configuration, MSD networks by the folder's."""
+    """Makes the folders of `root` methods: rivals by the name in their configuration, others by the folder's."""
     for folder in sorted(p.parent for p in root.glob(f"*/{stored.CONFIG}")):
         method = stored.method(folder)
         if method is None:
-            register(folder.name, _Shipped(_made, cache(partial(_read, folder)), folder.name, False))
+            name = folder.name.replace("-", ":")
+            register(name, _Shipped(_made, cache(partial(_read, folder)), name, False))
         elif method in rivals.RIVALS:
             read = cache(partial(rivals.load, folder))
             register(method, _Shipped(_rival, read))
+            if method in COMBINED and (WEIGHTS / "msd" / stored.CONFIG).exists():
+                register(f"msd+{method}", _Shipped(_combined, read))
             if method == rivals.Eagle2.method:  # prunes what that drafter sees, with its weights
                 register(rivals.SpecVLMVideo.method, _Shipped(_pruned, read))
 
 
 def _rival(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:
     return rivals.RivalDrafter(read())
+
+
+def _combined(read: Callable[[], rivals.Rival]) -> Combined:
+    return Combined(read(), checkpoint.load(WEIGHTS / "msd"))
 
 
 def _pruned(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:

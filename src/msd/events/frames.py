@@ -54,8 +54,6 @@ def event_frames(
     Raises:
         UserError: no such division, or the recording is broken.
     """
-    whole = extent(events)
-    borders = edges(whole, count, by)
     width, height = events.size
     check_room(count, (width, height))
     pixels = np.full((count, height * width), EMPTY, np.uint8)

@@ -23,7 +23,7 @@ from msd.layout import Layout
 from msd.modality import AUDIO, VISION
 from msd.targets import masks, reuse
 from msd.targets.pictures import Pictures
-from msd.targets.state import State
+from msd.targets.state import Contents, Piece, State
 from msd.targets.taps import Taps
 from msd.targets.vision import VisionCache
 from msd.tree import Accepted, DraftTree, Scores
@@ -112,7 +112,7 @@ class Target:
         if B > 1 and (keep or past is not None):
             raise UserError(f"a conversation goes on one prompt at a time, got {B}")
         layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
-        held = reuse.contents(model_kwargs) if keep or past is not None else {}
+        held = reuse.contents(model_kwargs, self.heard(model_kwargs)) if keep or past is not None else {}
         source = self.model, self.taps.indices
         cut, pieces = self.shared(layout, held, past) if past is not None and past.source == source else (0, {})
         arguments = reuse.remaining(model_kwargs, pieces) if cut else model_kwargs
@@ -179,7 +179,12 @@ class Target:
         """
         return None
 
-    def shared(self, layout: Layout, held: dict[str, list[Tensor]], past: State) -> tuple[int, dict[str, int]]:
+    def heard(self, model_kwargs: dict[str, Any]) -> list[Piece]:
+        """The sounds of a prompt, from the arguments of its prefill."""
+        sounds = model_kwargs.get(reuse.AUDIO_FEATURES)
+        return [] if sounds is None else [Piece(sound, None) for sound in sounds]
+
+    def shared(self, layout: Layout, held: Contents, past: State) -> tuple[int, dict[str, int]]:
         """See `msd.targets.reuse.shared`."""
         return reuse.shared(layout, held, past, self.tokens)
 

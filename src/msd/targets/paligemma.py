@@ -13,7 +13,7 @@ from torch import Tensor
 from msd.layout import Layout
 from msd.targets.base import Target
 from msd.targets.masks import Windows
-from msd.targets.state import State
+from msd.targets.state import Contents, State
 
 FIRST = 1  # position of the first token
 
@@ -43,6 +43,6 @@ class PaliGemma(Target):
         inside = (column >= first) & (column < prompt)
         return inside[:, :, None] & inside[:, None]
 
-    def shared(self, layout: Layout, held: dict[str, list[Tensor]], past: State) -> tuple[int, dict[str, int]]:
+    def shared(self, layout: Layout, held: Contents, past: State) -> tuple[int, dict[str, int]]:
         """Nothing."""
         return 0, {}

@@ -13,6 +13,7 @@ from msd.targets.gemma3 import Gemma3
 from msd.targets.mrope import MRope
 from msd.targets.paligemma import PaliGemma
 from msd.targets.pictures import AnyResolution, NestedTiles, Patches, Pictures
+from msd.targets.qwen2_audio import Qwen2Audio
 from msd.targets.vision import VisionCache
 
 
@@ -52,6 +53,7 @@ _FAMILIES: dict[str, Family] = {
     "llava_onevision": Family("LLaVA-OneVision", _VIDEO, Target, _ONE_VISION, _TORCHVISION),
     "mistral3": Family("Mistral Small 3.1", _VISION, Target, (_IMAGES,), _TORCHVISION),
     "paligemma": Family("PaliGemma 1 and 2", _VISION, PaliGemma, (_STACK,), (), "turns of a chat share nothing"),
+    "qwen2_audio": Family("Qwen2-Audio", ("audio",), Qwen2Audio, (), (), "sounds are encoded at every prefill"),
     "qwen2_5_vl": Family("Qwen2.5-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "qwen2_vl": Family("Qwen2-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "qwen3_vl": Family("Qwen3-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),

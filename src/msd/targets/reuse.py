@@ -10,20 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msd.layout import Layout
 from msd.modality import LANGUAGE
-from msd.targets.state import Contents, State
+from msd.targets.state import Contents, Piece, State
 
 AUDIO_FEATURES = "input_features"
+AUDIO_TENSORS = (AUDIO_FEATURES, "feature_attention_mask")  # that count sounds in their first dimension
 
 
-def contents(model_kwargs: dict[str, Any]) -> Contents:
+def contents(model_kwargs: dict[str, Any], sounds: list[Piece]) -> Contents:
     """What fills the placeholders of a prompt, by modality and in reading order, from the arguments of its prefill."""
-    found = {k: list(v.pooler_output) for k, v in (model_kwargs.get("mm_encoder_outputs") or {}).items()}
-    if model_kwargs.get(AUDIO_FEATURES) is not None:
-        found["audio"] = list(model_kwargs[AUDIO_FEATURES])
+    outputs = model_kwargs.get("mm_encoder_outputs") or {}
+    found = {k: [Piece(x, x.shape[:-1].numel()) for x in v.pooler_output] for k, v in outputs.items()}
+    if sounds:
+        found["audio"] = sounds
     return found
 
 
@@ -69,9 +70,11 @@ def remaining(model_kwargs: dict[str, Any], pieces: dict[str, int]) -> dict[str,
             outputs[kind] = type(output)(**parts)
     if outputs:
         left["mm_encoder_outputs"] = outputs
-    sounds = left.pop(AUDIO_FEATURES, None)
-    if sounds is not None and len(sounds) > pieces.get("audio", 0):
-        left[AUDIO_FEATURES] = sounds[pieces.get("audio", 0) :]
+    heard = pieces.get("audio", 0)
+    for name in AUDIO_TENSORS:
+        sounds = left.pop(name, None)
+        if sounds is not None and len(sounds) > heard:
+            left[name] = sounds[heard:]
     return left
 
 
@@ -82,11 +85,13 @@ def _run_start(layout: Layout, cut: int) -> int:
     return cut
 
 
-def _lengths(pieces: list[Tensor], placeholders: int) -> list[int]:
-    """Placeholders that each piece fills: a feature each; sounds, not encoded yet, all equally many."""
-    counts = [piece.shape[:-1].numel() for piece in pieces]
-    return counts if sum(counts) == placeholders else [placeholders // len(pieces)] * len(pieces) if pieces else []
+def _lengths(pieces: list[Piece], placeholders: int) -> list[int]:
+    """Placeholders that each piece fills."""
+    counts = [piece.columns for piece in pieces if piece.columns is not None]
+    if len(counts) == len(pieces) and sum(counts) == placeholders:
+        return counts
+    return [placeholders // len(pieces)] * len(pieces) if pieces else []
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+def _same(one: Piece, other: Piece) -> bool:
+    return one.data is other.data or (one.data.shape == other.data.shape and torch.equal(one.data, other.data))

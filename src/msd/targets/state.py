@@ -10,13 +10,23 @@ from torch import Tensor
 from msd.cache import KVCache
 from msd.layout import Layout
 
-Contents = dict[str, list[Tensor]]  # "image", "video" or "audio" -> what fills its placeholders, piece by piece
+
+@dataclass(frozen=True)
+class Piece:
+    """What fills some placeholders. columns: how many; None where all pieces of a prompt fill equally many."""
+
+    data: Tensor
+    columns: int | None
+
+
+Contents = dict[str, list[Piece]]  # by modality: "image", "video" or "audio"
 
 
 @dataclass
 class State:
     """One batch in flight: its text, its cache, and what the drafter remembers of it.
 
+    beside: [B, E, H] tokens that only the drafter sees, zero in rows without any.
     source: the model whose state it is, and the indices of its taps.
     prefilled: rows that the target computed for the prompt, columns of the batch; those of an earlier turn left out.
     contents: what stands at the placeholders, kept for comparison where the state is to be continued.
@@ -26,6 +36,7 @@ class State:
     layout: Layout
     cache: KVCache
     memory: Any = field(default=None)
+    beside: Tensor | None = None
     source: Any = None
     prefilled: int = 0
     contents: Contents = field(default_factory=dict)

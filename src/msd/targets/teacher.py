@@ -31,6 +31,7 @@ class Lesson:
 
     layout: prompt and answer of every row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
     taps: [B, L+A, T*H], or None without taps. logits: [B, A, V] float32; entry t predicts answer token t.
+    beside: [B, E, H] tokens that only a drafter sees, zero in rows without any.
     """
 
     layout: Layout
@@ -38,6 +39,7 @@ class Lesson:
     lengths: list[int]
     taps: Tensor | None
     logits: Tensor
+    beside: Tensor | None = None
 
     @property
     def answers(self) -> Tensor:
@@ -95,7 +97,7 @@ def teach(
             return_dict=True,
             **inputs,
         )
-    return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, :-1].float())
+    return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
 
 
 def _mask(target: Target, layout: Layout, prompt: int, typed: bool, blind: bool) -> masks.Mask:

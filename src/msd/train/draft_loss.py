@@ -158,7 +158,7 @@ class DraftObjective(nn.Module):
         """Trunk states [B, A, D, H] when the roots are the answer tokens `first` [B, A], deeper words as written."""
         assert lesson.taps is not None
         network, D = self.network, self.depth
-        found = entries(network, lesson.layout, lesson.taps[:, :-1])
+        found = entries(network, lesson.layout, lesson.taps[:, :-1], lesson.beside)
         anchors = found.anchors(first + lesson.prompt - 1)
         context = network.context(found.x, found.positions)
         index = first[..., None] + torch.arange(1, D + 1, device=first.device)

@@ -22,8 +22,8 @@ class Shape:
 
 
 def default_shapes() -> dict[str, Shape]:
-    """Language deep and narrow, vision wide and shallow, fusion between."""
-    return {"language": Shape(2, 6), "vision": Shape(5, 4), "fusion": Shape(3, 5)}
+    """Language narrow, vision wide, fusion between; all as deep as a block (docs/drafter.md tells why)."""
+    return {"language": Shape(3, 6), "vision": Shape(5, 6), "fusion": Shape(4, 6)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class MSDConfig:
     form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
     levels it is trained on. layers: decoder layers of the trunk. draft_vocabulary: ids the drafter can propose.
     rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token.
-    image_tokens: compressed tokens per image. shapes, shared: a subtree's shape by modality, and that of the one tree
+    image_tokens: compressed tokens per image. beside: groups of tokens that only the drafter sees, each (tokens given,
+    tokens kept); see `msd.drafters.msd.beside`. shapes, shared: a subtree's shape by modality, and that of the one tree
     when `subtrees` is off. active_from: the router probability from which a modality's subtree exists.
     The switches take one part each out, for controls and ablations: with all of them off the drafter is the
     `standard` control.
@@ -55,6 +56,7 @@ class MSDConfig:
     rank: int = 32
     parent_rank: int = 64
     image_tokens: int = 4
+    beside: tuple[tuple[int, int], ...] = ()
     modalities: tuple[str, ...] = ("language", "vision", "fusion")
     shapes: dict[str, Shape] = field(default_factory=default_shapes)
     shared: Shape = Shape(4, 6)
@@ -101,6 +103,7 @@ class MSDConfig:
             "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
             "shared": Shape(**raw["shared"]),
             "taps": tuple(raw["taps"]),
+            "beside": tuple(tuple(group) for group in raw["beside"]),
             "modalities": tuple(raw["modalities"]),
         }
         return cls(**(raw | built))

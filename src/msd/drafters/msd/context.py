@@ -50,8 +50,11 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
-def entries(network: MSDNetwork, layout: Layout, taps: Tensor) -> Entries:
-    """Entries of columns 0 to L-1, whose tap states are `taps` [B, L, T*H]; the layout holds token L as well."""
+def entries(network: MSDNetwork, layout: Layout, taps: Tensor, beside: Tensor | None = None) -> Entries:
+    """Entries of columns 0 to L-1, whose tap states are `taps` [B, L, T*H]; the layout holds token L as well.
+
+    beside: [B, E, H] tokens that only the drafter sees, all zero in rows that have none.
+    """
     c = network.config
     L = taps.shape[1]
     column = torch.arange(L, device=taps.device)
@@ -63,14 +66,16 @@ def entries(network: MSDNetwork, layout: Layout, taps: Tensor) -> Entries:
     feature = network.feature(pick(taps, order))
     embedding = network.embed(layout.tokens[:, 1 : L + 1].gather(1, order))
     after = (shown.cumsum(1) > 0).gather(1, order)[..., None].to(feature.dtype)
-    x = network.entry(feature, embedding, image * after)
+    kept, whole = _beside(network, beside, image)
+    x = network.entry(feature, embedding, image * after + whole)
     if len(compressed):
         source = of_column.gather(1, order)
         x = torch.where((source >= 0)[..., None], compressed[source.clamp_min(0)].to(x.dtype), x)
-    return Entries(
+    found = Entries(
         x, feature, embedding, layout.line()[:, :L].gather(1, order), present.gather(1, order),
-        (present.cumsum(1) - 1).clamp_min(0), image,
+        (present.cumsum(1) - 1).clamp_min(0), image + whole,
     )  # fmt: skip
+    return found if kept is None or beside is None else _preceded(found, kept, _given(beside))
 
 
 def _images(network: MSDNetwork, taps: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,3 +99,33 @@ def _images(network: MSDNetwork, taps: Tensor, shown: Tensor) -> tuple[Tensor, T
     share = image.new_zeros(B, len(found)).index_put_((rows, torch.arange(len(found))), image.new_ones(()))
     image = (share / share.sum(1, keepdim=True).clamp_min(1) @ whole)[:, None]
     return image, tokens.flatten(0, 1), of_column
+
+
+def _beside(network: MSDNetwork, beside: Tensor | None, image: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(tokens kept of what stands beside [B, K, H], None where there is nothing; their global vectors like `image`)."""
+    if beside is None or network.beside is None:
+        return None, torch.zeros_like(image)
+    kept, whole = network.beside(beside)
+    return kept, whole.to(image.dtype) * _given(beside)[..., None]
+
+
+def _given(beside: Tensor) -> Tensor:
+    """[B, 1] bool: rows that have something beside them."""
+    return beside.flatten(1).any(1, keepdim=True)
+
+
+def _preceded(found: Entries, kept: Tensor, given: Tensor) -> Entries:
+    """The entries with `kept` [B, K, H] before them, at the first position, in the `given` [B, 1] rows."""
+    K = kept.shape[1]
+    zero = torch.zeros_like(found.x[:, :1]).expand(-1, K, -1)
+    present = torch.cat([given.expand(-1, K), found.present], 1)
+    order = (~present).long().argsort(dim=1, stable=True)[:, : int(present.sum(1).max())]
+    joined = [
+        torch.cat([one, two], 1)
+        for one, two in (
+            (kept.to(found.x.dtype), found.x), (zero, found.feature), (zero.to(found.embedding.dtype), found.embedding),
+            (found.positions[:, :1].expand(-1, K), found.positions),
+        )
+    ]  # fmt: skip
+    x, feature, embedding, positions = (pick(values, order) for values in joined)
+    return Entries(x, feature, embedding, positions, present.gather(1, order), found.slot + K * given, found.image)

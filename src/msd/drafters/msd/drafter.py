@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ class MSD:
             raise UserError(
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
             )
-        state.memory = Notes(scores.taps, Memory)
+        state.memory = Notes(scores.taps, partial(Memory.begin, beside=state.beside))
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Subtrees of the active modalities, merged; or draws from their laws."""

@@ -26,10 +26,13 @@ class Memory:
     route: Tensor
 
     @classmethod
-    def begin(cls, network: MSDNetwork, layout: Layout, taps: Tensor) -> Memory:
-        """From the prompt's tap states [B, L, T*H]; the layout holds the first emitted token already."""
+    def begin(cls, network: MSDNetwork, layout: Layout, taps: Tensor, beside: Tensor | None = None) -> Memory:
+        """From the prompt's tap states [B, L, T*H]; the layout holds the first emitted token already.
+
+        beside: see `entries`.
+        """
         L = taps.shape[1]
-        found = entries(network, layout, taps)
+        found = entries(network, layout, taps, beside)
         length = found.present.sum(1).tolist()
         room = found.x.shape[1] + layout.capacity - L
         keys = [with_room(k, room) for k in network.context(found.x, found.positions)]

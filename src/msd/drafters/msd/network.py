@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from msd.backends.packed import Linear
+from msd.drafters.msd.beside import BesideAdaptor
 from msd.drafters.msd.config import MSDConfig
 from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.layer import Keys, Layer, Rotary, TapNorm, step
@@ -58,7 +59,10 @@ class MSDNetwork(nn.Module):
         self.router = Probe(H, len(c.modalities), c.eps) if c.router else None
         self.ending = Probe(H, 1, c.eps)
         if c.vision:
-            self.adaptor, self.image_fc = VisionAdaptor(c), Linear(H, H, bias=False)
+            self.adaptor = VisionAdaptor(c)
+        self.beside = BesideAdaptor(c) if c.beside else None
+        self.image_fc = Linear(H, H, bias=False) if c.vision or c.beside else None
+        if self.image_fc is not None:
             nn.init.zeros_(self.image_fc.weight)
         if c.form == "block":
             self.depths = nn.Parameter(torch.randn(c.depth, H) * 0.02)
@@ -86,8 +90,8 @@ class MSDNetwork(nn.Module):
         return out
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor) -> Tensor:
-        """x [..., H] of a text position; `image` [..., H] is zero where no image stands before it."""
-        seen = feature + self.image_fc(image) if self.config.vision else feature
+        """x [..., H] of a text position; `image` [..., H] is zero without image before it or tokens beside it."""
+        seen = feature if self.image_fc is None else feature + self.image_fc(image)
         out: Tensor = self.fc(torch.cat([self.feature_norm(seen), embedding], -1))
         return out.to(self.fc.weight.dtype)  # what layers add up keeps the weights' precision under autocast
 

@@ -60,7 +60,7 @@ class RivalDrafter:
         c = self.network.config
         if scores.taps is None or scores.taps.shape[-1] != c.hidden * len(c.taps):
             raise UserError(f"method '{self.name}' needs the target's states at layers {c.taps}, which were not kept")
-        state.memory = Notes(scores.taps, Memory)
+        state.memory = Notes(scores.taps, Memory.begin)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The likeliest nodes of a tree `config.width` wide."""

@@ -28,7 +28,7 @@ class DSpark(Block):
     method = "dspark"
     width, depth = 8, 7
     ahead = 1
-    options: ClassVar[dict[str, float]] = {"markov_rank": 64}
+    options: ClassVar[dict[str, float]] = {"markov_rank": 32}
 
     def __init__(self, config: RivalConfig) -> None:
         super().__init__(config)

@@ -1,0 +1,71 @@
+"""`msd estimate`: what speculative decoding would give on a card, without the card and without the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from msd.cli.options import Json, Target, quiet
+
+WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}
+
+
+def estimate(
+    target: Target = "llava-1.5-7b",
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="A card, such as H100 or RTX-4090, or 'cpu': this machine.")
+    ] = "H100",
+    acceptance: Annotated[
+        str,
+        typer.Option(
+            "--acceptance",
+            help="Mean acceptance length, bonus counted: 3.5; by tree size: 8=3.1,60=4.7; rates of a chain: 0.8,0.7.",
+        ),
+    ] = "3.5",
+    drafter: Annotated[
+        str, typer.Option("--drafter-kind", help="'levels': a pass for each level (EAGLE-2); 'block': one for all.")
+    ] = "levels",
+    weights: Annotated[str, typer.Option("--weights", help="Of the target: 'own', 'int8' or 'int4'.")] = "own",
+    prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt.")] = 64,
+    images: Annotated[int, typer.Option("--image-count", min=0, help="Images in the prompt.")] = 1,
+    answer: Annotated[int, typer.Option("--answer-tokens", min=1, help="Tokens of the answer.")] = 256,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="Levels of a tree.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Estimate the speedup for each tree size and batch, from sizes, bandwidth and FLOP/s (docs/estimate.md)."""
+    quiet()
+    from msd.errors import UserError
+    from msd.estimate import Acceptance, Workload, card, plans, sizes
+
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights '{weights}' is unknown; choose one of {', '.join(WEIGHTS)}")
+    work = Workload(prompt, images, answer, depth, drafter, WEIGHTS[weights])
+    accepted, model, device = Acceptance.parse(acceptance), sizes(target), card(gpu)
+    rows = plans(model, device, accepted, work)
+    if as_json:
+        print(json.dumps({"target": asdict(model), "card": asdict(device), "workload": asdict(work), "rows": rows}))
+        return
+    table = Table("batch", "nodes", "τ", "prefill", "plain", "draft", "verify", "decode", "answer", "tokens/s")
+    for row in rows:
+        table.add_row(
+            str(row["batch"]), str(row["nodes"]), f"{row['acceptance_length']:.2f}",
+            *(f"{1000 * row[key]:.1f}" for key in ("prefill_s", "plain_s", "draft_s", "verify_s")),
+            f"{row['speedup_decode']:.2f}x", f"{row['speedup']:.2f}x",
+            f"{row['tokens_per_second']:.0f}" if row["fits"] else "too big",
+        )  # fmt: skip
+    console = Console()
+    console.print(
+        f"{model.name} on {device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s "
+        f"({device.source})", soft_wrap=True,
+    )  # fmt: skip
+    console.print(table)
+    console.print("prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer")
+    if accepted.length is not None:
+        console.print("τ was taken to be the same for every tree size: a smaller tree accepts less.", soft_wrap=True)
+    if images and not model.eye_layers:
+        console.print("The image encoder is of a kind that is not estimated; prefill is without it.", soft_wrap=True)

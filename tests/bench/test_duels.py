@@ -1,0 +1,46 @@
+"""MSD against the others: ratios of summed seconds, seeds of a method counting as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from msd.bench import duels
+from msd.bench.intervals import ratio_interval
+
+
+def results(**seconds: list[float]) -> dict[str, Any]:
+    named = {name.replace("_", " "): values for name, values in seconds.items()}
+    return {"sample_seconds": named, "sample_tasks": ["a", "b", "a"]}
+
+
+def test_ratios_per_task_and_seed() -> None:
+    ((title, head, rows),) = duels.tables(
+        results(
+            ar=[3.0, 4.0, 5.0],
+            msd_seed_0=[1.0, 1.0, 1.0],
+            msd_seed_1=[1.0, 3.0, 1.0],
+            standard_seed_0=[2.0, 2.0, 2.0],
+            standard_seed_1=[2.0, 2.0, 6.0],
+        )
+    )
+    assert "`msd`" in title and head == ["against", "all", "95%", "a", "b", "seed by seed"]
+    mine = [1.0, 2.0, 1.0]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells.keys() == {"ar", "standard"}
+    assert cells["ar"][0] == "3.00" and cells["ar"][2:] == ["4.00", "2.00", "–"]
+    assert cells["standard"][0] == "2.00" and cells["standard"][2:] == ["3.00", "1.00", "2.00, 2.00"]
+    low, high = ratio_interval([2.0, 2.0, 4.0], mine) or []
+    assert cells["standard"][1] == f"{low:.2f}–{high:.2f}"
+
+
+def test_one_task_needs_no_column_of_its_own() -> None:
+    alone = results(ar=[1.0, 2.0, 3.0], msd=[1.0, 1.0, 1.0]) | {"sample_tasks": ["a"] * 3}
+    ((_, head, rows),) = duels.tables(alone)
+    assert head == ["against", "all", "95%"] and [row[:2] for row in rows] == [["ar", "2.00"]]
+
+
+@pytest.mark.parametrize("told", [{}, results(ar=[1.0, 1.0, 1.0]), results(msd=[1.0, 1.0, 1.0])])
+def test_nothing_to_compare(told: dict[str, Any]) -> None:
+    assert duels.tables(told) == []

@@ -1,0 +1,111 @@
+"""Videos and sounds by the front door: a file reaches the model as it takes it, and the answer is the model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clips import write_clip, write_sound
+from families import BY_NAME, FAMILIES
+from family_layouts import WORDS
+from family_processor import FamilyProcessor, photos
+from msd import Audio, Video
+from msd.config import SpeculativeConfig
+from msd.errors import UserError
+from msd.model import SpeculativeVLM
+from msd.prompts import prepare
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "top_k": 0, "eos_token_id": None}
+SEEING = [family.name for family in FAMILIES if "image" in family.kinds]
+HEARING = [family.name for family in FAMILIES if "audio" in family.kinds]
+
+
+def engine(name: str) -> SpeculativeVLM:
+    family = BY_NAME[name]
+    return SpeculativeVLM(
+        family.make(), FamilyProcessor(family), SpeculativeConfig(backend="plain", adaptive=False), "prompt-lookup"
+    )
+
+
+def said(vlm: SpeculativeVLM, inputs: dict[str, Any]) -> list[int]:
+    """What the model itself answers."""
+    torch.manual_seed(3)
+    return vlm.model.generate(**inputs, **SETTINGS)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_video(name: str, tmp_path: Path) -> None:
+    vlm, video = engine(name), Video(write_clip(tmp_path / "a.mp4", range(1, 18)), 4)
+    answer = vlm.generate(video, "what", **SETTINGS, seed=3)
+    assert answer.tokens == said(vlm, prepare(vlm.processor, [[video]], ["what"]))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "video_llava", "qwen3_vl", "smolvlm"])
+def test_photos_and_videos_in_a_batch(name: str, tmp_path: Path) -> None:
+    vlm = engine(name)
+    video, photo = Video(write_clip(tmp_path / "a.mp4", range(1, 18)), 4), photos(BY_NAME[name], tmp_path, 1)[0]
+    shown = [[photo, video], [video], []]
+    together = vlm.generate(shown, ["what"] * 3, **SETTINGS, seed=[3, 3, 3])
+    assert [result.tokens for result in together] == [said(vlm, prepare(vlm.processor, [s], ["what"])) for s in shown]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_video_is_what_the_model_takes_it_for(name: str, tmp_path: Path) -> None:
+    """One video, or as many images as it has frames."""
+    family, processor = BY_NAME[name], FamilyProcessor(BY_NAME[name])
+    clip = Video(write_clip(tmp_path / "a.mp4", range(9)), 4).load()
+    given = prepare(processor, [[clip]], ["what"])
+    if "video" in family.kinds:
+        wanted = processor(text=["<video>what"], videos=[[np.asarray(frame) for frame in clip.frames]])
+    else:
+        wanted = prepare(processor, [list(clip.frames)], ["what"])
+    assert given.keys() == wanted.keys()
+    assert all(torch.equal(given[name], wanted[name]) for name in given)
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_a_sound(name: str, tmp_path: Path) -> None:
+    vlm = engine(name)
+    low, loud = (Audio(write_sound(tmp_path / f"{r}.wav", rate=r, loudness=r / 16_000)) for r in (8_000, 16_000))
+    answers = []
+    for shown in ([low], [loud], [low, loud]):
+        answers.append(vlm.generate(shown, "what", **SETTINGS, seed=3).tokens)
+        assert answers[-1] == said(vlm, prepare(vlm.processor, [shown], ["what"]))
+    assert answers[0] != answers[1]
+    with pytest.raises(UserError, match=r"is 3 s long; this model hears 1 s"):
+        vlm.generate(Audio(write_sound(tmp_path / "long.wav", 3.0)), "what")
+
+
+def test_a_chat_about_a_video(tmp_path: Path) -> None:
+    """Its second turn encodes nothing again, whether the model takes the video or its frames."""
+    clip = Video(write_clip(tmp_path / "a.mp4", range(1, 10)))
+    for name in ("llava", "video_llava", "qwen2_5_vl"):
+        vlm = engine(name)
+        chat = vlm.chat()
+        rows, encoded = [], []
+        for prompt, shown in (("what", clip), ("why", None)):
+            result = chat.say(prompt, shown, max_new_tokens=6, suppress_tokens=list(range(WORDS)))
+            rows.append(result.statistics.num_prefill_rows)
+            encoded.append(vlm.target.vision.misses)
+        assert encoded[0] == encoded[1] > 0
+        assert rows[1] < rows[0]
+
+
+def test_what_a_model_does_not_take(tmp_path: Path) -> None:
+    sound, video = Audio(write_sound(tmp_path / "a.wav")), Video(write_clip(tmp_path / "a.mp4", range(3)))
+    for name, shown, said in (
+        ("llava", sound, "takes image, not audio"),
+        ("qwen2_vl", sound, "takes image and video, not audio"),
+        ("voxtral", video, "takes audio, not video"),
+    ):
+        with pytest.raises(UserError, match=said):
+            engine(name).generate(shown, "what")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
+    with pytest.raises(UserError, match=r"place 1 image\(s\) but 0 image\(s\) and 1 video\(s\) were given"):
+        engine("qwen2_vl").generate(video, messages=chat)
+    with pytest.raises(UserError, match="'<video>', which this model reserves"):
+        engine("qwen2_vl").generate(None, "what is <video>")

@@ -1,0 +1,146 @@
+"""The roofline's arithmetic by hand, its limits, and what the command says."""
+
+from __future__ import annotations
+
+import json
+from math import hypot
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from families import FAMILIES
+from msd.cli import main
+from msd.errors import UserError
+from msd.estimate import Acceptance, Card, Sizes, Workload, card, pass_seconds, plans, sizes
+from msd.estimate.cards import CARDS
+from msd.estimate.roofline import prefill_seconds
+from msd.estimate.sizes import PRESETS, of_config
+
+# a layer: 1000 x 100 x (10 + 10 + 10 + 10) of attention, 3 x 1000 x 2000 of the MLP: 10 million weights
+TOY = Sizes("toy", 10, 1000, 2000, 10, 10, 100, 5000)
+CARD = Card("toy", 1e9, 1e12, 1e9, step=0.0, dtype_bytes=2.0, measured=True)
+
+
+def test_a_pass_by_hand() -> None:
+    assert (TOY.layer, TOY.head, TOY.decoder, TOY.kv) == (10_000_000, 5_000_000, 105_000_000, 20_000)
+    # one row after 99 tokens: 105M weights and 100 tokens of 20,000 numbers, of 2 bytes: 214 MB at 1 GB/s
+    # 2 x 105M products, and 4 x 10 layers x 1000 x 100 keys of attention: 214 MFLOP at 1 TFLOP/s
+    assert pass_seconds(TOY, CARD, 1, 99) == pytest.approx(hypot(0.214, 214e6 / 1e12))
+    # two sequences of 4 rows: the weights are read once, the caches of 100 tokens twice, 8 rows are multiplied
+    read = 2 * (105e6 + 2 * 100 * 20_000) / 1e9
+    work = (2 * 105e6 * 8 + 4 * 10 * 1000 * 8 * (96 + 2.5)) / 1e12
+    assert pass_seconds(TOY, CARD, 4, 96, 2) == pytest.approx(hypot(read, work))
+    # weights of 4 bits, and operators that take 10 microseconds
+    slow = Card("toy", 1e9, 1e12, 1e9, step=1e-5, measured=True)
+    quantised = (0.5 * 105e6 + 2 * 100 * 20_000) / 1e9
+    assert pass_seconds(TOY, slow, 1, 99, weight_bytes=0.5) == pytest.approx(hypot(quantised, 214e-6) + 10 * 12 * 1e-5)
+
+
+def test_a_prompt_needs_the_output_layer_once_and_its_images_the_encoder() -> None:
+    work = (2 * 100e6 * 50 + 2 * 5e6 + 4 * 10 * 1000 * 50 * 25.5) / 1e12
+    read = 2 * (105e6 + 50 * 20_000) / 1e9
+    assert prefill_seconds(TOY, CARD, 50, 0) == pytest.approx(hypot(read, work))
+    seeing = Sizes("toy", 10, 1000, 2000, 10, 10, 100, 5000, 16, eye_layers=2, eye_hidden=100, eye_intermediate=200,
+                   eye_patches=64)  # fmt: skip
+    assert seeing.eye == 2 * (4 * 100 * 100 + 2 * 100 * 200)
+    eye = hypot(2 * 160_000 / 1e9, (2 * 160_000 * 128 + 4 * 2 * 100 * 128 * 64) / 1e12)
+    assert prefill_seconds(seeing, CARD, 50, 2) == pytest.approx(prefill_seconds(TOY, CARD, 50, 0) + eye)
+
+
+def test_a_plan_by_hand() -> None:
+    """Speedup of decoding: plain step x tokens a pass / (draft + verification)."""
+    (row,) = plans(TOY, CARD, Acceptance(length=3.0), Workload(100, 0, 200, 4), [8], [1])
+    fused = 2 * 1000 * 1000
+    draft = sum(pass_seconds(TOY, CARD, n, 200, layers=1, head=5_000_000 + fused) for n in (1, 2, 2, 2))
+    verify, plain, first = (pass_seconds(TOY, CARD, 9, 200), pass_seconds(TOY, CARD, 1, 200),
+                            prefill_seconds(TOY, CARD, 100, 0))  # fmt: skip
+    assert row["draft_s"] == pytest.approx(draft)
+    assert row["speedup_decode"] == pytest.approx(3 * plain / (draft + verify))
+    assert row["speedup"] == pytest.approx((first + 200 * plain) / (first + 200 / 3 * (draft + verify)))
+    assert row["fits"]
+
+
+def test_larger_batches_gain_less_and_block_drafts_cost_less() -> None:
+    for drafter in ("levels", "block"):
+        rows = plans(PRESETS["llava-1.5-7b"], card("H100"), Acceptance(length=3.5), Workload(drafter=drafter), [32])
+        gains = [row["speedup_decode"] for row in rows]
+        assert gains == sorted(gains, reverse=True) and gains[0] > 2 > gains[-1]
+        assert all(row["speedup"] < row["speedup_decode"] for row in rows if row["speedup_decode"] > 1)
+    levels, block = (
+        plans(PRESETS["qwen2.5-vl-7b"], card("L4"), Acceptance(length=3.5), Workload(drafter=d), [16], [1])[0]
+        for d in ("levels", "block")
+    )
+    assert block["draft_s"] < levels["draft_s"] and block["verify_s"] == levels["verify_s"]
+
+
+def test_what_fits() -> None:
+    def fit(target: str, name: str, **work: Any) -> bool:
+        return plans(sizes(target), card(name), Acceptance(length=3), Workload(**work), [8], [1])[0]["fits"]
+
+    assert fit("llava-1.5-7b", "RTX 4090") and not fit("llava-1.5-13b", "rtx_4090")
+    assert fit("llava-1.5-13b", "4090", weight_bytes=0.5) and not fit("llava-1.5-7b", "T4")
+
+
+def test_acceptance() -> None:
+    assert Acceptance.parse("3.5").of(60, 5) == 3.5
+    assert Acceptance.parse("6").of(8, 3) == 4.0, "no more than levels and the bonus token"
+    by_size = Acceptance.parse("8=3.1, 60=4.7")
+    assert by_size.of(60, 5) == 4.7 and by_size.of(16, 5) is None and by_size.sizes((4, 8)) == (8, 60)
+    rates = Acceptance.parse("0.8,0.5")
+    assert rates.of(60, 5) == pytest.approx(1 + 0.8 + 0.4)
+    assert rates.of(1, 5) == pytest.approx(1.8)
+    for text in ("", "x", "8=", "0.8,1.2", "2,3", "8=12", "-1"):
+        with pytest.raises(UserError, match="--acceptance"):
+            Acceptance.parse(text)
+
+
+def test_published_models_have_the_size_that_is_known_of_them() -> None:
+    """Weights of decoder, embedding and eye, in billions."""
+    for name, billions in (("llava-1.5-7b", 7.0), ("llava-1.5-13b", 13.3), ("qwen2.5-vl-7b", 8.2)):
+        found = sizes(name)
+        assert (found.decoder + found.hidden * found.vocabulary + found.eye) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert sizes("llava-hf/llava-1.5-7b-hf") is sizes("LLaVA-1.5-7B")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_sizes_follow_from_a_config(family: Any) -> None:
+    """A layer counts what the model's own layer holds but for norms, biases and the like."""
+    model = family.make()
+    found, decoder = of_config("tiny", model.config), model.get_decoder()
+    own = sum(p.numel() for name, p in decoder.layers[0].named_parameters() if p.dim() == 2)
+    assert found.layer == own and found.layers == len(decoder.layers)
+    assert found.head == model.get_output_embeddings().weight.numel()
+
+
+def test_cards() -> None:
+    assert len(CARDS) == 10 and all(c.source and not c.measured for c in CARDS.values())
+    assert card("h100 sxm") is CARDS["h100"] and card("A100") is CARDS["a100-80"]
+    with pytest.raises(UserError, match=r"unknown card 'TPU'; known: cpu, H100"):
+        card("TPU")
+    here = card("cpu")
+    assert here.measured and here.bandwidth > 0 and here.flops > 0 and here.step > 0 and here.reached() is here
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def said(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["estimate", *arguments])
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    found = json.loads(said("--target", "llava-1.5-13b", "--gpu", "A100-80", "--acceptance", "60=4.7", "--json")[1])
+    assert [row["nodes"] for row in found["rows"]] == [60] * 6
+    assert found["card"]["name"] == "A100-80" and found["target"]["layers"] == 40
+    FAMILIES[0].make().save_pretrained(tmp_path)
+    code, out, _ = said("--target", str(tmp_path))
+    assert code == 0 and "H100" in out and "whole answer" in out
+    for arguments, part in (
+        (["--gpu", "abacus"], "unknown card"),
+        (["--acceptance", "no"], "--acceptance"),
+        (["--weights", "int3"], "--weights"),
+        (["--drafter-kind", "x"], "levels, block"),
+        (["--target", "no/such/target"], "known without their files: llava-1.5-7b"),
+    ):
+        code, out, err = said(*arguments)
+        assert (code, out) == (2, "") and part in err and err.count("\n") == 1

@@ -1,0 +1,120 @@
+"""Writes the tables of docs/estimate.md: the estimate beside published figures, and how far it was checked here.
+
+Published figures are as the papers print them; where a paper's τ is without the bonus token, one is added. The card
+they were measured on is not always told, so the estimate is for an A100 of 80 GB throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from msd.estimate import Acceptance, Sizes, Workload, card, plans, sizes
+
+ROOT = Path(__file__).parents[1]
+CARD = "A100-80"
+
+
+@dataclass(frozen=True)
+class Published:
+    """length: mean acceptance length with the bonus token, None where we could not source it. nodes: of its tree."""
+
+    target: str
+    method: str
+    length: float | None
+    speedup: float
+    nodes: int
+    depth: int
+    source: str
+
+
+FIGURES = (
+    Published("llava-1.5-7b", "MSD as published", 4.75, 2.11, 60, 5, "MMSpec, arXiv 2603.14989"),
+    Published("llava-1.5-7b", "ViSpec", 3.98, 2.23, 30, 3, "MMSpec, arXiv 2603.14989"),
+    Published("llava-1.5-7b", "EAGLE-2", 1.64, 1.25, 60, 5, "MMSpec, arXiv 2603.14989"),
+    Published("llava-1.5-7b", "MSD as published", None, 2.29, 60, 5, "arXiv 2505.14260, its best"),
+    Published("llava-1.5-13b", "MSD as published", None, 2.46, 60, 5, "arXiv 2505.14260, its best"),
+    Published("qwen2.5-vl-7b", "ViSpec", None, 1.80, 30, 3, "arXiv 2509.15235, mean of its tasks"),
+)
+
+
+def estimated(model: Sizes, figure: Published, length: float) -> float:
+    """Speedup of a whole answer at batch 1."""
+    work = Workload(depth=figure.depth)
+    return float(plans(model, card(CARD), Acceptance(lengths={figure.nodes: length}), work, batches=[1])[0]["speedup"])
+
+
+def needed(model: Sizes, figure: Published) -> float:
+    """The acceptance length at which the estimate gives the published speedup."""
+    low, high = 1.0, float(figure.nodes)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if estimated(model, figure, middle) < figure.speedup else (low, middle)
+    return low
+
+
+def published() -> str:
+    """The table of published figures."""
+    lines = [
+        "| target | method | published τ | published speedup | estimate at that τ | τ the estimate needs | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for figure in FIGURES:
+        model = sizes(figure.target)
+        length = "–" if figure.length is None else f"{figure.length:.2f}"
+        bound = "–" if figure.length is None else f"{estimated(model, figure, figure.length):.2f}x"
+        lines.append(
+            f"| {figure.target} | {figure.method} | {length} | {figure.speedup:.2f}x | {bound} | "
+            f"{needed(model, figure):.2f} | {figure.source} |"
+        )
+    return "\n".join(lines)
+
+
+def grid() -> str:
+    """Speedups of decoding by tree size and batch at τ = 3.5."""
+    lines = []
+    for name in ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"):
+        rows = plans(sizes(name), card(CARD), Acceptance(length=3.5), Workload())
+        batches = list(dict.fromkeys(row["batch"] for row in rows))
+        lines += [f"**{name}**", "", "| nodes | " + " | ".join(f"batch {b}" for b in batches) + " |"]
+        lines.append("|---" * (len(batches) + 1) + "|")
+        for nodes in dict.fromkeys(row["nodes"] for row in rows):
+            cells = [f"{r['speedup_decode']:.2f}x" if r["fits"] else "too big" for r in rows if r["nodes"] == nodes]
+            lines.append(f"| {nodes} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def checked() -> str:
+    """What `recipes/estimate/validate.py` found."""
+    path = ROOT / "results/estimate.json"
+    if not path.exists():
+        return "Not measured yet: `python recipes/estimate/validate.py --out results/estimate.json` on an idle machine."
+    found = json.loads(path.read_text())
+    lines = [
+        f"{found['target']['name']}, {found['backend']} backend, {found['dtype']}, {found['threads']} threads: largest "
+        f"error {found['worst_error']:.0%} (limit {found['limit']:.0%}).", "",
+        "| pass | rows | after | measured | estimated | error |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['kind']} | {row['rows']} | {row['context']} | {row['measured_ms']:.1f} ms | "
+            f"{row['estimated_ms']:.1f} ms | {row['error']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Replaces what stands between the page's marks."""
+    page = ROOT / "docs/estimate.md"
+    text = page.read_text()
+    for name, table in {"published": published(), "grid": grid(), "checked": checked()}.items():
+        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->(.*?<!-- /{name} -->)?", lambda _, b=block: b, text, count=1, flags=re.S)
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
