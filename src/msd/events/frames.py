@@ -56,6 +56,7 @@ def event_frames(
     """
     width, height = events.size
     check_room(count, (width, height))
+    borders = edges(extent(events), count, by)
     pixels = np.full((count, height * width), EMPTY, np.uint8)
     counts = np.zeros(count, np.int64)
     spans = np.zeros((count, 2), np.int64)

@@ -7,7 +7,6 @@ chunks, so whatever is made of frames is made incrementally, in memory that does
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise

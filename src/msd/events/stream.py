@@ -6,7 +6,6 @@ each: t int64, x and y uint16, p uint8.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise

@@ -75,12 +75,6 @@ def _open(file: File) -> Any:
         return aedat.Decoder(str(file.path))
 
 
-def _let_through(error: BaseException) -> None:
-    """Raises what is no complaint of the package, such as Ctrl-C."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
-
-
 def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
     """Packets of some thousand events, gathered to chunks."""
     packets = iter(_open(file))

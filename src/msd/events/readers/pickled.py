@@ -77,7 +77,6 @@ def _run(data: mmap.mmap, offset: int) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     data.seek(offset)
-    stream: Any = data  # an mmap reads as a file does
     while True:
         operation = OPERATIONS[data.read(1).decode("latin-1")]
         name = operation.name
