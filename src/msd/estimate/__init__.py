@@ -4,7 +4,8 @@ No weights are loaded and no card is needed. docs/estimate.md says what is assum
 """
 
 from msd.estimate.acceptance import Acceptance
-from msd.estimate.cards import Card, card
+from msd.estimate.cards import Card
+from msd.estimate.lookup import card
 from msd.estimate.plans import Workload, plans
 from msd.estimate.roofline import pass_seconds
 from msd.estimate.sizes import Sizes, sizes

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from statistics import median
-
-from msd.errors import UserError
 
 REACHED_BANDWIDTH, REACHED_FLOPS = 0.8, 0.6  # assumed shares of a data sheet's numbers that kernels reach
 LAUNCH = 4e-6  # seconds from one kernel to the next on a GPU, assumed
@@ -19,6 +13,8 @@ class Card:
     """bandwidth: bytes a second. flops: FLOP a second of dense products in `dtype_bytes` bytes a number.
 
     memory: bytes. step: seconds that an operator costs beside its work. measured: by a probe, not from a data sheet.
+    attention: FLOP a second of masked attention, that of products by default. touch: seconds that element-wise work
+    takes for one number, what moving it takes by default.
     """
 
     name: str
@@ -29,6 +25,8 @@ class Card:
     dtype_bytes: float = 2.0
     measured: bool = False
     source: str = ""
+    attention: float | None = None
+    touch: float | None = None
 
     def reached(self) -> Card:
         """With what kernels reach in the place of what a data sheet says."""
@@ -55,53 +53,3 @@ _SHEETS = (
     _sheet("T4", 320, 65, 16, "NVIDIA T4 data sheet; float16"),
 )
 CARDS = {card.name.lower(): card for card in _SHEETS}
-
-
-def card(name: str) -> Card:
-    """A card by name, or "cpu", this machine, measured now (about a second). UserError names those known."""
-    key = name.lower().replace(" ", "-").replace("_", "-")
-    if key == "cpu":
-        return probe()
-    key = {"h100-sxm": "h100", "a100": "a100-80", "4090": "rtx-4090", "3090": "rtx-3090"}.get(key, key)
-    if key not in CARDS:
-        known = ", ".join(["cpu", *(card.name for card in CARDS.values())])
-        raise UserError(f"unknown card '{name}'; known: {known}")
-    return CARDS[key]
-
-
-def probe() -> Card:
-    """This machine in float32: weights of 168 MB read for one row, and multiplied with 256 rows.
-
-    Packed for oneDNN where that goes, as the fused backend has them. step: what a small operator takes.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from msd.backends.packed import Packed, can_pack
-
-    weights = [torch.randn(2048, 640) for _ in range(32)]
-    numbers = sum(w.numel() for w in weights)
-    products: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        Packed([w]) if can_pack(w) else partial(F.linear, weight=w) for w in weights
-    ]
-    few, many, small = torch.randn(1, 640), torch.randn(256, 640), torch.randn(1, 640)
-
-    def seconds(run: Callable[[], object], times: int) -> float:
-        run()
-        found = []
-        for _ in range(times):
-            start = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - start)
-        return median(found)
-
-    with torch.inference_mode():
-        step = seconds(lambda: [F.rms_norm(small, (640,)) for _ in range(100)], 9) / 100
-        narrow = seconds(lambda: [product(few) for product in products], 9) - len(products) * step
-        wide = seconds(lambda: [product(many) for product in products], 3)
-    import psutil
-
-    return Card(
-        "cpu", 4 * numbers / max(narrow, 1e-6), 2 * 256 * numbers / wide, float(psutil.virtual_memory().total), step,
-        4.0, True, f"measured, {torch.get_num_threads()} threads",
-    )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The time of a pass: bytes read against FLOPs done.
+"""The time of a pass: bytes read against FLOPs done, for its products and for its attention, and what comes on top.
 
-    t = sqrt(t_read² + t_multiply²) + steps · t_step
+    t = root(weights read, products) + root(cache read, attention) + operators + element-wise work
+    root(a, b) = sqrt(a² + b²)
 
 A roofline takes the larger of the two. Near the ridge, where drafts are verified, a pass takes longer than either
 alone, and the root of squares fits measured passes there (docs/estimate.md); far from it the two forms agree.
@@ -30,13 +31,23 @@ def pass_seconds(
     head = sizes.head if head is None else head
     each = real.dtype_bytes if weight_bytes is None else weight_bytes
     linear, tokens = layers * sizes.layer, batch * rows
-    cached = batch * (context + rows) * sizes.kv * layers / sizes.layers * real.dtype_bytes
-    read = (linear + head) * each + cached
-    seen = context + (rows + 1) / 2  # keys that a row sees, in the mean
-    attention = 4 * layers * sizes.heads * sizes.head_dim * tokens * seen
     shown = batch * (rows if head_rows is None else head_rows)
-    work = 2 * linear * tokens + 2 * head * shown + attention
-    return hypot(read / real.bandwidth, work / real.flops) + layers * STEPS * real.step
+    products = hypot((linear + head) * each / real.bandwidth, 2 * (linear * tokens + head * shown) / real.flops)
+    part = batch * layers / sizes.layers
+    cache = part * (context + rows) * sizes.kv * real.dtype_bytes / real.bandwidth
+    attention = hypot(cache, part * attention_work(sizes, rows, context) / (real.attention or real.flops))
+    touch = real.dtype_bytes / real.bandwidth if real.touch is None else real.touch
+    return products + attention + layers * STEPS * real.step + part * touched(sizes, rows) * touch
+
+
+def attention_work(sizes: Sizes, rows: int, context: int) -> float:
+    """FLOPs of attention in a pass over `rows` rows after `context` tokens, of which a row sees half of its fellows."""
+    return 4 * sizes.layers * sizes.heads * sizes.head_dim * rows * (context + (rows + 1) / 2)
+
+
+def touched(sizes: Sizes, rows: int) -> float:
+    """Numbers that element-wise work reads or writes in a pass: norms, rotary positions, the gate."""
+    return sizes.layers * rows * (8 * sizes.hidden + 6 * sizes.intermediate)
 
 
 def prefill_seconds(

@@ -14,6 +14,7 @@ from msd.targets.mrope import MRope
 from msd.targets.paligemma import PaliGemma
 from msd.targets.pictures import AnyResolution, NestedTiles, Patches, Pictures
 from msd.targets.qwen2_audio import Qwen2Audio
+from msd.targets.video_llava import VideoLlava
 from msd.targets.vision import VisionCache
 
 
@@ -58,7 +59,7 @@ _FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("Qwen2-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "qwen3_vl": Family("Qwen3-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "smolvlm": Family("SmolVLM", _VIDEO, Target, (NestedTiles(),), _TORCHVISION, "frames enter as images"),
-    "video_llava": Family("Video-LLaVA", _VIDEO, Target, (_STACK, _FRAMES), _TORCHVISION),
+    "video_llava": Family("Video-LLaVA", _VIDEO, VideoLlava, (_STACK, _FRAMES), _TORCHVISION),
     "voxtral": Family("Voxtral", ("audio",), Target, (), ("mistral-common",), "sounds are encoded at every prefill"),
 }
 

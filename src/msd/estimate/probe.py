@@ -1,0 +1,98 @@
+"""This machine as a card, in float32: passes of a small decoder, and its products alone, timed for some seconds.
+
+The decoder has 160 MB of weights, which no cache holds, and runs as targets do, fused where that goes. Products of one
+row tell the bandwidth, of 64, as many as a large tree has, the FLOP/s. What a pass takes beyond its products is what
+operators cost, what element-wise work takes, and attention: told apart by passes over more rows and more keys.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
+from msd.cache import KVCache
+from msd.estimate.cards import Card
+from msd.estimate.roofline import STEPS, attention_work, touched
+from msd.estimate.sizes import Sizes
+
+SIZES = Sizes("probe", 8, 640, 1792, 10, 5, 64, 0)
+ROWS, NEAR, FAR = 64, 64, 576  # of a pass, and keys before it
+TIMES = 15
+
+
+@torch.inference_mode()
+def probe() -> Card:
+    """See the module."""
+    decoder, products = _decoder()
+    weights = SIZES.layers * SIZES.layer
+    few, many = (_seconds(partial(products, rows)) for rows in (1, ROWS))
+    alone, wide, far = (_seconds(_pass(decoder, rows, keys)) for rows, keys in ((1, NEAR), (ROWS, NEAR), (ROWS, FAR)))
+    bandwidth, flops = 4 * weights / few, 2 * ROWS * weights / many
+    attention = attention_work(SIZES, ROWS, FAR) - attention_work(SIZES, ROWS, NEAR)
+    rate = attention / max(far - wide, 1e-5)
+    step = max(alone - few, 1e-6) / (SIZES.layers * STEPS)
+    rest = wide - many - (alone - few) - attention_work(SIZES, ROWS, NEAR) / rate
+    return Card(
+        "cpu", bandwidth, flops, float(psutil.virtual_memory().total), step, 4.0, True,
+        f"measured, {torch.get_num_threads()} threads", rate, max(rest, 0.0) / touched(SIZES, ROWS - 1),
+    )  # fmt: skip
+
+
+def _decoder() -> tuple[Any, Callable[[int], None]]:
+    """(the decoder's forward, its products alone over some rows)."""
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=SIZES.hidden, intermediate_size=SIZES.intermediate, num_hidden_layers=SIZES.layers,
+        num_attention_heads=SIZES.heads, num_key_value_heads=SIZES.kv_heads, head_dim=SIZES.head_dim,
+    )  # fmt: skip
+    model = LlamaModel(config).eval()
+    try:
+        fused = FusedDecoder(model)
+    except UnsupportedDecoderError:
+        linears = [m for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+
+        def plain(rows: int) -> None:
+            for linear in linears:
+                linear(torch.ones(1, rows, linear.in_features))
+
+        return model, plain
+
+    def packed(rows: int) -> None:
+        narrow, wide = torch.ones(1, rows, SIZES.hidden), torch.ones(1, rows, SIZES.intermediate)
+        for layer in fused.layers:
+            layer.qkv(narrow)
+            layer.out.plus(narrow, narrow)
+            layer.gate_up(narrow)
+            layer.down.plus(wide, narrow)
+
+    return fused.forward, packed
+
+
+def _pass(forward: Any, rows: int, keys: int) -> Callable[[], object]:
+    """A pass over `rows` nodes of a tree after `keys` tokens, which see all of them."""
+    cache = KVCache(SIZES.layers, 1, keys + rows)
+    forward(inputs_embeds=torch.ones(1, keys, SIZES.hidden), past_key_values=cache)
+    cache.advance(keys)
+    mask: Tensor | None = torch.zeros(1, 1, rows, keys + rows) if rows > 1 else None
+    places = torch.arange(keys, keys + rows)[None]
+    x = torch.ones(1, rows, SIZES.hidden)
+    return lambda: forward(inputs_embeds=x, attention_mask=mask, position_ids=places, past_key_values=cache)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The median of some runs, after one that warms up."""
+    run()
+    found = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return median(found)
