@@ -7,33 +7,25 @@ they were trained, apart; nothing is trained for the combination.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.drafters.msd import MSD, MSDNetwork, Shape
-from msd.drafters.msd.context import pick
-from msd.drafters.msd.drafter import SURELY
-from msd.drafters.msd.grow import choose, grow
-from msd.drafters.msd.laws import Laws, Levels
-from msd.drafters.notes import Notes
+from msd.drafters.msd.grow import Subtrees, choose
+from msd.drafters.msd.layer import Keys
+from msd.drafters.msd.network import Anchors
+from msd.drafters.notes import Remembers
 from msd.drafters.rivals import Rival, RivalDrafter
 from msd.drafters.rivals.memory import Memory
 from msd.errors import UserError
+from msd.layout import Layout
 from msd.plan import Budget
-from msd.sampling import Sampler, temperature
+from msd.sampling import Sampler
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
-
-
-@dataclass
-class _Memory:
-    """notes: the trunk's. newest: [B, T*H], the router's states before the newest token of every row."""
-
-    notes: Notes[Memory]
-    newest: Tensor
+from msd.tree import DraftTree, Scores
 
 
 class Combined(RivalDrafter):
@@ -55,76 +47,62 @@ class Combined(RivalDrafter):
         """See `Drafter`."""
         return Combined(super().twin(model).network, self.msd.twin(model).network, self.name)
 
-    def begin(self, state: State, scores: Scores) -> None:
-        """See `RivalDrafter`."""
-        c = self.network.config
-        if scores.taps is None or scores.taps.shape[-1] != c.hidden * len(self.taps):
-            raise UserError(
-                f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
-            )
-        notes: Notes[Memory] = Notes(self._of(scores.taps, c.taps), Memory.begin)
-        state.memory = _Memory(notes, self._of(scores.taps[:, -1], self.msd.taps))
-
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """The likeliest nodes of the active modalities' subtrees, merged."""
-        newest, router = state.layout.newest(), self.msd.network
-        if budget.nodes < 1 or max(budget.depth, default=0) < 1:
-            return DraftTree.root_only(newest)
-        feature, word = router.feature(state.memory.newest), router.embed(newest)
+        """See `RivalDrafter`; nothing where the answers most likely end."""
         going = [row for row, depth in enumerate(budget.depth) if depth]
-        if budget.seconds is not None and bool((router.ends(feature[going], word[going]) > SURELY).all()):
-            return DraftTree.root_only(newest)
-        memory = state.memory.notes.read(self.network, state.layout)
-        context, visible = memory.context()
-        laws = self.network.laws(context, replace(memory.anchor, visible=visible), newest)
-        subtrees = choose(router.config, router.route(feature, word).exp(), budget.nodes, budget.width)
-        subtrees.shapes = [Shape(s.width, min(s.depth, self.network.config.depth)) for s in subtrees.shapes]
-        kinds = self.msd.modality_ids.to(newest.device)
-        return grow(_Alike(laws), self.network, subtrees, kinds, newest, budget, temperature(sampler), self.pace)
+        if going and budget.seconds is not None:
+            newest = state.layout.newest()
+            if self.msd.network.all_end(self._routers(state)[going], newest[going]):
+                return DraftTree.root_only(newest)
+        return super().propose(state, budget, sampler)
+
+    def remember(self, network: Rival, layout: Layout, taps: Tensor) -> Remembers:
+        """The trunk's memory, which is given its own of the target's states."""
+        own = self._part(network.config.taps)
+        return _Memory(Memory.begin(network, layout, own(taps)), own)
+
+    def subtrees(self, state: State, newest: Tensor, budget: Budget) -> tuple[Subtrees, Tensor]:
+        """Those of the active modalities, as deep as the trunk drafts."""
+        router, depth = self.msd.network, self.network.config.depth
+        route = router.route(router.feature(self._routers(state)), router.embed(newest)).exp()
+        found = choose(router.config, route, budget.nodes, budget.width)
+        found.shapes = [Shape(s.width, min(s.depth, depth)) for s in found.shapes]
+        return found, self.msd.modality_ids.to(newest.device)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """See `MSD.route`."""
+        """See `Drafter`."""
         if scores.taps is None:
             return None
         router = self.msd.network
-        feature = router.feature(self._of(scores.taps, self.msd.taps))
-        above = pick(feature, tree.parents.clamp_min(0))
-        above = torch.where((tree.parents < 0)[..., None], router.feature(state.memory.newest)[:, None], above)
-        kinds = router.route(above, router.embed(tree.tokens)).argmax(-1)
-        return self.msd.modality_ids.to(kinds.device)[kinds]
+        root = router.feature(self._routers(state))[:, None]
+        return router.classes(tree, self._part(self.msd.taps)(scores.taps), root)
 
-    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """See `RivalDrafter`."""
-        assert scores.taps is not None
-        trunks = replace(scores, taps=self._of(scores.taps, self.network.config.taps))
-        state.memory.notes.observe(trunks, accepted)
-        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
-            if tokens:
-                last = [0, *nodes][len(tokens) - 1]
-                state.memory.newest[row] = self._of(scores.taps[row, last], self.msd.taps)
+    def _routers(self, state: State) -> Tensor:
+        """The router's part of the target's states before every row's newest token."""
+        return self._part(self.msd.taps)(state.memory.newest())
 
-    def _of(self, taps: Tensor, wanted: tuple[int, ...]) -> Tensor:
-        """Those of the target's states [..., T*H] that one part reads."""
-        states = taps.unflatten(-1, (len(self.taps), -1))
-        return states[..., [self.taps.index(tap) for tap in wanted], :].flatten(-2)
+    def _part(self, wanted: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """A function from all states [..., T*H] to those that one part reads."""
+        which = [self.taps.index(tap) for tap in wanted]
+        return lambda taps: taps.unflatten(-1, (len(self.taps), -1))[..., which, :].flatten(-2)
 
 
-class _Alike:
-    """One trunk's laws for all subtrees, which keep their modality all the way down."""
+@dataclass
+class _Memory:
+    """A trunk's memory beside a router: `own` gives the trunk's part of what was noted."""
 
-    def __init__(self, levels: Levels) -> None:
-        self.levels, self.weights = levels, torch.empty(0)
-        self.at_root = True
+    trunk: Memory
+    own: Callable[[Tensor], Tensor]
 
-    def root(self, weights: Tensor) -> Laws:
-        """See `Levels`."""
-        self.weights, F = weights, weights.shape[1]
-        laws = self.levels.root(weights[:, :1, :1])
-        return Laws(laws.logits.expand(-1, F, -1), laws.sure.expand(-1, F), weights)
+    @property
+    def anchor(self) -> Anchors:
+        """The trunk's."""
+        return self.trunk.anchor
 
-    def below(self, tokens: Tensor, above: Tensor) -> Laws:
-        """See `Levels`."""
-        self.weights = pick(self.weights, above)
-        laws = self.levels.below(tokens, torch.zeros_like(above) if self.at_root else above)
-        self.at_root = False
-        return Laws(laws.logits, laws.sure, self.weights)
+    def context(self) -> tuple[list[Keys], Tensor]:
+        """The trunk's."""
+        return self.trunk.context()
+
+    def take(self, network: Rival, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
+        """See `Remembers`."""
+        self.trunk.take(network, layout, self.own(taps), token, added)

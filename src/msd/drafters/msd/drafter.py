@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from msd.backends.precision import faster_in_bf16
 from msd.drafters.msd.config import SWITCHES, MSDConfig
-from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import choose, grow
 from msd.drafters.msd.laws import levels
 from msd.drafters.msd.memory import Memory
@@ -24,8 +23,6 @@ from msd.plan import Budget
 from msd.sampling import Sampler, temperature
 from msd.targets.state import State
 from msd.tree import Accepted, DraftTree, Scores
-
-SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
 
 
 class MSD:
@@ -99,7 +96,8 @@ class MSD:
         newest = state.layout.newest()
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
-        if budget.seconds is not None and self._all_end(state, newest, budget):
+        going = [row for row, depth in enumerate(budget.depth) if depth]
+        if budget.seconds is not None and self.network.all_end(state.memory.newest()[going], newest[going]):
             return DraftTree.root_only(newest)
         memory = self._memory(state)
         context, visible = memory.context()
@@ -115,21 +113,11 @@ class MSD:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
         if self.network.router is None or scores.taps is None:
             return None
-        feature = self.network.feature(scores.taps)
-        above = pick(feature, tree.parents.clamp_min(0))
-        above = torch.where((tree.parents < 0)[..., None], self._memory(state).anchor.feature, above)
-        kinds = self.network.route(above, self.network.embed(tree.tokens)).argmax(-1)
-        return self.modality_ids.to(kinds.device)[kinds]
+        return self.network.classes(tree, scores.taps, self._memory(state).anchor.feature)
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Notes the target's states of what was emitted."""
         state.memory.observe(scores, accepted)
-
-    def _all_end(self, state: State, newest: Tensor, budget: Budget) -> bool:
-        """Whether every answer that goes on most likely ends with the token that the target's pass gives anyway."""
-        rows = [row for row, depth in enumerate(budget.depth) if depth]
-        feature = self.network.feature(state.memory.newest()[rows])
-        return bool((self.network.ends(feature, self.network.embed(newest[rows])) > SURELY).all())
 
     def _memory(self, state: State) -> Memory:
         notes: Notes[Memory] = state.memory

@@ -24,6 +24,9 @@ from msd.drafters.msd.heads import Heads
 from msd.drafters.msd.layer import Keys, Layer, Rotary, TapNorm, step
 from msd.drafters.msd.router import Probe
 from msd.drafters.msd.vision import VisionAdaptor
+from msd.tree import DraftTree
+
+SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
 
 
 @dataclass
@@ -107,6 +110,24 @@ class MSDNetwork(nn.Module):
         """Logit [...] of the token after next being the answer's last."""
         out: Tensor = self.ending(feature, embedding).squeeze(-1)
         return out
+
+    def all_end(self, taps: Tensor, tokens: Tensor) -> bool:
+        """Whether every answer most likely ends with the token that the target's pass gives anyway.
+
+        taps: [R, T*H], the target's states before the newest tokens [R].
+        """
+        return bool((self.ends(self.feature(taps), self.embed(tokens)) > SURELY).all())
+
+    def classes(self, tree: DraftTree, taps: Tensor, root: Tensor) -> Tensor:
+        """[B, N] registry ids: the class of the token below each node, from the target's states before the node.
+
+        taps: [B, N, T*H], its states at the nodes. root: [B, 1, H], the fused feature before the root.
+        """
+        above = self.feature(taps)
+        above = above[torch.arange(len(above), device=above.device)[:, None], tree.parents.clamp_min(0)]
+        above = torch.where((tree.parents < 0)[..., None], root, above)
+        kinds = self.route(above, self.embed(tree.tokens)).argmax(-1)
+        return torch.tensor(self.config.modality_ids, device=kinds.device)[kinds]
 
     def pack(self, dtype: torch.dtype = torch.float32) -> None:
         """Packs the linear layers for decoding on this machine; the weights must not change after that.

@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 
 from msd.backends.precision import faster_in_bf16
 from msd.drafters.msd.config import Shape
+from msd.drafters.msd.context import pick
 from msd.drafters.msd.grow import Subtrees, grow
+from msd.drafters.msd.laws import Laws, Levels
 from msd.drafters.msd.pace import Pace
-from msd.drafters.notes import Notes
+from msd.drafters.notes import Notes, Remembers
 from msd.drafters.rivals.memory import Memory
 from msd.drafters.rivals.network import Rival
 from msd.errors import UserError
+from msd.layout import Layout
 from msd.modality import LANGUAGE
 from msd.plan import Budget
 from msd.sampling import Sampler, temperature
@@ -57,25 +60,33 @@ class RivalDrafter:
 
     def begin(self, state: State, scores: Scores) -> None:
         """Notes the prompt; it is read when the first draft is asked for."""
-        c = self.network.config
-        if scores.taps is None or scores.taps.shape[-1] != c.hidden * len(c.taps):
-            raise UserError(f"method '{self.name}' needs the target's states at layers {c.taps}, which were not kept")
-        state.memory = Notes(scores.taps, Memory.begin)
+        if scores.taps is None or scores.taps.shape[-1] != self.network.config.hidden * len(self.taps):
+            raise UserError(
+                f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
+            )
+        state.memory = Notes(scores.taps, self.remember)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """The likeliest nodes of a tree `config.width` wide."""
+        """The likeliest nodes of the `subtrees`."""
         newest = state.layout.newest()
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
-        notes: Notes[Memory] = state.memory
-        memory = notes.read(self.network, state.layout)
+        memory = state.memory.read(self.network, state.layout)
         context, visible = memory.context()
-        laws = self.network.laws(context, replace(memory.anchor, visible=visible), newest)
+        laws = Alike(self.network.laws(context, replace(memory.anchor, visible=visible), newest))
+        subtrees, kinds = self.subtrees(state, newest, budget)
+        return grow(laws, self.network, subtrees, kinds, newest, budget, temperature(sampler), self.pace)
+
+    def remember(self, network: Rival, layout: Layout, taps: Tensor) -> Remembers:
+        """What reads the notes; see `Memory.begin`."""
+        return Memory.begin(network, layout, taps)
+
+    def subtrees(self, state: State, newest: Tensor, budget: Budget) -> tuple[Subtrees, Tensor]:
+        """One, `config.width` wide; and the registry ids of the modalities that subtrees are told by."""
         c, one = self.network.config, torch.ones(len(newest), 1, device=newest.device)
         width = c.width if budget.width is None else min(budget.width, c.width)
         whole = Subtrees(one[..., None], one, one.long() * budget.nodes, [Shape(width, c.depth)])
-        kinds = torch.tensor([LANGUAGE.id], device=newest.device)
-        return grow(laws, self.network, whole, kinds, newest, budget, temperature(sampler), self.pace)
+        return whole, torch.tensor([LANGUAGE.id], device=newest.device)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """No router."""
@@ -84,3 +95,23 @@ class RivalDrafter:
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Notes the target's states of what was emitted."""
         state.memory.observe(scores, accepted)
+
+
+class Alike:
+    """One trunk's laws for all subtrees, which keep their modality all the way down (see `Levels`)."""
+
+    def __init__(self, levels: Levels) -> None:
+        self.levels, self.weights, self.at_root = levels, torch.empty(0), True
+
+    def root(self, weights: Tensor) -> Laws:
+        """See `Levels`; the trunk has one law for all F of them."""
+        self.weights, F = weights, weights.shape[1]
+        laws = self.levels.root(weights[:, :1, :1])
+        return Laws(laws.logits.expand(-1, F, -1), laws.sure.expand(-1, F), weights)
+
+    def below(self, tokens: Tensor, above: Tensor) -> Laws:
+        """See `Levels`."""
+        self.weights = pick(self.weights, above)
+        laws = self.levels.below(tokens, torch.zeros_like(above) if self.at_root else above)
+        self.at_root = False
+        return Laws(laws.logits, laws.sure, self.weights)
