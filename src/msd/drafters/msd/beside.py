@@ -1,18 +1,18 @@
 """What stands beside the text: tokens that only the drafter sees, such as those of an event camera.
 
-They come in groups (frames in time, cells in space), each with a number of tokens that is fixed by whoever encodes them
-(`msd.events.tokens`). Learned queries read each group, as the vision adaptor reads an image, and leave a few context
+They come in groups (frames in time, cells in space), each with a number of tokens that is fixed by whoever encodes
+them. Learned queries read each group, as the vision adaptor reads an image, and leave a few context
 entries per group and one global vector over all of them.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd.backends.packed import Linear
 from msd.drafters.msd.config import MSDConfig
+from msd.drafters.msd.vision import attended
 from msd.errors import UserError
 
 
@@ -43,8 +43,5 @@ class BesideAdaptor(nn.Module):
                 "encode them as for its training"
             )
         normed = self.norm(tokens.to(self.places.dtype)) + self.places
-        split = (self.heads, -1)
-        q = self.queries.expand(len(tokens), -1, -1).unflatten(-1, split).transpose(1, 2)
-        k, v = (p(normed).unflatten(-1, split).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(-2)
+        seen = attended(self.queries, self.k_proj(normed), self.v_proj(normed), self.heads, self.mask)
         return self.o_proj(seen[:, :-1]), self.whole(seen[:, -1:])

@@ -66,7 +66,7 @@ def entries(network: MSDNetwork, layout: Layout, taps: Tensor, beside: Tensor | 
     feature = network.feature(pick(taps, order))
     embedding = network.embed(layout.tokens[:, 1 : L + 1].gather(1, order))
     after = (shown.cumsum(1) > 0).gather(1, order)[..., None].to(feature.dtype)
-    kept, whole = _beside(network, beside, image)
+    kept, whole, given = _beside(network, beside, image)
     x = network.entry(feature, embedding, image * after + whole)
     if len(compressed):
         source = of_column.gather(1, order)
@@ -75,7 +75,7 @@ def entries(network: MSDNetwork, layout: Layout, taps: Tensor, beside: Tensor | 
         x, feature, embedding, layout.line()[:, :L].gather(1, order), present.gather(1, order),
         (present.cumsum(1) - 1).clamp_min(0), image + whole,
     )  # fmt: skip
-    return found if kept is None or beside is None else _preceded(found, kept, _given(beside))
+    return found if kept is None else _preceded(found, kept, given)
 
 
 def _images(network: MSDNetwork, taps: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,17 +101,13 @@ def _images(network: MSDNetwork, taps: Tensor, shown: Tensor) -> tuple[Tensor, T
     return image, tokens.flatten(0, 1), of_column
 
 
-def _beside(network: MSDNetwork, beside: Tensor | None, image: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(tokens kept of what stands beside [B, K, H], None where there is nothing; their global vectors like `image`)."""
+def _beside(network: MSDNetwork, beside: Tensor | None, image: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of what stands beside: (tokens kept [B, K, H] or None, global vectors like `image`, rows with any [B, 1])."""
     if beside is None or network.beside is None:
-        return None, torch.zeros_like(image)
+        return None, torch.zeros_like(image), image.new_zeros(len(image), 1).bool()
+    given = beside.flatten(1).any(1, keepdim=True)
     kept, whole = network.beside(beside)
-    return kept, whole.to(image.dtype) * _given(beside)[..., None]
-
-
-def _given(beside: Tensor) -> Tensor:
-    """[B, 1] bool: rows that have something beside them."""
-    return beside.flatten(1).any(1, keepdim=True)
+    return kept, whole.to(image.dtype) * given[..., None], given
 
 
 def _preceded(found: Entries, kept: Tensor, given: Tensor) -> Entries:

@@ -30,14 +30,22 @@ class VisionAdaptor(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """states [I, n, T*H], mask [I, n] bool (False is padding) -> tokens [I, K, H], global [I, H]."""
-        images = len(mask)
         normed = self.norm(states)
-        split = (self.heads, -1)
-        q = self.queries.expand(images, -1, -1).unflatten(-1, split).transpose(1, 2)
-        k, v = (p(normed).unflatten(-1, split).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        out = self.o_proj(seen.transpose(1, 2).flatten(-2))
+        out = self.o_proj(
+            attended(self.queries, self.k_proj(normed), self.v_proj(normed), self.heads, mask[:, None, None])
+        )
         return out[:, :-1], out[:, -1]
+
+
+def attended(queries: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor) -> Tensor:
+    """What learned queries [Q, H] read of keys and values [I, n, H] with `heads` heads: [I, Q, H].
+
+    mask: bool, broadcast to [I, heads, Q, n]; False is not read.
+    """
+    split = (heads, -1)
+    asked = queries.expand(len(keys), -1, -1)
+    q, k, v = (x.unflatten(-1, split).transpose(1, 2) for x in (asked, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
 
 
 def spans(shown: list[bool]) -> list[tuple[int, int]]:
