@@ -7,7 +7,6 @@ is ever executed.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +16,7 @@ from msd.errors import UserError
 from msd.events.readers.file import File
 from msd.events.recording import CHUNK, Recording, Source
 from msd.events.stream import EventStream
+from msd.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,9 @@ def open_chunks(
         UserError: no such file, an unknown format, a missing library, a broken header. What is wrong further on is
             raised when it is reached.
     """
-    path = Path(path)
     if chunk < 1:
         raise UserError(f"chunks of {chunk} events; give at least 1")
-    _check_regular(path)
+    path = Path(path)
     reader = _reader_of(path)
     try:
         read: Callable[[File], Source] = import_module(f"msd.events.readers.{reader.module}").read
@@ -74,26 +73,12 @@ def read(path: str | os.PathLike[str], size: tuple[int, int] | None = None, reco
     return open_chunks(path, size=size, recording=recording).read()
 
 
-def _check_regular(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file '{path}'; check the path") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UserError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}; check the path") from error
-    if not stat.S_ISREG(mode):
-        raise UserError(f"'{path}' is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}; give an event file")
-    if not path.stat().st_size:
-        raise UserError(f"'{path}' is empty (0 bytes); give an event file")
-
-
 def _reader_of(path: Path) -> Reader:
     """By extension, unless the first bytes say something else; UserError for what no reader owns."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}; check its permissions") from error
+    with open_regular(path, f"'{path}'", "event file") as file:
+        start = file.read(16)
+    if not start:
+        raise UserError(f"'{path}' is empty (0 bytes); give an event file")
     extension = path.suffix.lower()
     owner = next((r for r in READERS if extension in r.extensions), None)
     if owner is not None and (not owner.magic or start.startswith(owner.magic)):

@@ -107,13 +107,11 @@ def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] 
     x_bits, y_bits = (14, 14) if version == "2" else (9, 8)
 
     def columns(chunk: int) -> Iterator[Columns]:
-        wraps, last = 0, 0
+        last: int | None = None
         for words in file.words(offset + 2, "<u8", chunk):
-            clock = (words & 0xFFFFFFFF).astype(np.int64)
             address = (words >> np.uint64(32)).astype(np.uint32)
-            steps = np.diff(clock, prepend=last)
-            t = clock + ((wraps + np.cumsum(steps < -(1 << 31))) << 32)
-            wraps, last = int(t[-1] >> 32), int(clock[-1])
+            t = evt2.unwrapped(words & 0xFFFFFFFF, last, 1 << 32)
+            last = int(t[-1])
             x = address & ((1 << x_bits) - 1)
             y = address >> x_bits & ((1 << y_bits) - 1)
             yield t, x, y, address >> (x_bits + y_bits) & 1
