@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from msd.bench import seeds
 from msd.bench.errors import MODALITIES
 
-CONTROL, OURS = re.compile(r"standard( seed \d+)?"), re.compile(r"msd(:block|:ar)?( seed \d+)?")
 TASKS = {
     "all": "all tasks",
     "vqa": "VQA",
@@ -27,9 +27,11 @@ Row = dict[str, Any]
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of both; the second where acceptance was measured; none without both methods."""
-    standard, ours = (_rows(results, name) for name in (CONTROL, OURS))
-    if not standard or not ours:
+    groups = seeds.grouped(row["method"] for row in results["rows"])
+    name = seeds.ours(groups)
+    if name is None or seeds.CONTROL not in groups:
         return []
+    standard, ours = (_rows(results, groups[n]) for n in (seeds.CONTROL, name))
     speed = [
         [TASKS.get(re.sub(r"[^a-z]", "", task.lower()), task), *_compared(standard[task], ours[task], _speed)]
         for task in standard
@@ -43,10 +45,9 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     return found
 
 
-def _rows(results: dict[str, Any], method: re.Pattern[str]) -> dict[str, list[Row]]:
-    """Task -> rows of a method: its own, or else those of its seeds."""
-    exact = [r for r in results["rows"] if r["method"] in ("msd", "standard") and method.fullmatch(r["method"])]
-    rows = exact or [r for r in results["rows"] if method.fullmatch(r["method"])]
+def _rows(results: dict[str, Any], methods: list[str]) -> dict[str, list[Row]]:
+    """Task -> rows of a method, one for each of its seeds."""
+    rows = [r for r in results["rows"] if r["method"] in methods]
     return {task: [r for r in rows if r["task"] == task] for task in dict.fromkeys(r["task"] for r in rows)}
 
 

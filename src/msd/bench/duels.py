@@ -6,23 +6,18 @@ is over samples, and the ratio of each pair of seeds stands beside it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from msd.bench import seeds
 from msd.bench.intervals import ratio_interval
-
-SEED = re.compile(r" seed \d+$")
-OURS = ("msd", "msd:block")  # the first that was measured
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of one table; none where samples' seconds were not kept or `msd` was not measured."""
     seconds: dict[str, list[float]] = results.get("sample_seconds") or {}
-    groups: dict[str, list[str]] = {}
-    for method in seconds:
-        groups.setdefault(SEED.sub("", method), []).append(method)
-    name = next((name for name in OURS if name in groups), None)
+    groups = seeds.grouped(seconds)
+    name = seeds.ours(groups)
     if name is None or len(groups) < 2:
         return []
     tasks: list[str] = results["sample_tasks"]

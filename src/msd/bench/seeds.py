@@ -1,0 +1,23 @@
+"""Several seeds of a method ("standard seed 0", …) count as one method, and one method of all is MSD."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+OURS = ("msd", "msd:block", "msd:ar")  # the first that was measured
+CONTROL = "standard"
+_SEED = re.compile(r" seed \d+$")
+
+
+def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Name without a seed -> the method of that name, or else its seeds, in their order."""
+    groups: dict[str, list[str]] = {}
+    for method in dict.fromkeys(methods):
+        groups.setdefault(_SEED.sub("", method), []).append(method)
+    return {name: [name] if name in found else found for name, found in groups.items()}
+
+
+def ours(groups: dict[str, list[str]]) -> str | None:
+    """The group that stands for MSD; None where there is none."""
+    return next((name for name in OURS if name in groups), None)
