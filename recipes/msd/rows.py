@@ -106,14 +106,13 @@ def train_rows(args: argparse.Namespace) -> None:
     model, processor = load_target(args.target)
     model.requires_grad_(False)
     every = rows(range(args.seeds))
-    alike: dict[Any, dict[str, Row]] = {}
+    alike: dict[Any, tuple[MSDNetwork | rivals.Rival, dict[str, Row]]] = {}
     for name in args.only or every:
         if not stored.training(folder_of(args.out, name) / "drafter").get("finished"):
             network = untrained(adapt(model), answers, every[name].settings)
-            alike.setdefault((network.config.taps, tuple(network.ids.tolist())), {})[name] = every[name]
-    for some in alike.values():
+            alike.setdefault((network.config.taps, tuple(network.ids.tolist())), (network, {}))[1][name] = every[name]
+    for network, some in alike.values():
         settings = replace(next(iter(some.values())).settings, remember=args.remember)
-        network = untrained(adapt(model), answers, settings)
         notes, seconds = read_notes(model, processor, answers, cuts, settings, network)
         print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
         run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
