@@ -53,19 +53,21 @@ def run(
     config: SpeculativeConfig | None = None,
     warm: bool = False,
     batch: int = 1,
+    baselines: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Results as in results.json: `environment`, a row per method and task (task "all" first), every sample's seconds.
 
-    Both baselines are always measured. At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at
+    `ar` and the library's `baselines` (all of its ways by default; `transformers` among them) are measured too. At a
+    temperature above 0 sample i is drawn with seed i. With `cuts`, and at
     temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`). `warm`: our methods
     answer once more with the photos encoded, for a column of its own. `batch`: samples of a task answered together.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     settings = {**sampling, "max_new_tokens": max_new_tokens}
     ways, not_run = dict[str, Callable[..., Run]](), dict[str, str]()
-    for name, extra in LIBRARY.items():
+    for name in LIBRARY if baselines is None else baselines:
         try:
-            ways[name] = partial(library, model, settings={**settings, **extra(model)})
+            ways[name] = partial(library, model, settings={**settings, **LIBRARY[name](model)})
         except REFUSALS as error:
             not_run[name] = _refusal(error)
     names = list(dict.fromkeys([PLAIN, *methods]))

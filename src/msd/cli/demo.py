@@ -40,8 +40,9 @@ def demo(
     console.print("\n")
     sample = Sample((photo,), PROMPT, None, "demo")
     results = measure.run(
-        vlm.model, vlm.processor, [sample] * runs, [vlm.drafter.name], max_new_tokens, 0.0, lambda _: None
-    )
+        vlm.model, vlm.processor, [sample] * runs, [vlm.drafter.name], max_new_tokens, 0.0, lambda _: None,
+        baselines=(measure.TRANSFORMERS,),
+    )  # fmt: skip
     if as_json:
         print(json.dumps(results))
         return
