@@ -41,6 +41,6 @@ def lesson(model: Any, made: Rival, rows: int = 4) -> Lesson:
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
     )
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
-    notes = Notebook(model.get_output_embeddings(), made.ids, 1.0, torch.float32)
+    notes = Notebook(model.get_output_embeddings(), made.ids, made.config.taps, 1.0, torch.float32)
     target = adapt(model, made.config.taps)
     return notes.recall(0, lambda: (teach(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]

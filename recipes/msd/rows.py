@@ -5,11 +5,10 @@ python recipes/msd/rows.py tell                          # what training measure
 python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
 python recipes/msd/rows.py ship                          # rivals and the control to weights/, for `msd bench`
 
-The target says its word on all answers once, before the first row that needs it; every row learns from these notes,
-but for those that read other states or draft other words, for which it says it again. Rows are trained two at a time,
-each on one core; minutes are that core's, and a row's steps follow from its own measured speed, so a part that costs
-training time pays for it. `standard` is the same trunk, vocabulary, budget and plan with every modality part off. Rows
-that only differ in decoding share weights.
+The target says its word on all answers once, before the first row; every row learns from these notes. Rows are trained
+two at a time, each on one core; minutes are that core's, and a row's steps follow from its own measured speed, so a
+part that costs training time pays for it. `standard` is the same trunk, vocabulary, budget and plan with every
+modality part off. Rows that only differ in decoding share weights.
 """
 
 from __future__ import annotations
@@ -105,22 +104,25 @@ def train_rows(args: argparse.Namespace) -> None:
     model, processor = load_target(args.target)
     model.requires_grad_(False)
     every = rows(range(args.seeds))
-    alike: dict[Any, tuple[MSDNetwork | rivals.Rival, dict[str, Row]]] = {}
-    for name in args.only or every:
-        if not stored.training(folder_of(args.out, name) / "drafter").get("finished"):
-            network = untrained(adapt(model), answers, every[name].settings)
-            alike.setdefault((network.config.taps, tuple(network.ids.tolist())), (network, {}))[1][name] = every[name]
-    for network, some in alike.values():
-        settings = replace(next(iter(some.values())).settings, remember=args.remember)
-        notes, seconds = read_notes(model, processor, answers, cuts, settings, network)
-        print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
-        run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
-        waiting = FORK.Queue()
-        for name in some:
-            waiting.put(name)
-        if not _side_by_side(args.side_by_side, partial(_train_waiting, waiting, some, run, args)):
-            print("stopped; run again to continue")
-            return
+    waiting = [
+        name
+        for name in args.only or every
+        if not stored.training(folder_of(args.out, name) / "drafter").get("finished")
+    ]
+    if not waiting:
+        return
+    networks = [untrained(adapt(model), answers, every[name].settings) for name in waiting]
+    layers = sorted({layer for network in networks for layer in network.config.taps})
+    notes = Notebook(model.get_output_embeddings(), networks[0].ids, layers, args.remember)
+    del networks
+    seconds = read_notes(model, processor, answers, cuts, notes)
+    print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
+    run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
+    queue = FORK.Queue()
+    for name in waiting:
+        queue.put(name)
+    if not _side_by_side(args.side_by_side, partial(_train_waiting, queue, every, run, args)):
+        print("stopped; run again to continue")
 
 
 def _side_by_side(count: int, work: Callable[[], None]) -> bool:
@@ -134,15 +136,15 @@ def _side_by_side(count: int, work: Callable[[], None]) -> bool:
     return all(worker.exitcode == 0 for worker in workers)
 
 
-def _train_waiting(waiting: Any, some: dict[str, Row], run: Callable[..., bool], args: argparse.Namespace) -> None:
+def _train_waiting(queue: Any, every: dict[str, Row], run: Callable[..., bool], args: argparse.Namespace) -> None:
     """Trains one waiting row after another; ends the process with 1 where one was stopped."""
     torch.set_num_threads(1)  # also because threads do not survive a fork
     while True:
         try:
-            name = waiting.get(timeout=1)
+            name = queue.get(timeout=1)
         except Empty:
             return
-        folder, settings = folder_of(args.out, name), some[name].settings
+        folder, settings = folder_of(args.out, name), every[name].settings
         plan = folder / "plan.json"
         if not plan.exists():
             speed = _speed(run, folder / "probe", settings)
@@ -155,23 +157,14 @@ def _train_waiting(waiting: Any, some: dict[str, Row], run: Callable[..., bool],
             raise SystemExit(1)
 
 
-def read_notes(
-    model: Any,
-    processor: Any,
-    answers: Sequence[Captured],
-    cuts: ModalityCuts,
-    settings: DraftTraining,
-    network: MSDNetwork | rivals.Rival,
-) -> tuple[Notebook, float]:
-    """What the target says of all answers, as far as the network reads it, and the seconds that took."""
-    notes = Notebook(model.get_output_embeddings(), network.ids, settings.remember)
+def read_notes(model: Any, processor: Any, answers: Sequence[Captured], cuts: ModalityCuts, notes: Notebook) -> float:
+    """Has the target say its word on all answers, as far as the notes have room; the seconds that took."""
     dtype = torch.bfloat16 if faster_in_bf16(model.device) else None
-    lessons = Lessons(
-        adapt(model, network.config.taps), processor, answers, cuts, notes, settings.batch, dtype=dtype
-    )  # fmt: skip
+    teacher = adapt(model, notes.layers)
+    lessons = Lessons(teacher, processor, answers, cuts, notes, DraftTraining().batch, dtype=dtype)
     begun = time.monotonic()
     lessons.read_ahead(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
-    return notes, time.monotonic() - begun
+    return time.monotonic() - begun
 
 
 def _speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: DraftTraining) -> float:

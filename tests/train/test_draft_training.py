@@ -42,7 +42,7 @@ def lesson(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], Lesson
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
     target = adapt(model, made.config.taps)
     labels = torch.tensor([LANGUAGE.id, VISION.id, FUSION.id])[torch.arange(LENGTH) % 3].expand(4, -1)
-    notes = Notebook(model.get_output_embeddings(), made.heads.ids, 1.0, torch.float32)
+    notes = Notebook(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0, torch.float32)
     taught, labels = notes.recall(0, lambda: (teach(target, inputs, answers), labels))
     return target, inputs, taught, labels
 
@@ -347,7 +347,7 @@ def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
 
     said = whole.spoken()
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        notes, forgetful = Notebook(head, ids, 1.0, dtype), Notebook(head, ids, 0.0, dtype)
+        notes, forgetful = (Notebook(head, ids, made.config.taps, room, dtype) for room in (1.0, 0.0))
         calls.clear()
         first, again = notes.recall(1, teaching)[0], notes.recall(1, teaching)[0]
         assert len(calls) == 1
@@ -359,13 +359,32 @@ def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
         assert (first.logits.exp() - law)[said].abs().max() < near * law.max()
 
 
+def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
+    model = tiny.llava()
+    made = network(model, "block")
+    head, ids, layers = model.get_output_embeddings(), made.heads.ids, made.config.taps
+    every, fewer = tuple(range(layers[-1] + 1)), ids[::2]
+    assert every != layers
+    target, inputs, taught, labels = lesson(model, made)
+    answers = taught.answers.tolist()
+    for room in (1.0, 0.0):  # noted and taught each time
+        shared = Notebook(head, fewer, every, room)
+        shared.recall(0, lambda: (teach(adapt(model, every), inputs, answers), labels))
+        read = shared.read_by(ids, layers).recall(0, lambda: (teach(adapt(model, every), inputs, answers), labels))[0]
+        own = Notebook(head, ids, layers, room).recall(0, lambda: (teach(target, inputs, answers), labels))[0]
+        assert read.taps is not None and own.taps is not None
+        assert torch.equal(read.taps, own.taps) and torch.equal(read.logits, own.logits)
+    with pytest.raises(ValueError, match="cannot be read"):
+        shared.read_by(ids, (99, layers[-1]))
+
+
 def test_a_head_that_is_more_than_its_matrix_is_taught_each_time() -> None:
     model = tiny.llava()
     made = network(model, "block")
     target, inputs, taught, labels = lesson(model, made)
     whole = teach(target, inputs, taught.answers.tolist())
     whole.logits = 3 * torch.tanh(whole.logits)  # soft-capped
-    notes = Notebook(model.get_output_embeddings(), made.heads.ids, 1.0)
+    notes = Notebook(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0)
     for _ in range(2):
         found, _ = notes.recall(0, lambda: (whole, labels))
         assert torch.equal(found.logits, whole.logits.log_softmax(-1)[..., made.heads.ids])

@@ -52,7 +52,7 @@ class DraftTraining:
     matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
     "measure" (bf16 where it is clearly faster here); held-out figures are always taken with the weights' own.
     remember: gigabytes of memory for what the target said of the answers, which changes no result. start: the folder of
-    an `msd` drafter to go on from; it keeps its form, parts and vocabulary.
+    an `msd` drafter to go on from; it keeps its form, parts and vocabulary, and begins in stage 2.
     """
 
     form: str = "block"
@@ -115,9 +115,9 @@ def train(
 ) -> bool:
     """Trains to `out/drafter`; False when it was asked to stop before the end (run it again to go on).
 
-    `sink` is given every row of the log. `notes`: shared by runs on the same answers with the same draft vocabulary. A
-    finished run is left as it is. UserError when the target's images do not reach it, or when `out` holds a run with
-    other settings, data or target.
+    `sink` is given every row of the log. `notes`: shared by runs on the same answers, of all layers that any of them
+    reads. A finished run is left as it is. UserError when the target's images do not reach it, or when `out` holds a
+    run with other settings, data or target.
     """
     model.requires_grad_(False)
     settings = _settled(settings, out, model.device)
@@ -129,20 +129,24 @@ def train(
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
     )
-    target = adapt(model, network.config.taps)
+    taps = network.config.taps
+    target = adapt(model, taps)
     _refuse_blind_targets(target, processor, captured)
     stages, anchors = settings.stages, settings.anchors
     if isinstance(network, Rival):
         stages, anchors = Published.of(network, settings.steps), min(anchors, network.roots)
+    if settings.start is not None:  # it has the first stage behind it
+        stages = Stages(0, 1, stages.keep)
     if settings.text_only:
         stages = Stages(settings.steps, 1, 1.0)
     share = (accelerator.process_index, accelerator.num_processes)
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
     head, ids = model.get_output_embeddings(), network.ids
-    notes = notes or Notebook(head, ids, settings.remember)
-    lessons = Lessons(target, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
+    notes = notes or Notebook(head, ids, taps, settings.remember)
+    teacher, notes = adapt(model, notes.layers), notes.read_by(ids, taps)
+    lessons = Lessons(teacher, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
     objective = _objective(network, settings, model)
-    exact = Notebook(head, ids, 0.1 * settings.remember, torch.float32)
+    exact = Notebook(head, ids, taps, 0.1 * settings.remember, torch.float32)
     evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun, tokens = time.monotonic(), 0
