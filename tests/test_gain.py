@@ -1,4 +1,4 @@
-"""Image gain: batched and padded as one by one, the blind pass as a text without its picture, cuts as percentiles."""
+"""Image gain: batched and padded as one by one, hidden images as a text without its picture, cuts as percentiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tiny
 from msd.errors import UserError
-from msd.gain import ModalityCuts, assert_images_matter, image_gain
+from msd.gain import ModalityCuts, assert_images_matter, image_columns, image_gain
 from msd.modality import FUSION, LANGUAGE, VISION
 from msd.targets import Target, adapt
 from msd.targets.fingerprint import fingerprint
@@ -52,9 +52,10 @@ def gain_by_hand(model: Any, inputs: dict[str, Tensor], answer: list[int]) -> Te
     return torch.tensor(gains, dtype=torch.float64)
 
 
-def test_the_blind_pass_is_the_text_without_its_picture() -> None:
+def test_hidden_images_leave_the_text_without_its_picture() -> None:
     teacher = target()
-    lesson = teach(teacher, tiny.batch(*PROMPTS), ANSWERS, blind=True)
+    inputs = tiny.batch(*PROMPTS)
+    lesson = teach(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
     for row, (inputs, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         expected = without_picture(teacher.model, inputs, answer)
         torch.testing.assert_close(lesson.logits[row, : len(answer)], expected, atol=1e-4, rtol=1e-4)

@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"errors", "version", "files", "heap", "hidden"},
     {"modality", "layout", "cache", "tree", "backends"},
     {"sampling", "statistics", "events"},
-    {"targets", "verify", "gain"},
+    {"targets", "verify", "gain", "event_gain"},
     {"costs"},
     {"plan"},
     {"drafters"},

@@ -1,8 +1,8 @@
 """Image gain: how much the picture says about each answer token, and the modality that follows from it.
 
 The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target; the law without the
-image comes from the blind pass of `teach`: positions unchanged, image keys hidden. A token is *language* up to the 50th
-percentile of the train data's gains, *vision* from the 80th on, *fusion* between.
+image comes from a pass of `teach` with all image columns hidden, positions unchanged. A token is *language* up to the
+50th percentile of the train data's gains, *vision* from the 80th on, *fusion* between.
 This module knows nothing of drafters or of how answers are decoded.
 """
 
@@ -43,17 +43,42 @@ def image_gain(
     if any(token in target.placeholders for answer in answers for token in answer):
         raise UserError("an answer holds an image placeholder token; cut it there, it cannot be taught")
     inputs = target.encode_images(dict(inputs))
-    shown = _shows_images(target, inputs["input_ids"])
-    if not any(shown):
+    return cost_of_hiding(target, inputs, answers, image_columns(target, inputs["input_ids"]), seeing)
+
+
+@torch.no_grad()
+def cost_of_hiding(
+    target: Target,
+    inputs: dict[str, Any],
+    answers: Sequence[Sequence[int]],
+    hidden: Tensor,
+    seeing: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """KL(p(·|all, prefix) ‖ p(·|all but the hidden columns, prefix)) of every answer token, as `image_gain` gives it.
+
+    inputs: with encoded images. hidden: [B, L] bool prompt columns; a row without any costs exactly 0.
+    """
+    some = hidden.any(1).tolist()
+    if not any(some):
         return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
     if seeing is None:
-        lesson = teach(target, inputs, answers)
-        seeing = [lesson.logits[row, :n] for row, n in enumerate(lesson.lengths)]
-    blind = teach(target, inputs, answers, blind=True)
+        seeing = whole_laws(target, inputs, answers)
+    less = teach(target, inputs, answers, hidden)
     return [
-        _divergence(p, blind.logits[row, : len(p)]) if shown[row] else torch.zeros(len(p)).double()
+        _divergence(p, less.logits[row, : len(p)]) if some[row] else torch.zeros(len(p)).double()
         for row, p in enumerate(seeing)
     ]
+
+
+def whole_laws(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The logits [T_i, V] of each answer's tokens with nothing hidden."""
+    lesson = teach(target, inputs, answers)
+    return [lesson.logits[row, :n] for row, n in enumerate(lesson.lengths)]
+
+
+def image_columns(target: Target, input_ids: Tensor) -> Tensor:
+    """[B, L] bool: the columns that stand for image features."""
+    return torch.isin(input_ids, torch.tensor(list(target.placeholders), device=input_ids.device))
 
 
 def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> None:
@@ -142,8 +167,7 @@ class ModalityCuts(BaseModel):
 
 def _shows_images(target: Target, input_ids: Tensor) -> list[bool]:
     """For every row of [B, L], whether it has image placeholders."""
-    places = torch.tensor(list(target.placeholders), device=input_ids.device)
-    return torch.isin(input_ids, places).any(1).tolist()
+    return image_columns(target, input_ids).any(1).tolist()
 
 
 def _negative(pixels: Tensor) -> Tensor:

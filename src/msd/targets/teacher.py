@@ -1,8 +1,8 @@
 """The target as a teacher: one pass over prompts with their answers, as training and labelling need it.
 
 Gives what the decode loop would have seen position by position: hidden states at the tap layers and the logits that
-predict each answer token. The *blind* pass is the same but for one thing: nothing outside the image sees the image keys
-(positions unchanged), which is the target's law without the picture.
+predict each answer token. With columns *hidden* it is the same but for one thing: no other column sees their keys
+(positions unchanged). Hiding all image columns gives the target's law without the picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from msd.errors import UserError
 from msd.layout import Layout
-from msd.modality import LANGUAGE
 from msd.targets import masks
 from msd.targets.base import Target
 
@@ -58,12 +57,13 @@ def teach(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],
-    blind: bool = False,
+    hidden: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Lesson:
     """Runs the target over prompts (processor output, images encoded or not) followed by `answers` (token ids).
 
-    dtype: of the language model's matrix products where it is not the weights' own (autocast).
+    hidden: [B, L] bool, prompt columns that no other column sees. dtype: of the language model's matrix products where
+    it is not the weights' own (autocast).
 
     UserError when an answer is empty, or holds a token that stands for image features, which a whole row at once
     cannot tell from an image.
@@ -90,7 +90,7 @@ def teach(
     with recording as taps, cast:
         output = target.model(
             input_ids=torch.cat([ids, layout.tokens[:, L:]], 1),  # a layout pads with the first token, maybe an image
-            attention_mask=_mask(target, layout, L, typed, blind),
+            attention_mask=_mask(target, layout, L, typed, hidden),
             position_ids=target.positions(layout.positions),
             use_cache=False,
             logits_to_keep=A + 1,
@@ -100,15 +100,14 @@ def teach(
     return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
 
 
-def _mask(target: Target, layout: Layout, prompt: int, typed: bool, blind: bool) -> masks.Mask:
+def _mask(target: Target, layout: Layout, prompt: int, typed: bool, hidden: Tensor | None) -> masks.Mask:
     """Additive masks [B, 1, S, S] of whole rows; padding columns see themselves: no row of them is empty."""
     S, device = layout.capacity, layout.tokens.device
     seen, back = masks.row_view(layout.start, S, device)
     both = target.both_ways(layout, prompt) if typed else None
     if both is not None:
         seen = seen | both
-    if blind:
-        shown = layout.modality != LANGUAGE.id
-        seen = seen & ~(shown[:, None, :] & ~shown[:, :, None])
+    if hidden is not None:
+        seen = seen & ~torch.nn.functional.pad(hidden.to(device), (0, S - prompt))[:, None, :]
     seen = seen | torch.eye(S, dtype=torch.bool, device=device)
     return masks.masks(seen, back, target.windows, target.model.dtype)
