@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import tiny
+from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.gain import ModalityCuts, assert_images_matter, image_columns, image_gain
+from msd.gain import assert_images_matter, image_columns, image_gain
 from msd.modality import FUSION, LANGUAGE, VISION
 from msd.targets import Target, adapt
 from msd.targets.fingerprint import fingerprint

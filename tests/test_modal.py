@@ -16,7 +16,7 @@ import tiny_checkpoint
 from msd.bench import measure, modal, report
 from msd.bench.data import Sample
 from msd.cli import main
-from msd.gain import ModalityCuts
+from msd.cuts import ModalityCuts
 from msd.layout import Layout
 from msd.loading import load_target
 from msd.modality import FUSION, LANGUAGE, VISION

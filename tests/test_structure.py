@@ -13,14 +13,14 @@ ROOT = Path(msd.__file__).parent
 # from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
 LAYERS: list[set[str]] = [
     {"errors", "version", "files", "heap", "hidden"},
-    {"modality", "layout", "cache", "tree", "backends"},
+    {"modality", "cuts", "layout", "cache", "tree", "backends"},
     {"sampling", "statistics", "events"},
     {"targets", "verify", "gain", "event_gain"},
     {"costs"},
     {"plan"},
     {"drafters"},
     {"decode"},
-    {"containers", "images", "videos", "sounds", "prompts", "chat"}
+    {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
     | {"model", "config", "result", "loading", "streaming", "reference"},
     {"bench", "train", "serve", "estimate", "msd"},
     {"cli", "__main__"},

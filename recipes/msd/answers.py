@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msd.bench.modal import SHIPPED
+from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.gain import ModalityCuts
 from msd.loading import load_target
 from msd.targets.fingerprint import fingerprint
 from msd.train.capture import Answer, Prompt, capture

@@ -32,13 +32,13 @@ from msd import drafters
 from msd.backends.precision import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
+from msd.cuts import ModalityCuts
 from msd.drafters import rivals, stored
 from msd.drafters.combined import Combined
 from msd.drafters.msd import MSD, SWITCHES, checkpoint
-from msd.drafters.msd.config import default_shapes
+from msd.drafters.msd.config import shapes_of
 from msd.drafters.msd.network import MSDNetwork
 from msd.drafters.registry import COMBINED
-from msd.gain import ModalityCuts
 from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.modality import LANGUAGE
@@ -284,7 +284,7 @@ def ship_rows(args: argparse.Namespace) -> None:
     for name, source in sources.items():
         if (source / "model.safetensors").exists():
             network = checkpoint.load(source) if name in OWN else rivals.load(source)
-            config = replace(network.config, shapes=default_shapes()) if name in OWN else network.config
+            config = replace(network.config, shapes=shapes_of()) if name in OWN else network.config
             stored.save(network, config, args.weights / name, stored.training(source), args.eight_bit)
     sizes = {f.parent.name: f.stat().st_size / 1e6 for f in args.weights.glob("*/model.safetensors")}
     print("\n".join(f"{name}: {size:.1f} MB" for name, size in sorted(sizes.items())))

@@ -1,37 +1,29 @@
-"""What each answer token owes to the events of a scene: costs of hiding kinds of cells and whole frames, and labels.
+"""What each answer token owes to the events of a scene: the costs of hiding kinds of cells, and whole frames.
 
 The target sees frames; an event camera looked at the same scene. Each cell of a frame (an image token) is *sparse* or
 *dense* by the rate of events there while the frame was on screen (`msd.events.cells`). The cost of hiding some cells is
-KL(p(·|all) ‖ p(·|all but their keys)) in nats, as the image gain is that of hiding all of them. A token is
-
-    language          where hiding neither kind costs more than `least`, the 50th percentile of the train data
-    video_reasoning   else, where hiding a second frame costs at least `spread` of what hiding the dearest costs
-    event_sparse, event_dense    else, by the kind whose hiding costs more
-
+KL(p(·|all) ‖ p(·|all but their keys)) in nats, as the image gain is that of hiding all of them. `msd.cuts` makes labels
+of costs.
 This module knows nothing of drafters or of how answers are decoded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from msd.cuts import KINDS
 from msd.errors import UserError
 from msd.events import cells
 from msd.events.pieces import Events
-from msd.gain import LANGUAGE_SHARE, cost_of_hiding, image_columns, whole_laws
-from msd.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
+from msd.gain import cost_of_hiding, image_columns, whole_laws
 from msd.targets.base import Target
-
-MODALITIES = (LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING)
-KINDS = (EVENT_SPARSE, EVENT_DENSE)
 
 
 def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
@@ -84,35 +76,3 @@ def _groups(columns: Tensor, kinds: Tensor) -> Tensor:
     for row, members in zip(found, groups, strict=True):
         row[at[members.to(at.device)]] = True
     return found
-
-
-class EventCuts(BaseModel):
-    """Where costs become labels; see the module. tokens: how many `least` was fitted on. target: its `fingerprint`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    least: float = Field(ge=0)
-    spread: float = Field(default=0.5, ge=0, le=1)
-    tokens: int = Field(ge=1)
-    target: str = Field(min_length=1)
-
-    @classmethod
-    def fit(cls, costs: Iterable[Sequence[Sequence[float]] | Tensor], target: str) -> EventCuts:
-        """From the costs of train answers; UserError when there are none."""
-        dearest = [torch.as_tensor(c, dtype=torch.float64)[:, : len(KINDS)].amax(1) for c in costs]
-        if not dearest:
-            raise UserError("no answer about events to fit event cuts on; capture lines with events")
-        values = torch.cat(dearest).numpy()
-        return cls(least=float(np.quantile(values, LANGUAGE_SHARE)), tokens=len(values), target=target)
-
-    def labels(self, costs: Sequence[Sequence[float]] | Tensor) -> Tensor:
-        """Modality ids [T] int64 of costs [T, 2 + F]."""
-        costs = torch.as_tensor(costs, dtype=torch.float64)
-        by_kind, by_frame = costs[:, : len(KINDS)], costs[:, len(KINDS) :]
-        ids = torch.tensor([kind.id for kind in KINDS])
-        labels = ids[by_kind.argmax(1)]
-        if by_frame.shape[1] > 1:
-            first, second = by_frame.topk(2, 1).values.unbind(1)
-            labels[(second >= self.spread * first) & (first > 0)] = VIDEO_REASONING.id
-        labels[by_kind.amax(1) <= self.least] = LANGUAGE.id
-        return labels

@@ -1,29 +1,21 @@
-"""Image gain: how much the picture says about each answer token, and the modality that follows from it.
+"""Image gain: how much the picture says about each answer token.
 
 The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target; the law without the
-image comes from a pass of `teach` with all image columns hidden, positions unchanged. A token is *language* up to the
-50th percentile of the train data's gains, *vision* from the 80th on, *fusion* between.
+image comes from a pass of `teach` with all image columns hidden, positions unchanged. `msd.cuts` makes labels of gains.
 This module knows nothing of drafters or of how answers are decoded.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.modality import FUSION, LANGUAGE, VISION
 from msd.targets.base import Target
 from msd.targets.teacher import teach
-
-LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
 
 
 @torch.no_grad()
@@ -97,72 +89,6 @@ def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequen
                 f"the target's answer does not change with its images (prompt {row}: other pixels, the same logits); "
                 "check that pixel values reach the model before training on it"
             )
-
-
-class ModalityCuts(BaseModel):
-    """Where gains become labels: language ≤ `language_max`, vision ≥ `vision_min` (nats), fusion between.
-
-    Fitted once on train data and kept with what was trained. tokens: how many gains it was fitted on. target: the
-    `fingerprint` of the model that gave them.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    language_max: float = Field(ge=0)
-    vision_min: float = Field(ge=0)
-    tokens: int = Field(ge=1)
-    target: str = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> ModalityCuts:
-        if self.language_max > self.vision_min:
-            raise ValueError(f"language_max {self.language_max} is above vision_min {self.vision_min}")
-        return self
-
-    @classmethod
-    def fit(cls, gains: Iterable[Sequence[float] | Tensor], target: str) -> ModalityCuts:
-        """The 50th and 80th percentile of the gains of answers about images; UserError when there are none."""
-        each = [np.asarray(g, dtype=np.float64).reshape(-1) for g in gains]
-        values = np.concatenate(each) if each else np.empty(0)
-        if not len(values):
-            raise UserError("no answer token about an image to fit modality cuts on; capture prompts with images")
-        language_max, vision_min = np.quantile(values, (LANGUAGE_SHARE, VISION_SHARE)).tolist()
-        return cls(language_max=language_max, vision_min=vision_min, tokens=len(values), target=target)
-
-    def labels(self, gain: Sequence[float] | Tensor) -> Tensor:
-        """Modality ids, int64, of gains of any shape. Where the cuts coincide, a gain equal to both is language."""
-        gain = torch.as_tensor(gain, dtype=torch.float64)
-        labels = torch.full(gain.shape, FUSION.id, device=gain.device)
-        labels[gain >= self.vision_min] = VISION.id
-        labels[gain <= self.language_max] = LANGUAGE.id
-        return labels
-
-    def check_target(self, target: str) -> None:
-        """UserError unless `target` is the fingerprint the cuts were fitted on."""
-        if target != self.target:
-            raise UserError(
-                f"the modality cuts were fitted on target {self.target}, this is {target}; "
-                "fit them on this one with 'msd capture'"
-            )
-
-    def save(self, path: Path) -> None:
-        """One JSON object."""
-        try:
-            path.write_text(json.dumps(self.model_dump(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write modality cuts to '{path}': {error.strerror}") from error
-
-    @classmethod
-    def load(cls, path: Path) -> ModalityCuts:
-        """What `save` wrote; UserError names a missing, unknown or wrong field."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read modality cuts '{path}': {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "the file"
-            raise UserError(f"'{path}' does not hold modality cuts: {field}: {first['msg']}") from error
 
 
 def _shows_images(target: Target, input_ids: Tensor) -> list[bool]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import tiny
+from msd.cuts import EventCuts
 from msd.errors import UserError
-from msd.event_gain import EventCuts, cell_kinds, event_costs
+from msd.event_gain import cell_kinds, event_costs
 from msd.events import EventStream
 from msd.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
 from msd.targets import adapt

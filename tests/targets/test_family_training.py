@@ -12,8 +12,9 @@ from families import BY_NAME, FAMILIES
 from family_layouts import VOCABULARY, WORDS
 from family_processor import FamilyProcessor, photos
 from msd.config import SpeculativeConfig
+from msd.cuts import ModalityCuts
 from msd.drafters.msd import MSD, checkpoint
-from msd.gain import ModalityCuts, image_gain
+from msd.gain import image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result

@@ -35,8 +35,8 @@ from families import BY_NAME
 from family_layouts import AUDIO, WORDS
 from msd import Audio, Video
 from msd.config import SpeculativeConfig
+from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.gain import ModalityCuts
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare

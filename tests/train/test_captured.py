@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tiny_checkpoint
+from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.gain import ModalityCuts, image_gain
+from msd.gain import image_gain
 from msd.loading import load_target
 from msd.prompts import prepare
 from msd.targets import adapt

@@ -281,7 +281,7 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
 def test_lessons_take_every_answer_once_a_pass() -> None:
     from pathlib import Path
 
-    from msd.gain import ModalityCuts
+    from msd.cuts import ModalityCuts
     from msd.train.captured import Captured, mixed
     from msd.train.lessons import Lessons, Stages
 

@@ -16,7 +16,7 @@ BUNDLED = Path(__file__).parents[1] / "photos"
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of a data line. images: paths, in reading order, then videos.
+    """A prompt of a data line. images: paths, in reading order, then videos. events: a recording of what they show.
 
     answer, tokens: another engine's output, if any. split: the part of its data set.
     before: earlier turns of the conversation. where: file and line, for messages.
@@ -30,13 +30,15 @@ class Sample:
     split: str = "train"
     before: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
+    events: Path | None = None
 
 
 def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
     """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…", "task": "…", "split": "…"}` lines.
 
     Only the prompt is needed. `"turns": [prompt, …]` in its place is a conversation, and gives a sample for every turn.
-    `"video": "x.mp4" or […]` shows videos, after the images.
+    `"video": "x.mp4" or […]` shows videos, after the images; `"events": "x.raw"` is an event camera's recording of what
+    they show, for drafters that take events.
     path: the bundled photos and prompts by default. images: the folder of the images, by
     default the data file's own folder or `images/` beside it. UserError names the line that is wrong.
     """
@@ -120,7 +122,10 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
         *map(Video, _files(line, "video", where, folder)),
     )
     task, split = str(line.get("task") or "default"), str(line.get("split") or "train")
-    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where)
+    events = _files(line, "events", where, folder)
+    if len(events) > 1:
+        raise UserError(f"{where}: {len(events)} files of events; a line has one")
+    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where, events[0] if events else None)
 
 
 def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from msd.bench.repeats import tau_outside_repeats
 from msd.bench.timing import LIBRARY, Run, library, ours
 from msd.bench.words import kinds_of
 from msd.config import SpeculativeConfig
-from msd.gain import ModalityCuts
+from msd.cuts import ModalityCuts
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
 from msd.version import __version__
@@ -148,7 +148,7 @@ def _by_modality(
         inputs = ask(sample)
         (answer,) = runs[TRANSFORMERS][i].answers
         report(f"sample {i + 1} of {len(samples)}, labels")
-        labels = modal.label_answer(engines[PLAIN].target, cuts, inputs, answer)
+        labels = modal.label_answer(engines[PLAIN].target, cuts, inputs, answer, sample.events, len(sample.images))
         tokenizer = engines[PLAIN].processor.tokenizer
         words.append(kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer]))
         for name, engine in drafting.items():

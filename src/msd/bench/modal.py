@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from msd.config import SpeculativeConfig
-from msd.gain import ModalityCuts, image_gain
-from msd.modality import FUSION, LANGUAGE, VISION
+from msd.cuts import ModalityCuts
+from msd.event_gain import cell_kinds, event_costs
+from msd.events import open_chunks
+from msd.gain import image_columns, image_gain
+from msd.modality import FUSION, LANGUAGE, VISION, Modality, known
 from msd.statistics import Step
 from msd.targets import Target
 
@@ -40,12 +43,12 @@ class Tally:
 
     def rates(self) -> dict[str, float | None]:
         """Modality name -> hits per position; None without positions."""
-        seen = {m: (_of(self.hits, m.id), _of(self.positions, m.id)) for m in (VISION, LANGUAGE, FUSION)}
+        seen = {m: (_of(self.hits, m.id), _of(self.positions, m.id)) for m in self.modalities()}
         return {m.name: hits / n if n else None for m, (hits, n) in seen.items()}
 
     def counts(self) -> dict[str, int]:
         """Modality name -> positions."""
-        return {m.name: _of(self.positions, m.id) for m in (VISION, LANGUAGE, FUSION)}
+        return {m.name: _of(self.positions, m.id) for m in self.modalities()}
 
     def by_depth(self) -> dict[str, list[float | None]]:
         """Modality name -> hits per position at depths 1, 2, …: of the positions whose parents were all accepted."""
@@ -55,8 +58,13 @@ class Tally:
                 self.hits[m.id, d] / self.positions[m.id, d] if self.positions[m.id, d] else None
                 for d in range(1, deepest + 1)
             ]
-            for m in (VISION, LANGUAGE, FUSION)
+            for m in self.modalities()
         }
+
+    def modalities(self) -> list[Modality]:
+        """Vision, language, fusion, and others that occur."""
+        seen = {kind for kind, _ in self.positions}
+        return [VISION, LANGUAGE, FUSION, *(m for m in known() if m.id in seen - {VISION.id, LANGUAGE.id, FUSION.id})]
 
 
 def _of(counts: Counter[tuple[int, int]], modality: int) -> int:
@@ -86,10 +94,26 @@ def _tally(answers: Iterable[Labelled]) -> Tally:
     return tally
 
 
-def label_answer(target: Target, cuts: ModalityCuts, inputs: dict[str, Any], tokens: Sequence[int]) -> list[int]:
-    """Modality ids of the answer `tokens` to one prompt (processor output), up to a spelled image placeholder."""
+def label_answer(
+    target: Target,
+    cuts: ModalityCuts,
+    inputs: dict[str, Any],
+    tokens: Sequence[int],
+    events: Path | None = None,
+    frames: int = 1,
+) -> list[int]:
+    """Modality ids of the answer `tokens` to one prompt (processor output), up to a spelled image placeholder.
+
+    events: a recording of what the prompt's `frames` images show, in which labels are looked for if `cuts` has those.
+    """
     taught = list(takewhile(lambda token: token not in target.placeholders, tokens))
-    return [int(m) for m in cuts.labels(image_gain(target, inputs, [taught])[0])] if taught else []
+    if not taught:
+        return []
+    if events is None or cuts.events is None:
+        return [int(m) for m in cuts.labels(image_gain(target, inputs, [taught])[0])]
+    columns = int(image_columns(target, inputs["input_ids"]).sum())
+    kinds = cell_kinds(open_chunks(events), frames, columns // frames)
+    return [int(m) for m in cuts.events.labels(event_costs(target, inputs, [taught], [kinds])[0])]
 
 
 def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:

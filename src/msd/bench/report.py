@@ -44,10 +44,12 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     columns = dict(_COLUMNS)
     if any(row.get("speedup_warm_vs_ar") for row in results["rows"]):
         columns |= {"speedup_warm_vs_ar": "warm, vs `ar`"}
-    if any(row.get(name) for row in results["rows"] for name in _BY_MODALITY):
-        columns |= {name: f"{title}, vision / language / fusion" for name, title in _BY_MODALITY.items()}
+    kinds = list(dict.fromkeys(k for row in results["rows"] for name in _BY_MODALITY for k in row.get(name) or ()))
+    if kinds:
+        columns |= {name: f"{title}, {' / '.join(kinds)}" for name, title in _BY_MODALITY.items()}
     for task in dict.fromkeys(row["task"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["task"] == task]
+        rows = [row | {n: {k: row[n].get(k) for k in kinds} for n in _BY_MODALITY if row.get(n)} for row in rows]
         cells = [[_cell(row.get(name)) for name in columns] for row in rows]
         mass = (results.get("target_top_mass") or {}).get(task)
         sure = "" if mass is None else f", the target's likeliest 1/4/8 tokens hold {_cell(mass)}"

@@ -45,13 +45,19 @@ def capture(
             raise UserError(f"{sample.where}: a video; 'msd capture' asks about images, so leave the line out")
     folder = image_folder(data or BUNDLED / "prompts.jsonl", images)
     prompts = [
-        Prompt(s.prompt, tuple(_name(p, folder) for p in s.images if isinstance(p, Path)), s.task, s.split)
+        Prompt(
+            s.prompt,
+            tuple(_name(p, folder) for p in s.images if isinstance(p, Path)),
+            s.task,
+            s.split,
+            None if s.events is None else _name(s.events, folder),
+        )
         for s in samples
     ]
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
-    from msd.gain import ModalityCuts
+    from msd.cuts import ModalityCuts
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
     from msd.train.captured import cuts_path, fit_cuts
@@ -117,4 +123,6 @@ def _told(summary: dict[str, object]) -> str:
     if not isinstance(cuts, dict):
         return f"{told}; no modality cuts (they are fitted on all lines of the train part that have images)"
     edges = f"language ≤ {cuts['language_max']:.4f}, vision ≥ {cuts['vision_min']:.4f} nats"
+    if cuts["events"] is not None:
+        edges += f"; events: language ≤ {cuts['events']['least']:.4f} nats"
     return f"{told}\n{cuts['path']}: {edges}, fitted on {cuts['tokens']} tokens"

@@ -43,6 +43,9 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--start", help="An msd drafter to go on from, with its form, parts and vocabulary.")
     ] = None,
+    events: Annotated[
+        bool, typer.Option(help="Show the drafter the event recordings that answers have.", show_default=False)
+    ] = True,
     precision: Annotated[
         str, typer.Option("--precision", help="Of matrix products in training: float32, bf16 or measure.")
     ] = "measure",
@@ -62,7 +65,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
-    from msd.gain import ModalityCuts
+    from msd.cuts import ModalityCuts
     from msd.train.captured import cuts_path, mixed, read_captured
 
     out_of = [name.strip() for name in off.split(",") if name.strip()]
@@ -99,7 +102,7 @@ def train(
     settings = drafting.DraftTraining(
         method=method, start=None if start is None else str(start), form=form, layers=layers, steps=steps, batch=batch,
         lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of), text_only=text_only,
-        precision=precision, remember=remember,
+        precision=precision, remember=remember, events=events,
         loss=LossConfig(weighting=weighting),
     )  # fmt: skip
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None

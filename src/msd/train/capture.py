@@ -20,20 +20,22 @@ from msd.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about zero or more images (paths, as the data names them)."""
+    """A question about zero or more images (paths, as the data names them), that an event camera may have seen too."""
 
     text: str
     images: tuple[str, ...] = ()
     task: str = ""
     split: str = "train"
+    events: str | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the model wrote: generated ids without the end token, and whether it ended by itself.
 
-    end: the end token, if that ended it. gain: image gain in nats of each token, the end token included; both are only
-    known to writers that label (`TargetWriter`).
+    end: the end token, if that ended it. gain: image gain in nats of each token, the end token included; costs: of
+    prompts with events, what each token owes to them (`msd.event_gain`). They are only known to writers that label
+    (`TargetWriter`).
     """
 
     text: str
@@ -41,6 +43,7 @@ class Answer:
     finished: bool
     end: int | None = None
     gain: tuple[float, ...] | None = None
+    costs: tuple[tuple[float, ...], ...] | None = None
 
 
 class Writer(Protocol):
@@ -143,7 +146,7 @@ def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
 def _in_order(wanted: list[Prompt], done: Mapping[tuple[tuple[str, ...], str], Any]) -> list[Prompt]:
     """What is not done: alike in task, and so in the length of their answers; then each image's prompts together."""
     todo = [p for p in wanted if (p.images, p.text) not in done]
-    return sorted(todo, key=lambda p: (len(p.images), p.task, p.images, len(p.text)))
+    return sorted(todo, key=lambda p: (len(p.images), p.events is None, p.task, p.images, len(p.text)))
 
 
 def _record(prompt: Prompt, answer: Answer, marks: Mapping[str, str]) -> dict[str, Any]:
@@ -158,6 +161,8 @@ def _record(prompt: Prompt, answer: Answer, marks: Mapping[str, str]) -> dict[st
     }
     if answer.gain is not None:
         record |= {"end": answer.end, "gain": list(answer.gain)}
+    if answer.costs is not None:
+        record |= {"events": prompt.events, "costs": [list(costs) for costs in answer.costs]}
     return record | dict(marks)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from msd.bench.data import data_lines, image_folder
+from msd.cuts import EventCuts, ModalityCuts
 from msd.errors import UserError
-from msd.gain import ModalityCuts
 
 
 class _HasTask(Protocol):
@@ -23,7 +25,10 @@ T = TypeVar("T", bound=_HasTask)
 
 @dataclass(frozen=True)
 class Captured:
-    """One answer of the target. ids: all its tokens, the end token included where it came; gain: nats of each."""
+    """One answer of the target. ids: all its tokens, the end token included where it came; gain: nats of each.
+
+    events: an event camera's recording of what the images show; costs: [T, 2 + F] nats (see `msd.event_gain`).
+    """
 
     images: tuple[Path, ...]
     prompt: str
@@ -31,6 +36,12 @@ class Captured:
     gain: tuple[float, ...]
     task: str
     split: str
+    events: Path | None = None
+    costs: tuple[tuple[float, ...], ...] | None = None
+
+    def labels(self, cuts: ModalityCuts) -> Tensor:
+        """Modality ids [T] int64 of its tokens."""
+        return cuts.labels(self.gain, self.costs)
 
 
 def read_captured(path: Path, images: Path | None = None) -> list[Captured]:
@@ -58,8 +69,12 @@ def cuts_path(path: Path) -> Path:
 
 def fit_cuts(records: Iterable[dict[str, Any]], target: str) -> ModalityCuts | None:
     """Cuts from the records of the train part that have images (the rest is language); None where there are none."""
-    gains = [r["gain"] for r in records if r["split"] == "train" and r["image"]]
-    return ModalityCuts.fit(gains, target) if gains else None
+    shown = [r for r in records if r["split"] == "train" and r["image"]]
+    if not shown:
+        return None
+    cuts = ModalityCuts.fit([r["gain"] for r in shown], target)
+    costs = [r["costs"] for r in shown if "costs" in r]
+    return cuts.model_copy(update={"events": EventCuts.fit(costs)}) if costs else cuts
 
 
 def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
@@ -77,4 +92,12 @@ def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
     for picture in paths:
         if not picture.is_file():
             raise UserError(f"{where}: image '{picture}' does not exist; name the folder of the images")
-    return Captured(paths, line["prompt"], ids, tuple(line["gain"]), line["task"], line["split"])
+    found = Captured(paths, line["prompt"], ids, tuple(line["gain"]), line["task"], line["split"])
+    if "costs" not in line:
+        return found
+    costs, events = line["costs"], folder / line["events"]
+    if len(costs) != len(ids):
+        raise UserError(f"{where}: {len(costs)} costs for {len(ids)} answer tokens")
+    if not events.is_file():
+        raise UserError(f"{where}: events '{events}' do not exist; name the folder of the images")
+    return replace(found, events=events, costs=tuple(map(tuple, costs)))

@@ -21,12 +21,16 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from msd.backends.precision import faster_in_bf16
+from msd.cuts import EVENT_MODALITIES, ModalityCuts
 from msd.drafters import stored
 from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, checkpoint
+from msd.drafters.msd.config import shapes_of
 from msd.drafters.msd.heads import frequent
 from msd.drafters.rivals import Rival
 from msd.errors import UserError
-from msd.gain import ModalityCuts, assert_images_matter
+from msd.event_tokens import FRAMES, event_tokens
+from msd.events import open_chunks
+from msd.gain import assert_images_matter
 from msd.prompts import prepare
 from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson
@@ -52,7 +56,8 @@ class DraftTraining:
     matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
     "measure" (bf16 where it is clearly faster here); held-out figures are always taken with the weights' own.
     remember: gigabytes of memory for what the target said of the answers, which changes no result. start: the folder of
-    an `msd` drafter to go on from; it keeps its form, parts and vocabulary, and begins in stage 2.
+    an `msd` drafter to go on from; it keeps its form, parts and vocabulary, and begins in stage 2. events: `msd` sees
+    the event recordings that answers have.
     """
 
     form: str = "block"
@@ -72,6 +77,7 @@ class DraftTraining:
     evaluate_every: int = 500
     method: str = "msd"
     start: str | None = None
+    events: bool = True
 
     def __post_init__(self) -> None:
         if self.start is not None and (self.method, self.form, self.layers, self.off) != ("msd", "block", None, ()):
@@ -82,14 +88,25 @@ class DraftTraining:
             raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
 
 
-def new_network(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork:
-    """A network for the target: the tokens it writes most as vocabulary, its output rows as first guess."""
+KEPT = 3  # context entries that the tokens of a recording leave, of the temporal ones and of the spatial ones
+
+
+def new_network(
+    target: Target, captured: Sequence[Captured], settings: DraftTraining, beside: tuple[tuple[int, int], ...] = ()
+) -> MSDNetwork:
+    """A network for the target: the tokens it writes most as vocabulary, its output rows as first guess.
+
+    Answers about scenes with events make its modalities those of events. beside: see `MSDConfig`.
+    """
     model, config = target.model, target.text_config
     counts = token_counts(captured, config.vocab_size)
     size = min(settings.draft_vocabulary, config.vocab_size)
     changes: dict[str, Any] = dict.fromkeys(settings.off, False) | {"form": settings.form}
     if settings.layers is not None:
         changes["layers"] = settings.layers
+    if any(c.events for c in captured):
+        names = tuple(m.name for m in EVENT_MODALITIES)
+        changes |= {"modalities": names, "shapes": shapes_of(names), "beside": beside}
     torch.manual_seed(settings.seed)
     network = MSDNetwork(MSDConfig.for_target(config, size, **changes))
     network.heads.ids = frequent(counts, size).to(torch.long)
@@ -121,7 +138,7 @@ def train(
     """
     model.requires_grad_(False)
     settings = _settled(settings, out, model.device)
-    network = untrained(adapt(model), captured, settings).to(model.device)
+    network = untrained(adapt(model), captured, settings, processor).to(model.device)
     _check_same_run(out, settings, network, cuts)
     before = stored.training(out / "drafter")
     if before.get("finished") == settings.steps:
@@ -188,14 +205,26 @@ def train(
     return finished
 
 
-def untrained(target: Target, captured: Sequence[Captured], settings: DraftTraining) -> MSDNetwork | Rival:
-    """The network that a run begins with."""
+def untrained(
+    target: Target, captured: Sequence[Captured], settings: DraftTraining, processor: Any = None
+) -> MSDNetwork | Rival:
+    """The network that a run begins with. processor: the target's, for a drafter that looks at event recordings."""
     if settings.start is not None:
         return MSD(checkpoint.load(settings.start)).fitted(target.model).train()
     if settings.method == "msd":
-        return new_network(target, captured, settings)
+        groups = _event_groups(target, processor, captured) if processor and settings.events else ()
+        return new_network(target, captured, settings, groups)
     words = settings.draft_vocabulary
     return new_rival(settings.method, target, captured, words, settings.seed, settings.layers)
+
+
+def _event_groups(target: Target, processor: Any, captured: Sequence[Captured]) -> tuple[tuple[int, int], ...]:
+    """Groups of tokens that a recording gives, temporal and spatial, with what is kept of each; none without any."""
+    recording = next((c.events for c in captured if c.events), None)
+    if recording is None:
+        return ()
+    given = len(event_tokens(target, processor, open_chunks(recording)))
+    return (FRAMES, KEPT), (given - FRAMES, KEPT)
 
 
 def _objective(network: MSDNetwork | Rival, settings: DraftTraining, model: Any) -> DraftObjective | RivalObjective:
@@ -294,7 +323,7 @@ def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork | Ri
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return
-    noted = {"method": "msd", **json.loads(path.read_text(encoding="utf-8"))}
+    noted = {"method": "msd", "events": True, **json.loads(path.read_text(encoding="utf-8"))}
     other = [k for k in run if noted.get(k) != run[k]]
     if other:
         name = other[0]

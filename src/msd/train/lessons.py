@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from msd import prompts
+from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.gain import ModalityCuts
+from msd.event_tokens import event_tokens
+from msd.events import open_chunks
 from msd.targets import Target
 from msd.targets.teacher import Lesson, teach
 from msd.train.captured import Captured
@@ -141,13 +143,22 @@ class Lessons:
 
     def teach(self, answers: Sequence[Captured]) -> tuple[Lesson, Tensor]:
         """The target's pass over some captured answers, whole, and their labels."""
+        beside = self._beside(answers)
         inputs = prompts.prepare(self.processor, [list(a.images) for a in answers], [a.prompt for a in answers])
         inputs = {k: v.to(self.target.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         lesson = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
         labels = torch.zeros_like(lesson.answers)
         for row, answer in enumerate(answers):
-            labels[row, : len(answer.ids)] = self.cuts.labels(answer.gain).to(labels.device)
+            labels[row, : len(answer.ids)] = answer.labels(self.cuts).to(labels.device)
+        lesson.beside = beside
         return lesson, labels
+
+    def _beside(self, answers: Sequence[Captured]) -> Tensor | None:
+        """[B, E, H] tokens of the answers' event recordings, zero in rows without; None where none has one."""
+        files = [a.events for a in answers]
+        found = [None if f is None else event_tokens(self.target, self.processor, open_chunks(f)) for f in files]
+        some = next((tokens for tokens in found if tokens is not None), None)
+        return None if some is None else torch.stack([torch.zeros_like(some) if t is None else t for t in found])
 
     def roots(self, lesson: Lesson, count: int) -> Tensor:
         """Up to `count` different answer tokens per row to draft from, [B, A], drawn with torch's generator.

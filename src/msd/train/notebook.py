@@ -68,7 +68,8 @@ class Notebook:
                 return replace(lesson, taps=self._read_layers(lesson), logits=logits), labels
             assert lesson.taps is not None
             noted = replace(lesson, taps=lesson.taps.to(self.dtype), logits=lesson.logits.logsumexp(-1, keepdim=True))
-            size = sum(t.numel() * t.element_size() for t in (noted.taps, noted.logits, labels) if t is not None)
+            parts = (noted.taps, noted.logits, noted.beside, labels)
+            size = sum(t.numel() * t.element_size() for t in parts if t is not None)
             if size > self.left:
                 return self._read(noted), labels
             self.left -= size

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from msd.config import SpeculativeConfig
 from msd.drafters.plain import Plain
 from msd.errors import UserError
-from msd.gain import assert_images_matter, image_gain
+from msd.event_gain import cell_kinds, event_costs
+from msd.events import open_chunks
+from msd.gain import assert_images_matter, image_columns, image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result
@@ -68,6 +70,10 @@ class TargetWriter:
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answers in the order of the prompts; an image that several share is encoded once."""
+        clips = [-1 if p.events is None else len(p.images) for p in prompts]  # frames, where events are labelled
+        if len(set(clips)) > 1:
+            parts = {n: iter(self([p for p, m in zip(prompts, clips, strict=True) if m == n])) for n in set(clips)}
+            return [next(parts[n]) for n in clips]
         target, raw = self.engine.target, self._prepare(prompts)
         inputs = target.encode_images(raw)
         never = list(target.placeholders)
@@ -78,11 +84,27 @@ class TargetWriter:
         if not self._sees and any(raw.get(name) is not None for name in target.raw):
             assert_images_matter(target, raw, answers)
             self._sees = True
-        gains = image_gain(target, inputs, answers, [torch.stack(said) for said in self.witness.said])
+        seeing = [torch.stack(said) for said in self.witness.said]
+        gains = image_gain(target, inputs, answers, seeing)
+        costs = self._costs(prompts, inputs, answers, seeing)
         return [
-            _answer(result, [round(g, DIGITS) for g in gain.tolist()])
-            for result, gain in zip(results, gains, strict=True)
+            _answer(result, _rounded(gain), None if cost is None else _rounded(cost))
+            for result, gain, cost in zip(results, gains, costs, strict=True)
         ]
+
+    def _costs(
+        self, prompts: Sequence[Prompt], inputs: dict[str, Any], answers: list[list[int]], seeing: list[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """What tokens owe to the events of their prompts, which all have some or none."""
+        recordings = [open_chunks(self.folder / p.events) for p in prompts if p.events is not None]
+        if not recordings:
+            return [None] * len(prompts)
+        columns = image_columns(self.engine.target, inputs["input_ids"]).sum(1).tolist()
+        kinds = [
+            cell_kinds(recording, len(p.images), n // len(p.images))
+            for recording, p, n in zip(recordings, prompts, columns, strict=True)
+        ]
+        return event_costs(self.engine.target, inputs, answers, kinds, seeing)
 
     def _prepare(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Processor output of a batch."""
@@ -90,9 +112,15 @@ class TargetWriter:
         return prepare(self.processor, images, [p.text for p in prompts])
 
 
-def _answer(result: Result, gain: list[float]) -> Answer:
+def _rounded(nats: Tensor) -> Any:
+    """As a tuple, or a tuple of tuples, with a few digits."""
+    values = nats.numpy().round(DIGITS).tolist()
+    return tuple(values if nats.dim() == 1 else map(tuple, values))
+
+
+def _answer(result: Result, gain: tuple[float, ...], costs: tuple[tuple[float, ...], ...] | None) -> Answer:
     """The end token is kept apart; an answer that a stop string ended is finished without one."""
     ended = result.finish == "eos"
     ids = tuple(result.tokens[:-1] if ended else result.tokens)
     end = result.tokens[-1] if ended else None
-    return Answer(result.text, ids, result.finish in ("eos", "criteria"), end, tuple(gain))
+    return Answer(result.text, ids, result.finish in ("eos", "criteria"), end, gain, costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,20 @@ class Shape:
     depth: int
 
 
-def default_shapes() -> dict[str, Shape]:
-    """Language narrow, vision wide, fusion between; all as deep as a block (docs/drafter.md tells why)."""
-    return {"language": Shape(3, 6), "vision": Shape(5, 6), "fusion": Shape(4, 6)}
+SHAPES = {
+    "language": Shape(3, 6),
+    "vision": Shape(5, 6),
+    "fusion": Shape(4, 6),
+    "event_sparse": Shape(4, 6),
+    "event_dense": Shape(4, 6),
+    "video_reasoning": Shape(5, 6),
+}
+OTHER = Shape(4, 6)
+
+
+def shapes_of(modalities: Iterable[str] = ("language", "vision", "fusion")) -> dict[str, Shape]:
+    """Language narrow, vision wide, the rest between; all as deep as a block (docs/drafter.md tells why)."""
+    return {name: SHAPES.get(name, OTHER) for name in modalities}
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class MSDConfig:
     image_tokens: int = 4
     beside: tuple[tuple[int, int], ...] = ()
     modalities: tuple[str, ...] = ("language", "vision", "fusion")
-    shapes: dict[str, Shape] = field(default_factory=default_shapes)
+    shapes: dict[str, Shape] = field(default_factory=shapes_of)
     shared: Shape = Shape(4, 6)
     active_from: float = 0.15
     router: bool = True

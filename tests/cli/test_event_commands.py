@@ -1,0 +1,106 @@
+"""Capture and training on clips that an event camera saw too: labels by cells and frames, tokens beside the text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny_checkpoint
+from msd.cuts import ModalityCuts
+from msd.drafters.msd import checkpoint
+from msd.event_gain import cell_kinds, event_costs
+from msd.event_tokens import FRAMES, event_tokens, pooled
+from msd.events import events_of_photo, frames, read
+from msd.loading import load_target
+from msd.prompts import prepare
+from msd.targets import adapt
+from training_command import FLOAT32, run, train
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, clips of two frames with events, a picture without, and a text."""
+    folder = tmp_path_factory.mktemp("events")
+    tiny_checkpoint.write(folder)
+    names = tiny_checkpoint.photos(folder / "images", 6)
+    lines: list[dict[str, Any]] = []
+    for i in range(3):
+        stream = events_of_photo(Image.open(folder / "images" / names[2 * i]), (16, 16), 100_000, seed=i)
+        np.savez(folder / "images" / f"{i}.npz", t=stream.t, x=stream.x, y=stream.y, p=stream.p, size=(16, 16))
+        shown = {"image": names[2 * i : 2 * i + 2], "events": f"{i}.npz", "split": "val" if i == 2 else "train"}
+        lines += [{**shown, "prompt": prompt} for prompt in ("What happens?", "Describe it.")]
+    lines += [{"image": names[:1], "prompt": "What is it?"}, {"prompt": "Say something."}]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captured(place: Path) -> list[dict[str, Any]]:
+    """The captured lines."""
+    with pytest.raises(SystemExit) as stop:
+        tiny_checkpoint.main([
+            "capture", "--data", str(place / "data.jsonl"), "--images", str(place / "images"), "--target", str(place),
+            "--out", str(place / "captured.jsonl"), "--max-new-tokens", "12", "--json",
+        ])  # fmt: skip
+    assert not stop.value.code
+    return [json.loads(line) for line in (place / "captured.jsonl").read_text().splitlines()]
+
+
+def test_captured_clips_have_the_costs_of_their_cells(place: Path, captured: list[dict[str, Any]]) -> None:
+    model, processor = load_target(str(place))
+    target = adapt(model)
+    clips = [line for line in captured if "events" in line]
+    assert len(clips) == 6 and all("costs" not in line for line in captured if "events" not in line)
+    for line in clips[:2]:
+        images = [[place / "images" / name for name in line["image"]]]
+        inputs = prepare(processor, images, [line["prompt"]])
+        kinds = cell_kinds(read(place / "images" / line["events"]), 2, 4)
+        ids = line["ids"] + ([] if line["end"] is None else [line["end"]])
+        expected = event_costs(target, inputs, [ids], [kinds])[0]
+        torch.testing.assert_close(torch.tensor(line["costs"], dtype=torch.float64), expected, atol=2e-4, rtol=0)
+    cuts = ModalityCuts.load(place / "captured.jsonl.cuts.json")
+    assert cuts.events is not None and cuts.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
+    assert cuts.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
+
+
+def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
+    model, processor = load_target(str(place))
+    stream = events_of_photo(Image.new("RGB", (32, 32)), (16, 16), 100_000, seed=1)
+    found = event_tokens(adapt(model), processor, stream)
+    features = []
+    for image in frames(stream, FRAMES, "count"):
+        shown = model.model.get_image_features(processor.image_processor(image, return_tensors="pt")["pixel_values"])
+        features.append(getattr(shown, "pooler_output", shown)[0])
+    torch.testing.assert_close(found, pooled(torch.stack(features)), atol=1e-5, rtol=1e-4)
+    assert found.shape == (FRAMES + 4, 32)
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_drafter_learns_beside_events(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    """It has the modalities of events, reads their tokens, and learns something else without them."""
+    whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
+    network = checkpoint.load(tmp_path / "whole" / "drafter")
+    assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
+    assert network.config.beside == ((FRAMES, 3), (4, 3))
+    again = train(capsys, place, tmp_path / "again", *FLOAT32, "--remember", 0)
+    without = train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
+    same, other = (checkpoint.load(tmp_path / name / "drafter") for name in ("again", "without"))
+    assert whole["losses"]["loss"] == again["losses"]["loss"] != without["losses"]["loss"]
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), same.parameters(), strict=True))
+    assert other.config.beside == () and other.config.modalities == network.config.modalities
+
+
+def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    for line, said in (({"events": "none.raw"}, "does not exist"), ({"events": ["0.npz", "1.npz"]}, "a line has one")):
+        bad.write_text(json.dumps({"prompt": "What?", "image": "0.png", **line}))
+        code, _, err = run(
+            capsys, "capture", "--data", bad, "--images", place / "images", "--target", place, "--out", tmp_path / "o"
+        )
+        assert code == 2 and said in err and "bad.jsonl:1" in err
