@@ -1,0 +1,139 @@
+"""The reference model, taught to describe clips at length: the video target of the events suite.
+
+python recipes/events/target.py train                    # from the shipped weights; run again to continue
+python recipes/events/target.py export --weights weights/video.safetensors
+python recipes/events/target.py build --weights weights/video.safetensors --out runs/events/target
+
+The same parts learn as in `recipes/reference_vlm`: projector, positions, low-rank updates. `build` assembles a
+checkpoint folder, for `--target`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msd.backends.precision import faster_in_bf16
+from msd.heap import use_huge_pages
+from msd.reference.assemble import assemble
+from msd.reference.encoder import load_encoder
+from msd.reference.sources import locate
+from msd.train.loop import Loop, LoopConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "reference_vlm"))
+from base import language_model
+from features import FeatureSet, Frames, Row, encode_set, read_jsonl
+from model import ModelConfig, TrainableVLM, load_weights, save_weights, widths
+from pack import CELLS, IMAGE, Batch, Branch, Sample, pack
+
+from train import optimizer, weighted_loss
+
+END = 2
+FRAMES = 4
+LENGTH = 448  # tokens of a clip with its answer, at most
+
+
+class Clips:
+    """Batches of clips with the answers they should get: `rows` a step, each of them once in a lap."""
+
+    def __init__(self, features: Path, tokenizer: object, split: str, rows: int, seed: int = 0) -> None:
+        self.set = FeatureSet(features, "clips")
+        self.pool = [i for i, row in enumerate(self.set.rows) if row["split"] == split]
+        self.tokenizer, self.rows, self.seed = tokenizer, rows, seed
+
+    def batch(self, step: int) -> Batch:
+        """The clips of a step."""
+        chosen = [self._row(step * self.rows + i) for i in range(self.rows)]
+        batch = pack([[self._sample(i)] for i in chosen], LENGTH, END)
+        features = torch.cat([self.set.features(i) for i in chosen]).reshape(-1, CELLS, 1328)
+        return replace(batch, features=features)
+
+    def _row(self, visit: int) -> int:
+        lap, at = divmod(visit, len(self.pool))
+        return random.Random(f"{self.seed}-{lap}").sample(self.pool, len(self.pool))[at]
+
+    def _sample(self, row: int) -> Sample:
+        line = self.set.rows[row]
+        prefix = self._ids("<|im_start|>user\n") + (*([IMAGE] * CELLS), *self._ids("\n")) * FRAMES
+        asked = self._ids(f"{line['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        room = LENGTH - len(prefix) - len(asked)
+        answer = (*self._ids(line["answer"]), END)[:room]
+        return Sample(prefix, (Branch(asked, answer, "clip"),), (("clips", row),))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)  # type: ignore[operator]
+
+
+def make_features(clips: Path, out: Path) -> None:
+    """What the frozen encoder says of all frames, once."""
+    if (out / "clips.json").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+
+    def rows() -> Iterator[tuple[Row, Frames]]:
+        for line in read_jsonl(clips / "clips.jsonl"):
+            yield line, [Image.open(clips / name).convert("RGB") for name in line["image"]]
+
+    encode_set(load_encoder().features, rows(), FRAMES, out / "clips", 16)
+
+
+def train(args: argparse.Namespace) -> None:
+    make_features(args.clips, args.out / "features")
+    bf16 = faster_in_bf16(torch.device("cpu"))
+    start = load_weights(args.start)
+    lm, tokenizer = language_model()
+    torch.manual_seed(0)
+    model = TrainableVLM(lm.eval(), ModelConfig(widths(start).rank, widths(start).layers, bf16))
+    model.load(start)
+    clips, val = (Clips(args.out / "features", tokenizer, split, args.rows) for split in ("train", "val"))
+
+    def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = clips.batch(step)
+        return weighted_loss(model.losses(batch), batch)
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        losses = torch.cat([model.losses(val.batch(step)) for step in range(8)])
+        return {"clip": float(losses.mean())}
+
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    config = LoopConfig(args.steps, warmup=30, evaluate_every=100, average=0.98)
+    loop = Loop(params, optimizer(params, args.lr), step_loss, config, args.out / "run", evaluate)
+    print("finished" if loop.run() else "stopped; run again to continue", loop.step, flush=True)
+
+
+def main() -> None:
+    use_huge_pages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "export", "build"))
+    parser.add_argument("--clips", type=Path, default=Path("runs/events/clips"))
+    parser.add_argument("--start", type=Path, default=locate().vlm)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--weights", type=Path, default=Path("weights/video.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("runs/events/target"))
+    args = parser.parse_args()
+    if args.what == "train":
+        train(args)
+    elif args.what == "export":
+        args.weights.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(load_weights(args.out / "run" / "checkpoint.pt"), args.weights)
+    else:
+        folder = args.out / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        assemble(replace(locate(), vlm=args.weights), folder)
+        print(json.dumps({"target": str(folder)}))
+
+
+if __name__ == "__main__":
+    main()
