@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"decode"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
     | {"model", "config", "result", "loading", "streaming", "reference"},
-    {"bench", "train", "serve", "estimate", "msd"},
+    {"bench", "train", "serve", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
