@@ -19,7 +19,8 @@ class Sample:
     """A prompt of a data line. images: paths, in reading order, then videos.
 
     answer, tokens: another engine's output, if any. split: the part of its data set.
-    before: earlier turns of the conversation. where: file and line, for messages.
+    before: earlier turns of the conversation. where: file and line, for messages. events: the recording of an event
+    camera, for drafters that see it.
     """
 
     images: tuple[Path | Video, ...]
@@ -30,13 +31,14 @@ class Sample:
     split: str = "train"
     before: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
+    events: Path | None = None
 
 
 def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
     """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…", "task": "…", "split": "…"}` lines.
 
     Only the prompt is needed. `"turns": [prompt, …]` in its place is a conversation, and gives a sample for every turn.
-    `"video": "x.mp4" or […]` shows videos, after the images.
+    `"video": "x.mp4" or […]` shows videos, after the images; `"events": "x.raw"` is seen by drafters alone.
     path: the bundled photos and prompts by default. images: the folder of the images, by
     default the data file's own folder or `images/` beside it. UserError names the line that is wrong.
     """
@@ -119,8 +121,11 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
         *_files(line, "image", where, folder),
         *map(Video, _files(line, "video", where, folder)),
     )
+    seen = _files(line, "events", where, folder)
+    if len(seen) > 1:
+        raise UserError(f"{where}: {len(seen)} 'events'; a line has one recording")
     task, split = str(line.get("task") or "default"), str(line.get("split") or "train")
-    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where)
+    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where, seen[0] if seen else None)
 
 
 def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Path]:

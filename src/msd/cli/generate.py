@@ -37,6 +37,9 @@ def generate(
     audio: Annotated[
         list[Path] | None, typer.Option("--audio", help="A sound file, for models that hear; repeatable.")
     ] = None,
+    events: Annotated[
+        Path | None, typer.Option("--events", help="An event camera's recording, for drafters that see it.")
+    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "",
     target: Target = "reference",
     method: Annotated[
@@ -59,6 +62,7 @@ def generate(
     """Answer PROMPT about what is shown; the text appears as it is made."""
     from msd import prompts
     from msd.cli.options import chosen_methods, use_drafter
+    from msd.events import open_chunks
     from msd.sounds import Audio
     from msd.videos import Video
 
@@ -68,6 +72,7 @@ def generate(
     for sound in sounds:
         sound.load()
     prompts.check_text(prompt)
+    recording = None if events is None else open_chunks(events)
     checked = policy(verifier, threshold, epsilon)
     trained = use_drafter(drafter)
     method = method or trained
@@ -84,6 +89,8 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     settings |= {k: v for k, v in sampling.items() if v is not None}
+    if recording is not None:
+        settings["events"] = recording
     if as_json:
         print(json.dumps(vlm.generate(loaded, prompt, **settings).as_dict()))
         return
@@ -96,6 +103,12 @@ def generate(
         f"[dim]{len(answer.tokens)} tokens in {answer.seconds:.2f} s, {answer.tokens_per_second:.1f} tokens/s, "
         f"mean acceptance length {answer.statistics.mean_acceptance_length:.2f}, method {answer.method}[/dim]"
     )
+    hidden = answer.statistics.seconds
+    if "beside" in hidden:
+        Console(file=sys.stderr).print(
+            f"[dim]the drafter's own input: {1000 * hidden['beside']:.1f} ms, "
+            f"{1000 * hidden['beside_overlap']:.1f} of them while the target encoded and prefilled[/dim]"
+        )
     if answer.predicted_modality:
         counts = Counter(name for name in answer.predicted_modality if name)
         told = ", ".join(f"{name} {n}" for name, n in counts.most_common())

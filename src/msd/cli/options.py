@@ -22,7 +22,9 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
 Drafter = Annotated[
     Path | None,
-    typer.Option("--drafter", help="Folder of a trained drafter, used as the method it is of: 'msd' or a rival."),
+    typer.Option(
+        "--drafter", help="Folder of a trained drafter, used as the method it is of: 'msd', a rival or 'eventgpt'."
+    ),
 ]
 Verifier = Annotated[
     str,
