@@ -14,6 +14,7 @@ from torch import Tensor
 import tiny
 from families import BY_NAME
 from family_layouts import EOS, VOCABULARY, WORDS
+from family_processor import FamilyProcessor, Letters, photos
 from msd.config import SpeculativeConfig
 from msd.drafters import registry
 from msd.drafters.eventgpt import EventGPT, EventGPTConfig, EventGPTDrafter, Pieces, VocabularyMap, checkpoint
@@ -22,6 +23,7 @@ from msd.events import EventStream
 from msd.layout import Layout
 from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
+from msd.plan import Budget, Plan
 from msd.tree import DraftTree
 
 FAMILY = BY_NAME["video_llava"]
@@ -136,9 +138,23 @@ def law(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
     return out
 
 
+class Pausing(Plan):
+    """Drafts in every fourth step only, so that rows fall behind by unequal numbers of words."""
+
+    steps = 0
+
+    def budget(self, sampler: Any) -> Budget:
+        self.steps += 1
+        found = super().budget(sampler)
+        return found if self.steps % 4 == 1 else Budget(0, [0 for _ in found.depth])
+
+
+@pytest.mark.parametrize("pausing", [False, True])
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("make", [drafter, copied])
-def test_drafts_are_those_of_the_model_without_a_cache(make: Any, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_those_of_the_model_without_a_cache(
+    make: Any, seen: bool, pausing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every node's q, and which tokens stand below the root, by recomputing the whole text for every node."""
     inputs = prompts(("video",), (), ("image",))
     L, checked = inputs["input_ids"].shape[1], []
@@ -164,6 +180,8 @@ def test_drafts_are_those_of_the_model_without_a_cache(make: Any, seen: bool, mo
 
     monkeypatch.setattr(EventGPTDrafter, "propose", watched)
     engine = SpeculativeVLM(MODEL, None, CONFIG, make())
+    if pausing:
+        engine.plan = Pausing(CONFIG.nodes, CONFIG.depth)
     engine.generate(**inputs, **({"events": [scene(0), scene(1), None]} if seen else {}), **GREEDY)
     assert len(checked) > 3 and sum(checked) > 6
 
@@ -259,6 +277,21 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0.05 < seconds["beside_wait"] <= seconds["draft"]
     assert seconds["beside_overlap"] + seconds["beside_wait"] <= seconds["beside"] + 0.05
     assert "beside" not in SpeculativeVLM(MODEL, None, CONFIG, "ar").generate(**inputs, **GREEDY).statistics.seconds
+
+
+def test_chats_and_streams(tmp_path: Path) -> None:
+    processor = FamilyProcessor(FAMILY)
+    theirs = Pieces.of(Letters())
+    own = Pieces((*theirs.names, "more"), theirs.special)
+    engine = SpeculativeVLM(MODEL, processor, CONFIG, EventGPTDrafter(network(vocabulary=len(own.names)), own))
+    (photo,) = photos(FAMILY, tmp_path, 1)
+    fresh, chat = engine.with_method("ar"), engine.chat()
+    first = chat.say("What?", photo, events=scene(0), **GREEDY)
+    assert first.tokens == fresh.generate(photo, "What?", **GREEDY).tokens
+    messages = [*chat.messages, {"role": "user", "content": [{"type": "text", "text": "And?"}]}]
+    second = chat.say("And?", events=scene(1), **GREEDY)
+    assert second.tokens == fresh.generate([photo], messages=messages, **GREEDY).tokens
+    assert "".join(engine.stream(photo, "What?", events=scene(0), **GREEDY)) == first.text
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
