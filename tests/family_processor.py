@@ -23,9 +23,13 @@ class Letters:
     """Token i is the letter `LETTERS[i - WORDS]`; tokens below `WORDS` are not written."""
 
     bos_token, chat_template, padding_side = None, None, "left"
+    added_tokens_decoder = {i: SimpleNamespace(special=True) for i in range(WORDS)}  # noqa: RUF012
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(LETTERS[t - WORDS] for t in tokens if t >= WORDS)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"<{i}>": i for i in range(WORDS)} | {letter: WORDS + i for i, letter in enumerate(LETTERS)}
 
     def encode(self, text: str) -> list[int]:
         return [WORDS + ord(c) % len(LETTERS) if c not in LETTERS else WORDS + LETTERS.index(c) for c in text]

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"costs"},
     {"plan"},
     {"drafters"},
-    {"decode"},
+    {"decode", "ahead"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
     | {"model", "config", "result", "loading", "streaming", "reference"},
     {"bench", "train", "serve", "estimate", "inspect", "msd"},

@@ -8,30 +8,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Hidden(Generic[T]):
-    """`work()` in a thread of its own, begun at once. seconds: how long it took, known after `result`."""
+class Hidden:
+    """A thread of a request's own, which does one piece of work after another, each begun at once.
 
-    def __init__(self, work: Callable[[], T]) -> None:
+    busy: (begin, end) of every piece that was done, by `time.perf_counter`.
+    """
+
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._future = self._pool.submit(self._timed, work)
-        self.seconds = 0.0
+        self.busy: list[tuple[float, float]] = []
 
-    def result(self) -> T:
-        """What the work gave, or the error it raised; waits for it."""
-        try:
-            return self._future.result()
-        finally:
-            self._pool.shutdown(wait=False)
+    def begin(self, work: Callable[[], T]) -> Future[T]:
+        """Will have what the work gives, or the error that it raises."""
+        return self._pool.submit(self._timed, work)
+
+    def end(self) -> None:
+        """No more work comes."""
+        self._pool.shutdown(wait=False)
+
+    @property
+    def seconds(self) -> float:
+        """How long the work took that was done."""
+        return sum(end - begin for begin, end in self.busy)
+
+    def within(self, begin: float, end: float) -> float:
+        """How many of these seconds lie between two moments."""
+        return sum(max(0.0, min(end, b) - max(begin, a)) for a, b in self.busy)
 
     def _timed(self, work: Callable[[], T]) -> T:
         begin = time.perf_counter()
         try:
             return work()
         finally:
-            self.seconds = time.perf_counter() - begin
+            self.busy.append((begin, time.perf_counter()))

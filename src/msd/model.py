@@ -20,14 +20,15 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import StopStringCriteria
 
 from msd import drafters, loading, prompts, verify
+from msd.ahead import Ahead, Beside
 from msd.chat import Chat
 from msd.config import SpeculativeConfig
 from msd.costs import costs
 from msd.decode import decode
-from msd.drafters import Drafter
+from msd.drafters import BorrowsEye, Drafter, Translates, recordings
 from msd.drafters.msd import MSD
 from msd.errors import UserError
-from msd.hidden import Hidden
+from msd.event_tokens import event_tokens
 from msd.layout import Layout
 from msd.plan import Plan
 from msd.result import Result
@@ -59,6 +60,10 @@ class SpeculativeVLM:
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
+        if processor is not None and isinstance(self.drafter, Translates):
+            self.drafter.translate(processor.tokenizer)
+        if processor is not None and isinstance(self.drafter, BorrowsEye):
+            self.drafter.borrow(partial(event_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
         if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, MSD):
@@ -121,8 +126,10 @@ class SpeculativeVLM:
         messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
         neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
-        beside: tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function that makes them,
-        which runs while the target prefills (`statistics.seconds`: "beside", and "beside_wait" after the prefill).
+        events: an event recording (file, `EventStream`, `Recording`), or a list with one, or None, for each prompt, for
+        a drafter that sees events. What it makes of them is made while the target prefills.
+        beside: in their place, tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function
+        that makes them (`statistics.seconds`: see `msd.ahead`).
         past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
@@ -168,13 +175,10 @@ class SpeculativeVLM:
         for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
             if kwargs.pop(name, None) is not None:
                 raise UserError(f"{name} asks for another way of decoding; choose msd's with drafter=… instead")
-        streamer, beside = kwargs.pop("streamer", None), kwargs.pop("beside", None)
-        hidden = Hidden(torch.inference_mode()(beside)) if callable(beside) else None
-        with statistics.timed("prefill"):
+        streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
+        with ahead.prefill():
             kwargs = self.target.encode_images(kwargs)
-        run = partial(
-            self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, beside=hidden or beside
-        )
+        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
         sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin
@@ -194,22 +198,18 @@ class SpeculativeVLM:
         streamer: Any,
         statistics: Statistics,
         past: Past | None,
-        beside: Tensor | Hidden[Tensor] | None,
+        ahead: Ahead,
     ) -> Sampler:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        with statistics.timed("prefill"):
+        ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
+        with ahead.prefill():
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
         statistics.num_prefill_rows = B * state.prefilled
-        if isinstance(beside, Hidden):
-            with statistics.timed("beside_wait"):
-                state.beside = beside.result()
-            statistics.seconds["beside"] = beside.seconds
-        else:
-            state.beside = beside
+        ahead.give(state)
         vocabulary = prompt.logits.shape[-1]
         randomness = _randomness(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)
@@ -227,6 +227,15 @@ class SpeculativeVLM:
         if past is not None:
             past.renew(state)
         return sampler
+
+    def _beside(self, kwargs: dict[str, Any]) -> Beside:
+        """What only the drafter sees, taken out of the arguments of a generation."""
+        beside, seen = kwargs.pop("beside", None), kwargs.pop("events", None)
+        if seen is None:
+            return beside
+        if beside is not None:
+            raise UserError("give events or what stands beside, not both")
+        return recordings.work(self.drafter, seen, len(kwargs["input_ids"]))
 
     def _refuse(self, config: GenerationConfig, batch: int, length: int, streamer: Any) -> None:
         """One clear line for what speculative decoding cannot do, or the model cannot hold."""

@@ -104,3 +104,30 @@ def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: 
             capsys, "capture", "--data", bad, "--images", place / "images", "--target", place, "--out", tmp_path / "o"
         )
         assert code == 2 and said in err and "bad.jsonl:1" in err
+
+
+@pytest.mark.usefixtures("captured")
+def test_events_reach_the_drafter_and_never_the_answer(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
+) -> None:
+    """Learnt beside events, verified with them, and told apart from a drafter without."""
+    train(capsys, place, tmp_path / "with", *FLOAT32)
+    train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
+    data = ("--data", place / "data.jsonl", "--images", place / "images", "--target", place)
+    code, told, err = run(
+        capsys, "verify", *data, "--drafter", tmp_path / "with" / "drafter", "--method", "msd", "--limit", 3,
+        "--max-new-tokens", 8, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert all(row["passed"] and row["identical"] == row["compared"] for row in json.loads(told)["rows"])
+    ask = (
+        "generate", place / "images" / "0.png", place / "images" / "1.png", "-p", "What?", "--target", place,
+        "--max-new-tokens", 12, "--json",
+    )  # fmt: skip
+    seen = ("--events", place / "images" / "0.npz")
+    drafters = {name: ("--drafter", tmp_path / name / "drafter") for name in ("with", "without")}
+    answers = [json.loads(run(capsys, *ask, *more)[1]) for more in ((), drafters["with"], (*drafters["with"], *seen))]
+    assert len({tuple(answer["tokens"]) for answer in answers}) == 1
+    assert answers[2]["time"]["beside"] > 0 and "beside" not in answers[1]["time"]
+    code, _, err = run(capsys, *ask, *drafters["without"], *seen)
+    assert code == 2 and "sees no events" in err

@@ -24,6 +24,7 @@ from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
 from msd.bench.sampling_law import end_to_end_p_values
 from msd.config import SpeculativeConfig
+from msd.drafters import recordings
 from msd.model import SpeculativeVLM
 
 TIE_GAP = 1e-4
@@ -93,7 +94,8 @@ def certify(
                     continue
                 if reference is None:
                     reference = _generate(model, inputs, seed, kwargs)
-                tokens = engine.generate(**inputs, **kwargs, seed=seed).tokens
+                seen = recordings.argument(engine.drafter, [sample.events])
+                tokens = engine.generate(**inputs, **seen, **kwargs, seed=seed).tokens
                 judge.compare(row, f"sample {seed} ({setting})", inputs, kwargs, seed, tokens, reference)
     for engine, row in zip(engines, rows, strict=True):
         if engine.drafter.sampled:

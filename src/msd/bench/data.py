@@ -16,10 +16,11 @@ BUNDLED = Path(__file__).parents[1] / "photos"
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of a data line. images: paths, in reading order, then videos. events: a recording of what they show.
+    """A prompt of a data line. images: paths, in reading order, then videos.
 
     answer, tokens: another engine's output, if any. split: the part of its data set.
-    before: earlier turns of the conversation. where: file and line, for messages.
+    before: earlier turns of the conversation. where: file and line, for messages. events: an event camera's
+    recording of what they show, for drafters that see it.
     """
 
     images: tuple[Path | Video, ...]
@@ -121,11 +122,11 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
         *_files(line, "image", where, folder),
         *map(Video, _files(line, "video", where, folder)),
     )
+    seen = _files(line, "events", where, folder)
+    if len(seen) > 1:
+        raise UserError(f"{where}: {len(seen)} 'events'; a line has one recording")
     task, split = str(line.get("task") or "default"), str(line.get("split") or "train")
-    events = _files(line, "events", where, folder)
-    if len(events) > 1:
-        raise UserError(f"{where}: {len(events)} files of events; a line has one")
-    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where, events[0] if events else None)
+    return Sample(shown, prompt, line.get("answer"), task, None, split, (), where, seen[0] if seen else None)
 
 
 def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Path]:

@@ -33,6 +33,7 @@ from msd.bench.timing import LIBRARY, Run, library, ours
 from msd.bench.words import kinds_of
 from msd.config import SpeculativeConfig
 from msd.cuts import ModalityCuts
+from msd.drafters import recordings
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
 from msd.version import __version__
@@ -82,7 +83,8 @@ def run(
         for name in [*list(ways)[turn:], *list(ways)[:turn]]:
             report(f"{'sample' if batch == 1 else 'batch'} {number} of {len(groups)}, {name}")
             try:
-                answer = ways[name](inputs, seed=group[0])
+                seen = _seen(engines[name], [samples[i] for i in group]) if name in engines else {}
+                answer = ways[name]({**inputs, **seen}, seed=group[0])
             except REFUSALS as error:
                 if name not in LIBRARY or name == TRANSFORMERS:
                     raise
@@ -153,7 +155,10 @@ def _by_modality(
         words.append(kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer]))
         for name, engine in drafting.items():
             report(f"sample {i + 1} of {len(samples)}, {name} on chains")
-            for kept, found in ((trees, runs[name][i]), (chains, ours(engine, inputs, settings, 0))):
+            for kept, found in (
+                (trees, runs[name][i]),
+                (chains, ours(engine, {**inputs, **_seen(engine, [sample])}, settings, 0)),
+            ):
                 kept[name].append((found.statistics.steps, modal.shared(labels, answer, found.answers[0])))
 
     def columns(name: str, chosen: list[int]) -> dict[str, Any]:
@@ -168,6 +173,11 @@ def _by_modality(
         }
 
     return {name: partial(columns, name) for name in drafting}
+
+
+def _seen(engine: SpeculativeVLM, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What only the engine's drafter sees of samples."""
+    return recordings.argument(engine.drafter, [sample.events for sample in samples])
 
 
 def _refusal(error: Exception) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from typer.exceptions import TyperException
 
-from msd.cli import bench, capture, demo, estimate, events, generate, reference, targets, train, verify
+from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
 from msd.errors import UserError
 from msd.heap import use_huge_pages
 from msd.version import __version__
@@ -29,6 +29,7 @@ app.command("train")(train.train)
 app.command("targets")(targets.targets)
 app.command("estimate")(estimate.estimate)
 app.command("events")(events.events)
+app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
 app.add_typer(reference.app, name="reference")
 

@@ -22,7 +22,9 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
 Drafter = Annotated[
     Path | None,
-    typer.Option("--drafter", help="Folder of a trained drafter, used as the method it is of: 'msd' or a rival."),
+    typer.Option(
+        "--drafter", help="Folder of a trained drafter, used as the method it is of: 'msd', a rival or 'eventgpt'."
+    ),
 ]
 Verifier = Annotated[
     str,
@@ -47,6 +49,10 @@ Backend = Annotated[
 Device = Annotated[
     str | None,
     typer.Option("--device", help="Where the model runs, as torch calls it: 'cpu' (default), 'cuda', 'cuda:1'."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="How to draft: a method's name; by default what was trained for the target."),
 ]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
 

@@ -1,6 +1,16 @@
 """Drafters: whatever proposes a tree of continuations, one file per published method."""
 
-from msd.drafters.base import Drafter
+from msd.drafters.base import BorrowsEye, Drafter, ReadsAhead, Translates
 from msd.drafters.registry import create, default, methods, register, register_folder
 
-__all__ = ["Drafter", "create", "default", "methods", "register", "register_folder"]
+__all__ = [
+    "BorrowsEye",
+    "Drafter",
+    "ReadsAhead",
+    "Translates",
+    "create",
+    "default",
+    "methods",
+    "register",
+    "register_folder",
+]

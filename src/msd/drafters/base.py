@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.events.pieces import Events
+from msd.layout import Layout
 from msd.plan import Budget
 from msd.sampling import Sampler
 from msd.targets.state import State
@@ -55,4 +58,35 @@ class Drafter(Protocol):
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Called after each step with what was accepted, before the next `propose`."""
+        ...
+
+
+@runtime_checkable
+class Translates(Protocol):
+    """A drafter with a vocabulary of its own."""
+
+    def translate(self, tokenizer: Any) -> None:
+        """Called before `attach` with the target's tokenizer, if there is one; UserError where the two do not fit."""
+        ...
+
+
+@runtime_checkable
+class BorrowsEye(Protocol):
+    """A drafter that looks at event recordings with the target's own eye."""
+
+    def borrow(self, look: Callable[[Events], Tensor]) -> None:
+        """Called before `attach`, if the target has a processor; `look` gives [E, H] tokens (`msd.event_tokens`)."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A drafter that reads prompts by itself, without the target's states."""
+
+    def ahead(self, layout: Layout, beside: Tensor | None) -> Any:
+        """What it makes of a prompt [B, L] (`layout.end` is L in every row): `State.memory` when `begin` is called.
+
+        Runs in a thread of its own while the target prefills the same prompt; the layout is the drafter's alone.
+        beside: [B, E, H], see `State`.
+        """
         ...

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-from msd.drafters import rivals, stored
+from msd.drafters import eventgpt, rivals, stored
 from msd.drafters.base import Drafter
 from msd.drafters.combined import Combined
+from msd.drafters.eventgpt import checkpoint as eventgpt_checkpoint
 from msd.drafters.msd import MSD, MSDNetwork, checkpoint
 from msd.drafters.plain import Plain
 from msd.drafters.prompt_lookup import PromptLookup
@@ -37,6 +38,10 @@ def register_folder(folder: Path | str) -> str:
     `msd` has a sampled form too, `msd:sampled`. UserError now when the folder holds no drafter.
     """
     method = stored.method(Path(folder))
+    if method == eventgpt.METHOD:
+        parts = eventgpt_checkpoint.load(folder)
+        register(method, partial(eventgpt.EventGPTDrafter, *parts))
+        return method
     if method is not None:
         network = rivals.load(folder)
         register(method, partial(rivals.RivalDrafter, network))

@@ -67,12 +67,12 @@ def masks(seen: Tensor, back: Tensor, kinds: Windows, dtype: torch.dtype) -> Mas
     Additive, because a boolean mask is silently wrong under `eager` attention.
     """
     found = {
-        kind: _additive(seen if window is None else seen & (back < window), dtype) for kind, window in kinds.items()
+        kind: additive(seen if window is None else seen & (back < window), dtype) for kind, window in kinds.items()
     }
     return found.get(None, found)
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where seen, the type's least value elsewhere: [B, N, S] -> [B, 1, N, S]."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,7 @@ from msd.drafters.msd.pace import Pace
 from msd.drafters.msd.sample import draw
 from msd.drafters.notes import Notes
 from msd.errors import UserError
+from msd.events.pieces import Events
 from msd.plan import Budget
 from msd.sampling import Sampler, temperature
 from msd.targets.state import State
@@ -43,6 +45,12 @@ class MSD:
         self.calibrated, self.pace = calibrated or {}, Pace()
         self.taps = network.config.taps
         self.modality_ids = torch.tensor(network.config.modality_ids)
+        self.beside: Callable[[Events], Tensor] | None = None  # see `msd.drafters.recordings`
+
+    def borrow(self, look: Callable[[Events], Tensor]) -> None:
+        """See `BorrowsEye`; of no use to a network that was trained without events."""
+        if self.network.beside is not None:
+            self.beside = look
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Takes the target's embedding and device; UserError when the target is not the one it was trained for."""

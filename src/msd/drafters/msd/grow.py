@@ -52,6 +52,12 @@ class Subtrees:
     budget: Tensor
     shapes: list[Shape]
 
+    @classmethod
+    def single(cls, newest: Tensor, nodes: int, shape: Shape) -> Subtrees:
+        """One for each of the roots `newest` [B], with all the nodes."""
+        one = torch.ones(len(newest), 1, device=newest.device)
+        return cls(one[..., None], one, one.long() * nodes, [shape])
+
 
 def choose(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:
     """Dynamic subtree selection: from router probabilities [B, experts] to subtrees that share `nodes`.

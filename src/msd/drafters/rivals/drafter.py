@@ -83,10 +83,11 @@ class RivalDrafter:
 
     def subtrees(self, state: State, newest: Tensor, budget: Budget) -> tuple[Subtrees, Tensor]:
         """One, `config.width` wide; and the registry ids of the modalities that subtrees are told by."""
-        c, one = self.network.config, torch.ones(len(newest), 1, device=newest.device)
+        c = self.network.config
         width = c.width if budget.width is None else min(budget.width, c.width)
-        whole = Subtrees(one[..., None], one, one.long() * budget.nodes, [Shape(width, c.depth)])
-        return whole, torch.tensor([LANGUAGE.id], device=newest.device)
+        return Subtrees.single(newest, budget.nodes, Shape(width, c.depth)), torch.tensor(
+            [LANGUAGE.id], device=newest.device
+        )
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """No router."""

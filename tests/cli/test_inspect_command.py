@@ -1,0 +1,98 @@
+"""`msd inspect`: the page tells what the record tells, and the record is what was decoded."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import tiny
+from msd.config import SpeculativeConfig
+from msd.inspect import page, tracing
+from msd.model import SpeculativeVLM
+from random_drafter import RandomDrafter
+from training_command import run
+
+MODEL = tiny.llava()
+INPUTS = tiny.llava_inputs(seed=1)
+
+
+def engine(tokens: int) -> SpeculativeVLM:
+    """With a drafter that is often right."""
+    plain = SpeculativeVLM(MODEL, None, drafter="ar").generate(**INPUTS, max_new_tokens=tokens, do_sample=False)
+    drafter = RandomDrafter(3, 64, [plain.tokens])
+    return SpeculativeVLM(MODEL, None, SpeculativeConfig(adaptive=False), drafter)
+
+
+def test_the_record_is_what_was_decoded() -> None:
+    vlm = engine(24)
+    with tracing(vlm.drafter) as steps:
+        answer = vlm.generate(**INPUTS, max_new_tokens=24, do_sample=False)
+    count = len(steps)
+    assert count == answer.statistics.num_spec_steps
+    told = [answer.tokens[0], *(token for step in steps for token in step.emitted)]
+    assert told == answer.tokens
+    assert sum(len(step.nodes) for step in steps) == answer.statistics.num_draft_tokens
+    at = 0
+    for step in steps:
+        assert step.root == answer.tokens[at]
+        path = [node for node in step.nodes if node.accepted]
+        assert [node.token for node in path] == list(step.emitted[:-1])
+        assert [node.depth for node in path] == list(range(1, len(path) + 1))
+        for node in step.nodes:
+            assert node.depth == 1 if node.parent == 0 else step.nodes[node.parent - 1].depth == node.depth - 1
+        at += len(step.emitted)
+    assert any(len(step.emitted) > 1 for step in steps) and any(not n.accepted for s in steps for n in s.nodes)
+    again = vlm.generate(**INPUTS, max_new_tokens=24, do_sample=False)
+    assert again.tokens == answer.tokens and len(steps) == count  # nothing is recorded outside the block
+
+
+class Tags(HTMLParser):
+    """Refuses a page whose tags do not close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_every_step_and_escapes_words() -> None:
+    vlm = engine(16)
+    with tracing(vlm.drafter) as steps:
+        answer = vlm.generate(**INPUTS, max_new_tokens=16, do_sample=False)
+    text = page("<what> & why", answer, steps, lambda token: f"<{token}>")
+    reader = Tags()
+    reader.feed(text)
+    assert reader.open == [] and "<what>" not in text.replace("&lt;what&gt;", "")
+    assert text.count('class="step"') == len(steps)
+    accepted = sum(n.accepted for s in steps for n in s.nodes)
+    assert text.count('class="yes"') == accepted and text.count('class="token drafted"') == accepted
+    for token in answer.tokens:
+        assert f"<{token}>" in reader.text
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from msd.reference import sample_photos
+
+    out = tmp_path / "trace.html"
+    ask = ("inspect", sample_photos()[0], "-p", "Describe the image.", "--max-new-tokens", 24)
+    code, told, err = run(capsys, *ask, "--out", out, "--json")
+    assert code == 0, err
+    answer, text = json.loads(told), out.read_text(encoding="utf-8")
+    assert text.count('class="step"') == answer["steps"] and text.count("data:image/jpeg") == 1
+    assert ">vision</i>" in text and answer["method"] == "msd"
+    code, _, err = run(capsys, *ask, "--out", tmp_path / "none" / "trace.html")
+    assert code == 2 and "folder that exists" in err
