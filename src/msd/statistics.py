@@ -37,7 +37,8 @@ class Statistics:
     num_accepted_draft_tokens: int = 0
     num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
     acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # prefill, draft, verify, host, total
+    # prefill, draft, verify, host, total; and beside, beside_overlap, beside_wait where there was any (`msd.ahead`)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     latest: dict[str, float] = field(default_factory=dict)  # seconds of a part when it was last timed
     steps: list[Step] = field(default_factory=list)  # of this generation alone: `add` leaves them out
     divergence: dict[str, tuple[int, float]] = field(

@@ -81,7 +81,7 @@ def test_a_video_model_passes_verify(
         assert row["passed"] and row["compared"] == row["identical"] == 12, row
 
 
-def test_generate_and_bench_see_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_sees_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tiny_checkpoint.write(tmp_path / "target")
     config = loading.load_config(target).text_config
     drafter = folder(tmp_path / "drafter", Pieces.of(tiny_checkpoint.processor().tokenizer), config)
@@ -98,6 +98,17 @@ def test_generate_and_bench_see_recordings(tmp_path: Path, capsys: pytest.Captur
     assert "'prompt-lookup' sees no events; 'eventgpt' does" in refused and len(refused.splitlines()) == 1
     _, refused = call(capsys, *asked, "--drafter", drafter, "--events", tmp_path / "none.csv", code=2)
     assert "there is no file" in refused
+    two = data(tmp_path / "two.jsonl", {"events": ["seen.csv", "seen.csv"], "prompt": "What?"})  # type: ignore[dict-item]
+    _, refused = call(capsys, "verify", "--target", target, "--data", two, "--method", "ar", code=2)
+    assert "2 'events'; a line has one recording" in refused
+
+
+def test_bench_shows_recordings_to_who_sees_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tiny_checkpoint.write(tmp_path / "target")
+    config = loading.load_config(target).text_config
+    drafter = folder(tmp_path / "drafter", Pieces.of(tiny_checkpoint.processor().tokenizer), config)
+    name = tiny_checkpoint.photos(tmp_path, 1)[0]
+    recording(tmp_path / "seen.csv")
     lines = data(tmp_path / "data.jsonl", {"image": name, "events": "seen.csv", "prompt": "What is it?"})
     out, _ = call(
         capsys, "bench", "--target", target, "--drafter", drafter, "--method", "eventgpt", "--data", lines, "--json",
@@ -105,9 +116,6 @@ def test_generate_and_bench_see_recordings(tmp_path: Path, capsys: pytest.Captur
     )  # fmt: skip
     rows = {row["method"]: row for row in json.loads(out)["rows"]}
     assert rows["eventgpt"]["identical"] == rows["ar"]["identical"] == 1.0
-    two = data(tmp_path / "two.jsonl", {"events": ["seen.csv", "seen.csv"], "prompt": "What?"})  # type: ignore[dict-item]
-    _, refused = call(capsys, "verify", "--target", target, "--data", two, "--method", "ar", code=2)
-    assert "2 'events'; a line has one recording" in refused
 
 
 def test_a_map_for_another_target_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,9 +48,9 @@ class Memory:
         cache = KVCache(c.layers, B, room)
         states = network.states(entries, torch.arange(S, device=entries.device).expand(B, -1), cache)
         cache.committed = list(length)  # what stands behind a shorter row's last word is written over
-        made = cls(network, words, cache, [columns] * B, made_law(network, words, states, length))
+        made = cls(network, words, cache, [columns] * B, law_after(network, words, states, length))
         made.guess = words.ids[made.law.argmax(-1)]
-        made.law = made_law(network, words, made._states(made.guess[:, None]), [1] * B)
+        made.law = law_after(network, words, made._states(made.guess[:, None]), [1] * B)
         return made
 
     def read(self, layout: Layout, going: list[bool]) -> Tensor:
@@ -68,7 +68,7 @@ class Memory:
         if max(added) and not expected:
             column = torch.arange(max(added)) + torch.tensor(layout.end)[:, None] - torch.tensor(added)[:, None]
             column = column.clamp_max(layout.capacity - 1).to(layout.tokens.device)
-            self.law = made_law(self.network, self.words, self._states(layout.tokens.gather(1, column)), added)
+            self.law = law_after(self.network, self.words, self._states(layout.tokens.gather(1, column)), added)
         self.cache.committed = [at + n for at, n in zip(base, added, strict=True)]
         return self.law
 
@@ -81,7 +81,7 @@ class Memory:
         return self.network.states(self.network.embed(self.words.read(tokens)), positions, self.cache, mask)
 
 
-def made_law(network: EventGPT, words: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:
+def law_after(network: EventGPT, words: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:
     """[B, n] logits of the shared pieces after the first `length[row]` of the states [B, W, H]."""
     last = torch.tensor(length, device=states.device)[:, None] - 1
     return words.shared(network.logits(pick(states, last.clamp_min(0))[:, 0]))
