@@ -54,7 +54,7 @@ NOISE := $(BIN)/msd bench --method msd --data runs/val/noise/noise.jsonl --tempe
 results: setup
 	$(BIN)/msd verify --method all --limit 50 --json > results/verify.json
 	$(MAKE) floors
-	$(BIN)/python tools/readme_tables.py
+	$(BIN)/python tools/tables.py
 
 floors: setup
 	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 80 --val-text 0
