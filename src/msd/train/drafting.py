@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,13 @@ from msd.events import open_chunks
 from msd.gain import assert_images_matter
 from msd.prompts import prepare
 from msd.targets import Target, adapt
-from msd.targets.teacher import Lesson
-from msd.train import confidence
 from msd.train.captured import Captured
 from msd.train.draft_loss import DraftObjective, LossConfig
+from msd.train.held_out import HeldOut
 from msd.train.lessons import Lessons, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
 from msd.train.notebook import Notebook
 from msd.train.rivals import Published, RivalObjective, new_rival
-from msd.train.router_report import router_report
 
 PRECISIONS = ("measure", "bf16", "float32")
 
@@ -164,7 +162,7 @@ def train(
     lessons = Lessons(teacher, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
     objective = _objective(network, settings, model)
     exact = Notebook(head, ids, taps, 0.1 * settings.remember, torch.float32)
-    evaluate = _Evaluation(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
+    evaluate = HeldOut(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun, tokens = time.monotonic(), 0
 
@@ -236,51 +234,6 @@ def _objective(network: MSDNetwork | Rival, settings: DraftTraining, model: Any)
 def _history(told: Mapping[str, Any]) -> dict[str, Any]:
     """What the drafter that a run starts from had behind it."""
     return {name: told.get(name) for name in ("steps", "seconds", "answers", "before")}
-
-
-class _Evaluation:
-    """Held-out chain acceptance: by modality in answers about images, and of all answers without one ("text")."""
-
-    def __init__(
-        self, objective: DraftObjective | RivalObjective, lessons: Lessons, held_out: Sequence[Captured]
-    ) -> None:
-        self.objective, self.lessons = objective, lessons
-        some = [c for c in held_out if len(c.ids) > 1]
-        self.about_images, self.text = ([c for c in some if bool(c.images) == images] for images in (True, False))
-        self.last: dict[str, float] = {}
-
-    def __call__(self) -> dict[str, float]:
-        self.objective.eval()
-        seen, text = self._counts(self.about_images), self._counts(self.text)
-        self.objective.train()
-        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in seen.items()}
-        for name, counts in (("text", text), ("acceptance", seen or text)):
-            accepted, drafted = (sum(c[i] for c in counts.values()) for i in (0, 1))
-            if drafted:
-                self.last[name] = accepted / drafted
-        return self.last
-
-    def _counts(self, answers: Sequence[Captured]) -> dict[str, list[int]]:
-        """Modality name -> [accepted, drafted]."""
-        counts: dict[str, list[int]] = {}
-        for lesson, labels in self.lessons.in_turn(answers):
-            for name, (accepted, drafted) in self.objective.acceptance(lesson, labels).items():
-                old = counts.setdefault(name, [0, 0])
-                counts[name] = [old[0] + accepted, old[1] + drafted]
-        return counts
-
-    def reports(self) -> dict[str, Any]:
-        """Of a trained network: the router's quality, and the fit that turns confidence into tree scores."""
-        if isinstance(self.objective, RivalObjective):
-            return {}
-        told = {"confidence": confidence.calibrate(self.objective, self._taught())}
-        if self.objective.network.router is not None:
-            told["router"] = router_report(self.objective, self._taught())
-        return told
-
-    def _taught(self) -> Iterator[tuple[Lesson, Tensor]]:
-        """The held-out answers about images, in batches; those without where there are no others."""
-        return self.lessons.in_turn(self.about_images or self.text)
 
 
 def _ends(model: Any) -> list[int]:
