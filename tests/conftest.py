@@ -24,6 +24,14 @@ def known_costs() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def methods_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    from msd.drafters import registry
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
 @pytest.fixture(scope="session")
 def reference_model() -> tuple[Any, Any]:
     """(model, processor) of the assembled reference model, float32."""

@@ -16,15 +16,9 @@ from families import BY_NAME
 from family_processor import FamilyProcessor, Letters
 from msd import loading
 from msd.cli import main
-from msd.drafters import registry
 from msd.drafters.eventgpt import EventGPT, Pieces, VocabularyMap, checkpoint
 
 FAMILY = BY_NAME["video_llava"]
-
-
-@pytest.fixture(autouse=True)
-def own_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:

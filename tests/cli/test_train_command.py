@@ -69,12 +69,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_the_drafter_is_used_by_every_command(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from msd.drafters import registry
+def test_the_drafter_is_used_by_every_command(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
 
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     drafter = train(capsys, place, tmp_path / "run", "--calibrate", 2)["drafter"]
     told = json.loads((Path(drafter) / "training.json").read_text())
     assert set(told["thresholds"]) == {"0.005", "0.01", "0.02", "0.05", "0.1"}

@@ -24,10 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", RIVALS)
-def test_trained_loaded_and_used(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+def test_trained_loaded_and_used(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, method: str) -> None:
     summary = train(capsys, place, tmp_path / "run", "--method", method)
     assert summary["finished"] and set(summary["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}
     assert Path(summary["curves"]).read_bytes().startswith(b"\x89PNG")
@@ -62,9 +59,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 
 
 def test_weights_in_the_repository_are_methods_for_the_reference_model(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     drafter = Path(train(capsys, place, tmp_path / "run", "--method", "eagle2")["drafter"])
     (tmp_path / "weights").mkdir()
     drafter.rename(tmp_path / "weights" / "any-name")

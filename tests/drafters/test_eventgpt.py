@@ -357,8 +357,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         SpeculativeVLM(MODEL, None, CONFIG, EventGPTDrafter(NETWORK, OWN))
 
 
-def test_a_folder_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+def test_a_folder_is_a_method(tmp_path: Path) -> None:
     checkpoint.save(NETWORK, OWN, tmp_path, WORDS_MAP)
     assert registry.register_folder(tmp_path) == "eventgpt"
     made = registry.create("eventgpt")
