@@ -51,6 +51,13 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
     ] = None,
+    baselines: Annotated[
+        str,
+        typer.Option(
+            "--baselines",
+            help="transformers' own ways to decode, separated by commas; all by default. Plain always runs.",
+        ),
+    ] = "",
     verifier: Verifier = "lossless",
     epsilon: Epsilon = 0.0,
     threshold: Thresholds = None,
@@ -77,6 +84,7 @@ def bench(
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
 
+    ways = _ways(baselines, list(measure.LIBRARY))
     known = modal.find_cuts(target, cuts)
     model, processor = load_target(target, device)
     if known is not None:
@@ -84,8 +92,17 @@ def bench(
     with Console(file=sys.stderr).status("measuring…") as status:
         results = measure.run(
             model, processor, samples, methods, max_new_tokens, temperature, status.update, known,
-            SpeculativeConfig(**checked, backend=backend), warm, batch,
+            SpeculativeConfig(**checked, backend=backend), warm, batch, ways,
         )  # fmt: skip
     if out is not None:
         files.write(results, out)
     print(json.dumps(results) if as_json else report.markdown(results))
+
+
+def _ways(names: str, known: list[str]) -> list[str]:
+    """Ways of the library to measure, plain `generate()` first; UserError for an unknown one."""
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"--baselines '{name}' is no way of transformers; known: {', '.join(known)}")
+    return list(dict.fromkeys([known[0], *chosen])) if chosen else known

@@ -52,7 +52,7 @@ def train(
     remember: Annotated[
         float,
         typer.Option("--remember", min=0.0, help="Gigabytes to remember the target's states in, for later passes."),
-    ] = 2.0,
+    ] = 1.2,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     calibrate: Annotated[
         int,

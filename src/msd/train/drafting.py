@@ -69,7 +69,7 @@ class DraftTraining:
     off: tuple[str, ...] = ()
     text_only: bool = False
     precision: str = "measure"
-    remember: float = 2.0
+    remember: float = 1.2
     loss: LossConfig = field(default_factory=LossConfig)
     stages: Stages = field(default_factory=Stages)
     evaluate_every: int = 500
