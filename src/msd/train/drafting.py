@@ -294,4 +294,4 @@ def _refuse_blind_targets(target: Target, processor: Any, captured: Sequence[Cap
 def peak_gigabytes() -> float:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
