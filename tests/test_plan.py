@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,15 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert FLAT.of(33, 100)[20] == pytest.approx(1.0 + 3.0 * 12 / 24)
     assert FLAT.of(33, 150)[-1] == pytest.approx(5.0)
     assert FLAT.of(33, 300)[-1] == pytest.approx(8.0)
+    assert FLAT.of(65, 100)[-1] == pytest.approx(4.0 + 3.0 * 32 / 24)  # large batches: more rows than were measured
+
+
+def test_rows_beyond_what_was_measured_are_not_free() -> None:
+    """A batch of 16 with trees of 9 nodes has 144 rows; taken for 65, drafting seemed to cost nothing."""
+    known = Costs((1, 9, 65), (64, 512), ((0.030, 0.034, 0.124), (0.030, 0.038, 0.147)))
+    curve = known.of(144, 64)
+    slope = curve[63] - curve[62]
+    assert all(b - a == pytest.approx(slope) for a, b in pairwise(curve[64:]))
 
 
 def test_costs_are_measured_once_per_machine_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

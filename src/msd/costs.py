@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 import platformdirs
 import torch
+from numpy.typing import NDArray
 
 from msd.files import write_whole
 from msd.targets.base import Target
@@ -39,10 +40,18 @@ class Costs:
     seconds: tuple[tuple[float, ...], ...]
 
     def of(self, largest: int, context: int) -> list[float]:
-        """Seconds of a pass over 1, 2, … `largest` nodes after `context` tokens."""
-        near, far = (np.interp(np.arange(1, largest + 1), self.nodes, row) for row in self.seconds)
+        """Seconds of a pass over 1, 2, … `largest` nodes after `context` tokens; more than measured go on in a line."""
+        near, far = (self._curve(row, largest) for row in self.seconds)
         share = (context - self.contexts[0]) / (self.contexts[1] - self.contexts[0])
         found: list[float] = np.maximum(near + share * np.maximum(far - near, 0.0), 1e-9).tolist()
+        return found
+
+    def _curve(self, seconds: tuple[float, ...], largest: int) -> NDArray[np.float64]:
+        """Of 1 to `largest` nodes, from those of `nodes`."""
+        count = np.arange(1, largest + 1)
+        slope = (seconds[-1] - seconds[-2]) / (self.nodes[-1] - self.nodes[-2])
+        beyond = np.maximum(count - self.nodes[-1], 0) * max(slope, 0.0)
+        found: NDArray[np.float64] = np.interp(count, self.nodes, seconds) + beyond
         return found
 
 
