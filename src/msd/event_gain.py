@@ -64,6 +64,20 @@ def event_costs(
     return [torch.stack(parts, -1) for parts in zip(*costs, strict=True)]
 
 
+def costs_of_recordings(
+    target: Target,
+    inputs: dict[str, Any],
+    answers: Sequence[Sequence[int]],
+    recordings: Sequence[Events],
+    frames: Sequence[int],
+    seeing: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`event_costs` of rows whose images are the `frames[row]` frames of a scene that `recordings[row]` saw too."""
+    columns = image_columns(target, inputs["input_ids"]).sum(1).tolist()
+    kinds = [cell_kinds(r, count, n // count) for r, count, n in zip(recordings, frames, columns, strict=True)]
+    return event_costs(target, inputs, answers, kinds, seeing)
+
+
 def _groups(columns: Tensor, kinds: Tensor) -> Tensor:
     """[2 + F, L] bool: which columns of a row [L] are sparse cells, dense cells, and of each frame."""
     at = columns.nonzero()[:, 0]

@@ -16,6 +16,7 @@ from msd import prompts
 from msd.errors import UserError
 from msd.events import frames
 from msd.events.pieces import Events
+from msd.events.pooling import pooled
 from msd.targets.base import Target
 from msd.targets.vision import VisionCache
 
@@ -40,8 +41,3 @@ def event_tokens(target: Target, processor: Any, recording: Events, count: int =
             f"the target sees {states.shape[:-1].numel()} tokens in {count} event frames, unequally many each"
         )
     return pooled(states.reshape(count, -1, states.shape[-1]))
-
-
-def pooled(states: Tensor) -> Tensor:
-    """[F, P, H] features of frames -> [F + P, H]: means over places, then means over frames."""
-    return torch.cat([states.mean(1), states.mean(0)])

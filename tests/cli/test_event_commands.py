@@ -15,8 +15,9 @@ import tiny_checkpoint
 from msd.cuts import ModalityCuts
 from msd.drafters.msd import checkpoint
 from msd.event_gain import cell_kinds, event_costs
-from msd.event_tokens import FRAMES, event_tokens, pooled
+from msd.event_tokens import FRAMES, event_tokens
 from msd.events import events_of_photo, frames, read
+from msd.events.pooling import pooled
 from msd.loading import load_target
 from msd.prompts import prepare
 from msd.targets import adapt

@@ -21,9 +21,9 @@ from typing import Any
 
 from msd.config import SpeculativeConfig
 from msd.cuts import ModalityCuts
-from msd.event_gain import cell_kinds, event_costs
+from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks
-from msd.gain import image_columns, image_gain
+from msd.gain import image_gain
 from msd.modality import FUSION, LANGUAGE, VISION, Modality, known
 from msd.statistics import Step
 from msd.targets import Target
@@ -111,9 +111,8 @@ def label_answer(
         return []
     if events is None or cuts.events is None:
         return [int(m) for m in cuts.labels(image_gain(target, inputs, [taught])[0])]
-    columns = int(image_columns(target, inputs["input_ids"]).sum())
-    kinds = cell_kinds(open_chunks(events), frames, columns // frames)
-    return [int(m) for m in cuts.events.labels(event_costs(target, inputs, [taught], [kinds])[0])]
+    costs = costs_of_recordings(target, inputs, [taught], [open_chunks(events)], [frames])
+    return [int(m) for m in cuts.events.labels(costs[0])]
 
 
 def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:

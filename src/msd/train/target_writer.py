@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from msd.config import SpeculativeConfig
 from msd.drafters.plain import Plain
 from msd.errors import UserError
-from msd.event_gain import cell_kinds, event_costs
+from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks
-from msd.gain import assert_images_matter, image_columns, image_gain
+from msd.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result
@@ -99,12 +99,8 @@ class TargetWriter:
         recordings = [open_chunks(self.folder / p.events) for p in prompts if p.events is not None]
         if not recordings:
             return [None] * len(prompts)
-        columns = image_columns(self.engine.target, inputs["input_ids"]).sum(1).tolist()
-        kinds = [
-            cell_kinds(recording, len(p.images), n // len(p.images))
-            for recording, p, n in zip(recordings, prompts, columns, strict=True)
-        ]
-        return event_costs(self.engine.target, inputs, answers, kinds, seeing)
+        frames = [len(p.images) for p in prompts]
+        return costs_of_recordings(self.engine.target, inputs, answers, recordings, frames, seeing)
 
     def _prepare(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Processor output of a batch."""

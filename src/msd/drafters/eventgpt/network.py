@@ -21,6 +21,7 @@ from msd.cache import KVCache
 from msd.drafters import configs
 from msd.drafters.eventgpt.config import EventGPTConfig
 from msd.events.pieces import Events
+from msd.events.pooling import pooled
 
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of red, green, blue
 
@@ -79,8 +80,7 @@ class EventGPT(nn.Module):
     def see(self, pixels: Tensor) -> Tensor:
         """Frames [F, 3, S, S] -> event tokens [F + P, H]: temporal ones, then spatial ones."""
         seen = self.tower(pixels, output_hidden_states=True).hidden_states[self.config.vision_layer]
-        patches = self.projector(seen[:, 1:])  # [F, P, H], without the class token
-        return torch.cat([patches.mean(1), patches.mean(0)])
+        return pooled(self.projector(seen[:, 1:]))  # [F, P, H], without the class token
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[..., H] of its token ids [...]."""
