@@ -131,3 +131,42 @@ def test_slots_never_written_hold_zeros() -> None:
     write(cache, 1, 2)
     assert cache.layers[0].keys is not None
     assert bool((cache.layers[0].keys[:, :, 2:] == 0).all())
+
+
+@pytest.mark.parametrize("kept", [[0], [1], [2], [0, 2], [1, 2], [0, 1]])
+def test_rows_let_go_leave_the_others_as_they_were(kept: list[int]) -> None:
+    """Rows of unequal length; afterwards passes write the rows held alone, wherever these stand now."""
+    cache, heads = KVCache(3, 3, C), (H, 1, H)
+
+    def keys(first: int, count: int, layer: int, rows: list[int]) -> Tensor:
+        number = 1000.0 * torch.tensor(rows)[:, None] + torch.arange(first, first + count)
+        return number[:, None, :, None].expand(-1, heads[layer], -1, D)
+
+    def step(first: int, count: int) -> list[Tensor]:
+        return [
+            cache.update(new, new + 0.5, layer)[0]
+            for layer in range(3)
+            for new in [keys(first, count, layer, cache.rows)]
+        ]
+
+    step(0, 5)
+    cache.advance(5)
+    step(10, 4)
+    cache.commit([[0, 2], [1], [0, 1, 3]])
+    cache.keep(kept)
+    assert sorted(cache.rows) == kept
+    expected = {0: [0, 1, 2, 3, 4, 10, 12], 1: [0, 1, 2, 3, 4, 11], 2: [0, 1, 2, 3, 4, 10, 11, 13]}
+    seen = step(20, 2)
+    cache.commit([[1], [0], [0, 1]])
+    lengths = {0: 8, 1: 7, 2: 10}
+    for added, row in zip(([21], [20], [20, 21]), range(3), strict=True):
+        expected[row] += added
+    assert cache.committed == [
+        lengths[r] if r in kept else lengths[r] - len([[21], [20], [20, 21]][r]) for r in range(3)
+    ]
+    assert seen[0].shape[0] == len(kept)
+    again = step(30, 1)
+    for layer in range(3):
+        for place, row in enumerate(cache.rows):
+            values = again[layer][place, 0, : lengths[row] + 1, 0] - 1000 * row
+            assert values.tolist() == [*expected[row], 30]

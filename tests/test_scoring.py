@@ -132,6 +132,29 @@ def test_a_finished_row_neither_moves_nor_disturbs_the_others() -> None:
 
 
 @pytest.mark.parametrize("make, rows", CASES)
+def test_rows_that_are_let_go_leave_the_scores_of_the_others(make: Any, rows: list[Inputs]) -> None:
+    """All but the first row, then none but the last: what a batch computes as its rows end."""
+    target = adapt(make(), taps=(0, 2))
+    state, _ = start(target, rows)
+    last = len(rows) - 1
+    for left in (list(range(min(1, last), last + 1)), [last]):
+        tokens, parents = random_lists(3, len(rows))
+        tree = DraftTree.from_lists(state.layout.newest(), tokens, parents)
+        with torch.no_grad():
+            whole = target.score(state, tree)
+            state.cache.keep(left)
+            some = target.score(state, tree)
+        assert whole.taps is not None and some.taps is not None
+        there = tree.valid[left]
+        assert (whole.logits[left] - some.logits[left])[there].abs().max() <= TOLERANCE
+        assert (whole.taps[left] - some.taps[left])[there].abs().max() <= TOLERANCE
+        emitted = [tree.tokens[row, :1].tolist() if row in left else [] for row in range(len(rows))]
+        for row in left:
+            state.layout.append(row, emitted[row])
+        target.commit(state, Accepted([[] for _ in rows], emitted))
+
+
+@pytest.mark.parametrize("make, rows", CASES)
 def test_taps_are_the_hidden_states_of_transformers(make: Any, rows: list[Inputs]) -> None:
     target = adapt(make(), taps=(0, 2, 3))
     state, prompt = start(target, rows)

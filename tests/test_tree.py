@@ -144,3 +144,17 @@ def test_modality_and_fixed_are_kept() -> None:
     assert tree.fixed.tolist() == [[False, True, False], [False, False, False]]
     assert tree.tokens.tolist() == [[1, 5, 6], [2, 7, 0]]
     assert (tree.batch, tree.size, tree.height) == (2, 3, 1)
+
+
+def test_trees_of_some_rows_and_the_batch_they_came_from() -> None:
+    tree = make([[0, 1, 0], [], [0]])
+    tree.q = torch.rand(tree.tokens.shape)
+    assert tree.of([0, 1, 2]) is tree
+    part = tree.of([2, 0])
+    assert part.parents.tolist() == [tree.parents[2].tolist(), tree.parents[0].tolist()]
+    back = part.among([2, 0], tree.tokens[:, 0])
+    for name in ("tokens", "parents", "depths", "valid", "modality", "fixed"):
+        assert torch.equal(getattr(back, name), getattr(tree, name)), name
+    assert back.q is not None
+    assert back.q[[0, 2]].tolist() == tree.q[[0, 2]].tolist()
+    assert back.q[1].tolist() == [1.0, 0.0, 0.0, 0.0]

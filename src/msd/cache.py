@@ -31,24 +31,25 @@ class _Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        base, width = self.owner.committed, key_states.shape[-2]
-        stop = max(base) + width
-        if min(base) == max(base):
-            self.keys[:, :, base[0] : stop] = key_states
-            self.values[:, :, base[0] : stop] = value_states
+        base, width = self.owner.base, key_states.shape[-2]
+        first, stop, held = min(base), max(base) + width, len(base)
+        keys, values = self.keys[:held], self.values[:held]
+        if first + width == stop:
+            keys[:, :, first:stop] = key_states
+            values[:, :, first:stop] = value_states
         else:
-            for row, at in enumerate(base):
-                self.keys[row, :, at : at + width] = key_states[row]
-                self.values[row, :, at : at + width] = value_states[row]
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+            place, slot = self.owner._written(width)
+            keys.transpose(1, 2)[place, slot] = key_states.transpose(1, 2)
+            values.transpose(1, 2)[place, slot] = value_states.transpose(1, 2)
+        return keys[:, :, :stop], values[:, :, :stop]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of key slots a pass of `query_length` sees, offset of the first)."""
-        return max(self.owner.committed) + query_length, 0
+        return max(self.owner.base) + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Committed slots of the longest row."""
-        return max(self.owner.committed)
+        """Committed slots of the longest row held."""
+        return max(self.owner.base)
 
     def get_max_length(self) -> int:
         """C."""
@@ -56,11 +57,16 @@ class _Layer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """Keys and values of `layers` decoder layers for `batch` rows of `capacity` slots; `committed` slots per row."""
+    """Keys and values of `layers` decoder layers for `batch` rows of `capacity` slots; `committed` slots per row.
+
+    rows: whose keys are held, in the order in which passes write them: all rows, until some are let go.
+    """
 
     def __init__(self, layers: int, batch: int, capacity: int) -> None:
         self.capacity, self.batch = capacity, batch
         self.committed = [0] * batch
+        self.rows = list(range(batch))
+        self._places: tuple[tuple[list[int], int], tuple[Tensor, Tensor]] | None = None  # of the newest pass
         # blocks [layers, 2, B, H, C, D]: one for all layers of the first shape, one for each other layer, or two of
         # [1, 1, B, H, C, D] for a layer whose keys and values differ
         self._storage: list[Tensor] = []
@@ -85,6 +91,33 @@ class KVCache(Cache):
         self._storage.append(own)
         return own[0, 0], own[0, 1]
 
+    @property
+    def base(self) -> list[int]:
+        """Committed slots of each row held, in the order of `rows`."""
+        return [self.committed[row] for row in self.rows]
+
+    def _written(self, width: int) -> tuple[Tensor, Tensor]:
+        """(place [R, 1], slot [R, W]) of what a pass of `width` writes; made once a pass."""
+        asked = self.base, width
+        if self._places is None or self._places[0] != asked:
+            device = self._storage[0].device
+            place = torch.arange(len(self.rows), device=device)[:, None]
+            slot = torch.tensor(asked[0], device=device)[:, None] + torch.arange(width, device=device)
+            self._places = asked, (place, slot)
+        return self._places[1]
+
+    def keep(self, rows: list[int]) -> None:
+        """Lets all other rows go: passes are over these alone from now on. The last row held fills a place left."""
+        wanted = set(rows)
+        for place in range(len(self.rows) - 1, -1, -1):
+            if self.rows[place] in wanted:
+                continue
+            last = self.rows.pop()
+            if place < len(self.rows):
+                self.rows[place], used = last, self.committed[last]
+                for block in self._storage:
+                    block[:, :, place, :, :used] = block[:, :, len(self.rows), :, :used]
+
     def take(self, other: KVCache, count: int) -> None:
         """Begins with the first `count` slots of another cache of the same model and batch; for an empty cache."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
@@ -104,12 +137,12 @@ class KVCache(Cache):
 
         A path lists node indices, increasing; an empty path keeps nothing of that row.
         """
-        for row, path in enumerate(paths):
-            base = self.committed[row]
+        for place, row in enumerate(self.rows):
+            path, base = paths[row], self.committed[row]
             moved = [(k, n) for k, n in enumerate(path) if k != n]
             if moved:
                 target, source = (torch.tensor(x) + base for x in zip(*moved, strict=True))
                 for block in self._storage:
                     # the right side is a copy, so overlapping rows are safe
-                    block[:, :, row, :, target] = block[:, :, row, :, source]
+                    block[:, :, place, :, target] = block[:, :, place, :, source]
             self.committed[row] = base + len(path)

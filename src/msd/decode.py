@@ -47,6 +47,7 @@ def decode(
     yield first
     while sampler.alive:
         rows, budget = len(sampler.alive), plan.budget(sampler)
+        state.cache.keep(sampler.alive)
         with statistics.timed("draft"):
             tree = drafter.propose(state, budget, sampler)
         with statistics.timed("verify"):

@@ -81,13 +81,13 @@ class Layout:
         """The newest token of every row, [B]: the root of the next draft tree."""
         return self.tokens[torch.arange(self.batch), [e - 1 for e in self.end]]
 
-    def next_positions(self, depths: Tensor) -> Tensor:
-        """Rotary positions of nodes `depths` [B, N] below the newest token (depth 0): [A, B, N].
+    def next_positions(self, depths: Tensor, among: list[int] | None = None) -> Tensor:
+        """Rotary positions of nodes `depths` [R, N] below the newest token (depth 0) of the rows `among`: [A, R, N].
 
         Text continues every axis from the newest token, also under M-RoPE (Qwen2-VL, section 2.1).
         """
-        rows = torch.arange(self.batch)
-        newest = self.positions[:, rows, [e - 1 for e in self.end]]  # [A, B]
+        rows = list(range(self.batch)) if among is None else among
+        newest = self.positions[:, rows, [self.end[row] - 1 for row in rows]]  # [A, R]
         return newest[:, :, None] + depths[None]
 
     def line(self) -> Tensor:

@@ -9,7 +9,7 @@ governor: it goes by what steps really took and gave, and stops drafting for a w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msd.costs import Costs
 from msd.sampling import Sampler
@@ -23,6 +23,8 @@ MEMORY = 0.9  # of running means
 class Budget:
     """What one step may draft in each row: at most `nodes` drafted nodes, `depth[row]` levels and `width` per level.
 
+    A row with no depth drafts nothing, as where it has ended.
+
     A width of None is no limit; a width of 1 asks for a chain, the likeliest draft below the likeliest draft.
     seconds: of a whole step whose trees have 0, 1, … `nodes` drafted nodes; None: draft what fits.
     passes: of its target pass alone, as measured when the machine was quiet; None where costs are not known.
@@ -33,6 +35,15 @@ class Budget:
     width: int | None = None
     seconds: tuple[float, ...] | None = None
     passes: tuple[float, ...] | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that may draft."""
+        return [row for row, depth in enumerate(self.depth) if depth]
+
+    def of(self, rows: list[int]) -> Budget:
+        """The budget of some rows, in that order."""
+        return replace(self, depth=[self.depth[row] for row in rows])
 
 
 class Governor:
@@ -91,10 +102,10 @@ class Plan:
             self.governor.learn(emitted - (draft + seconds["verify"]) / (self.slowness * budget.passes[0]))
 
     def _passes(self, costs: Costs, sampler: Sampler) -> tuple[float, ...]:
-        """Seconds of target passes over trees of 0, 1, … nodes in every row: what counts is how many rows in all."""
-        B = sampler.layout.batch
-        curve = costs.of(B * (self.nodes + 1), max(sampler.layout.end))
-        return tuple(curve[B - 1 :: B])
+        """Seconds of target passes over trees of 0, 1, … nodes in every row that goes on: what counts is all rows."""
+        R = len(sampler.alive)
+        curve = costs.of(R * (self.nodes + 1), max(sampler.layout.end))
+        return tuple(curve[R - 1 :: R])
 
 
 def _mean(old: float, new: float) -> float:

@@ -105,6 +105,39 @@ class DraftTree:
         """N, the root included."""
         return self.tokens.shape[1]
 
+    def of(self, rows: list[int]) -> DraftTree:
+        """The trees of some rows only, in that order."""
+        if rows == list(range(self.batch)):
+            return self
+        t = self.trials
+        trials = None if t is None else Trials(t.child[rows], t.law[rows], t.laws[rows])
+        fixed, modality = self.fixed[rows], self.modality[rows]
+        q = None if self.q is None else self.q[rows]
+        return DraftTree(
+            self.tokens[rows], self.parents[rows], self.depths[rows], self.valid[rows], modality, fixed, self.height,
+            trials, q,
+        )  # fmt: skip
+
+    def among(self, rows: list[int], newest: Tensor) -> DraftTree:
+        """These trees, without sampled trials, as those of `rows` in a batch with the roots `newest` [B].
+
+        The other rows draft nothing.
+        """
+        if rows == list(range(len(newest))):
+            return self
+
+        def spread(x: Tensor, root: Tensor | float, empty: float) -> Tensor:
+            out = x.new_full((len(newest), self.size), empty)
+            out[:, 0] = root
+            out[rows] = x
+            return out
+
+        return DraftTree(
+            spread(self.tokens, newest, 0), spread(self.parents, -1, -1), spread(self.depths, 0, 0),
+            spread(self.valid, 1, 0), spread(self.modality, LANGUAGE.id, LANGUAGE.id), spread(self.fixed, 0, 0),
+            self.height, q=None if self.q is None else spread(self.q, 1.0, 0.0),
+        )  # fmt: skip
+
     def ancestors(self) -> Tensor:
         """[B, N, N] bool: entry (i, j) says that node j is node i or above it."""
         eye = torch.eye(self.size, dtype=torch.bool, device=self.tokens.device).expand(self.batch, -1, -1)
@@ -125,7 +158,8 @@ class DraftTree:
 class Scores:
     """What one target pass says of a tree.
 
-    logits: [B, N, V], the target's logits after each node, in the model's dtype, unprocessed.
+    logits: [B, N, V], the target's logits after each node, in the model's dtype, unprocessed; of a row that has ended,
+            anything.
     taps:   [B, N, T*H] hidden states at the drafter's tap layers, concatenated, or None.
     modality: [B, N] int64, class predicted for the token *below* each node from the target's own states, or None when
             nobody routes; then every position counts as language.
@@ -134,6 +168,18 @@ class Scores:
     logits: Tensor
     taps: Tensor | None = None
     modality: Tensor | None = None
+
+    def among(self, rows: list[int], batch: int) -> Scores:
+        """These as the scores of `rows` in a batch; what the other rows hold means nothing."""
+        if rows == list(range(batch)):
+            return self
+        logits = self.logits.new_empty(batch, *self.logits.shape[1:])
+        logits[rows] = self.logits
+        if self.taps is None:
+            return Scores(logits)
+        taps = self.taps.new_zeros(batch, *self.taps.shape[1:])
+        taps[rows] = self.taps
+        return Scores(logits, taps)
 
 
 @dataclass

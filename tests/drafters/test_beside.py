@@ -57,8 +57,8 @@ def root_law(made: MSDNetwork, taught: Lesson, beside: Tensor | None) -> Tensor:
     L = taught.prompt
     layout = replace(taught.layout, end=[L + 1] * taught.layout.batch)
     memory = Memory.begin(made, layout, taught.taps[:, :L], beside)
-    context, visible = memory.context()
-    laws = levels(made, context, replace(memory.anchor, visible=visible))
+    context, anchors = memory.upto(None)
+    laws = levels(made, context, anchors)
     return laws.root(memory.route[:, None]).logits[:, 0]
 
 

@@ -65,9 +65,8 @@ def tree(
     temperature: float | None = None,
 ) -> DraftTree:
     remembered, layout = memory(made, len(route))
-    context, visible = remembered.context()
-    remembered.anchor.visible = visible
-    laws = levels(made, context, remembered.anchor)
+    context, anchors = remembered.upto(None)
+    laws = levels(made, context, anchors)
     kinds = torch.tensor(made.config.modality_ids)
     subtrees = choose(made.config, route, nodes, width)
     return grow(laws, made.heads, subtrees, kinds, layout.newest(), Budget(nodes, depth), temperature)
@@ -156,15 +155,14 @@ def test_scores_follow_the_draft_laws(form: str) -> None:
     drafted = tree(made, route, 8, [4])
     assert drafted.q is not None
     remembered, _ = memory(made, 1)
-    context, visible = remembered.context()
-    remembered.anchor.visible = visible
+    context, anchors = remembered.upto(None)
     for n in range(1, drafted.size):
         path = []
         at = n
         while at:
             path.append(int(drafted.tokens[0, at]))
             at = int(drafted.parents[0, at])
-        laws = levels(made, context, remembered.anchor)
+        laws = levels(made, context, anchors)
         law = laws.root(route[:, None])
         for token in path[:0:-1]:
             law = laws.below(torch.tensor([[token]]), torch.zeros(1, 1, dtype=torch.long))
@@ -305,15 +303,14 @@ def test_levels_end_where_they_no_longer_pay(form: str) -> None:
     made = network(form)
     route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
     remembered, layout = memory(made, 2)
-    context, visible = remembered.context()
-    remembered.anchor.visible = visible
+    context, anchors = remembered.upto(None)
     kinds, subtrees = torch.tensor(made.config.modality_ids), choose(made.config, route, 12)
     heights = {}
     for cost in (0.0, 1e-4, 1e9):
         pace = Pace()
         for passes in (None, (1.0,) * 13):
             pace.level = cost
-            laws, budget = levels(made, context, remembered.anchor), Budget(12, [4, 4], passes=passes)
+            laws, budget = levels(made, context, anchors), Budget(12, [4, 4], passes=passes)
             with torch.inference_mode():
                 heights[cost, passes is None] = grow(
                     laws, made.heads, subtrees, kinds, layout.newest(), budget, None, pace

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -89,8 +89,8 @@ def drafted(made: Rival, images: int, first: list[int], second: tuple[int, int])
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [lesson.prompt + 1])
     assert lesson.taps is not None
     memory = Memory.begin(made, layout, lesson.taps[:, : lesson.prompt])
-    context, visible = memory.context()
-    laws = made.laws(context, replace(memory.anchor, visible=visible), layout.newest())
+    context, anchors = memory.upto(None)
+    laws = made.laws(context, anchors, layout.newest())
     out = [laws.root(torch.ones(1, 1, 1)).logits[0, 0]]
     below = laws.below(torch.tensor([first]), torch.zeros(1, len(first), dtype=torch.long))
     out += list(below.logits[0])

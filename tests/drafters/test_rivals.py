@@ -109,9 +109,9 @@ def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -
     answers = lesson.answers
     states = made.states(lesson, first, 3)
     logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
-    context, visible = memory.context()
+    context, anchors = memory.upto(None)
     newest = answers.gather(1, first)[:, 0]
-    laws = made.laws(context, replace(memory.anchor, visible=visible), newest)
+    laws = made.laws(context, anchors, newest)
     found = [laws.root(torch.ones(4, 1, 1))]
     for d in range(1, 3):
         found.append(laws.below(answers.gather(1, first + d), torch.zeros(4, 1, dtype=torch.long)))
@@ -125,8 +125,8 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
     made = rivals.network(MODEL, method)
     lesson = rivals.lesson(MODEL, made)
     memory, _ = decoded(made, lesson, [])
-    context, visible = memory.context()
-    laws = made.laws(context, replace(memory.anchor, visible=visible), lesson.answers[:, 0])
+    context, anchors = memory.upto(None)
+    laws = made.laws(context, anchors, lesson.answers[:, 0])
     together = laws.root(torch.ones(4, 1, 1)).logits
     for row in range(4):
         start = lesson.layout.start[row]
@@ -137,8 +137,8 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
         )  # fmt: skip
         assert lesson.taps is not None
         alone = Memory.begin(made, layout, lesson.taps[row : row + 1, start : lesson.prompt])
-        keys, seen = alone.context()
-        law = made.laws(keys, replace(alone.anchor, visible=seen), lesson.answers[row : row + 1, 0])
+        keys, own = alone.upto(None)
+        law = made.laws(keys, own, lesson.answers[row : row + 1, 0])
         assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
 
 
@@ -233,10 +233,10 @@ def test_trees_grow_as_eagle_2_says() -> None:
     made = rivals.network(MODEL, "eagle2", width=3, depth=3)
     lesson = rivals.lesson(MODEL, made)
     memory, _ = decoded(made, lesson, [])
-    context, visible = memory.context()
+    context, anchors = memory.upto(None)
 
     def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
-        laws = made.laws(context, replace(memory.anchor, visible=visible), lesson.answers[:, 0])
+        laws = made.laws(context, anchors, lesson.answers[:, 0])
         z = laws.root(torch.ones(4, 1, 1))
         for token in path:
             z = laws.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))

@@ -127,9 +127,8 @@ def test_training_states_are_decodings_states(form: str) -> None:
     assert taught.taps is not None
     memory = Memory.begin(made, cut, taught.taps[:, :L])
     assert torch.allclose(memory.route, routes[:, 0, 0].exp(), atol=1e-5)
-    context, visible = memory.context()
-    memory.anchor.visible = visible
-    laws = levels(made, context, memory.anchor)
+    context, anchors = memory.upto(None)
+    laws = levels(made, context, anchors)
     found = [laws.root(weights[:, 0, :1])]
     for d in range(1, 4):
         found.append(laws.below(taught.answers[:, at + d, None], torch.zeros(4, 1, dtype=torch.long)))

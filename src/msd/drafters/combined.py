@@ -49,7 +49,7 @@ class Combined(RivalDrafter):
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """See `RivalDrafter`; nothing where the answers most likely end."""
-        going = [row for row, depth in enumerate(budget.depth) if depth]
+        going = budget.rows
         if going and budget.seconds is not None:
             newest = state.layout.newest()
             if self.msd.network.all_end(self._routers(state)[going], newest[going]):
@@ -63,8 +63,9 @@ class Combined(RivalDrafter):
 
     def subtrees(self, state: State, newest: Tensor, budget: Budget) -> tuple[Subtrees, Tensor]:
         """Those of the active modalities, as deep as the trunk drafts."""
+        states = self._routers(state)[budget.rows]
         router, depth = self.msd.network, self.network.config.depth
-        route = router.route(router.feature(self._routers(state)), router.embed(newest)).exp()
+        route = router.route(router.feature(states), router.embed(newest)).exp()
         found = choose(router.config, route, budget.nodes, budget.width)
         found.shapes = [Shape(s.width, min(s.depth, depth)) for s in found.shapes]
         return found, self.msd.modality_ids.to(newest.device)
@@ -94,14 +95,9 @@ class _Memory:
     trunk: Memory
     own: Callable[[Tensor], Tensor]
 
-    @property
-    def anchor(self) -> Anchors:
+    def upto(self, rows: list[int] | None) -> tuple[list[Keys], Anchors]:
         """The trunk's."""
-        return self.trunk.anchor
-
-    def context(self) -> tuple[list[Keys], Tensor]:
-        """The trunk's."""
-        return self.trunk.context()
+        return self.trunk.upto(rows)
 
     def take(self, network: Rival, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
         """See `Remembers`."""

@@ -138,8 +138,13 @@ class Target:
         return state, Scores(output.logits[:, -1:], taps)
 
     def score(self, state: State, tree: DraftTree) -> Scores:
-        """One pass over the trees; every node sees the committed prefix and its ancestors. Writes N cache slots."""
-        positions = state.layout.next_positions(tree.depths)  # [A, B, N]
+        """One pass over the trees; every node sees the committed prefix and its ancestors. Writes N cache slots.
+
+        Rows that the cache has let go are left out.
+        """
+        rows, batch = state.cache.rows, tree.batch
+        tree = tree.of(rows)
+        positions = state.layout.next_positions(tree.depths, rows)  # [A, R, N]
         with self.recording(check=False) as recorded:
             output = self.model(
                 input_ids=tree.tokens,
@@ -152,7 +157,7 @@ class Target:
         taps = recorded.take()
         if state.trail is not None:
             state.scored = taps
-        return Scores(output.logits, taps)
+        return Scores(output.logits, taps).among(rows, batch)
 
     @contextmanager
     def recording(self, check: bool = True) -> Iterator[Taps]:
@@ -189,8 +194,11 @@ class Target:
         return reuse.shared(layout, held, past, self.tokens)
 
     def tree_mask(self, state: State, tree: DraftTree) -> masks.Mask | None:
-        """Additive mask [B, 1, N, S] over the S slots in use, by kind of layer; None where all of it would be zero."""
-        committed, start = state.cache.committed, state.layout.start
+        """Additive mask [R, 1, N, S] over the S slots in use, by kind of layer; None where all of it would be zero.
+
+        The trees are those of the R rows that the cache holds.
+        """
+        committed, start = state.cache.base, [state.layout.start[row] for row in state.cache.rows]
         if tree.size == 1 and not any(start) and min(committed) == max(committed) and self.windows == {None: None}:
             return None
         return masks.masks(*masks.tree_view(tree, start, committed), self.windows, self.model.dtype)

@@ -13,7 +13,7 @@ from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores
 from msd.verify.divergence import total_variation
 from msd.verify.lossless import Lossless
-from msd.verify.walk import rows_of, walk
+from msd.verify.walk import walk
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Position:
     @classmethod
     def at(cls, tree: DraftTree, node: Tensor, law: Tensor, rows: list[int]) -> Position:
         """The position of `rows` of `tree` at `node`; its θ is 1, to be set."""
-        view, p = rows_of(tree, rows), law.double().softmax(-1)
+        view, p = tree.of(rows), law.double().softmax(-1)
         below = (view.parents == node[:, None]) & view.valid
         below = below if view.trials is None else below & view.fixed
         q = torch.ones_like(p)
@@ -56,7 +56,7 @@ class Position:
 
     def tree_of(self, some: list[int]) -> DraftTree:
         """The trees of some of the R rows."""
-        return rows_of(self.tree, some)
+        return self.tree.of(some)
 
 
 class Loose(ABC):

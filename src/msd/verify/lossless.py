@@ -9,7 +9,7 @@ from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores
 from msd.verify import trials
 from msd.verify.rules import ratio
-from msd.verify.walk import rows_of, walk
+from msd.verify.walk import walk
 
 
 class Lossless:
@@ -31,7 +31,7 @@ class Lossless:
         self, tree: DraftTree, node: Tensor, law: Tensor, sampler: Sampler, rows: list[int]
     ) -> tuple[Tensor, Tensor]:
         """(token [R], child [R] or -1): the next emitted token below `node` [R], and the node that carries it."""
-        view = rows_of(tree, rows)
+        view = tree.of(rows)
         token = sampler.draw(law, rows)
         if tree.trials is None or not sampler.do_sample:
             return token, view.follow(node, token, view.valid)
@@ -42,7 +42,7 @@ class Lossless:
             p = sampler.probabilities(law[open_])
             taken = torch.zeros_like(p).scatter_add_(1, view.tokens[open_], below.to(p.dtype))
             token[open_], child[open_] = trials.sampled_trials(
-                rows_of(view, open_), node[open_], trials.normalise(p.masked_fill(taken > 0, 0.0)), sampler,
+                view.of(open_), node[open_], trials.normalise(p.masked_fill(taken > 0, 0.0)), sampler,
                 [rows[i] for i in open_], ratio,
             )  # fmt: skip
         return token, child

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores, Trials
+from msd.tree import Accepted, DraftTree, Scores
 
 # (tree, node [R], law [R, V] scores, sampler, rows) -> (token [R] to emit below node, child [R] carrying it or -1)
 Choose = Callable[[DraftTree, Tensor, Tensor, Sampler, list[int]], tuple[Tensor, Tensor]]
@@ -41,17 +41,3 @@ def walk(tree: DraftTree, scores: Scores, sampler: Sampler, choose: Choose) -> A
             break
         rows, node = [rows[i] for i in going], child[going]
     return accepted
-
-
-def rows_of(tree: DraftTree, rows: list[int]) -> DraftTree:
-    """The trees of some rows only."""
-    if len(rows) == tree.batch:
-        return tree
-    t = tree.trials
-    trials = None if t is None else Trials(t.child[rows], t.law[rows], t.laws[rows])
-    fixed, modality = tree.fixed[rows], tree.modality[rows]
-    q = None if tree.q is None else tree.q[rows]
-    return DraftTree(
-        tree.tokens[rows], tree.parents[rows], tree.depths[rows], tree.valid[rows], modality, fixed, tree.height,
-        trials, q,
-    )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -102,20 +101,21 @@ class MSD:
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Subtrees of the active modalities, merged; or draws from their laws."""
         newest = state.layout.newest()
-        if budget.nodes < 1 or max(budget.depth, default=0) < 1:
+        going = budget.rows
+        if budget.nodes < 1 or not going:
             return DraftTree.root_only(newest)
-        going = [row for row, depth in enumerate(budget.depth) if depth]
         if budget.seconds is not None and self.network.all_end(state.memory.newest()[going], newest[going]):
             return DraftTree.root_only(newest)
         memory = self._memory(state)
-        context, visible = memory.context()
-        laws = levels(self.network, context, replace(memory.anchor, visible=visible))
-        heads, kinds = self.network.heads, self.modality_ids.to(newest.device)
-        config = self.network.config
-        subtrees = choose(config, memory.route, budget.nodes, budget.width)
+        config, heads, kinds = self.network.config, self.network.heads, self.modality_ids.to(newest.device)
         if self.sampled and sampler.do_sample:
+            laws = levels(self.network, *memory.upto(None))
+            subtrees = choose(config, memory.route, budget.nodes, budget.width)
             return draw(laws, heads, subtrees, kinds, newest, budget, sampler, config.within(config.shared))
-        return grow(laws, heads, subtrees, kinds, newest, budget, temperature(sampler), self.pace)
+        laws = levels(self.network, *memory.upto(going))
+        subtrees = choose(config, memory.route[going], budget.nodes, budget.width)
+        tree = grow(laws, heads, subtrees, kinds, newest[going], budget.of(going), temperature(sampler), self.pace)
+        return tree.among(going, newest)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""

@@ -222,10 +222,12 @@ def _select(pool: _Pool, subtrees: Subtrees, nodes: int) -> tuple[_Pool, Tensor]
 def _best_size(worth: Tensor, seconds: Sequence[float]) -> Tensor:
     """How many nodes, 0-dim: most expected tokens per second, rows having the same number.
 
-    worth: [B, S], log of the chance that a node is accepted; a step of n nodes takes seconds[n].
+    worth: [B, S], log of the chance that a node is accepted; a step of n nodes takes seconds[n]. A row without any
+    candidate has ended, and emits nothing.
     """
     chances = worth.sort(dim=1, descending=True).values[:, : len(seconds) - 1].exp()
-    expected = len(worth) + F.pad(chances.sum(0).cumsum(0), (1, 0))
+    going = (worth > NEVER / 2).any(1).sum()
+    expected = going + F.pad(chances.sum(0).cumsum(0), (1, 0))
     return (expected / worth.new_tensor(seconds[: len(expected)])).argmax()
 
 

@@ -66,10 +66,19 @@ class Memory:
         )  # fmt: skip
         self.route = network.route(self.anchor.feature, self.anchor.embedding)[:, 0].exp()
 
-    def context(self) -> tuple[list[Keys], Tensor]:
-        """(keys in use per layer [B, S, ...], visible [B, 1, S])."""
-        used = max(self.length)
-        return [Keys(k.keys[:, :used], k.values[:, :used]) for k in self.keys], self.anchor.visible[..., :used]
+    def upto(self, rows: list[int] | None) -> tuple[list[Keys], Anchors]:
+        """(keys in use per layer [R, S, ...], the anchors behind them) of some rows, or of all."""
+        return upto(self.keys, self.length, self.anchor, rows)
+
+
+def upto(keys: list[Keys], length: list[int], anchor: Anchors, rows: list[int] | None) -> tuple[list[Keys], Anchors]:
+    """See `Memory.upto`."""
+    taken: list[int] | slice
+    if rows is None or rows == list(range(len(length))):
+        used, taken = max(length), slice(None)
+    else:
+        used, taken = max(length[row] for row in rows), rows
+    return [Keys(k.keys[taken, :used], k.values[taken, :used]) for k in keys], anchor.of(taken, used)
 
 
 def newest(added: list[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

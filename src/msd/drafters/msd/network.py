@@ -44,6 +44,11 @@ class Anchors:
     visible: Tensor
     image: Tensor
 
+    def of(self, rows: list[int] | slice, used: int) -> Anchors:
+        """Those of some rows, which see the first `used` entries at most."""
+        x, feature, embedding = self.x[rows], self.feature[rows], self.embedding[rows]
+        return Anchors(x, feature, embedding, self.positions[rows], self.visible[rows][..., :used], self.image[rows])
+
 
 class MSDNetwork(nn.Module):
     """All weights of an MSD drafter. `embed` is the target's own embedding, which is not among them."""

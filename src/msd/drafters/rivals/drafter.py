@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -69,20 +67,26 @@ class RivalDrafter:
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The likeliest nodes of the `subtrees`."""
         newest = state.layout.newest()
-        if budget.nodes < 1 or max(budget.depth, default=0) < 1:
+        going = budget.rows
+        if budget.nodes < 1 or not going:
             return DraftTree.root_only(newest)
-        memory = state.memory.read(self.network, state.layout)
-        context, visible = memory.context()
-        laws = Alike(self.network.laws(context, replace(memory.anchor, visible=visible), newest))
-        subtrees, kinds = self.subtrees(state, newest, budget)
-        return grow(laws, self.network, subtrees, kinds, newest, budget, temperature(sampler), self.pace)
+        memory, roots = state.memory.read(self.network, state.layout), newest[going]
+        context, anchors = memory.upto(going)
+        laws = Alike(self.network.laws(context, anchors, roots))
+        subtrees, kinds = self.subtrees(state, roots, budget)
+        limits = budget.of(going)
+        tree = grow(laws, self.network, subtrees, kinds, roots, limits, temperature(sampler), self.pace)
+        return tree.among(going, newest)
 
     def remember(self, network: Rival, layout: Layout, taps: Tensor) -> Remembers:
         """What reads the notes; see `Memory.begin`."""
         return Memory.begin(network, layout, taps)
 
     def subtrees(self, state: State, newest: Tensor, budget: Budget) -> tuple[Subtrees, Tensor]:
-        """One, `config.width` wide; and the registry ids of the modalities that subtrees are told by."""
+        """One for each of the `newest` tokens [R] of the budget's rows, `config.width` wide.
+
+        And the registry ids of the modalities that subtrees are told by.
+        """
         c = self.network.config
         width = c.width if budget.width is None else min(budget.width, c.width)
         return Subtrees.single(newest, budget.nodes, Shape(width, c.depth)), torch.tensor(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msd.drafters.msd.layer import Keys
-from msd.drafters.msd.memory import newest, visible
+from msd.drafters.msd.memory import newest, upto, visible
 from msd.drafters.msd.network import Anchors
 from msd.drafters.rivals.network import Rival
 from msd.layout import Layout
@@ -72,7 +72,6 @@ class Memory:
         self.length = [old + n for old, n in zip(self.length, added, strict=True)]
         self.anchor = replace(self.anchor, visible=visible(self.length, room, x.device))
 
-    def context(self) -> tuple[list[Keys], Tensor]:
-        """(keys in use per layer [B, S, ...], visible [B, 1, S])."""
-        used = max(self.length)
-        return [Keys(k.keys[:, :used], k.values[:, :used]) for k in self.keys], self.anchor.visible[..., :used]
+    def upto(self, rows: list[int] | None) -> tuple[list[Keys], Anchors]:
+        """See `msd.drafters.msd.memory.Memory`."""
+        return upto(self.keys, self.length, self.anchor, rows)
