@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-full test-fast check format results floors estimate-page clean
+.PHONY: setup demo test test-full test-fast check format results floors comparison estimate-page clean
 
 setup: $(VENV)/ready
 
@@ -66,6 +66,12 @@ floors: setup
 	for n in 2 4 8 16; do $(VAL) --method msd $(ONLY) --limit 60 --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
 	for n in 1 2 4 8 16; do $(NOISE) $(ONLY) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/python recipes/floors/table.py results
+
+# Every method side by side: docs/comparison.md; about 40 minutes on two idle cores.
+comparison: setup
+	$(BIN)/python recipes/comparison/suites.py --data $(DATA) --out runs/comparison
+	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all $(ONLY) --out results/comparison > /dev/null
+	$(BIN)/python tools/tables.py
 
 # docs/estimate.md from the presets and, where it is there, results/estimate.json (`recipes/estimate/validate.py`).
 estimate-page: setup

@@ -54,6 +54,7 @@ def read(path: str) -> Any:
 def tables() -> dict[str, dict[str, str]]:
     """Page -> mark in it -> table."""
     policies = read("recipes/msd/results/policies.json")
+    compared = read("results/comparison/results.json")
     return {
         "README.md": {
             "verify": verify_table(read("results/verify.json")["rows"]),
@@ -61,6 +62,7 @@ def tables() -> dict[str, dict[str, str]]:
             "bench": report.markdown(read("results/val/results.json")),
         },
         "docs/modality_verification.md": {"policies": policies_table(policies)} if policies else {},
+        "docs/comparison.md": {"comparison": report.markdown(compared, ("all",))} if compared else {},
     }
 
 

@@ -35,6 +35,15 @@ def test_ratios_per_task_and_seed() -> None:
     assert cells["standard"][1] == f"{low:.2f}–{high:.2f}"
 
 
+def test_msd_trained_as_long_as_the_others_stands_for_it_and_what_ships_is_apart() -> None:
+    told = results(ar=[3.0, 3.0, 3.0], msd=[1.0, 1.0, 1.0], standard=[2.0, 2.0, 2.0])
+    told["sample_seconds"]["msd:15min"] = [1.5, 1.5, 1.5]
+    (equal, _, rows), (longer, _, shipped) = duels.tables(told)
+    assert "`msd:15min`" in equal and "`msd`" in longer and "longer" in longer
+    assert {row[0]: row[1] for row in rows} == {"ar": "2.00", "msd": "0.67", "standard": "1.33"}
+    assert {row[0]: row[1] for row in shipped} == {"ar": "3.00", "standard": "2.00", "msd:15min": "1.50"}
+
+
 def test_one_task_needs_no_column_of_its_own() -> None:
     alone = results(ar=[1.0, 2.0, 3.0], msd=[1.0, 1.0, 1.0]) | {"sample_tasks": ["a"] * 3}
     ((_, head, rows),) = duels.tables(alone)

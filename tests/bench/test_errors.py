@@ -88,13 +88,12 @@ def test_seeds_are_averaged_and_one_method_makes_no_table() -> None:
     rows += [row(f"msd:block seed {s}", "all", 2.0 + s, (0.75, 0.5, 0.5)) for s in range(3)]
     speed, accepted = description.tables(results(rows))
     assert speed[2] == [["all tasks", "2.00", "3.00", "+50%"]] and accepted[2][0] == ["vision", "0.50", "0.75", "+50%"]
-    other = [
-        *rows,
-        row("msd:ar", "all", 9.0, (0.9, 0.9, 0.9)),
-        row("msd:15min", "all", 9.0),
-    ]  # other forms are not MSD's
+    other = [*rows, row("msd:ar", "all", 9.0, (0.9, 0.9, 0.9))]  # another form is not MSD's
     assert description.tables(results(other)) == [speed, accepted]
     assert description.tables(results(rows[:3])) == []
+    longer = [row("standard", "all", 1.0), row("msd", "all", 3.0), row("msd:15min", "all", 2.0)]
+    ((_, head, cells),) = description.tables(results(longer))
+    assert "`msd:15min`" in head[2] and cells == [["all tasks", "1.00", "2.00", "+100%"]], "as much training as it had"
     bare = [row("standard", "all", 1.0), row("msd", "all", 2.0)]
     assert [title for title, _, _ in description.tables(results(bare))] == ["Speedup per task, end to end over `ar`"]
 

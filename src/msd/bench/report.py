@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from msd.bench import description, duels, errors
@@ -63,11 +63,13 @@ def comparisons(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[
     yield from errors.tables(results)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """A table per task, then the comparisons."""
+def markdown(results: dict[str, Any], tasks: Collection[str] | None = None) -> str:
+    """A table per task, or for `tasks` alone; then the comparisons."""
     lines = [described(results["environment"])]
     for title, head, rows in tables(results):
         name, _, count = title.partition(" ")
+        if tasks is not None and name not in tasks:
+            continue
         lines += ["", f"**{name}** {count}", "", _line(head), _line("---" for _ in head), *map(_line, rows)]
     for title, head, rows in comparisons(results):
         lines += ["", f"**{title}**", "", _line(head), _line("---" for _ in head), *map(_line, rows)]

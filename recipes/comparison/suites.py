@@ -1,0 +1,99 @@
+"""Prompts for the comparison of all methods: `python recipes/comparison/suites.py --data DIR --out runs/comparison`.
+
+Tasks as the description has them, on photos that nothing was trained on: long descriptions and captions (Flickr8k val),
+VQA v2 and COCO-QA questions (COCO val photos; COCO-QA stands in the place of GQA), conversations of three turns about
+one photo, crops of receipts with a line of text (a stress task: 64 image tokens hardly read them), and text alone.
+Every photo is shown once. Deterministic by seed, whatever the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "msd"))
+
+from data import CAPTION_PROMPTS, DETAIL_PROMPTS
+from features import read_jsonl
+from prompts import about_photos, photos, texts
+
+COUNTS = {"detail": 25, "caption": 12, "vqa": 10, "cocoqa": 10, "chat": 5, "ocr": 10, "text": 6}
+READ = ("What does the text in the image say?", "Read the text in the picture.", "Which words are printed here?")
+TURNS = (
+    ("What is in the foreground?", "Which colours stand out?", "What is the mood of the picture?"),
+    ("What is happening here?", "Where could this have been taken?", "What might happen next?"),
+    ("Who or what can be seen?", "What is in the background?", "Give the picture a title."),
+)
+Line = dict[str, Any]
+
+
+def questions(data: Path, source: str, task: str, rng: random.Random, seen: set[str]) -> Iterator[Line]:
+    """One question of a source about each val photo that was not asked about yet."""
+    rows = [r for r in read_jsonl(data / "coco_vqa" / "qa.jsonl") if (r["split"], r["source"]) == ("val", source)]
+    for row in rng.sample(rows, len(rows)):
+        if row["image"] not in seen:
+            seen.add(row["image"])
+            yield {"image": f"coco_vqa/images/{row['image']}", "prompt": row["question"], "task": task}
+
+
+def conversations(names: list[str], rng: random.Random) -> Iterator[Line]:
+    """Three turns about one photo."""
+    for name in names:
+        yield {"image": f"flickr8k/images/{name}", "turns": list(rng.choice(TURNS)), "task": "chat"}
+
+
+def receipts(data: Path, rng: random.Random) -> Iterator[Line]:
+    """Lines of receipts with several words, to be read."""
+    rows = [r for r in read_jsonl(data / "sroie_lines" / "captions.jsonl") if r.get("split") != "train"]
+    for row in rng.sample(rows, len(rows)):
+        if len(row["text"].split()) > 2:
+            yield {"image": f"sroie_lines/images/{row['image']}", "prompt": rng.choice(READ), "task": "ocr"}
+
+
+def build(data: Path, counts: dict[str, int], seed: int) -> list[Line]:
+    """The lines of all tasks. SystemExit where the data has fewer."""
+    rng = {kind: random.Random(f"{seed}-comparison-{kind}") for kind in ("photos", *counts)}
+    names, seen = iter(photos(data, "val", rng["photos"])), set[str]()
+    mine = {kind: [next(names) for _ in range(counts[kind])] for kind in ("detail", "caption", "chat")}
+    found = {
+        "detail": about_photos(mine["detail"], DETAIL_PROMPTS, "detail", rng["detail"]),
+        "caption": about_photos(mine["caption"], CAPTION_PROMPTS, "caption", rng["caption"]),
+        "vqa": questions(data, "vqa2", "vqa", rng["vqa"], seen),
+        "cocoqa": questions(data, "cocoqa", "cocoqa", rng["cocoqa"], seen),
+        "chat": conversations(mine["chat"], rng["chat"]),
+        "ocr": receipts(data, rng["ocr"]),
+        "text": texts(data, "val", rng["text"]),
+    }
+    lines: list[Line] = []
+    for kind, source in found.items():
+        taken = [line for _, line in zip(range(counts[kind]), source, strict=False)]
+        if len(taken) < counts[kind]:
+            raise SystemExit(f"{counts[kind]} '{kind}' prompts wanted, the data gives {len(taken)}")
+        lines += taken
+    return [{**line, "split": "val"} for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--seed", type=int, default=0)
+    for kind, count in COUNTS.items():
+        parser.add_argument(f"--{kind}", type=int, default=count)
+    args = vars(parser.parse_args())
+    args["out"].mkdir(parents=True, exist_ok=True)
+    lines = build(args["data"], {kind: args[kind] for kind in COUNTS}, args["seed"])
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (args["out"] / "val.jsonl").write_text(text, encoding="utf-8")
+    pictures = len({line["image"] for line in lines if "image" in line})
+    print(f"{args['out'] / 'val.jsonl'}: {len(lines)} prompts and conversations, {pictures} pictures")
+
+
+if __name__ == "__main__":
+    main()
