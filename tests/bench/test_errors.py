@@ -9,7 +9,7 @@ import pytest
 from msd.bench import description, errors, plots, report
 from msd.bench.page import page
 from msd.bench.words import KINDS, kind_of, kinds_of
-from msd.modality import FUSION, LANGUAGE, VISION
+from msd.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VISION
 from msd.statistics import Step
 
 
@@ -54,7 +54,7 @@ def test_every_drafted_position_counts_once() -> None:
 
 
 def row(method: str, task: str, speedup: float, rates: tuple[float, ...] | None = None, **more: Any) -> dict[str, Any]:
-    accepted = None if rates is None else dict(zip(errors.MODALITIES, rates, strict=True))
+    accepted = None if rates is None else dict(zip(("vision", "language", "fusion"), rates, strict=True))
     return {
         "method": method, "task": task, "samples": 3, "tokens": 30, "speedup_vs_ar": speedup,
         "mean_acceptance_length": 2.0, "acceptance_by_modality": accepted, **more,
@@ -103,13 +103,25 @@ def test_error_tables_and_plot() -> None:
     rows = [row("ar", "all", 1.0), row("msd", "all", 2.0, errors=some), row("eagle2", "all", 1.5, errors=some[:1])]
     rows.append(row("msd", "vqa", 2.0, errors=some))
     first, crossed = errors.tables(results(rows))
-    assert first[1] == ["method", "vision", "language", "fusion", "depth 1", "depth 2", *KINDS]
+    assert first[1] == ["method", "vision", "fusion", "depth 1", "depth 2", *KINDS]
     assert first[2][0] == [
-        "msd", "0 (of 1)", "–", "100 (of 1)", "0 (of 1)", "100 (of 1)", "100 (of 1)", "0 (of 1)", "–", "–", "–", "–",
+        "msd", "0 (of 1)", "100 (of 1)", "0 (of 1)", "100 (of 1)", "100 (of 1)", "0 (of 1)", "–", "–", "–", "–",
     ]  # fmt: skip
     assert [r[0] for r in first[2]] == ["msd", "eagle2"]
-    assert crossed[2][2] == ["msd, fusion", "100 (of 1)", "–", "–", "–", "–", "–"]
+    assert crossed[2][1] == ["msd, fusion", "100 (of 1)", "–", "–", "–", "–", "–"]
     svg = plots.rejections(results(rows))
     assert svg is not None and svg.startswith("<svg")
     assert "Which drafts are rejected" in plots.all_of(results(rows))
     assert plots.rejections(results(rows[:1])) is None and errors.tables(results(rows[:1])) == []
+
+
+def test_modalities_of_events_are_told_as_any_others() -> None:
+    steps = [Step(0, 1, 2, 1)]
+    seen = errors.pattern([(steps, [EVENT_DENSE.id, LANGUAGE.id, EVENT_SPARSE.id], ["object", "verb", "other"])])
+    rows = [row("standard", "all", 1.0), row("msd", "all", 2.0)]
+    rates = {"vision": None, "language": 0.5, "fusion": None, "event_dense": 0.25}
+    rows = [r | {"acceptance_by_modality": rates, "errors": seen} for r in rows]
+    first, _ = errors.tables(results(rows))
+    assert first[1][:3] == ["method", "language", "event_sparse"]
+    _, accepted = description.tables(results(rows))
+    assert [cells[0] for cells in accepted[2]] == ["language", "event_dense"]

@@ -14,7 +14,7 @@ from msd.bench.words import KINDS
 from msd.modality import FUSION, LANGUAGE, VISION, known
 from msd.statistics import Step
 
-MODALITIES = tuple(m.name for m in (VISION, LANGUAGE, FUSION))
+FIRST = (VISION, LANGUAGE, FUSION)  # of the order in which modalities are told
 Marked = tuple[Iterable[Step], Sequence[int], Sequence[str]]  # an answer's steps; modality ids and kinds of its tokens
 
 
@@ -39,8 +39,14 @@ def pattern(chains: Iterable[Marked]) -> list[dict[str, Any]]:
 
 def _order(place: tuple[str, int, str]) -> tuple[int, int, int]:
     modality, depth, word = place
-    names = [*MODALITIES, modality]
+    names = [m.name for m in (*FIRST, *known())]
     return names.index(modality), depth, KINDS.index(word)
+
+
+def told(patterns: Iterable[list[dict[str, Any]]]) -> list[str]:
+    """Modalities that occur in the patterns: vision, language and fusion before others."""
+    seen = {error["modality"] for errors in patterns for error in errors}
+    return [name for name in dict.fromkeys(m.name for m in (*FIRST, *known())) if name in seen]
 
 
 def rate(errors: Iterable[dict[str, Any]], **which: Any) -> tuple[int, int]:
@@ -51,9 +57,10 @@ def rate(errors: Iterable[dict[str, Any]], **which: Any) -> tuple[int, int]:
 
 def groups(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Title -> (name, fields) of what rejections are told by: modality, depth, word."""
-    deepest = max((e["depth"] for _, errors in methods(results) for e in errors), default=0)
+    every = [errors for _, errors in methods(results)]
+    deepest = max((e["depth"] for errors in every for e in errors), default=0)
     return {
-        "modality": [(m, {"modality": m}) for m in MODALITIES],
+        "modality": [(m, {"modality": m}) for m in told(every)],
         "depth": [(f"depth {d}", {"depth": d}) for d in range(1, deepest + 1)],
         "word": [(w, {"word": w}) for w in KINDS],
     }
@@ -76,7 +83,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     crossed = [
         [f"{name}, {modality}", *(_cell(*rate(errors, modality=modality, word=w)) for w in KINDS)]
         for name, errors in measured
-        for modality in MODALITIES
+        for modality in told([errors])
     ]
     return [*found, ("Rejected drafts by kind of word and modality (%)", ["method", *KINDS], crossed)]
 

@@ -10,7 +10,10 @@ from typing import Any
 from msd.bench import errors
 
 Results = dict[str, Any]
-COLOURS = {"vision": "tab:blue", "language": "tab:orange", "fusion": "tab:green"}
+COLOURS = {
+    "vision": "tab:blue", "language": "tab:orange", "fusion": "tab:green",
+    "event_sparse": "tab:cyan", "event_dense": "tab:purple", "video_reasoning": "tab:red",
+}  # fmt: skip
 PARTS = {"prefill": "0.75", "draft": "tab:orange", "verify": "tab:blue", "host": "tab:red"}
 
 
