@@ -4,9 +4,10 @@ python recipes/events/clips.py --data ../shared/data --out runs/events/clips
 
 Four frames of a photo of Flickr8k, at the middle of each quarter of two seconds; between two frames the camera moves
 left, right, up or down, zooms in or out, or rests. The recording is simulated from the same path (`msd.events`), so
-what happens between the frames is in the events and only guessed from the frames. `clips.jsonl` has a line for each
-clip: its frames, its recording, a prompt, and as answer what a good description of 96 tokens and more says, made of the
-photo's captions and of how the camera moved. A clip is a function of its photo and number; it is not made twice.
+what happens between the frames is in the events and only guessed from the frames. `train.jsonl` and `val.jsonl` have a
+line for each clip: its frames, its recording, a prompt, and as answer what a good description of 96 tokens and more
+says, made of the photo's captions and of how the camera moved. A clip is a function of its photo and number; it is not
+made twice.
 """
 
 from __future__ import annotations
@@ -157,15 +158,16 @@ def main() -> None:
     by_split: dict[str, list[str]] = defaultdict(list)
     for name, split in sorted(split_of.items()):
         by_split[split].append(name)
-    lines, number = [], 0
+    number = 0
     for split, count in (("val", args.val), ("train", args.train)):
+        lines = []
         for name in random.Random(f"events {split}").choices(by_split[split], k=count):
             lines.append(make(args.data / "flickr8k" / "images" / name, captions[name], number, split, args.out))
             number += 1
             if number % 100 == 0:
                 print(f"{number} clips", flush=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (args.out / "clips.jsonl").write_text(text, encoding="utf-8")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (args.out / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

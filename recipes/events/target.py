@@ -80,8 +80,9 @@ def make_features(clips: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     def rows() -> Iterator[tuple[Row, Frames]]:
-        for line in read_jsonl(clips / "clips.jsonl"):
-            yield line, [Image.open(clips / name).convert("RGB") for name in line["image"]]
+        for split in ("train", "val"):
+            for line in read_jsonl(clips / f"{split}.jsonl"):
+                yield line, [Image.open(clips / name).convert("RGB") for name in line["image"]]
 
     encode_set(load_encoder().features, rows(), FRAMES, out / "clips", 16)
 

@@ -55,6 +55,7 @@ from msd.tree import Scores
 FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps that a row's speed is measured on
 SHIPPED_MEGABYTES = 60  # of rivals
+WITH_EVENTS = "msd with events"
 OWN = {"standard": "standard seed 0", "msd-15min": "msd:block seed 0", "msd-ar": "msd:ar"}  # shipped name -> row
 
 
@@ -66,9 +67,16 @@ class Row:
     decoding: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-def rows(seeds: Sequence[int]) -> dict[str, Row]:
-    """Name -> row, the most wanted first."""
+def rows(seeds: Sequence[int], events: bool = False) -> dict[str, Row]:
+    """Name -> row, the most wanted first. events: those of answers about scenes with event recordings."""
     block = DraftTraining()
+    if events:
+        return {
+            WITH_EVENTS: Row(block),
+            "msd without events": Row(replace(block, events=False)),
+            "standard": Row(replace(block, events=False, off=SWITCHES)),
+            rivals.TextOnly.method: _text_only(block),
+        }
     found = {}
     for seed in seeds:
         shared = (("one subtree", ("subtrees",)), ("all subtrees always", ("dynamic",))) if seed == seeds[0] else ()
@@ -81,9 +89,14 @@ def rows(seeds: Sequence[int]) -> dict[str, Row]:
     found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
     for method in rivals.RIVALS:
         if method != rivals.SpecVLMVideo.method:  # it drafts with eagle2's weights
-            small = method == rivals.TextOnly.method  # it begins as a part of the target, which a high rate undoes
-            found[method] = Row(replace(block, method=method, **({"lr": 0.3 * block.lr, "layers": 2} if small else {})))
+            small = method == rivals.TextOnly.method
+            found[method] = _text_only(block) if small else Row(replace(block, method=method))
     return found
+
+
+def _text_only(block: DraftTraining) -> Row:
+    """It begins as a part of the target, which a high rate undoes."""
+    return Row(replace(block, method=rivals.TextOnly.method, lr=0.3 * block.lr, layers=2))
 
 
 def folder_of(out: Path, name: str) -> Path:
@@ -103,7 +116,7 @@ def train_rows(args: argparse.Namespace) -> None:
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
     model.requires_grad_(False)
-    every = rows(range(args.seeds))
+    every = rows(range(args.seeds), args.events)
     waiting = [
         name
         for name in args.only or every
@@ -187,6 +200,13 @@ def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
     return network
 
 
+class Hidden(MSD):
+    """Drafts without the event recordings that it was trained to see."""
+
+    def borrow(self, look: Any) -> None:
+        """Takes no look."""
+
+
 class WrongImage(MSD):
     """Drafts with another image, that of the first request any of them sees: what its own is worth to the drafter.
 
@@ -210,11 +230,15 @@ class WrongImage(MSD):
 
 def bench_rows(args: argparse.Namespace) -> None:
     methods = []
-    for name, row in rows(range(args.seeds)).items():
+    every = rows(range(args.seeds), args.events)
+    for name, row in every.items():
         folder = folder_of(args.out, name) / "drafter"
         if not (folder / "model.safetensors").exists():
             continue
-        if name == next(iter(rows(range(args.seeds)))):
+        if name == WITH_EVENTS:  # what it lost where the recordings were missing
+            drafters.register("events hidden", lambda f=folder: Hidden(checkpoint.load(f), "events hidden"))  # type: ignore[misc]
+            methods.append("events hidden")
+        elif name == next(iter(every)):
             drafters.register("wrong image", lambda f=folder: WrongImage(checkpoint.load(f), "wrong image"))  # type: ignore[misc]
             methods.append("wrong image")
         if row.settings.method != "msd":
@@ -259,7 +283,7 @@ def bench_rows(args: argparse.Namespace) -> None:
 def tell_rows(args: argparse.Namespace) -> None:
     """What training said of the rows: held-out chain acceptance, steps and time, to `trained.json` in the results."""
     told = {}
-    for name in rows(range(args.seeds)):
+    for name in rows(range(args.seeds), args.events):
         noted = stored.training(folder_of(args.out, name) / "drafter")
         if noted.get("finished"):
             told[name] = {key: noted[key] for key in ("steps", "seconds", "peak_gigabytes", "held_out")}
@@ -314,6 +338,7 @@ def main() -> None:
     parser.add_argument("--remember", type=float, default=4.0, help="gigabytes for the target's word on the answers")
     parser.add_argument("--side-by-side", type=int, default=2, help="rows trained at the same time, each on one core")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--events", action="store_true", help="the rows of the events suite (recipes/events)")
     parser.add_argument("--only", nargs="*", help="names of rows, in the order in which to train them")
     args = parser.parse_args()
     {"train": train_rows, "tell": tell_rows, "bench": bench_rows, "ship": ship_rows}[args.what](args)
