@@ -1,4 +1,4 @@
-"""The prompts that MSD is trained on, from invented data: the right counts, splits kept apart, the same every time."""
+"""Prompts to train on and to compare with, from invented data: the right counts, splits kept apart, always the same."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "msd" / "prompts.py"
-SPEC = importlib.util.spec_from_file_location("msd_prompts", RECIPE)
-assert SPEC is not None and SPEC.loader is not None
-recipe = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(recipe)
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def read(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+recipe = read("msd_prompts", RECIPES / "msd" / "prompts.py")
+suites = read("comparison_suites", RECIPES / "comparison" / "suites.py")
 
 COUNTS = {"detail": 6, "caption": 4, "questions": 8, "text": 3}
 
@@ -31,7 +39,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     caption = "Two brown dogs run on the beach with a red ball ."
     write("flickr8k/captions.jsonl", [{"image": f"{i}.jpg", "text": caption, "split": s} for i, s in enumerate(splits)])
     asked = [{"image": f"c{i // 2}.jpg", "question": f"What is {i}?", "answer": "a"} for i in range(48)]
-    write("coco_vqa/qa.jsonl", [{**row, "split": splits[i // 2]} for i, row in enumerate(asked)])
+    sources = ("vqa2", "cocoqa")
+    write("coco_vqa/qa.jsonl", [{**r, "split": splits[i // 2], "source": sources[i % 2]} for i, r in enumerate(asked)])
+    receipts = ("TOTAL 3.50 RM", "ROUNDING", "THANK YOU COME AGAIN")
+    lines = [{"image": f"{i}.jpg", "text": receipts[i % 3], "split": ("train", "test")[i % 2]} for i in range(12)]
+    write("sroie_lines/captions.jsonl", lines)
     train = [{"instruction": f"Do {i}.", "input": "it" * (i % 2), "output": ""} for i in range(9)]
     for name in recipe.TRAIN_FILES:
         write(f"text/{name}", train)
@@ -66,3 +78,21 @@ def test_the_same_every_time_and_more_of_the_same(data: Path) -> None:
 def test_too_few_photos(data: Path) -> None:
     with pytest.raises(SystemExit, match="100 'detail' prompts wanted, the data gives 36"):
         recipe.build(data, "train", {**COUNTS, "detail": 100}, 0)
+
+
+def test_the_comparison_asks_about_each_photo_once_and_of_no_train_split(data: Path) -> None:
+    counts = {"detail": 4, "caption": 3, "vqa": 3, "cocoqa": 2, "chat": 2, "ocr": 3, "text": 2}
+    lines = suites.build(data, counts, 0)
+    assert Counter(line["task"] for line in lines) == counts
+    assert lines == suites.build(data, counts, 0) != suites.build(data, counts, 1)
+    shown = [line["image"] for line in lines if "image" in line]
+    assert len(set(shown)) == len(shown)
+    for line in lines:
+        place, _, number = line.get("image", "").partition("/images/")
+        if place in ("flickr8k", "coco_vqa"):
+            assert int(number.strip("c.jpg")) % 4 == 0
+        elif place == "sroie_lines":
+            assert int(number.strip(".jpg")) % 2 == 1 and int(number.strip(".jpg")) % 3 != 1
+        assert len(line.get("turns", "abc")) == 3 and line["split"] == "val"
+    with pytest.raises(SystemExit, match="9 'ocr' prompts wanted"):
+        suites.build(data, {**counts, "ocr": 9}, 0)
