@@ -10,6 +10,8 @@ import pytest
 
 from msd.bench.data import BUNDLED
 from msd.cli import main
+from msd.cli.options import chosen_methods
+from msd.drafters.rivals import RIVALS
 
 PUPPY = str(BUNDLED / "puppy.jpg")
 pytestmark = pytest.mark.slow
@@ -50,7 +52,8 @@ def test_generate_takes_no_or_several_images(capsys: pytest.CaptureFixture[str])
     assert as_json(capsys, "generate", PUPPY, skier, "-p", "What is there?", "--max-new-tokens", "4")["tokens"]
 
 
-IN_CHECKOUTS = ("msd:15min", "msd:ar", "standard")  # from weights/, which the wheel has not
+# from weights/, which the wheel has not
+IN_CHECKOUTS = (*RIVALS, "msd+dspark", "msd+eagle3", "msd:15min", "msd:ar", "standard")
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +83,12 @@ def test_verify_audits_other_engines(capsys: pytest.CaptureFixture[str], tmp_pat
     captured = capsys.readouterr()
     assert stop.value.code == 2 and "not lossless" in captured.err
     assert not json.loads(captured.out)["rows"][0]["passed"]
+
+
+def test_all_methods_of_a_greedy_benchmark_are_told_once() -> None:
+    sampled, greedy = (chosen_methods("all", "reference", greedy) for greedy in (False, True))
+    assert set(sampled) - set(greedy) == {"msd:sampled", "prompt-lookup:sampled"}
+    assert chosen_methods("msd:sampled", "reference", greedy=True) == ["msd:sampled"]
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def bench(
 
     checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
-    methods = chosen_methods(method, target)
+    methods = chosen_methods(method, target, greedy=temperature == 0)
     samples = in_suites(load_data(data, images), [name.strip() for name in suite.split(",") if name.strip()])[:limit]
     if cuts is not None and temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")

@@ -92,12 +92,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def chosen_methods(names: str, target: str) -> list[str]:
-    """Method names of a `--method` value, "all" being all for that target; UserError for an unknown one."""
+def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
+    """Method names of a `--method` value, "all" being all for that target; UserError for an unknown one.
+
+    greedy: all but those that sample their drafts, since without sampling they draft as their other form does.
+    """
     from msd import drafters
 
     if names == "all":
-        return drafters.methods(target)
+        return [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
     listed = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in listed if name not in drafters.methods()]
     if unknown or not listed:
