@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
 import sys
@@ -21,11 +22,13 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def clips() -> Any:
+    spec = importlib.util.spec_from_file_location("event_clips", RECIPES / "events" / "clips.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(RECIPES / "events"), str(RECIPES / "reference_vlm"), *sys.path])
-        import clips as module
-
-        yield module
+        patch.setattr(sys, "path", [str(RECIPES / "reference_vlm"), *sys.path])
+        spec.loader.exec_module(found)
+    return found
 
 
 @pytest.mark.parametrize("seed", range(20))
