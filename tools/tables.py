@@ -45,6 +45,16 @@ def policies_table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def trained_table(rows: dict[str, dict[str, Any]]) -> str:
+    """What every row of equal training time reached on held-out answers, best first."""
+    kinds = ("acceptance", "vision", "language", "fusion")
+    lines = ["| row | steps | acceptance | vision | language | fusion |", "|---" * 6 + "|"]
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["held_out"]["acceptance"]):
+        rates = " | ".join(f"{row['held_out'].get(kind, 0.0):.3f}" for kind in kinds)
+        lines.append(f"| `{name}` | {row['steps']:,} | {rates} |")
+    return "\n".join(lines)
+
+
 def read(path: str) -> Any:
     """A committed result file; None where there is none yet."""
     file = ROOT / path
@@ -62,7 +72,10 @@ def tables() -> dict[str, dict[str, str]]:
             "bench": report.markdown(read("results/val/results.json")),
         },
         "docs/modality_verification.md": {"policies": policies_table(policies)} if policies else {},
-        "docs/comparison.md": {"comparison": report.markdown(compared, ("all",))} if compared else {},
+        "docs/comparison.md": {
+            "trained": trained_table(read("recipes/msd/results/trained.json")),
+            **({"comparison": report.markdown(compared, ("all",))} if compared else {}),
+        },
     }
 
 

@@ -41,6 +41,11 @@ class Budget:
         """Rows that may draft."""
         return [row for row, depth in enumerate(self.depth) if depth]
 
+    @property
+    def node_seconds(self) -> float:
+        """By how much a target pass takes longer for a node in every row, on average; 0 where costs are not known."""
+        return 0.0 if self.passes is None else max(0.0, self.passes[-1] - self.passes[0]) / max(1, len(self.passes) - 1)
+
     def of(self, rows: list[int]) -> Budget:
         """The budget of some rows, in that order."""
         return replace(self, depth=[self.depth[row] for row in rows])

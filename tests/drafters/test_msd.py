@@ -323,8 +323,9 @@ def test_levels_end_where_they_no_longer_pay(form: str) -> None:
 def test_a_level_pays_by_what_it_is_expected_to_give() -> None:
     pace = Pace()
     pace.level = 0.003
-    assert pace.pays(before=0.5, reach=0.25, token=0.03)  # 0.125 tokens, 3.75 ms
-    assert not pace.pays(before=0.5, reach=0.2, token=0.03)  # 0.08 tokens, 2.4 ms
+    assert pace.pays(before=0.5, reach=0.25, token=0.03, node=0.0)  # 0.125 tokens, 3.75 ms
+    assert not pace.pays(before=0.5, reach=0.2, token=0.03, node=0.0)  # 0.08 tokens, 2.4 ms
+    assert not pace.pays(before=0.5, reach=0.25, token=0.03, node=0.002)  # a large batch: the pass is longer by 2 ms
     score = torch.tensor([[0.5, 0.25, 0.5, 1e-30], [0.1, 0.1, 0.1, 0.1]]).log()
     assert reached(score, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 2) == pytest.approx((0.75 + 0.3) / 2)
 

@@ -134,7 +134,7 @@ def grow(
         return DraftTree.root_only(newest)
     limit = torch.tensor(budget.depth, device=newest.device)
     frontier = min(nodes, sum(s.width for s in subtrees.shapes))
-    timed = None if pace is None or budget.passes is None else (pace, budget.passes[0])
+    timed = None if pace is None or budget.passes is None else (pace, budget.passes[0], budget.node_seconds)
     pool = _expand(levels, heads, subtrees, modality_ids, deepest, limit, frontier, temperature, timed)
     return _merge(_select(pool, subtrees, nodes), newest, nodes, budget.seconds)
 
@@ -148,11 +148,12 @@ def _expand(
     limit: Tensor,
     frontier: int,
     temperature: float | None,
-    timed: tuple[Pace, float] | None,
+    timed: tuple[Pace, float, float] | None,
 ) -> _Pool:
     """All candidates down to level `deepest`, `limit` [B] in each row; at most `frontier` nodes a level go on.
 
-    timed: a pace, and the seconds that a token costs without drafting; levels then end where they no longer pay.
+    timed: a pace, and the seconds that a token costs without drafting, and a node in every row; levels then end where
+    they no longer pay.
     """
     B, M = subtrees.budget.shape
     device = subtrees.budget.device
@@ -189,11 +190,11 @@ def _expand(
         score = score.masked_fill(out.sort(dim=-1, stable=True).values[:, : order.shape[1]], NEVER)
         parent, offset = order + offset, offset + size
         if timed is not None:
-            pace, token = timed
+            pace, token, node = timed
             if level > 1:
                 pace.end()
             reach = reached(score, tree, M)
-            if not pace.pays(before, reach, token):
+            if not pace.pays(before, reach, token, node):
                 break
             before = reach
             pace.begin()

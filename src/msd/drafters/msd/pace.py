@@ -25,13 +25,14 @@ class Pace:
         seconds = time.perf_counter() - self._begun
         self.level = MEMORY * self.level + (1 - MEMORY) * seconds if self.level else seconds
 
-    def pays(self, before: float, reach: float, token: float) -> bool:
-        """Whether a level below is worth its seconds.
+    def pays(self, before: float, reach: float, token: float, node: float) -> bool:
+        """Whether a level below is worth its seconds, and those of a node in every row.
 
         reach, before: tokens a row that the level above it, and the one above that, are expected to give. The next one
-        is taken to fall off as that one did. token: seconds that a token costs without drafting.
+        is taken to fall off as that one did. token: seconds that a token costs without drafting. node: seconds that
+        the target's pass takes longer by a node in every row; little for one answer, much for a large batch.
         """
-        return reach * reach / max(before, 1e-9) * token >= self.level
+        return reach * reach / max(before, 1e-9) * token >= self.level + node
 
 
 def reached(score: Tensor, tree: Tensor, trees: int) -> float:
