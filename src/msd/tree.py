@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msd.modality import LANGUAGE
@@ -116,6 +117,26 @@ class DraftTree:
         return DraftTree(
             self.tokens[rows], self.parents[rows], self.depths[rows], self.valid[rows], modality, fixed, self.height,
             trials, q,
+        )  # fmt: skip
+
+    def replaced(self, rows: list[int], by: DraftTree) -> DraftTree:
+        """These trees, those of `rows` being the first nodes of `by`'s, as many as there is room for.
+
+        Neither has sampled trials. What has no draft law counts as drafted for sure.
+        """
+        N = self.size
+
+        def mixed(mine: Tensor, theirs: Tensor, empty: float) -> Tensor:
+            out, part = mine.clone(), theirs[rows, :N]
+            out[rows] = F.pad(part, (0, N - part.shape[1]), value=empty).to(out.dtype)
+            return out
+
+        q = None if self.q is None else mixed(self.q, by.valid if by.q is None else by.q, 0.0)
+        depths = mixed(self.depths, by.depths, 0)
+        return DraftTree(
+            mixed(self.tokens, by.tokens, 0), mixed(self.parents, by.parents, -1), depths,
+            mixed(self.valid, by.valid, 0), mixed(self.modality, by.modality, LANGUAGE.id),
+            mixed(self.fixed, by.fixed, 0), int(depths.max()), q=q,
         )  # fmt: skip
 
     def among(self, rows: list[int], newest: Tensor) -> DraftTree:

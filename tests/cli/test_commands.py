@@ -59,7 +59,15 @@ IN_CHECKOUTS = (*RIVALS, "msd+dspark", "msd+eagle3", "msd:15min", "msd:ar", "sta
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("verify", "--limit", "2", "--max-new-tokens", "10", "--draws", "2000")
     rows = {row["method"]: row for row in as_json(capsys, *arguments)["rows"]}
-    assert rows.keys() == {"ar", "prompt-lookup", "prompt-lookup:sampled", "msd", "msd:sampled", *IN_CHECKOUTS}
+    assert rows.keys() == {
+        "ar",
+        "prompt-lookup",
+        "prompt-lookup:sampled",
+        "msd",
+        "msd:sampled",
+        "msd+prompt-lookup",
+        *IN_CHECKOUTS,
+    }
     for row in rows.values():
         assert row["passed"] and row["identical"] + row["ties"] == row["compared"]
     assert rows["ar"]["compared"] == 12 and rows["prompt-lookup:sampled"]["compared"] == 2

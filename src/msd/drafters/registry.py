@@ -18,10 +18,12 @@ from msd.drafters.eventgpt import checkpoint as eventgpt_checkpoint
 from msd.drafters.msd import MSD, MSDNetwork, checkpoint
 from msd.drafters.plain import Plain
 from msd.drafters.prompt_lookup import PromptLookup
+from msd.drafters.repeats import Repeats
 from msd.errors import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 COMBINED = ("eagle3", "dspark")  # trunks of the `msd+NAME` methods: the best known of either kind
+REPEATS = "msd+prompt-lookup"
 RIVAL_WEIGHTS = Path(__file__).parents[3] / "weights"
 _METHODS: dict[str, Callable[[], Drafter]] = {}
 _Trained = tuple[MSDNetwork, dict[str, dict[str, float]] | None]
@@ -49,6 +51,7 @@ def register_folder(folder: Path | str) -> str:
     trained, thresholds = _read(folder)
     for name, sampled in (("msd", False), ("msd:sampled", True)):
         register(name, partial(MSD, trained, name, sampled, thresholds))
+    register(REPEATS, lambda: Repeats(create("msd")))
     return "msd"
 
 
@@ -88,6 +91,7 @@ def _register_shipped(root: Path) -> None:
         register(name, _Shipped(_made, read, name, False))
         if name == "msd":
             register("msd:sampled", _Shipped(_made, read, "msd:sampled", True))
+            register(REPEATS, _Shipped(lambda read=read: Repeats(_made(read, "msd", False))))
 
 
 def _register_rivals(root: Path) -> None:
