@@ -25,8 +25,7 @@ from msd.chat import Chat
 from msd.config import SpeculativeConfig
 from msd.costs import costs
 from msd.decode import decode
-from msd.drafters import BorrowsEye, Drafter, Translates, recordings
-from msd.drafters.msd import MSD
+from msd.drafters import BorrowsEye, Calibrated, Drafter, Translates, recordings
 from msd.errors import UserError
 from msd.event_tokens import event_tokens
 from msd.layout import Layout
@@ -66,7 +65,7 @@ class SpeculativeVLM:
             self.drafter.borrow(partial(event_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
-        if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, MSD):
+        if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, Calibrated):
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         # where a draft has a say in what is drawn, the time that steps take must not: a seed gives one answer

@@ -347,7 +347,8 @@ def test_a_model_is_drafted_for_by_what_was_trained_for_it(reference_model: tupl
     from msd.targets.fingerprint import fingerprint
 
     model, processor = reference_model
-    assert registry.default(fingerprint(model)) == "msd" and SpeculativeVLM(model, processor).drafter.name == "msd"
+    assert registry.default(fingerprint(model)) == "msd+prompt-lookup"
+    assert SpeculativeVLM(model, processor).drafter.name == "msd+prompt-lookup"
     assert registry.default("llava-another") == "prompt-lookup"
     assert SpeculativeVLM(MODEL, None).drafter.name == "prompt-lookup"
     assert SpeculativeVLM(model, processor, drafter="ar").drafter.name == "ar"

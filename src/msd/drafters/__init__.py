@@ -1,10 +1,11 @@
 """Drafters: whatever proposes a tree of continuations, one file per published method."""
 
-from msd.drafters.base import BorrowsEye, Drafter, ReadsAhead, Translates
+from msd.drafters.base import BorrowsEye, Calibrated, Drafter, ReadsAhead, Translates
 from msd.drafters.registry import create, default, methods, register, register_folder
 
 __all__ = [
     "BorrowsEye",
+    "Calibrated",
     "Drafter",
     "ReadsAhead",
     "Translates",

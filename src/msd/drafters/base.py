@@ -71,6 +71,15 @@ class Translates(Protocol):
 
 
 @runtime_checkable
+class Calibrated(Protocol):
+    """A drafter that comes with thresholds for the `budget` policy."""
+
+    def thresholds(self, epsilon: float) -> dict[str, float]:
+        """Modality name -> θ for a budget of ε; empty when none is known."""
+        ...
+
+
+@runtime_checkable
 class BorrowsEye(Protocol):
     """A drafter that looks at event recordings with the target's own eye."""
 

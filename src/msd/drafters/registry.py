@@ -72,7 +72,7 @@ def default(target: str) -> str:
     """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
     made = _METHODS.get("msd")
     trained = isinstance(made, _Shipped) and stored.training(WEIGHTS / "msd").get("cuts", {}).get("target")
-    return "msd" if trained == target else "prompt-lookup"
+    return REPEATS if trained == target else "prompt-lookup"
 
 
 class _Shipped(partial[Drafter]):

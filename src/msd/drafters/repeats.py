@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.drafters.base import Drafter
+from msd.drafters.base import Calibrated, Drafter
 from msd.drafters.prompt_lookup import PromptLookup
 from msd.plan import Budget
 from msd.sampling import Sampler
@@ -47,6 +47,10 @@ class Repeats:
     def twin(self, model: PreTrainedModel) -> Repeats:
         """See `Drafter`."""
         return Repeats(self.drafter.twin(model), self.least)
+
+    def thresholds(self, epsilon: float) -> dict[str, float]:
+        """The drafter's, if it knows any."""
+        return self.drafter.thresholds(epsilon) if isinstance(self.drafter, Calibrated) else {}
 
     def begin(self, state: State, scores: Scores) -> None:
         """Both begin, each with its own memory."""
