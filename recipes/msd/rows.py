@@ -257,7 +257,11 @@ def bench_rows(args: argparse.Namespace) -> None:
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
             methods.append(shown)
     model, processor = load_target(args.target)
-    samples = mixed(load_data(args.prompts, args.images), args.limit)
+    samples = load_data(args.prompts, args.images)
+    if args.at_least:
+        lengths = {(a.images, a.prompt): len(a.ids) for a in read_captured(args.held_out, args.images)}
+        samples = [s for s in samples if lengths.get((s.images, s.prompt), 0) >= args.at_least]
+    samples = mixed(samples, args.limit)
     if "wrong image" in methods:  # its image is that of the last sample, which is then left out
         last = next(s for s in reversed(samples) if s.images)
         samples = [s for s in samples if s.images != last.images]
@@ -329,6 +333,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("runs/msd/val.jsonl"), help="what is benchmarked")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--at-least", type=int, help="prompts whose captured answer has as many tokens, and no others")
     parser.add_argument("--out", type=Path, default=Path("runs/msd/rows"))
     parser.add_argument("--results", type=Path, default=Path("recipes/msd/results"))
     parser.add_argument("--weights", type=Path, default=Path("weights"), help="where `ship` copies them to")

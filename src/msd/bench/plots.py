@@ -32,27 +32,25 @@ def all_of(results: Results) -> dict[str, str]:
 
 
 def speedups(results: Results) -> str | None:
-    """A bar per task and method."""
+    """A panel per task, in it a point per method with its interval."""
     rows = [r for r in results["rows"] if r["method"] != "transformers"]
     tasks, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("task", "method"))
-    width = 0.8 / len(methods)
 
-    def draw(axes: Any) -> None:
-        for i, method in enumerate(methods):
-            mine = {r["task"]: r for r in rows if r["method"] == method}
-            places = [t + i * width for t, task in enumerate(tasks) if task in mine]
-            heights = [mine[task]["speedup_vs_ar"] for task in tasks if task in mine]
-            found = [mine[task].get("speedup_vs_ar_interval") for task in tasks if task in mine]
-            edges = [edge or [h, h] for edge, h in zip(found, heights, strict=True)]
-            bars = [[max(0.0, h - low) for h, (low, _) in zip(heights, edges, strict=True)],
-                    [max(0.0, high - h) for h, (_, high) in zip(heights, edges, strict=True)]]  # fmt: skip
-            axes.bar(places, heights, width * 0.9, yerr=bars, capsize=2, label=method)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xticks=[t + width * (len(methods) - 1) / 2 for t in range(len(tasks))], ylabel="times `ar`")
-        axes.set_xticklabels(tasks)
-        axes.legend(fontsize=7, ncols=2)
+    def draw(panels: Any) -> None:
+        for axes, task in zip(panels, tasks, strict=True):
+            mine = [r for r in rows if r["task"] == task]
+            times = [r["speedup_vs_ar"] for r in mine]
+            edges = [r.get("speedup_vs_ar_interval") or [t, t] for r, t in zip(mine, times, strict=True)]
+            bars = [[max(0.0, t - low) for t, (low, _) in zip(times, edges, strict=True)],
+                    [max(0.0, high - t) for t, (_, high) in zip(times, edges, strict=True)]]  # fmt: skip
+            places = [methods.index(r["method"]) for r in mine]
+            axes.errorbar(times, places, xerr=bars, fmt="o", markersize=4, capsize=2)
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set(title=task, xlabel="times `ar`")
+        panels[0].set(yticks=range(len(methods)), ylim=(len(methods) - 0.5, -0.5))
+        panels[0].set_yticklabels(methods)
 
-    return _drawn(draw, 1.6 + 1.4 * len(tasks))
+    return _drawn(draw, 1.6 + 1.5 * len(tasks), 1.0 + 0.22 * len(methods), len(tasks))
 
 
 def by_depth(results: Results) -> str | None:
@@ -62,7 +60,8 @@ def by_depth(results: Results) -> str | None:
         return None
     best = max(rows, key=lambda r: r["mean_acceptance_length"])
 
-    def draw(axes: Any) -> None:
+    def draw(panels: Any) -> None:
+        axes = panels[0]
         for row in rows:
             for name, rates in row["acceptance_by_depth"].items():
                 points = [(d, rate) for d, rate in enumerate(rates, 1) if rate is not None]
@@ -80,27 +79,32 @@ def by_depth(results: Results) -> str | None:
 
 
 def rejections(results: Results) -> str | None:
-    """A bar per method and modality, depth or kind of word: rejected share of the drafted positions."""
+    """A row per method, a column per modality, depth or kind of word: percent of the drafted positions rejected."""
     measured = errors.methods(results)
     if not measured:
         return None
-    told = [column for group in errors.groups(results).values() for column in group]
-    width = 0.8 / len(measured)
+    groups = list(errors.groups(results).values())
+    told = [column for group in groups for column in group]
+    counts = [[errors.rate(pattern, **which) for _, which in told] for _, pattern in measured]
+    shares = [[r / n if n else float("nan") for r, n in row] for row in counts]
 
-    def draw(axes: Any) -> None:
-        for i, (method, pattern) in enumerate(measured):
-            counts = [errors.rate(pattern, **which) for _, which in told]
-            places = [c + i * width for c, (_, drafted) in enumerate(counts) if drafted]
-            axes.bar(places, [r / n for r, n in counts if n], width * 0.9, label=method)
-        at = 0
-        for group in list(errors.groups(results).values())[:-1]:  # a line after each group
+    def draw(panels: Any) -> None:
+        axes = panels[0]
+        axes.imshow(shares, cmap="YlOrRd", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(counts):
+            for x, (rejected, drafted) in enumerate(row):
+                if drafted:
+                    ink = "white" if rejected > 0.6 * drafted else "black"
+                    axes.text(x, y, f"{rejected / drafted:.0%}", ha="center", va="center", color=ink, fontsize=7)
+        at = 0.0
+        for group in groups[:-1]:
             at += len(group)
-            axes.axvline(at - 0.5 + width * (len(measured) - 1) / 2, color="black", linewidth=0.8)
-        axes.set(xticks=[c + width * (len(measured) - 1) / 2 for c in range(len(told))], ylabel="rejected", ylim=(0, 1))
+            axes.axvline(at - 0.5, color="white", linewidth=4)
+        axes.set(xticks=range(len(told)), yticks=range(len(measured)))
         axes.set_xticklabels([name for name, _ in told], rotation=30, ha="right")
-        axes.legend(fontsize=7, ncols=2)
+        axes.set_yticklabels([method for method, _ in measured])
 
-    return _drawn(draw, 1.6 + 0.6 * len(told), 3.6)
+    return _drawn(draw, 1.6 + 0.6 * len(told), 1.2 + 0.22 * len(measured), grid=False)
 
 
 def time_split(results: Results) -> str | None:
@@ -109,7 +113,8 @@ def time_split(results: Results) -> str | None:
     if not rows:
         return None
 
-    def draw(axes: Any) -> None:
+    def draw(panels: Any) -> None:
+        axes = panels[0]
         left = [0.0] * len(rows)
         for part, colour in PARTS.items():
             share = [1000 * (r.get(f"{part}_s") or 0.0) / r["tokens"] for r in rows]
@@ -128,7 +133,8 @@ def cost_curve(results: Results) -> str | None:
     if not costs:
         return None
 
-    def draw(axes: Any) -> None:
+    def draw(panels: Any) -> None:
+        axes = panels[0]
         for context, seconds in zip(costs["contexts"], costs["seconds"], strict=True):
             axes.plot(costs["nodes"], [1000 * s for s in seconds], marker=".", label=f"after {context} tokens")
         axes.set(xlabel="nodes in the tree, root included", ylabel="ms", ylim=(0, None))
@@ -137,17 +143,21 @@ def cost_curve(results: Results) -> str | None:
     return _drawn(draw, 5)
 
 
-def _drawn(draw: Callable[[Any], None], width: float, height: float = 3.2) -> str:
+def _drawn(draw: Callable[[Any], None], width: float, height: float = 3.2, panels: int = 1, grid: bool = True) -> str:
+    """SVG of what `draw` puts into `panels` axes side by side, which share their y axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with matplotlib.rc_context({"svg.hashsalt": "msd", "font.size": 9}):  # the same figures, the same file
-        figure, axes = plt.subplots(figsize=(width, height), constrained_layout=True)
-        draw(axes)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
+        figure, axes = plt.subplots(
+            1, panels, figsize=(width, height), sharey=True, squeeze=False, constrained_layout=True
+        )
+        draw(axes[0])
+        for each in axes[0]:
+            each.grid(grid, **({"alpha": 0.3} if grid else {}))
+            each.set_axisbelow(True)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
