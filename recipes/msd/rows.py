@@ -39,6 +39,7 @@ from msd.drafters.msd import MSD, SWITCHES, checkpoint
 from msd.drafters.msd.config import shapes_of
 from msd.drafters.msd.network import MSDNetwork
 from msd.drafters.registry import COMBINED
+from msd.drafters.repeats import Repeats
 from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.modality import LANGUAGE
@@ -229,15 +230,16 @@ class WrongImage(MSD):
 
 
 def bench_rows(args: argparse.Namespace) -> None:
-    methods = []
     every = rows(range(args.seeds), args.events)
+    methods = ["prompt-lookup"] if args.events else []
     for name, row in every.items():
         folder = folder_of(args.out, name) / "drafter"
         if not (folder / "model.safetensors").exists():
             continue
         if name == WITH_EVENTS:  # what it lost where the recordings were missing
             drafters.register("events hidden", lambda f=folder: Hidden(checkpoint.load(f), "events hidden"))  # type: ignore[misc]
-            methods.append("events hidden")
+            drafters.register("msd with events, repeats", lambda f=folder: Repeats(MSD(checkpoint.load(f))))  # type: ignore[misc]
+            methods += ["events hidden", "msd with events, repeats"]
         elif name == next(iter(every)):
             drafters.register("wrong image", lambda f=folder: WrongImage(checkpoint.load(f), "wrong image"))  # type: ignore[misc]
             methods.append("wrong image")

@@ -76,3 +76,20 @@ def test_trees_of_some_rows_replaced() -> None:
     assert mixed.parents.tolist() == [[-1, 0, 1], [-1, 0, 1], [-1, 0, -1]]
     assert mixed.valid.tolist() == [[True] * 3, [True] * 3, [True, True, False]]
     assert mixed.height == 2
+
+
+def test_recordings_and_thresholds_are_the_drafters() -> None:
+    class Seeing(RandomDrafter):
+        beside = None
+
+        def borrow(self, look: object) -> None:
+            self.beside = look  # type: ignore[assignment]
+
+        def thresholds(self, epsilon: float) -> dict[str, float]:
+            return {"vision": epsilon}
+
+    blind, seeing = Repeats(RandomDrafter(1, 9)), Repeats(Seeing(1, 9))
+    for each in (blind, seeing):
+        each.borrow(len)  # type: ignore[arg-type]
+    assert blind.beside is None and seeing.beside is len
+    assert blind.thresholds(0.1) == {} and seeing.thresholds(0.1) == {"vision": 0.1}

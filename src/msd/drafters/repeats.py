@@ -9,14 +9,17 @@ lookup costs next to nothing, and a drafter that was trained on other texts cann
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.drafters.base import Calibrated, Drafter
+from msd.drafters import recordings
+from msd.drafters.base import BorrowsEye, Calibrated, Drafter
 from msd.drafters.prompt_lookup import PromptLookup
+from msd.events.pieces import Events
 from msd.plan import Budget
 from msd.sampling import Sampler
 from msd.targets.state import State
@@ -47,6 +50,16 @@ class Repeats:
     def twin(self, model: PreTrainedModel) -> Repeats:
         """See `Drafter`."""
         return Repeats(self.drafter.twin(model), self.least)
+
+    def borrow(self, look: Callable[[Events], Tensor]) -> None:
+        """For a drafter that looks at recordings; see `BorrowsEye`."""
+        if isinstance(self.drafter, BorrowsEye):
+            self.drafter.borrow(look)
+
+    @property
+    def beside(self) -> Callable[[Events], Tensor] | None:
+        """The drafter's, if it sees recordings; see `msd.drafters.recordings`."""
+        return recordings.encoder(self.drafter)
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
         """The drafter's, if it knows any."""
