@@ -53,7 +53,7 @@ VAL := $(BIN)/msd bench --data runs/val/val.jsonl --images $(DATA)
 ONLY := --baselines transformers
 NOISE := $(BIN)/msd bench --method msd --data runs/val/noise/noise.jsonl --temperature 1.5
 results: setup
-	$(BIN)/msd verify --method all --limit 5 --json > results/verify.json
+	$(BIN)/msd verify --method all --limit 3 --json > results/verify.json
 	$(MAKE) floors
 	$(BIN)/python tools/tables.py
 

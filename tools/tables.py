@@ -11,6 +11,8 @@ from typing import Any
 from msd.bench import report
 
 ROOT = Path(__file__).parents[1]
+KINDS = ("vision", "language", "fusion")
+EVENT_KINDS = ("event_sparse", "event_dense", "video_reasoning", "language")
 
 
 def verify_table(rows: list[dict[str, Any]]) -> str:
@@ -45,10 +47,10 @@ def policies_table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def trained_table(rows: dict[str, dict[str, Any]]) -> str:
+def trained_table(rows: dict[str, dict[str, Any]], modalities: tuple[str, ...]) -> str:
     """What every row of equal training time reached on held-out answers, best first."""
-    kinds = ("acceptance", "vision", "language", "fusion")
-    lines = ["| row | steps | acceptance | vision | language | fusion |", "|---" * 6 + "|"]
+    kinds = ("acceptance", *modalities)
+    lines = [f"| row | steps | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["held_out"]["acceptance"]):
         rates = " | ".join(f"{row['held_out'].get(kind, 0.0):.3f}" for kind in kinds)
         lines.append(f"| `{name}` | {row['steps']:,} | {rates} |")
@@ -65,6 +67,7 @@ def tables() -> dict[str, dict[str, str]]:
     """Page -> mark in it -> table."""
     policies = read("recipes/msd/results/policies.json")
     compared = read("results/comparison/results.json")
+    clips, clips_trained = (read(f"recipes/events/results/{name}.json") for name in ("results", "trained"))
     return {
         "README.md": {
             "verify": verify_table(read("results/verify.json")["rows"]),
@@ -72,8 +75,14 @@ def tables() -> dict[str, dict[str, str]]:
             "bench": report.markdown(read("results/val/results.json")),
         },
         "docs/modality_verification.md": {"policies": policies_table(policies)} if policies else {},
+        "docs/events.md": {
+            "trained": trained_table(clips_trained, EVENT_KINDS),
+            "clips": report.markdown(clips, ("all",)),
+        }
+        if clips
+        else {},
         "docs/comparison.md": {
-            "trained": trained_table(read("recipes/msd/results/trained.json")),
+            "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),
             **({"comparison": report.markdown(compared, ("all",))} if compared else {}),
         },
     }
