@@ -116,6 +116,6 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     results = as_json(capsys, "demo", "--max-new-tokens", "8", "--runs", "1")
-    assert {row["method"] for row in results["rows"]} == {"transformers", "ar", "msd"}
-    (msd,) = (row for row in results["rows"] if row["method"] == "msd" and row["task"] == "all")
+    assert {row["method"] for row in results["rows"]} == {"transformers", "ar", "msd+prompt-lookup"}
+    (msd,) = (row for row in results["rows"] if row["method"] == "msd+prompt-lookup" and row["task"] == "all")
     assert msd["identical"] == 1.0 and msd["mean_acceptance_length"] > 1.5

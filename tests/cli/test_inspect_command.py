@@ -93,6 +93,6 @@ def test_the_command_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path:
     assert code == 0, err
     answer, text = json.loads(told), out.read_text(encoding="utf-8")
     assert text.count('class="step"') == answer["steps"] and text.count("data:image/jpeg") == 1
-    assert ">vision</i>" in text and answer["method"] == "msd"
+    assert ">vision</i>" in text and answer["method"] == "msd+prompt-lookup"
     code, _, err = run(capsys, *ask, "--out", tmp_path / "none" / "trace.html")
     assert code == 2 and "folder that exists" in err
