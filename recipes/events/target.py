@@ -1,8 +1,8 @@
 """The reference model, taught to describe clips at length: the video target of the events suite.
 
 python recipes/events/target.py train                    # from the shipped weights; run again to continue
-python recipes/events/target.py export --weights weights/video.safetensors
-python recipes/events/target.py build --weights weights/video.safetensors --out runs/events/target
+python recipes/events/target.py export --weights weights/video/target.safetensors
+python recipes/events/target.py build --weights weights/video/target.safetensors --out runs/events/target
 
 The same parts learn as in `recipes/reference_vlm`: projector, positions, low-rank updates. `build` assembles a
 checkpoint folder, for `--target`.
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--weights", type=Path, default=Path("weights/video.safetensors"))
+    parser.add_argument("--weights", type=Path, default=Path("weights/video/target.safetensors"))
     parser.add_argument("--out", type=Path, default=Path("runs/events/target"))
     args = parser.parse_args()
     if args.what == "train":
