@@ -52,7 +52,9 @@ def trained_table(rows: dict[str, dict[str, Any]], modalities: tuple[str, ...]) 
     kinds = ("acceptance", *modalities)
     lines = [f"| row | steps | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["held_out"]["acceptance"]):
-        rates = " | ".join(f"{row['held_out'].get(kind, 0.0):.3f}" for kind in kinds)
+        found = row["held_out"]
+        told = set(modalities) <= found.keys()  # else it was labelled by other classes
+        rates = " | ".join(f"{found[kind]:.3f}" if kind == "acceptance" or told else "–" for kind in kinds)
         lines.append(f"| `{name}` | {row['steps']:,} | {rates} |")
     return "\n".join(lines)
 
