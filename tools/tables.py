@@ -53,8 +53,8 @@ def trained_table(rows: dict[str, dict[str, Any]], modalities: tuple[str, ...]) 
     lines = [f"| row | steps | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["held_out"]["acceptance"]):
         found = row["held_out"]
-        told = set(modalities) <= found.keys()  # else it was labelled by other classes
-        rates = " | ".join(f"{found[kind]:.3f}" if kind == "acceptance" or told else "–" for kind in kinds)
+        told = set(modalities) <= found.keys()  # else it knows other classes, and only theirs were counted
+        rates = " | ".join(f"{found[kind]:.3f}" if told else "–" for kind in kinds)
         lines.append(f"| `{name}` | {row['steps']:,} | {rates} |")
     return "\n".join(lines)
 
