@@ -21,7 +21,7 @@ VOCABULARY = MODEL.config.text_config.vocab_size
 
 
 class Noting(Repeats):
-    """Keeps what it drafted, and what each of the two would have."""
+    """Keeps its budgets and what it drafted."""
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         tree = super().propose(state, budget, sampler)
