@@ -14,6 +14,7 @@ ROOT = Path(msd.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "version", "files", "heap", "hidden"},
     {"modality", "cuts", "layout", "cache", "tree", "backends"},
+    {"shared_noise"},
     {"sampling", "statistics", "events"},
     {"targets", "verify", "gain", "event_gain"},
     {"costs"},
@@ -21,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"drafters"},
     {"decode", "ahead"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
-    | {"model", "config", "result", "loading", "streaming", "reference"},
+    | {"model", "options", "config", "result", "loading", "streaming", "reference"},
     {"bench", "train", "serve", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
 ]

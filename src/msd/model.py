@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from msd import drafters, loading, prompts, verify
+from msd import drafters, loading, options, prompts, verify
 from msd.ahead import Ahead, Beside
 from msd.chat import Chat
 from msd.config import SpeculativeConfig
@@ -118,7 +118,7 @@ class SpeculativeVLM:
         past: Past | None = None,
         **kwargs: Any,
     ) -> Result | list[Result]:
-        """Answers a prompt about images; a list of prompts gives a list of results.
+        """Answers a prompt about images; a list of prompts, or several answers to one, give a list of results.
 
         images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, a list of
         such lists.
@@ -133,14 +133,14 @@ class SpeculativeVLM:
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
-        single = isinstance(prompt, str) or messages is not None
+        listed = prompt is not None and not isinstance(prompt, str)
         if "input_ids" not in kwargs:
             kwargs = {**self._inputs(images, prompt, messages), **kwargs}
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
         with self._lock:
             results = self._generate(kwargs, seed, past)
-        return results[0] if single or len(results) == 1 else results
+        return results if listed or len(results) > 1 else results[0]
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
         """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
@@ -171,9 +171,7 @@ class SpeculativeVLM:
         begin = time.perf_counter()
         statistics = Statistics()
         kwargs = self._with_stop_strings(kwargs)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
-            if kwargs.pop(name, None) is not None:
-                raise UserError(f"{name} asks for another way of decoding; choose msd's with drafter=… instead")
+        options.check(self.model, kwargs)
         streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
         with ahead.prefill():
             kwargs = self.target.encode_images(kwargs)
@@ -212,7 +210,11 @@ class SpeculativeVLM:
         vocabulary = prompt.logits.shape[-1]
         randomness = _randomness(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)
-        sampler = Sampler(state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness)
+        padding = generation_config._pad_token_tensor
+        sampler = Sampler(
+            state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness, input_ids,
+            None if padding is None else int(padding),
+        )  # fmt: skip
         if streamer is not None:
             streamer.put(input_ids.cpu())
         parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
@@ -238,12 +240,6 @@ class SpeculativeVLM:
 
     def _refuse(self, config: GenerationConfig, batch: int, length: int, streamer: Any) -> None:
         """One clear line for what speculative decoding cannot do, or the model cannot hold."""
-        if config.num_beams and config.num_beams > 1:
-            raise UserError(f"num_beams={config.num_beams}: speculative decoding follows one beam; use num_beams=1")
-        if config.return_dict_in_generate:
-            raise UserError(
-                "return_dict_in_generate is not supported; the result's statistics and tokens take its place"
-            )
         if streamer is not None and batch > 1:
             raise UserError(f"a streamer takes one prompt at a time, got {batch}")
         context = self.target.context_length
@@ -270,7 +266,7 @@ class SpeculativeVLM:
     def _result(self, sampler: Sampler, row: int, length: int, statistics: Statistics) -> Result:
         """What `row` emitted after its `length` prompt columns."""
         layout: Layout = sampler.layout
-        tokens = layout.tokens[row, length : layout.end[row]].tolist()
+        tokens = layout.tokens[row, length : sampler.end(row)].tolist()
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
         return Result(text, tokens, sampler.finish[row] or "", self.drafter.name, statistics, labels)

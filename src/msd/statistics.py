@@ -63,10 +63,10 @@ class Statistics:
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
-        """Adds one step of every row that took part in it."""
+        """Adds one step of every row that took part in it, and had not finished before."""
         drafted, levels = torch.stack([tree.valid.sum(1) - 1, (tree.depths * tree.valid).amax(1)]).tolist()
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
-            if tokens:
+            if tokens and row not in accepted.padded:
                 self.num_spec_steps += 1
                 self.num_draft_tokens += drafted[row]
                 self.num_accepted_draft_tokens += len(nodes)
@@ -76,7 +76,9 @@ class Statistics:
                 self._answered[row] += len(tokens)
         if accepted.divergence is not None and accepted.modality is not None:
             kinds_by_id = known()
-            for kinds, spent in zip(accepted.modality, accepted.divergence, strict=True):
+            for row, (kinds, spent) in enumerate(zip(accepted.modality, accepted.divergence, strict=True)):
+                if row in accepted.padded:
+                    continue
                 for kind, total_variation in zip(kinds, spent, strict=True):
                     self._spend(kinds_by_id[kind].name, 1, total_variation)
 
@@ -84,7 +86,8 @@ class Statistics:
         """Notes the router's classes of what a step emitted, where it had any."""
         kinds_by_id = known()
         for row, kinds in enumerate(accepted.modality or ()):
-            self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
+            if row not in accepted.padded:
+                self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
 
     def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
         """Adds to the account of a modality."""

@@ -209,12 +209,15 @@ class Accepted:
 
     nodes:  for every row, the accepted drafted nodes in order (the root left out).
     tokens: for every row, the emitted tokens: the accepted ones, then the target's own (bonus) token. One longer than
-            `nodes`, unless the row stopped on an accepted token (equal length) or had already finished (both empty).
+            `nodes`, unless the row stopped on an accepted token or lockstep ended the walk there (equal length), or the
+            row had already finished (both empty).
     divergence: for every emitted token, the exact total variation of its law from the target's; None: all are 0.
     modality: for every emitted token, the class that the router predicted for it; None where nobody asked.
+    padded: rows that had finished before this step: what they emit is padding (see `Sampler`, lockstep).
     """
 
     nodes: list[list[int]]
     tokens: list[list[int]]
     divergence: list[list[float]] | None = None
     modality: list[list[int]] | None = None
+    padded: frozenset[int] = frozenset()
