@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -36,6 +36,7 @@ from msd.statistics import Statistics
 from msd.streaming import Stream
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
+from msd.threads import watched
 
 Seed = int | Sequence[int] | torch.Generator | None
 
@@ -138,8 +139,8 @@ class SpeculativeVLM:
             kwargs = {**self._inputs(images, prompt, messages), **kwargs}
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
-        with self._lock:
-            results = self._generate(kwargs, seed, past)
+        with self._lock, watched() as between_passes:
+            results = self._generate(kwargs, seed, past, between_passes)
         return results if listed or len(results) > 1 else results[0]
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
@@ -166,7 +167,9 @@ class SpeculativeVLM:
         return prompts.prepare(self.processor, listed, prompt)
 
     @torch.inference_mode()
-    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> list[Result]:
+    def _generate(
+        self, kwargs: dict[str, Any], seed: Seed, past: Past | None, between_passes: Callable[[], None]
+    ) -> list[Result]:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()
         statistics = Statistics()
@@ -175,7 +178,11 @@ class SpeculativeVLM:
         streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
         with ahead.prefill():
             kwargs = self.target.encode_images(kwargs)
-        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
+        between_passes()
+        run = partial(
+            self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead,
+            between_passes=between_passes,
+        )  # fmt: skip
         sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin
@@ -196,6 +203,7 @@ class SpeculativeVLM:
         statistics: Statistics,
         past: Past | None,
         ahead: Ahead,
+        between_passes: Callable[[], None],
     ) -> Sampler:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
@@ -219,6 +227,7 @@ class SpeculativeVLM:
             streamer.put(input_ids.cpu())
         parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
         for accepted in decode(*parts, label=self.config.label):
+            between_passes()
             statistics.label(accepted)
             if streamer is not None:
                 for token in accepted.tokens[0]:
