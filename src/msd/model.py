@@ -66,11 +66,12 @@ class SpeculativeVLM:
             self.drafter.borrow(partial(event_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
-        if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, Calibrated):
+        policy = verify.policy(self.config.verifier)
+        if policy.calibrated and not thresholds and isinstance(self.drafter, Calibrated):
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         # where a draft has a say in what is drawn, the time that steps take must not: a seed gives one answer
-        lossy = self.config.verifier != "lossless" or self.target.backend.lossy
+        lossy = not policy.lossless or self.target.backend.lossy
         silent = not self.drafter.sampled and not lossy
         adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None

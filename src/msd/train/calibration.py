@@ -14,7 +14,7 @@ from msd.modality import known
 from msd.model import SpeculativeVLM
 from msd.sampling import Sampler
 from msd.verify import Budget, calibrate
-from msd.verify.loose import Position
+from msd.verify.lossy import Position
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
