@@ -12,7 +12,9 @@ import typer
 
 from msd.errors import UserError
 
-Target = Annotated[str, typer.Option("--target", help="'reference', a checkpoint folder, or a hub id.")]
+Target = Annotated[
+    str, typer.Option("--target", help="'reference', 'reference-video' (of clips), a checkpoint folder, or a hub id.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); the bundled photos by default.")]
 Images = Annotated[
@@ -102,7 +104,7 @@ def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
     if names == "all":
         return [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in listed if name not in drafters.methods()]
+    unknown = [name for name in listed if name not in drafters.known()]
     if unknown or not listed:
-        raise UserError(f"unknown method '{', '.join(unknown)}'; known: {', '.join(drafters.methods())}")
+        raise UserError(f"unknown method '{', '.join(unknown)}'; known: {', '.join(drafters.known())}")
     return listed
