@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from msd.cli.options import Json, MaxNewTokens, quiet
+from msd.cli.options import Json, MaxNewTokens, loading, quiet
 from msd.cli.tables import table
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def demo(
     from msd import SpeculativeVLM, reference
 
     console, status = Console(file=sys.stderr if as_json else sys.stdout), Console(file=sys.stderr)
-    with status.status("loading the model (put together on first use, half a minute)…"):
+    with loading():
         vlm = SpeculativeVLM.from_pretrained(reference.VIDEO_NAME if events else reference.NAME, method)
     photo = next(p for p in reference.sample_photos() if p.name == PHOTO)
     with TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def _clip(photo: Path, folder: Path) -> tuple[Sample, str]:
 
 def _show(results: dict[str, Any], console: Console) -> None:
     """How fast each way was."""
-    shown = table("", "tokens/s", "vs\ntransformers", "mean accep-\ntance length", "same\ntokens")
+    shown = table("", "tokens/s", "vs\ntransformers", "mean acceptance\nlength", "same\ntokens")
     for row in results["rows"]:
         if row["task"] == "all":
             shown.add_row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,5 +81,6 @@ def _told(summary: dict[str, Any]) -> str:
         + (f", {rate:,.0f} events/s" if rate else ""),
         f"sensor {summary['width']}x{summary['height']} (from: {summary['size_from']})",
         *(f"wrote {path}" for path in summary["written"]),
+        f"to ask about it: msd generate --events {shlex.quote(summary['file'])} -p 'What happens?'",
     ]
     return "\n".join(lines)

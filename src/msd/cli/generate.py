@@ -33,6 +33,7 @@ from msd.cli.options import (
     Method,
     Thresholds,
     Verifier,
+    loading,
     policy,
     quiet,
 )
@@ -72,9 +73,9 @@ def generate(
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
 
-    vlm = SpeculativeVLM.from_pretrained(
-        seen.target, method, SpeculativeConfig(label=True, backend=backend, **checked), device=device
-    )
+    config = SpeculativeConfig(label=True, backend=backend, **checked)
+    with loading():
+        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
     asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
     if as_json:
         print(json.dumps(vlm.generate(seen.shown, prompt, **asked).as_dict()))

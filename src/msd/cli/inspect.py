@@ -23,7 +23,7 @@ from msd.cli.asked import (
     scene,
     settings,
 )
-from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, quiet
+from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, loading, quiet
 from msd.errors import UserError
 
 
@@ -64,7 +64,8 @@ def inspect(
 
     # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
     config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
-    vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
+    with loading():
+        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
     asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
     with tracing(vlm.drafter) as steps:
         answer = vlm.generate(seen.shown, prompt, **asked)
