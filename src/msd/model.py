@@ -203,7 +203,7 @@ class SpeculativeVLM:
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        if generation_config.max_length > L + 1:  # the only token of an answer is never drafted
+        if generation_config.max_length > L + 2:  # neither an answer's first token is drafted nor the last that fits
             ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
         with ahead.prefill():
             before = past.state if past else None
