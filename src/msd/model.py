@@ -84,7 +84,7 @@ class SpeculativeVLM:
         config: SpeculativeConfig | None = None,
         **kwargs: Any,
     ) -> SpeculativeVLM:
-        """Loads a target by name ("reference", a folder, or a hub id) and a drafter by method name.
+        """Loads a target by name ("reference", "reference-video", a folder, or a hub id) and a drafter by method name.
 
         kwargs go to `AutoModelForImageTextToText.from_pretrained` (dtype: float32 on a CPU unless given, device_map …).
         """

@@ -50,7 +50,7 @@ def demo(
     photo = next(p for p in reference.sample_photos() if p.name == PHOTO)
     with TemporaryDirectory() as folder:
         sample, told = _clip(photo, Path(folder)) if events else _photo(photo)
-        console.print(f"[bold]{told}[/bold]  {sample.prompt}\n", highlight=False)
+        console.print(f"[bold]{told}[/bold]  {sample.prompt}\n", highlight=False, soft_wrap=True)
         results = _compared(vlm, sample, max_new_tokens, runs, console, status)
     if as_json:
         print(json.dumps(results))
@@ -103,8 +103,8 @@ def _clip(photo: Path, folder: Path) -> tuple[Sample, str]:
     recording = folder / "recording.npz"
     np.savez(recording, t=made.t, x=made.x, y=made.y, p=made.p, size=SENSOR)
     told = (
-        f"{photo.name} under a moving camera: {CLIP_FRAMES} frames for the target, {len(made):,} simulated events for "
-        "the drafter"
+        f"{photo.name} under a moving camera: the target sees {CLIP_FRAMES} frames, the drafter also {len(made):,} "
+        "simulated events"
     )
     return Sample(tuple(frames), ASKED_OF_CLIP, None, "demo", events=recording), told
 
