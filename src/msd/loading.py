@@ -1,4 +1,4 @@
-"""Targets by name: the embedded reference model, a checkpoint folder, or a hub id."""
+"""Targets by name: an embedded model ("reference", "reference-video"), a checkpoint folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_target(
     UserError says what is missing. kwargs go to `from_pretrained`.
     """
     place = _device(device)
-    path = reference.path() if str(target) == "reference" else target
+    path = reference.resolve(target)
     if "dtype" not in kwargs and place.type == "cpu" and "device_map" not in kwargs:
         kwargs["dtype"] = torch.float32
     config = _config(target, path)
@@ -66,7 +66,7 @@ def _device(name: str | None) -> torch.device:
 
 def load_config(target: str | Path) -> PreTrainedConfig:
     """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
-    return _config(target, reference.path() if str(target) == "reference" else target)
+    return _config(target, reference.resolve(target))
 
 
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
@@ -79,8 +79,8 @@ def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
                 "have, so no adapter can be written; docs/targets.md lists what it can be"
             ) from error
         raise UserError(
-            f"unknown target '{target}': neither 'reference', nor a checkpoint folder, nor a model that could be "
-            f"fetched ({_first_line(error)})"
+            f"unknown target '{target}': neither 'reference' nor 'reference-video', nor a checkpoint folder, nor a "
+            f"model that could be fetched ({_first_line(error)})"
         ) from error
 
 

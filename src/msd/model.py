@@ -86,7 +86,7 @@ class SpeculativeVLM:
         config: SpeculativeConfig | None = None,
         **kwargs: Any,
     ) -> SpeculativeVLM:
-        """Loads a target by name ("reference", a folder, or a hub id) and a drafter by method name.
+        """Loads a target by name ("reference", "reference-video", a folder, or a hub id) and a drafter by method name.
 
         kwargs go to `AutoModelForImageTextToText.from_pretrained` (dtype: float32 on a CPU unless given, device_map …).
         """
@@ -210,7 +210,8 @@ class SpeculativeVLM:
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
+        if generation_config.max_length > L + 2:  # neither an answer's first token is drafted nor the last that fits
+            ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
         with ahead.prefill():
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)

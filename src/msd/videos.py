@@ -18,6 +18,7 @@ from msd.errors import UserError
 from msd.images import MAX_PIXELS
 
 FRAMES = 8  # as Video-LLaVA was trained (arXiv 2311.10122)
+CLIP_FRAMES = 4  # as the target "reference-video" was taught
 MOST_FRAMES = 512  # that may be asked for
 MOST_PACKETS = 500_000  # of a file: more than two hours at 60 frames a second
 MOST_PIXELS = 256 * 1000 * 1000  # of all kept frames together

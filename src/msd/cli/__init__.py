@@ -21,16 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("generate")(generate.generate)
-app.command("verify")(verify.verify)
-app.command("bench")(bench.bench)
-app.command("capture")(capture.capture)
-app.command("train")(train.train)
-app.command("targets")(targets.targets)
-app.command("estimate")(estimate.estimate)
-app.command("events")(events.events)
-app.command("inspect")(inspect.inspect)
-app.command("demo")(demo.demo)
+app.command("generate", short_help="Answer a prompt about images, videos, sounds or events.")(generate.generate)
+app.command("verify", short_help="Certify that answers are those of transformers' generate().")(verify.verify)
+app.command("bench", short_help="Time methods side by side, and transformers' generate().")(bench.bench)
+app.command("capture", short_help="Let the target answer prompts, to train drafters on.")(capture.capture)
+app.command("train", short_help="Train a drafter for a target; resumable.")(train.train)
+app.command("targets", short_help="List the supported architectures.")(targets.targets)
+app.command("estimate", short_help="Estimate the speedup on a card, without card or weights.")(estimate.estimate)
+app.command("events", short_help="Tell what an event camera's recording holds, and draw it.")(events.events)
+app.command("inspect", short_help="Write a page of the draft trees of one answer.")(inspect.inspect)
+app.command("demo", short_help="Describe a bundled photo, and compare with plain decoding.")(demo.demo)
 app.add_typer(reference.app, name="reference")
 
 

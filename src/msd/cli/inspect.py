@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from msd.cli.asked import (
     Ask,
+    AskedTarget,
     EventFile,
     Frames,
     ImageFiles,
@@ -19,10 +20,10 @@ from msd.cli.asked import (
     TopK,
     TopP,
     VideoFiles,
+    scene,
     settings,
-    shown,
 )
-from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, Target, quiet
+from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, loading, quiet
 from msd.errors import UserError
 
 
@@ -30,10 +31,10 @@ def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write, such as trace.html.")],
     images: ImageFiles = None,
     video: VideoFiles = None,
-    frames: Frames = 8,
+    frames: Frames = None,
     events: EventFile = None,
     prompt: Ask = "",
-    target: Target = "reference",
+    target: AskedTarget = None,
     method: Method = None,
     drafter: Drafter = None,
     max_new_tokens: MaxNewTokens = 96,
@@ -47,31 +48,34 @@ def inspect(
 ) -> None:
     """Answer PROMPT and write a page of the draft trees: what was tried, and what the target took."""
     from msd.cli.options import chosen_methods, use_drafter
-    from msd.events import event_frames, open_chunks, view
+    from msd.events import event_frames, view
     from msd.videos import Clip
 
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
-    loaded = shown(images, video, frames, None, prompt)
-    recording = None if events is None else open_chunks(events)
+    seen = scene(target, images, video, frames, None, events, prompt)
     trained = use_drafter(drafter)
     method = method or trained
     if method:
-        chosen_methods(method, target)
+        chosen_methods(method, seen.target)
     quiet()
     from msd import SpeculativeConfig, SpeculativeVLM
     from msd.inspect import page, tracing
 
-    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, backend=backend), device=device)
+    # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
+    config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
+    with loading():
+        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
+    asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
     with tracing(vlm.drafter) as steps:
-        answer = vlm.generate(loaded, prompt, **settings(max_new_tokens, temperature, top_p, top_k, seed, recording))
+        answer = vlm.generate(seen.shown, prompt, **asked)
     beside = ""
-    if recording is not None:
-        made = event_frames(recording)
+    if "events" in asked:
+        made = event_frames(asked["events"])
         captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
         beside = view.snippet(made.images(), captions, f"{events}: what the drafter sees beside")
     pictures: list[Image] = []
-    for source in loaded:
+    for source in seen.shown:
         pictures += source.frames if isinstance(source, Clip) else [source]
     tokenizer = vlm.processor.tokenizer
     text = page(prompt, answer, steps, lambda token: tokenizer.decode([token]), pictures, beside)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.status import Status
 
 from msd.errors import UserError
 
-Target = Annotated[str, typer.Option("--target", help="'reference', a checkpoint folder, or a hub id.")]
+Target = Annotated[
+    str, typer.Option("--target", help="'reference', 'reference-video' (of clips), a checkpoint folder, or a hub id.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); the bundled photos by default.")]
 Images = Annotated[
@@ -92,6 +97,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+def loading() -> Status:
+    """What a terminal shows while a model loads; an embedded one is put together when it is first used."""
+    return Console(file=sys.stderr).status("loading the model (an embedded one is put together once, half a minute)…")
+
+
 def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
     """Method names of a `--method` value, "all" being all for that target; UserError for an unknown one.
 
@@ -102,7 +112,7 @@ def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
     if names == "all":
         return [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in listed if name not in drafters.methods()]
+    unknown = [name for name in listed if name not in drafters.known()]
     if unknown or not listed:
-        raise UserError(f"unknown method '{', '.join(unknown)}'; known: {', '.join(drafters.methods())}")
+        raise UserError(f"unknown method '{', '.join(unknown)}'; known: {', '.join(drafters.known())}")
     return listed

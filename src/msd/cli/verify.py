@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from msd.cli.options import (
     Backend,
@@ -26,6 +25,7 @@ from msd.cli.options import (
     quiet,
     use_drafter,
 )
+from msd.cli.tables import table
 from msd.errors import UserError
 
 
@@ -75,13 +75,13 @@ def verify(
 
 
 def _show(rows: list[Any]) -> None:
-    table = Table("method", "compared", "identical", "ties", "largest tie gap", "smallest p", "passed")
+    shown = table("method", "compared", "identical", "ties", "largest\ntie gap", "smallest\np", "passed")
     for row in rows:
         gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
         p = f"{min(row.p_values):.3f}" if row.p_values else "-"
         counts = (str(row.compared), str(row.identical), str(len(row.tie_gaps)))
-        table.add_row(row.method, *counts, gap, p, "yes" if row.passed else "NO")
-    Console().print(table)
+        shown.add_row(row.method, *counts, gap, p, "yes" if row.passed else "NO")
+    Console().print(shown)
     for row in rows:
         for difference in row.differences:
             print(f"{row.method}: {difference}")

@@ -1,7 +1,7 @@
 """Drafters: whatever proposes a tree of continuations, one file per published method."""
 
 from msd.drafters.base import BorrowsEye, Calibrated, Drafter, ReadsAhead, Translates
-from msd.drafters.registry import create, default, methods, register, register_folder
+from msd.drafters.registry import create, default, known, methods, register, register_folder
 
 __all__ = [
     "BorrowsEye",
@@ -11,6 +11,7 @@ __all__ = [
     "Translates",
     "create",
     "default",
+    "known",
     "methods",
     "register",
     "register_folder",

@@ -35,6 +35,7 @@ class Notes(Generic[M]):
     def __init__(self, taps: Tensor, begin: Callable[[Any, Layout, Tensor], M]) -> None:
         """taps: [B, L, T*H] of the prompt."""
         self._prompt, self._begin = taps, begin
+        self._newest = list(taps[:, -1])
         self._taps: list[list[Tensor]] = [[] for _ in taps]
         self._tokens: list[list[int]] = [[] for _ in taps]
         self._memory: M | None = None
@@ -45,12 +46,15 @@ class Notes(Generic[M]):
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens:
                 self._taps[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
+                self._newest[row] = self._taps[row][-1][-1]
                 self._tokens[row] += tokens
 
     def newest(self) -> Tensor:
-        """[B, T*H]: the target's state before the newest emitted token of every row; the prompt's last at first."""
-        rows = [taps[-1][-1] if taps else self._prompt[row, -1] for row, taps in enumerate(self._taps)]
-        return torch.stack(rows)
+        """[B, T*H]: the target's state before the newest emitted token of every row, be it read already or not.
+
+        The prompt's last at first.
+        """
+        return torch.stack(self._newest)
 
     def read(self, network: Any, layout: Layout) -> M:
         """The memory of all that was decoded so far."""

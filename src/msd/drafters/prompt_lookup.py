@@ -56,17 +56,15 @@ class PromptLookup:
         return PromptLookup(self.max_ngram, self.min_ngram, self.sampled, self.branches)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Indexes the prompt."""
+        """An empty index for each row; texts are read into them when a draft is asked for."""
         state.memory = [_Index() for _ in range(state.layout.batch)]
-        self._read(state)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """No router."""
         return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Indexes what was emitted."""
-        self._read(state)
+        """Nothing to note: what was emitted stands in the layout."""
 
     def _read(self, state: State) -> None:
         """Indexes the tokens of every row that it has not seen yet."""
@@ -83,6 +81,8 @@ class PromptLookup:
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The most frequent continuations, or draws from them, within the budget."""
+        if budget.rows:
+            self._read(state)
         roots = [self._continuations(index, depth) for index, depth in zip(state.memory, budget.depth, strict=True)]
         if self.sampled:
             return self._draw(state, roots, budget, sampler)

@@ -6,6 +6,7 @@ target's states, so it reads the prompt, and guesses the answer's first token, w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.drafters.eventgpt.config import METHOD
-from msd.drafters.eventgpt.memory import Branches, Memory
+from msd.drafters.eventgpt.memory import Branches, Memory, Reading
 from msd.drafters.eventgpt.network import EventGPT
 from msd.drafters.eventgpt.vocabulary import Pieces, VocabularyMap
 from msd.drafters.msd.config import Shape
@@ -98,16 +99,16 @@ class EventGPTDrafter:
         return self._read(layout, layout.end[0], beside)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Reads the prompt, where that was not done ahead."""
-        if state.memory is None:
-            state.memory = self._read(state.layout, state.layout.end[0] - 1, state.beside)
+        """Notes the prompt; where it was not read ahead, it is read when the first draft is asked for."""
+        begin = partial(self._read, columns=state.layout.end[0] - 1, beside=state.beside)
+        state.memory = Reading(begin, state.memory)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The likeliest nodes of one tree, grown level by level."""
         newest, c = state.layout.newest(), self.network.config
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
-        memory: Memory = state.memory
+        memory: Memory = state.memory.memory(state.layout)
         memory.read(state.layout, [depth > 0 for depth in budget.depth])
         width = c.width if budget.width is None else min(budget.width, c.width)
         whole = Subtrees.single(newest, budget.nodes, Shape(width, c.depth))

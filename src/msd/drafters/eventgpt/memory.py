@@ -6,6 +6,7 @@ several of which may stand at one position, are written wherever there is room b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,20 @@ class Memory:
         slot = torch.arange(max(self.cache.committed) + tokens.shape[1], device=tokens.device)
         mask = additive(slot <= positions[..., None], self.network.dtype)
         return self.network.states(self.network.embed(self.words.read(tokens)), positions, self.cache, mask)
+
+
+class Reading:
+    """Of a prompt: done ahead, or else when the first draft is asked for."""
+
+    def __init__(self, begin: Callable[[Layout], Memory], made: Memory | None = None) -> None:
+        """begin: reads the prompt in a layout that may hold more by now. made: what was read ahead."""
+        self._begin, self._made = begin, made
+
+    def memory(self, layout: Layout) -> Memory:
+        """What was made of the prompt."""
+        if self._made is None:
+            self._made = self._begin(layout)
+        return self._made
 
 
 def law_after(network: EventGPT, words: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:

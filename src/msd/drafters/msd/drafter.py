@@ -106,7 +106,8 @@ class MSD:
             return DraftTree.root_only(newest)
         if budget.seconds is not None and self.network.all_end(state.memory.newest()[going], newest[going]):
             return DraftTree.root_only(newest)
-        memory = self._memory(state)
+        notes: Notes[Memory] = state.memory
+        memory = notes.read(self.network, state.layout)
         config, heads, kinds = self.network.config, self.network.heads, self.modality_ids.to(newest.device)
         if self.sampled and sampler.do_sample:
             laws = levels(self.network, *memory.upto(None))
@@ -118,15 +119,15 @@ class MSD:
         return tree.among(going, newest)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
+        """[B, N] class of the token below each node, from the target's states before it (the root's from the notes).
+
+        The prompt is not read for it: an answer that is over before anything is drafted costs no reading.
+        """
         if self.network.router is None or scores.taps is None:
             return None
-        return self.network.classes(tree, scores.taps, self._memory(state).anchor.feature)
+        notes: Notes[Memory] = state.memory
+        return self.network.classes(tree, scores.taps, self.network.feature(notes.newest()[:, None]))
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Notes the target's states of what was emitted."""
         state.memory.observe(scores, accepted)
-
-    def _memory(self, state: State) -> Memory:
-        notes: Notes[Memory] = state.memory
-        return notes.read(self.network, state.layout)
