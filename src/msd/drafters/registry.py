@@ -71,8 +71,8 @@ def create(name: str) -> Drafter:
 def default(target: str) -> str:
     """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
     made = _METHODS.get("msd")
-    trained = isinstance(made, _Shipped) and stored.training(WEIGHTS / "msd").get("cuts", {}).get("target")
-    return REPEATS if trained == target else "prompt-lookup"
+    cuts = stored.training(WEIGHTS / "msd").get("cuts") if isinstance(made, _Shipped) else None
+    return REPEATS if isinstance(cuts, dict) and cuts.get("target") == target else "prompt-lookup"
 
 
 class _Shipped(partial[Drafter]):
@@ -81,7 +81,7 @@ class _Shipped(partial[Drafter]):
 
 def _read(folder: Path | str) -> _Trained:
     """A trained network and the thresholds calibrated for it."""
-    return checkpoint.load(folder), stored.training(folder).get("thresholds")
+    return checkpoint.load(folder), stored.thresholds(folder)
 
 
 def _register_shipped(root: Path) -> None:
@@ -97,7 +97,11 @@ def _register_shipped(root: Path) -> None:
 def _register_rivals(root: Path) -> None:
     """Makes the folders of `root` methods: rivals by the name in their configuration, others by the folder's."""
     for folder in sorted(p.parent for p in root.glob(f"*/{stored.CONFIG}")):
-        method = stored.method(folder)
+        try:
+            method = stored.method(folder)
+        except UserError as error:  # whoever does not ask for it is not stopped by it
+            register(folder.name, _Shipped(_refused, error))
+            continue
         if method is None:
             name = folder.name.replace("-", ":")
             register(name, _Shipped(_made, cache(partial(_read, folder)), name, False))
@@ -108,6 +112,10 @@ def _register_rivals(root: Path) -> None:
                 register(f"msd+{method}", _Shipped(_combined, read))
             if method == rivals.Eagle2.method:  # prunes what that drafter sees, with its weights
                 register(rivals.SpecVLMVideo.method, _Shipped(_pruned, read))
+
+
+def _refused(error: UserError) -> Drafter:
+    raise error
 
 
 def _rival(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msd.errors import UserError
+from msd.records import parse_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS / "checksums.json"
@@ -52,7 +53,9 @@ def recorded() -> dict[str, dict[str, str | int]]:
         UserError: the record is missing or unreadable.
     """
     try:
-        sums: dict[str, dict[str, str | int]] = json.loads(CHECKSUMS.read_text())
+        sums: dict[str, dict[str, str | int]] = parse_json(CHECKSUMS.read_text(encoding="utf-8"))
+        if not all(isinstance(known, dict) for known in sums.values()):
+            raise ValueError("it is no record of checksums")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {CHECKSUMS} ({error}); run: {REINSTALL_MSD}") from error
     return sums
