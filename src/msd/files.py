@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from msd.errors import UserError
 
-BESIDE = ".msd-half-written-"  # begins the names of files that are not whole yet
+BESIDE = "msd-half-written-"  # begins the names of files that are not whole yet
 
 
 @contextmanager
@@ -53,11 +53,12 @@ def shortened(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
-def write_whole(path: Path | str, content: str | bytes | Callable[[Path], object]) -> None:
+def write_whole(path: Path | str, content: str | bytes | Callable[[Path], object], before: Path | None = None) -> None:
     """Replaces a file: written beside it, then put in its place in one step. What was there stays if that fails.
 
-    content: text (as UTF-8), bytes, or a function that writes the file whose path it is given. A device or a pipe is
-    written to as it is. UserError says what is in the way; nothing is left behind.
+    content: text (as UTF-8), bytes, or a function that writes the file whose path it is given. before: where what was
+    there is kept, in the same folder. A device or a pipe is written to as it is. UserError says what is in the way;
+    nothing is left behind.
     """
     path = Path(path)
     with _told(path):
@@ -76,6 +77,8 @@ def write_whole(path: Path | str, content: str | bytes | Callable[[Path], object
                 os.fsync(file.fileno())
             if place.exists():
                 shutil.copymode(place, beside)
+                if before is not None:
+                    place.replace(before)
             beside.replace(place)
         finally:
             beside.unlink(missing_ok=True)
@@ -86,6 +89,12 @@ def _put(content: str | bytes | Callable[[Path], object], place: Path) -> None:
         content(place)
     else:
         place.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: Path, text: str) -> None:
+    """Adds text, such as a line, to the end of a file. UserError when it cannot be written."""
+    with _told(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -56,7 +56,8 @@ def read_json(path: Path, remedy: str, finite: bool = True) -> dict[str, Any]:
 def parse_json(text: str, finite: bool = True) -> dict[str, Any]:
     """The JSON object that a text is. ValueError says what is wrong; if `finite`, also NaN and infinity."""
     try:
-        found = json.loads(text, **({"parse_constant": _finite, "parse_float": _finite} if finite else {}))
+        number = _finite if finite else None
+        found = json.loads(text, parse_constant=number, parse_float=number)
     except json.JSONDecodeError as error:
         whole = error.pos < len(text.rstrip()) and not error.msg.startswith("Unterminated string")
         raise ValueError(f"{'it is not JSON' if whole else 'it is cut short'} ({error})") from error
@@ -87,7 +88,7 @@ def read_rows(path: Path, remedy: str) -> tuple[list[dict[str, Any]], int]:
     for line in data.split(b"\n"):
         if line.strip():
             try:
-                rows.append(parse_json(line.decode()))
+                rows.append(parse_json(line.decode(), finite=False))
             except ValueError:  # UnicodeDecodeError among them
                 damaged += 1
     return rows, damaged

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
-from msd.errors import UserError
+from msd.errors import InterruptedRunError, UserError
 from msd.heap import use_huge_pages
 from msd.version import __version__
 
@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     use_huge_pages()
     try:
         sys.exit(app(args=arguments or ["--help"], standalone_mode=False) or 0)
+    except InterruptedRunError as error:
+        _fail(str(error), 130)
     except UserError as error:
         _fail(str(error), 2)
     except TyperException as error:  # wrong options and the like

@@ -96,6 +96,16 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
     return network.to(dtype).eval()
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a configuration and weights that can be read."""
+    try:
+        configuration(folder)
+        read_tensors(folder / WEIGHTS, REMEDY)
+    except UserError:
+        return False
+    return True
+
+
 def _rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Matrices as int8 rows and, under another name, their fp16 scales; the rest as it is."""
     out = {}

@@ -7,7 +7,6 @@ two files that come with this package: the folded vision encoder, and the traine
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
