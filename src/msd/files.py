@@ -91,6 +91,12 @@ def _put(content: str | bytes | Callable[[Path], object], place: Path) -> None:
         place.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those it is in, where they are missing. UserError when that cannot be done."""
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def append(path: Path, text: str) -> None:
     """Adds text, such as a line, to the end of a file. UserError when it cannot be written."""
     with _told(path), path.open("a", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ does not depend on them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from msd.errors import UserError
-from msd.files import cannot_write, write_whole
-from msd.records import parse_json, read_json, read_tensors, read_text
+from msd.files import make_folder, write_whole
+from msd.records import parse_json, read_bytes, read_json, read_tensors, read_text
 
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 SCALE = ".row_scale"
@@ -46,10 +47,7 @@ def save(
 
     UserError when it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    make_folder(folder)
     tensors = {
         name: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in network.state_dict().items()
@@ -94,6 +92,12 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
             )
     network.load_state_dict(tensors)
     return network.to(dtype).eval()
+
+
+def digest(folder: Path) -> str:
+    """A hash of a drafter's configuration and weights. UserError as in `load`."""
+    parts = (configuration(folder).encode(), read_bytes(folder / WEIGHTS, REMEDY))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def is_whole(folder: Path) -> bool:

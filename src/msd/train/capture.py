@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msd.backends import choose
 from msd.errors import UserError
-from msd.files import append, cannot_write, exclusive
+from msd.files import append, exclusive, make_folder
 
 ASKED = {"image": list, "prompt": str, "answer": str, "ids": list}  # fields of a record, and what they hold
 ANSWERED = {"finished": bool, "task": str, "split": str}
@@ -117,10 +117,7 @@ def capture(
     be written, or is being written by another process.
     """
     marks = marks or {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    make_folder(path.parent)
     with exclusive(path):
         wanted, done = _distinct(prompts), _read_back(path, marks)
         todo = _in_order(wanted, done)

@@ -30,7 +30,7 @@ from msd.drafters.rivals import Rival
 from msd.errors import UserError
 from msd.event_tokens import FRAMES, event_tokens
 from msd.events import open_chunks
-from msd.files import cannot_write, check_place, exclusive, remove_leftovers, write_whole
+from msd.files import check_place, exclusive, make_folder, remove_leftovers, write_whole
 from msd.gain import assert_images_matter
 from msd.prompts import prepare
 from msd.records import read_json
@@ -143,10 +143,7 @@ def train(
     if not accelerator.is_main_process:  # which alone writes
         return _train(accelerator, model, processor, captured, held_out, cuts, out, settings, sink, notes)
     check_place(out, folder=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from error
+    make_folder(out)
     with exclusive(out):
         for folder in (out, out / "drafter"):
             remove_leftovers(folder)

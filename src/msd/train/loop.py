@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from msd.errors import UserError
-from msd.files import append, cannot_write, write_whole
+from msd.files import append, make_folder, write_whole
 from msd.records import read_rows
 from msd.train.checkpoint import Damaged, read, write
 
@@ -115,10 +115,7 @@ class Loop:
         self.schedule = Schedule(config.steps, warmup=config.warmup, floor=config.floor)
         self._peaks = [g["lr"] for g in optimizer.param_groups]
         self._stop = False
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
+        make_folder(folder)
         if self.checkpoint.exists() or self.previous.exists():
             self._restore()
 
