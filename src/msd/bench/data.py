@@ -66,6 +66,8 @@ def load_outputs(path: Path, images: Path | None = None) -> list[Sample]:
             raise UserError(f"{where}: neither 'tokens' nor 'text'; an audited line holds the engine's output")
         if tokens is not None and not (isinstance(tokens, list) and all(isinstance(t, int) for t in tokens)):
             raise UserError(f"{where}: 'tokens' must be a list of token ids")
+        if not isinstance(text, str | None):
+            raise UserError(f"{where}: 'text' must be text, got {text!r}")
         sample = _sample({**line, "answer": text}, where, image_folder(path, images))
         samples.append(replace(sample, answer=text, tokens=None if tokens is None else tuple(tokens)))
     return samples
