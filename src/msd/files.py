@@ -47,6 +47,19 @@ def open_regular(source: str | os.PathLike[str], name: str, kind: str) -> Iterat
         yield file
 
 
+def named_in(folder: Path, name: str) -> Path:
+    """The file in a folder that is called `name` in a text, whatever encoding the locale has paths in."""
+    try:
+        return folder / os.fsdecode(name.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair: no file has such a name
+        return folder / name
+
+
+def as_text(path: str | os.PathLike[str]) -> str:
+    """The name of a path, or a word of the command line, as UTF-8 has it: `named_in` reads it back."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
 def shortened(text: str) -> str:
     """Text of bounded length, without control characters, for a message."""
     text = "".join(c if c.isprintable() else "?" for c in text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msd.errors import UserError
+from msd.files import named_in
 from msd.videos import Video
 
 BUNDLED = Path(__file__).parents[1] / "photos"
@@ -138,6 +139,6 @@ def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Pa
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: '{kind}' must be a file name or a list of file names, got {named!r}")
     for name in names:
-        if not (folder / name).is_file():
+        if not named_in(folder, name).is_file():
             raise UserError(f"{where}: {kind} '{folder / name}' does not exist; name its folder with --images")
-    return [folder / name for name in names]
+    return [named_in(folder, name) for name in names]

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from msd.files import as_text
+
 ImageFiles = Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")]
 VideoFiles = Annotated[
     list[Path] | None, typer.Option("--video", help="A video file, shown after the images; repeatable.")
@@ -18,7 +20,7 @@ AudioFiles = Annotated[
 EventFile = Annotated[
     Path | None, typer.Option("--events", help="An event camera's recording, for drafters that see it.")
 ]
-Ask = Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")]
+Ask = Annotated[str, typer.Option("--prompt", "-p", callback=as_text, help="What to ask.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")]
 TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)]
 TopK = Annotated[int | None, typer.Option("--top-k", min=1)]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from msd.cli import terminal
 from msd.cli.options import (
     Backend,
     Data,
@@ -104,7 +104,7 @@ def bench(
     )  # fmt: skip
     if out is not None:
         make_folder(out)
-    with exclusive(out) if out else nullcontext(), Console(file=sys.stderr).status("measuring…") as status:
+    with exclusive(out) if out else nullcontext(), terminal.status("measuring…") as status:
         work = measure.Bench(model, processor, samples, asked, out)
         try:
             work.measure(status.update)

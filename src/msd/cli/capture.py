@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from msd.cli import terminal
 from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet
 from msd.errors import InterruptedRunError, UserError
-from msd.files import check_place
+from msd.files import as_text, check_place
 
 
 def capture(
@@ -69,7 +70,7 @@ def capture(
     cuts = ModalityCuts.load(frozen) if frozen.exists() else None
 
     console = Console(file=sys.stderr)
-    with console.status("loading the target…"):
+    with terminal.status("loading the target…"):
         model, processor = load_target(target, device)
         name = fingerprint(model)
     if cuts is not None:
@@ -118,7 +119,7 @@ def _check(writer: Any, prompt: Any, place: str) -> None:
 
 def _name(path: Path, folder: Path) -> str:
     """An image as the data names it."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    return as_text(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _told(summary: dict[str, object]) -> str:

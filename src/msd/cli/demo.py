@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from msd.cli import terminal
 from msd.cli.options import Json, MaxNewTokens, quiet
 
 PHOTO, PROMPT = "surfer.jpg", "Describe the image in detail."
@@ -30,7 +31,7 @@ def demo(
     from msd.bench.data import Sample
 
     console = Console(file=sys.stderr if as_json else sys.stdout)
-    with Console(file=sys.stderr).status("loading the reference model (assembled on first use)…"):
+    with terminal.status("loading the reference model (assembled on first use)…"):
         vlm = SpeculativeVLM.from_pretrained("reference", method)
     photo = next(p for p in reference.sample_photos() if p.name == PHOTO)
     console.print(f"[bold]{photo.name}[/bold]  {PROMPT}\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from msd.cli import terminal
 from msd.cli.options import (
     Backend,
     Data,
@@ -61,7 +61,7 @@ def verify(
     model, processor = load_target(target, device)
     rows: list[certificate.Row] = []
     try:
-        with Console(file=sys.stderr).status("verifying…") as status:
+        with terminal.status("verifying…") as status:
             if outputs:
                 certificate.audit(model, processor, samples, status.update, rows)
             else:

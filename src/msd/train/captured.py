@@ -14,6 +14,7 @@ from torch import Tensor
 from msd.bench.data import data_lines, image_folder
 from msd.cuts import EventCuts, ModalityCuts
 from msd.errors import UserError
+from msd.files import named_in
 
 
 class _HasTask(Protocol):
@@ -106,7 +107,7 @@ def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
         raise UserError(f"{where}: the answer has no tokens")
     if not all(isinstance(name, str) for name in line["image"]):
         raise UserError(f"{where}: 'image' must be a list of file names; write the file with 'msd capture'")
-    paths = tuple(folder / name for name in line["image"])
+    paths = tuple(named_in(folder, name) for name in line["image"])
     for picture in paths:
         if not picture.is_file():
             raise UserError(f"{where}: image '{picture}' does not exist; name the folder of the images")
@@ -115,7 +116,7 @@ def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
         return found
     if not isinstance(line.get("events"), str) or not isinstance(line["costs"], list):
         raise UserError(f"{where}: 'costs' without 'events', or no list; write the file with 'msd capture'")
-    costs, events = line["costs"], folder / line["events"]
+    costs, events = line["costs"], named_in(folder, line["events"])
     if not all(isinstance(each, list) and _numbers(each) and len(each) == len(costs[0]) for each in costs):
         raise UserError(f"{where}: 'costs' must be lists of finite numbers; write the file with 'msd capture'")
     if len(costs) != len(ids):
