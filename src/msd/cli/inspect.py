@@ -24,6 +24,7 @@ from msd.cli.asked import (
 )
 from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, Target, quiet
 from msd.errors import UserError
+from msd.files import check_place, write_whole
 
 
 def inspect(
@@ -52,6 +53,7 @@ def inspect(
 
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
+    check_place(out)
     loaded = shown(images, video, frames, None, prompt)
     recording = None if events is None else open_chunks(events)
     trained = use_drafter(drafter)
@@ -75,10 +77,7 @@ def inspect(
         pictures += source.frames if isinstance(source, Clip) else [source]
     tokenizer = vlm.processor.tokenizer
     text = page(prompt, answer, steps, lambda token: tokenizer.decode([token]), pictures, beside)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror}; choose another place") from error
+    write_whole(out, text)
     if as_json:
         print(json.dumps({"out": str(out), "steps": len(steps), **answer.as_dict()}))
     else:
