@@ -100,4 +100,4 @@ def _show(rows: list[Any], as_json: bool) -> None:
 
 
 def _passed(row: Any) -> str:
-    return "yes" if row.passed else "NO" if row.finished or row.differences else "unfinished"
+    return "yes" if row.passed else "NO" if row.finished or row.differences else "not yet"

@@ -118,6 +118,8 @@ class Loop:
         make_folder(folder)
         if self.checkpoint.exists() or self.previous.exists():
             self._restore()
+        if main:
+            self._trim_log()
 
     @property
     def checkpoint(self) -> Path:
@@ -214,8 +216,6 @@ class Loop:
             self._take(state, path)
             if wrong:
                 print(f"msd: {wrong[0]}; going on from '{path.name}', step {self.step}", file=sys.stderr)
-            if self.main:
-                self._trim_log()
             return
         raise UserError(f"{', and '.join(wrong)}; delete what there is of the two, and the run begins anew")
 
