@@ -12,7 +12,7 @@ import msd
 ROOT = Path(msd.__file__).parent
 # from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
 LAYERS: list[set[str]] = [
-    {"errors", "version", "files", "heap", "hidden", "threads"},
+    {"errors", "version", "files", "records", "heap", "hidden", "threads"},
     {"modality", "cuts", "layout", "cache", "tree", "backends"},
     {"shared_noise"},
     {"sampling", "statistics", "events"},

@@ -23,6 +23,7 @@ from features import read_jsonl, sets
 from PIL import Image
 from seeing import Seeing, load
 
+from msd.files import write_whole
 from msd.train.capture import Prompt
 from msd.train.metrics import caption_scores, exact_match, repetition_scores, yes_no_scores
 
@@ -212,8 +213,8 @@ def main() -> None:
         parts[name]()
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.out / "evaluation.md").write_text(markdown(report), encoding="utf-8")
+    write_whole(args.out / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    write_whole(args.out / "evaluation.md", markdown(report))
     print(json.dumps({k: v for k, v in report.items() if isinstance(v, dict)}, indent=1))
 
 

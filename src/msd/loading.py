@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,8 +22,13 @@ from transformers import (
 
 from msd import reference
 from msd.errors import UserError
+from msd.records import damage
 from msd.targets import family
 
+FAULTS = (  # of checkpoints and of installations, as the library shows them
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, EOFError,
+    SafetensorError, UnpicklingError,
+)  # fmt: skip
 PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")  # processors' own
 
 
@@ -36,6 +43,7 @@ def load_target(
     path = reference.resolve(target)
     if "dtype" not in kwargs and place.type == "cpu" and "device_map" not in kwargs:
         kwargs["dtype"] = torch.float32
+    _refuse_damaged(target, path)
     config = _config(target, path)
     try:
         family(config)
@@ -46,9 +54,17 @@ def load_target(
     processor = _processor(target, path)  # first: it is what may be missing, and takes no time
     try:
         model = auto.from_pretrained(path, **kwargs)
-        return (model if device is None else model.to(place)), processor
-    except OSError as error:
+    except FAULTS as error:
         raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+    return (model if device is None else model.to(place)), processor
+
+
+def _refuse_damaged(target: str | Path, path: str | Path) -> None:
+    """UserError that names the damaged file of a checkpoint folder; the library overlooks some, others it obscures."""
+    wrong = damage(Path(path)) if Path(path).is_dir() else None
+    if wrong is not None:
+        again = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
+        raise UserError(f"target '{target}' cannot be loaded: {wrong}; {again}")
 
 
 def _device(name: str | None) -> torch.device:
@@ -66,13 +82,15 @@ def _device(name: str | None) -> torch.device:
 
 def load_config(target: str | Path) -> PreTrainedConfig:
     """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
-    return _config(target, reference.resolve(target))
+    path = reference.resolve(target)
+    _refuse_damaged(target, path)
+    return _config(target, path)
 
 
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         if kind := _model_type(path):  # such as "qwen", the first Qwen-VL
             raise UserError(
                 f"target '{target}' has architecture '{kind}', which transformers {transformers.__version__} does not "
@@ -95,7 +113,7 @@ def _model_type(path: str | Path) -> str | None:
 def _processor(target: str | Path, path: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(path)
-    except (ImportError, ValueError, OSError) as error:
+    except FAULTS as error:
         said = str(error).lower().replace("_", "-")
         missing = " and ".join(name for name in PACKAGES if name in said)
         if missing:
@@ -106,5 +124,6 @@ def _processor(target: str | Path, path: str | Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """What a library's long message begins with."""
-    return str(error).strip().splitlines()[0][:200]
+    """What a library's long message begins with; the kind of error where it is hardly a message."""
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    return said if isinstance(error, OSError | ValueError | ImportError) and said else f"{type(error).__name__}: {said}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msd.errors import UserError
+from msd.files import named_in
 from msd.videos import Video
 
 BUNDLED = Path(__file__).parents[1] / "photos"
@@ -66,6 +67,8 @@ def load_outputs(path: Path, images: Path | None = None) -> list[Sample]:
             raise UserError(f"{where}: neither 'tokens' nor 'text'; an audited line holds the engine's output")
         if tokens is not None and not (isinstance(tokens, list) and all(isinstance(t, int) for t in tokens)):
             raise UserError(f"{where}: 'tokens' must be a list of token ids")
+        if not isinstance(text, str | None):
+            raise UserError(f"{where}: 'text' must be text, got {text!r}")
         sample = _sample({**line, "answer": text}, where, image_folder(path, images))
         samples.append(replace(sample, answer=text, tokens=None if tokens is None else tuple(tokens)))
     return samples
@@ -136,6 +139,6 @@ def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Pa
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: '{kind}' must be a file name or a list of file names, got {named!r}")
     for name in names:
-        if not (folder / name).is_file():
+        if not named_in(folder, name).is_file():
             raise UserError(f"{where}: {kind} '{folder / name}' does not exist; name its folder with --images")
-    return [folder / name for name in names]
+    return [named_in(folder, name) for name in names]

@@ -59,6 +59,7 @@ LIBRARY: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "transformers:prompt-lookup": lambda _: {"prompt_lookup_num_tokens": 10},
     "transformers:assisted": lambda model: {"assistant_model": shallow(model)},
 }
+TRANSFORMERS, PLAIN = "transformers", "ar"  # the library's plain decoding, and ours
 DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
 
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tempfile
 import traceback
-from pathlib import Path
+from contextlib import suppress
 
 import typer
 from typer.exceptions import TyperException
 
-from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
-from msd.errors import UserError
+from msd.cli import (
+    bench,
+    capture,
+    demo,
+    estimate,
+    events,
+    generate,
+    inspect,
+    reference,
+    targets,
+    terminal,
+    train,
+    verify,
+)
+from msd.errors import InterruptedRunError, UserError
 from msd.heap import use_huge_pages
 from msd.version import __version__
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
@@ -51,21 +67,49 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `msd` with `arguments` (the process's own by default) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     use_huge_pages()
+    terminal.any_encoding()
     try:
-        sys.exit(app(args=arguments or ["--help"], standalone_mode=False) or 0)
+        code = app(args=arguments or ["--help"], standalone_mode=False) or 0
+        terminal.flush()
+        sys.exit(code)
+    except InterruptedRunError as error:
+        _fail(str(error), 130)
     except UserError as error:
         _fail(str(error), 2)
     except TyperException as error:  # wrong options and the like
         _fail(f"{error.format_message().rstrip('.')}; see 'msd --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except Exception as error:  # a bug of ours: one line for the user, the traceback in a file for the report
-        with tempfile.NamedTemporaryFile("w", prefix="msd-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        _fail(f"internal error: {type(error).__name__}: {error}; please report it with {Path(log.name)}", 1)
+    except BrokenPipeError:  # who read the output wants no more of it
+        terminal.give_up_output()
+        sys.exit(1)  # as where the library notices it first
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            _report(error)
+        terminal.give_up_output()
+        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2)
+    except Exception as error:
+        _report(error)
+
+
+def _report(error: Exception) -> None:
+    """Tells of a bug of ours: one line for the user, the traceback in a file for the report."""
+    told = f"internal error: {type(error).__name__}: {error}; please report it"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="msd-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            traceback.print_exception(error, file=log)
+    except OSError:  # no room for it either
+        _fail(told, 1)
+    _fail(f"{told} with {log.name}", 1)
 
 
 def _fail(message: str, code: int) -> None:
     """One line on stderr, then exit."""
-    print(f"msd: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # what cannot be told anywhere is told by the exit code
+        terminal.flush()
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(f"msd: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

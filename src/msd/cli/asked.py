@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msd.errors import UserError
+from msd.files import as_text
 
 if TYPE_CHECKING:
     from msd.drafters import Drafter
@@ -43,7 +44,7 @@ AskedTarget = Annotated[
         help="'reference' (default), 'reference-video' (default with --events), a checkpoint folder, or a hub id.",
     ),
 ]
-Ask = Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")]
+Ask = Annotated[str, typer.Option("--prompt", "-p", callback=as_text, help="What to ask.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")]
 TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)]
 TopK = Annotated[int | None, typer.Option("--top-k", min=1)]

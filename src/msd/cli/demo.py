@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from msd.cli.options import Json, MaxNewTokens, loading, quiet
-from msd.cli.tables import table
+from msd.cli import terminal
+from msd.cli.options import Json, MaxNewTokens, quiet
+from msd.cli.terminal import table
 
 if TYPE_CHECKING:
     from msd import SpeculativeVLM
@@ -44,23 +45,21 @@ def demo(
     quiet()
     from msd import SpeculativeVLM, reference
 
-    console, status = Console(file=sys.stderr if as_json else sys.stdout), Console(file=sys.stderr)
-    with loading():
+    console = Console(file=sys.stderr if as_json else sys.stdout)
+    with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(reference.VIDEO_NAME if events else reference.NAME, method)
     photo = next(p for p in reference.sample_photos() if p.name == PHOTO)
     with TemporaryDirectory() as folder:
         sample, told = _clip(photo, Path(folder)) if events else _photo(photo)
         console.print(f"[bold]{told}[/bold]  {sample.prompt}\n", highlight=False, soft_wrap=True)
-        results = _compared(vlm, sample, max_new_tokens, runs, console, status)
+        results = _compared(vlm, sample, max_new_tokens, runs, console)
     if as_json:
         print(json.dumps(results))
     else:
         _show(results, console)
 
 
-def _compared(
-    vlm: SpeculativeVLM, sample: Sample, max_new_tokens: int, runs: int, console: Console, status: Console
-) -> dict[str, Any]:
+def _compared(vlm: SpeculativeVLM, sample: Sample, max_new_tokens: int, runs: int, console: Console) -> dict[str, Any]:
     """Streams the answer to `console`, then times every way of giving it."""
     from msd.bench import measure
     from msd.drafters import recordings
@@ -70,7 +69,7 @@ def _compared(
         console.out(piece, end="", highlight=False)
         console.file.flush()
     console.print("\n")
-    with status.status("comparing with plain decoding…") as progress:
+    with terminal.status("comparing with plain decoding…") as progress:
         return measure.run(
             vlm.model, vlm.processor, [sample] * runs, [vlm.drafter.name], max_new_tokens, 0.0, progress.update,
             baselines=(measure.TRANSFORMERS,),

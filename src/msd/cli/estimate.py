@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from msd.cli.options import Json, Target, quiet
-from msd.cli.tables import table
+from msd.cli.terminal import table
 
 WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}
 

@@ -12,6 +12,7 @@ import typer
 
 from msd.cli.options import Json
 from msd.errors import UserError
+from msd.files import check_place
 
 
 def events(
@@ -35,6 +36,8 @@ def events(
 
     if out is not None and out.suffix.lower() not in ("", ".gif", ".html"):
         raise UserError(f"'{out}' is no .gif or .html; give a name that ends so, or a folder for PNG files")
+    if out is not None:
+        check_place(out, folder=out.suffix == "")
     found = open_chunks(file, size=_size(size), recording=recording)
     whole = extent(found)
     edges(whole, frames, by)  # type: ignore[arg-type]  # refuses what it does not know

@@ -8,6 +8,7 @@ from collections import Counter
 
 from rich.console import Console
 
+from msd.cli import terminal
 from msd.cli.asked import (
     Ask,
     AskedTarget,
@@ -33,7 +34,6 @@ from msd.cli.options import (
     Method,
     Thresholds,
     Verifier,
-    loading,
     policy,
     quiet,
 )
@@ -74,7 +74,7 @@ def generate(
     from msd import SpeculativeConfig, SpeculativeVLM
 
     config = SpeculativeConfig(label=True, backend=backend, **checked)
-    with loading():
+    with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
     asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
     if as_json:

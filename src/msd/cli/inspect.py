@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from PIL.Image import Image
 
+from msd.cli import terminal
 from msd.cli.asked import (
     Ask,
     AskedTarget,
@@ -23,8 +24,9 @@ from msd.cli.asked import (
     scene,
     settings,
 )
-from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, loading, quiet
+from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, quiet
 from msd.errors import UserError
+from msd.files import check_place, write_whole
 
 
 def inspect(
@@ -53,6 +55,7 @@ def inspect(
 
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
+    check_place(out)
     seen = scene(target, images, video, frames, None, events, prompt)
     trained = use_drafter(drafter)
     method = method or trained
@@ -64,7 +67,7 @@ def inspect(
 
     # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
     config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
-    with loading():
+    with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
     asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
     with tracing(vlm.drafter) as steps:
@@ -79,10 +82,7 @@ def inspect(
         pictures += source.frames if isinstance(source, Clip) else [source]
     tokenizer = vlm.processor.tokenizer
     text = page(prompt, answer, steps, lambda token: tokenizer.decode([token]), pictures, beside)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror}; choose another place") from error
+    write_whole(out, text)
     if as_json:
         print(json.dumps({"out": str(out), "steps": len(steps), **answer.as_dict()}))
     else:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.status import Status
 
 from msd.errors import UserError
 
@@ -95,11 +92,6 @@ def quiet() -> None:
     library.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-
-
-def loading() -> Status:
-    """What a terminal shows while a model loads; an embedded one is put together when it is first used."""
-    return Console(file=sys.stderr).status("loading the model (an embedded one is put together once, half a minute)…")
 
 
 def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:

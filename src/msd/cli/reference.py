@@ -1,14 +1,14 @@
 """`msd reference`: the embedded model on this computer: assemble it, check it, say where it is."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from msd.cli import terminal
 
 app = typer.Typer(help="The embedded reference model: assemble it, check it, find it.")
 
@@ -49,5 +49,5 @@ def path(cache: Cache = None, video: Video = False, as_json: Json = False) -> No
 
 def _with_spinner(work: Callable[[], Path]) -> Path:
     """Run `work` under a spinner on stderr; without a terminal nothing is shown."""
-    with Console(file=sys.stderr).status("Preparing the reference model (half a minute the first time)…"):
+    with terminal.status("Preparing the reference model (half a minute the first time)…"):
         return work()

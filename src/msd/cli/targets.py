@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 
 from msd.cli.options import Json, quiet
-from msd.cli.tables import table
+from msd.cli.terminal import table
 
 # by tests/targets, for every family, on tiny random models in float32
 TESTED = (

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from msd.errors import UserError
+from msd.records import parse_json
+
+C = TypeVar("C")
 
 
 def sizes(text_config: Any) -> dict[str, Any]:
@@ -31,10 +36,18 @@ def as_json(config: Any) -> str:
     return json.dumps(asdict(config), indent=1)
 
 
-def read(text: str, kind: type, name: str) -> dict[str, Any]:
-    """The fields of a `kind` from its JSON text; UserError calls it `name` and tells of an unknown or missing field."""
-    raw: dict[str, Any] = json.loads(text)
-    for field in sorted({f.name for f in fields(kind)}.symmetric_difference(raw)):
-        how = "unknown" if field in raw else "missing"
+def read(text: str, kind: type[C], name: str) -> C:
+    """The `kind` of a JSON text. UserError calls it `name` and tells of an unknown, missing or wrong field."""
+    try:
+        raw = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"its config.json is not that of {name}: {error}") from error
+    for field in sorted({f.name for f in fields(kind)}.symmetric_difference(raw)):  # type: ignore[arg-type]
+        how = "unknown; was it trained by a newer msd?" if field in raw else "missing"
         raise UserError(f"its config.json is not that of {name}: field '{field}' is {how}")
-    return raw
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"its config.json is not that of {name}: field '{field}': {first['msg']}") from error

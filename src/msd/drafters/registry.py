@@ -80,7 +80,8 @@ def default(target: str) -> str:
     """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
     for folder, name in ((WEIGHTS / "msd", REPEATS), (VIDEO_WEIGHTS / "msd", _for_video(REPEATS))):
         shipped = isinstance(_METHODS.get(name), _Shipped)
-        if shipped and stored.training(folder).get("cuts", {}).get("target") == target:
+        cuts = stored.training(folder).get("cuts") if shipped else None
+        if isinstance(cuts, dict) and cuts.get("target") == target:
             return name
     return "prompt-lookup"
 
@@ -98,7 +99,7 @@ class _Shipped:
 
 def _read(folder: Path | str) -> _Trained:
     """A trained network and the thresholds calibrated for it."""
-    return checkpoint.load(folder), stored.training(folder).get("thresholds")
+    return checkpoint.load(folder), stored.thresholds(folder)
 
 
 def _register_shipped(root: Path) -> None:
@@ -114,7 +115,11 @@ def _register_shipped(root: Path) -> None:
 def _register_rivals(root: Path) -> None:
     """Makes the folders of `root` methods: rivals by the name in their configuration, others by the folder's."""
     for folder in sorted(p.parent for p in root.glob(f"*/{stored.CONFIG}")):
-        method = stored.method(folder)
+        try:
+            method = stored.method(folder)
+        except UserError as error:  # whoever does not ask for it is not stopped by it
+            register(folder.name, _Shipped(partial(_refused, error)))
+            continue
         if method is None:
             name = folder.name.replace("-", ":")
             register(name, _Shipped(partial(_made, cache(partial(_read, folder)), name, False)))
@@ -138,6 +143,10 @@ def _register_video(folder: Path) -> None:
 def _for_video(method: str) -> str:
     """What a method is called when it was trained for the video target."""
     return method.replace("msd", "msd:video", 1)
+
+
+def _refused(error: UserError) -> Drafter:
+    raise error
 
 
 def _rival(read: Callable[[], rivals.Rival]) -> rivals.RivalDrafter:

@@ -7,21 +7,24 @@ does not depend on them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from msd.errors import UserError
-from msd.files import write_whole
+from msd.files import make_folder, write_whole
+from msd.records import parse_json, read_bytes, read_json, read_tensors, read_text
 
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 SCALE = ".row_scale"
+REMEDY = "take the folder from where it came, or train it again with 'msd train'"
+NO_NOTES = "delete it: the drafter works without, only the thresholds calibrated for 'budget' are lost"
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -40,18 +43,18 @@ def save(
     training: dict[str, Any] | None = None,
     eight_bit: bool = False,
 ) -> None:
-    """Writes the drafter; `training` says where it comes from (target, data, thresholds, scores)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the drafter; `training` says where it comes from (target, data, thresholds, scores).
+
+    UserError when it cannot be written.
+    """
+    make_folder(folder)
     tensors = {
         name: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in network.state_dict().items()
     }
     if eight_bit:
         tensors = _rounded(tensors)
-    beside = folder / f"{WEIGHTS}.tmp"
-    save_file(tensors, beside)
-    beside.chmod(0o644)  # the library makes it private
-    beside.replace(folder / WEIGHTS)
+    write_whole(folder / WEIGHTS, packed(tensors))
     write_whole(folder / CONFIG, config.as_json() + "\n")
     note(folder, training or {})
 
@@ -70,13 +73,15 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
     text = configuration(folder)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"drafter '{folder}' has no {WEIGHTS}; give the folder that `msd train` wrote")
+    tensors = _whole(read_tensors(folder / WEIGHTS, REMEDY))
     try:
         network = make(text)
-        tensors = _whole(load_file(folder / WEIGHTS))
     except UserError as error:
         raise UserError(f"drafter '{folder}': {error}") from error
-    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise UserError(f"drafter '{folder}' is damaged: {error}") from error
+    except Exception as error:  # numbers of which no network can be made, in as many ways as it has parts
+        raise UserError(
+            f"drafter '{folder}': no network can be made of its {CONFIG} ({type(error).__name__}: {error}); {REMEDY}"
+        ) from error
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"drafter '{folder}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
@@ -87,6 +92,22 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
             )
     network.load_state_dict(tensors)
     return network.to(dtype).eval()
+
+
+def digest(folder: Path) -> str:
+    """A hash of a drafter's configuration and weights. UserError as in `load`."""
+    parts = (configuration(folder).encode(), read_bytes(folder / WEIGHTS, REMEDY))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a configuration and weights that can be read."""
+    try:
+        configuration(folder)
+        read_tensors(folder / WEIGHTS, REMEDY)
+    except UserError:
+        return False
+    return True
 
 
 def _rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,27 +131,37 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configuration(folder: Path) -> str:
-    """The text of its `config.json`; UserError when there is none."""
+    """The text of its `config.json`, a JSON object; UserError when there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"drafter '{folder}' has no {CONFIG}; give the folder that `msd train` wrote")
+    text = read_text(path, REMEDY)
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"drafter '{folder}' is damaged: {error}") from error
+        parse_json(text)
+    except ValueError as error:
+        raise UserError(f"drafter '{folder}': '{CONFIG}' is damaged: {error}; {REMEDY}") from error
+    return text
 
 
 def method(folder: Path) -> str | None:
     """The method that a folder's configuration names; None for an MSD drafter, which is known by its fields."""
-    try:
-        raw = json.loads(configuration(folder))
-    except json.JSONDecodeError as error:
-        raise UserError(f"drafter '{folder}' is damaged: {error}") from error
-    return raw.get("method") if isinstance(raw, dict) else None
+    name = json.loads(configuration(folder)).get("method")
+    if not isinstance(name, str | None):
+        raise UserError(f"drafter '{folder}': its {CONFIG} names the method {name!r}; {REMEDY}")
+    return name
 
 
 def training(folder: Path | str) -> dict[str, Any]:
-    """What `save` was told beside the weights; empty when there is none."""
+    """What `save` was told beside the weights; empty when there is none. UserError for a damaged file."""
     path = Path(folder) / EXTRA
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, NO_NOTES) if path.is_file() else {}
+
+
+def thresholds(folder: Path | str) -> dict[str, dict[str, float]] | None:
+    """The thresholds of `budget` that were calibrated for it: str(ε) -> modality -> θ. UserError for a damaged file."""
+    found = training(folder).get("thresholds")
+    tables = found.values() if isinstance(found, dict) else [None] if found is not None else []
+    for table in tables:
+        if not isinstance(table, dict) or not all(isinstance(theta, int | float) for theta in table.values()):
+            raise UserError(f"'{Path(folder) / EXTRA}' is damaged: 'thresholds' is no table of numbers; {NO_NOTES}")
     return found

@@ -10,11 +10,11 @@ checkout; the wheel has not got them.
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msd.errors import UserError
+from msd.records import parse_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS / "checksums.json"
@@ -80,7 +80,9 @@ def recorded_video() -> Record:
 def _read(path: Path, remedy: str) -> Record:
     """A record of checksums."""
     try:
-        sums: Record = json.loads(path.read_text(encoding="utf-8"))
+        sums: Record = parse_json(path.read_text(encoding="utf-8"))
+        if not all(isinstance(known, dict) for known in sums.values()):
+            raise ValueError("it is no record of checksums")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); run: {remedy}") from error
     return sums

@@ -15,6 +15,7 @@ from msd.drafters.plain import Plain
 from msd.errors import UserError
 from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks
+from msd.files import named_in
 from msd.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
@@ -96,7 +97,7 @@ class TargetWriter:
         self, prompts: Sequence[Prompt], inputs: dict[str, Any], answers: list[list[int]], seeing: list[Tensor]
     ) -> Sequence[Tensor | None]:
         """What tokens owe to the events of their prompts, which all have some or none."""
-        recordings = [open_chunks(self.folder / p.events) for p in prompts if p.events is not None]
+        recordings = [open_chunks(named_in(self.folder, p.events)) for p in prompts if p.events is not None]
         if not recordings:
             return [None] * len(prompts)
         frames = [len(p.images) for p in prompts]
@@ -104,7 +105,7 @@ class TargetWriter:
 
     def _prepare(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Processor output of a batch."""
-        images = [[self.folder / name for name in p.images] for p in prompts]
+        images = [[named_in(self.folder, name) for name in p.images] for p in prompts]
         return prepare(self.processor, images, [p.text for p in prompts])
 
 

@@ -86,4 +86,4 @@ class EventGPTConfig:
     @classmethod
     def from_json(cls, text: str) -> EventGPTConfig:
         """Strict: an unknown or missing field is a UserError that names it."""
-        return cls(**configs.read(text, cls, "an EventGPT drafter"))
+        return configs.read(text, cls, "an EventGPT drafter")

@@ -110,15 +110,7 @@ class MSDConfig:
     @classmethod
     def from_json(cls, text: str) -> MSDConfig:
         """Strict: an unknown or missing field is a UserError that names it."""
-        raw = configs.read(text, cls, "an MSD drafter")
-        built = {
-            "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
-            "shared": Shape(**raw["shared"]),
-            "taps": tuple(raw["taps"]),
-            "beside": tuple(tuple(group) for group in raw["beside"]),
-            "modalities": tuple(raw["modalities"]),
-        }
-        return cls(**(raw | built))
+        return configs.read(text, cls, "an MSD drafter")
 
     def within(self, shape: Shape, width: int | None = None) -> Shape:
         """A subtree's shape as far as the form reaches, and at most `width` wide."""

@@ -31,7 +31,7 @@ class RivalConfig:
     depth: int
     rope_theta: float = 10000.0
     eps: float = 1e-5
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, int | float] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """JSON text that `from_json` reads back."""
@@ -40,5 +40,4 @@ class RivalConfig:
     @classmethod
     def from_json(cls, text: str) -> RivalConfig:
         """Strict: an unknown or missing field is a UserError that names it."""
-        raw = configs.read(text, cls, "a drafter here")
-        return cls(**(raw | {"taps": tuple(raw["taps"])}))
+        return configs.read(text, cls, "a drafter here")
