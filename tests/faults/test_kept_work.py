@@ -183,6 +183,7 @@ def test_a_broken_off_certificate_has_not_passed(
         stop_at(patch, 3, KeyboardInterrupt())
         code, told, err = run(capsys, "verify", *options(place, "--json"))
     assert code == 130 and "interrupted after 2 comparisons" in one_line(err)
+    assert "2 of 4 samples: prompt-lookup 2 of 2 identical" in err.splitlines(), "told as they come"
     (row,) = json.loads(told)["rows"]
     assert (row["compared"], row["identical"], row["passed"], row["finished"]) == (2, 2, False, False)
     with monkeypatch.context() as patch:
