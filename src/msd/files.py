@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from msd.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share, of what a file may be
 BESIDE = "msd-half-written-"  # begins the names of files that are not whole yet
 
 
@@ -156,6 +157,8 @@ def exclusive(path: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is writing to '{path}'; wait for its end, or choose another place"
             ) from error
+        except NotImplementedError:  # a file system without locks
+            pass
     try:
         yield
     finally:
@@ -165,7 +168,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def cannot_write(path: Path | str, error: OSError) -> UserError:
     """What to tell the user about an error in writing to `path`."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in FULL
     remedy = "free some space, or choose another place" if full else "choose another place"
     return UserError(f"cannot write '{path}': {error.strerror or error}; {remedy}")
 

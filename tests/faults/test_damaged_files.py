@@ -134,7 +134,9 @@ def test_weights_that_are_not_finite_are_refused(out: Path) -> None:
         registry.register_folder(out / "drafter")
 
 
-@pytest.mark.parametrize("thresholds", [[1], {"0.1": 3}, {"0.1": {"vision": "much"}}, "none"])
+@pytest.mark.parametrize(
+    "thresholds", [[1], {"0.1": 3}, {"0.1": {"vision": "much"}}, {"0.1": {"vision": float("nan")}}, "none"]
+)
 def test_thresholds_of_another_form_are_refused(out: Path, thresholds: Any) -> None:
     stored.note(out / "drafter", {"thresholds": thresholds})
     with pytest.raises(UserError, match="'thresholds' is no table of numbers; delete it"):

@@ -156,6 +156,16 @@ def test_a_killed_bench_goes_on_and_other_settings_are_noticed(
     assert code == 2 and f"delete '{kept}'" in one_line(err)
 
 
+def test_a_bench_on_a_full_disk_goes_on(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    with small_files(6000):
+        code, _, err = run(capsys, *bench(place, tmp_path))
+    said = one_line(err)
+    assert code == 2 and "unfinished.jsonl': File too large; free some space" in said and "of 4 samples" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished.jsonl"]
+    code, told, err = run(capsys, *bench(place, tmp_path))
+    assert code == 0 and "going on with the run" in err and "broken_off" not in json.loads(told)["environment"]
+
+
 def test_a_bench_without_out_tells_what_it_has(
     capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +183,7 @@ def test_a_broken_off_certificate_has_not_passed(
         stop_at(patch, 3, KeyboardInterrupt())
         code, told, err = run(capsys, "verify", *options(place, "--json"))
     assert code == 130 and "interrupted after 2 comparisons" in one_line(err)
+    assert "2 of 4 samples: prompt-lookup 2 of 2 identical" in err.splitlines(), "told as they come"
     (row,) = json.loads(told)["rows"]
     assert (row["compared"], row["identical"], row["passed"], row["finished"]) == (2, 2, False, False)
     with monkeypatch.context() as patch:

@@ -65,6 +65,11 @@ class Row:
         lossless = not self.differences and not any(holm(self.p_values, FALSE_ALARM))
         return self.finished and self.compared > 0 and lossless
 
+    def __str__(self) -> str:
+        counts = f"{self.identical} of {self.compared} identical"
+        apart = f", {len(self.tie_gaps)} ties" if self.tie_gaps else ""
+        return f"{self.method} {counts}{apart}" + "".join(f"; {difference}" for difference in self.differences[-1:])
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         counts = {"compared": self.compared, "identical": self.identical, "ties": len(self.tie_gaps)}
@@ -83,11 +88,12 @@ def certify(
     report: Report,
     backend: str = "measure",
     rows: list[Row] | None = None,
+    done: Report | None = None,
 ) -> list[Row]:
     """A row per method: every sample under every setting, sample i with seed i; χ² for methods that sample drafts.
 
     Every step drafts as much as it may, whether that pays or not. rows: a list that they are put in from the start, for
-    whoever wants to see them when it is broken off.
+    whoever wants to see them when it is broken off. done: is told the rows so far after every sample.
     """
     judge = _Judge(model)
     config = SpeculativeConfig(adaptive=False, backend=backend)
@@ -109,6 +115,8 @@ def certify(
                 seen = recordings.argument(engine.drafter, [sample.events])
                 tokens = engine.generate(**inputs, **seen, **kwargs, seed=seed).tokens
                 judge.compare(row, f"sample {seed} ({setting})", inputs, kwargs, seed, tokens, reference)
+        if done is not None:
+            done(f"{seed + 1} of {len(samples)} samples: {', '.join(map(str, rows))}")
     for engine, row in zip(engines, rows, strict=True):
         if engine.drafter.sampled:
             report(f"χ² of {row.method}, {draws} draws a cell")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import tempfile
 import traceback
@@ -26,10 +25,9 @@ from msd.cli import (
     verify,
 )
 from msd.errors import InterruptedRunError, UserError
+from msd.files import FULL
 from msd.heap import use_huge_pages
 from msd.version import __version__
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
@@ -84,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         terminal.give_up_output()
         sys.exit(1)  # as where the library notices it first
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in FULL:
             _report(error)
         terminal.give_up_output()
         _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2)

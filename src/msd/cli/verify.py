@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,8 +66,9 @@ def verify(
             if outputs:
                 certificate.audit(model, processor, samples, status.update, rows)
             else:
+                told = partial(status.console.print, highlight=False, markup=False, soft_wrap=True)
                 certificate.certify(
-                    model, processor, samples, methods, max_new_tokens, draws, status.update, backend, rows
+                    model, processor, samples, methods, max_new_tokens, draws, status.update, backend, rows, told
                 )
     except BaseException as error:
         if any(row.compared for row in rows):

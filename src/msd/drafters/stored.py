@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -154,7 +155,7 @@ def method(folder: Path) -> str | None:
 def training(folder: Path | str) -> dict[str, Any]:
     """What `save` was told beside the weights; empty when there is none. UserError for a damaged file."""
     path = Path(folder) / EXTRA
-    return read_json(path, NO_NOTES) if path.is_file() else {}
+    return read_json(path, NO_NOTES, finite=False) if path.is_file() else {}
 
 
 def thresholds(folder: Path | str) -> dict[str, dict[str, float]] | None:
@@ -162,6 +163,7 @@ def thresholds(folder: Path | str) -> dict[str, dict[str, float]] | None:
     found = training(folder).get("thresholds")
     tables = found.values() if isinstance(found, dict) else [None] if found is not None else []
     for table in tables:
-        if not isinstance(table, dict) or not all(isinstance(theta, int | float) for theta in table.values()):
+        values = table.values() if isinstance(table, dict) else [None]
+        if not all(isinstance(theta, int | float) and math.isfinite(theta) for theta in values):
             raise UserError(f"'{Path(folder) / EXTRA}' is damaged: 'thresholds' is no table of numbers; {NO_NOTES}")
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from msd.errors import UserError
-from msd.files import write_whole
+from msd.files import FULL, write_whole
 from msd.reference.sources import fingerprint
 
 MANIFEST = "manifest.json"
@@ -86,7 +86,7 @@ def _disk_errors(place: Path, needed_bytes: int) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+        if number in FULL or any(f"os error {full}" in str(error) for full in FULL):
             need = f"{needed_bytes / 1e6:.0f} MB"
             raise UserError(f"no space left: free {need} in {place}, or choose another folder with --cache") from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):

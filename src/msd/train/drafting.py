@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import resource
 import sys
 import time
@@ -320,7 +321,8 @@ def _told_before(drafter: Path) -> dict[str, Any]:
     except UserError as error:
         print(f"msd: {str(error).partition(';')[0]}; the seconds of earlier parts of the run are lost", file=sys.stderr)
         return {}
-    numbers = {name: told[name] for name in ("seconds", "peak_gigabytes") if isinstance(told.get(name), int | float)}
+    known = {name: told.get(name) for name in ("seconds", "peak_gigabytes")}
+    numbers = {name: value for name, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
     return {"finished": told.get("finished"), **numbers}
 
 
