@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 from msd import reference
+from msd.checkpoints import check_json, check_tensors, fault
 from msd.errors import UserError
 from msd.targets import family
 
@@ -37,18 +41,27 @@ def load_target(
     if "dtype" not in kwargs and place.type == "cpu" and "device_map" not in kwargs:
         kwargs["dtype"] = torch.float32
     config = _config(target, path)
-    try:
+    with _of(target):
         family(config)
-    except UserError as error:
-        raise UserError(f"target '{target}': {error}") from error
     seeing = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM  # such as those that hear
     processor = _processor(target, path)  # first: it is what may be missing, and takes no time
     try:
-        model = auto.from_pretrained(path, **kwargs)
-        return (model if device is None else model.to(place)), processor
-    except OSError as error:
-        raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+        model, found = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:  # OSError, SafetensorError, RuntimeError, KeyError…, as the files are damaged
+        raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
+    with _of(target):
+        check_tensors(model, found)
+    return (model if device is None else model.to(place)), processor
+
+
+@contextmanager
+def _of(target: str | Path) -> Iterator[None]:
+    """What is wrong with a target is said with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"target '{target}': {error}") from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -70,10 +83,16 @@ def load_config(target: str | Path) -> PreTrainedConfig:
 
 
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
+    if Path(path).is_dir():
+        with _of(target):
+            check_json(Path(path))
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        if kind := _model_type(path):  # such as "qwen", the first Qwen-VL
+    except Exception as error:  # OSError, ValueError, and whatever a config of wrong types leads to
+        kind = _model_type(path)
+        if kind in CONFIG_MAPPING:
+            raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
+        if kind:  # such as "qwen", the first Qwen-VL
             raise UserError(
                 f"target '{target}' has architecture '{kind}', which transformers {transformers.__version__} does not "
                 "have, so no adapter can be written; docs/targets.md lists what it can be"
@@ -95,16 +114,25 @@ def _model_type(path: str | Path) -> str | None:
 def _processor(target: str | Path, path: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(path)
-    except (ImportError, ValueError, OSError) as error:
+    except Exception as error:  # ImportError, ValueError, OSError, KeyError…, as something is missing or damaged
         said = str(error).lower().replace("_", "-")
         missing = " and ".join(name for name in PACKAGES if name in said)
-        if missing:
+        if missing and not (Path(path).is_dir() and fault(Path(path))):
             raise UserError(
                 f"the processor of target '{target}' needs {missing}, which is not installed; install it"
             ) from error
-        raise UserError(f"the processor of target '{target}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the processor of target '{target}' cannot be loaded: {_reason(path, error)}") from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Why something of a checkpoint cannot be loaded: what its files show, or else what the library says."""
+    if Path(path).is_dir() and (found := fault(Path(path))):
+        return found
+    if isinstance(error, OSError | ValueError | ImportError):
+        return _first_line(error)
+    return f"{type(error).__name__}: {_first_line(error)}; one of its files may be damaged: copy or download it again"
 
 
 def _first_line(error: Exception) -> str:
     """What a library's long message begins with."""
-    return str(error).strip().splitlines()[0][:200]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
