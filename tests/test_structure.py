@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"drafters"},
     {"decode", "ahead"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
-    | {"model", "config", "result", "loading", "checkpoints", "streaming", "reference"},
+    | {"model", "config", "result", "loading", "checkpoints", "messages", "seeds", "streaming", "reference"},
     {"bench", "train", "serve", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
 ]

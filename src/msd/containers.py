@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from msd.errors import UserError
-from msd.files import open_regular, shortened
+from msd.files import open_media, shortened
 
 FORMATS = (
     "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "gif", "apng", "ogg", "asf", "m4v", "ivf",
@@ -34,7 +34,7 @@ def opened(source: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any
         raise UserError(
             f"reading {name} needs PyAV, which is not installed; pip install 'msd-decoding[video]'"
         ) from error
-    with open_regular(source, name, kind) as file:
+    with open_media(source, name, kind) as file:
         try:
             container = av.open(file, options={"format_whitelist": ",".join(FORMATS)})
         except Exception as error:  # hostile files raise anything: FFmpegError, ValueError, UnicodeDecodeError…

@@ -34,7 +34,7 @@ def shown(
     from msd.videos import Video
 
     heard = [Audio(path) for path in sounds or ()]
-    sources = [*map(Path, images or ()), *(Video(path, frames) for path in videos or ()), *heard]
+    sources = [*(images or ()), *(Video(path, frames) for path in videos or ()), *heard]
     loaded = [prompts.load(source) for source in sources]
     for sound in heard:
         sound.load()
