@@ -126,4 +126,5 @@ def _told(value: Any) -> str:
         return "None"
     if isinstance(value, str):
         return f"'{value[:40]}'"
-    return f"an empty {type(value).__name__}" if value in ([], (), {}) else f"of type {type(value).__name__}"
+    empty = isinstance(value, list | tuple | dict) and not value
+    return f"an empty {type(value).__name__}" if empty else f"of type {type(value).__name__}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from PIL import Image
 
 from msd import messages
 from msd.errors import UserError
@@ -24,6 +25,8 @@ from msd.videos import Clip, Video
 
 # in the tokens that stand for or around what is shown, and in their names
 MEDIA = re.compile(r"image|img|vision|video|audio|sound|frame|row_\d|\b[be]oi", re.IGNORECASE)
+
+MOST_SCALED = 400 * 1000 * 1000  # pixels of a picture that a processor has scaled but not yet cropped
 
 
 def prepare(
@@ -201,6 +204,8 @@ def _media(processor: Any, groups: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """What a processor takes beside the text."""
     # images by prompt, because some processors cut one into tiles only where it is its prompt's only one
     images = [[source for source in group if kind(source) == "image"] for group in groups]
+    for image in (image for group in images for image in group):
+        _check_sides(processor, image)
     given: dict[str, Any] = {"images": images if any(images) else None}
     clips = [source for group in groups for source in group if kind(source) == "video"]
     if clips:
@@ -220,6 +225,17 @@ def _media(processor: Any, groups: Sequence[Sequence[Any]]) -> dict[str, Any]:
             )
         given = {"audio": [_heard(processor, sound) for sound in sounds], "sampling_rate": _rate(processor)}
     return given
+
+
+def _check_sides(processor: Any, image: Image.Image) -> None:
+    """Refuses a picture so long that a processor that scales its short side, and only then crops, would fill memory."""
+    size = getattr(getattr(processor, "image_processor", None), "size", None) or {}
+    short, limit = size.get("shortest_edge"), size.get("longest_edge")
+    if short and not limit and short**2 * max(image.size) / min(image.size) > MOST_SCALED:
+        raise UserError(
+            f"an image of {image.width}x{image.height} pixels would be scaled to a short side of {short} pixels for "
+            "this model, which makes it too large; crop it"
+        )
 
 
 def _rate(processor: Any) -> int:
