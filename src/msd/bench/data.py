@@ -170,7 +170,9 @@ def _files(line: dict[str, Any], kind: str, where: str, folder: Path) -> list[Pa
         raise UserError(f"{where}: '{kind}' must be a file name or a list of file names, got {_told(named)}")
     for name in names:
         if not _is_file(folder / name):
-            raise UserError(f"{where}: {kind} '{shortened(str(folder / name))}' does not exist; name its folder with --images")
+            raise UserError(
+                f"{where}: {kind} '{shortened(str(folder / name))}' does not exist; name its folder with --images"
+            )
     return [folder / name for name in names]
 
 
