@@ -70,6 +70,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device("cpu" if name is None else f"cuda:{rank}" if name == "cuda" and rank else name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
             f"device '{name}' cannot be used here ({_first_line(error)}); --device cpu always can"

@@ -8,6 +8,7 @@ takes them out first.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 from msd import messages
 from msd.errors import UserError
+from msd.files import shortened
 from msd.images import load_image
 from msd.messages import KINDS, Messages
 from msd.sounds import Audio
@@ -249,7 +251,7 @@ def _heard(processor: Any, sound: Audio) -> Any:
     if len(samples) > most:
         rate = _rate(processor)
         raise UserError(
-            f"'{sound.path}' is {len(samples) / rate:.0f} s long; this model hears {most // rate} s: cut it"
+            f"'{shortened(os.fsdecode(sound.path))}' is {len(samples) / rate:.0f} s long; this model hears {most // rate} s: cut it"
         )
     return samples
 
