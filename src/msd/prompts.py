@@ -249,10 +249,8 @@ def _heard(processor: Any, sound: Audio) -> Any:
     """A sound [n], as far as the model hears at once: its processor would drop the rest."""
     samples, most = sound.load(_rate(processor)), processor.feature_extractor.n_samples
     if len(samples) > most:
-        rate = _rate(processor)
-        raise UserError(
-            f"'{shortened(os.fsdecode(sound.path))}' is {len(samples) / rate:.0f} s long; this model hears {most // rate} s: cut it"
-        )
+        rate, name = _rate(processor), shortened(os.fsdecode(sound.path))
+        raise UserError(f"'{name}' is {len(samples) / rate:.0f} s long; this model hears {most // rate} s: cut it")
     return samples
 
 

@@ -1,4 +1,4 @@
-"""What a library says of bad options or of the machine is one line and exit code 2; bugs of ours stay internal errors."""
+"""What a library says of bad options or of the machine is one line and exit code 2; our bugs stay internal errors."""
 
 from __future__ import annotations
 
