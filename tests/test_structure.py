@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"drafters"},
     {"decode", "ahead"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
-    | {"model", "options", "config", "result", "loading", "streaming", "reference"},
+    | {"model", "options", "config", "result", "loading", "checkpoints", "messages", "seeds", "streaming", "reference"},
     {"bench", "train", "serve", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
 ]

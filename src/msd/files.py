@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import os
 import re
 import secrets
@@ -13,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
@@ -59,6 +63,34 @@ def named_in(folder: Path, name: str) -> Path:
 def as_text(path: str | os.PathLike[str]) -> str:
     """The name of a path, or a word of the command line, as UTF-8 has it: `named_in` reads it back."""
     return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def open_media(source: str | os.PathLike[str], name: str, kind: str) -> Iterator[BinaryIO]:
+    """As `open_regular`; also the bytes that a `data:` URI holds, and the file that a `file:` URL names."""
+    text = os.fsdecode(source)
+    if text[:5].lower() == "data:":
+        yield io.BytesIO(_data(text, name))
+        return
+    url = urlsplit(text) if text[:7].lower() == "file://" else None
+    local = url2pathname(url.path) if url is not None and url.netloc in ("", "localhost") else text
+    with open_regular(local, name, kind) as file:
+        yield file
+
+
+def _data(uri: str, name: str) -> bytes:
+    """The bytes of `data:[type][;base64],…` (RFC 2397), with or without padding."""
+    head, comma, body = uri.partition(",")
+    try:
+        if not comma:
+            raise ValueError("it has no comma")
+        data = unquote_to_bytes(body)
+        if not head.lower().rstrip().endswith(";base64"):
+            return data
+        data = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError as error:  # binascii.Error is one
+        raise UserError(f"{name} is no data URI ({error}); give data:TYPE;base64,… or a path") from error
 
 
 def shortened(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from msd import reference
+from msd.checkpoints import check_tensors, fault
 from msd.errors import UserError
 from msd.records import damage
 from msd.targets import family
@@ -45,17 +49,17 @@ def load_target(
         kwargs["dtype"] = torch.float32
     _refuse_damaged(target, path)
     config = _config(target, path)
-    try:
+    with _of(target):
         family(config)
-    except UserError as error:
-        raise UserError(f"target '{target}': {error}") from error
     seeing = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM  # such as those that hear
     processor = _processor(target, path)  # first: it is what may be missing, and takes no time
     try:
-        model = auto.from_pretrained(path, **kwargs)
+        model, found = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
     except FAULTS as error:
-        raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
+    with _of(target):
+        check_tensors(model, found)
     return (model if device is None else model.to(place)), processor
 
 
@@ -67,12 +71,23 @@ def _refuse_damaged(target: str | Path, path: str | Path) -> None:
         raise UserError(f"target '{target}' cannot be loaded: {wrong}; {again}")
 
 
+@contextmanager
+def _of(target: str | Path) -> Iterator[None]:
+    """What is wrong with a target is said with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"target '{target}': {error}") from error
+
+
 def _device(name: str | None) -> torch.device:
     """The device called `name`, which must be there; "cuda" is a process's own card where several were launched."""
     rank = os.environ.get("LOCAL_RANK")
     try:
         device = torch.device("cpu" if name is None else f"cuda:{rank}" if name == "cuda" and rank else name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
             f"device '{name}' cannot be used here ({_first_line(error)}); --device cpu always can"
@@ -91,7 +106,10 @@ def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except FAULTS as error:
-        if kind := _model_type(path):  # such as "qwen", the first Qwen-VL
+        kind = _model_type(path)
+        if kind in CONFIG_MAPPING:
+            raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
+        if kind:  # such as "qwen", the first Qwen-VL
             raise UserError(
                 f"target '{target}' has architecture '{kind}', which transformers {transformers.__version__} does not "
                 "have, so no adapter can be written; docs/targets.md lists what it can be"
@@ -116,14 +134,22 @@ def _processor(target: str | Path, path: str | Path) -> Any:
     except FAULTS as error:
         said = str(error).lower().replace("_", "-")
         missing = " and ".join(name for name in PACKAGES if name in said)
-        if missing:
+        if missing and not (Path(path).is_dir() and fault(Path(path))):
             raise UserError(
                 f"the processor of target '{target}' needs {missing}, which is not installed; install it"
             ) from error
-        raise UserError(f"the processor of target '{target}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the processor of target '{target}' cannot be loaded: {_reason(path, error)}") from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Why something of a checkpoint cannot be loaded: what its files show, or else what the library says."""
+    if Path(path).is_dir() and (found := fault(Path(path))):
+        return found
+    if isinstance(error, OSError | ValueError | ImportError):
+        return _first_line(error)
+    return f"{type(error).__name__}: {_first_line(error)}; one of its files may be damaged: copy or download it again"
 
 
 def _first_line(error: Exception) -> str:
-    """What a library's long message begins with; the kind of error where it is hardly a message."""
-    said = (str(error).strip().splitlines() or [""])[0][:200]
-    return said if isinstance(error, OSError | ValueError | ImportError) and said else f"{type(error).__name__}: {said}"
+    """What a library's long message begins with."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -31,14 +31,13 @@ from msd.event_tokens import event_tokens
 from msd.layout import Layout
 from msd.plan import Plan
 from msd.result import Result
-from msd.sampling import Randomness, Sampler
+from msd.sampling import Sampler
+from msd.seeds import Seed, generators
 from msd.statistics import Statistics
 from msd.streaming import Stream
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
 from msd.threads import watched
-
-Seed = int | Sequence[int] | torch.Generator | None
 
 
 class SpeculativeVLM:
@@ -122,10 +121,11 @@ class SpeculativeVLM:
     ) -> Result | list[Result]:
         """Answers a prompt about images; a list of prompts, or several answers to one, give a list of results.
 
-        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, a list of
-        such lists.
-        messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
-        neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
+        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, one source
+        that all of them are about, or a list with a source, a list of sources or None for each.
+        messages: a chat in `transformers`' or OpenAI's format instead of a prompt; what it shows is carried by its
+        parts, or given as images. Or give processor output (`**inputs`) and neither.
+        seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
         events: an event recording (file, `EventStream`, `Recording`), or a list with one, or None, for each prompt, for
         a drafter that sees events. What it makes of them is made while the target prefills.
@@ -135,6 +135,8 @@ class SpeculativeVLM:
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
+        if isinstance(prompt, list | tuple) and not prompt:
+            return []
         listed = prompt is not None and not isinstance(prompt, str)
         if "input_ids" not in kwargs:
             kwargs = {**self._inputs(images, prompt, messages), **kwargs}
@@ -157,15 +159,15 @@ class SpeculativeVLM:
         """Processor output of either front-door form."""
         if (prompt is None) == (messages is None):
             raise UserError("give a prompt or messages (one of the two), or processor output")
+        if self.processor is None:
+            raise UserError("this engine has no processor; give it one, or give processor output: generate(**inputs)")
         if messages is not None or isinstance(prompt, str):
             group = [] if images is None else images if isinstance(images, list | tuple) else [images]
             chats = None if messages is None else [messages]
             return prompts.prepare(self.processor, [group], None if prompt is None else [prompt], chats)
-        groups = [[]] * len(prompt) if images is None else images
-        if len(groups) != len(prompt):
-            raise UserError(f"{len(prompt)} prompts but {len(groups)} image lists; give one list per prompt")
-        listed = [g if isinstance(g, list | tuple) else [g] for g in groups]
-        return prompts.prepare(self.processor, listed, prompt)
+        if not isinstance(prompt, list | tuple):
+            raise UserError(f"the prompt must be text or a list of texts, got {type(prompt).__name__}")
+        return prompts.prepare(self.processor, prompts.grouped(images, len(prompt)), prompt)
 
     @torch.inference_mode()
     def _generate(
@@ -218,7 +220,7 @@ class SpeculativeVLM:
         statistics.num_prefill_rows = B * state.prefilled
         ahead.give(state)
         vocabulary = prompt.logits.shape[-1]
-        randomness = _randomness(seed, B, input_ids.device)
+        randomness = generators(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)
         padding = generation_config._pad_token_tensor
         sampler = Sampler(
@@ -297,13 +299,3 @@ def _as_decoding_method(run: Any) -> Any:
         return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     return decoding_method
-
-
-def _randomness(seed: Seed, batch: int, device: torch.device) -> Randomness:
-    """Generators for a batch; see `SpeculativeVLM.generate`."""
-    if seed is None or isinstance(seed, torch.Generator):
-        return seed
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise UserError(f"{len(seeds)} seeds for {batch} answers; give one seed, or one per answer")
-    return [torch.Generator(device).manual_seed(s) for s in seeds]

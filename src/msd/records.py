@@ -18,7 +18,10 @@ from torch import Tensor
 from msd.errors import UserError
 
 LFS = b"version https://git-lfs.github.com/spec/"
-CHECKPOINT = ("config.json", "index.json", "tokenizer.json", "_map.json", "template.json", ".safetensors", ".bin")
+CHECKPOINT = (  # what is read of a checkpoint folder; further copies of its weights are not
+    "config.json", "*_config.json", "*.index.json", "tokenizer.json", "*_map.json", "chat_template.json", "*.jinja",
+    "*.model", "*.tiktoken", "vocab.*", "merges.txt", "model*.safetensors", "adapter_model.safetensors",
+)  # fmt: skip
 FETCH = "it is a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
 
 
@@ -112,7 +115,9 @@ def damage(folder: Path) -> str | None:
 
     Weights are looked at by their headers alone.
     """
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(CHECKPOINT)):
+    weights = () if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)
+    read = {path for pattern in (*CHECKPOINT, *weights) for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(read):
         try:
             if path.suffix == ".json":
                 read_json(path, "", finite=False)

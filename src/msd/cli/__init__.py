@@ -29,6 +29,8 @@ from msd.files import FULL
 from msd.heap import use_huge_pages
 from msd.version import __version__
 
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # as torch says it
+
 app = typer.Typer(
     help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
     add_completion=False,
@@ -87,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         terminal.give_up_output()
         _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2)
     except Exception as error:
+        if told := _of_the_user(error):
+            _fail(told, 2)
         _report(error)
 
 
@@ -101,6 +105,21 @@ def _report(error: Exception) -> None:
     except OSError:  # no room for it either
         _fail(told, 1)
     _fail(f"{told} with {log.name}", 1)
+
+
+def _of_the_user(error: Exception) -> str | None:
+    """What to say of errors that a library raises for the user's options or machine; None for all else."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    if isinstance(error, ValueError | TypeError) and raised_in.startswith("transformers.generation."):
+        return f"transformers does not take an option of the command line or of the model's generation config: {error}"
+    if isinstance(error, RuntimeError) and "probability tensor contains" in str(error):
+        return f"the sampling options leave no probabilities to draw from ({error}); raise the temperature"
+    if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
+        return f"not enough memory: {error}; use a smaller target, fewer or smaller images, or a smaller batch"
+    return None
 
 
 def _fail(message: str, code: int) -> None:

@@ -93,7 +93,7 @@ def scene(
     target = target or ("reference" if events is None else "reference-video")
     frames = frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
     heard = [Audio(path) for path in sounds or ()]
-    sources = [*map(Path, images or ()), *(Video(path, frames) for path in videos or ()), *heard]
+    sources = [*(images or ()), *(Video(path, frames) for path in videos or ()), *heard]
     loaded = [prompts.load(source) for source in sources]
     for sound in heard:
         sound.load()
