@@ -86,7 +86,7 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"drafter '{folder}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != wanted[name].shape:
             raise UserError(
                 f"drafter '{folder}': tensor '{name}' has shape {list(tensor.shape)}, not {list(wanted[name].shape)}"
