@@ -303,7 +303,7 @@ def test_damaged_cuts_say_how_to_go_on(
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"gain": [float("nan"), 0.0]}, "NaN is not JSON"),
+        ({"gain": [float("nan"), 0.0]}, "not a JSON object (NaN is not JSON)"),
         ({"gain": ["a", 0]}, "'gain' must be finite numbers"),
         ({"ids": ["5"]}, "'ids' and 'end' must be token ids"),
         ({"end": "2"}, "'ids' and 'end' must be token ids"),
