@@ -7,7 +7,6 @@ exactly what it means there.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -33,7 +32,7 @@ from msd.plan import Plan
 from msd.result import Result
 from msd.sampling import Randomness, Sampler
 from msd.statistics import Statistics
-from msd.streaming import Stream
+from msd.streaming import Steps, Stream, finished, turn
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
 
@@ -74,7 +73,8 @@ class SpeculativeVLM:
         adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
-        self._lock = threading.Lock()
+        self._turn = turn(model)
+        self._attached = self._seat()
 
     @classmethod
     def from_pretrained(
@@ -133,23 +133,35 @@ class SpeculativeVLM:
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
+        with self._turn:
+            return finished(self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs))
+
+    def _answers(
+        self,
+        images: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: prompts.Messages | None = None,
+        seed: Seed = None,
+        past: Past | None = None,
+        **kwargs: Any,
+    ) -> Steps[Result | list[Result]]:
+        """What `generate` does, step by step."""
         single = isinstance(prompt, str) or messages is not None
         if "input_ids" not in kwargs:
             kwargs = {**self._inputs(images, prompt, messages), **kwargs}
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
-        with self._lock:
-            results = self._generate(kwargs, seed, past)
+        results = yield from self._generate(kwargs, seed, past)
         return results[0] if single or len(results) == 1 else results
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
         """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
-        generate = partial(self.generate, images, prompt)
-        return Stream(generate, self.processor.tokenizer, kwargs)
+        return Stream(partial(self._answers, images, prompt), self._turn, self.processor.tokenizer, kwargs)
 
     def chat(self) -> Chat:
         """A new conversation; see `Chat`."""
-        return Chat(self.generate, self.processor)
+        return Chat(self._answers, self._turn, self.processor)
 
     def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
         """Processor output of either front-door form."""
@@ -166,10 +178,11 @@ class SpeculativeVLM:
         return prompts.prepare(self.processor, listed, prompt)
 
     @torch.inference_mode()
-    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> list[Result]:
+    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> Steps[list[Result]]:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()
         statistics = Statistics()
+        self._attach_again()
         kwargs = self._with_stop_strings(kwargs)
         for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
             if kwargs.pop(name, None) is not None:
@@ -178,9 +191,9 @@ class SpeculativeVLM:
         with ahead.prefill():
             kwargs = self.target.encode_images(kwargs)
         run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
-        sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
+        sampler: Sampler = yield from self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
         seconds = statistics.seconds
-        seconds["total"] = time.perf_counter() - begin
+        seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
         length = kwargs["input_ids"].shape[1]
         return [self._result(sampler, row, length, statistics) for row in range(sampler.layout.batch)]
@@ -198,7 +211,7 @@ class SpeculativeVLM:
         statistics: Statistics,
         past: Past | None,
         ahead: Ahead,
-    ) -> Sampler:
+    ) -> Steps[Sampler]:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
@@ -221,11 +234,24 @@ class SpeculativeVLM:
             if streamer is not None:
                 for token in accepted.tokens[0]:
                     streamer.put(torch.tensor([token]))
+            with statistics.timed("paused"):
+                yield
         if streamer is not None:
             streamer.end()
         if past is not None:
             past.renew(state)
         return sampler
+
+    def _seat(self) -> tuple[Any, ...]:
+        """What a drafter takes of its target."""
+        embedding = self.model.get_input_embeddings()
+        return embedding, getattr(getattr(embedding, "weight", None), "shape", None), self.model.device
+
+    def _attach_again(self) -> None:
+        """Where the model's embedding is another since; UserError where the drafter does not fit any more."""
+        if self._attached != self._seat():
+            self.drafter.attach(self.model, self.target.backend.name)
+            self._attached = self._seat()
 
     def _beside(self, kwargs: dict[str, Any]) -> Beside:
         """What only the drafter sees, taken out of the arguments of a generation."""
@@ -286,7 +312,7 @@ def _as_decoding_method(run: Any) -> Any:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Sampler:
+    ) -> Steps[Sampler]:
         return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     return decoding_method
