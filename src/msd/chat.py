@@ -27,10 +27,10 @@ class Chat:
     prompt were computed.
     """
 
-    def __init__(self, answer: Callable[..., Steps[Any]], turn: threading.RLock, processor: Any) -> None:
+    def __init__(self, answer: Callable[..., Steps[Any]], lock: threading.RLock, processor: Any) -> None:
         self.messages: prompts.Messages = []
         self.images: list[Any] = []
-        self._answer, self._turn, self._processor = answer, turn, processor
+        self._answer, self._lock, self._processor = answer, lock, processor
         self._past = Past()
 
     def say(self, prompt: str, images: Any = None, **kwargs: Any) -> Result:
@@ -38,12 +38,12 @@ class Chat:
 
         kwargs: as for `SpeculativeVLM.generate`. A turn that fails leaves the conversation as it was.
         """
-        with self._turn:
+        with self._lock:
             return finished(self._say(prompt, images, **kwargs))
 
     def stream(self, prompt: str, images: Any = None, **kwargs: Any) -> Stream:
         """As `say`, in text pieces: iterate over it; the turn counts once it ended or was closed."""
-        return Stream(partial(self._say, prompt, images), self._turn, self._processor.tokenizer, kwargs)
+        return Stream(partial(self._say, prompt, images), self._lock, self._processor.tokenizer, kwargs)
 
     def _say(self, prompt: str, images: Any = None, **kwargs: Any) -> Steps[Result]:
         """A turn, step by step."""

@@ -32,7 +32,7 @@ from msd.plan import Plan
 from msd.result import Result
 from msd.sampling import Randomness, Sampler
 from msd.statistics import Statistics
-from msd.streaming import Steps, Stream, finished, turn
+from msd.streaming import Steps, Stream, finished, request_lock
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
 
@@ -73,8 +73,8 @@ class SpeculativeVLM:
         adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
-        self._turn = turn(model)
-        self._attached = self._seat()
+        self._lock = request_lock(model)
+        self._attached = self._embedding()
 
     @classmethod
     def from_pretrained(
@@ -133,7 +133,7 @@ class SpeculativeVLM:
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
-        with self._turn:
+        with self._lock:
             return finished(self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs))
 
     def _answers(
@@ -157,11 +157,11 @@ class SpeculativeVLM:
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
         """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
-        return Stream(partial(self._answers, images, prompt), self._turn, self.processor.tokenizer, kwargs)
+        return Stream(partial(self._answers, images, prompt), self._lock, self.processor.tokenizer, kwargs)
 
     def chat(self) -> Chat:
         """A new conversation; see `Chat`."""
-        return Chat(self._answers, self._turn, self.processor)
+        return Chat(self._answers, self._lock, self.processor)
 
     def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
         """Processor output of either front-door form."""
@@ -182,7 +182,7 @@ class SpeculativeVLM:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()
         statistics = Statistics()
-        self._attach_again()
+        self._reattach()
         kwargs = self._with_stop_strings(kwargs)
         for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
             if kwargs.pop(name, None) is not None:
@@ -242,16 +242,16 @@ class SpeculativeVLM:
             past.renew(state)
         return sampler
 
-    def _seat(self) -> tuple[Any, ...]:
+    def _embedding(self) -> tuple[Any, ...]:
         """What a drafter takes of its target."""
         embedding = self.model.get_input_embeddings()
         return embedding, getattr(getattr(embedding, "weight", None), "shape", None), self.model.device
 
-    def _attach_again(self) -> None:
+    def _reattach(self) -> None:
         """Where the model's embedding is another since; UserError where the drafter does not fit any more."""
-        if self._attached != self._seat():
+        if self._attached != self._embedding():
             self.drafter.attach(self.model, self.target.backend.name)
-            self._attached = self._seat()
+            self._attached = self._embedding()
 
     def _beside(self, kwargs: dict[str, Any]) -> Beside:
         """What only the drafter sees, taken out of the arguments of a generation."""

@@ -22,14 +22,14 @@ from msd.result import Result
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # a request that computes one step at a time and returns its answer
-_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_making = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_creating = threading.Lock()
 
 
-def turn(model: nn.Module) -> threading.RLock:
+def request_lock(model: nn.Module) -> threading.RLock:
     """The lock of a model's requests. The thread that has it may make another, from a callback of the first one."""
-    with _making:
-        return _turns.setdefault(model, threading.RLock())
+    with _creating:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def finished(steps: Steps[T]) -> T:
@@ -73,9 +73,9 @@ class Stream:
     """
 
     def __init__(
-        self, request: Callable[..., Steps[Any]], turn: threading.RLock, tokenizer: Any, kwargs: dict[str, Any]
+        self, request: Callable[..., Steps[Any]], lock: threading.RLock, tokenizer: Any, kwargs: dict[str, Any]
     ) -> None:
-        self._turn, self._stop, self._pieces = turn, _Stopped(), _Pieces(tokenizer)
+        self._lock, self._stop, self._pieces = lock, _Stopped(), _Pieces(tokenizer)
         criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or []), self._stop])
         self._steps = request(streamer=self._pieces, stopping_criteria=criteria, **kwargs)
         self._result: Result | None = None
@@ -103,7 +103,7 @@ class Stream:
     def close(self) -> None:
         """Ends the generation within one step, also from another thread, or from a callback of its own."""
         self._stop.asked = True
-        with self._turn:
+        with self._lock:
             while not self._over and not self._inside():
                 self._step(len(self._pieces.texts))
 
@@ -116,7 +116,7 @@ class Stream:
         if kind is None:
             self.close()
             return
-        with self._turn:
+        with self._lock:
             if not self._inside():
                 self._steps.close()
                 self._over = True
@@ -127,7 +127,7 @@ class Stream:
 
     def _step(self, read: int) -> None:
         """One step, unless another reader had more than `read` pieces made in the meantime."""
-        with self._turn:
+        with self._lock:
             if self._over or len(self._pieces.texts) > read:
                 return
             if self._inside():

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from msd.backends import trial
+from msd.backends.dispatch import Calls, Dispatcher, redirected
 from msd.backends.fused import FusedDecoder, UnsupportedDecoderError, code
-from msd.backends.lent import Calls, Switch, lend
 from msd.backends.packed import Packed, can_pack
 from msd.backends.revision import Revision, inside
 from msd.errors import UserError
@@ -43,14 +43,14 @@ class Plain:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = ref(model)
 
-    def look(self) -> Revision:
+    def refresh(self) -> Revision:
         """The language model as it is now."""
         return Revision(_text(_alive(self._model)))
 
     @contextmanager
     def running(self, keep: Keep = None, check: bool = True) -> Iterator[bool]:
         """Passes inside, of this context, are the model's own; False: `keep` is not called."""
-        with lend({}):
+        with redirected({}):
             yield False
 
 
@@ -66,74 +66,74 @@ class Fused:
         self.dtype, self.lossy, self.measured = dtype, dtype != torch.float32, measured
         self.reason = ""
         self._model = ref(model)
-        self._made: Made | None = None
-        self._from: Revision | None = None  # what it was made from, or not made from
+        self._pass: FusedPass | None = None
+        self._packed: Revision | None = None  # of which there is, or is not, a fused pass
         self._lock = threading.RLock()
-        self._seen = self.look()  # at the last look
+        self._latest = self.refresh()
 
     @property
     def name(self) -> str:
         """Of the backend that is in use."""
-        return "plain" if self.measured and self._made is None else "bf16" if self.lossy else "fused"
+        return "plain" if self.measured and self._pass is None else "bf16" if self.lossy else "fused"
 
-    def look(self) -> Revision:
+    def refresh(self) -> Revision:
         """The language model as it is now; the fused pass is made again if it has changed.
 
         Reads all weights while there is a fused pass, since no other way tells for certain that they are the same.
         """
         model = _alive(self._model)
         with self._lock:
-            now, known = Revision(_text(model), code(model.get_decoder())), self._from
-            self._seen = now
+            now, known = Revision(_text(model), code(model.get_decoder())), self._packed
+            self._latest = now
             if now.hooked():
                 return now
             if known is None or now.structure != known.structure:
                 self._make(model, now, self.measured)
-            elif self._made is not None and not now.same(known):
+            elif self._pass is not None and not now.same(known):
                 self._make(model, now, False)
-            self._from = now
+            self._packed = now
         return now
 
     def _make(self, model: PreTrainedModel, now: Revision, timed: bool) -> None:
         """The fused pass of the model as it is, if it has one of use."""
-        self._made, self.reason = None, ""
+        self._pass, self.reason = None, ""
         try:
-            made = Made(model, self.dtype)
-            apart = trial.difference(model, made.calls())
+            fused = FusedPass(model, self.dtype)
+            apart = trial.difference(model, fused.calls())
             if not apart <= TOLERANCE[self.dtype]:
                 raise UnsupportedDecoderError(f"its fused pass differs from its own by {apart:.1e}")
         except UnsupportedDecoderError as reason:
             self.reason = str(reason)
             return
-        if not timed or trial.faster(model, made.calls()):
-            self._made = made
+        if not timed or trial.faster(model, fused.calls()):
+            self._pass = fused
             now.read()
 
     @contextmanager
     def running(self, keep: Keep = None, check: bool = True) -> Iterator[bool]:
         """Passes inside, of this context, are fused; `keep(index, states)` is given every layer's hidden states.
 
-        False where the model's own code runs. check: look at the whole model first (`look`); within a request once is
-        enough, and then only hooks, places and versions of tensors are looked at: 0.1 ms for 30 layers.
+        False where the model's own code runs. check: compare the whole model first (`refresh`), once in a request;
+        otherwise only hooks, places and versions of tensors are compared: 0.1 ms for 30 layers.
         """
         with self._lock:
-            seen = self._seen
-            if check or seen is not self._from or (self._made is not None and seen.moved()):
-                seen = self.look()
-            own = seen is not self._from or seen.hooked() or torch.is_autocast_enabled("cpu")
-            made = None if own else self._made
-        with lend({} if made is None else made.calls(keep)):
-            yield made is not None
+            now = self._latest
+            if check or now is not self._packed or (self._pass is not None and now.moved()):
+                now = self.refresh()
+            own = now is not self._packed or now.hooked() or torch.is_autocast_enabled("cpu")
+            fused = None if own else self._pass
+        with redirected({} if fused is None else fused.calls(keep)):
+            yield fused is not None
 
 
-class Made:
+class FusedPass:
     """What is made of a model's weights as they are: the fused pass of its decoder, and its output layer packed."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self._decoder, self._output = model.get_decoder(), model.get_output_embeddings()
         self._fused, self._packed = FusedDecoder(self._decoder, dtype), None
         if type(self._output) is nn.Linear and can_pack(self._output.weight):
-            if not isinstance(vars(self._output).get("forward"), Switch | None):
+            if not isinstance(vars(self._output).get("forward"), Dispatcher | None):
                 raise UnsupportedDecoderError("the forward of its output layer has been replaced")
             self._packed = Packed.of(self._output, dtype=dtype)
 

@@ -23,7 +23,7 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from msd.backends.lent import Switch
+from msd.backends.dispatch import Dispatcher
 from msd.backends.packed import Packed, can_pack
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
@@ -221,6 +221,6 @@ def _refuse_part(decoder: Any, name: str, part: nn.Module) -> None:
         raise UnsupportedDecoderError(f"{name} is no float32 layer on a CPU with oneDNN")
     if isinstance(part, nn.ModuleList):
         return
-    replaced = not isinstance(vars(part).get("forward"), Switch | None)
+    replaced = not isinstance(vars(part).get("forward"), Dispatcher | None)
     if replaced or part._compiled_call_impl or type(part).forward.__qualname__ != f"{type(part).__name__}.forward":
         raise UnsupportedDecoderError(f"the forward of its {type(part).__name__} has been replaced")

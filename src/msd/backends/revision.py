@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
-from msd.backends.lent import Switch
+from msd.backends.dispatch import Dispatcher
 
 BLOCK = 257  # words; an odd number, so that blocks begin at other columns in every row
 SMALL = 1 << 14  # bytes up to which a tensor is kept as it is
 INERT = ("transformers.utils.output_capturing", "msd.targets.taps")  # whose hooks only look on, when asked to
-NOTE = "_output_capturing_hooks_installed"  # what the library writes on a model when it installs these hooks
+INSTALLED = "_output_capturing_hooks_installed"  # what the library writes on a model when it installs these hooks
 METHODS = ("forward", "get_image_features", "get_video_features")
 SCALARS = frozenset((bool, int, float, str, torch.dtype))
 OTHERS = frozenset((type(None), OrderedDict, set, Tensor))
 
 
 class Revision:
-    """`modules` now, and `functions` that they call. deaf: those of them whose hooks do not count."""
+    """`modules` now, and `functions` that they call. unhooked: those of them whose hooks do not count."""
 
     def __init__(
-        self, modules: Sequence[nn.Module], functions: Sequence[Any] = (), deaf: Sequence[nn.Module] = ()
+        self, modules: Sequence[nn.Module], functions: Sequence[Any] = (), unhooked: Sequence[nn.Module] = ()
     ) -> None:
         configs = {id(m.config): m.config for m in modules if isinstance(vars(m).get("config"), PreTrainedConfig)}
         self._alive: list[Any] = [*modules, *configs.values()]  # so that no other object takes over an id
@@ -45,7 +45,9 @@ class Revision:
             list(functions),
         ]
         self.places = _places(self._tensors)
-        self._hooks = [hooks for m in modules if m not in deaf for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._hooks = [
+            hooks for m in modules if m not in unhooked for hooks in (m._forward_pre_hooks, m._forward_hooks)
+        ]
         self._content: list[bytes] | None = None
 
     def read(self) -> list[bytes]:
@@ -111,13 +113,13 @@ def _settings(held: dict[str, Any]) -> tuple[list[tuple[str, Any]], list[tuple[s
     settings, code = [], []
     for name, value in held.items():
         kind = type(value)
-        if kind in SCALARS and name != NOTE:
+        if kind in SCALARS and name != INSTALLED:
             settings.append((name, value))
         elif kind in OTHERS:
             continue
         elif kind in (list, tuple, dict) and name[0] != "_":
             settings.append((name, repr(value)))
-        elif callable(value) and kind is not Switch:
+        elif callable(value) and kind is not Dispatcher:
             code.append((name, value))
     return settings, code
 
@@ -135,6 +137,7 @@ def _content(tensor: Tensor) -> bytes:
     if hasattr(tensor, "__tensor_flatten__"):  # quantised: numbers and scales
         return about + b"".join(_content(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     raw = tensor.detach().reshape(-1).view(torch.uint8)
+    raw = raw.clone() if raw.storage_offset() % 8 else raw
     whole = 0 if raw.numel() <= SMALL else raw.numel() // (8 * BLOCK) * (8 * BLOCK)
     rest = raw[whole:].cpu().numpy().tobytes()
     if raw.device.type != "cpu":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.backends.lent import Calls, lend
+from msd.backends.dispatch import Calls, redirected
 
 SECONDS = 0.25  # of measuring, about
 
@@ -37,7 +37,7 @@ def faster(model: PreTrainedModel, calls: Calls) -> bool:
 def _logits(model: PreTrainedModel, calls: Calls, rows: int) -> Tensor:
     """Logits of a pass over a few arbitrary tokens: [1, rows, V]."""
     tokens = torch.arange(rows)[None] * 7 % model.config.get_text_config(decoder=True).vocab_size
-    with lend(calls), torch.autocast("cpu", enabled=False):
+    with redirected(calls), torch.autocast("cpu", enabled=False):
         embeddings = model.get_input_embeddings()(tokens.to(model.device))
         states = model.get_decoder()(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         out: Tensor = model.get_output_embeddings()(states)

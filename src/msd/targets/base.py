@@ -25,7 +25,7 @@ from msd.modality import AUDIO, VISION
 from msd.targets import masks, reuse
 from msd.targets.pictures import Pictures
 from msd.targets.state import Contents, Piece, Source, State
-from msd.targets.taps import Recorded, Taps
+from msd.targets.taps import Recording, Taps
 from msd.targets.vision import VisionCache
 from msd.tree import Accepted, DraftTree, Scores
 
@@ -114,7 +114,7 @@ class Target:
             raise UserError(f"a conversation goes on one prompt at a time, got {B}")
         layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
         held = reuse.contents(model_kwargs, self.heard(model_kwargs)) if keep or past is not None else {}
-        source = Source(self.model, self.taps.indices, self.backend.look())
+        source = Source(self.model, self.taps.indices, self.backend.refresh())
         if keep:
             source.revision.read()
         shared = past is not None and past.source is not None and source.same(past.source)
@@ -164,7 +164,7 @@ class Target:
         return Scores(output.logits, taps).among(rows, batch)
 
     @contextmanager
-    def recording(self, check: bool = True) -> Iterator[Recorded]:
+    def recording(self, check: bool = True) -> Iterator[Recording]:
         """Passes inside are the backend's, and leave their tap states. check: as in `Fused.running`."""
         with self.taps.recording(partial(self.backend.running, check=check)) as recorded:
             yield recorded

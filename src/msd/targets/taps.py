@@ -19,7 +19,7 @@ from msd.errors import UserError
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 
-class Recorded:
+class Recording:
     """What one pass leaves."""
 
     def __init__(self, indices: tuple[int, ...]) -> None:
@@ -39,7 +39,7 @@ class Recorded:
         return torch.cat([seen[i] for i in self.indices], dim=-1)
 
 
-_recorded: ContextVar[Recorded | None] = ContextVar("msd_recorded", default=None)
+_recorded: ContextVar[Recording | None] = ContextVar("msd_recorded", default=None)
 
 
 class Taps:
@@ -53,16 +53,16 @@ class Taps:
         self._places()
 
     @contextmanager
-    def recording(self, running: Running | None = None) -> Iterator[Recorded]:
+    def recording(self, running: Running | None = None) -> Iterator[Recording]:
         """Records the pass made inside. running: the backend's that computes it; by default the model's own code."""
-        recorded = Recorded(self.indices)
+        recorded = Recording(self.indices)
         begun = nullcontext(False) if running is None else running(recorded.keep if self.indices else None)
         with begun as kept, ExitStack() as hooks:
             if not kept:
                 self._hook(recorded, hooks)
             yield recorded
 
-    def _hook(self, recorded: Recorded, hooks: ExitStack) -> None:
+    def _hook(self, recorded: Recording, hooks: ExitStack) -> None:
         """Has the model's own code keep its states, as long as `hooks` lasts."""
         token = _recorded.set(recorded)
         hooks.callback(_recorded.reset, token)

@@ -89,7 +89,7 @@ def _maker(model: PreTrainedModel) -> Revision:
     """All of a model that features may come from: what does not belong to its language model."""
     text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
     modules, around = inside(model, text)
-    return Revision(modules, deaf=around)
+    return Revision(modules, unhooked=around)
 
 
 def _key(modality: str, tensors: dict[str, Tensor]) -> str:
