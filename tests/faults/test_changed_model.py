@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 import tiny
 from msd import backends
 from msd.config import SpeculativeConfig
+from msd.errors import UserError
 from msd.model import SpeculativeVLM
 
 INPUTS = tiny.llava_inputs(images=1)
@@ -373,3 +374,21 @@ def test_a_conversation_goes_on_with_another_backend() -> None:
         engine = wrapped(model, name)
         result = engine.generate(**INPUTS, max_new_tokens=NEW, do_sample=False, past=past)
         assert result.tokens == own(model)
+
+
+@pytest.mark.parametrize("backend", ["plain", "fused"])
+def test_a_drafter_that_does_not_fit_any_more_says_so(backend: str) -> None:
+    model = llava()
+    engine = wrapped(model, backend, taps=(1, 3))
+    ours(engine)
+    fewer(model)
+    with pytest.raises(UserError, match="tap 3 is outside the model's 2 layers"):
+        ours(engine)
+    model = llava()
+    engine, attached = wrapped(model, backend), []
+    engine.drafter.attach = lambda *given: attached.append(given)  # type: ignore[method-assign]
+    ours(engine)
+    resized(model)
+    ours(engine)
+    ours(engine)
+    assert len(attached) == 1, "a drafter meets the new words once"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from msd.errors import UserError
 
+Places = dict[int, tuple[nn.Module | None, nn.Module]]  # index -> (layer whose input it is, or None; the final norm)
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 
@@ -55,47 +56,49 @@ class Taps:
     @contextmanager
     def recording(self, running: Running | None = None) -> Iterator[Recording]:
         """Records the pass made inside. running: the backend's that computes it; by default the model's own code."""
-        recorded = Recording(self.indices)
+        recorded, places = Recording(self.indices), self._places()
         begun = nullcontext(False) if running is None else running(recorded.keep if self.indices else None)
         with begun as kept, ExitStack() as hooks:
             if not kept:
-                self._hook(recorded, hooks)
+                _hook(recorded, places, hooks)
             yield recorded
 
-    def _hook(self, recorded: Recording, hooks: ExitStack) -> None:
-        """Has the model's own code keep its states, as long as `hooks` lasts."""
-        token = _recorded.set(recorded)
-        hooks.callback(_recorded.reset, token)
-
-        def before(index: int) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-                if _recorded.get() is recorded:  # another thread's pass may come by
-                    recorded.keep(index, args[0] if args else (kwargs or {})["hidden_states"])
-
-            return hook
-
-        def after(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                if _recorded.get() is recorded:
-                    recorded.keep(index, output)
-
-            return hook
-
-        for index, (layer, norm) in self._places().items():
-            if layer is None:
-                handle = norm.register_forward_hook(after(index))
-            else:
-                handle = layer.register_forward_pre_hook(before(index), with_kwargs=True)
-            hooks.callback(handle.remove)
-
-    def _places(self) -> dict[int, tuple[nn.Module | None, nn.Module]]:
-        """Index -> (the layer whose input it is, None for the final state; the norm)."""
+    def _places(self) -> Places:
+        """Where the states are now; UserError for an index that the model has not, or not any more."""
         if not self.indices:
             return {}
         decoder = self._decoder()
         layers, norm = decoder.layers, decoder.norm
         assert isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module)
+        layers = layers[: getattr(decoder.config, "num_hidden_layers", None)]  # as the model's own code does
         for index in self.indices:
             if not 0 <= index <= len(layers):
                 raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
         return {index: (layers[index] if index < len(layers) else None, norm) for index in self.indices}
+
+
+def _hook(recorded: Recording, places: Places, hooks: ExitStack) -> None:
+    """Has the model's own code keep its states, as long as `hooks` lasts."""
+    token = _recorded.set(recorded)
+    hooks.callback(_recorded.reset, token)
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if _recorded.get() is recorded:  # another thread's pass may come by
+                recorded.keep(index, args[0] if args else (kwargs or {})["hidden_states"])
+
+        return hook
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if _recorded.get() is recorded:
+                recorded.keep(index, output)
+
+        return hook
+
+    for index, (layer, norm) in places.items():
+        if layer is None:
+            handle = norm.register_forward_hook(after(index))
+        else:
+            handle = layer.register_forward_pre_hook(before(index), with_kwargs=True)
+        hooks.callback(handle.remove)
