@@ -7,9 +7,8 @@ exactly what it means there.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -34,10 +33,10 @@ from msd.result import Result
 from msd.sampling import Sampler
 from msd.seeds import Seed, generators
 from msd.statistics import Statistics
-from msd.streaming import Stream
+from msd.streaming import Steps, Stream, finished, request_lock
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
-from msd.threads import watched
+from msd.threads import Cores, watched
 
 
 class SpeculativeVLM:
@@ -75,7 +74,8 @@ class SpeculativeVLM:
         adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
-        self._lock = threading.Lock()
+        self._lock = request_lock(model)
+        self._attached = self._embedding()
 
     @classmethod
     def from_pretrained(
@@ -135,6 +135,20 @@ class SpeculativeVLM:
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
+        with self._lock:
+            return finished(self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs))
+
+    def _answers(
+        self,
+        images: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: prompts.Messages | None = None,
+        seed: Seed = None,
+        past: Past | None = None,
+        **kwargs: Any,
+    ) -> Steps[Result | list[Result]]:
+        """What `generate` does, step by step."""
         if isinstance(prompt, list | tuple) and not prompt:
             return []
         listed = prompt is not None and not isinstance(prompt, str)
@@ -142,18 +156,16 @@ class SpeculativeVLM:
             kwargs = {**self._inputs(images, prompt, messages), **kwargs}
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
-        with self._lock, watched() as between_passes:
-            results = self._generate(kwargs, seed, past, between_passes)
+        results = yield from self._generate(kwargs, seed, past)
         return results if listed or len(results) > 1 else results[0]
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
         """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
-        generate = partial(self.generate, images, prompt)
-        return Stream(generate, self.processor.tokenizer, kwargs)
+        return Stream(partial(self._answers, images, prompt), self._lock, self.processor.tokenizer, kwargs)
 
     def chat(self) -> Chat:
         """A new conversation; see `Chat`."""
-        return Chat(self.generate, self.processor)
+        return Chat(self._answers, self._lock, self.processor)
 
     def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
         """Processor output of either front-door form."""
@@ -170,25 +182,23 @@ class SpeculativeVLM:
         return prompts.prepare(self.processor, prompts.grouped(images, len(prompt)), prompt)
 
     @torch.inference_mode()
-    def _generate(
-        self, kwargs: dict[str, Any], seed: Seed, past: Past | None, between_passes: Callable[[], None]
-    ) -> list[Result]:
+    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> Steps[list[Result]]:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()
         statistics = Statistics()
+        self._reattach()
         kwargs = self._with_stop_strings(kwargs)
         options.check(self.model, kwargs)
         streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
-        with ahead.prefill():
-            kwargs = self.target.encode_images(kwargs)
-        between_passes()
-        run = partial(
-            self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead,
-            between_passes=between_passes,
-        )  # fmt: skip
-        sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
+        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
+        with watched() as cores:
+            with ahead.prefill():
+                kwargs = self.target.encode_images(kwargs)
+            cores.check()
+            decoding_method = _as_decoding_method(partial(run, cores=cores))
+            sampler: Sampler = yield from self.model.generate(**kwargs, custom_generate=decoding_method)
         seconds = statistics.seconds
-        seconds["total"] = time.perf_counter() - begin
+        seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
         length = kwargs["input_ids"].shape[1]
         return [self._result(sampler, row, length, statistics) for row in range(sampler.layout.batch)]
@@ -206,8 +216,8 @@ class SpeculativeVLM:
         statistics: Statistics,
         past: Past | None,
         ahead: Ahead,
-        between_passes: Callable[[], None],
-    ) -> Sampler:
+        cores: Cores,
+    ) -> Steps[Sampler]:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
@@ -231,16 +241,30 @@ class SpeculativeVLM:
             streamer.put(input_ids.cpu())
         parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
         for accepted in decode(*parts, label=self.config.label):
-            between_passes()
             statistics.label(accepted)
             if streamer is not None:
                 for token in accepted.tokens[0]:
                     streamer.put(torch.tensor([token]))
+            cores.check()
+            with statistics.timed("paused"):
+                yield
+            cores.resume()
         if streamer is not None:
             streamer.end()
         if past is not None:
             past.renew(state)
         return sampler
+
+    def _embedding(self) -> tuple[Any, ...]:
+        """What a drafter takes of its target."""
+        embedding = self.model.get_input_embeddings()
+        return embedding, getattr(getattr(embedding, "weight", None), "shape", None), self.model.device
+
+    def _reattach(self) -> None:
+        """Where the model's embedding is another since; UserError where the drafter does not fit any more."""
+        if self._attached != self._embedding():
+            self.drafter.attach(self.model, self.target.backend.name)
+            self._attached = self._embedding()
 
     def _beside(self, kwargs: dict[str, Any]) -> Beside:
         """What only the drafter sees, taken out of the arguments of a generation."""
@@ -295,7 +319,7 @@ def _as_decoding_method(run: Any) -> Any:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Sampler:
+    ) -> Steps[Sampler]:
         return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     return decoding_method

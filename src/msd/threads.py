@@ -29,10 +29,18 @@ PAUSE, LONGEST = 1.0, 30.0  # seconds before more threads are tried again, the f
 
 
 class Cores:
-    """How many threads passes use now: `most`, or fewer while a neighbour is seen.
+    """How many threads passes use now: `most`, or fewer while a neighbour is seen. This one leaves torch's as it is."""
 
-    preemptions: how often this process has been preempted so far. free: whether parallel operators run undisturbed
-    with that many threads. now: seconds.
+    def resume(self) -> None:
+        """Before passes that follow on something else, which says nothing of them."""
+
+    def check(self) -> None:
+        """After a pass: fewer threads where it was preempted, more again where nobody disturbs."""
+
+
+class Shared(Cores):
+    """preemptions: how often this process has been preempted so far. free: whether parallel operators run undisturbed
+    with that many threads. apply: sets the number of threads. now: seconds.
     """
 
     def __init__(
@@ -40,20 +48,22 @@ class Cores:
         most: int,
         preemptions: Callable[[], int],
         free: Callable[[int], bool],
+        apply: Callable[[int], None] = lambda threads: None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.most, self.threads = most, most
-        self._preemptions, self._free, self._now = preemptions, free, now
+        self._preemptions, self._free, self._apply, self._now = preemptions, free, apply, now
         self._count, self._since = preemptions(), now()  # at the end of the last check
         self._changed, self._pause = -LONGEST, PAUSE
 
-    def begin(self) -> None:
-        """Before the first pass of a request: what happened since the last request says nothing of passes."""
+    def resume(self) -> None:
+        """See `Cores`."""
         self._count, self._since = self._preemptions(), self._now()
         self._raise_if_free()
+        self._apply(self.threads)
 
     def check(self) -> None:
-        """Between two passes: fewer threads where the last one was preempted, more again where nobody disturbs."""
+        """See `Cores`."""
         preempted, seconds = self._preemptions() - self._count, self._now() - self._since
         if self.threads == 1 or preempted < max(FEWEST, RATE * seconds):
             self._raise_if_free()
@@ -62,6 +72,7 @@ class Cores:
             self._pause = min(2 * self._pause, LONGEST) if soon else PAUSE
             self.threads -= max(1, self.threads // 4)
             self._changed = self._now()
+        self._apply(self.threads)
         self._count, self._since = self._preemptions(), self._now()
 
     def _raise_if_free(self) -> None:
@@ -75,7 +86,7 @@ class Cores:
             self._pause = min(2 * self._pause, LONGEST)
 
 
-_cores: Cores | None = None
+_shared: Shared | None = None
 _lock, _users = threading.Lock(), 0
 
 
@@ -85,39 +96,35 @@ def share_cores(on: bool = True) -> None:
     For programs that do not have their machine to themselves. Only while an answer is being made is torch's number of
     threads changed. Nothing happens where the system does not count preemptions.
     """
-    global _cores
+    global _shared
     most = torch.get_num_threads()
-    _cores = Cores(most, _preemptions, _free) if on and most > 1 and resource is not None else None
+    _shared = Shared(most, _preemptions, _free, _use) if on and most > 1 and resource is not None else None
 
 
 @contextmanager
-def watched() -> Iterator[Callable[[], None]]:
-    """Passes inside run on as many threads as are free; call what this yields between them."""
+def watched() -> Iterator[Cores]:
+    """The cores for the passes inside; afterwards torch's number of threads is again what the program made it."""
     global _users
-    cores = _cores
+    cores = _shared
     if cores is None:
-        yield lambda: None
+        yield Cores()
         return
-
-    def apply() -> None:
-        if torch.get_num_threads() != cores.threads:
-            torch.set_num_threads(cores.threads)
-
-    def check() -> None:
-        cores.check()
-        apply()
-
     with _lock:
         _users += 1
-        if _users == 1:
-            cores.begin()
-    apply()
+    cores.resume()
     try:
-        yield check
+        yield cores
     finally:
         with _lock:
             _users -= 1
-        torch.set_num_threads(cores.most)
+            if not _users:
+                _use(cores.most)
+
+
+def _use(threads: int) -> None:
+    """Has torch use that many."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _preemptions() -> int:

@@ -15,7 +15,7 @@ from msd import threads
 from msd.costs import Costs
 from msd.model import SpeculativeVLM
 from msd.plan import Plan
-from msd.threads import LONGEST, PAUSE, Cores, share_cores, watched
+from msd.threads import LONGEST, PAUSE, Shared, share_cores, watched
 
 COSTS = Costs((1, 9, 33), (100, 200), ((1.0, 1.1, 4.0), (1.0, 1.1, 6.0)))
 
@@ -26,14 +26,14 @@ class Machine:
     def __init__(self, cores: int) -> None:
         self.time, self.preempted, self.cores, self.busy, self.probes = 0.0, 0.0, cores, 0, 0
 
-    def cores_of_ours(self) -> Cores:
-        return Cores(self.cores, lambda: int(self.preempted), self.free, lambda: self.time)
+    def cores_of_ours(self) -> Shared:
+        return Shared(self.cores, lambda: int(self.preempted), self.free, now=lambda: self.time)
 
     def free(self, number: int) -> bool:
         self.time, self.probes = self.time + 0.01, self.probes + 1
         return number + self.busy <= self.cores
 
-    def passes(self, ours: Cores, seconds: float, count: int) -> None:
+    def passes(self, ours: Shared, seconds: float, count: int) -> None:
         for _ in range(count):
             self.time += seconds
             if ours.threads + self.busy > self.cores:
@@ -73,7 +73,7 @@ def test_what_happened_between_requests_says_nothing_of_passes() -> None:
     machine = Machine(2)
     ours = machine.cores_of_ours()
     machine.preempted, machine.time = 5000, 1.0
-    ours.begin()
+    ours.resume()
     machine.passes(ours, 0.03, 3)
     assert ours.threads == 2
 
@@ -127,8 +127,8 @@ def test_answers_stay_the_same_when_the_number_changes_in_the_middle(
 
 def test_without_the_call_nothing_is_touched(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_preemptions", lambda: 10**9)
-    with watched() as check:
-        check()
+    with watched() as cores:
+        cores.check()
         assert torch.get_num_threads() == 2
 
 
@@ -136,8 +136,8 @@ def test_the_number_is_given_back_when_an_answer_fails(two_threads: None, monkey
     counts = iter(range(0, 10**6, 1000))
     monkeypatch.setattr(threads, "_preemptions", lambda: next(counts))
     share_cores()
-    with pytest.raises(RuntimeError), watched() as check:
-        check()
+    with pytest.raises(RuntimeError), watched() as cores:
+        cores.check()
         assert torch.get_num_threads() == 1
         raise RuntimeError
     assert torch.get_num_threads() == 2
