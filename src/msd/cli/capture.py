@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from msd.cli import terminal
-from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet
+from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet, share_cores
 from msd.errors import InterruptedRunError, UserError
 from msd.files import as_text, check_place
 
@@ -60,6 +60,7 @@ def capture(
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
+    share_cores()
     from msd.cuts import ModalityCuts
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint

@@ -36,6 +36,7 @@ from msd.cli.options import (
     Verifier,
     policy,
     quiet,
+    share_cores,
 )
 
 
@@ -71,6 +72,7 @@ def generate(
     if method:
         chosen_methods(method, seen.target)
     quiet()
+    share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
 
     config = SpeculativeConfig(label=True, backend=backend, **checked)

@@ -24,7 +24,7 @@ from msd.cli.asked import (
     scene,
     settings,
 )
-from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, quiet
+from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, quiet, share_cores
 from msd.errors import UserError
 from msd.files import check_place, write_whole
 
@@ -62,6 +62,7 @@ def inspect(
     if method:
         chosen_methods(method, seen.target)
     quiet()
+    share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
     from msd.inspect import page, tracing
 

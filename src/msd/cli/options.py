@@ -94,6 +94,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+def share_cores() -> None:
+    """Passes use fewer threads while other processes keep the cores busy; not for commands that time anything."""
+    from msd import threads
+
+    threads.share_cores()
+
+
 def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
     """Method names of a `--method` value, "all" being all for that target; UserError for an unknown one.
 
