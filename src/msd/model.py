@@ -8,7 +8,7 @@ exactly what it means there.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -27,7 +27,6 @@ from msd.decode import decode
 from msd.drafters import BorrowsEye, Calibrated, Drafter, Translates, recordings
 from msd.errors import UserError
 from msd.event_tokens import event_tokens
-from msd.layout import Layout
 from msd.plan import Plan
 from msd.result import Result
 from msd.sampling import Sampler
@@ -37,6 +36,7 @@ from msd.streaming import Steps, Stream, finished, request_lock
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
 from msd.threads import Cores, watched
+from msd.tree import Step
 
 
 class SpeculativeVLM:
@@ -117,6 +117,7 @@ class SpeculativeVLM:
         messages: prompts.Messages | None = None,
         seed: Seed = None,
         past: Past | None = None,
+        on_step: Callable[[Step], None] | None = None,
         **kwargs: Any,
     ) -> Result | list[Result]:
         """Answers a prompt about images; a list of prompts, or several answers to one, give a list of results.
@@ -132,11 +133,13 @@ class SpeculativeVLM:
         beside: in their place, tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function
         that makes them (`statistics.seconds`: see `msd.ahead`).
         past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
+        on_step: is given every step with its trees, scores and choices (`msd.tree.Step`), as it is made.
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
         with self._lock:
-            return finished(self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs))
+            steps = self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs)
+            return finished(steps, on_step)
 
     def _answers(
         self,
@@ -196,12 +199,11 @@ class SpeculativeVLM:
                 kwargs = self.target.encode_images(kwargs)
             cores.check()
             decoding_method = _as_decoding_method(partial(run, cores=cores))
-            sampler: Sampler = yield from self.model.generate(**kwargs, custom_generate=decoding_method)
+            results: list[Result] = yield from self.model.generate(**kwargs, custom_generate=decoding_method)
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
-        length = kwargs["input_ids"].shape[1]
-        return [self._result(sampler, row, length, statistics) for row in range(sampler.layout.batch)]
+        return results
 
     def _run(
         self,
@@ -217,7 +219,7 @@ class SpeculativeVLM:
         past: Past | None,
         ahead: Ahead,
         cores: Cores,
-    ) -> Steps[Sampler]:
+    ) -> Steps[list[Result]]:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
@@ -239,21 +241,24 @@ class SpeculativeVLM:
         )  # fmt: skip
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
-        for accepted in decode(*parts, label=self.config.label):
-            statistics.label(accepted)
+        parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt)
+        answers: list[list[int]] = [[] for _ in range(B)]
+        for step in decode(*parts, label=self.config.label):
+            statistics.read(step)
+            for row, tokens in enumerate(step.accepted.tokens):
+                answers[row] += [] if row in step.accepted.padded else tokens
             if streamer is not None:
-                for token in accepted.tokens[0]:
+                for token in step.accepted.tokens[0]:
                     streamer.put(torch.tensor([token]))
             cores.check()
             with statistics.timed("paused"):
-                yield
+                yield step
             cores.resume()
         if streamer is not None:
             streamer.end()
         if past is not None:
             past.renew(state)
-        return sampler
+        return [self._result(tokens, sampler.finish[row], row, statistics) for row, tokens in enumerate(answers)]
 
     def _embedding(self) -> tuple[Any, ...]:
         """What a drafter takes of its target."""
@@ -300,13 +305,11 @@ class SpeculativeVLM:
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}
 
-    def _result(self, sampler: Sampler, row: int, length: int, statistics: Statistics) -> Result:
-        """What `row` emitted after its `length` prompt columns."""
-        layout: Layout = sampler.layout
-        tokens = layout.tokens[row, length : sampler.end(row)].tolist()
+    def _result(self, tokens: list[int], finish: str | None, row: int, statistics: Statistics) -> Result:
+        """What `row` emitted, and why it ended."""
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
-        return Result(text, tokens, sampler.finish[row] or "", self.drafter.name, statistics, labels)
+        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels)
 
 
 def _as_decoding_method(run: Any) -> Any:
@@ -319,7 +322,7 @@ def _as_decoding_method(run: Any) -> Any:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Steps[Sampler]:
+    ) -> Steps[list[Result]]:
         return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     return decoding_method

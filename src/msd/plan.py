@@ -9,7 +9,6 @@ governor: it goes by what steps really took and gave, and stops drafting for a w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -109,14 +108,14 @@ class Plan:
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
         return Budget(self.nodes, depth, self.width, seconds, passes)
 
-    def learn(self, budget: Budget, drafted: int, emitted: float, seconds: Mapping[str, float]) -> None:
-        """What became of a budget: nodes drafted and tokens emitted per row, seconds of "draft" and "verify"."""
+    def learn(self, budget: Budget, drafted: int, emitted: float, draft: float, verify: float) -> None:
+        """What became of a budget: nodes drafted and tokens emitted per row, seconds of the draft and of the pass."""
         if budget.passes is None:
             return
         nodes = min(drafted, self.nodes)
-        self._passes_seen.append(seconds["verify"] / budget.passes[nodes])
+        self._passes_seen.append(verify / budget.passes[nodes])
         if budget.nodes:
-            self._drafts.append(seconds["draft"])
+            self._drafts.append(draft)
             step = self.draft_seconds + self.slowness * budget.passes[nodes]
             self.governor.learn(emitted - step / (self.slowness * budget.passes[0]))
 

@@ -95,7 +95,6 @@ class Sampler:
         native = (MaxLengthCriteria, EosTokenCriteria)
         self.criteria = StoppingCriteriaList([c for c in criteria if not isinstance(c, native)])
         self.finish: list[str | None] = [None] * B
-        self.ended: list[int | None] = [None] * B  # columns at which rows finished
 
     @property
     def alive(self) -> list[int]:
@@ -107,11 +106,6 @@ class Sampler:
     def finished(self) -> frozenset[int]:
         """Rows that have stopped."""
         return frozenset(row for row, why in enumerate(self.finish) if why is not None)
-
-    def end(self, row: int) -> int:
-        """One past the last token of the answer of `row` so far, without the padding that follows it in lockstep."""
-        ended = self.ended[row]
-        return self.layout.end[row] if ended is None else ended
 
     def room(self, row: int) -> int:
         """How many tokens `row` may still emit."""
@@ -199,8 +193,6 @@ class Sampler:
                 self.finish[row] = "length"
             elif stops:
                 self.finish[row] = "criteria"
-            if self.finish[row] is not None:
-                self.ended[row] = self.layout.end[row]
         return self.finish[row] is None
 
     def _shown(self) -> Tensor:

@@ -19,9 +19,10 @@ from transformers.generation.streamers import TextStreamer
 
 from msd.errors import UserError
 from msd.result import Result
+from msd.tree import Step
 
 T = TypeVar("T")
-Steps = Generator[None, None, T]  # a request that computes one step at a time and returns its answer
+Steps = Generator[Step, None, T]  # a request that computes one step at a time and returns its answer
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _creating = threading.Lock()
 
@@ -32,11 +33,13 @@ def request_lock(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-def finished(steps: Steps[T]) -> T:
-    """The answer of a request, all steps in one go."""
+def finished(steps: Steps[T], read: Callable[[Step], None] | None = None) -> T:
+    """The answer of a request, all steps in one go, each of them shown to `read`."""
     while True:
         try:
-            next(steps)
+            step = next(steps)
+            if read is not None:
+                read(step)
         except StopIteration as end:
             answer: T = end.value
             return answer

@@ -221,3 +221,25 @@ class Accepted:
     divergence: list[list[float]] | None = None
     modality: list[list[int]] | None = None
     padded: frozenset[int] = frozenset()
+
+    @property
+    def tokens_a_row(self) -> float:
+        """Tokens emitted by each row that took part, on average."""
+        lengths = [len(tokens) for tokens in self.tokens if tokens]
+        return sum(lengths) / max(1, len(lengths))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target pass over the trees of all rows, and what came of it.
+
+    draft_seconds, verify_seconds: wall time of the draft and of the target's pass. prefill: whether this is the first
+    step, whose scores [B, 1, V] are those of the prompt's last token and whose trees are bare roots.
+    """
+
+    tree: DraftTree
+    scores: Scores
+    accepted: Accepted
+    draft_seconds: float
+    verify_seconds: float
+    prefill: bool = False

@@ -153,7 +153,7 @@ def steps(plan: Plan, count: int, emitted: float, noise: random.Random | None) -
         n = budget.nodes
         drafted += n > 0
         slow = 1.0 if noise is None else noise.choice([1.0, 1.0, 2.0, 5.0, 20.0])
-        plan.learn(budget, n, emitted if n else 1.0, {"draft": 0.2 if n else 0.0, "verify": slow * budget.passes[n]})  # type: ignore[index]
+        plan.learn(budget, n, emitted if n else 1.0, 0.2 if n else 0.0, slow * budget.passes[n])  # type: ignore[index]
     return drafted
 
 

@@ -17,7 +17,7 @@ from msd.bench.words import kinds_of
 from msd.cuts import ModalityCuts
 from msd.drafters import recordings
 from msd.model import SpeculativeVLM
-from msd.statistics import Step
+from msd.statistics import RowStep
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LabelledSample:
     """
 
     words: list[str]
-    chains: dict[str, tuple[list[Step], list[int]]]
+    chains: dict[str, tuple[list[RowStep], list[int]]]
     trees: dict[str, list[int]]
 
 

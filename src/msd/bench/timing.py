@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from msd.bench.assistant import shallow
 from msd.model import SpeculativeVLM
-from msd.statistics import Statistics, Step
+from msd.statistics import RowStep, Statistics
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
         """Tokens of all answers."""
         return sum(map(len, self.answers))
 
-    def by_row(self) -> Iterable[tuple[list[Step], list[int]]]:
+    def by_row(self) -> Iterable[tuple[list[RowStep], list[int]]]:
         """(steps, tokens) of every answer."""
         for row, answer in enumerate(self.answers):
             yield [step for step in self.statistics.steps if step.row == row], answer

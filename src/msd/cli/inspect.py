@@ -64,15 +64,17 @@ def inspect(
     quiet()
     share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
-    from msd.inspect import page, tracing
+    from msd.gain import gain_of_blocks
+    from msd.inspect import Trace, page
+    from msd.prompts import prepare
 
     # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
     config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
     with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
     asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
-    with tracing(vlm.drafter) as steps:
-        answer = vlm.generate(seen.shown, prompt, **asked)
+    trace = Trace()
+    answer = vlm.generate(seen.shown, prompt, on_step=trace, **asked)
     beside = ""
     if "events" in asked:
         made = event_frames(asked["events"])
@@ -82,9 +84,13 @@ def inspect(
     for source in seen.shown:
         pictures += source.frames if isinstance(source, Clip) else [source]
     tokenizer = vlm.processor.tokenizer
-    text = page(prompt, answer, steps, lambda token: tokenizer.decode([token]), pictures, beside)
+    gains = None
+    if len(seen.shown) == 1 and answer.tokens:
+        found = gain_of_blocks(vlm.target, prepare(vlm.processor, [seen.shown], [prompt]), answer.tokens)
+        gains = None if found is None else found.tolist()
+    text = page(prompt, answer, trace.passes, lambda token: tokenizer.decode([token]), pictures, beside, gains)
     write_whole(out, text)
     if as_json:
-        print(json.dumps({"out": str(out), "steps": len(steps), **answer.as_dict()}))
+        print(json.dumps({"out": str(out), "steps": len(trace.passes), **answer.as_dict()}))
     else:
-        print(f"{answer.text.strip()}\n{out}: {len(steps)} steps")
+        print(f"{answer.text.strip()}\n{out}: {len(trace.passes)} steps")
