@@ -30,7 +30,7 @@ def read_bytes(path: Path, remedy: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"cannot read '{path}': there is no such file; {remedy}") from error
+        raise UserError(f"cannot read it: there is no file '{path}'; {remedy}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}; {remedy}") from error
     if not data.strip(b"\0 \r\n\t"):
