@@ -12,21 +12,15 @@ import typer
 
 from msd.cli import terminal
 from msd.cli.options import (
-    Backend,
-    Data,
-    Device,
-    Drafter,
-    Epsilon,
-    Images,
+    DrafterFolder,
     Json,
-    Limit,
+    Lines,
     MaxNewTokens,
     Methods,
-    Target,
-    Thresholds,
-    Verifier,
+    Model,
+    Policy,
     chosen_methods,
-    policy,
+    grouped,
     quiet,
     use_drafter,
 )
@@ -37,16 +31,16 @@ if TYPE_CHECKING:
     from msd.bench.measure import Bench
 
 
+@grouped
 def bench(
-    target: Target = "reference",
+    model: Model,
+    lines: Lines,
+    policy: Policy,
     method: Methods = "all",
-    drafter: Drafter = None,
-    data: Data = None,
-    images: Images = None,
+    drafter: DrafterFolder = None,
     suite: Annotated[
         str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; all by default.")
     ] = "",
-    limit: Limit = None,
     max_new_tokens: MaxNewTokens = 96,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0,
     cuts: Annotated[
@@ -63,11 +57,6 @@ def bench(
             help="transformers' own ways to decode, separated by commas; all by default. Plain always runs.",
         ),
     ] = "",
-    verifier: Verifier = "lossless",
-    epsilon: Epsilon = 0.0,
-    threshold: Thresholds = None,
-    backend: Backend = "measure",
-    device: Device = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts of a task that are answered together.")] = 1,
     warm: Annotated[
         bool, typer.Option("--warm", help="Also time every answer again with its photos encoded already.")
@@ -79,10 +68,12 @@ def bench(
 
     if out is not None:
         check_place(out, folder=True)
-    checked = policy(verifier, threshold, epsilon)
+    checked = policy.checked()
     use_drafter(drafter)
-    methods = chosen_methods(method, target, greedy=temperature == 0)
-    samples = in_suites(load_data(data, images), [name.strip() for name in suite.split(",") if name.strip()])[:limit]
+    methods = chosen_methods(method, model.target, greedy=temperature == 0)
+    samples = in_suites(
+        load_data(lines.data, lines.images), [name.strip() for name in suite.split(",") if name.strip()]
+    )[: lines.limit]
     if cuts is not None and temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
@@ -94,18 +85,18 @@ def bench(
 
     check.check_files(samples)
     ways = _ways(baselines, list(measure.LIBRARY))
-    known = modal.find_cuts(target, cuts)
-    model, processor = load_target(target, device)
+    known = modal.find_cuts(model.target, cuts)
+    loaded, processor = load_target(model.target, model.device)
     if known is not None:
-        known.check_target(fingerprint(model))
+        known.check_target(fingerprint(loaded))
     asked = measure.Asked(
-        tuple(methods), max_new_tokens, temperature, known, SpeculativeConfig(**checked, backend=backend), warm, batch,
-        ways, {"drafter": None if drafter is None else stored.digest(drafter)},
+        tuple(methods), max_new_tokens, temperature, known, SpeculativeConfig(**checked, backend=model.backend), warm,
+        batch, ways, {"drafter": None if drafter is None else stored.digest(drafter)},
     )  # fmt: skip
     if out is not None:
         make_folder(out)
     with exclusive(out) if out else nullcontext(), terminal.status("measuring…") as status:
-        work = measure.Bench(model, processor, samples, asked, out)
+        work = measure.Bench(loaded, processor, samples, asked, out)
         try:
             work.measure(status.update)
         except BaseException as error:

@@ -6,57 +6,42 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from msd.cli import terminal
-from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet, share_cores
+from msd.cli.options import Json, Lines, MaxNewTokens, Model, grouped, quiet, share_cores
 from msd.errors import InterruptedRunError, UserError
 from msd.files import as_text, check_place
 
+if TYPE_CHECKING:
+    from msd.bench.data import Sample
+    from msd.train.capture import Prompt
 
+
+@grouped
 def capture(
     out: Annotated[Path, typer.Option("--out", help="File for the answers (jsonl); an earlier run there goes on.")],
-    data: Data = None,
-    images: Images = None,
-    target: Target = "reference",
+    lines: Lines,
+    model: Model,
     max_new_tokens: MaxNewTokens = 128,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
-    limit: Limit = None,
-    backend: Backend = "measure",
-    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Let the target answer prompts greedily, and label what it says by how much the image mattered."""
     from msd.bench.data import BUNDLED, image_folder, load_data
-    from msd.train.capture import Prompt, pending
     from msd.train.capture import capture as write_all
+    from msd.train.capture import pending
 
     begin = time.perf_counter()
     check_place(out)
-    lines = load_data(data, images)
-    samples = lines[:limit]
-    for sample in samples:
-        if sample.before:
-            raise UserError(
-                f"{sample.where}: a conversation; 'msd capture' asks single prompts, so give its first turn"
-            )
-        if not all(isinstance(shown, Path) for shown in sample.images):
-            raise UserError(f"{sample.where}: a video; 'msd capture' asks about images, so leave the line out")
-    folder = image_folder(data or BUNDLED / "prompts.jsonl", images)
-    prompts = [
-        Prompt(
-            s.prompt,
-            tuple(_name(p, folder) for p in s.images if isinstance(p, Path)),
-            s.task,
-            s.split,
-            None if s.events is None else _name(s.events, folder),
-        )
-        for s in samples
-    ]
+    every = load_data(lines.data, lines.images)
+    samples = every[: lines.limit]
+    folder = image_folder(lines.data or BUNDLED / "prompts.jsonl", lines.images)
+    prompts = [_prompt(sample, folder) for sample in samples]
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
@@ -72,13 +57,13 @@ def capture(
 
     console = Console(file=sys.stderr)
     with terminal.status("loading the target…"):
-        model, processor = load_target(target, device)
-        name = fingerprint(model)
+        loaded, processor = load_target(model.target, model.device)
+        name = fingerprint(loaded)
     if cuts is not None:
         cuts.check_target(name)
-    writer = TargetWriter(model, processor, folder, max_new_tokens, backend)
+    writer = TargetWriter(loaded, processor, folder, max_new_tokens, model.backend)
     lossy = writer.engine.target.backend.lossy
-    marks = {"target": name} | ({"backend": backend} if lossy else {})
+    marks = {"target": name} | ({"backend": model.backend} if lossy else {})
     todo = pending(prompts, out, marks)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for prompt in progress.track(todo, description="checking"):
@@ -93,7 +78,7 @@ def capture(
                 f"interrupted; what is written is kept in {out}, and the same command goes on from there"
             ) from stop
     check_labelled(records, out)
-    if cuts is None and not lossy and len(samples) == len(lines):  # neither a part of the data nor rounded gains decide
+    if cuts is None and not lossy and len(samples) == len(every):  # neither a part of the data nor rounded gains decide
         cuts = fit_cuts(records, name)
         if cuts is not None:
             cuts.save(frozen)
@@ -108,6 +93,19 @@ def capture(
         "seconds": round(time.perf_counter() - begin, 3),
     }
     print(json.dumps(summary) if as_json else _told(summary))
+
+
+def _prompt(sample: Sample, folder: Path) -> Prompt:
+    """What a data line asks; UserError for a line that is no single prompt about images."""
+    from msd.train.capture import Prompt
+
+    if sample.before:
+        raise UserError(f"{sample.where}: a conversation; 'msd capture' asks single prompts, so give its first turn")
+    if not all(isinstance(shown, Path) for shown in sample.images):
+        raise UserError(f"{sample.where}: a video; 'msd capture' asks about images, so leave the line out")
+    images = tuple(_name(path, folder) for path in sample.images if isinstance(path, Path))
+    events = None if sample.events is None else _name(sample.events, folder)
+    return Prompt(sample.prompt, images, sample.task, sample.split, events)
 
 
 def _check(writer: Any, prompt: Any, place: str) -> None:

@@ -4,93 +4,76 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL.Image import Image
 
 from msd.cli import terminal
-from msd.cli.asked import (
-    Ask,
-    AskedTarget,
-    EventFile,
-    Frames,
-    ImageFiles,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    VideoFiles,
-    scene,
-    settings,
-)
-from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, quiet, share_cores
+from msd.cli.options import Drafting, Json, MaxNewTokens, Sampling, Shown, grouped, quiet, scene, share_cores
 from msd.errors import UserError
 from msd.files import check_place, write_whole
 
+if TYPE_CHECKING:
+    from msd import SpeculativeVLM
 
+
+@grouped
 def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write, such as trace.html.")],
-    images: ImageFiles = None,
-    video: VideoFiles = None,
-    frames: Frames = None,
-    events: EventFile = None,
-    prompt: Ask = "",
-    target: AskedTarget = None,
-    method: Method = None,
-    drafter: Drafter = None,
+    shown: Shown,
+    drafting: Drafting,
+    sampling: Sampling,
     max_new_tokens: MaxNewTokens = 96,
-    temperature: Temperature = 0.0,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    backend: Backend = "measure",
-    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Answer PROMPT and write a page of the draft trees: what was tried, and what the target took."""
-    from msd.cli.options import chosen_methods, use_drafter
-    from msd.events import event_frames, view
-    from msd.videos import Clip
-
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
     check_place(out)
-    seen = scene(target, images, video, frames, None, events, prompt)
-    trained = use_drafter(drafter)
-    method = method or trained
-    if method:
-        chosen_methods(method, seen.target)
+    seen = scene(shown, drafting.target)
+    method = drafting.chosen(seen.target)
     quiet()
     share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
-    from msd.gain import gain_of_blocks
     from msd.inspect import Trace, page
-    from msd.prompts import prepare
 
     # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
-    config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
+    config = SpeculativeConfig(label=True, backend=drafting.backend, adaptive=False)
     with terminal.loading():
-        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
-    asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
+        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=drafting.device)
+    asked = {**sampling.settings(max_new_tokens), **seen.of(vlm.drafter)}
     trace = Trace()
-    answer = vlm.generate(seen.shown, prompt, on_step=trace, **asked)
-    beside = ""
-    if "events" in asked:
-        made = event_frames(asked["events"])
-        captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
-        beside = view.snippet(made.images(), captions, f"{events}: what the drafter sees beside")
+    answer = vlm.generate(seen.shown, shown.prompt, on_step=trace, **asked)
+    events = _events(asked["events"], f"{shown.events}: what the drafter sees beside") if "events" in asked else ""
     pictures: list[Image] = []
     for source in seen.shown:
-        pictures += source.frames if isinstance(source, Clip) else [source]
-    tokenizer = vlm.processor.tokenizer
-    gains = None
-    if len(seen.shown) == 1 and answer.tokens:
-        found = gain_of_blocks(vlm.target, prepare(vlm.processor, [seen.shown], [prompt]), answer.tokens)
-        gains = None if found is None else found.tolist()
-    text = page(prompt, answer, trace.passes, lambda token: tokenizer.decode([token]), pictures, beside, gains)
+        pictures += getattr(source, "frames", [source])
+    decode = vlm.processor.tokenizer.decode
+    gains = _gains(vlm, seen.shown, shown.prompt, answer.tokens)
+    text = page(shown.prompt, answer, trace.passes, lambda token: decode([token]), pictures, events, gains)
     write_whole(out, text)
     if as_json:
         print(json.dumps({"out": str(out), "steps": len(trace.passes), **answer.as_dict()}))
     else:
         print(f"{answer.text.strip()}\n{out}: {len(trace.passes)} steps")
+
+
+def _events(recording: Any, title: str) -> str:
+    """HTML of a recording's frames."""
+    from msd.events import event_frames, view
+
+    made = event_frames(recording)
+    captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
+    return view.snippet(made.images(), captions, title)
+
+
+def _gains(vlm: SpeculativeVLM, shown: list[Any], prompt: str, tokens: list[int]) -> list[Any] | None:
+    """The image gain of every token by blocks of the one picture shown; None where that is not what is shown."""
+    from msd.gain import gain_of_blocks
+    from msd.prompts import prepare
+
+    if len(shown) != 1 or not tokens:
+        return None
+    found = gain_of_blocks(vlm.target, prepare(vlm.processor, [shown], [prompt]), tokens)
+    return None if found is None else found.tolist()

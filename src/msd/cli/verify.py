@@ -12,17 +12,14 @@ from rich.console import Console
 
 from msd.cli import terminal
 from msd.cli.options import (
-    Backend,
-    Data,
-    Device,
-    Drafter,
-    Images,
+    DrafterFolder,
     Json,
-    Limit,
+    Lines,
     MaxNewTokens,
     Methods,
-    Target,
+    Model,
     chosen_methods,
+    grouped,
     quiet,
     use_drafter,
 )
@@ -30,45 +27,51 @@ from msd.cli.terminal import table
 from msd.errors import InterruptedRunError, UserError
 
 
+@grouped
 def verify(
-    target: Target = "reference",
+    model: Model,
+    lines: Lines,
     method: Methods = "all",
-    drafter: Drafter = None,
-    data: Data = None,
-    images: Images = None,
-    limit: Limit = None,
+    drafter: DrafterFolder = None,
     max_new_tokens: MaxNewTokens = 32,
     draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = 100_000,
     outputs: Annotated[
         Path | None,
         typer.Option("--outputs", help="Audit another engine's answers: data lines with 'tokens' or 'text'."),
     ] = None,
-    backend: Backend = "measure",
-    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Compare with transformers' generate(): greedy and same-seed tokens, and χ² where candidates are sampled."""
     from msd.bench.data import load_data, load_outputs
 
     use_drafter(drafter)
-    methods = chosen_methods(method, target)
-    samples = load_outputs(outputs, images) if outputs else load_data(data, images)
-    samples = samples[:limit]
+    methods = chosen_methods(method, model.target)
+    samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
+    samples = samples[: lines.limit]
     quiet()
     from msd.bench import certificate, check
     from msd.loading import load_target
 
     check.check_files(samples)
-    model, processor = load_target(target, device)
+    loaded, processor = load_target(model.target, model.device)
     rows: list[certificate.Row] = []
     try:
         with terminal.status("verifying…") as status:
             if outputs:
-                certificate.audit(model, processor, samples, status.update, rows)
+                certificate.audit(loaded, processor, samples, status.update, rows)
             else:
                 told = partial(status.console.print, highlight=False, markup=False, soft_wrap=True)
                 certificate.certify(
-                    model, processor, samples, methods, max_new_tokens, draws, status.update, backend, rows, told
+                    loaded,
+                    processor,
+                    samples,
+                    methods,
+                    max_new_tokens,
+                    draws,
+                    status.update,
+                    model.backend,
+                    rows,
+                    told,
                 )
     except BaseException as error:
         if any(row.compared for row in rows):
