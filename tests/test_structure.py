@@ -10,7 +10,8 @@ import pytest
 import msd
 
 ROOT = Path(msd.__file__).parent
-# from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
+# from the ground up; a package stands for all its modules that have no place of their own, and "msd" for the lazy names
+# of msd/__init__.py
 LAYERS: list[set[str]] = [
     {"errors", "version", "files", "heap", "hidden"},
     {"modality", "cuts", "layout", "cache", "tree", "backends"},
@@ -18,6 +19,8 @@ LAYERS: list[set[str]] = [
     {"targets", "verify", "gain", "event_gain"},
     {"costs"},
     {"plan"},
+    {"drafters.toolkit"},
+    {"train.losses"},
     {"drafters"},
     {"decode", "ahead"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
@@ -53,7 +56,8 @@ def imports(source: str, known: set[str]) -> set[str]:
 
 def place(module: str) -> str:
     """The entry of `LAYERS` that a module belongs to."""
-    return module.split(".")[1] if "." in module else module
+    parts = module.split(".")
+    return next((n for n in (".".join(parts[1:3]), parts[1]) if n in RANK), parts[1]) if len(parts) > 1 else module
 
 
 def upward(texts: dict[str, str]) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any
 from msd import prompts
 from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
-from msd.drafters import stored
-from msd.drafters.msd import MSD, checkpoint
+from msd.drafters import registry
+from msd.drafters.algorithms.msd import MSD
 from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
@@ -54,8 +54,7 @@ def agreement(one: list[int], two: list[int]) -> tuple[float, float]:
 
 def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str, Any]]:
     model, processor = load_target(args.target)
-    thresholds = stored.training(args.drafter).get("thresholds")
-    drafter = MSD(checkpoint.load(args.drafter), calibrated=thresholds)
+    drafter = MSD.trained(registry.load(args.drafter))
     engines = {name: SpeculativeVLM(model, processor, SpeculativeConfig(**s), drafter) for name, s in POLICIES.items()}
     engines = {"ar": SpeculativeVLM(model, processor, drafter="ar"), **engines}
     references = captions(args.data, args.photos)

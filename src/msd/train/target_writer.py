@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.config import SpeculativeConfig
-from msd.drafters.plain import Plain
+from msd.drafters.algorithms.plain import Plain
 from msd.errors import UserError
 from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks

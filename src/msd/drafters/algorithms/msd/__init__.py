@@ -1,0 +1,23 @@
+"""`msd`: router, experts, decoupled vision path and modality-aware trees over one light trunk (docs/drafter.md).
+
+Drafters of its kind under other names: `standard`, the control with every modality part off; `msd:ar`, the form that
+drafts level by level; `msd:15min`, trained as long as the published methods it is compared with.
+"""
+
+from functools import partial
+
+from msd.drafters import registry
+from msd.drafters.algorithms.msd.config import SWITCHES, MSDConfig
+from msd.drafters.algorithms.msd.drafter import MSD
+from msd.drafters.algorithms.msd.network import MSDNetwork
+from msd.drafters.algorithms.msd.objective import DraftObjective
+from msd.drafters.registry import Method, learned, training_command
+from msd.drafters.toolkit.growth import Shape
+
+__all__ = ["MSD", "SWITCHES", "DraftObjective", "MSDConfig", "MSDNetwork", "Shape"]
+
+learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD.trained)(MSDNetwork)
+registry.add(Method("msd:sampled", partial(MSD.trained, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
+_others = {"standard": f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
+for _name, _options in _others.items():
+    registry.add(Method(_name, partial(MSD.trained, name=_name), (_name,), command=training_command(_options)))
