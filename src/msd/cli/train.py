@@ -84,7 +84,6 @@ def train(
     edges = ModalityCuts.load(frozen)
     quiet()
     from msd.drafters import registry
-    from msd.drafters.algorithms.msd import SWITCHES
     from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
@@ -92,10 +91,11 @@ def train(
     from msd.train import held_out as scores
     from msd.train.losses.msd import LossConfig
 
-    wrong = sorted(set(out_of) - set(SWITCHES))
-    if wrong:
-        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(SWITCHES)}")
-    if calibrate and not registry.trainable(method).routes:
+    kind = registry.trainable(method)
+    wrong = sorted(set(out_of) - set(kind.parts))
+    if wrong and kind.parts:
+        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(kind.parts)}")
+    if calibrate and not kind.routes:
         raise UserError(f"--calibrate is for msd's router; method '{method}' has none")
     settings = drafting.DraftTraining(
         method=method, start=None if start is None else str(start), form=form, layers=layers, steps=steps, batch=batch,

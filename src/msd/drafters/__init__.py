@@ -1,7 +1,7 @@
 """Drafters propose trees of continuations. A method is a file in `algorithms`, made of parts in `toolkit`."""
 
 from msd.drafters.base import BorrowsEye, Calibrated, Drafter, ReadsAhead, Translates
-from msd.drafters.registry import catalogue, create, default, methods, register, register_folder
+from msd.drafters.registry import catalogue, create, default, methods, ready, register, register_folder
 
 __all__ = [
     "BorrowsEye",
@@ -13,6 +13,7 @@ __all__ = [
     "create",
     "default",
     "methods",
+    "ready",
     "register",
     "register_folder",
 ]

@@ -60,11 +60,8 @@ class Method:
     @property
     def hint(self) -> str:
         """How to get the weights that are missing; empty where none is."""
-        missing = self.missing
-        if not missing:
-            return ""
-        made_by = _known().get(missing[0], self)
-        return f"weights not here: {made_by.command or training_command(f'--method {missing[0]}')}"
+        made_by = [_known()[name] for name in self.missing]
+        return f"weights not here: {made_by[0].command}" if made_by else ""
 
 
 _BUILT_IN: dict[str, Method] = {}  # what files of `msd.drafters.algorithms` registered
@@ -105,7 +102,8 @@ def learned(
             network.told = checkpoint.training(folder)
             return network
 
-        add(Method(name, lambda network: drafter(kind.adopted(network)), weights or (name,), kind, load))
+        make = lambda network: drafter(kind.adopted(network))  # noqa: E731
+        add(Method(name, make, weights or (name,), kind, load, command=training_command(f"--method {name}")))
         return kind
 
     return registered
@@ -140,10 +138,11 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def catalogue() -> list[Method]:
-    """All methods, plain decoding first, then those without weights, MSD's own forms, and the rest by name."""
-    known = _known() | {name: m for name, m in _METHODS.items() if name not in _known()}
+    """All methods, plain decoding first, then those without weights, MSD's own forms, and the rest."""
+    known = _known()
     order = lambda m: (m.name != "ar", bool(m.weights), DEFAULT not in (m.name, m.form_of))  # noqa: E731
-    return sorted(known.values(), key=order)
+    names = [m.name for m in sorted(known.values(), key=order)] + [name for name in _METHODS if name not in known]
+    return [_METHODS.get(name) or known[name] for name in names]
 
 
 def methods(target: str = "reference") -> list[str]:
@@ -153,20 +152,25 @@ def methods(target: str = "reference") -> list[str]:
 
 
 def get(name: str) -> Method:
-    """The method `name`; UserError lists all, and how to make weights that are not here."""
+    """The method `name`; UserError lists all there are, with a mark where weights are not here."""
     known = _METHODS.get(name) or _known().get(name)
     if known is None:
-        lines = [m.name + (f" ({m.hint})" if m.name not in _METHODS and m.hint else "") for m in catalogue()]
-        raise UserError(f"unknown method '{name}'; known: {', '.join(lines)}")
+        listed = [m.name + (" (weights not here)" if m.missing else "") for m in catalogue()]
+        raise UserError(f"unknown method '{name}'; known: {', '.join(listed)}")
     return known
 
 
-def create(name: str) -> Drafter:
-    """A fresh drafter of method `name`; methods of a folder share its network. UserError as in `get`."""
+def ready(name: str) -> Method:
+    """The method `name`, which can draft; UserError as in `get`, or naming the command that makes its weights."""
     method = get(name)
     if method.missing:
         raise UserError(f"method '{name}': {method.hint}, and name the folder with --drafter")
-    here = folders()
+    return method
+
+
+def create(name: str) -> Drafter:
+    """A fresh drafter of method `name`; methods of a folder share its network. UserError as in `ready`."""
+    method, here = ready(name), folders()
     return method.make(*(_shared(here[part]) for part in method.weights))
 
 

@@ -50,7 +50,7 @@ class DraftTraining:
 
     method: a name of the registry; all but "msd" have the published form, parts, loss and stages.
     layers: decoder layers of the trunk, the method's own number by default. off: parts of the network left out, names
-    of `msd.drafters.algorithms.msd.SWITCHES`. text_only: stage 1 alone. precision: of matrix products, the target's and
+    of its `parts`. text_only: stage 1 alone. precision: of matrix products, the target's and
     the network's, in training: "float32" (the weights' own), "bf16" (autocast) or "measure" (bf16 where it is clearly
     faster here); held-out figures are always taken with the weights' own. remember: gigabytes of memory for what the
     target computed for the answers, which changes no result. start: the folder of an `msd` drafter to go on from; it
@@ -83,7 +83,8 @@ class DraftTraining:
             raise UserError(
                 "a drafter to start from brings its method, form, layers and parts; leave these settings out"
             )
-        if given & {"form", "off"} - set(registry.trainable(self.method).settings):
+        kind = registry.trainable(self.method)
+        if ("form" in given and not kind.forms) or ("off" in given and not kind.parts):
             raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
 
 

@@ -78,8 +78,8 @@ class DraftNetwork(nn.Module, ABC):
     roots: answer tokens a row to draft from in a training step, at most. reach: drafted tokens below each.
     stages: (steps about text alone, steps until all are about images, share of these at first, share of text kept) of
     training, all of them shares; None: those of the run. reduced: whether it has a draft vocabulary of its own.
-    options: the method's own numbers and their defaults. settings: which of `msd train`'s settings "form" and "off"
-    (parts to leave out) it takes. routes: whether it predicts modalities, which verification policies go by.
+    options: the method's own numbers and their defaults. forms, parts: what `msd train` can choose and leave out.
+    routes: whether it predicts modalities, which verification policies go by.
     """
 
     method: ClassVar[str]
@@ -96,7 +96,8 @@ class DraftNetwork(nn.Module, ABC):
     stages: ClassVar[tuple[float, float, float, float] | None] = (0.02, 0.1, 0.5, 0.05)
     reduced: ClassVar[bool] = False
     options: ClassVar[dict[str, float]] = {}
-    settings: ClassVar[tuple[str, ...]] = ()
+    forms: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
     routes: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:

@@ -14,10 +14,12 @@ from msd.drafters.algorithms.msd.objective import DraftObjective
 from msd.drafters.registry import Method, learned, training_command
 from msd.drafters.toolkit.growth import Shape
 
-__all__ = ["MSD", "SWITCHES", "DraftObjective", "MSDConfig", "MSDNetwork", "Shape"]
+__all__ = ["CONTROL", "MSD", "OURS", "SHIPPED", "SWITCHES", "DraftObjective", "MSDConfig", "MSDNetwork", "Shape"]
 
 learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD.trained)(MSDNetwork)
 registry.add(Method("msd:sampled", partial(MSD.trained, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
-_others = {"standard": f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
+SHIPPED, CONTROL = "msd", "standard"
+OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names that stand for MSD in a comparison, by preference
+_others = {CONTROL: f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
 for _name, _options in _others.items():
     registry.add(Method(_name, partial(MSD.trained, name=_name), (_name,), command=training_command(_options)))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from msd.backends.packed import Linear
 from msd.cuts import EVENT_MODALITIES
-from msd.drafters.algorithms.msd.config import SWITCHES, MSDConfig, shapes_of
+from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
 from msd.drafters.algorithms.msd.heads import Heads, Probe
 from msd.drafters.toolkit.adaptors import AuxiliaryAdaptor, VisionAdaptor
 from msd.drafters.toolkit.context import Anchors, Entries, Images, left_aligned, pick, real_columns
@@ -42,7 +42,7 @@ class MSDNetwork(SelfFed):
     layer = Layer
     roots, stages = None, None
     reduced = routes = True
-    settings = ("form", "off")
+    forms, parts = FORMS, SWITCHES
     config: MSDConfig
 
     def __init__(self, config: MSDConfig) -> None:

@@ -1,0 +1,49 @@
+"""Which methods there are is the same everywhere; only the weights may be missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from msd import drafters
+from msd.drafters import registry
+from msd.errors import UserError
+
+
+def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = [m.name for m in drafters.catalogue()]
+    monkeypatch.setattr(registry, "ROOTS", registry.ROOTS[:1])  # what the wheel carries
+    assert [m.name for m in drafters.catalogue()] == checkout
+    here = drafters.methods()
+    assert here == [m.name for m in drafters.catalogue() if not m.hint]
+    assert here == ["ar", "prompt-lookup", "prompt-lookup:sampled", "msd", "msd:sampled", "msd+prompt-lookup"]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("eagle2", "msd train --method eagle2"),
+        ("specvlm-video", "msd train --method eagle2"),
+        ("msd+eagle3", "msd train --method eagle3"),
+        ("standard", "msd train --off router,"),
+        ("msd:ar", "msd train --form ar"),
+    ],
+)
+def test_absent_weights_name_the_command_that_makes_them(
+    name: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "ROOTS", registry.ROOTS[:1])
+    with pytest.raises(
+        UserError, match=f"method '{name.replace('+', '[+]')}': weights not here: make them with `{command}"
+    ):
+        drafters.create(name)
+    with pytest.raises(UserError, match=r"unknown method 'eagle9'; known: ar, .*eagle2 \(weights not here\)"):
+        drafters.create("eagle9")
+
+
+def test_what_is_registered_comes_first() -> None:
+    before = drafters.methods()
+    drafters.register("ar", lambda: drafters.create("prompt-lookup"))
+    drafters.register("mine", lambda: drafters.create("ar"))
+    assert drafters.methods() == [*before, "mine"]
+    assert drafters.create("mine").name == "prompt-lookup"
+    assert "mine" in drafters.methods("another/target")
