@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
+
+from metrics import caption_scores
 
 from msd import prompts
 from msd.bench.data import data_lines
@@ -25,7 +30,6 @@ from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
-from msd.train.metrics import caption_scores
 
 PROMPT = "Write a short caption for this picture."
 POLICIES: dict[str, dict[str, Any]] = {

@@ -13,10 +13,9 @@ from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
 from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.drafter import TrainedDrafter
-from msd.drafters.toolkit.growth import Levels, Subtrees
+from msd.drafters.toolkit.growth import Levels, Subtrees, draw
 from msd.drafters.toolkit.layers import Keys
 from msd.drafters.toolkit.memory import DecodedStates
-from msd.drafters.toolkit.sampled import draw
 from msd.events.pieces import Events
 from msd.plan import Budget
 from msd.sampling import Sampler
