@@ -86,6 +86,15 @@ def test_no_module_imports_upward() -> None:
     assert upward(modules()) == []
 
 
+def test_methods_know_the_toolkit_and_not_each_other() -> None:
+    texts, home = modules(), "msd.drafters.algorithms."
+    own = {name: name.removeprefix(home).split(".")[0] for name in texts if name.startswith(home)}
+    assert len(set(own.values())) > 10
+    for name, method in own.items():
+        others = imports(texts[name], set(texts)) & own.keys()
+        assert {own[other] for other in others} <= {method}, name
+
+
 def test_no_modules_import_each_other() -> None:
     # msd/__init__.py loads what it offers when it is asked for, so that importing it imports nothing above
     texts = {name: text for name, text in modules().items() if name != "msd"}

@@ -99,7 +99,7 @@ def learned(
 
         def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
             network = checkpoint.load(folder, lambda text: kind(config.from_json(text)), dtype)
-            network.told = checkpoint.training(folder)
+            network.provenance = checkpoint.training(folder)
             return network
 
         make = lambda network: drafter(kind.adopted(network))  # noqa: E731
@@ -147,8 +147,8 @@ def catalogue() -> list[Method]:
 
 def methods(target: str = "reference") -> list[str]:
     """Names of the methods that can draft here for a target: those trained for the reference model only for that."""
-    able = lambda m: m.name in _METHODS or (not m.missing if target == "reference" else not m.weights)  # noqa: E731
-    return [m.name for m in catalogue() if able(m)]
+    here = folders().keys() if target == "reference" else set()
+    return [m.name for m in catalogue() if here >= set(m.weights)]
 
 
 def get(name: str) -> Method:

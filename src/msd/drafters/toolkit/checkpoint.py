@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -45,18 +45,28 @@ def sizes(text_config: Any) -> dict[str, Any]:
     }
 
 
-def as_json(config: Any) -> str:
-    """JSON text of a dataclass, which `read` reads back."""
-    return json.dumps(asdict(config), indent=1)
+class Configuration:
+    """Of a drafter: a dataclass with a strict JSON form. owner: what messages call the drafter."""
 
+    owner: ClassVar[str] = "a drafter here"
 
-def read(text: str, kind: type, name: str) -> dict[str, Any]:
-    """The fields of a `kind` from its JSON text; UserError calls it `name` and tells of an unknown or missing field."""
-    raw: dict[str, Any] = json.loads(text)
-    for field in sorted({f.name for f in fields(kind)}.symmetric_difference(raw)):
-        how = "unknown" if field in raw else "missing"
-        raise UserError(f"its config.json is not that of {name}: field '{field}' is {how}")
-    return raw
+    def as_json(self) -> str:
+        """JSON text that `from_json` reads back."""
+        return json.dumps(asdict(self), indent=1)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Strict: an unknown or missing field is a UserError that names it."""
+        raw: dict[str, Any] = json.loads(text)
+        for field in sorted({f.name for f in fields(cls)}.symmetric_difference(raw)):  # type: ignore[arg-type]
+            how = "unknown" if field in raw else "missing"
+            raise UserError(f"its config.json is not that of {cls.owner}: field '{field}' is {how}")
+        return cls(**(raw | cls.rebuilt(raw)))
+
+    @classmethod
+    def rebuilt(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The fields that JSON has in another form (lists for tuples)."""
+        return {"taps": tuple(raw["taps"])} if "taps" in raw else {}
 
 
 def save(network: Any, folder: Path, training: dict[str, Any] | None = None, eight_bit: bool = False) -> None:

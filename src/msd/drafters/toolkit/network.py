@@ -34,7 +34,7 @@ _packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, Packed]] = WeakKeyDictio
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(checkpoint.Configuration):
     """Sizes follow the target's text model; H is its hidden size, V its vocabulary.
 
     method: the name it is published under. layers: decoder layers. taps: indices of the target's hidden states that it
@@ -58,16 +58,6 @@ class NetworkConfig:
     rope_theta: float = 10000.0
     eps: float = 1e-5
     options: dict[str, float] = field(default_factory=dict)
-
-    def as_json(self) -> str:
-        """JSON text that `from_json` reads back."""
-        return checkpoint.as_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> NetworkConfig:
-        """Strict: an unknown or missing field is a UserError that names it."""
-        raw = checkpoint.read(text, cls, "a drafter here")
-        return cls(**(raw | {"taps": tuple(raw["taps"])}))
 
 
 class DraftNetwork(nn.Module, ABC):
@@ -107,7 +97,7 @@ class DraftNetwork(nn.Module, ABC):
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.layers))
         self.stack: list[Layer] = list(self.layers)  # type: ignore[arg-type]
-        self.told: dict[str, Any] = {}  # what training noted beside the weights
+        self.provenance: dict[str, Any] = {}  # what training wrote beside the weights
         self._target: list[nn.Module] = []  # embedding and head, in a list, so that they are no part of the state dict
         self._dtype: torch.dtype | None = None  # of packed products
         self._head_packed = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 
 
 @dataclass(frozen=True)
-class EventGPTConfig:
+class EventGPTConfig(checkpoint.Configuration):
     """H is the language model's hidden size, P the patches of a frame.
 
     frames: of equal event count. image_size, patch_size: pixels. vision_*: of the CLIP tower; vision_layer: which of
@@ -37,6 +37,7 @@ class EventGPTConfig:
     draft tree, nodes that go on per level and the number of levels. The rest is LLaMA's.
     """
 
+    owner: ClassVar[str] = "an EventGPT drafter"
     vocabulary: int
     hidden: int
     intermediate: int
@@ -94,15 +95,6 @@ class EventGPTConfig:
             head_dim=self.head_dim, rms_norm_eps=self.eps, max_position_embeddings=self.positions,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta}, tie_word_embeddings=False,
         )  # fmt: skip
-
-    def as_json(self) -> str:
-        """JSON text that `from_json` reads back."""
-        return checkpoint.as_json(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> EventGPTConfig:
-        """Strict: an unknown or missing field is a UserError that names it."""
-        return cls(**checkpoint.read(text, cls, "an EventGPT drafter"))
 
 
 class EventGPT(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from msd import modality
 from msd.drafters.toolkit import checkpoint
@@ -32,7 +32,7 @@ def shapes_of(modalities: Iterable[str] = ("language", "vision", "fusion")) -> d
 
 
 @dataclass(frozen=True)
-class MSDConfig:
+class MSDConfig(checkpoint.Configuration):
     """Sizes follow the target's text model; H is its hidden size, V its vocabulary, T the number of taps.
 
     form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
@@ -45,6 +45,7 @@ class MSDConfig:
     `standard` control.
     """
 
+    owner: ClassVar[str] = "an MSD drafter"
     hidden: int
     heads: int
     kv_heads: int
@@ -96,22 +97,15 @@ class MSDConfig:
             own |= {"layers": 1, "depth": 5}
         return cls(**(own | changes))
 
-    def as_json(self) -> str:
-        """JSON text that `from_json` reads back."""
-        return checkpoint.as_json(self)
-
     @classmethod
-    def from_json(cls, text: str) -> MSDConfig:
-        """Strict: an unknown or missing field is a UserError that names it."""
-        raw = checkpoint.read(text, cls, "an MSD drafter")
-        built = {
+    def rebuilt(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """See `Configuration`."""
+        return super().rebuilt(raw) | {
             "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
             "shared": Shape(**raw["shared"]),
-            "taps": tuple(raw["taps"]),
             "beside": tuple(tuple(group) for group in raw["beside"]),
             "modalities": tuple(raw["modalities"]),
         }
-        return cls(**(raw | built))
 
     def within(self, shape: Shape, width: int | None = None) -> Shape:
         """A subtree's shape as far as the form reaches, and at most `width` wide."""

@@ -47,7 +47,7 @@ class MSD(TrainedDrafter):
     @classmethod
     def trained(cls, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> MSD:
         """With the thresholds that were calibrated for the network."""
-        return cls(network, name or network.method, sampled, network.told.get("thresholds"))
+        return cls(network, name or network.method, sampled, network.provenance.get("thresholds"))
 
     def borrow(self, look: Callable[[Events], Tensor]) -> None:
         """See `BorrowsEye`; of no use to a network that was trained without events."""
