@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from msd import drafters
@@ -38,6 +41,23 @@ def test_absent_weights_name_the_command_that_makes_them(
         drafters.create(name)
     with pytest.raises(UserError, match=r"unknown method 'eagle9'; known: ar, .*eagle2 \(weights not here\)"):
         drafters.create("eagle9")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[1]", "it is no JSON object"),
+        ('{"method": ["eagle2"]}', "is not that of an MSD drafter"),
+        ('{"method": "eagle9"}', "is of method 'eagle9', which is not known here"),
+        ('{"method": "eagle2"}', "is not that of a drafter here: field 'depth' is missing"),
+        ("{", "is damaged"),
+    ],
+)
+def test_a_folder_of_another_kind_is_refused(config: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=re.escape(said)):
+        drafters.register_folder(tmp_path)
 
 
 def test_what_is_registered_comes_first() -> None:

@@ -117,7 +117,7 @@ def train(
         prompts = [(a.images, a.prompt) for a in mixed(testing, calibrate)]
         masses = scores.record(model, processor, type(network).drafter(network), prompts)
         told |= {"thresholds": scores.solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
-        checkpoint.note(out / "drafter", told)
+        checkpoint.save_training(out / "drafter", told)
     summary = {
         "drafter": str(out / "drafter"), "finished": finished, "curves": str(picture) if log.exists() else None,
         **{name: told[name] for name in ("steps", "seconds", "peak_gigabytes", "losses", "held_out")},

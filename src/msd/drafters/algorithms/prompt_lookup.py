@@ -128,16 +128,16 @@ class PromptLookup:
             for row, root in enumerate(roots)
         ]
         size = 1 + max(len(d.tokens) for d in drafts)
-        laws = max(1, max(len(d.sources) for d in drafts))
+        count = max(1, max(len(d.sources) for d in drafts))
         child = torch.full((len(drafts), size, self.branches), -1)
-        law, q = torch.zeros_like(child), torch.zeros(len(drafts), laws, sampler.vocabulary)
+        source, q = torch.zeros_like(child), torch.zeros(len(drafts), count, sampler.vocabulary)
         for row, draft in enumerate(drafts):
-            for parent, k, node, source in draft.trials:
-                child[row, parent, k], law[row, parent, k] = node, source
+            for parent, k, node, drawn_from in draft.trials:
+                child[row, parent, k], source[row, parent, k] = node, drawn_from
             for r, (tokens, p) in enumerate(draft.sources):
                 q[row, r, tokens] = p
         device = state.layout.tokens.device
-        trials = Trials(child.to(device), law.to(device), q.to(device))
+        trials = Trials(child.to(device), source.to(device), q.to(device))
         fixed = [[False] * len(d.tokens) for d in drafts]
         newest = state.layout.newest()
         return DraftTree.from_lists(

@@ -58,6 +58,8 @@ class Configuration:
     def from_json(cls, text: str) -> Self:
         """Strict: an unknown or missing field is a UserError that names it."""
         raw: dict[str, Any] = json.loads(text)
+        if not isinstance(raw, dict):
+            raise UserError(f"its config.json is not that of {cls.owner}: it is no JSON object")
         for field in sorted({f.name for f in fields(cls)}.symmetric_difference(raw)):  # type: ignore[arg-type]
             how = "unknown" if field in raw else "missing"
             raise UserError(f"its config.json is not that of {cls.owner}: field '{field}' is {how}")
@@ -78,16 +80,16 @@ def save(network: Any, folder: Path, training: dict[str, Any] | None = None, eig
     }
     if eight_bit:
         tensors = _rounded(tensors)
-    beside = folder / f"{WEIGHTS}.tmp"
-    save_file(tensors, beside)
-    beside.chmod(0o644)  # the library makes it private
-    beside.replace(folder / WEIGHTS)
+    unfinished = folder / f"{WEIGHTS}.tmp"
+    save_file(tensors, unfinished)
+    unfinished.chmod(0o644)  # the library makes it private
+    unfinished.replace(folder / WEIGHTS)
     write_whole(folder / CONFIG, network.config.as_json() + "\n")
-    note(folder, training or {})
+    save_training(folder, training or {})
 
 
-def note(folder: Path, training: dict[str, Any]) -> None:
-    """Replaces what is kept beside the weights."""
+def save_training(folder: Path, training: dict[str, Any]) -> None:
+    """Replaces what is kept of the training."""
     write_whole(folder / EXTRA, json.dumps(training, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -105,7 +107,7 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
         tensors = _whole(load_file(folder / WEIGHTS))
     except UserError as error:
         raise UserError(f"drafter '{folder}': {error}") from error
-    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # a field of another kind, or size
         raise UserError(f"drafter '{folder}' is damaged: {error}") from error
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
@@ -156,11 +158,12 @@ def method(folder: Path) -> str | None:
         raw = json.loads(configuration(folder))
     except json.JSONDecodeError as error:
         raise UserError(f"drafter '{folder}' is damaged: {error}") from error
-    return raw.get("method") if isinstance(raw, dict) else None
+    name = raw.get("method") if isinstance(raw, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def training(folder: Path | str) -> dict[str, Any]:
-    """What `save` was told beside the weights; empty when there is none."""
+    """What `save` was given as `training`; empty when there is none."""
     path = Path(folder) / EXTRA
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
