@@ -34,11 +34,14 @@ def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch
 def test_absent_weights_name_the_command_that_makes_them(
     name: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what to do then: a folder named with --drafter is the method it is of, which is not always the one asked."""
     monkeypatch.setattr(registry, "ROOTS", registry.ROOTS[:1])
     with pytest.raises(
         UserError, match=f"method '{name.replace('+', '[+]')}': weights not here: make them with `{command}"
     ):
         drafters.create(name)
+    with pytest.raises(UserError, match="with --drafter" if name == "eagle2" else "copy DIR/drafter to"):
+        drafters.ready(name)
     with pytest.raises(UserError, match=r"unknown method 'eagle9'; known: ar, .*eagle2 \(weights not here\)"):
         drafters.create("eagle9")
 

@@ -164,7 +164,10 @@ def ready(name: str) -> Method:
     """The method `name`, which can draft; UserError as in `get`, or naming the command that makes its weights."""
     method = get(name)
     if method.missing:
-        raise UserError(f"method '{name}': {method.hint}, and name the folder with --drafter")
+        place = ROOTS[-1] / method.missing[0].replace(":", "-")
+        alone = method.load is not None and method.weights == (name,)
+        then = "name the folder DIR/drafter with --drafter" if alone else f"copy DIR/drafter to '{place}'"
+        raise UserError(f"method '{name}': {method.hint}, then {then}")
     return method
 
 
