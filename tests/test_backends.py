@@ -100,7 +100,7 @@ def test_taps_are_the_hidden_states_of_transformers(decoder: Any) -> None:
         (lambda: LlamaModel(LlamaConfig(**SIZES, hidden_act="gelu")), "activation 'gelu'"),
         (lambda: MistralModel(MistralConfig(**SIZES, sliding_window=8)), "sliding windows"),
         (lambda: LlamaModel(LlamaConfig(**SIZES, mlp_bias=True)), "mlp.down_proj.bias"),
-        (lambda: LlamaModel(LlamaConfig(**SIZES)).bfloat16(), "no float32 linear layer"),
+        (lambda: LlamaModel(LlamaConfig(**SIZES)).bfloat16(), "no float32 layer"),
     ],
 )
 def test_what_is_not_fused_says_why(model: Any, reason: str) -> None:

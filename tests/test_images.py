@@ -152,8 +152,11 @@ def test_the_result_shares_nothing_with_the_source() -> None:
     [
         ("http://host/a.jpg", "fetching is off"),
         ("https:\\\\host\\a.jpg", "fetching is off"),
-        ("file:///a.jpg", "fetching is off"),
-        ("data:image/png;base64,AAAA", "fetching is off"),
+        ("file://host/a.jpg", "fetching is off"),
+        ("file:///no/such.jpg", "there is no file"),
+        ("data:image/png;base64,AAAA", "not a readable image"),
+        ("data:image/png;base64,A", "no data URI"),
+        ("data:image/png", "no data URI"),
         ("", "empty"),
         ("no-such-file.jpg", "'no-such-file.jpg'"),
         ("a\0b.jpg", "cannot read"),

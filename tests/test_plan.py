@@ -103,7 +103,7 @@ def fake(batch: int = 1, end: int = 100) -> Any:
 def test_budgets_tell_the_seconds_of_a_step() -> None:
     plan = Plan(nodes=4, costs=FLAT)
     assert plan.budget(fake()).seconds == (1.0,) * 5
-    plan.learn(plan.budget(fake()), 4, 3.0, {"draft": 0.5, "verify": 1.0})
+    plan.learn(plan.budget(fake()), 4, 3.0, 0.5, 1.0)
     assert plan.budget(fake()).seconds == (1.5,) * 5
     assert plan.budget(fake(batch=8)).seconds == pytest.approx(
         (0.5 + 1.0, *(0.5 + FLAT.of(40, 100)[8 * n + 7] for n in (1, 2, 3, 4)))
@@ -114,7 +114,7 @@ def test_budgets_tell_the_seconds_of_a_step() -> None:
 def test_a_slow_moment_is_not_blamed_on_drafting() -> None:
     plan = Plan(nodes=4, costs=FLAT)
     for _ in range(50):  # all passes take three times as long as when they were measured; drafting still gains
-        plan.learn(plan.budget(fake()), 4, 2.0, {"draft": 0.3, "verify": 3.0})
+        plan.learn(plan.budget(fake()), 4, 2.0, 0.3, 3.0)
     assert plan.slowness == pytest.approx(3.0, rel=0.01)
     assert plan.budget(fake()).nodes == 4
 

@@ -36,7 +36,7 @@ from msd.layout import Layout
 from msd.model import SpeculativeVLM
 from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores, Trials
-from msd.verify import Lossless, Verifier, trials
+from msd.verify import Lossless, Verifier, rejection
 
 V, ROWS, DRAWS = 6, 10_000, 100_000
 FALSE_ALARM = 1e-3
@@ -199,19 +199,19 @@ def _left_as_it_is(p: Tensor) -> Tensor:
 
 
 def test_an_unnormalised_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "normalise", _left_as_it_is)
+    monkeypatch.setattr(rejection, "normalise", _left_as_it_is)
     assert Cell(Drafter(3)).p_value(draws=FEW) < CAUGHT
 
 
 def test_drawing_from_p_instead_of_the_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    first: Callable[..., Any] = trials.sampled_trials
+    first: Callable[..., Any] = rejection.sampled_trials
 
     def from_p(tree: DraftTree, node: Tensor, p: Tensor, sampler: Sampler, rows: list[int], *rule: Any) -> Any:
         token, child = first(tree, node, p, sampler, rows, *rule)
         again = sampler.multinomial(p, rows)
         return torch.where(child >= 0, token, again), child
 
-    monkeypatch.setattr(trials, "sampled_trials", from_p)
+    monkeypatch.setattr(rejection, "sampled_trials", from_p)
     assert Cell(Drafter(1)).p_value(draws=FEW) < CAUGHT
 
 
@@ -244,7 +244,7 @@ def test_the_whole_loop_does_draft() -> None:
 
 
 def test_the_whole_loop_is_caught_with_an_unnormalised_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "normalise", _left_as_it_is)
+    monkeypatch.setattr(rejection, "normalise", _left_as_it_is)
     assert min(sampling_law.end_to_end_p_values(drafters.create("prompt-lookup:sampled"), 10_000)) < CAUGHT
 
 

@@ -6,12 +6,13 @@ they were measured on is not always told, so the estimate is for an A100 of 80 G
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from msd.estimate import Acceptance, Sizes, Workload, card, plans, sizes
+from msd.files import write_whole
+from msd.records import read_json
 
 ROOT = Path(__file__).parents[1]
 CARD = "A100-80"
@@ -92,7 +93,7 @@ def checked() -> str:
     path = ROOT / "results/estimate.json"
     if not path.exists():
         return "Not measured yet: `python recipes/estimate/validate.py --out results/estimate.json` on an idle machine."
-    found = json.loads(path.read_text())
+    found = read_json(path, "write it again with recipes/estimate/validate.py", finite=False)
     lines = [
         f"{found['target']['name']}, {found['backend']} backend, {found['dtype']}, {found['threads']} threads: largest "
         f"error {found['worst_error']:.0%} (limit {found['limit']:.0%}).", "",
@@ -109,11 +110,11 @@ def checked() -> str:
 def main() -> None:
     """Replaces what stands between the page's marks."""
     page = ROOT / "docs/estimate.md"
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for name, table in {"published": published(), "grid": grid(), "checked": checked()}.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->(.*?<!-- /{name} -->)?", lambda _, b=block: b, text, count=1, flags=re.S)
-    page.write_text(text)
+    write_whole(page, text)
 
 
 if __name__ == "__main__":

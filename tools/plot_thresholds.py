@@ -7,6 +7,7 @@ modality, the same for both policies; every number is exact given the position (
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from msd import modality
+from msd.files import write_whole
 from msd.verify import calibrate
 from msd.verify.divergence import budget_law, sampled_law, threshold_law, total_variation
 from msd.verify.rules import hard, soft
@@ -88,7 +90,9 @@ def candidates(path: Path) -> None:
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Writes a small PNG."""
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=80, metadata={"Software": None})
+    write_whole(path, drawn.getvalue())
     plt.close(figure)
 
 

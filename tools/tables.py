@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from msd.bench import report
+from msd.errors import UserError
+from msd.files import write_whole
+from msd.records import read_json
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("vision", "language", "fusion")
@@ -62,7 +64,7 @@ def trained_table(rows: dict[str, dict[str, Any]], modalities: tuple[str, ...]) 
 def read(path: str) -> Any:
     """A committed result file; None where there is none yet."""
     file = ROOT / path
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file, "restore it, or make it again as the docs tell", finite=False) if file.exists() else None
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -73,7 +75,7 @@ def tables() -> dict[str, dict[str, str]]:
     return {
         "README.md": {
             "verify": verify_table(read("results/verify.json")["rows"]),
-            "floors": (ROOT / "results/floors.md").read_text(),
+            "floors": (ROOT / "results/floors.md").read_text(encoding="utf-8"),
             "bench": report.markdown(read("results/val/results.json")),
         },
         "docs/modality_verification.md": {"policies": policies_table(policies)} if policies else {},
@@ -95,15 +97,18 @@ def main() -> int:
     stale = 0
     for name, made in tables().items():
         page = ROOT / name
-        text = fresh = page.read_text()
+        text = fresh = page.read_text(encoding="utf-8")
         for mark, table in made.items():
             block = f"<!-- {mark} -->\n{table.strip()}\n<!-- /{mark} -->"
             fresh = re.sub(rf"<!-- {mark} -->(.*?<!-- /{mark} -->)?", lambda _, b=block: b, fresh, count=1, flags=re.S)
         stale += fresh != text
         if "--check" not in sys.argv and fresh != text:
-            page.write_text(fresh)
+            write_whole(page, fresh)
     return int("--check" in sys.argv and stale > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"tables: {error}")

@@ -23,6 +23,8 @@ from data import CAPTION_PROMPTS, DETAIL_PROMPTS
 from features import read_jsonl
 from prompts import about_photos, photos, texts
 
+from msd.files import write_whole
+
 COUNTS = {"detail": 18, "caption": 20, "vqa": 12, "cocoqa": 10, "chat": 3, "ocr": 6, "text": 3}
 READ = ("What does the text in the image say?", "Read the text in the picture.", "Which words are printed here?")
 TURNS = (
@@ -90,7 +92,7 @@ def main() -> None:
     args["out"].mkdir(parents=True, exist_ok=True)
     lines = build(args["data"], {kind: args[kind] for kind in COUNTS}, args["seed"])
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (args["out"] / "val.jsonl").write_text(text, encoding="utf-8")
+    write_whole(args["out"] / "val.jsonl", text)
     pictures = len({line["image"] for line in lines if "image" in line})
     print(f"{args['out'] / 'val.jsonl'}: {len(lines)} prompts and conversations, {pictures} pictures")
 

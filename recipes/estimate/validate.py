@@ -24,6 +24,7 @@ from msd import costs
 from msd.estimate import card, pass_seconds
 from msd.estimate.roofline import prefill_seconds
 from msd.estimate.sizes import of_config
+from msd.files import write_whole
 from msd.loading import load_target
 from msd.targets import Target, adapt
 
@@ -67,7 +68,7 @@ def main() -> int:
         "rounds": args.rounds, "limit": args.limit, "worst_error": worst, "passed": worst <= args.limit, "rows": rows,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(args.out, json.dumps(found, indent=1) + "\n")
     for row in rows:
         print("{kind:8} {rows:4} rows after {context:4}: {measured_ms:7.1f} ms, estimated {estimated_ms:7.1f}, "
               "error {error:.0%}".format(**row))  # fmt: skip

@@ -32,6 +32,8 @@ from facts import extract, tidy
 from features import read_jsonl
 from long_answers import least_overlapping, long_answer
 
+from msd.files import write_whole
+
 FRAMES, SENSOR, DURATION = 4, (96, 96), 2_000_000  # sensor pixels; µs
 SHOWN = tuple((2 * i + 1) * DURATION // (2 * FRAMES) for i in range(FRAMES))  # when a frame is on screen, µs
 RATE = 80  # simulated frames a second
@@ -167,7 +169,7 @@ def main() -> None:
             if number % 100 == 0:
                 print(f"{number} clips", flush=True)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (args.out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        write_whole(args.out / f"{split}.jsonl", text)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ python recipes/events/target.py train                    # from the shipped weig
 python recipes/events/target.py export --weights weights/video/target.safetensors
 python recipes/events/target.py build --weights weights/video/target.safetensors --out runs/events/target
 
-The same parts learn as in `recipes/reference_vlm`: projector, positions, low-rank updates. `build` assembles a
-checkpoint folder, for `--target`.
+The same parts learn as in `recipes/reference_vlm`: projector, positions, low-rank updates. `export` also records the
+checksum of the weights. `build` assembles a checkpoint folder, for `--target`; of the committed weights, `--target
+reference-video` does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from msd.backends.precision import faster_in_bf16
 from msd.heap import use_huge_pages
 from msd.reference.assemble import assemble
 from msd.reference.encoder import load_encoder
-from msd.reference.sources import locate
+from msd.reference.sources import CHECKSUMS, fingerprint, locate
 from msd.train.loop import Loop, LoopConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "reference_vlm"))
@@ -129,6 +130,8 @@ def main() -> None:
     elif args.what == "export":
         args.weights.parent.mkdir(parents=True, exist_ok=True)
         save_weights(load_weights(args.out / "run" / "checkpoint.pt"), args.weights)
+        record = {args.weights.name: fingerprint(args.weights)}
+        args.weights.with_name(CHECKSUMS.name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     else:
         folder = args.out / "model"
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from msd.files import write_whole
+
 PROMPTS = ("Describe the image in detail.", "What is in the picture?", "Write a caption for the image.")
 
 
@@ -27,7 +29,7 @@ def main() -> None:
         name = f"noise_{i:02}.png"
         Image.fromarray(random.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(args.out / name)
         lines.append({"image": name, "prompt": PROMPTS[i % len(PROMPTS)], "task": "noise", "split": "val"})
-    (args.out / "noise.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(args.out / "noise.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ Prints a table, and writes it to `floors.md` in that folder.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from msd.files import write_whole
+from msd.records import read_json
 
 BATCHES = (1, 2, 4, 8, 16)
 Line = tuple[str, float | None, str, float, float]
@@ -18,7 +20,9 @@ Line = tuple[str, float | None, str, float, float]
 def row(folder: Path, method: str, task: str) -> dict[str, Any]:
     """A row of a benchmark; empty when it was not run."""
     path = folder / "results.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    if not path.exists():
+        return {}
+    rows = read_json(path, "measure it again with 'make floors'", finite=False)["rows"]
     return next((r for r in rows if (r["method"], r["task"]) == (method, task)), {})
 
 
@@ -76,7 +80,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     folder = parser.parse_args().results
     text = "\n".join(lines(folder)) + "\n"
-    (folder / "floors.md").write_text(text)
+    write_whole(folder / "floors.md", text)
     print(text, end="")
 
 

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from msd.bench.data import data_lines
 from msd.bench.modal import SHIPPED
 from msd.cuts import ModalityCuts
 from msd.errors import UserError
+from msd.files import write_whole
 from msd.loading import load_target
 from msd.targets.fingerprint import fingerprint
 from msd.train.capture import Answer, Prompt, capture
@@ -63,8 +65,8 @@ def answers(tensors: dict[str, Tensor]) -> dict[int, tuple[list[int], list[float
 
 def pack(work: Path, kept: Path) -> None:
     """All captured answers into one file."""
-    records = [json.loads(line) for _, name in PARTS for line in (work / name).read_text("utf-8").splitlines()]
-    save_file(packed(records), kept, {"target": records[0]["target"]})
+    records = [line for _, name in PARTS for _, line in data_lines(work / name)]
+    write_whole(kept, save(packed(records), {"target": records[0]["target"]}))
     print(f"{kept}: {len(records)} answers, {kept.stat().st_size / 1e6:.1f} MB")
 
 
@@ -99,7 +101,7 @@ def unpack(work: Path, kept: Path) -> None:
         raise UserError(f"'{kept}' was written by {write.target}, the reference model is {name}; capture anew")
     cuts = ModalityCuts.load(SHIPPED)
     for asked, captured in PARTS:
-        lines = [json.loads(line) for line in (work / asked).read_text("utf-8").splitlines()]
+        lines = [line for _, line in data_lines(work / asked)]
         prompts = [
             Prompt(line["prompt"], (line["image"],) if "image" in line else (), line["task"], line["split"])
             for line in lines

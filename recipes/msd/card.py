@@ -6,18 +6,21 @@ python recipes/msd/card.py --weights src/msd/weights --results results/val/resul
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+
+from msd.drafters.toolkit import checkpoint
+from msd.files import write_whole
+from msd.records import read_json
 
 NAMES = ("vision", "language", "fusion")
 
 
 def described(folder: Path) -> str:
     """One drafter: what it is, how it was trained, what its training measured."""
-    told: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    told: dict[str, Any] = checkpoint.training(folder)
     settings, held = told["settings"], told["held_out"]
     with safe_open(folder / "model.safetensors", "pt") as weights:
         numbers = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
@@ -110,10 +113,10 @@ def main() -> None:
     folders = sorted(path.parent for path in args.weights.glob("*/training.json"))
     parts = [INTRODUCTION, *map(described, folders)]
     if args.results.exists():
-        results = json.loads(args.results.read_text(encoding="utf-8"))
+        results = read_json(args.results, "measure it again with 'msd bench --out'", finite=False)
         methods = [folder.name.replace("-", ":") for folder in folders]
         parts += [f"## Measured\n\n`{args.results}`, val photos, greedy, float32:\n\n{measured(results, methods)}"]
-    (args.weights / "README.md").write_text("\n".join([*parts, LIMITS]), encoding="utf-8")
+    write_whole(args.weights / "README.md", "\n".join([*parts, LIMITS]))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD
+from msd.files import write_whole
 from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
@@ -107,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     results = {str(t): measure(args, t) for t in (1.0, 0.7)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(args.out, json.dumps(results, indent=1) + "\n")
     for temperature, table in results.items():
         for policy, row in table.items():
             spent = (row["divergence"] or {}).get("per_token", 0.0)

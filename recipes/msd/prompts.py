@@ -25,6 +25,8 @@ from facts import extract, open_questions, yes_no
 from features import read_jsonl
 from text_turns import TRAIN_FILES, VAL_FILES
 
+from msd.files import write_whole
+
 LONGEST = 240  # characters of a text-only prompt
 Line = dict[str, Any]
 
@@ -114,7 +116,7 @@ def main() -> None:
         counts = {kind: args[prefix + kind] for kind in ("detail", "caption", "questions", "text")}
         lines = build(args["data"], split, counts, args["seed"])
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (args["out"] / name).write_text(text, encoding="utf-8")
+        write_whole(args["out"] / name, text)
         print(f"{args['out'] / name}: {len(lines)} prompts")
 
 

@@ -40,10 +40,12 @@ from msd.drafters.algorithms.msd.config import shapes_of
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.files import write_whole
 from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
+from msd.records import read_json
 from msd.targets import State, adapt
 from msd.train.captured import Captured, cuts_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, train, untrained
@@ -163,8 +165,8 @@ def _train_waiting(queue: Any, every: dict[str, Row], run: Callable[..., bool], 
         if not plan.exists():
             speed = _speed(run, folder / "probe", settings)
             plan.parent.mkdir(parents=True, exist_ok=True)
-            plan.write_text(json.dumps({"steps": steps_for(args.minutes, speed), "seconds_per_step": speed}))
-        steps = json.loads(plan.read_text())["steps"]
+            write_whole(plan, json.dumps({"steps": steps_for(args.minutes, speed), "seconds_per_step": speed}))
+        steps = read_json(plan, "delete it: the row's speed is measured anew")["steps"]
         print(f"{name}: {steps} steps", flush=True)
         stages = replace(settings.stages, text=steps // 50, rise=steps // 10)
         if not run(folder, replace(settings, steps=steps, stages=stages, evaluate_every=max(50, steps // 8))):
@@ -294,7 +296,7 @@ def tell_rows(args: argparse.Namespace) -> None:
         noted = checkpoint.training(folder_of(args.out, name) / "drafter")
         if noted.get("finished"):
             told[name] = {key: noted[key] for key in ("steps", "seconds", "peak_gigabytes", "held_out")}
-    (args.results / "trained.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(args.results / "trained.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     print("| row | steps | acceptance | vision | language | fusion |\n|---|---|---|---|---|---|")
     for name, row in told.items():
         rates = [row["held_out"].get(kind, 0.0) for kind in ("acceptance", "vision", "language", "fusion")]

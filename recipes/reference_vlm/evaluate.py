@@ -24,6 +24,8 @@ from metrics import caption_scores, exact_match, repetition_scores, yes_no_score
 from PIL import Image
 from seeing import Seeing, load
 
+from msd.bench.data import BUNDLED, data_lines
+from msd.files import write_whole
 from msd.train.capture import Prompt
 
 CAPTION, DETAIL = "Write a short caption for this picture.", "Describe the image in detail."
@@ -106,7 +108,7 @@ def presence(seeing: Seeing, captions: dict[str, list[str]], photos: Sequence[st
 
 def text_only(seeing: Seeing, texts: Path, report: Results) -> None:
     """Share of SmolLM2's own greedy tokens that are still the model's first choice."""
-    turns = [r for r in map(json.loads, texts.read_text(encoding="utf-8").splitlines()) if r["task"] == "val"]
+    turns = [r for _, r in data_lines(texts) if r["task"] == "val"]
     answers = [r["answer"] + ("<|im_end|>" if r["finished"] else "") for r in turns]
     loss, agreement = seeing.teacher_forced([Prompt(r["prompt"]) for r in turns], answers)
     written = seeing.answers([Prompt(r["prompt"]) for r in turns[:8]], 60)
@@ -141,8 +143,6 @@ def clips(
 
 def bundled(seeing: Seeing, report: Results) -> None:
     """What the model says of the photos that ship with the package, for a human to judge."""
-    from msd.bench.data import BUNDLED, data_lines
-
     lines = [line for _, line in data_lines(BUNDLED / "prompts.jsonl")]
     lines.sort(key=lambda line: line["image"])
     prompts = [Prompt(line["prompt"], (str(BUNDLED / line["image"]),)) for line in lines]
@@ -212,8 +212,8 @@ def main() -> None:
         parts[name]()
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.out / "evaluation.md").write_text(markdown(report), encoding="utf-8")
+    write_whole(args.out / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    write_whole(args.out / "evaluation.md", markdown(report))
     print(json.dumps({k: v for k, v in report.items() if isinstance(v, dict)}, indent=1))
 
 

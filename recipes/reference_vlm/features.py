@@ -23,6 +23,7 @@ import torch
 from pictures import FRAMES, MOTIONS, clip, word_picture
 from PIL import Image
 
+from msd.files import write_whole
 from msd.reference.encoder import load_encoder, thumbnails
 
 SIDE, CELLS, WIDTH, COLOURS = 256, 64, 1280, 48
@@ -142,7 +143,7 @@ def encode_set(
         if pending:
             write()
     shown_file.replace(path.with_suffix(".rgb"))
-    path.with_suffix(".json").write_text(json.dumps({"frames": frames, "rows": done}), encoding="utf-8")
+    write_whole(path.with_suffix(".json"), json.dumps({"frames": frames, "rows": done}))
     print(f"{path.name}: {len(done)} rows in {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from lora import adapt, factors, load_factors
 from pack import Batch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from msd.files import write_whole
 
 CELLS, VISION, COLOURS, HIDDEN = 64, 1280, 48, 576
 QVO = ("q_proj", "v_proj", "o_proj")
@@ -138,8 +140,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """The shipped file: fp16."""
-    save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, path)
-    path.chmod(0o644)  # the library makes it private
+    write_whole(path, save({k: v.half().contiguous().cpu() for k, v in weights.items()}))
 
 
 def widths(weights: Mapping[str, Tensor]) -> ModelConfig:

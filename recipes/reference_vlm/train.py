@@ -9,7 +9,6 @@ python recipes/reference_vlm/train.py --export weights.safetensors
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from pack import Batch
 from torch import Tensor
 
 from msd.backends.precision import faster_in_bf16
+from msd.bench.data import data_lines
 from msd.heap import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 
@@ -108,7 +108,7 @@ def main() -> None:
         model.load(load_weights(args.start))
     if args.compile:
         model.compile_layers()
-    texts = [json.loads(line) for line in args.texts.read_text(encoding="utf-8").splitlines()]
+    texts = [line for _, line in data_lines(args.texts)]
     config = MixConfig(args.rows, args.length)
     mix = Mix(args.data, args.features, texts, tokenizer, config, args.seed)
     val = Mix(args.data, args.features, texts, tokenizer, replace(config, blind=0.0), args.seed, "val")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from msd.model import SpeculativeVLM
     from msd.result import Result
     from msd.sounds import Audio
+    from msd.threads import share_cores
     from msd.train.losses.msd import msd_draft_loss
     from msd.verify import MSDVerification
     from msd.videos import Video
@@ -35,6 +36,7 @@ __all__ = [
     "Video",
     "__version__",
     "msd_draft_loss",
+    "share_cores",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "SpeculativeVLM": "msd.model",
     "Video": "msd.videos",
     "msd_draft_loss": "msd.train.losses.msd",
+    "share_cores": "msd.threads",
 }
 
 

@@ -7,6 +7,7 @@ and values up to where the prompts part, and the features of pictures shown befo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from msd import prompts
 from msd.errors import UserError
 from msd.result import Result
-from msd.streaming import Stream
+from msd.streaming import Steps, Stream, finished
 from msd.targets import Past
 
 
@@ -26,10 +27,10 @@ class Chat:
     prompt were computed.
     """
 
-    def __init__(self, answer: Callable[..., Any], processor: Any) -> None:
+    def __init__(self, answer: Callable[..., Steps[Any]], lock: threading.RLock, processor: Any) -> None:
         self.messages: prompts.Messages = []
         self.images: list[Any] = []
-        self._answer, self._processor = answer, processor
+        self._answer, self._lock, self._processor = answer, lock, processor
         self._past = Past()
 
     def say(self, prompt: str, images: Any = None, **kwargs: Any) -> Result:
@@ -37,6 +38,15 @@ class Chat:
 
         kwargs: as for `SpeculativeVLM.generate`. A turn that fails leaves the conversation as it was.
         """
+        with self._lock:
+            return finished(self._say(prompt, images, **kwargs))
+
+    def stream(self, prompt: str, images: Any = None, **kwargs: Any) -> Stream:
+        """As `say`, in text pieces: iterate over it; the turn counts once it ended or was closed."""
+        return Stream(partial(self._say, prompt, images), self._lock, self._processor.tokenizer, kwargs)
+
+    def _say(self, prompt: str, images: Any = None, **kwargs: Any) -> Steps[Result]:
+        """A turn, step by step."""
         prompts.check_text(prompt)
         if "messages" in kwargs or "input_ids" in kwargs:
             raise UserError("a chat writes its own messages; give the turn's prompt and images")
@@ -47,14 +57,10 @@ class Chat:
         parts = [*({"type": prompts.kind(source)} for source in loaded), {"type": "text", "text": prompt}]
         asked: prompts.Messages = [*self.messages, {"role": "user", "content": parts}]
         pictures = [*self.images, *loaded]
-        result: Result = self._answer(pictures, messages=asked, past=self._past, **kwargs)
+        result: Result = yield from self._answer(pictures, messages=asked, past=self._past, **kwargs)
         answer = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
         self.messages, self.images = [*asked, answer], pictures
         return result
-
-    def stream(self, prompt: str, images: Any = None, **kwargs: Any) -> Stream:
-        """As `say`, in text pieces: iterate over it; the turn counts once it ended or was closed."""
-        return Stream(partial(self.say, prompt, images), self._processor.tokenizer, kwargs)
 
     def reset(self) -> None:
         """Forgets all turns."""

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from msd.errors import UserError
-from msd.files import open_regular, shortened
+from msd.files import open_media, shortened
 
 FORMATS = (
-    "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "gif", "ogg", "asf", "m4v", "ivf",
+    "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "gif", "apng", "ogg", "asf", "m4v", "ivf",
     "wav", "w64", "mp3", "flac", "aac", "aiff", "au", "caf", "amr",
 )  # fmt: skip
 KNOWN = {"video": "MP4, MOV, MKV, WebM or AVI", "audio": "WAV, MP3, FLAC, OGG or M4A"}
@@ -34,7 +34,7 @@ def opened(source: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any
         raise UserError(
             f"reading {name} needs PyAV, which is not installed; pip install 'msd-decoding[video]'"
         ) from error
-    with open_regular(source, name, kind) as file:
+    with open_media(source, name, kind) as file:
         try:
             container = av.open(file, options={"format_whitelist": ",".join(FORMATS)})
         except Exception as error:  # hostile files raise anything: FFmpegError, ValueError, UnicodeDecodeError…
@@ -43,6 +43,8 @@ def opened(source: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any
             streams = [s for s in container.streams if s.type == kind and not _is_cover(s)]
             if not streams:
                 raise UserError(f"{name} has no {kind} stream; give a file that has one")
+            if streams[0].codec_context is None:
+                raise UserError(f"{name} holds {kind} of a kind that PyAV cannot decode; give {KNOWN[kind]}")
             yield container, streams[0], name
 
 

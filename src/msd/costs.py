@@ -12,6 +12,7 @@ import hashlib
 import json
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,11 @@ import numpy as np
 import platformdirs
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
+from msd.errors import UserError
 from msd.files import write_whole
+from msd.records import parse_json
 from msd.targets.base import Target
 from msd.targets.fingerprint import fingerprint
 from msd.tree import DraftTree
@@ -59,17 +63,27 @@ def costs(target: Target, folder: Path | None = None) -> Costs:
     """The target's costs on this machine: from `folder` (the user's cache by default), or measured and kept there."""
     folder = folder or Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "costs"
     path = folder / f"{_key(target)}.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return Costs(tuple(raw["nodes"]), tuple(raw["contexts"]), tuple(tuple(row) for row in raw["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        found = measure(target)
-    try:
+    kept = _kept(path)
+    if kept is not None:
+        return kept
+    found = measure(target)
+    with suppress(OSError, UserError):  # a cache that can't be written is measured again next time
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(asdict(found)) + "\n")
-    except OSError:
-        pass  # a cache that can't be written is measured again next time
     return found
+
+
+def _kept(path: Path) -> Costs | None:
+    """An earlier measurement; None where there is none that could be one: what is damaged is measured again."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        parse_json(text)  # refuses numbers that are not finite
+        found = TypeAdapter(Costs).validate_json(text)
+    except (OSError, ValueError):
+        return None
+    rising = all(len(axis) > 1 and list(axis) == sorted(set(axis)) for axis in (found.nodes, found.contexts))
+    timed = all(len(row) == len(found.nodes) and min(row) > 0 for row in found.seconds)
+    return found if rising and timed and len(found.seconds) == len(found.contexts) == len(CONTEXTS) else None
 
 
 @torch.inference_mode()

@@ -17,12 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from msd.errors import UserError
+from msd.files import write_whole
 from msd.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VIDEO_REASONING, VISION
+from msd.records import read_bytes
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
 IMAGE_MODALITIES = (LANGUAGE, VISION, FUSION)
 EVENT_MODALITIES = (LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING)
 KINDS = (EVENT_SPARSE, EVENT_DENSE)  # of cells
+AGAIN = "cuts that 'msd capture' fitted are fitted anew when the file is deleted and the same capture runs again"
 
 Costs = Sequence[Sequence[float]] | Tensor  # [T, 2 + F]: sparse cells, dense cells, each frame
 
@@ -121,20 +124,15 @@ class ModalityCuts(BaseModel):
             )
 
     def save(self, path: Path) -> None:
-        """One JSON object."""
-        try:
-            path.write_text(json.dumps(self.model_dump(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write modality cuts to '{path}': {error.strerror}") from error
+        """One JSON object. UserError when it cannot be written."""
+        write_whole(path, json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> ModalityCuts:
         """What `save` wrote; UserError names a missing, unknown or wrong field."""
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read modality cuts '{path}': {error.strerror}") from error
+            return cls.model_validate_json(read_bytes(path, AGAIN))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
-            raise UserError(f"'{path}' does not hold modality cuts: {field}: {first['msg']}") from error
+            raise UserError(f"'{path}' does not hold modality cuts: {field}: {first['msg']}; {AGAIN}") from error

@@ -11,15 +11,15 @@ Glossary
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from msd.drafters.base import Drafter
 from msd.plan import Plan
 from msd.sampling import Sampler
-from msd.statistics import Statistics
 from msd.targets.base import Target
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
+from msd.tree import DraftTree, Scores, Step
 from msd.verify import Verifier
 
 
@@ -31,32 +31,33 @@ def decode(
     sampler: Sampler,
     state: State,
     prompt: Scores,
-    statistics: Statistics,
     label: bool = False,
-) -> Iterator[Accepted]:
-    """Continues a prefilled batch until every row has stopped; yields what each step emitted.
+) -> Iterator[Step]:
+    """Continues a prefilled batch until every row has stopped; yields all that is known of each step.
 
     `prompt` holds the scores [B, 1, V] of the prompt's last token: a tree with nothing drafted, from which the first
     token comes as every other does. `label`: have the router's classes of emitted tokens in `Accepted.modality` even
     if the verifier does not need them.
     """
-    first = verifier.accept(DraftTree.root_only(state.layout.newest()), prompt, sampler)
-    first.modality = None  # no drafter has seen the prompt yet
-    with statistics.timed("draft"):
-        drafter.begin(state, prompt)
-    yield first
+    tree = DraftTree.root_only(state.layout.newest())
+    accepted = verifier.accept(tree, prompt, sampler)
+    accepted.modality = None  # no drafter has seen the prompt yet
+    begin = time.perf_counter()
+    drafter.begin(state, prompt)
+    yield Step(tree, prompt, accepted, time.perf_counter() - begin, 0.0, prefill=True)
     while sampler.alive:
-        rows, budget = len(sampler.alive), plan.budget(sampler)
+        budget = plan.budget(sampler)
         state.cache.keep(sampler.alive)
-        with statistics.timed("draft"):
-            tree = drafter.propose(state, budget, sampler)
-        with statistics.timed("verify"):
-            scores = target.score(state, tree)
-            if verifier.routed or label:
-                scores.modality = drafter.route(state, tree, scores)
+        begin = time.perf_counter()
+        tree = drafter.propose(state, budget, sampler)
+        drafted = time.perf_counter()
+        scores = target.score(state, tree)
+        if verifier.routed or label:
+            scores.modality = drafter.route(state, tree, scores)
+        verified = time.perf_counter()
         accepted = verifier.accept(tree, scores, sampler)
         target.commit(state, accepted)
         drafter.observe(state, tree, scores, accepted)
-        statistics.count(tree, accepted)
-        plan.learn(budget, tree.size - 1, sum(map(len, accepted.tokens)) / rows, statistics.latest)
-        yield accepted
+        step = Step(tree, scores, accepted, drafted - begin, verified - drafted)
+        plan.learn(budget, tree.size - 1, accepted.tokens_a_row, step.draft_seconds, step.verify_seconds)
+        yield step

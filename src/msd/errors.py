@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exception that means "the input is wrong", as opposed to "the program is wrong"; and that of a broken-off run."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class InterruptedRunError(UserError):
+    """The user broke off a run, which kept what it had. The message says what that is, and how to go on."""

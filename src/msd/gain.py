@@ -7,6 +7,7 @@ This module knows nothing of drafters or of how answers are decoded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,28 @@ def cost_of_hiding(
         _divergence(p, less.logits[row, : len(p)]) if some[row] else torch.zeros(len(p)).double()
         for row, p in enumerate(seeing)
     ]
+
+
+@torch.no_grad()
+def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int], side: int = 4) -> Tensor | None:
+    """The image gain of each part of a picture: [T, side, side] nats, rows first, for every token of one answer.
+
+    Each is the cost of hiding the image tokens of one block alone. inputs: processor output of one prompt whose only
+    picture is a square grid of at least `side` by `side` tokens; None for any other prompt.
+    """
+    inputs = target.encode_images(dict(inputs))
+    at = image_columns(target, inputs["input_ids"])[0].nonzero()[:, 0]
+    grid = math.isqrt(len(at))
+    if len(inputs["input_ids"]) > 1 or grid < side or grid * grid != len(at):
+        return None
+    block = torch.arange(grid, device=at.device) * side // grid
+    blocks = block[:, None] * side + block[None]  # [grid, grid]
+    seeing, gains = whole_laws(target, inputs, [answer]), []
+    for number in range(side * side):
+        hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        hidden[0, at[blocks.flatten() == number]] = True
+        gains += cost_of_hiding(target, inputs, [answer], hidden, seeing)
+    return torch.stack(gains, -1).view(-1, side, side)
 
 
 def whole_laws(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -6,20 +6,21 @@ external program (Ghostscript for EPS) is ever started. Whatever a broken file m
 
 import io
 import os
+import re
 import warnings
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from msd.errors import UserError
-from msd.files import open_regular, shortened
+from msd.files import open_media, shortened
 
 MAX_BYTES = 20 * 1000 * 1000
 MAX_PIXELS = 40 * 1000 * 1000
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-ALPHA_MODES = ("RGBA", "RGBa", "LA", "PA")
+ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.32, section 4.6.4)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,24 +42,30 @@ def load_image(source: ImageSource) -> Image.Image:
     multi-page files the first picture is taken.
 
     Args:
-        source: a path; the bytes of a file; a binary file object, read from where it stands; a PIL image; or an array
-            [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8, uint16 or floats in [0, 1].
+        source: a path, a `file:` URL or a `data:` URI; the bytes of a file; a binary file object, read from where it
+            stands; a PIL image; or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8, uint16 or floats
+            in [0, 1].
 
     Raises:
-        UserError: the source is no such thing, larger than 20 MB or 40 million pixels, empty, broken, or a URL.
+        UserError: the source is no such thing, larger than 20 MB or 40 million pixels, empty, broken, or another URL.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, str | os.PathLike):
-        name = f"'{shortened(os.fsdecode(source))}'"
-        data = _read_path(source, name)
+        text = os.fsdecode(source)
+        name = "the image given as a data URI" if text[:5].lower() == "data:" else f"'{shortened(text)}'"
+        with open_media(source, name, "image") as file:
+            data = file.read(MAX_BYTES + 1)
     elif isinstance(source, bytes | bytearray | memoryview):
         name, data = "the image given as bytes", bytes(source[: MAX_BYTES + 1])
     elif hasattr(source, "read"):
         name = "the image given as a file object"
-        data = source.read(MAX_BYTES + 1)
+        try:
+            data = source.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            raise UserError(f"{name} cannot be read ({error}); open it in binary mode ('rb')") from error
         if not isinstance(data, bytes):
             raise UserError(f"{name} gives {type(data).__name__}, not bytes; open it in binary mode ('rb')")
     else:
@@ -67,12 +74,6 @@ def load_image(source: ImageSource) -> Image.Image:
             "a PIL image or a numpy array"
         )
     return _to_rgb(_open(data, name), name)
-
-
-def _read_path(source: str | os.PathLike[str], name: str) -> bytes:
-    """At most MAX_BYTES + 1 bytes of a regular file."""
-    with open_regular(source, name, "image") as file:
-        return file.read(MAX_BYTES + 1)
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -95,23 +96,44 @@ def _open(data: bytes, name: str) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Check the size, decode, turn upright, reduce to 8-bit RGB on white."""
     _check_size(image.width, image.height, name)
+    tiles = getattr(image, "tile", None)  # of a file that is not decoded yet
+    layout = str(tiles[0][3]) if tiles else ""
     try:
         with warnings.catch_warnings(action="ignore"):
             image.load()
     except Exception as error:  # as in `_open`
         raise UserError(f"{name} is broken or truncated; save or download it again") from error
+    key = _colour_key(image, layout)
     upright = UPRIGHT.get(_orientation(image))
     try:
         if image.mode.startswith(("I", "F")):
-            rgb = Image.fromarray(_grey_to_8_bit(np.asarray(image), name)).convert("RGB")
-        elif image.mode in ALPHA_MODES or "transparency" in image.info:
-            rgba = image.convert("RGBA")
+            values = np.asarray(image)
+            rgb = Image.fromarray(_grey_to_8_bit(values, name)).convert("RGB")
+            if isinstance(key, int):
+                rgb.paste("white", mask=Image.fromarray(np.where(values == key, 255, 0).astype(np.uint8)))
+        elif image.mode in ALPHA_MODES or key is not None:
+            if key is not None:
+                image = image.copy()
+                image.info["transparency"] = key
+            rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
             rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         else:
             rgb = image.convert("RGB")
     except (ValueError, OSError) as error:  # such as LAB, which PIL cannot convert
         raise UserError(f"{name} has colour mode {image.mode}, which cannot be converted; save it as RGB") from error
     return rgb.transpose(upright) if upright is not None else rgb
+
+
+def _colour_key(image: Image.Image, layout: str) -> Any:
+    """What an image calls transparent, in the values of its decoded pixels. layout: how PIL calls its encoded ones.
+
+    PIL gives the number of a PNG file, whose samples it brings to 8 bits: those of 2 and 4 bits are spread over the
+    whole range, and of 16 bits of a colour the upper half is kept.
+    """
+    key = image.info.get("transparency")
+    if isinstance(key, int) and (bits := re.fullmatch("L;([24])", layout)):
+        return key * 255 // ((1 << int(bits[1])) - 1)
+    return tuple(value >> 8 for value in key) if isinstance(key, tuple) and layout == "RGB;16B" else key
 
 
 def _from_array(array: NDArray[np.generic]) -> Image.Image:
@@ -123,7 +145,7 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
     _check_size(array.shape[1], array.shape[0], name)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16 or np.issubdtype(array.dtype, np.floating):
+    elif array.dtype == np.uint16 or array.dtype == np.dtype(">u2") or np.issubdtype(array.dtype, np.floating):
         array = _grey_to_8_bit(array, name)
     elif array.dtype != np.uint8:
         raise UserError(f"{name} is not an image; give bool, uint8, uint16 or floats in [0, 1]")

@@ -1,15 +1,20 @@
-"""Targets by name: the embedded reference model, a checkpoint folder, or a hub id."""
+"""Targets by name: an embedded model ("reference", "reference-video"), a checkpoint folder, or a hub id."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -19,9 +24,15 @@ from transformers import (
 )
 
 from msd import reference
+from msd.checkpoints import check_tensors, fault
 from msd.errors import UserError
+from msd.records import damage
 from msd.targets import family
 
+FAULTS = (  # of checkpoints and of installations, as the library shows them
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, EOFError,
+    SafetensorError, UnpicklingError,
+)  # fmt: skip
 PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")  # processors' own
 
 
@@ -33,22 +44,40 @@ def load_target(
     UserError says what is missing. kwargs go to `from_pretrained`.
     """
     place = _device(device)
-    path = reference.path() if str(target) == "reference" else target
+    path = reference.resolve(target)
     if "dtype" not in kwargs and place.type == "cpu" and "device_map" not in kwargs:
         kwargs["dtype"] = torch.float32
+    _refuse_damaged(target, path)
     config = _config(target, path)
-    try:
+    with _of(target):
         family(config)
-    except UserError as error:
-        raise UserError(f"target '{target}': {error}") from error
     seeing = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM  # such as those that hear
     processor = _processor(target, path)  # first: it is what may be missing, and takes no time
     try:
-        model = auto.from_pretrained(path, **kwargs)
-        return (model if device is None else model.to(place)), processor
-    except OSError as error:
-        raise UserError(f"target '{target}' cannot be loaded: {_first_line(error)}") from error
+        model, found = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+    except FAULTS as error:
+        raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
+    with _of(target):
+        check_tensors(model, found)
+    return (model if device is None else model.to(place)), processor
+
+
+def _refuse_damaged(target: str | Path, path: str | Path) -> None:
+    """UserError that names the damaged file of a checkpoint folder; the library overlooks some, others it obscures."""
+    wrong = damage(Path(path)) if Path(path).is_dir() else None
+    if wrong is not None:
+        again = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
+        raise UserError(f"target '{target}' cannot be loaded: {wrong}; {again}")
+
+
+@contextmanager
+def _of(target: str | Path) -> Iterator[None]:
+    """What is wrong with a target is said with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"target '{target}': {error}") from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -57,6 +86,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device("cpu" if name is None else f"cuda:{rank}" if name == "cuda" and rank else name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
             f"device '{name}' cannot be used here ({_first_line(error)}); --device cpu always can"
@@ -66,21 +97,26 @@ def _device(name: str | None) -> torch.device:
 
 def load_config(target: str | Path) -> PreTrainedConfig:
     """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
-    return _config(target, reference.path() if str(target) == "reference" else target)
+    path = reference.resolve(target)
+    _refuse_damaged(target, path)
+    return _config(target, path)
 
 
 def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        if kind := _model_type(path):  # such as "qwen", the first Qwen-VL
+    except FAULTS as error:
+        kind = _model_type(path)
+        if kind in CONFIG_MAPPING:
+            raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
+        if kind:  # such as "qwen", the first Qwen-VL
             raise UserError(
                 f"target '{target}' has architecture '{kind}', which transformers {transformers.__version__} does not "
                 "have, so no adapter can be written; docs/targets.md lists what it can be"
             ) from error
         raise UserError(
-            f"unknown target '{target}': neither 'reference', nor a checkpoint folder, nor a model that could be "
-            f"fetched ({_first_line(error)})"
+            f"unknown target '{target}': neither 'reference' nor 'reference-video', nor a checkpoint folder, nor a "
+            f"model that could be fetched ({_first_line(error)})"
         ) from error
 
 
@@ -95,16 +131,25 @@ def _model_type(path: str | Path) -> str | None:
 def _processor(target: str | Path, path: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(path)
-    except (ImportError, ValueError, OSError) as error:
+    except FAULTS as error:
         said = str(error).lower().replace("_", "-")
         missing = " and ".join(name for name in PACKAGES if name in said)
-        if missing:
+        if missing and not (Path(path).is_dir() and fault(Path(path))):
             raise UserError(
                 f"the processor of target '{target}' needs {missing}, which is not installed; install it"
             ) from error
-        raise UserError(f"the processor of target '{target}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the processor of target '{target}' cannot be loaded: {_reason(path, error)}") from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Why something of a checkpoint cannot be loaded: what its files show, or else what the library says."""
+    if Path(path).is_dir() and (found := fault(Path(path))):
+        return found
+    if isinstance(error, OSError | ValueError | ImportError):
+        return _first_line(error)
+    return f"{type(error).__name__}: {_first_line(error)}; one of its files may be damaged: copy or download it again"
 
 
 def _first_line(error: Exception) -> str:
     """What a library's long message begins with."""
-    return str(error).strip().splitlines()[0][:200]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

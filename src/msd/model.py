@@ -7,9 +7,8 @@ exactly what it means there.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from msd import drafters, loading, prompts, verify
+from msd import drafters, loading, options, prompts, verify
 from msd.ahead import Ahead, Beside
 from msd.chat import Chat
 from msd.config import SpeculativeConfig
@@ -28,16 +27,16 @@ from msd.decode import decode
 from msd.drafters import BorrowsEye, Calibrated, Drafter, Translates, recordings
 from msd.errors import UserError
 from msd.event_tokens import event_tokens
-from msd.layout import Layout
 from msd.plan import Plan
 from msd.result import Result
-from msd.sampling import Randomness, Sampler
+from msd.sampling import Sampler
+from msd.seeds import Seed, generators
 from msd.statistics import Statistics
-from msd.streaming import Stream
+from msd.streaming import Steps, Stream, finished, request_lock
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
-
-Seed = int | Sequence[int] | torch.Generator | None
+from msd.threads import Cores, watched
+from msd.tree import Step
 
 
 class SpeculativeVLM:
@@ -65,16 +64,18 @@ class SpeculativeVLM:
             self.drafter.borrow(partial(event_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
-        if self.config.verifier == "budget" and not thresholds and isinstance(self.drafter, Calibrated):
+        policy = verify.policy(self.config.verifier)
+        if policy.calibrated and not thresholds and isinstance(self.drafter, Calibrated):
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         # where a draft has a say in what is drawn, the time that steps take must not: a seed gives one answer
-        lossy = self.config.verifier != "lossless" or self.target.backend.lossy
+        lossy = not policy.lossless or self.target.backend.lossy
         silent = not self.drafter.sampled and not lossy
         adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
-        self._lock = threading.Lock()
+        self._lock = request_lock(model)
+        self._attached = self._embedding()
 
     @classmethod
     def from_pretrained(
@@ -84,7 +85,7 @@ class SpeculativeVLM:
         config: SpeculativeConfig | None = None,
         **kwargs: Any,
     ) -> SpeculativeVLM:
-        """Loads a target by name ("reference", a folder, or a hub id) and a drafter by method name.
+        """Loads a target by name ("reference", "reference-video", a folder, or a hub id) and a drafter by method name.
 
         kwargs go to `AutoModelForImageTextToText.from_pretrained` (dtype: float32 on a CPU unless given, device_map …).
         """
@@ -116,74 +117,93 @@ class SpeculativeVLM:
         messages: prompts.Messages | None = None,
         seed: Seed = None,
         past: Past | None = None,
+        on_step: Callable[[Step], None] | None = None,
         **kwargs: Any,
     ) -> Result | list[Result]:
-        """Answers a prompt about images; a list of prompts gives a list of results.
+        """Answers a prompt about images; a list of prompts, or several answers to one, give a list of results.
 
-        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, a list of
-        such lists.
-        messages: a chat in `transformers`' format instead of a prompt. Or give processor output (`**inputs`) and
-        neither. seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
+        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, one source
+        that all of them are about, or a list with a source, a list of sources or None for each.
+        messages: a chat in `transformers`' or OpenAI's format instead of a prompt; what it shows is carried by its
+        parts, or given as images. Or give processor output (`**inputs`) and neither.
+        seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
         `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
         events: an event recording (file, `EventStream`, `Recording`), or a list with one, or None, for each prompt, for
         a drafter that sees events. What it makes of them is made while the target prefills.
         beside: in their place, tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function
         that makes them (`statistics.seconds`: see `msd.ahead`).
         past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
+        on_step: is given every step with its trees, scores and choices (`msd.tree.Step`), as it is made.
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """
-        single = isinstance(prompt, str) or messages is not None
+        with self._lock:
+            steps = self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs)
+            return finished(steps, on_step)
+
+    def _answers(
+        self,
+        images: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: prompts.Messages | None = None,
+        seed: Seed = None,
+        past: Past | None = None,
+        **kwargs: Any,
+    ) -> Steps[Result | list[Result]]:
+        """What `generate` does, step by step."""
+        if isinstance(prompt, list | tuple) and not prompt:
+            return []
+        listed = prompt is not None and not isinstance(prompt, str)
         if "input_ids" not in kwargs:
             kwargs = {**self._inputs(images, prompt, messages), **kwargs}
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
-        with self._lock:
-            results = self._generate(kwargs, seed, past)
-        return results[0] if single or len(results) == 1 else results
+        results = yield from self._generate(kwargs, seed, past)
+        return results if listed or len(results) > 1 else results[0]
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
         """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
-        generate = partial(self.generate, images, prompt)
-        return Stream(generate, self.processor.tokenizer, kwargs)
+        return Stream(partial(self._answers, images, prompt), self._lock, self.processor.tokenizer, kwargs)
 
     def chat(self) -> Chat:
         """A new conversation; see `Chat`."""
-        return Chat(self.generate, self.processor)
+        return Chat(self._answers, self._lock, self.processor)
 
     def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
         """Processor output of either front-door form."""
         if (prompt is None) == (messages is None):
             raise UserError("give a prompt or messages (one of the two), or processor output")
+        if self.processor is None:
+            raise UserError("this engine has no processor; give it one, or give processor output: generate(**inputs)")
         if messages is not None or isinstance(prompt, str):
             group = [] if images is None else images if isinstance(images, list | tuple) else [images]
             chats = None if messages is None else [messages]
             return prompts.prepare(self.processor, [group], None if prompt is None else [prompt], chats)
-        groups = [[]] * len(prompt) if images is None else images
-        if len(groups) != len(prompt):
-            raise UserError(f"{len(prompt)} prompts but {len(groups)} image lists; give one list per prompt")
-        listed = [g if isinstance(g, list | tuple) else [g] for g in groups]
-        return prompts.prepare(self.processor, listed, prompt)
+        if not isinstance(prompt, list | tuple):
+            raise UserError(f"the prompt must be text or a list of texts, got {type(prompt).__name__}")
+        return prompts.prepare(self.processor, prompts.grouped(images, len(prompt)), prompt)
 
     @torch.inference_mode()
-    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> list[Result]:
+    def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> Steps[list[Result]]:
         """Lets `generate()` prepare, and runs the loop in its place."""
         begin = time.perf_counter()
         statistics = Statistics()
+        self._reattach()
         kwargs = self._with_stop_strings(kwargs)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "dola_layers", "custom_generate"):
-            if kwargs.pop(name, None) is not None:
-                raise UserError(f"{name} asks for another way of decoding; choose msd's with drafter=… instead")
+        options.check(self.model, kwargs)
         streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
-        with ahead.prefill():
-            kwargs = self.target.encode_images(kwargs)
         run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
-        sampler: Sampler = self.model.generate(**kwargs, custom_generate=_as_decoding_method(run))
+        with watched() as cores:
+            with ahead.prefill():
+                kwargs = self.target.encode_images(kwargs)
+            cores.check()
+            decoding_method = _as_decoding_method(partial(run, cores=cores))
+            results: list[Result] = yield from self.model.generate(**kwargs, custom_generate=decoding_method)
         seconds = statistics.seconds
-        seconds["total"] = time.perf_counter() - begin
+        seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
-        length = kwargs["input_ids"].shape[1]
-        return [self._result(sampler, row, length, statistics) for row in range(sampler.layout.batch)]
+        return results
 
     def _run(
         self,
@@ -198,34 +218,58 @@ class SpeculativeVLM:
         statistics: Statistics,
         past: Past | None,
         ahead: Ahead,
-    ) -> Sampler:
+        cores: Cores,
+    ) -> Steps[list[Result]]:
         """The decoding method `generate()` calls: prefill, then the loop."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
+        if generation_config.max_length > L + 2:  # neither an answer's first token is drafted nor the last that fits
+            ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
         with ahead.prefill():
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
         statistics.num_prefill_rows = B * state.prefilled
         ahead.give(state)
         vocabulary = prompt.logits.shape[-1]
-        randomness = _randomness(seed, B, input_ids.device)
+        randomness = generators(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)
-        sampler = Sampler(state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness)
+        padding = generation_config._pad_token_tensor
+        sampler = Sampler(
+            state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness, input_ids,
+            None if padding is None else int(padding),
+        )  # fmt: skip
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt, statistics)
-        for accepted in decode(*parts, label=self.config.label):
-            statistics.label(accepted)
+        parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt)
+        answers: list[list[int]] = [[] for _ in range(B)]
+        for step in decode(*parts, label=self.config.label):
+            statistics.read(step)
+            for row, tokens in enumerate(step.accepted.tokens):
+                answers[row] += [] if row in step.accepted.padded else tokens
             if streamer is not None:
-                for token in accepted.tokens[0]:
+                for token in step.accepted.tokens[0]:
                     streamer.put(torch.tensor([token]))
+            cores.check()
+            with statistics.timed("paused"):
+                yield step
+            cores.resume()
         if streamer is not None:
             streamer.end()
         if past is not None:
             past.renew(state)
-        return sampler
+        return [self._result(tokens, sampler.finish[row], row, statistics) for row, tokens in enumerate(answers)]
+
+    def _embedding(self) -> tuple[Any, ...]:
+        """What a drafter takes of its target."""
+        embedding = self.model.get_input_embeddings()
+        return embedding, getattr(getattr(embedding, "weight", None), "shape", None), self.model.device
+
+    def _reattach(self) -> None:
+        """Where the model's embedding is another since; UserError where the drafter does not fit any more."""
+        if self._attached != self._embedding():
+            self.drafter.attach(self.model, self.target.backend.name)
+            self._attached = self._embedding()
 
     def _beside(self, kwargs: dict[str, Any]) -> Beside:
         """What only the drafter sees, taken out of the arguments of a generation."""
@@ -238,12 +282,6 @@ class SpeculativeVLM:
 
     def _refuse(self, config: GenerationConfig, batch: int, length: int, streamer: Any) -> None:
         """One clear line for what speculative decoding cannot do, or the model cannot hold."""
-        if config.num_beams and config.num_beams > 1:
-            raise UserError(f"num_beams={config.num_beams}: speculative decoding follows one beam; use num_beams=1")
-        if config.return_dict_in_generate:
-            raise UserError(
-                "return_dict_in_generate is not supported; the result's statistics and tokens take its place"
-            )
         if streamer is not None and batch > 1:
             raise UserError(f"a streamer takes one prompt at a time, got {batch}")
         context = self.target.context_length
@@ -267,13 +305,11 @@ class SpeculativeVLM:
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}
 
-    def _result(self, sampler: Sampler, row: int, length: int, statistics: Statistics) -> Result:
-        """What `row` emitted after its `length` prompt columns."""
-        layout: Layout = sampler.layout
-        tokens = layout.tokens[row, length : layout.end[row]].tolist()
+    def _result(self, tokens: list[int], finish: str | None, row: int, statistics: Statistics) -> Result:
+        """What `row` emitted, and why it ended."""
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
-        return Result(text, tokens, sampler.finish[row] or "", self.drafter.name, statistics, labels)
+        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels)
 
 
 def _as_decoding_method(run: Any) -> Any:
@@ -286,17 +322,7 @@ def _as_decoding_method(run: Any) -> Any:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Sampler:
+    ) -> Steps[list[Result]]:
         return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     return decoding_method
-
-
-def _randomness(seed: Seed, batch: int, device: torch.device) -> Randomness:
-    """Generators for a batch; see `SpeculativeVLM.generate`."""
-    if seed is None or isinstance(seed, torch.Generator):
-        return seed
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise UserError(f"{len(seeds)} seeds for {batch} answers; give one seed, or one per answer")
-    return [torch.Generator(device).manual_seed(s) for s in seeds]

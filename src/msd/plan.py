@@ -8,15 +8,16 @@ governor: it goes by what steps really took and gave, and stops drafting for a w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
 from dataclasses import dataclass, replace
+from statistics import median
 
 from msd.costs import Costs
 from msd.sampling import Sampler
 
 TRUST, PROBE = 4.0, 1.5  # plain steps' worth of time that drafting may lose before it stops; when it is tried again
 PAUSE, LONGEST = 16, 256  # steps without drafting, the first time and at most
-MEMORY = 0.9  # of running means
+RECENT = 15  # steps whose medians tell how fast this machine is now
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,24 @@ class Plan:
     """At most `nodes` drafted nodes in trees at most `depth` deep and `width` wide.
 
     With the target's costs, budgets tell seconds and a governor watches; what it learns lasts as long as the plan.
+    Times are medians of recent steps: a step that another process held up says nothing of drafting.
     """
 
     def __init__(self, nodes: int = 8, depth: int = 6, width: int | None = None, costs: Costs | None = None) -> None:
         self.nodes, self.depth, self.width, self.costs = nodes, depth, width, costs
         self.governor = Governor()
-        self.slowness = 1.0  # of target passes now against when their costs were measured
-        self.draft_seconds = 0.0
+        self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting
+        self._passes_seen: deque[float] = deque(maxlen=RECENT)  # seconds of target passes, over those measured
+
+    @property
+    def draft_seconds(self) -> float:
+        """What drafting for a step takes; 0 before the first."""
+        return median(self._drafts) if self._drafts else 0.0
+
+    @property
+    def slowness(self) -> float:
+        """Seconds of target passes now, as a multiple of those measured."""
+        return median(self._passes_seen) if self._passes_seen else 1.0
 
     def budget(self, sampler: Sampler) -> Budget:
         """The budget of the next step; a row that may emit r more tokens drafts at most r - 1, a finished one none."""
@@ -96,22 +108,19 @@ class Plan:
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
         return Budget(self.nodes, depth, self.width, seconds, passes)
 
-    def learn(self, budget: Budget, drafted: int, emitted: float, seconds: Mapping[str, float]) -> None:
-        """What became of a budget: nodes drafted and tokens emitted per row, seconds of "draft" and "verify"."""
+    def learn(self, budget: Budget, drafted: int, emitted: float, draft: float, verify: float) -> None:
+        """What became of a budget: nodes drafted and tokens emitted per row, seconds of the draft and of the pass."""
         if budget.passes is None:
             return
-        self.slowness = _mean(self.slowness, seconds["verify"] / budget.passes[min(drafted, self.nodes)])
+        nodes = min(drafted, self.nodes)
+        self._passes_seen.append(verify / budget.passes[nodes])
         if budget.nodes:
-            draft = seconds["draft"]
-            self.draft_seconds = _mean(self.draft_seconds, draft) if self.draft_seconds else draft
-            self.governor.learn(emitted - (draft + seconds["verify"]) / (self.slowness * budget.passes[0]))
+            self._drafts.append(draft)
+            step = self.draft_seconds + self.slowness * budget.passes[nodes]
+            self.governor.learn(emitted - step / (self.slowness * budget.passes[0]))
 
     def _passes(self, costs: Costs, sampler: Sampler) -> tuple[float, ...]:
         """Seconds of target passes over trees of 0, 1, … nodes in every row that goes on: what counts is all rows."""
         R = len(sampler.alive)
         curve = costs.of(R * (self.nodes + 1), max(sampler.layout.end))
         return tuple(curve[R - 1 :: R])
-
-
-def _mean(old: float, new: float) -> float:
-    return MEMORY * old + (1 - MEMORY) * new

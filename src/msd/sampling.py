@@ -3,6 +3,9 @@
 Given raw target logits at a node and the tokens on the node's path, `law` gives the processed scores, `draw` a token,
 and `emit` appends it and decides whether the row goes on. Processors and stopping criteria are the very objects that
 `generate()` built. This module knows nothing of trees or of how the logits were computed.
+
+In a batch the rows usually go on independently. A logits processor or stopping criterion of the user's may look at all
+rows of a step at once, or keep state for each of them; with one of those the rows go on in lockstep (`Sampler`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from msd.errors import UserError
 from msd.layout import Layout
+from msd.shared_noise import SharedNoise
 
 # processors whose result depends on the scores alone: they may run on all rows at once, whatever their histories
 _POINTWISE = (
@@ -54,10 +58,15 @@ Randomness = torch.Generator | list[torch.Generator] | None
 class Sampler:
     """Laws, draws and stops for the B rows of a layout.
 
-    randomness: a list with one generator per row (each row draws as if alone); one generator for the whole batch (a
-    single call draws for all rows that go on; `generate()` also draws for finished rows, so the two agree until the
-    first row ends); or None for torch's global one. vocabulary: V.
+    randomness: a list with one generator per row (each row draws as if alone); one generator for the whole batch, or
+    None for torch's global one (a row's k-th token then takes the row's part of the k-th draw, as in `generate()`).
+    vocabulary: V. prompt: [B, L] the prompts as processors see them; the layout's by default. padding: the token that
+    finished rows emit in lockstep, or None where they go on emitting what the target predicts, as in `generate()`.
     `finish` holds, per row, why it stopped ("eos", "length", "criteria") or None while it goes on.
+
+    lockstep: whether a processor or criterion may look across rows. All rows then emit equally many tokens in a step,
+    finished rows stay in the batch until the last one finishes, and processors and criteria see exactly the tensors
+    [B, L + t] and [B, V] that `generate()` would show them.
     """
 
     def __init__(
@@ -68,22 +77,35 @@ class Sampler:
         do_sample: bool,
         vocabulary: int,
         randomness: Randomness = None,
+        prompt: Tensor | None = None,
+        padding: int | None = None,
     ) -> None:
         self.layout, self.processors, self.do_sample, self.randomness = layout, processors, do_sample, randomness
-        self.vocabulary = vocabulary
-        rows = range(layout.batch)
-        self.per_row = [_for_row(processors, r, layout) for r in rows] if layout.batch > 1 else [processors]
+        self.vocabulary, self.padding = vocabulary, padding
+        B = layout.batch
+        self.prompt = layout.tokens[:, : layout.end[0]].clone() if prompt is None else prompt
+        self.lockstep = any(_looks_across_rows(part) for part in (*processors, *criteria))
+        apart = B > 1 and not self.lockstep
+        self.per_row = [_for_row(processors, r, layout) for r in range(B)] if apart else [processors]
         self.pointwise = all(type(p) in _POINTWISE for p in processors)
+        shared = do_sample and B > 1 and not isinstance(randomness, list)
+        self.noise = SharedNoise(B, randomness) if shared and not isinstance(randomness, list) else None
         self.max_length = min([c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)] + [layout.capacity])
         self.eos = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id}
         native = (MaxLengthCriteria, EosTokenCriteria)
         self.criteria = StoppingCriteriaList([c for c in criteria if not isinstance(c, native)])
-        self.finish: list[str | None] = [None] * layout.batch
+        self.finish: list[str | None] = [None] * B
 
     @property
     def alive(self) -> list[int]:
-        """Rows that go on."""
-        return [row for row, why in enumerate(self.finish) if why is None]
+        """Rows that take part in the next step: the unfinished ones; in lockstep all, until the last one finishes."""
+        unfinished = [row for row, why in enumerate(self.finish) if why is None]
+        return list(range(self.layout.batch)) if self.lockstep and unfinished else unfinished
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """Rows that have stopped."""
+        return frozenset(row for row, why in enumerate(self.finish) if why is not None)
 
     def room(self, row: int) -> int:
         """How many tokens `row` may still emit."""
@@ -94,6 +116,10 @@ class Sampler:
         scores = logits.to(copy=True, dtype=torch.float32)
         if not self.processors:
             return scores
+        if self.lockstep:
+            every = torch.zeros(self.layout.batch, scores.shape[1], device=scores.device)
+            every[rows] = scores
+            return self.processors(self._shown(), every)[rows]
         if self.pointwise:
             return self.processors(self.layout.tokens[rows, :1], scores)
         return torch.cat([self.per_row[r](self.layout.history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
@@ -105,8 +131,14 @@ class Sampler:
         return torch.zeros_like(law).scatter_(1, law.argmax(-1, keepdim=True), 1.0)
 
     def draw(self, law: Tensor, rows: list[int]) -> Tensor:
-        """One token per row, [R]: the argmax, or one multinomial draw exactly as `generate()` makes it."""
-        return self.multinomial(law.softmax(-1), rows) if self.do_sample else law.argmax(-1)
+        """The next token of each row, [R]: the argmax, or one multinomial draw exactly as `generate()` makes it.
+
+        To be asked once for every token that a row emits.
+        """
+        if not self.do_sample:
+            return law.argmax(-1)
+        p = law.softmax(-1)
+        return self.multinomial(p, rows) if self.noise is None else self.noise.draw(p, rows, self.alive)
 
     def multinomial(self, p: Tensor, rows: list[int]) -> Tensor:
         """Draws from p [R, V] with the rows' randomness: [R]."""
@@ -122,16 +154,51 @@ class Sampler:
             return torch.cat(one)
         return torch.rand(len(rows), generator=self.randomness, device=device, dtype=torch.float64)
 
+    def padded(self, rows: list[int], token: Tensor, child: Tensor) -> tuple[Tensor, Tensor]:
+        """(token [R], child [R]) with padding in the place of what finished rows drew, below which nothing is drafted.
+
+        Only in lockstep do finished rows take part at all.
+        """
+        over = [i for i, row in enumerate(rows) if self.finish[row] is not None]
+        if not over or self.padding is None:
+            return token, child
+        token, child = token.clone(), child.clone()
+        token[over], child[over] = self.padding, -1
+        return token, child
+
     def emit(self, row: int, token: int) -> bool:
-        """Appends `token` to `row`; True when the row goes on after it."""
+        """Appends `token` to `row`; True when the row takes part in the next step."""
         self.layout.append(row, [token])
-        if token in self.eos:
-            self.finish[row] = "eos"
-        elif self.room(row) <= 0:
-            self.finish[row] = "length"
-        elif self.criteria and bool(self.criteria(self.layout.history(row)[None], None)[0]):
-            self.finish[row] = "criteria"
+        stops = bool(self.criteria) and bool(self.criteria(self.layout.history(row)[None], None)[0])
+        return self._goes_on(row, token, stops)
+
+    def emit_all(self, rows: list[int], tokens: list[int]) -> list[bool]:
+        """Emits a token to each of `rows`; for each, whether it takes part in the next step."""
+        if not self.lockstep:
+            return [self.emit(row, token) for row, token in zip(rows, tokens, strict=True)]
+        for row, token in zip(rows, tokens, strict=True):
+            self.layout.append(row, [token])
+        stops = self.criteria(self._shown(), None).tolist() if self.criteria else [False] * self.layout.batch
+        for row, token in zip(rows, tokens, strict=True):
+            self._goes_on(row, token, stops[row])
+        alive = set(self.alive)
+        return [row in alive for row in rows]
+
+    def _goes_on(self, row: int, token: int, stops: bool) -> bool:
+        """Whether `row` is unfinished after its newest `token`. stops: what the criteria say of it."""
+        if self.finish[row] is None:
+            if token in self.eos:
+                self.finish[row] = "eos"
+            elif self.room(row) <= 0:
+                self.finish[row] = "length"
+            elif stops:
+                self.finish[row] = "criteria"
         return self.finish[row] is None
+
+    def _shown(self) -> Tensor:
+        """The ids [B, L + t] that `generate()` would hold now: prompts with their padding, and what was emitted."""
+        L = self.prompt.shape[1]
+        return torch.cat([self.prompt, self.layout.tokens[:, L : max(self.layout.end)]], 1)
 
 
 def temperature(sampler: Sampler) -> float | None:
@@ -140,6 +207,14 @@ def temperature(sampler: Sampler) -> float | None:
         return None
     warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
     return float(warpers[-1].temperature) if warpers else 1.0
+
+
+def _looks_across_rows(part: object) -> bool:
+    """Whether a processor or criterion may treat a row by its place in the batch, or by the other rows.
+
+    The library's own treat every row by itself, or are made to (`_for_row`); of anybody else's, nothing is known.
+    """
+    return not type(part).__module__.startswith("transformers.generation.")
 
 
 def _for_row(processors: LogitsProcessorList, row: int, layout: Layout) -> LogitsProcessorList:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from msd.modality import known
-from msd.tree import Accepted, DraftTree
+from msd.tree import Accepted, DraftTree, Step
 
 
-class Step(NamedTuple):
-    """One row's step. first: index in the row's answer of the token right below the root, the first drafted one.
+class RowStep(NamedTuple):
+    """One row's step in numbers. first: index in the row's answer of the token below the root, the first drafted one.
 
     levels: depth of the row's tree. accepted: drafts accepted, so that answer tokens first … first + accepted - 1 were.
     """
@@ -39,8 +39,7 @@ class Statistics:
     acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
     # prefill, draft, verify, host, total; and beside, beside_overlap, beside_wait where there was any (`msd.ahead`)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    latest: dict[str, float] = field(default_factory=dict)  # seconds of a part when it was last timed
-    steps: list[Step] = field(default_factory=list)  # of this generation alone: `add` leaves them out
+    steps: list[RowStep] = field(default_factory=list)  # of this generation alone: `add` leaves them out
     divergence: dict[str, tuple[int, float]] = field(
         default_factory=dict
     )  # modality -> (tokens, Σ TV), if not lossless
@@ -62,21 +61,31 @@ class Statistics:
         """Accepted share of all drafted nodes."""
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
+    def read(self, step: Step) -> None:
+        """Adds all that a step tells; of the one after prefill, the seconds that the draft's beginning took."""
+        self.seconds["draft"] += step.draft_seconds
+        self.seconds["verify"] += step.verify_seconds
+        if not step.prefill:
+            self.count(step.tree, step.accepted)
+            self.label(step.accepted)
+
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
-        """Adds one step of every row that took part in it."""
+        """Adds one step of every row that took part in it, and had not finished before."""
         drafted, levels = torch.stack([tree.valid.sum(1) - 1, (tree.depths * tree.valid).amax(1)]).tolist()
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
-            if tokens:
+            if tokens and row not in accepted.padded:
                 self.num_spec_steps += 1
                 self.num_draft_tokens += drafted[row]
                 self.num_accepted_draft_tokens += len(nodes)
                 self.num_emitted_tokens += len(tokens)
                 self.acceptance_histogram[len(nodes)] += 1
-                self.steps.append(Step(row, 1 + self._answered[row], levels[row], len(nodes)))
+                self.steps.append(RowStep(row, 1 + self._answered[row], levels[row], len(nodes)))
                 self._answered[row] += len(tokens)
         if accepted.divergence is not None and accepted.modality is not None:
             kinds_by_id = known()
-            for kinds, spent in zip(accepted.modality, accepted.divergence, strict=True):
+            for row, (kinds, spent) in enumerate(zip(accepted.modality, accepted.divergence, strict=True)):
+                if row in accepted.padded:
+                    continue
                 for kind, total_variation in zip(kinds, spent, strict=True):
                     self._spend(kinds_by_id[kind].name, 1, total_variation)
 
@@ -84,7 +93,8 @@ class Statistics:
         """Notes the router's classes of what a step emitted, where it had any."""
         kinds_by_id = known()
         for row, kinds in enumerate(accepted.modality or ()):
-            self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
+            if row not in accepted.padded:
+                self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
 
     def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
         """Adds to the account of a modality."""
@@ -125,8 +135,7 @@ class Statistics:
         try:
             yield
         finally:
-            self.latest[part] = time.perf_counter() - begin
-            self.seconds[part] += self.latest[part]
+            self.seconds[part] += time.perf_counter() - begin
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, vLLM's names."""

@@ -209,12 +209,37 @@ class Accepted:
 
     nodes:  for every row, the accepted drafted nodes in order (the root left out).
     tokens: for every row, the emitted tokens: the accepted ones, then the target's own (bonus) token. One longer than
-            `nodes`, unless the row stopped on an accepted token (equal length) or had already finished (both empty).
+            `nodes`, unless the row stopped on an accepted token or lockstep ended the walk there (equal length), or the
+            row had already finished (both empty).
     divergence: for every emitted token, the exact total variation of its law from the target's; None: all are 0.
     modality: for every emitted token, the class that the router predicted for it; None where nobody asked.
+    padded: rows that had finished before this step: what they emit is padding (see `Sampler`, lockstep).
     """
 
     nodes: list[list[int]]
     tokens: list[list[int]]
     divergence: list[list[float]] | None = None
     modality: list[list[int]] | None = None
+    padded: frozenset[int] = frozenset()
+
+    @property
+    def tokens_a_row(self) -> float:
+        """Tokens emitted by each row that took part, on average."""
+        lengths = [len(tokens) for tokens in self.tokens if tokens]
+        return sum(lengths) / max(1, len(lengths))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target pass over the trees of all rows, and what came of it.
+
+    draft_seconds, verify_seconds: wall time of the draft and of the target's pass. prefill: whether this is the first
+    step, whose scores [B, 1, V] are those of the prompt's last token and whose trees are bare roots.
+    """
+
+    tree: DraftTree
+    scores: Scores
+    accepted: Accepted
+    draft_seconds: float
+    verify_seconds: float
+    prefill: bool = False

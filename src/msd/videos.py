@@ -1,13 +1,16 @@
 """Videos: some frames of a file, spread evenly over its time.
 
-Two passes. The first reads packets without decoding them and learns when every frame is shown; the second decodes them
-one after the other and keeps those wanted, so that memory holds the kept frames and what the decoder needs.
+Which frames are wanted is known once all have been decoded: a decoder leaves out packets that an edit list hides, or
+that need what was cut off. So packets, read without decoding, only give a guess. One pass decodes all frames, keeps
+those of the guess and learns when each is shown; where the guess was wrong, a second pass keeps the right ones. Memory
+holds the kept frames and what the decoder needs.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from msd.errors import UserError
 from msd.images import MAX_PIXELS
 
 FRAMES = 8  # as Video-LLaVA was trained (arXiv 2311.10122)
+CLIP_FRAMES = 4  # as the target "reference-video" was taught
 MOST_FRAMES = 512  # that may be asked for
 MOST_PACKETS = 500_000  # of a file: more than two hours at 60 frames a second
 MOST_PIXELS = 256 * 1000 * 1000  # of all kept frames together
@@ -49,22 +53,38 @@ class Video:
         if not 1 <= self.frames <= MOST_FRAMES:
             raise UserError(f"{self.frames} frames of a video; ask for 1 to {MOST_FRAMES}")
         with opened(self.path, "video") as (container, stream, name):
-            shown = _times(container, stream, name)
-            size = stream.codec_context.width * stream.codec_context.height
-            if size > MAX_PIXELS or size * self.frames > MOST_PIXELS:
+            guess = _packet_times(container, stream, name)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS or width * height * self.frames > MOST_PIXELS:
                 raise UserError(
-                    f"{name} is {stream.codec_context.width}x{stream.codec_context.height} pixels, too large for "
-                    f"{self.frames} frames; resize it or ask for fewer"
+                    f"{name} is {width}x{height} pixels, too large for {self.frames} frames; resize it or ask for fewer"
                 )
             rate = float(stream.average_rate or 0)
             base = float(stream.time_base or 0)
+        kept, times = self._decode(set(evenly(_ascending(guess), self.frames)))
+        shown = _ascending(times)
         indices = evenly(shown, self.frames)
+        if not set(indices) <= kept.keys():
+            kept, _ = self._decode(set(indices))
+        fps = (len(shown) - 1) / ((shown[-1] - shown[0]) * base) if shown == times and base and len(times) > 1 else rate
+        return Clip(tuple(kept[i] for i in indices), tuple(indices), len(shown), fps or 1.0)
+
+    def _decode(self, wanted: set[int]) -> tuple[dict[int, Image.Image], list[int | None]]:
+        """(the frames whose numbers are wanted, when each frame of the video is shown, in the stream's time base)."""
+        kept: dict[int, Image.Image] = {}
+        times: list[int | None] = []
         with opened(self.path, "video") as (container, stream, name):
-            kept = _kept(container, stream, set(indices), name)
-        fps = (len(shown) - 1) / ((shown[-1] - shown[0]) * base) if len(shown) > 1 and base else rate or 1.0
-        last = max(kept)  # a video whose end is broken goes on with its last good frame
-        frames = tuple(kept[i] if i in kept else kept[last] for i in indices)
-        return Clip(frames, tuple(indices), len(shown), fps)
+            stream.thread_type = "AUTO"
+            for frame in decoded(container, stream):
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise UserError(f"{name} holds a frame of {frame.width}x{frame.height} pixels; resize it")
+                if len(times) in wanted:
+                    kept[len(times)] = _upright(frame)
+                times.append(frame.pts)
+            if not times:
+                raise UserError(f"{name} is broken: not one of its frames can be decoded; save or download it again")
+        size = next((image.size for image in kept.values()), (0, 0))
+        return {n: image if image.size == size else image.resize(size) for n, image in kept.items()}, times
 
 
 def evenly(shown: list[int], count: int) -> list[int]:
@@ -76,39 +96,25 @@ def evenly(shown: list[int], count: int) -> list[int]:
     return found
 
 
-def _times(container: Any, stream: Any, name: str) -> list[int]:
-    """When each frame is shown, in units of the stream's time base; or just their numbers where it does not say."""
+def _packet_times(container: Any, stream: Any, name: str) -> list[int | None]:
+    """When the frame of each packet is shown, in that order where it is known; without packets marked as hidden."""
     times: list[int | None] = []
     for packet in container.demux(stream):
-        if packet.size:
+        if packet.size and not packet.is_discard:
             times.append(packet.pts)
         if len(times) > MOST_PACKETS:
             raise UserError(f"{name} has more than {MOST_PACKETS} frames; cut out the part that matters")
     if not times:
         raise UserError(f"{name} has no frames; save or download it again")
-    known = [t for t in times if t is not None]
-    return sorted(known) if len(known) == len(times) else list(range(len(times)))
+    return times if None in times else sorted(times)  # type: ignore[type-var]
 
 
-def _kept(container: Any, stream: Any, wanted: set[int], name: str) -> dict[int, Image.Image]:
-    """Frames by number. All are decoded as far as the last one wanted, and one more kept in case it never comes."""
-    stream.thread_type = "AUTO"
-    kept: dict[int, Image.Image] = {}
-    newest, number = None, -1
-    for number, frame in enumerate(decoded(container, stream)):
-        if frame.width * frame.height > MAX_PIXELS:
-            raise UserError(f"{name} holds a frame of {frame.width}x{frame.height} pixels; resize it")
-        newest = frame
-        if number in wanted:
-            kept[number] = _upright(frame)
-        if number == max(wanted):
-            break
-    if newest is None:
-        raise UserError(f"{name} is broken: not one of its frames can be decoded; save or download it again")
-    if number not in kept:
-        kept[number] = _upright(newest)
-    size = kept[min(kept)].size
-    return {n: image if image.size == size else image.resize(size) for n, image in kept.items()}
+def _ascending(times: list[int | None]) -> list[int]:
+    """The times of frames; just their numbers where some have none, times go back, or all have the same."""
+    known = [time for time in times if time is not None]
+    if len(known) == len(times) and known[-1] > known[0] and all(a <= b for a, b in pairwise(known)):
+        return known
+    return list(range(len(times)))
 
 
 def _upright(frame: Any) -> Image.Image:

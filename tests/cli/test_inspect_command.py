@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from msd.config import SpeculativeConfig
-from msd.inspect import page, tracing
+from msd.inspect import Trace, page
 from msd.model import SpeculativeVLM
 from random_drafter import RandomDrafter
 from training_command import run
@@ -28,8 +28,9 @@ def engine(tokens: int) -> SpeculativeVLM:
 
 def test_the_record_is_what_was_decoded() -> None:
     vlm = engine(24)
-    with tracing(vlm.drafter) as steps:
-        answer = vlm.generate(**INPUTS, max_new_tokens=24, do_sample=False)
+    trace = Trace()
+    answer = vlm.generate(**INPUTS, max_new_tokens=24, do_sample=False, on_step=trace)
+    steps = trace.passes
     count = len(steps)
     assert count == answer.statistics.num_spec_steps
     told = [answer.tokens[0], *(token for step in steps for token in step.emitted)]
@@ -46,7 +47,7 @@ def test_the_record_is_what_was_decoded() -> None:
         at += len(step.emitted)
     assert any(len(step.emitted) > 1 for step in steps) and any(not n.accepted for s in steps for n in s.nodes)
     again = vlm.generate(**INPUTS, max_new_tokens=24, do_sample=False)
-    assert again.tokens == answer.tokens and len(steps) == count  # nothing is recorded outside the block
+    assert again.tokens == answer.tokens and len(steps) == count  # nothing is recorded of another answer
 
 
 class Tags(HTMLParser):
@@ -70,8 +71,9 @@ class Tags(HTMLParser):
 
 def test_the_page_shows_every_step_and_escapes_words() -> None:
     vlm = engine(16)
-    with tracing(vlm.drafter) as steps:
-        answer = vlm.generate(**INPUTS, max_new_tokens=16, do_sample=False)
+    trace = Trace()
+    answer = vlm.generate(**INPUTS, max_new_tokens=16, do_sample=False, on_step=trace)
+    steps = trace.passes
     text = page("<what> & why", answer, steps, lambda token: f"<{token}>")
     reader = Tags()
     reader.feed(text)

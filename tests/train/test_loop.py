@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from msd.errors import UserError
 from msd.train.loop import Loop, LoopConfig, Schedule
 
 
@@ -51,7 +52,7 @@ def test_lowering_the_steps_lands_the_schedule(tmp_path: Path) -> None:
     assert second.schedule.factor(60) == pytest.approx(0.03)
     assert second.run()
     assert second.step == 60
-    with pytest.raises(ValueError, match="cannot end at step 50"):
+    with pytest.raises(UserError, match="cannot end at step 50"):
         make(tmp_path, 50)
 
 
@@ -112,7 +113,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     loop.run()
     before = loop.checkpoint.read_bytes()
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         loop.save()
     assert loop.checkpoint.read_bytes() == before
 
@@ -120,7 +121,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
 def test_other_parameters_are_refused(tmp_path: Path) -> None:
     make(tmp_path, 2)[0].run()
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(UserError, match="other parameters"):
         Loop(
             dict(model.named_parameters()),
             torch.optim.SGD(model.parameters(), lr=1.0),

@@ -21,8 +21,8 @@ from msd.layout import Layout
 from msd.sampling import Sampler
 from msd.tree import DraftTree, Scores, Trials
 from msd.verify import Budget, Lossless, Threshold, Verifier
+from msd.verify.builtin.budget import Ledger
 from msd.verify.divergence import sampled_law, total_variation
-from msd.verify.ledger import Ledger
 from msd.verify.rules import soft
 
 V, N, EPSILON = 3, 3, 0.12

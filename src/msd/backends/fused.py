@@ -5,19 +5,25 @@ exactly those named in `PARTS`. It computes what the model's own `forward` compu
 weights and into the same cache; whoever uses it first compares the two (`msd.backends.choose`).
 
 Three things save steps beside packing. Query and key rows are reordered so that a rotary position is one complex
-product. The queries of a group share keys and values, so they enter attention as more rows of one head. Normed inputs
-go once through query, key and value together, and once through gate and up.
+product; the copies that follow anyway put both back, so that the cache holds keys as the model itself writes them. The
+queries of a group share keys and values, so they enter attention as more rows of one head. Normed inputs go once
+through query, key and value together, and once through gate and up.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from msd.backends.dispatch import Dispatcher
 from msd.backends.packed import Packed, can_pack
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
@@ -27,6 +33,14 @@ PARTS = {
     "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
 }  # fmt: skip
 BIASES = {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}
+CLASSES = {"": "Model", "self_attn": "Attention", "mlp": "MLP", "norm": "RMSNorm"} | dict.fromkeys(
+    ("input_layernorm", "post_attention_layernorm"), "RMSNorm"
+)  # of a module by its name: the family's class
+OTHERS = {"layers": nn.ModuleList, "act_fn": ACT2CLS["silu"]} | dict.fromkeys(
+    [name.split(".")[1] for name in PARTS if "_proj" in name], nn.Linear
+)
+CALLED = ("embed_tokens", "rotary_emb")  # do their own work
+FUNCTIONS = ("eager_attention_forward", "apply_rotary_pos_emb", "repeat_kv")
 MANY = 512  # rows from which attention keeps its heads apart: a mask of groups would be large
 
 
@@ -35,24 +49,32 @@ class UnsupportedDecoderError(Exception):
 
 
 class _Layer:
-    """One decoder layer's packed weights."""
+    """One decoder layer's packed weights, its norms as they are, and the numbers it goes by."""
 
-    def __init__(self, layer: Any, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         a, m = layer.self_attn, layer.mlp
-        self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.scale = float(a.scaling)
+        self.dim, self.scale, self.slot = a.head_dim, float(a.scaling), a.layer_idx
+        self.heads, self.kv_heads = (proj.weight.shape[0] // self.dim for proj in (a.q_proj, a.k_proj))
+        self.groups = a.num_key_value_groups
+        self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.qkv = Packed(
-            [_paired(a.q_proj.weight, dim), _paired(a.k_proj.weight, dim), a.v_proj.weight],
-            [] if a.v_proj.bias is None else [_paired(a.q_proj.bias, dim), _paired(a.k_proj.bias, dim), a.v_proj.bias],
+            [_paired(a.q_proj.weight, self.dim), _paired(a.k_proj.weight, self.dim), a.v_proj.weight],
+            [] if a.v_proj.bias is None
+            else [_paired(a.q_proj.bias, self.dim), _paired(a.k_proj.bias, self.dim), a.v_proj.bias],
             dtype,
-        )
+        )  # fmt: skip
         self.out, self.gate_up, self.down = (
             Packed.of(*linears, dtype=dtype) for linears in ((a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
         )
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What all layers of a decoder have alike."""
+        return self.heads, self.kv_heads, self.dim
+
 
 class FusedDecoder:
-    """The fused pass of one decoder; `forward` takes what the decoder's own takes.
+    """The fused pass of one decoder as it is now; `forward` takes what the decoder's own takes.
 
     UnsupportedDecoderError says why there is none. dtype: of the products; what layers add up stays float32.
     `keep(index, states)` is given the hidden states before every layer and after the final norm, numbered as
@@ -61,11 +83,15 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any, dtype: torch.dtype = torch.float32) -> None:
         _refuse(decoder)
-        self.decoder, c = decoder, decoder.config
-        self.hidden, self.eps = c.hidden_size, c.rms_norm_eps
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        self.layers = [_Layer(layer, self.dim, dtype) for layer in decoder.layers]
+        self.decoder = decoder
+        self.layers = [_Layer(layer, dtype) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
+        self.norm = _norm(decoder.norm)
+        first = self.layers[0]
+        self.heads, self.kv_heads, self.dim = first.shape
+        if any(x.shape != first.shape or x.heads != x.kv_heads * x.groups for x in self.layers):
+            raise UnsupportedDecoderError("its layers differ in their attention heads")
+        if len({x.slot for x in self.layers}) < len(self.layers):
+            raise UnsupportedDecoderError("a layer of it stands in two places")
 
     @torch.no_grad()
     def forward(
@@ -97,27 +123,26 @@ class FusedDecoder:
         for i, layer in enumerate(self.layers):
             if keep is not None:
                 keep(i, h)
-            x = layer.qkv(F.rms_norm(h, (self.hidden,), layer.input_norm, self.eps))
-            x = x.view(B, N, self.heads + 2 * self.kv_heads, self.dim)
-            qk = x[:, :, : self.heads + self.kv_heads].unflatten(-1, (half, 2))
-            qk = torch.view_as_real(torch.view_as_complex(qk) * turn).flatten(-2)
-            k, v = qk[:, :, self.heads :].transpose(1, 2), x[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+            x = layer.qkv(layer.input_norm(h)).view(B, N, self.heads + 2 * self.kv_heads, self.dim)
+            turned = x[:, :, : self.heads + self.kv_heads].unflatten(-1, (half, 2))
+            turned = torch.view_as_real(torch.view_as_complex(turned) * turn).transpose(-1, -2)  # [B, N, H, 2, half]
+            k, v = turned[:, :, self.heads :].flatten(-2).transpose(1, 2), x[:, :, -self.kv_heads :].transpose(1, 2)
             if past_key_values is not None:
-                k, v = past_key_values.update(k, v, i)
-            q = qk[:, :, : self.heads]
+                k, v = past_key_values.update(k, v, layer.slot)
+            q = turned[:, :, : self.heads]
             if grouped:
-                q = q.view(B, N, self.kv_heads, groups, self.dim).permute(0, 2, 3, 1, 4)
+                q = q.unflatten(2, (self.kv_heads, groups)).permute(0, 2, 3, 1, 4, 5)
                 q = q.reshape(B, self.kv_heads, groups * N, self.dim)
                 o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
                 o = o.view(B, self.kv_heads, groups, N, self.dim).permute(0, 3, 1, 2, 4)
             else:
-                q = q.transpose(1, 2)
+                q = q.flatten(-2).transpose(1, 2)
                 o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=groups > 1)
                 o = o.transpose(1, 2)
             h = layer.out.plus(o.reshape(B, N, -1), h)
-            gate, up = layer.gate_up(F.rms_norm(h, (self.hidden,), layer.mlp_norm, self.eps)).chunk(2, -1)
+            gate, up = layer.gate_up(layer.mlp_norm(h)).chunk(2, -1)
             h = layer.down.plus(F.silu(gate).mul_(up), h)
-        h = F.rms_norm(h, (self.hidden,), self.decoder.norm.weight, self.eps)
+        h = self.norm(h)
         if keep is not None:
             keep(len(self.layers), h)
         return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=past_key_values)
@@ -145,8 +170,21 @@ def _causal(h: Tensor, past: int, present: Tensor | None) -> Tensor | None:
     return torch.zeros(seen.shape, dtype=h.dtype, device=h.device).masked_fill_(~seen, torch.finfo(h.dtype).min)
 
 
+def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    """An RMSNorm in one step."""
+    weight, eps = norm.weight, norm.variance_epsilon
+    return lambda h: F.rms_norm(h, weight.shape, weight, eps)
+
+
+def code(decoder: Any) -> list[Any]:
+    """Functions that layers of a decoder call by name, which somebody may have replaced."""
+    library = sys.modules[type(decoder).__module__]
+    attention = ALL_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)
+    return [attention, *(getattr(library, name, None) for name in FUNCTIONS)]
+
+
 def _refuse(decoder: Any) -> None:
-    """UnsupportedDecoderError, unless the decoder is one that `forward` computes."""
+    """UnsupportedDecoderError, unless the decoder is one that `forward` computes: in kind, parts and code."""
     kind, c = type(decoder).__name__, decoder.config
     if kind not in DECODERS:
         raise UnsupportedDecoderError(f"decoders of class {kind} have no fused pass")
@@ -154,12 +192,35 @@ def _refuse(decoder: Any) -> None:
         raise UnsupportedDecoderError(f"activation '{c.hidden_act}' has no fused pass")
     if getattr(c, "sliding_window", None) and getattr(c, "use_sliding_window", True):
         raise UnsupportedDecoderError("sliding windows have no fused pass")
+    if c._attn_implementation not in ("sdpa", "eager"):
+        raise UnsupportedDecoderError(f"attention '{c._attn_implementation}' has no fused pass")
+    if any(f is not None and not f.__module__.startswith("transformers.") for f in code(decoder)):
+        raise UnsupportedDecoderError("a function that its layers call has been replaced")
     for layer in decoder.layers:
         names = {name for name, _ in layer.named_parameters()}
         if names not in (PARTS, PARTS | BIASES):
             raise UnsupportedDecoderError(
                 f"a decoder layer has parts that are not fused: {', '.join(sorted(names ^ PARTS))}"
             )
-        for name, part in layer.named_modules():
-            if name.endswith("_proj") and (type(part) is not nn.Linear or not can_pack(part.weight)):
-                raise UnsupportedDecoderError(f"{name} is no float32 linear layer on a CPU with oneDNN")
+    for name, part in decoder.named_modules():
+        if name.partition(".")[0] not in CALLED:
+            _refuse_part(decoder, name, part)
+    if not decoder.layers or decoder.training:
+        raise UnsupportedDecoderError("it is in training mode" if decoder.layers else "it has no layers")
+
+
+def _refuse_part(decoder: Any, name: str, part: nn.Module) -> None:
+    """The same of one of its modules, of which `forward` does the work."""
+    role = name.rpartition(".")[2]
+    library, kind = sys.modules[type(decoder).__module__], "DecoderLayer" if role.isdigit() else CLASSES.get(role)
+    known = getattr(library, type(decoder).__name__.removesuffix("Model") + kind, None) if kind else OTHERS.get(role)
+    if type(part) is not known:
+        raise UnsupportedDecoderError(f"{name} is a {type(part).__name__}, which has no fused pass")
+    held = [tensor for tensor in part._parameters.values() if tensor is not None]
+    if not all(can_pack(t) if t.dim() == 2 else t.dtype == torch.float32 and t.device.type == "cpu" for t in held):
+        raise UnsupportedDecoderError(f"{name} is no float32 layer on a CPU with oneDNN")
+    if isinstance(part, nn.ModuleList):
+        return
+    replaced = not isinstance(vars(part).get("forward"), Dispatcher | None)
+    if replaced or part._compiled_call_impl or type(part).forward.__qualname__ != f"{type(part).__name__}.forward":
+        raise UnsupportedDecoderError(f"the forward of its {type(part).__name__} has been replaced")

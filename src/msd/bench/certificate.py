@@ -19,12 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd import prompts
+from msd.bench.check import check_prompts
 from msd.bench.chi2 import holm
 from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
 from msd.bench.sampling_law import end_to_end_p_values
 from msd.config import SpeculativeConfig
 from msd.drafters import recordings
+from msd.errors import UserError
 from msd.model import SpeculativeVLM
 
 TIE_GAP = 1e-4
@@ -44,7 +46,10 @@ Report = Callable[[str], None]
 
 @dataclass
 class Row:
-    """One method's certificate. `differences` describes each first difference that is no tie."""
+    """One method's certificate. `differences` describes each first difference that is no tie.
+
+    finished: whether all that was to be compared has been; until then nothing has passed.
+    """
 
     method: str
     compared: int = 0
@@ -52,17 +57,25 @@ class Row:
     tie_gaps: list[float] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     p_values: list[float] = field(default_factory=list)
+    finished: bool = True
 
     @property
     def passed(self) -> bool:
         """Nothing differs but ties, and no χ² cell rejects (Holm, family false-alarm rate 10⁻³)."""
-        return self.compared > 0 and not self.differences and not any(holm(self.p_values, FALSE_ALARM))
+        lossless = not self.differences and not any(holm(self.p_values, FALSE_ALARM))
+        return self.finished and self.compared > 0 and lossless
+
+    def __str__(self) -> str:
+        counts = f"{self.identical} of {self.compared} identical"
+        apart = f", {len(self.tie_gaps)} ties" if self.tie_gaps else ""
+        return f"{self.method} {counts}{apart}" + "".join(f"; {difference}" for difference in self.differences[-1:])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         counts = {"compared": self.compared, "identical": self.identical, "ties": len(self.tie_gaps)}
         detail = {"tie_gaps": self.tie_gaps, "p_values": self.p_values, "differences": self.differences}
-        return {"method": self.method, **counts, **detail, "passed": self.passed}
+        unfinished = {} if self.finished else {"finished": False}
+        return {"method": self.method, **counts, **detail, "passed": self.passed, **unfinished}
 
 
 def certify(
@@ -74,15 +87,20 @@ def certify(
     draws: int,
     report: Report,
     backend: str = "measure",
+    rows: list[Row] | None = None,
+    done: Report | None = None,
 ) -> list[Row]:
     """A row per method: every sample under every setting, sample i with seed i; χ² for methods that sample drafts.
 
-    Every step drafts as much as it may, whether that pays or not.
+    Every step drafts as much as it may, whether that pays or not. rows: a list that they are put in from the start, for
+    whoever wants to see them when it is broken off. done: is told the rows so far after every sample.
     """
     judge = _Judge(model)
     config = SpeculativeConfig(adaptive=False, backend=backend)
     engines = [SpeculativeVLM(model, processor, config, name) for name in methods]
-    rows, ask = [Row(name) for name in methods], Conversation(SpeculativeVLM(model, processor, config, "ar"))
+    rows, ask = [] if rows is None else rows, Conversation(SpeculativeVLM(model, processor, config, "ar"))
+    check_prompts(ask, samples, max_new_tokens)
+    rows += [Row(name, finished=False) for name in methods]
     for seed, sample in enumerate(samples):
         inputs = ask(sample)
         for setting, options in SETTINGS.items():
@@ -97,16 +115,27 @@ def certify(
                 seen = recordings.argument(engine.drafter, [sample.events])
                 tokens = engine.generate(**inputs, **seen, **kwargs, seed=seed).tokens
                 judge.compare(row, f"sample {seed} ({setting})", inputs, kwargs, seed, tokens, reference)
+        if done is not None:
+            done(f"{seed + 1} of {len(samples)} samples: {', '.join(map(str, rows))}")
     for engine, row in zip(engines, rows, strict=True):
         if engine.drafter.sampled:
             report(f"χ² of {row.method}, {draws} draws a cell")
             row.p_values = end_to_end_p_values(engine.drafter, draws)
+        row.finished = True
     return rows
 
 
-def audit(model: PreTrainedModel, processor: Any, samples: Sequence[Sample], report: Report) -> Row:
-    """Another engine's outputs against greedy decoding of this model, by ids, or by text where no ids were given."""
-    judge, row = _Judge(model), Row("outputs")
+def audit(
+    model: PreTrainedModel, processor: Any, samples: Sequence[Sample], report: Report, rows: list[Row] | None = None
+) -> Row:
+    """Another engine's outputs against greedy decoding of this model, by ids, or by text where no ids were given.
+
+    rows: as in `certify`.
+    """
+    judge, row = _Judge(model), Row("outputs", finished=False)
+    _check_outputs(model, processor, samples)
+    if rows is not None:
+        rows.append(row)
     for number, sample in enumerate(samples):
         report(f"line {number + 1} of {len(samples)}")
         inputs = prompts.prepare(processor, [list(sample.images)], [sample.prompt])
@@ -120,7 +149,18 @@ def audit(model: PreTrainedModel, processor: Any, samples: Sequence[Sample], rep
         if sample.tokens is None and tokenizer.decode(reference, skip_special_tokens=True).strip() == sample.answer:
             tokens = reference
         judge.compare(row, f"line {number + 1}", inputs, kwargs, 0, tokens, reference)
+    row.finished = True
     return row
+
+
+def _check_outputs(model: PreTrainedModel, processor: Any, samples: Sequence[Sample]) -> None:
+    """UserError that names the line whose prompt is refused, or whose output this model cannot have written."""
+    check_prompts(Conversation(SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain"), "ar")), samples, 1)
+    size = model.get_input_embeddings().weight.shape[0]
+    for sample in samples:
+        wrong = next((token for token in sample.tokens or () if not 0 <= token < size), None)
+        if wrong is not None:
+            raise UserError(f"{sample.where}: token {wrong} is not one of the {size} of this model")
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Any], seed: int, kwargs: dict[str, Any]) -> list[int]:

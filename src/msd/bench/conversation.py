@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msd import prompts
@@ -21,17 +22,24 @@ class Conversation:
 
     def __call__(self, *samples: Sample) -> dict[str, Any]:
         """input_ids [B, L] and what else the target takes, of B samples asked together."""
-        pictures = [list(sample.images) for sample in samples]
-        return prompts.prepare(self.engine.processor, pictures, chats=[self._chat(s) for s in samples])
+        return self._prepared(samples, self._answer)
 
-    def _chat(self, sample: Sample) -> prompts.Messages:
+    def unanswered(self, sample: Sample) -> dict[str, Any]:
+        """The same of one sample, with a dash for every earlier answer: what can be told before anything is asked."""
+        return self._prepared([sample], lambda *_: "-")
+
+    def _prepared(self, samples: Sequence[Sample], answer: Callable[[Sample, int], str]) -> dict[str, Any]:
+        pictures = [list(sample.images) for sample in samples]
+        return prompts.prepare(self.engine.processor, pictures, chats=[self._chat(s, answer) for s in samples])
+
+    def _chat(self, sample: Sample, answer: Callable[[Sample, int], str]) -> prompts.Messages:
         chat: prompts.Messages = []
         for i, question in enumerate((*sample.before, sample.prompt)):
             prompts.check_text(question)
             pictures = [{"type": prompts.kind(source)} for source in sample.images] if i == 0 else []
             chat.append({"role": "user", "content": [*pictures, _text(question)]})
             if i < len(sample.before):
-                chat.append({"role": "assistant", "content": [_text(self._answer(sample, i))]})
+                chat.append({"role": "assistant", "content": [_text(answer(sample, i))]})
         return chat
 
     def _answer(self, sample: Sample, turn: int) -> str:

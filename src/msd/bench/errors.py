@@ -12,10 +12,12 @@ from typing import Any
 
 from msd.bench.words import KINDS
 from msd.modality import FUSION, LANGUAGE, VISION, known
-from msd.statistics import Step
+from msd.statistics import RowStep
 
 FIRST = (VISION, LANGUAGE, FUSION)  # of the order in which modalities are told
-Marked = tuple[Iterable[Step], Sequence[int], Sequence[str]]  # an answer's steps; modality ids and kinds of its tokens
+Marked = tuple[
+    Iterable[RowStep], Sequence[int], Sequence[str]
+]  # an answer's steps; modality ids and kinds of its tokens
 
 
 def pattern(chains: Iterable[Marked]) -> list[dict[str, Any]]:

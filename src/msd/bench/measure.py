@@ -12,33 +12,32 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.bench import modal
+from msd.bench.check import check_prompts, digest
 from msd.bench.conversation import Conversation
 from msd.bench.data import Sample
-from msd.bench.errors import pattern
-from msd.bench.intervals import ratio_interval
 from msd.bench.kernels import outside_kernels
-from msd.bench.mass import mean_mass, top_mass
-from msd.bench.repeats import tau_outside_repeats
-from msd.bench.timing import LIBRARY, Run, library, ours
-from msd.bench.words import kinds_of
+from msd.bench.labels import LabelledSample, Labeller, columns
+from msd.bench.mass import SIZES, mean_mass, top_mass
+from msd.bench.rows import row
+from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, library, ours
+from msd.bench.unfinished import Unfinished
 from msd.config import SpeculativeConfig
 from msd.cuts import ModalityCuts
 from msd.drafters import recordings
 from msd.model import SpeculativeVLM
-from msd.statistics import Statistics
+from msd.targets.fingerprint import fingerprint
 from msd.version import __version__
 
-TRANSFORMERS, PLAIN = "transformers", "ar"
 REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError)  # some of the library's ways refuse some models
 
 
@@ -56,123 +55,218 @@ def run(
     batch: int = 1,
     baselines: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Results as in results.json: `environment`, a row per method and task (task "all" first), every sample's seconds.
+    """Results of a whole run, as `Bench.results` gives them; the arguments are those of `Asked` and `Bench`."""
+    asked = Asked(tuple(methods), max_new_tokens, temperature, cuts, config, warm, batch, baselines)
+    bench = Bench(model, processor, samples, asked)
+    bench.measure(report)
+    found = bench.results()
+    assert found is not None
+    return found
 
-    `ar` and the library's `baselines` (all of its ways by default; `transformers` among them) are measured too. At a
-    temperature above 0 sample i is drawn with seed i. With `cuts`, and at
-    temperature 0, rows of drafting methods have acceptance and coverage by modality (see `modal`). `warm`: our methods
-    answer once more with the photos encoded, for a column of its own. `batch`: samples of a task answered together.
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured. `ar` and the library's `baselines` (all of its ways by default) are measured too.
+
+    At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at temperature 0, rows of drafting methods
+    have acceptance and coverage by modality (see `modal`). `warm`: our methods answer once more with the photos
+    encoded, for a column of its own. `batch`: samples of a task answered together. about: more that a run is made of,
+    which one that goes on from it must share.
     """
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    settings = {**sampling, "max_new_tokens": max_new_tokens}
-    ways, not_run = dict[str, Callable[..., Run]](), dict[str, str]()
-    for name in LIBRARY if baselines is None else baselines:
-        try:
-            ways[name] = partial(library, model, settings={**settings, **LIBRARY[name](model)})
-        except REFUSALS as error:
-            not_run[name] = _refusal(error)
-    names = list(dict.fromkeys([PLAIN, *methods]))
-    engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
-    ways |= {name: partial(ours, engine, settings=settings, warm=warm) for name, engine in engines.items()}
-    ask = Conversation(engines[PLAIN])
-    runs: dict[str, list[Run]] = {name: [] for name in ways}
-    groups = _grouped(samples, batch)
-    for number, group in enumerate([groups[0], *groups]):  # the first pass warms up and is not counted
-        inputs = ask(*(samples[i] for i in group))
-        turn = number % len(ways)
-        for name in [*list(ways)[turn:], *list(ways)[:turn]]:
-            report(f"{'sample' if batch == 1 else 'batch'} {number} of {len(groups)}, {name}")
+
+    methods: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    cuts: ModalityCuts | None = None
+    config: SpeculativeConfig | None = None
+    warm: bool = False
+    batch: int = 1
+    baselines: Sequence[str] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `generate()`."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        chosen = sampling if self.temperature > 0 else {"do_sample": False}
+        return {**chosen, "max_new_tokens": self.max_new_tokens}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of a group of samples, by way. not_run: ways of the library that do not run here, and why."""
+
+    runs: dict[str, Run]
+    not_run: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Of a group of samples: mass of the likeliest tokens at every answer token, [T][3] (see `mass`)."""
+
+    likeliest: list[list[float]]
+
+
+class Bench:
+    """A benchmark that can be broken off: `results` are of what has been measured so far.
+
+    With `folder` every part is kept there as soon as it is measured, and a run that was broken off goes on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        samples: Sequence[Sample],
+        asked: Asked,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.samples, self.asked = model, samples, asked
+        self.ways, self.not_run = dict[str, Callable[..., Run]](), dict[str, str]()
+        for name in LIBRARY if asked.baselines is None else asked.baselines:
             try:
-                seen = _seen(engines[name], [samples[i] for i in group]) if name in engines else {}
-                answer = ways[name]({**inputs, **seen}, seed=group[0])
+                self.ways[name] = partial(library, model, settings={**asked.settings, **LIBRARY[name](model)})
+            except REFUSALS as error:
+                self.not_run[name] = _refusal(error)
+        names = list(dict.fromkeys([PLAIN, *asked.methods]))
+        self.engines = {name: SpeculativeVLM(model, processor, asked.config, name) for name in names}
+        self.ways |= {
+            name: partial(ours, engine, settings=asked.settings, warm=asked.warm)
+            for name, engine in self.engines.items()
+        }
+        self.ask = Conversation(self.engines[PLAIN])
+        check_prompts(self.ask, samples, asked.max_new_tokens)
+        self.groups = _grouped(samples, asked.batch)
+        self.runs: dict[str, list[Run]] = {name: [] for name in self.ways}
+        self.labels: list[LabelledSample] = []
+        self.masses: list[Tensor] = []
+        self.outside: dict[str, float] | None = {}
+        self.kept = Unfinished(folder, {} if folder is None else self._made_of())
+
+    @property
+    def answered(self) -> list[list[int]]:
+        """The groups of samples that every method has answered."""
+        return self.groups[: min(map(len, self.runs.values()))]
+
+    @property
+    def done(self) -> str:
+        """How far the answers are, such as "5 of 20 samples"."""
+        return f"{sum(map(len, self.answered))} of {len(self.samples)} samples"
+
+    def measure(self, report: Callable[[str], None]) -> None:
+        """Everything that is still to be measured. What it raises leaves what came before in place."""
+        self._answer(report)
+        if self.asked.cuts is not None and self.asked.temperature == 0 and self.asked.batch == 1:
+            self._label(self.asked.cuts, report)
+        for number, group in enumerate(self.groups):
+            report("the target's certainty")
+            self.masses.append(self._mass(number, group))
+        self.outside = outside_kernels(self.engines[PLAIN].target)
+
+    def _answer(self, report: Callable[[str], None]) -> None:
+        todo = [number for number in range(len(self.groups)) if self.kept.get(Answers, number) is None]
+        if todo:  # a pass that warms up and is not counted
+            self._ask_all(todo[0], f"warming up with sample {self.groups[todo[0]][0] + 1}", report)
+        unit = "sample" if self.asked.batch == 1 else "batch"
+        for number in range(len(self.groups)):
+            part = self.kept.get(Answers, number)
+            if part is None or not part.runs.keys() | part.not_run.keys() >= self.ways.keys():
+                found = self._ask_all(number, f"{unit} {number + 1} of {len(self.groups)}", report)
+                part = self.kept.put(number, Answers(found, self.not_run))
+            self._leave_out(part.not_run)
+            for name in self.ways:
+                self.runs[name].append(part.runs[name])
+
+    def _ask_all(self, number: int, place: str, report: Callable[[str], None]) -> dict[str, Run]:
+        """The answers of every way to a group of samples, in an order that rotates."""
+        group = self.groups[number]
+        inputs, found = self.ask(*(self.samples[i] for i in group)), {}
+        turn = (number + 1) % len(self.ways)
+        for name in [*list(self.ways)[turn:], *list(self.ways)[:turn]]:
+            report(f"{place}, {name}")
+            try:
+                seen = _seen(self.engines[name], [self.samples[i] for i in group]) if name in self.engines else {}
+                found[name] = self.ways[name]({**inputs, **seen}, seed=group[0])
             except REFUSALS as error:
                 if name not in LIBRARY or name == TRANSFORMERS:
                     raise
-                not_run[name] = _refusal(error)
-                del ways[name], runs[name]
-                continue
-            if number:
-                runs[name].append(answer)
-    tasks = ["all", *dict.fromkeys(sample.task for sample in samples)]
-    chosen = {task: [i for i, g in enumerate(groups) if task in ("all", samples[g[0]].task)] for task in tasks}
-    rows = [_row(name, task, chosen[task], runs, temperature == 0 or batch == 1) for task in tasks for name in ways]
-    if cuts is not None and temperature == 0 and batch == 1:
-        sight = _by_modality(engines, ask, samples, runs, settings, cuts, report)
-        for row in rows:
-            if row["method"] in sight:
-                row |= sight[row["method"]](chosen[row["task"]])
-    masses = []
-    for group, run_ in zip(groups, runs[TRANSFORMERS], strict=True):
-        report("the target's certainty")
-        each = [
-            top_mass(engines[PLAIN].target, ask(samples[i]), answer, temperature)
-            for i, answer in zip(group, run_.answers, strict=True)
-        ]
-        masses.append(torch.cat(each))
-    certainty = {task: mean_mass(masses[i] for i in chosen[task]) for task in tasks}
-    known = None if cuts is None else cuts.model_dump()
-    policy = {} if config is None else config.model_dump(include={"verifier", "thresholds", "epsilon"})
-    curve = next((asdict(e.plan.costs) for e in engines.values() if e.plan.costs), None)
-    backend = engines[PLAIN].target.backend
-    told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known, "costs": curve}
-    told |= {"batch": batch, "outside_kernels": outside_kernels(engines[PLAIN].target), "not_run": not_run}
-    return {
-        "environment": {**environment(model, settings), **told},
-        "target_top_mass": certainty,
-        "rows": rows,
-        "sample_tasks": [samples[group[0]].task for group in groups],
-        "sample_seconds": {name: [round(run_.seconds, 4) for run_ in runs[name]] for name in ways},
-    }
+                self._leave_out({name: _refusal(error)})
+        return found
 
+    def _leave_out(self, refused: Mapping[str, str]) -> None:
+        """Ways of the library that do not run here, and why."""
+        for name in refused.keys() & self.ways.keys():
+            del self.ways[name], self.runs[name]
+        self.not_run |= refused
 
-def _by_modality(
-    engines: dict[str, SpeculativeVLM],
-    ask: Conversation,
-    samples: Sequence[Sample],
-    runs: dict[str, list[Run]],
-    settings: dict[str, Any],
-    cuts: ModalityCuts,
-    report: Callable[[str], None],
-) -> dict[str, Callable[[list[int]], dict[str, Any]]]:
-    """For each drafting method, a function from chosen samples to its columns by modality.
+    def _label(self, cuts: ModalityCuts, report: Callable[[str], None]) -> None:
+        labeller = Labeller(self.engines, cuts, self.asked.settings)
+        for i, sample in enumerate(self.samples):
+            part = self.kept.get(LabelledSample, i)
+            if part is None:
+                report(f"sample {i + 1} of {len(self.samples)}, labels")
+                (answer,) = self.runs[TRANSFORMERS][i].answers
+                trees = {name: self.runs[name][i] for name in self.engines if name != PLAIN}
+                part = self.kept.put(i, labeller(self.ask(sample), sample, answer, trees))
+            self.labels.append(part)
 
-    Labels the library's answers, and decodes each sample once more on chains.
-    """
-    drafting = {
-        name: SpeculativeVLM(e.model, e.processor, modal.CHAIN, e.drafter)
-        for name, e in engines.items()
-        if name != PLAIN
-    }
-    chains: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
-    trees: dict[str, list[modal.Labelled]] = {name: [] for name in drafting}
-    words: list[list[str]] = []
-    for i, sample in enumerate(samples):
-        inputs = ask(sample)
-        (answer,) = runs[TRANSFORMERS][i].answers
-        report(f"sample {i + 1} of {len(samples)}, labels")
-        labels = modal.label_answer(engines[PLAIN].target, cuts, inputs, answer, sample.events, len(sample.images))
-        tokenizer = engines[PLAIN].processor.tokenizer
-        words.append(kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer]))
-        for name, engine in drafting.items():
-            report(f"sample {i + 1} of {len(samples)}, {name} on chains")
-            for kept, found in (
-                (trees, runs[name][i]),
-                (chains, ours(engine, {**inputs, **_seen(engine, [sample])}, settings, 0)),
-            ):
-                kept[name].append((found.statistics.steps, modal.shared(labels, answer, found.answers[0])))
+    def _mass(self, number: int, group: Sequence[int]) -> Tensor:
+        """[T, 3], of all answers of a group (see `mass`)."""
+        part = self.kept.get(Mass, number)
+        if part is None:
+            target, answers = self.engines[PLAIN].target, self.runs[TRANSFORMERS][number].answers
+            each = [
+                top_mass(target, self.ask(self.samples[i]), answer, self.asked.temperature)
+                for i, answer in zip(group, answers, strict=True)
+            ]
+            part = self.kept.put(number, Mass(torch.cat(each).tolist()))
+        return torch.tensor(part.likeliest).reshape(-1, len(SIZES))
 
-    def columns(name: str, chosen: list[int]) -> dict[str, Any]:
-        acceptance = modal.acceptance_by_modality(chains[name][i] for i in chosen)
-        coverage = modal.coverage_by_modality(trees[name][i] for i in chosen)
+    def results(self) -> dict[str, Any] | None:
+        """As in results.json: `environment`, a row per method and task (task "all" first), every sample's seconds.
+
+        None before every method has answered a sample. Of a broken-off run `environment` says so, and what was to be
+        measured after the answers is empty unless it is there for all of them.
+        """
+        groups = self.answered
+        if not groups:
+            return None
+        first = [self.samples[group[0]].task for group in groups]
+        chosen = {task: [i for i, own in enumerate(first) if task in ("all", own)] for task in ("all", *first)}
+        comparable = self.asked.temperature == 0 or self.asked.batch == 1
+        rows = [row(name, task, chosen[task], self.runs, comparable) for task in chosen for name in self.ways]
+        if self.labels and len(self.labels) >= len(groups):
+            for each in rows:
+                if each["method"] in self.labels[0].chains:
+                    each |= columns(self.labels, self.runs, each["method"], chosen[each["task"]])
+        whole = len(self.masses) == len(self.groups)
         return {
-            "acceptance_by_modality": acceptance.rates(),
-            "coverage_by_modality": coverage.rates(),
-            "acceptance_by_depth": acceptance.by_depth(),
-            "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
-            "errors": pattern((*chains[name][i], words[i]) for i in chosen),
+            "environment": {**environment(self.model, self.asked.settings), **self._told(whole)},
+            "target_top_mass": {t: mean_mass(self.masses[i] for i in chosen[t]) for t in chosen} if whole else None,
+            "rows": rows,
+            "sample_tasks": first,
+            "sample_seconds": {name: [round(run_.seconds, 4) for run_ in self.runs[name]] for name in self.ways},
         }
 
-    return {name: partial(columns, name) for name in drafting}
+    def _told(self, whole: bool) -> dict[str, Any]:
+        """What the environment of these results tells besides the machine."""
+        asked, backend = self.asked, self.engines[PLAIN].target.backend
+        known = None if asked.cuts is None else asked.cuts.model_dump()
+        policy = {} if asked.config is None else asked.config.model_dump(include={"verifier", "thresholds", "epsilon"})
+        curve = next((asdict(e.plan.costs) for e in self.engines.values() if e.plan.costs), None)
+        told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known}
+        told |= {"costs": curve, "batch": asked.batch, "outside_kernels": self.outside, "not_run": self.not_run}
+        return told if whole else {**told, "broken_off": self.done}
+
+    def _made_of(self) -> dict[str, Any]:
+        """What a run that goes on from this one must share."""
+        asked = self.asked
+        own: dict[str, Any] = {"methods": list(self.engines), "backend": self.engines[PLAIN].target.backend.name}
+        own |= {"baselines": [n for n in LIBRARY if n in {*self.ways, *self.not_run}]}
+        own |= {"temperature": asked.temperature, "batch": asked.batch, "warm": asked.warm, **asked.about}
+        own |= {"policy": None if asked.config is None else asked.config.model_dump(mode="json")}
+        own |= {"cuts": None if asked.cuts is None else asked.cuts.model_dump(), "data": digest(self.samples)}
+        return {**own, "target": fingerprint(self.model), **environment(self.model, asked.settings)}
 
 
 def _seen(engine: SpeculativeVLM, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -191,68 +285,6 @@ def _grouped(samples: Sequence[Sample], batch: int) -> list[list[int]]:
         of_task = [i for i, sample in enumerate(samples) if sample.task == task]
         groups += [of_task[at : at + batch] for at in range(0, len(of_task), batch)]
     return sorted(groups)
-
-
-def _row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]], comparable: bool) -> dict[str, Any]:
-    """One row of the table. Speedups are ratios of summed times over the same samples.
-
-    comparable: whether the library's answers must be the same; of a sampled batch it shares one generator.
-    """
-    mine, theirs, plain = ([runs[n][i] for i in chosen] for n in (name, TRANSFORMERS, PLAIN))
-    total = Statistics()
-    for r in mine:
-        total.add(r.statistics)
-
-    def seconds(answers: list[Run]) -> float:
-        return sum(r.seconds for r in answers)
-
-    def decoding(answers: list[Run]) -> float | None:
-        """Without prefill; None where that is not known."""
-        parts = [r.seconds - r.prefill for r in answers if r.prefill is not None]
-        return sum(parts) if len(parts) == len(answers) else None
-
-    base, own = decoding(plain), decoding(mine)
-    # at temperature 0 every method must equal plain greedy decoding by the library
-    pairs = [pair for a, b in zip(mine, theirs, strict=True) for pair in zip(a.answers, b.answers, strict=True)]
-    answers = len(pairs)
-    split = {part: total.seconds[part] for part in ("prefill", "draft", "verify", "host")} if total.seconds else {}
-    return {
-        "method": name,
-        "task": task,
-        "samples": answers,
-        "tokens": sum(r.tokens for r in mine),
-        "mean_answer_tokens": sum(r.tokens for r in mine) / answers,
-        "speedup_vs_transformers": seconds(theirs) / seconds(mine),
-        "speedup_vs_ar": seconds(plain) / seconds(mine),
-        "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in mine]),
-        "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(mine, plain, strict=True)),
-        "speedup_warm_vs_ar": _warm(plain, mine),
-        "speedup_decode_only": None if base is None or own is None else base / max(own, 1e-9),
-        "tokens_per_second": sum(r.tokens for r in mine) / seconds(mine),
-        "mean_acceptance_length": total.mean_acceptance_length if total.num_spec_steps else None,
-        "tau_outside_repeated_8grams": tau_outside_repeats(row for r in mine for row in r.by_row()),
-        "tau_without_bonus": total.tau_without_bonus if total.num_spec_steps else None,
-        "draft_acceptance_rate": total.draft_acceptance_rate if total.num_spec_steps else None,
-        "acceptance_by_modality": None,
-        "coverage_by_modality": None,
-        "acceptance_by_depth": None,
-        "positions_by_modality": None,
-        "errors": None,
-        "divergence": total.as_dict()["divergence"],
-        "identical": sum(a == b for a, b in pairs) / answers if comparable else None,
-        "seconds": seconds(mine),
-        "prefill_s": split.get("prefill", sum(r.prefill or 0.0 for r in mine)),
-        "draft_s": split.get("draft"),
-        "verify_s": split.get("verify"),
-        "host_s": split.get("host"),
-        "host_share": split["host"] / seconds(mine) if split else None,
-    }
-
-
-def _warm(plain: list[Run], mine: list[Run]) -> float | None:
-    """The speedup over plain decoding when both have the photos encoded; None where it was not measured."""
-    pairs = [(a.warm, b.warm) for a, b in zip(plain, mine, strict=True) if a.warm is not None and b.warm is not None]
-    return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 
 def environment(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks
 from msd.gain import image_gain
 from msd.modality import FUSION, LANGUAGE, VISION, Modality, known
-from msd.statistics import Step
+from msd.statistics import RowStep
 from msd.targets import Target
 
 CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
 
-Labelled = tuple[Iterable[Step], Sequence[int]]  # one answer's steps, and the modality ids of its tokens
+Labelled = tuple[Iterable[RowStep], Sequence[int]]  # one answer's steps, and the modality ids of its tokens
 
 
 @dataclass

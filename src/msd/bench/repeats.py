@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from msd.statistics import Step
+from msd.statistics import RowStep
 
 
 def repeating(tokens: Sequence[int], n: int = 8) -> list[bool]:
@@ -19,7 +19,7 @@ def repeating(tokens: Sequence[int], n: int = 8) -> list[bool]:
     return marks
 
 
-def tau_outside_repeats(answers: Iterable[tuple[Iterable[Step], Sequence[int]]], n: int = 8) -> float | None:
+def tau_outside_repeats(answers: Iterable[tuple[Iterable[RowStep], Sequence[int]]], n: int = 8) -> float | None:
     """τ (bonus included) over the steps that emit no repeating token; None when there is none.
 
     answers: the steps of each answer and its tokens, one row each.

@@ -27,9 +27,10 @@ def described(environment: dict[str, Any]) -> str:
     """How it was measured, in a few sentences."""
     outside = environment.get("outside_kernels") or {}
     shares = ", ".join(f"{share:.0%} with {nodes} nodes" for nodes, share in outside.items())
+    part = f"Broken off: {environment['broken_off']} are measured. " if environment.get("broken_off") else ""
     refused = "".join(f" `{name}` does not run here ({why})." for name, why in environment.get("not_run", {}).items())
     return (
-        f"{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
+        f"{part}{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"{environment.get('backend', 'plain')} backend"
         f"{' (lossy)' if environment.get('backend_lossy') else ''}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from msd.bench.assistant import shallow
 from msd.model import SpeculativeVLM
-from msd.statistics import Statistics, Step
+from msd.statistics import RowStep, Statistics
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
         """Tokens of all answers."""
         return sum(map(len, self.answers))
 
-    def by_row(self) -> Iterable[tuple[list[Step], list[int]]]:
+    def by_row(self) -> Iterable[tuple[list[RowStep], list[int]]]:
         """(steps, tokens) of every answer."""
         for row, answer in enumerate(self.answers):
             yield [step for step in self.statistics.steps if step.row == row], answer
@@ -59,6 +59,7 @@ LIBRARY: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "transformers:prompt-lookup": lambda _: {"prompt_lookup_num_tokens": 10},
     "transformers:assisted": lambda model: {"assistant_model": shallow(model)},
 }
+TRANSFORMERS, PLAIN = "transformers", "ar"  # the library's plain decoding, and ours
 DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
 
 

@@ -5,15 +5,31 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
-from pathlib import Path
+from contextlib import suppress
 
 import typer
 from typer.exceptions import TyperException
 
-from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
-from msd.errors import UserError
+from msd.cli import (
+    bench,
+    capture,
+    demo,
+    estimate,
+    events,
+    generate,
+    inspect,
+    reference,
+    targets,
+    terminal,
+    train,
+    verify,
+)
+from msd.errors import InterruptedRunError, UserError
+from msd.files import FULL
 from msd.heap import use_huge_pages
 from msd.version import __version__
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # as torch says it
 
 app = typer.Typer(
     help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
@@ -21,16 +37,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("generate")(generate.generate)
-app.command("verify")(verify.verify)
-app.command("bench")(bench.bench)
-app.command("capture")(capture.capture)
-app.command("train")(train.train)
-app.command("targets")(targets.targets)
-app.command("estimate")(estimate.estimate)
-app.command("events")(events.events)
-app.command("inspect")(inspect.inspect)
-app.command("demo")(demo.demo)
+app.command("generate", short_help="Answer a prompt about images, videos, sounds or events.")(generate.generate)
+app.command("verify", short_help="Certify that answers are those of transformers' generate().")(verify.verify)
+app.command("bench", short_help="Time methods side by side, and transformers' generate().")(bench.bench)
+app.command("capture", short_help="Let the target answer prompts, to train drafters on.")(capture.capture)
+app.command("train", short_help="Train a drafter for a target; resumable.")(train.train)
+app.command("targets", short_help="List the supported architectures.")(targets.targets)
+app.command("estimate", short_help="Estimate the speedup on a card, without card or weights.")(estimate.estimate)
+app.command("events", short_help="Tell what an event camera's recording holds, and draw it.")(events.events)
+app.command("inspect", short_help="Write a page of the draft trees of one answer.")(inspect.inspect)
+app.command("demo", short_help="Describe a bundled photo, and compare with plain decoding.")(demo.demo)
 app.add_typer(reference.app, name="reference")
 
 
@@ -51,21 +67,66 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `msd` with `arguments` (the process's own by default) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     use_huge_pages()
+    terminal.any_encoding()
     try:
-        sys.exit(app(args=arguments or ["--help"], standalone_mode=False) or 0)
+        code = app(args=arguments or ["--help"], standalone_mode=False) or 0
+        terminal.flush()
+        sys.exit(code)
+    except InterruptedRunError as error:
+        _fail(str(error), 130)
     except UserError as error:
         _fail(str(error), 2)
     except TyperException as error:  # wrong options and the like
         _fail(f"{error.format_message().rstrip('.')}; see 'msd --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except Exception as error:  # a bug of ours: one line for the user, the traceback in a file for the report
-        with tempfile.NamedTemporaryFile("w", prefix="msd-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        _fail(f"internal error: {type(error).__name__}: {error}; please report it with {Path(log.name)}", 1)
+    except BrokenPipeError:  # who read the output wants no more of it
+        terminal.give_up_output()
+        sys.exit(1)  # as where the library notices it first
+    except OSError as error:
+        if error.errno not in FULL:
+            _report(error)
+        terminal.give_up_output()
+        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2)
+    except Exception as error:
+        if told := _of_the_user(error):
+            _fail(told, 2)
+        _report(error)
+
+
+def _report(error: Exception) -> None:
+    """Tells of a bug of ours: one line for the user, the traceback in a file for the report."""
+    told = f"internal error: {type(error).__name__}: {error}; please report it"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="msd-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            traceback.print_exception(error, file=log)
+    except OSError:  # no room for it either
+        _fail(told, 1)
+    _fail(f"{told} with {log.name}", 1)
+
+
+def _of_the_user(error: Exception) -> str | None:
+    """What to say of errors that a library raises for the user's options or machine; None for all else."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    if isinstance(error, ValueError | TypeError) and raised_in.startswith("transformers.generation."):
+        return f"transformers does not take an option of the command line or of the model's generation config: {error}"
+    if isinstance(error, RuntimeError) and "probability tensor contains" in str(error):
+        return f"the sampling options leave no probabilities to draw from ({error}); raise the temperature"
+    if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
+        return f"not enough memory: {error}; use a smaller target, fewer or smaller images, or a smaller batch"
+    return None
 
 
 def _fail(message: str, code: int) -> None:
     """One line on stderr, then exit."""
-    print(f"msd: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # what cannot be told anywhere is told by the exit code
+        terminal.flush()
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(f"msd: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

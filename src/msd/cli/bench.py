@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from msd.cli import terminal
 from msd.cli.options import (
     Backend,
     Data,
@@ -29,7 +30,11 @@ from msd.cli.options import (
     quiet,
     use_drafter,
 )
-from msd.errors import UserError
+from msd.errors import InterruptedRunError, UserError
+from msd.files import check_place, exclusive, make_folder
+
+if TYPE_CHECKING:
+    from msd.bench.measure import Bench
 
 
 def bench(
@@ -72,6 +77,8 @@ def bench(
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
     from msd.bench.data import in_suites, load_data
 
+    if out is not None:
+        check_place(out, folder=True)
     checked = policy(verifier, threshold, epsilon)
     use_drafter(drafter)
     methods = chosen_methods(method, target, greedy=temperature == 0)
@@ -79,24 +86,58 @@ def bench(
     if cuts is not None and temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
-    from msd.bench import files, measure, modal, report
+    from msd.bench import check, files, measure, modal, report
     from msd.config import SpeculativeConfig
+    from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
 
+    check.check_files(samples)
     ways = _ways(baselines, list(measure.LIBRARY))
     known = modal.find_cuts(target, cuts)
     model, processor = load_target(target, device)
     if known is not None:
         known.check_target(fingerprint(model))
-    with Console(file=sys.stderr).status("measuring…") as status:
-        results = measure.run(
-            model, processor, samples, methods, max_new_tokens, temperature, status.update, known,
-            SpeculativeConfig(**checked, backend=backend), warm, batch, ways,
-        )  # fmt: skip
+    asked = measure.Asked(
+        tuple(methods), max_new_tokens, temperature, known, SpeculativeConfig(**checked, backend=backend), warm, batch,
+        ways, {"drafter": None if drafter is None else checkpoint.digest(drafter)},
+    )  # fmt: skip
     if out is not None:
-        files.write(results, out)
+        make_folder(out)
+    with exclusive(out) if out else nullcontext(), terminal.status("measuring…") as status:
+        work = measure.Bench(model, processor, samples, asked, out)
+        try:
+            work.measure(status.update)
+        except BaseException as error:
+            _keep(work, out, as_json, error)
+            raise
+        results = work.results()
+        assert results is not None  # data has at least one line
+        if out is not None:
+            files.write(results, out)
+            work.kept.remove()
     print(json.dumps(results) if as_json else report.markdown(results))
+
+
+def _keep(work: Bench, out: Path | None, as_json: bool, error: BaseException) -> None:
+    """Writes or prints what a broken-off run has measured, and says how to go on."""
+    from msd.bench import files, report
+
+    results = work.results()
+    if results is not None and out is not None:
+        with suppress(UserError):  # such as a full disk, which broke it off: the parts are kept
+            files.write(results, out)
+    elif results is not None:
+        print(json.dumps(results) if as_json else report.markdown(results))
+    if out is None:
+        told = f"{work.done} are measured; with --out a broken-off run is kept, and can be gone on with"
+    else:
+        told = f"{work.done} are measured and kept in '{out}', and the same command goes on from there"
+    if isinstance(error, KeyboardInterrupt):
+        raise InterruptedRunError(f"interrupted; {told}") from error
+    if isinstance(error, UserError):
+        raise UserError(f"{error}; {told}") from error
+    print(f"msd: {told}", file=sys.stderr)
 
 
 def _ways(names: str, known: list[str]) -> list[str]:

@@ -12,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet
-from msd.errors import UserError
+from msd.cli import terminal
+from msd.cli.options import Backend, Data, Device, Images, Json, Limit, MaxNewTokens, Target, quiet, share_cores
+from msd.errors import InterruptedRunError, UserError
+from msd.files import as_text, check_place
 
 
 def capture(
@@ -34,6 +36,7 @@ def capture(
     from msd.train.capture import capture as write_all
 
     begin = time.perf_counter()
+    check_place(out)
     lines = load_data(data, images)
     samples = lines[:limit]
     for sample in samples:
@@ -57,18 +60,20 @@ def capture(
     places = {(p.images, p.text): s.where for p, s in zip(prompts, samples, strict=True)}
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
+    share_cores()
     from msd.cuts import ModalityCuts
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
-    from msd.train.captured import cuts_path, fit_cuts
+    from msd.train.captured import check_labelled, cuts_path, fit_cuts
     from msd.train.target_writer import TargetWriter
 
-    console = Console(file=sys.stderr)
-    with console.status("loading the target…"):
-        model, processor = load_target(target, device)
-        name = fingerprint(model)
     frozen = cuts_path(out)
     cuts = ModalityCuts.load(frozen) if frozen.exists() else None
+
+    console = Console(file=sys.stderr)
+    with terminal.status("loading the target…"):
+        model, processor = load_target(target, device)
+        name = fingerprint(model)
     if cuts is not None:
         cuts.check_target(name)
     writer = TargetWriter(model, processor, folder, max_new_tokens, backend)
@@ -83,9 +88,11 @@ def capture(
             records = write_all(
                 prompts, writer, out, batch, lambda n, total: progress.update(bar, completed=n, total=total), marks
             )
-        except KeyboardInterrupt:
-            console.print(f"interrupted; what is written is kept in {out}, and the same command goes on from there")
-            raise
+        except KeyboardInterrupt as stop:
+            raise InterruptedRunError(
+                f"interrupted; what is written is kept in {out}, and the same command goes on from there"
+            ) from stop
+    check_labelled(records, out)
     if cuts is None and not lossy and len(samples) == len(lines):  # neither a part of the data nor rounded gains decide
         cuts = fit_cuts(records, name)
         if cuts is not None:
@@ -113,7 +120,7 @@ def _check(writer: Any, prompt: Any, place: str) -> None:
 
 def _name(path: Path, folder: Path) -> str:
     """An image as the data names it."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    return as_text(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _told(summary: dict[str, object]) -> str:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from msd.cli.options import Json, Target, quiet
+from msd.cli.terminal import table
 
 WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}
 
@@ -50,9 +50,9 @@ def estimate(
     if as_json:
         print(json.dumps({"target": asdict(model), "card": asdict(device), "workload": asdict(work), "rows": rows}))
         return
-    table = Table("batch", "nodes", "τ", "prefill", "plain", "draft", "verify", "decode", "answer", "tokens/s")
+    shown = table("batch", "nodes", "τ", "prefill", "plain", "draft", "verify", "decode", "answer", "tokens/s")
     for row in rows:
-        table.add_row(
+        shown.add_row(
             str(row["batch"]), str(row["nodes"]), f"{row['acceptance_length']:.2f}",
             *(f"{1000 * row[key]:.1f}" for key in ("prefill_s", "plain_s", "draft_s", "verify_s")),
             f"{row['speedup_decode']:.2f}x", f"{row['speedup']:.2f}x",
@@ -63,8 +63,10 @@ def estimate(
         f"{model.name} on {device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s "
         f"({device.source})", soft_wrap=True,
     )  # fmt: skip
-    console.print(table)
-    console.print("prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer")
+    console.print(shown)
+    console.print(
+        "prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer", soft_wrap=True
+    )
     if accepted.length is not None:
         console.print("τ was taken to be the same for every tree size: a smaller tree accepts less.", soft_wrap=True)
     if images and not model.eye_layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from msd.cli.options import Json
 from msd.errors import UserError
+from msd.files import check_place
 
 
 def events(
@@ -34,6 +36,8 @@ def events(
 
     if out is not None and out.suffix.lower() not in ("", ".gif", ".html"):
         raise UserError(f"'{out}' is no .gif or .html; give a name that ends so, or a folder for PNG files")
+    if out is not None:
+        check_place(out, folder=out.suffix == "")
     found = open_chunks(file, size=_size(size), recording=recording)
     whole = extent(found)
     edges(whole, frames, by)  # type: ignore[arg-type]  # refuses what it does not know
@@ -74,11 +78,13 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def _told(summary: dict[str, Any]) -> str:
     """The summary in words."""
     rate = summary["events_per_second"]
+    ask = f"msd generate --events {shlex.quote(summary['file'])} -p 'What happens?'"
     lines = [
         f"{summary['file']}: {summary['format']}, {summary['events']:,} events",
         f"from {summary['begin_us']:,} to {summary['end_us']:,} µs: {summary['seconds']:.6f} s"
         + (f", {rate:,.0f} events/s" if rate else ""),
         f"sensor {summary['width']}x{summary['height']} (from: {summary['size_from']})",
         *(f"wrote {path}" for path in summary["written"]),
+        *([f"to ask about it: {ask}"] if summary["events"] else []),
     ]
     return "\n".join(lines)

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from PIL.Image import Image
 
+from msd.cli import terminal
 from msd.cli.asked import (
     Ask,
+    AskedTarget,
     EventFile,
     Frames,
     ImageFiles,
@@ -19,21 +21,22 @@ from msd.cli.asked import (
     TopK,
     TopP,
     VideoFiles,
+    scene,
     settings,
-    shown,
 )
-from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, Target, quiet
+from msd.cli.options import Backend, Device, Drafter, Json, MaxNewTokens, Method, quiet, share_cores
 from msd.errors import UserError
+from msd.files import check_place, write_whole
 
 
 def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write, such as trace.html.")],
     images: ImageFiles = None,
     video: VideoFiles = None,
-    frames: Frames = 8,
+    frames: Frames = None,
     events: EventFile = None,
     prompt: Ask = "",
-    target: Target = "reference",
+    target: AskedTarget = None,
     method: Method = None,
     drafter: Drafter = None,
     max_new_tokens: MaxNewTokens = 96,
@@ -47,39 +50,47 @@ def inspect(
 ) -> None:
     """Answer PROMPT and write a page of the draft trees: what was tried, and what the target took."""
     from msd.cli.options import chosen_methods, use_drafter
-    from msd.events import event_frames, open_chunks, view
+    from msd.events import event_frames, view
     from msd.videos import Clip
 
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
-    loaded = shown(images, video, frames, None, prompt)
-    recording = None if events is None else open_chunks(events)
+    check_place(out)
+    seen = scene(target, images, video, frames, None, events, prompt)
     trained = use_drafter(drafter)
     method = method or trained
     if method:
-        chosen_methods(method, target)
+        chosen_methods(method, seen.target)
     quiet()
+    share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
-    from msd.inspect import page, tracing
+    from msd.gain import gain_of_blocks
+    from msd.inspect import Trace, page
+    from msd.prompts import prepare
 
-    vlm = SpeculativeVLM.from_pretrained(target, method, SpeculativeConfig(label=True, backend=backend), device=device)
-    with tracing(vlm.drafter) as steps:
-        answer = vlm.generate(loaded, prompt, **settings(max_new_tokens, temperature, top_p, top_k, seed, recording))
+    # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
+    config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
+    with terminal.loading():
+        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
+    asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
+    trace = Trace()
+    answer = vlm.generate(seen.shown, prompt, on_step=trace, **asked)
     beside = ""
-    if recording is not None:
-        made = event_frames(recording)
+    if "events" in asked:
+        made = event_frames(asked["events"])
         captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
         beside = view.snippet(made.images(), captions, f"{events}: what the drafter sees beside")
     pictures: list[Image] = []
-    for source in loaded:
+    for source in seen.shown:
         pictures += source.frames if isinstance(source, Clip) else [source]
     tokenizer = vlm.processor.tokenizer
-    text = page(prompt, answer, steps, lambda token: tokenizer.decode([token]), pictures, beside)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror}; choose another place") from error
+    gains = None
+    if len(seen.shown) == 1 and answer.tokens:
+        found = gain_of_blocks(vlm.target, prepare(vlm.processor, [seen.shown], [prompt]), answer.tokens)
+        gains = None if found is None else found.tolist()
+    text = page(prompt, answer, trace.passes, lambda token: tokenizer.decode([token]), pictures, beside, gains)
+    write_whole(out, text)
     if as_json:
-        print(json.dumps({"out": str(out), "steps": len(steps), **answer.as_dict()}))
+        print(json.dumps({"out": str(out), "steps": len(trace.passes), **answer.as_dict()}))
     else:
-        print(f"{answer.text.strip()}\n{out}: {len(steps)} steps")
+        print(f"{answer.text.strip()}\n{out}: {len(trace.passes)} steps")

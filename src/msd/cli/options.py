@@ -12,7 +12,9 @@ import typer
 
 from msd.errors import UserError
 
-Target = Annotated[str, typer.Option("--target", help="'reference', a checkpoint folder, or a hub id.")]
+Target = Annotated[
+    str, typer.Option("--target", help="'reference', 'reference-video' (of clips), a checkpoint folder, or a hub id.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); the bundled photos by default.")]
 Images = Annotated[
@@ -90,6 +92,13 @@ def quiet() -> None:
     library.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def share_cores() -> None:
+    """Passes use fewer threads while other processes keep the cores busy; not for commands that time anything."""
+    from msd import threads
+
+    threads.share_cores()
 
 
 def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from msd.cli.options import Json, quiet
+from msd.cli.terminal import table
 
 # by tests/targets, for every family, on tiny random models in float32
 TESTED = (
@@ -41,12 +41,11 @@ def targets(as_json: Json = False) -> None:
         ]
         print(json.dumps({"targets": rows}))
         return
-    whole = {"no_wrap": True, "overflow": "fold"}
-    table = Table(Column("architecture", **whole), "models", Column("takes", **whole), "processor needs", "note")  # type: ignore[arg-type]
+    shown = table("architecture", "models", "takes", "processor\nneeds", "note", wrapped=("note",))
     for name, family in found.items():
-        table.add_row(name, family.models, ", ".join(family.takes), ", ".join(family.needs), family.note)
+        shown.add_row(name, family.models, ", ".join(family.takes), ", ".join(family.needs), family.note)
     console = Console()
-    console.print(table)
+    console.print(shown)
     console.print("Tested for each, on tiny random models:")
     for check in TESTED:
         console.print(f"  - {check}", soft_wrap=True)

@@ -12,6 +12,7 @@ import typer
 
 from msd.cli.options import Device, Images, Json, Target, quiet
 from msd.errors import UserError
+from msd.files import check_place
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ def train(
     from msd.cuts import ModalityCuts
     from msd.train.captured import cuts_path, mixed, read_captured
 
+    check_place(out, folder=True)
     out_of = [name.strip() for name in off.split(",") if name.strip()]
     answers = read_captured(captured, images)
     training = [a for a in answers if a.split == "train"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from msd.cli import terminal
 from msd.cli.options import (
     Backend,
     Data,
@@ -26,7 +26,8 @@ from msd.cli.options import (
     quiet,
     use_drafter,
 )
-from msd.errors import UserError
+from msd.cli.terminal import table
+from msd.errors import InterruptedRunError, UserError
 
 
 def verify(
@@ -52,36 +53,53 @@ def verify(
     use_drafter(drafter)
     methods = chosen_methods(method, target)
     samples = load_outputs(outputs, images) if outputs else load_data(data, images)
+    samples = samples[:limit]
     quiet()
-    from msd.bench import certificate
+    from msd.bench import certificate, check
     from msd.loading import load_target
 
+    check.check_files(samples)
     model, processor = load_target(target, device)
-    console = Console(file=sys.stderr)
-    with console.status("verifying…") as status:
-        if outputs:
-            rows = [certificate.audit(model, processor, samples[:limit], status.update)]
-        else:
-            rows = certificate.certify(
-                model, processor, samples[:limit], methods, max_new_tokens, draws, status.update, backend
-            )
-    if as_json:
-        print(json.dumps({"rows": [row.as_dict() for row in rows]}))
-    else:
-        _show(rows)
+    rows: list[certificate.Row] = []
+    try:
+        with terminal.status("verifying…") as status:
+            if outputs:
+                certificate.audit(model, processor, samples, status.update, rows)
+            else:
+                told = partial(status.console.print, highlight=False, markup=False, soft_wrap=True)
+                certificate.certify(
+                    model, processor, samples, methods, max_new_tokens, draws, status.update, backend, rows, told
+                )
+    except BaseException as error:
+        if any(row.compared for row in rows):
+            _show(rows, as_json)
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedRunError(
+                f"interrupted after {max((row.compared for row in rows), default=0)} comparisons; nothing has passed "
+                "that was not compared to its end: run it again, perhaps with a lower --limit"
+            ) from error
+        raise
+    _show(rows, as_json)
     failed = [row.method for row in rows if not row.passed]
     if failed:
         raise UserError(f"not lossless: {', '.join(failed)}; the first differences are in the rows above")
 
 
-def _show(rows: list[Any]) -> None:
-    table = Table("method", "compared", "identical", "ties", "largest tie gap", "smallest p", "passed")
+def _show(rows: list[Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"rows": [row.as_dict() for row in rows]}))
+        return
+    shown = table("method", "compared", "identical", "ties", "largest\ntie gap", "smallest\np", "passed")
     for row in rows:
         gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
         p = f"{min(row.p_values):.3f}" if row.p_values else "-"
         counts = (str(row.compared), str(row.identical), str(len(row.tie_gaps)))
-        table.add_row(row.method, *counts, gap, p, "yes" if row.passed else "NO")
-    Console().print(table)
+        shown.add_row(row.method, *counts, gap, p, _passed(row))
+    Console().print(shown)
     for row in rows:
         for difference in row.differences:
             print(f"{row.method}: {difference}")
+
+
+def _passed(row: Any) -> str:
+    return "yes" if row.passed else "NO" if row.finished or row.differences else "not yet"

@@ -39,7 +39,11 @@ class Drafter(Protocol):
         ...
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Called once, after prefill and the first emitted token; `scores` are those of the prompt."""
+        """Called once, after prefill and the first emitted token; `scores` are those of the prompt.
+
+        It only notes them. What costs a pass is done by the first `propose` that may draft: an answer that is over
+        before that, or a governor that lets nothing be drafted, pays nothing.
+        """
         ...
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
@@ -52,7 +56,7 @@ class Drafter(Protocol):
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """[B, N] class predicted for the token below each scored node, from the target's states; None: no router.
 
-        Called between scoring and accepting when the verification policy asks for it.
+        Called between scoring and accepting when the verification policy asks for it. It reads no prompt.
         """
         ...
 

@@ -2,9 +2,10 @@
 
 A file in `msd.drafters.algorithms` registers its method with a decorator (`learned`) or a call (`add`); all of them are
 found there, so a new method is a new file (docs/add_a_drafter.md). Which methods there are is the same everywhere. What
-they need to draft, weights trained for the reference model, is looked up in the folders `ROOTS`: those that the wheel
+they need to draft, weights trained for a target that ships, is looked up in the folders `ROOTS`: those that the wheel
 carries, and in a source checkout `weights/`. A folder belongs to the method that its configuration names; one of MSD's
-names none and is known by its own name, with a dash for the colon.
+names none and is known by its own name, with a dash for the colon. Drafters of the video target are in the folder
+`video` of a root: `video/msd` is `msd:video`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
 
 DEFAULT, FALLBACK = "msd", "prompt-lookup"  # what a target has a drafter of, or has none
+REFERENCE, VIDEO = "reference", "reference-video"  # names of the targets that drafters ship for
+FOR_VIDEO = ":video"  # ends the names of drafters trained for the video target
 _CHECKOUT = Path(__file__).parents[3]
 ROOTS: tuple[Path, ...] = (Path(__file__).parents[1] / "weights",) + (
     (_CHECKOUT / "weights",) if (_CHECKOUT / "pyproject.toml").is_file() else ()
@@ -40,7 +43,8 @@ class Method:
 
     make: a drafter from what `load` gives of each of the `weights`, which are names of trained drafters. network: the
     class that `msd train` trains. load: a folder (and a dtype) to a network, or whatever `make` takes; UserError says
-    what is wrong. form_of: the method whose weights it drafts with in another way. command: makes its weights.
+    what is wrong. form_of: the method whose weights it drafts with in another way. command: makes its weights. target:
+    the name of the one that its weights are trained for.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Method:
     load: Callable[..., Any] | None = None
     form_of: str | None = None
     command: str = ""
+    target: str = REFERENCE
 
     @property
     def missing(self) -> list[str]:
@@ -99,7 +104,7 @@ def learned(
 
         def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
             network = checkpoint.load(folder, lambda text: kind(config.from_json(text)), dtype)
-            network.provenance = checkpoint.training(folder)
+            network.provenance = checkpoint.provenance(folder)
             return network
 
         make = lambda network: drafter(kind.adopted(network))  # noqa: E731
@@ -138,17 +143,17 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def catalogue() -> list[Method]:
-    """All methods, plain decoding first, then those without weights, MSD's own forms, and the rest."""
+    """All methods, plain decoding first, then those without weights, MSD's own forms, the rest, and other targets'."""
     known = _known()
-    order = lambda m: (m.name != "ar", bool(m.weights), DEFAULT not in (m.name, m.form_of))  # noqa: E731
+    order = lambda m: (m.name != "ar", bool(m.weights), m.target != REFERENCE, DEFAULT not in (m.name, m.form_of))  # noqa: E731
     names = [m.name for m in sorted(known.values(), key=order)] + [name for name in _METHODS if name not in known]
     return [_METHODS.get(name) or known[name] for name in names]
 
 
-def methods(target: str = "reference") -> list[str]:
-    """Names of the methods that can draft here for a target: those trained for the reference model only for that."""
-    here = folders().keys() if target == "reference" else set()
-    return [m.name for m in catalogue() if here >= set(m.weights)]
+def methods(target: str = REFERENCE) -> list[str]:
+    """Names of the methods that can draft here for a target: of those with weights, the ones trained for it."""
+    here = folders().keys()
+    return [m.name for m in catalogue() if not m.weights or (m.target == target and here >= set(m.weights))]
 
 
 def get(name: str) -> Method:
@@ -164,7 +169,7 @@ def ready(name: str) -> Method:
     """The method `name`, which can draft; UserError as in `get`, or naming the command that makes its weights."""
     method = get(name)
     if method.missing:
-        place = ROOTS[-1] / method.missing[0].replace(":", "-")
+        place = _place(method.missing[0])
         alone = method.load is not None and method.weights == (name,)
         then = "name the folder DIR/drafter with --drafter" if alone else f"copy DIR/drafter to '{place}'"
         raise UserError(f"method '{name}': {method.hint}, then {then}")
@@ -188,18 +193,36 @@ def trainable(name: str) -> type[DraftNetwork]:
 
 def default(target: str) -> str:
     """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
-    folder = folders().get(DEFAULT) if DEFAULT not in _METHODS else None
-    trained = folder and checkpoint.training(folder).get("cuts", {}).get("target")
-    return f"{DEFAULT}+{FALLBACK}" if trained == target else FALLBACK
+    here = folders()
+    for name in (DEFAULT, DEFAULT + FOR_VIDEO):
+        if name in here and name not in _METHODS:
+            cuts = checkpoint.training(here[name]).get("cuts")
+            if isinstance(cuts, dict) and cuts.get("target") == target:
+                return f"{name}+{FALLBACK}"
+    return FALLBACK
 
 
 def folders() -> dict[str, Path]:
-    """Name of a trained drafter -> its folder in `ROOTS`, the first one that has it."""
+    """Name of a trained drafter -> its folder in `ROOTS`, the first one that has it.
+
+    A damaged folder counts as what it is called: the error is for whoever asks for that drafter.
+    """
     found: dict[str, Path] = {}
     for root in ROOTS:
-        for folder in sorted(p.parent for p in root.glob(f"*/{checkpoint.CONFIG}")):
-            found.setdefault(checkpoint.method(folder) or folder.name.replace("-", ":"), folder)
+        for place, ending in ((root, ""), (root / "video", FOR_VIDEO)):
+            for folder in sorted(p.parent for p in place.glob(f"*/{checkpoint.CONFIG}")):
+                try:
+                    method = checkpoint.method(folder)
+                except UserError:
+                    method = None
+                found.setdefault((method or folder.name.replace("-", ":")) + ending, folder)
     return found
+
+
+def _place(name: str) -> Path:
+    """Where `folders` finds a drafter that is made here."""
+    base = name.removesuffix(FOR_VIDEO)
+    return (ROOTS[-1] if base == name else ROOTS[-1] / "video") / base.replace(":", "-")
 
 
 def _known() -> dict[str, Method]:

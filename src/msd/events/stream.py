@@ -117,6 +117,8 @@ def checked(columns: Columns, size: tuple[int, int]) -> Columns:
         if column.dtype.kind not in "iub":
             raise UserError(f"event column {name} has type {column.dtype}; give integers (t in microseconds)")
     t, x, y, p = columns
+    if t.dtype.kind == "u" and len(t) and int(t.max()) >> 63:
+        raise UserError(f"a time is {int(t.max())}; times are microseconds, below 2**63")
     t = t.astype(np.int64, copy=False)
     if len(t) == 0:
         return t, x.astype(np.uint16), y.astype(np.uint16), p.astype(np.uint8)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from msd.errors import UserError
+from msd.files import make_folder, write_whole
 
 DELAY = 200  # ms a frame of the GIF
 
@@ -21,22 +20,20 @@ def write(images: Sequence[Image.Image], out: Path) -> list[Path]:
 
     Returns what was written. UserError where it cannot be.
     """
-    with _writing(out):
-        if out.suffix.lower() == ".gif":
-            out.write_bytes(gif(images))
-            return [out]
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / f"frame-{number:03d}.png" for number in range(len(images))]
-        for path, image in zip(paths, images, strict=True):
-            image.save(path)
+    if out.suffix.lower() == ".gif":
+        write_whole(out, gif(images))
+        return [out]
+    make_folder(out)
+    paths = [out / f"frame-{number:03d}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        write_whole(path, _png(image))
     return paths
 
 
 def write_html(images: Sequence[Image.Image], captions: Sequence[str], title: str, out: Path) -> list[Path]:
     """Writes a `snippet` as a page of its own. Returns what was written; UserError where it cannot be."""
-    with _writing(out):
-        head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
-        out.write_text(head + snippet(images, captions, title), encoding="utf-8")
+    head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
+    write_whole(out, head + snippet(images, captions, title))
     return [out]
 
 
@@ -47,13 +44,17 @@ def gif(images: Sequence[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
+def _png(image: Image.Image, optimize: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=optimize)
+    return buffer.getvalue()
+
+
 def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str = "events") -> str:
     """A `<figure>` with the frames side by side, images inside it, to be set in any page."""
     parts = []
     for image, caption in zip(images, captions, strict=True):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(_png(image, optimize=True)).decode()
         text = html.escape(caption)
         parts.append(
             f'<div style="flex:1;min-width:8em"><img style="width:100%;border:1px solid #ccc" alt="{text}" '
@@ -63,11 +64,3 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
         f'<figure class="events"><figcaption>{html.escape(title)}</figcaption>'
         f'<div style="display:flex;gap:.5em;flex-wrap:wrap">{"".join(parts)}</div></figure>\n'
     )
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror or error}; choose another place") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from msd.inspect.trace import Node, Step
+from msd.inspect.trace import Node, Pass
 from msd.result import Result
 
 COLOURS = {
@@ -29,25 +30,53 @@ ul { list-style: none; margin: 0; padding-left: 1.3rem; border-left: 1px dotted 
 .step > ul { border: 0; padding: 0 }
 li span { white-space: pre-wrap; font-family: ui-monospace, monospace } .no { color: #888 }
 .no span { text-decoration: line-through } small { color: #777 } .key i { padding: 0 .5rem; border-bottom: 3px solid }
+.step > small { min-width: 9rem } .photo { position: relative; line-height: 0 } .token[data-gain] { cursor: pointer }
+.photo > div { position: absolute; inset: 0; display: grid } .photo > div > i { background: #d62728 }
+.token.asked { outline: 2px solid #d62728 }
 """
+# a click on a token shades the blocks of the picture by their gain there
+SCRIPT = """
+const cells = document.querySelectorAll('.photo > div > i'), told = document.querySelector('#told');
+function show(token) {
+  document.querySelectorAll('.asked').forEach(other => other.classList.remove('asked'));
+  token.classList.add('asked');
+  const gains = JSON.parse(token.dataset.gain), most = Math.max(...gains, 0.05);
+  cells.forEach((cell, i) => { cell.style.opacity = 0.75 * gains[i] / most; cell.title = gains[i] + ' nats'; });
+  told.textContent = 'largest gain of one block at “' + token.textContent + '”: ' + Math.max(...gains) + ' nats';
+}
+document.querySelectorAll('.token[data-gain]').forEach(token => {
+  token.tabIndex = 0;
+  token.onclick = () => show(token);
+  token.onkeydown = event => {
+    if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); show(token); }
+  };
+});
+"""
+Grid = Sequence[Sequence[float]]
+HINT = "<p><small id='told'>Click a token to see where in the picture its information lies.</small></p>\n"
 Word = Callable[[int], str]
 
 
 def page(
     title: str,
     result: Result,
-    steps: Sequence[Step],
+    steps: Sequence[Pass],
     word: Word,
     images: Sequence[Image.Image] = (),
     beside: str = "",
+    gains: Sequence[Grid] | None = None,
 ) -> str:
-    """HTML of one answer. word: a token id as text. images: what was shown. beside: more HTML, such as event frames."""
+    """HTML of one answer. word: a token id as text. images: what was shown. beside: more HTML, such as event frames.
+
+    gains: for every token, the image gain in nats of the blocks of the first image, rows first.
+    """
     told = result.statistics
     facts = (
         f"method {result.method}, {len(result.tokens)} tokens in {len(steps)} target passes after the prompt: mean "
         f"acceptance length {told.mean_acceptance_length:.2f}, {result.tokens_per_second:.1f} tokens/s"
     )
-    shown = "".join(f'<img alt="what was shown" src="{_inline(image)}">' for image in images)
+    grid = 0 if not gains else len(gains[0])
+    shown = "".join(_photo(image, grid if i == 0 else 0) for i, image in enumerate(images))
     kinds = {node.modality for step in steps for node in step.nodes}.union(result.predicted_modality or ())
     key = "".join(f'<i style="border-color:{COLOURS.get(k, OTHER)}">{k}</i>' for k in COLOURS if k in kinds)
     drawn = "".join(_step(number, step, word) for number, step in enumerate(steps, 1))
@@ -55,34 +84,38 @@ def page(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>\n<p>{html.escape(facts)}</p>\n"
         f"<div class='shown'>{shown}</div>\n{beside}"
-        f"<p class='answer'>{_answer(result, steps, word)}</p>\n"
+        f"<p class='answer'>{_answer(result, steps, word, gains)}</p>\n"
         f"<p class='key'>{key} <small>the modality that the router predicts; drafted tokens have a green "
         "ground, the others the target gave itself</small></p>\n"
-        f"<h2>Step by step</h2>\n{drawn}</body></html>\n"
+        f"{HINT if grid else ''}<h2>Step by step</h2>\n<p><small>p: the token's probability under the target; q: under "
+        f"the draft</small></p>\n{drawn}{f'<script>{SCRIPT}</script>' if grid else ''}</body></html>\n"
     )
 
 
-def _answer(result: Result, steps: Sequence[Step], word: Word) -> str:
+def _answer(result: Result, steps: Sequence[Pass], word: Word, gains: Sequence[Grid] | None) -> str:
     """The tokens, each with its predicted modality, and whether it was drafted."""
     drafted = [False] + [i < len(step.emitted) - 1 for step in steps for i in range(len(step.emitted))]
     kinds = result.predicted_modality or [None] * len(result.tokens)
     parts = []
-    for token, kind, given in zip(result.tokens, kinds, drafted, strict=False):
+    for i, (token, kind, given) in enumerate(zip(result.tokens, kinds, drafted, strict=False)):
         colour = COLOURS.get(kind, OTHER) if kind else "transparent"
         name = f' title="{kind}"' if kind else ""
+        known = gains is not None and i < len(gains)
+        gain = f" data-gain='{json.dumps([round(g, 3) for row in gains[i] for g in row])}'" if known and gains else ""
         parts.append(
-            f'<span class="token{" drafted" if given else ""}" style="border-color:{colour}"{name}>'
+            f'<span class="token{" drafted" if given else ""}" style="border-color:{colour}"{name}{gain}>'
             f"{html.escape(word(token))}</span>"
         )
     return "".join(parts)
 
 
-def _step(number: int, step: Step, word: Word) -> str:
+def _step(number: int, step: Pass, word: Word) -> str:
     """The tree below a root, and what was emitted."""
     own = html.escape(word(step.emitted[-1]))
     root = f"<li><span>{html.escape(word(step.root))}</span>{_below(0, step.nodes, word)}</li>"
     then = f"<li><small>the target then says</small> <span>{own}</span></li>"
-    return f'<div class="step"><b>{number}</b><ul>{root}{then}</ul></div>\n'
+    took = f"draft {1000 * step.draft_seconds:.0f} ms, pass {1000 * step.verify_seconds:.0f} ms"
+    return f'<div class="step"><b>{number}</b><ul>{root}{then}</ul><small>{took}</small></div>\n'
 
 
 def _below(parent: int, nodes: Sequence[Node], word: Word) -> str:
@@ -94,13 +127,20 @@ def _below(parent: int, nodes: Sequence[Node], word: Word) -> str:
 
 
 def _node(n: int, node: Node, nodes: Sequence[Node], word: Word) -> str:
-    chance = "" if node.chance is None else f" <small>{node.chance:.2f}</small>"
+    chance = f" <small>p {node.p:.2f}{'' if node.q is None else f', q {node.q:.2f}'}</small>"
     colour = COLOURS.get(node.modality, OTHER)
     return (
         f'<li class="{"yes" if node.accepted else "no"}"><span title="{node.modality}" '
         f'style="border-bottom:3px solid {colour}">{html.escape(word(node.token))}</span>{chance}'
         f"{_below(n, nodes, word)}</li>"
     )
+
+
+def _photo(image: Image.Image, grid: int) -> str:
+    """A picture, with grid x grid cells over it that can be shaded."""
+    cells = "<i></i>" * (grid * grid)
+    over = f'<div style="grid-template:repeat({grid},1fr)/repeat({grid},1fr)">{cells}</div>' if grid else ""
+    return f'<div class="photo"><img alt="what was shown" src="{_inline(image)}">{over}</div>'
 
 
 def _inline(image: Image.Image) -> str:

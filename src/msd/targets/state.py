@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from msd.backends.revision import Revision
 from msd.cache import KVCache
 from msd.layout import Layout
 
@@ -22,12 +24,24 @@ class Piece:
 Contents = dict[str, list[Piece]]  # by modality: "image", "video" or "audio"
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a state was computed by: a model, the indices of its taps, and what the model was then."""
+
+    model: PreTrainedModel
+    taps: tuple[int, ...]
+    revision: Revision
+
+    def same(self, other: Source) -> bool:
+        """Whether the one goes on where the other ended, as if it had computed all of it."""
+        return self.model is other.model and self.taps == other.taps and self.revision.same(other.revision)
+
+
 @dataclass
 class State:
     """One batch in flight: its text, its cache, and what the drafter remembers of it.
 
     beside: [B, E, H] tokens that only the drafter sees, zero in rows without any.
-    source: the model whose state it is, and the indices of its taps.
     prefilled: rows that the target computed for the prompt, columns of the batch; those of an earlier turn left out.
     contents: what stands at the placeholders, kept for comparison where the state is to be continued.
     trail: [1, C, T*H] tap states of the committed slots, where the state is to be continued and there are taps.
@@ -37,7 +51,7 @@ class State:
     cache: KVCache
     memory: Any = field(default=None)
     beside: Tensor | None = None
-    source: Any = None
+    source: Source | None = None
     prefilled: int = 0
     contents: Contents = field(default_factory=dict)
     trail: Tensor | None = None

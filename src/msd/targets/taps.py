@@ -1,13 +1,14 @@
 """Taps: hidden states of chosen layers, recorded in passing for drafters.
 
 Index i means `hidden_states[i]` of `transformers`: 0 is the embedding, i the input of layer i, and the number of layers
-the final, normalised state. Nothing is recorded, and nothing costs, outside `recording()`.
+the final, normalised state. The model is as it was outside `recording()`, and inside for all other contexts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,42 +16,21 @@ from torch import Tensor, nn
 
 from msd.errors import UserError
 
+Places = dict[int, tuple[nn.Module | None, nn.Module]]  # index -> (layer whose input it is, or None; the final norm)
+Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
-class Taps:
-    """Records the hidden states `indices` of `decoder` (a model with `.layers` and `.norm`)."""
 
-    def __init__(self, decoder: nn.Module, indices: tuple[int, ...] = ()) -> None:
-        self.indices = tuple(indices)
+class Recording:
+    """What one pass leaves."""
+
+    def __init__(self, indices: tuple[int, ...]) -> None:
+        self.indices = indices
         self._seen: dict[int, Tensor] = {}
-        self._on = False
-        if not self.indices:
-            return
-        layers, norm = decoder.layers, decoder.norm
-        assert isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module)
-        for index in self.indices:
-            if not 0 <= index <= len(layers):
-                raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
-            if index == len(layers):
-                norm.register_forward_hook(lambda _m, _a, output, i=index: self.keep(i, output))
-            else:
-                layers[index].register_forward_pre_hook(
-                    lambda _m, args, kwargs, i=index: self.keep(i, args[0] if args else kwargs["hidden_states"]),
-                    with_kwargs=True,
-                )
 
-    def keep(self, index: int, hidden: Any) -> None:
-        """Takes hidden state `index` of the pass that is being recorded, if it is wanted."""
-        if self._on and index in self.indices:
+    def keep(self, index: int, hidden: Tensor) -> None:
+        """Takes hidden state `index`, if it is wanted."""
+        if index in self.indices:
             self._seen[index] = hidden
-
-    @contextmanager
-    def recording(self) -> Iterator[Taps]:
-        """Records the forward pass made inside."""
-        self._seen, self._on = {}, bool(self.indices)
-        try:
-            yield self
-        finally:
-            self._on = False
 
     def take(self) -> Tensor | None:
         """The last pass's states, concatenated in tap order: [B, N, T*H]; None without taps."""
@@ -58,3 +38,67 @@ class Taps:
             return None
         seen, self._seen = self._seen, {}
         return torch.cat([seen[i] for i in self.indices], dim=-1)
+
+
+_recorded: ContextVar[Recording | None] = ContextVar("msd_recorded", default=None)
+
+
+class Taps:
+    """Records the hidden states `indices` of what `decoder()` gives: a module with `.layers` and `.norm`.
+
+    UserError for an index that it has not.
+    """
+
+    def __init__(self, decoder: Callable[[], nn.Module], indices: tuple[int, ...] = ()) -> None:
+        self.indices, self._decoder = tuple(indices), decoder
+        self._places()
+
+    @contextmanager
+    def recording(self, running: Running | None = None) -> Iterator[Recording]:
+        """Records the pass made inside. running: the backend's that computes it; by default the model's own code."""
+        recorded, places = Recording(self.indices), self._places()
+        begun = nullcontext(False) if running is None else running(recorded.keep if self.indices else None)
+        with begun as kept, ExitStack() as hooks:
+            if not kept:
+                _hook(recorded, places, hooks)
+            yield recorded
+
+    def _places(self) -> Places:
+        """Where the states are now; UserError for an index that the model has not, or not any more."""
+        if not self.indices:
+            return {}
+        decoder = self._decoder()
+        layers, norm = decoder.layers, decoder.norm
+        assert isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module)
+        layers = layers[: getattr(decoder.config, "num_hidden_layers", None)]  # as the model's own code does
+        for index in self.indices:
+            if not 0 <= index <= len(layers):
+                raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
+        return {index: (layers[index] if index < len(layers) else None, norm) for index in self.indices}
+
+
+def _hook(recorded: Recording, places: Places, hooks: ExitStack) -> None:
+    """Has the model's own code keep its states, as long as `hooks` lasts."""
+    token = _recorded.set(recorded)
+    hooks.callback(_recorded.reset, token)
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if _recorded.get() is recorded:  # another thread's pass may come by
+                recorded.keep(index, args[0] if args else (kwargs or {})["hidden_states"])
+
+        return hook
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if _recorded.get() is recorded:
+                recorded.keep(index, output)
+
+        return hook
+
+    for index, (layer, norm) in places.items():
+        if layer is None:
+            handle = norm.register_forward_hook(after(index))
+        else:
+            handle = layer.register_forward_pre_hook(before(index), with_kwargs=True)
+        hooks.callback(handle.remove)

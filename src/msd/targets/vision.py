@@ -1,12 +1,15 @@
 """VisionCache: a picture is encoded once, whatever request or turn it comes in.
 
 The key is the content: bytes, shape and dtype of every tensor that describes the picture (pixels, tile sizes), never a
-name, and never bytes without their shape (CVE-2025-46722). Least recently used features leave first.
+name, and never bytes without their shape (CVE-2025-46722). Least recently used features leave first. All leave when
+the modules that make them have changed, or another model's come in; where these have hooks nothing is remembered, since
+hooks are to see every picture.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +17,27 @@ from typing import Any
 from torch import Tensor, uint8
 from transformers import PreTrainedModel
 
+from msd.backends.revision import Revision, inside
 from msd.targets.pictures import Features, Pictures
 
 
 class VisionCache:
-    """Features of up to `limit` pieces (see `msd.targets.pictures`); `hits` and `misses` count pieces."""
+    """Features of up to `limit` pieces (see `msd.targets.pictures`); `hits` and `misses` count pieces.
+
+    For several threads.
+    """
 
     def __init__(self, limit: int = 32) -> None:
         self.limit, self.hits, self.misses = limit, 0, 0
         self._features: OrderedDict[str, Features] = OrderedDict()
+        self._made_by: Revision | None = None
+        self._lock = threading.RLock()
 
     def clear(self) -> None:
         """Forgets all features and counts."""
-        self._features.clear()
-        self.hits = self.misses = 0
+        with self._lock:
+            self._features.clear()
+            self.hits = self.misses = 0
 
     def encode(
         self, model: PreTrainedModel, inputs: dict[str, Any], kinds: Sequence[Pictures] = (Pictures(),)
@@ -47,6 +57,17 @@ class VisionCache:
         return {**rest, "mm_encoder_outputs": outputs} if outputs else rest
 
     def _features_of(self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]]) -> list[Features]:
+        maker = _maker(model)
+        if maker.hooked():
+            return kind.encode(model, pieces)
+        with self._lock:
+            if self._made_by is None or not maker.same(self._made_by):
+                self._features.clear()
+                self._made_by = maker
+                maker.read()
+            return self._remembered(model, kind, pieces)
+
+    def _remembered(self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]]) -> list[Features]:
         keys = [_key(kind.modality, kind.identity(piece)) for piece in pieces]
         fresh = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
         self.misses += len(fresh)
@@ -62,6 +83,13 @@ class VisionCache:
         while len(self._features) > self.limit:
             self._features.popitem(last=False)
         return [found[key] for key in keys]
+
+
+def _maker(model: PreTrainedModel) -> Revision:
+    """All of a model that features may come from: what does not belong to its language model."""
+    text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    modules, around = inside(model, text)
+    return Revision(modules, unhooked=around)
 
 
 def _key(modality: str, tensors: dict[str, Tensor]) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from msd.errors import UserError
+from msd.files import append, exclusive, make_folder
+
+ASKED = {"image": list, "prompt": str, "answer": str, "ids": list}  # fields of a record, and what they hold
+ANSWERED = {"finished": bool, "task": str, "split": str}
 
 
 @dataclass(frozen=True)
@@ -60,23 +65,20 @@ def capture(
     A record is `{"image": [...], "prompt", "answer", "ids", "finished", "task", "split"}`, with "end" and "gain" from a
     writer that labels, and `marks`, such as the model's name. An interrupted run continues where it stopped; a
     half-written last line is dropped. `report(done, total)` is called after each batch. Returns all records that answer
-    `prompts`, in the order of `prompts`. UserError when `path` holds anything else, or records with other marks.
+    `prompts`, in the order of `prompts`. UserError when `path` holds anything else, or records with other marks, cannot
+    be written, or is being written by another process.
     """
     marks = marks or {}
-    wanted, done = _distinct(prompts), _read_back(path, marks)
-    todo = _in_order(wanted, done)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}; choose another file") from error
-    with file:
+    make_folder(path.parent)
+    with exclusive(path):
+        wanted, done = _distinct(prompts), _read_back(path, marks)
+        todo = _in_order(wanted, done)
+        _end_last_line(path)
         for start in range(0, len(todo), batch):
             group = todo[start : start + batch]
             records = [_record(p, a, marks) for p, a in zip(group, write(group), strict=True)]
             done |= {(p.images, p.text): r for p, r in zip(group, records, strict=True)}
-            file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-            file.flush()
+            append(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
             if report:
                 report(len(wanted) - len(todo) + start + len(group), len(wanted))
     return [done[p.images, p.text] for p in wanted]
@@ -119,21 +121,38 @@ def _record(prompt: Prompt, answer: Answer, marks: Mapping[str, str]) -> dict[st
 
 
 def _read_back(path: Path, marks: Mapping[str, str]) -> dict[tuple[tuple[str, ...], str], dict[str, Any]]:
-    """Records of an earlier run by (images, text); cuts a half-written last line off the file."""
+    """Records of an earlier run by (images, text), without a half-written last line."""
     if not path.exists():
         return {}
+    lines, half = _lines(path)
+    if half.strip(b"\0") and not half.startswith(b"{"):  # a disk that lost its power may leave zeros
+        raise UserError(f"'{path}' is not a file of captured answers; choose another one")
+    records = [_read_record(line, f"{path}:{n}", marks) for n, line in enumerate(lines, 1) if line.strip()]
+    return {(tuple(r["image"]), r["prompt"]): r for r in records}
+
+
+def _lines(path: Path) -> tuple[list[bytes], bytes]:
+    """(whole lines of a file, what is left of a line that was not written to its end)."""
     try:
-        raw = path.read_bytes()
+        *lines, last = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}; choose another file") from error
-    whole = raw[: raw.rfind(b"\n") + 1]
-    half = raw[len(whole) :]
-    records = [_read_record(line, f"{path}:{n}", marks) for n, line in enumerate(whole.splitlines(), 1)]
-    if half and not half.startswith(b"{"):
-        raise UserError(f"'{path}' is not a file of captured answers; choose another one")
+    if last.strip():
+        with suppress(ValueError):  # whole but for its end, as editors leave it
+            json.loads(last)
+            return [*lines, last], b""
+    return lines, last
+
+
+def _end_last_line(path: Path) -> None:
+    """Makes the file if needed, and have it end where a line ends: cuts half a line off, or ends one that is whole."""
+    append(path, "")
+    lines, half = _lines(path)
     if half:
-        path.write_bytes(whole)
-    return {(tuple(r["image"]), r["prompt"]): r for r in records}
+        with path.open("rb+") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
+    elif lines and not path.read_bytes().endswith(b"\n"):
+        append(path, "\n")
 
 
 def _read_record(line: bytes, where: str, marks: Mapping[str, str]) -> dict[str, Any]:
@@ -141,12 +160,14 @@ def _read_record(line: bytes, where: str, marks: Mapping[str, str]) -> dict[str,
         record = json.loads(line)
     except ValueError:  # not JSON, or not text at all
         record = None
-    fields = {"image": list, "prompt": str, "answer": str, "ids": list}
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in fields.items()):
-        raise UserError(f"{where}: not a captured answer; choose another file")
+    wrong = f"{where}: not a captured answer; delete the line if it is damaged, or choose another file"
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in ASKED.items()):
+        raise UserError(wrong)
     for name, value in marks.items():
         if record.get(name) != value:
             raise UserError(
                 f"{where}: captured with {name} {record.get(name)!r}, this is {value!r}; choose another file"
             )
+    if not all(isinstance(record.get(k), kind) for k, kind in ANSWERED.items()):
+        raise UserError(wrong)
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -13,6 +14,7 @@ from torch import Tensor
 from msd.bench.data import data_lines, image_folder
 from msd.cuts import EventCuts, ModalityCuts
 from msd.errors import UserError
+from msd.files import named_in
 
 
 class _HasTask(Protocol):
@@ -67,6 +69,17 @@ def cuts_path(path: Path) -> Path:
     return path.with_name(path.name + ".cuts.json")
 
 
+def check_labelled(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """UserError unless all records of `path` have the gains that `msd capture` notes."""
+    for record in records:
+        gain, length = record.get("gain"), len(record["ids"]) + (record.get("end") is not None)
+        if not isinstance(gain, list) or not _numbers(gain) or len(gain) != length:
+            raise UserError(
+                f"'{path}': the answer to {record['prompt']!r:.60} has no gain for each of its tokens; "
+                "delete its line, and the same command asks it again"
+            )
+
+
 def fit_cuts(records: Iterable[dict[str, Any]], target: str) -> ModalityCuts | None:
     """Cuts from the records of the train part that have images (the rest is language); None where there are none."""
     shown = [r for r in records if r["split"] == "train" and r["image"]]
@@ -84,20 +97,34 @@ def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
             raise UserError(f"{where}: '{name}' is missing or not a {kind.__name__}; write the file with 'msd capture'")
     end = line.get("end")
     ids = (*line["ids"], *(() if end is None else (end,)))
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(f"{where}: 'ids' and 'end' must be token ids; write the file with 'msd capture'")
+    if not _numbers(line["gain"]):
+        raise UserError(f"{where}: 'gain' must be finite numbers; write the file with 'msd capture'")
     if len(ids) != len(line["gain"]):
         raise UserError(f"{where}: {len(line['gain'])} gains for {len(ids)} answer tokens")
     if not ids:
         raise UserError(f"{where}: the answer has no tokens")
-    paths = tuple(folder / name for name in line["image"])
+    if not all(isinstance(name, str) for name in line["image"]):
+        raise UserError(f"{where}: 'image' must be a list of file names; write the file with 'msd capture'")
+    paths = tuple(named_in(folder, name) for name in line["image"])
     for picture in paths:
         if not picture.is_file():
             raise UserError(f"{where}: image '{picture}' does not exist; name the folder of the images")
     found = Captured(paths, line["prompt"], ids, tuple(line["gain"]), line["task"], line["split"])
     if "costs" not in line:
         return found
-    costs, events = line["costs"], folder / line["events"]
+    if not isinstance(line.get("events"), str) or not isinstance(line["costs"], list):
+        raise UserError(f"{where}: 'costs' without 'events', or no list; write the file with 'msd capture'")
+    costs, events = line["costs"], named_in(folder, line["events"])
+    if not all(isinstance(each, list) and _numbers(each) and len(each) == len(costs[0]) for each in costs):
+        raise UserError(f"{where}: 'costs' must be lists of finite numbers; write the file with 'msd capture'")
     if len(costs) != len(ids):
         raise UserError(f"{where}: {len(costs)} costs for {len(ids)} answer tokens")
     if not events.is_file():
         raise UserError(f"{where}: events '{events}' do not exist; name the folder of the images")
     return replace(found, events=events, costs=tuple(map(tuple, costs)))
+
+
+def _numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from msd.errors import UserError
+from msd.files import write_whole
+from msd.records import read_rows
 
 NOT_LOSSES = ("step", "steps", "lr", "answer_tokens_per_second", "peak_gb", "acceptance", "seconds")
 
 
 def read_log(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """(training rows, held-out rows without their `val_`) of a `log.jsonl`; UserError when there is no such file."""
+    """(training rows, held-out rows without their `val_`) of a `log.jsonl`; UserError when there is no such file.
+
+    Lines that are damaged are left out.
+    """
     if not path.is_file():
         raise UserError(f"'{path}' does not exist; it is written by the first steps of a run")
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found, _ = read_rows(path, "give the log that a run wrote")
+    rows = [row for row in found if all(isinstance(value, int | float) for value in row.values()) and "step" in row]
     training = [r for r in rows if "lr" in r]
     held_out = [{k.removeprefix("val_"): v for k, v in r.items()} for r in rows if any(k.startswith("val_") for k in r)]
     return training, held_out
@@ -62,6 +67,7 @@ def draw(log: Path, picture: Path) -> None:
         if names:
             axes.legend(fontsize=8)
     right.set_ylim(0, 1)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
     plt.close(figure)
+    write_whole(picture, drawn.getvalue())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import resource
 import sys
 import time
@@ -30,8 +31,10 @@ from msd.drafters.toolkit.training import frequent
 from msd.errors import UserError
 from msd.event_tokens import FRAMES, event_tokens
 from msd.events import open_chunks
+from msd.files import check_place, exclusive, make_folder, remove_leftovers, write_whole
 from msd.gain import assert_images_matter
 from msd.prompts import prepare
+from msd.records import read_json
 from msd.targets import Target, adapt
 from msd.train.captured import Captured
 from msd.train.held_out import HeldOut
@@ -39,6 +42,7 @@ from msd.train.lessons import Lessons, Notebook, PublishedStages, Stages, token_
 from msd.train.loop import Loop, LoopConfig
 from msd.train.losses.msd import LossConfig
 
+FORGET = "delete it, and give the run's own settings once more to go on"
 PRECISIONS = ("measure", "bf16", "float32")
 BROUGHT = ("method", "form", "layers", "off")  # settings that a drafter to start from brings
 KEPT = 3  # context entries that the tokens of a recording leave, of the temporal ones and of the spatial ones
@@ -102,19 +106,42 @@ def train(
     """Trains to `out/drafter`; False when it was asked to stop before the end (run it again to go on).
 
     `sink` is given every row of the log. `notes`: shared by runs on the same answers, of all layers that any of them
-    reads. A finished run is left as it is. UserError when the target's images do not reach it, or when `out` holds a
-    run with other settings, data or target.
+    reads. A finished run is left as it is. UserError when the target's images do not reach it, when `out` holds a
+    run with other settings, data or target, or when another process trains there.
     """
+    accelerator = Accelerator(
+        cpu=model.device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
+    if not accelerator.is_main_process:  # which alone writes
+        return _train(accelerator, model, processor, captured, held_out, cuts, out, settings, sink, notes)
+    check_place(out, folder=True)
+    make_folder(out)
+    with exclusive(out):
+        for folder in (out, out / "drafter"):
+            remove_leftovers(folder)
+        return _train(accelerator, model, processor, captured, held_out, cuts, out, settings, sink, notes)
+
+
+def _train(
+    accelerator: Accelerator,
+    model: Any,
+    processor: Any,
+    captured: Sequence[Captured],
+    held_out: Sequence[Captured],
+    cuts: ModalityCuts,
+    out: Path,
+    settings: DraftTraining,
+    sink: Callable[[Mapping[str, float]], None] | None,
+    notes: Notebook | None,
+) -> bool:
+    """As `train`, in one of its processes."""
     model.requires_grad_(False)
     settings = _settled(settings, out, model.device)
     network = untrained(adapt(model), captured, settings, processor).to(model.device)
     _check_same_run(out, settings, network, cuts)
-    before = checkpoint.training(out / "drafter")
-    if before.get("finished") == settings.steps:
+    before = _told_before(out / "drafter")
+    if before.get("finished") == settings.steps and checkpoint.is_whole(out / "drafter"):
         return True
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
     taps = network.config.taps
     target = adapt(model, taps)
     _refuse_blind_targets(target, processor, captured)
@@ -138,6 +165,8 @@ def train(
     loop = Loop(params, optimizer, step_loss, config, out, evaluate, accelerator.backward, main, sink)
     finished = loop.run()
     if main:
+        if finished and not evaluate.last:  # the run had ended, but what it told is lost
+            evaluate()
         source = {"cuts": cuts.model_dump(), "answers": len(captured)}
         told = _told(settings, loop, finished, source, evaluate, before, time.monotonic() - begun)
         checkpoint.save(network, out / "drafter", told)
@@ -264,7 +293,9 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
     if settings.precision != "measure":
         return settings
     run = out / "run.json"
-    begun = json.loads(run.read_text(encoding="utf-8")).get("precision", "float32") if run.exists() else None
+    begun = read_json(run, FORGET).get("precision", "float32") if run.exists() else None
+    if not isinstance(begun, str | None):
+        raise UserError(f"'{run}' is damaged: it holds the precision {begun!r}; {FORGET}")
     return replace(settings, precision=begun or ("bf16" if faster_in_bf16(device) else "float32"))
 
 
@@ -276,13 +307,25 @@ def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, c
     path = out / "run.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(run, indent=1) + "\n")
         return
-    noted = {"method": "msd", "events": True, **json.loads(path.read_text(encoding="utf-8"))}
+    noted = {"method": "msd", "events": True, **read_json(path, FORGET)}
     other = [k for k in run if noted.get(k) != run[k]]
     if other:
         name = other[0]
         raise UserError(f"'{out}' holds a run with {name} {noted.get(name)!r}, not {run[name]!r}; use another folder")
+
+
+def _told_before(drafter: Path) -> dict[str, Any]:
+    """What earlier parts of a run told of themselves, as far as it can be read; the run writes it anew."""
+    try:
+        told = checkpoint.training(drafter)
+    except UserError as error:
+        print(f"msd: {str(error).partition(';')[0]}; the seconds of earlier parts of the run are lost", file=sys.stderr)
+        return {}
+    known = {name: told.get(name) for name in ("seconds", "peak_gigabytes")}
+    numbers = {name: value for name, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {"finished": told.get("finished"), **numbers}
 
 
 def _refuse_blind_targets(target: Target, processor: Any, captured: Sequence[Captured]) -> None:

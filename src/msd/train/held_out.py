@@ -19,7 +19,7 @@ from msd.targets.teacher import Lesson
 from msd.train.captured import Captured
 from msd.train.lessons import Lessons
 from msd.verify import Budget, calibrate
-from msd.verify.loose import Position
+from msd.verify.lossy import Position
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 

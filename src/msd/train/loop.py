@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from msd.errors import UserError
+from msd.files import append, make_folder, write_whole
+from msd.records import read_rows
+from msd.train.checkpoint import Damaged, read, write
 
 StepLoss = Callable[[int], tuple[Tensor, Mapping[str, float]]]
 Evaluate = Callable[[], Mapping[str, float]]
@@ -52,7 +58,10 @@ class Schedule:
         if steps == self.steps:
             return self
         if steps <= step:
-            raise ValueError(f"the run is at step {step} already: it cannot end at step {steps}")
+            raise UserError(
+                f"the run is at step {step} already: it cannot end at step {steps}; "
+                "ask for more steps, or take another folder"
+            )
         if step >= self.steps:
             return Schedule(steps, step, 1.0, self.warmup, self.floor, step)
         return Schedule(
@@ -80,7 +89,8 @@ class Loop:
     """Trains named parameters; its state lives in `folder/checkpoint.pt`, its log in `folder/log.jsonl`.
 
     `step_loss(step)` returns the loss to minimise and named losses to log. A folder with a checkpoint is continued; if
-    `config.steps` differs from the checkpoint's, the schedule lands at the new end. With several processes each runs
+    `config.steps` differs from the checkpoint's, the schedule lands at the new end. The checkpoint before stays beside
+    it, as `checkpoint.previous.pt`, and is gone on from when the newer one is damaged. With several processes each runs
     the loop: `backward` brings their gradients together (accelerate's), and only the `main` one writes and evaluates.
     `sink` is given every row of the log.
     """
@@ -105,14 +115,21 @@ class Loop:
         self.schedule = Schedule(config.steps, warmup=config.warmup, floor=config.floor)
         self._peaks = [g["lr"] for g in optimizer.param_groups]
         self._stop = False
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint.exists():
+        make_folder(folder)
+        if self.checkpoint.exists() or self.previous.exists():
             self._restore()
+        if main:
+            self._trim_log()
 
     @property
     def checkpoint(self) -> Path:
         """Where the state is kept."""
         return self.folder / "checkpoint.pt"
+
+    @property
+    def previous(self) -> Path:
+        """Where the state that was saved before it is kept."""
+        return self.folder / "checkpoint.previous.pt"
 
     def run(self) -> bool:
         """Train to the end of the schedule, or to a signal (returns False); either way the state is saved."""
@@ -140,11 +157,11 @@ class Loop:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         loss, parts = self.step_loss(self.step)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {self.step} is {loss.item()}: lower the learning rate and start again"
-            )
+            raise self._diverged(f"the loss of step {self.step} is {loss.item()}")
         self.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.clip)
+        if not torch.isfinite(norm):  # before they spoil the weights
+            raise self._diverged(f"the gradients of step {self.step} are not finite")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, average in self.averaged.items():
@@ -153,6 +170,9 @@ class Loop:
             old = self.running.get(name, value)
             self.running[name] = self.config.memory * old + (1 - self.config.memory) * value
         self.step += 1
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(f"{what}: the run in '{self.folder}' diverged; start again in another folder, at a lower rate")
 
     @contextmanager
     def using_average(self) -> Iterator[None]:
@@ -170,7 +190,7 @@ class Loop:
             self.params[name].copy_(value)
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then put it in its place."""
+        """Puts a new checkpoint in the place of the old one, which is kept as the one before."""
         if not self.main:
             return
         state = {
@@ -182,20 +202,47 @@ class Loop:
         }
         if self.averaged:
             state["averaged"] = self.averaged
-        beside = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, beside)
-        beside.replace(self.checkpoint)
+        write(state, self.checkpoint, self.previous)
 
     def _restore(self) -> None:
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if state["params"].keys() != self.params.keys():
-            raise ValueError(f"{self.checkpoint} holds other parameters than this model trains: use another folder")
-        self._put(state["params"])
+        """Goes on from the newest checkpoint that is whole; UserError when none is, or when it is of another model."""
+        wrong = []
+        for path in (self.checkpoint, self.previous):
+            try:
+                state = read(path)
+            except Damaged as error:
+                wrong.append(str(error))
+                continue
+            self._take(state, path)
+            if wrong:
+                print(f"msd: {wrong[0]}; going on from '{path.name}', step {self.step}", file=sys.stderr)
+            return
+        raise UserError(f"{', and '.join(wrong)}; delete what there is of the two, and the run begins anew")
+
+    def _take(self, state: dict[str, Any], path: Path) -> None:
+        params = state["params"]
+        shapes = [{name: tuple(v.shape) for name, v in values.items()} for values in (params, self.params)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"'{path}' holds other parameters than this model trains; use another folder")
+        self._put(params)
         if self.averaged:  # a run that was not averaged so far starts from where it is
-            self.averaged = {n: v.clone() for n, v in state.get("averaged", state["params"]).items()}
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.averaged = {n: v.clone() for n, v in state.get("averaged", params).items()}
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"'{path}' was written with another optimizer ({error}); use another folder") from error
         self.step, self.running = state["step"], state["running"]
         self.schedule = Schedule(**state["schedule"]).landing(self.step, self.config.steps)
+
+    def _trim_log(self) -> None:
+        """Leaves the rows up to this step: a killed process wrote more of them, the last one perhaps by half."""
+        log = self.folder / "log.jsonl"
+        if log.is_file():
+            rows, _ = read_rows(log, "delete it: only the learning curves so far are lost")
+            kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= self.step]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            if text.encode() != log.read_bytes():
+                write_whole(log, text)
 
     def _log(self, **values: float) -> None:
         if not self.main:
@@ -210,8 +257,7 @@ class Loop:
         if any(k.startswith("val_") for k in values):
             row = {"step": self.step, **values}
         row = {k: round(v, 4) for k, v in row.items()}
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        append(self.folder / "log.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
         if self.sink:
             self.sink(row)
         print(time.strftime("%H:%M:%S"), " ".join(f"{k} {v:g}" for k, v in row.items()), flush=True)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from msd import modality
 from msd.errors import UserError
-from msd.verify.rules import ratio
-from msd.verify.thetas import checked_epsilon
+from msd.verify.rules import checked_epsilon, ratio
 
 HALVINGS = 40
 

@@ -18,9 +18,10 @@ def walk(tree: DraftTree, scores: Scores, sampler: Sampler, choose: Choose) -> A
     """Walks down all rows together, one level at a time.
 
     Each token is emitted before the next node's law is asked for, so that processors see that node's own path.
+    In lockstep (see `Sampler`) the walk ends for all rows where it ends for the first.
     """
     rows = sampler.alive
-    accepted = Accepted([[] for _ in range(tree.batch)], [[] for _ in range(tree.batch)])
+    accepted = Accepted([[] for _ in range(tree.batch)], [[] for _ in range(tree.batch)], padded=sampler.finished)
     if scores.modality is not None:
         accepted.modality = [[] for _ in range(tree.batch)]
     node = torch.zeros(len(rows), dtype=torch.long, device=tree.tokens.device)
@@ -30,14 +31,18 @@ def walk(tree: DraftTree, scores: Scores, sampler: Sampler, choose: Choose) -> A
             for row, kind in zip(rows, scores.modality[rows, node].tolist(), strict=True):
                 accepted.modality[row].append(kind)
         token, child = choose(tree, node, law, sampler, rows)
-        going = []
-        for i, (row, y, c) in enumerate(zip(rows, token.tolist(), child.tolist(), strict=True)):
-            accepted.tokens[row].append(y)
-            if c >= 0:
-                accepted.nodes[row].append(c)
-            if sampler.emit(row, y) and c >= 0:
-                going.append(i)
-        if not going:
+        if sampler.lockstep:
+            token, child = sampler.padded(rows, token, child)
+        tokens, below = token.tolist(), child.tolist()
+        goes_on = sampler.emit_all(rows, tokens)
+        going = [i for i, c in enumerate(below) if goes_on[i] and c >= 0]
+        cut = sampler.lockstep and len(going) < len(rows)
+        for i, row in enumerate(rows):
+            accepted.tokens[row].append(tokens[i])
+            # where the walk ends, a row's newest token is not committed, even if a draft carries it
+            if below[i] >= 0 and not (cut and goes_on[i]):
+                accepted.nodes[row].append(below[i])
+        if cut or not going:
             break
         rows, node = [rows[i] for i in going], child[going]
     return accepted

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from msd.drafters import recordings, registry
 from msd.drafters.base import BorrowsEye, Calibrated, Drafter
+from msd.drafters.toolkit.network import DraftNetwork
 from msd.events.pieces import Events
 from msd.modality import LANGUAGE
 from msd.plan import Budget
@@ -69,17 +70,15 @@ class PromptLookup:
         return PromptLookup(self.max_ngram, self.min_ngram, self.sampled, self.branches)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Indexes the prompt."""
+        """An empty index for each row; texts are read into them when a draft is asked for."""
         state.memory = [_Index() for _ in range(state.layout.batch)]
-        self._read(state)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """No router."""
         return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Indexes what was emitted."""
-        self._read(state)
+        """Nothing to note: what was emitted stands in the layout."""
 
     def _read(self, state: State) -> None:
         """Indexes the tokens of every row that it has not seen yet."""
@@ -96,6 +95,8 @@ class PromptLookup:
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The most frequent continuations, or draws from them, within the budget."""
+        if budget.rows:
+            self._read(state)
         roots = [self._continuations(index, depth) for index, depth in zip(state.memory, budget.depth, strict=True)]
         if self.sampled:
             return self._draw(state, roots, budget, sampler)
@@ -282,10 +283,13 @@ def _as(state: State, memory: Any) -> State:
     return view
 
 
+def _with_lookup(name: str, network: DraftNetwork) -> Repeats:
+    return Repeats(type(network).drafter(network, name))
+
+
 registry.add(registry.Method("prompt-lookup", PromptLookup))
 registry.add(registry.Method("prompt-lookup:sampled", partial(PromptLookup, sampled=True)))
-registry.add(
-    registry.Method(
-        "msd+prompt-lookup", lambda network: Repeats(type(network).drafter(network)), ("msd",), form_of="msd"
+for _name, _target in ((registry.DEFAULT, registry.REFERENCE), (registry.DEFAULT + registry.FOR_VIDEO, registry.VIDEO)):
+    registry.add(
+        registry.Method(f"{_name}+prompt-lookup", partial(_with_lookup, _name), (_name,), form_of=_name, target=_target)
     )
-)

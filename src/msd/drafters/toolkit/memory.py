@@ -122,6 +122,7 @@ class DecodedStates:
         part: gives the taps that the network reads; by default all.
         """
         self._prompt, self._auxiliary, self._part = taps, auxiliary, part or (lambda taps: taps)
+        self._newest = list(taps[:, -1])
         self._taps: list[list[Tensor]] = [[] for _ in taps]
         self._tokens: list[list[int]] = [[] for _ in taps]
         self._memory: Memory | None = None
@@ -132,12 +133,15 @@ class DecodedStates:
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens:
                 self._taps[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
+                self._newest[row] = self._taps[row][-1][-1]
                 self._tokens[row] += tokens
 
     def newest(self) -> Tensor:
-        """[B, T*H]: the target's state before the newest emitted token of every row; the prompt's last at first."""
-        rows = [taps[-1][-1] if taps else self._prompt[row, -1] for row, taps in enumerate(self._taps)]
-        return torch.stack(rows)
+        """[B, T*H]: the target's state before the newest emitted token of every row, be it read already or not.
+
+        The prompt's last at first.
+        """
+        return torch.stack(self._newest)
 
     def read(self, network: DraftNetwork, layout: Layout) -> Memory:
         """The memory of all that was decoded so far."""

@@ -57,7 +57,7 @@ class NetworkConfig(checkpoint.Configuration):
     depth: int
     rope_theta: float = 10000.0
     eps: float = 1e-5
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, int | float] = field(default_factory=dict)
 
 
 class DraftNetwork(nn.Module, ABC):

@@ -5,6 +5,7 @@ DSEC compresses with Blosc and Zstandard, which `hdf5plugin` brings. Source: htt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,25 +18,35 @@ from msd.events.readers.names import columns_of, find
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
-GROUPS = ("events", "/", "CD/events", "davis/left/events", "prophesee/left")
+GROUPS = ("events", "/", "CD/events", "davis/left/events", "prophesee/left")  # looked at first
 DSEC_SIZE = (640, 480)
 
 
 def read(file: File) -> Source:
-    """The first of `GROUPS` that has events. Times are those of `t` plus `t_offset`."""
+    """The first of `GROUPS` that has events, or the only place that has. Times are those of `t` plus `t_offset`."""
     file.one_recording()
     with _opened(file) as root:
-        place = next((place for place in GROUPS if place in root and find(_names(root[place])) is not None), None)
-        if place is None:
-            raise UserError(f"it has no t, x, y, p in {', '.join(GROUPS)}; is it an event file?")
+        place = _place(root)
         where = root[place]
-        offset = int(root["t_offset"][()]) if "t_offset" in root else 0
-        first = where if not _is_group(where) else where[(find(where) or "x")[0]]
-        if first.ndim != 1:
-            raise UserError(f"its event arrays have {first.ndim} axes; they must have one")
+        offset = next((_integer(g["t_offset"]) for g in (root, where) if _is_group(g) and "t_offset" in g), 0)
+        columns = [where] if not _is_group(where) else [where[name] for name in find(_names(where)) or ()]
+        lengths = [_length(column) for column in columns]
+        if len(set(lengths)) != 1:
+            raise UserError(f"its t, x, y and p have lengths {', '.join(map(str, lengths))}; they must be equal")
         size, size_from = _size(root, where)
-        count = len(first)
-    return Source("hdf5", lambda chunk: _columns(file, place, offset, count, chunk), size, size_from, count)
+    return Source("hdf5", lambda chunk: _columns(file, place, offset, lengths[0], chunk), size, size_from, lengths[0])
+
+
+def _place(root: Any) -> str:
+    """Where t, x, y and p are."""
+    found = [place for place in GROUPS if place in root and find(_names(root[place])) is not None][:1]
+    if not found:
+        root.visititems(lambda name, item: found.append(name) if find(_names(item)) is not None else None)
+    if not found:
+        raise UserError(f"it has no t, x, y, p in {', '.join(GROUPS)} or another group; is it an event file?")
+    if len(found) > 1:
+        raise UserError(f"it has events in {', '.join(found[:4])}; put those that are wanted into a group 'events'")
+    return found[0]
 
 
 def _columns(file: File, place: str, offset: int, count: int, chunk: int) -> Iterator[Columns]:
@@ -44,10 +55,35 @@ def _columns(file: File, place: str, offset: int, count: int, chunk: int) -> Ite
         names = find(_names(where))
         assert names is not None
         for start in range(0, count, chunk):
-            part = slice(start, start + chunk)
-            found = where[part] if not _is_group(where) else {name: where[name][part] for name in names}
+            stop = min(start + chunk, count)
+            table = {} if _is_group(where) else _part(where, start, stop)
+            found = {name: _part(where[name], start, stop) for name in names} if _is_group(where) else table
             t, x, y, p = columns_of(found, names)
-            yield t + np.int64(offset), x, y, p
+            yield (t if not offset else t.astype(np.int64) + offset), x, y, p
+
+
+def _length(column: Any) -> int:
+    """Numbers in a dataset of one axis longer than one, if any. UserError for a table."""
+    if max(column.shape, default=1) != math.prod(column.shape):
+        raise UserError(f"its event arrays have {len(column.shape)} axes; they must have one")
+    return math.prod(column.shape)
+
+
+def _part(column: Any, start: int, stop: int) -> Any:
+    """Numbers `start` to `stop` - 1 of such a dataset, as [N]."""
+    longest = max(range(len(column.shape)), key=lambda axis: column.shape[axis], default=None)
+    wanted = (
+        () if longest is None else tuple(slice(start, stop) if a == longest else 0 for a in range(len(column.shape)))
+    )
+    return np.asarray(column[wanted]).reshape(-1)
+
+
+def _integer(value: Any) -> int:
+    """A number that is stored as one, as an array of one, or as text."""
+    numbers = np.asarray(value).reshape(-1)
+    if len(numbers) != 1:
+        raise UserError(f"it has {len(numbers)} numbers where there should be one; is it an event file?")
+    return int(numbers[0])
 
 
 def _is_group(where: Any) -> bool:
@@ -56,14 +92,20 @@ def _is_group(where: Any) -> bool:
 
 def _names(where: Any) -> list[str]:
     """Names of the arrays in a group, or of the fields of a structured dataset."""
-    return list(where) if _is_group(where) else list(where.dtype.names or ())
+    if not _is_group(where):
+        return list(where.dtype.names or ())
+    found = []
+    for name in where:
+        with suppress(KeyError):  # a link that leads nowhere
+            found += [] if _is_group(where[name]) else [name]
+    return found
 
 
 def _size(root: Any, where: Any) -> tuple[tuple[int, int] | None, str]:
     """(sensor size, where it is from): attributes, or that the layout is DSEC's."""
     for attributes in (where.attrs, root.attrs):
         if "width" in attributes and "height" in attributes:
-            return (int(attributes["width"]), int(attributes["height"])), "header"
+            return (_integer(attributes["width"]), _integer(attributes["height"])), "header"
     if "ms_to_idx" in root and "t_offset" in root:
         return DSEC_SIZE, "format"
     return None, "events"

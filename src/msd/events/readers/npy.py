@@ -5,12 +5,14 @@ The file is mapped, not read: only the chunk that is asked for takes memory.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from msd.errors import UserError
 from msd.events.readers import pickled
@@ -30,16 +32,24 @@ def read(file: File) -> Source:
     names = find(table if isinstance(table, dict) else table.dtype.names or ())
     if names is None:
         raise UserError(f"it has no columns t, x, y, p; {WANTED}")
-    lengths = {len(table[name]) if table[name].ndim == 1 else -1 for name in names}
-    if len(lengths) != 1 or -1 in lengths:
+    flat = {name: flattened(table[name]) for name in names}
+    lengths = {len(column) for column in flat.values()}
+    if len(lengths) != 1:
         raise UserError(f"its columns t, x, y, p are not four lists of one length; {WANTED}")
     count = lengths.pop()
 
     def columns(chunk: int) -> Iterator[Columns]:
         for start in range(0, count, chunk):
-            yield columns_of({name: table[name][start : start + chunk] for name in names}, names)
+            yield columns_of({name: column[start : start + chunk] for name, column in flat.items()}, names)
 
     return Source("npy", columns, count=count)
+
+
+def flattened(array: NDArray[Any]) -> NDArray[Any]:
+    """[N] of an array with at most one axis longer than one; UserError for a table."""
+    if max(array.shape, default=1) != array.size:
+        raise UserError(f"its columns t, x, y, p are not four lists of one length; {WANTED}")
+    return array.reshape(-1)
 
 
 def header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -61,8 +71,9 @@ def _table(file: File) -> Any:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if kind.hasobject:
         return pickled.load(data, offset)
-    if len(shape) != 1 or kind.names is None:
+    count = math.prod(shape)
+    if max(shape, default=1) != count or kind.names is None:
         raise UserError(f"it is an array of shape {shape} and type {kind}, without names for t, x, y, p; {WANTED}")
-    if len(data) - offset < shape[0] * kind.itemsize:
-        raise UserError(f"it holds {len(data) - offset} of {shape[0] * kind.itemsize} bytes of its array; {BROKEN}")
-    return np.frombuffer(data, kind, shape[0], offset)
+    if len(data) - offset < count * kind.itemsize:
+        raise UserError(f"it holds {len(data) - offset} of {count * kind.itemsize} bytes of its array; {BROKEN}")
+    return np.frombuffer(data, kind, count, offset)

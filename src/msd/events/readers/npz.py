@@ -5,6 +5,7 @@ The members of the archive are unpacked side by side, a chunk at a time.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,9 +72,10 @@ def _member(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], int, np.dty
     """(stream after the header, length, type) of a list of numbers in the archive."""
     stream = archive.open(name)
     shape, _, kind = npy.header(stream)  # type: ignore[arg-type]
-    if kind.hasobject or len(shape) != 1:
+    count = math.prod(shape)
+    if kind.hasobject or max(shape, default=1) != count:
         raise UserError(f"its array {name} has shape {shape} and type {kind}; it must be a list of numbers")
-    return stream, shape[0], kind
+    return stream, count, kind
 
 
 def _small(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -9,7 +9,9 @@ several of which may stand at one position, are written wherever there is room b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,20 @@ class Memory:
         return self.network.states(self.network.embed(self.words.read(tokens)), positions, self.cache, mask)
 
 
+class Reading:
+    """The drafter's memory of a prompt: made ahead, or else when the first draft is asked for."""
+
+    def __init__(self, begin: Callable[[Layout], Memory], made: Memory | None = None) -> None:
+        """begin: reads the prompt in a layout that may hold more by now. made: what was read ahead."""
+        self._begin, self._made = begin, made
+
+    def memory(self, layout: Layout) -> Memory:
+        """What was made of the prompt."""
+        if self._made is None:
+            self._made = self._begin(layout)
+        return self._made
+
+
 def logits_after(network: EventGPT, words: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:
     """[B, n] logits of the shared pieces after the first `length[row]` of the states [B, W, H]."""
     last = torch.tensor(length, device=states.device)[:, None] - 1
@@ -244,16 +260,16 @@ class EventGPTDrafter:
         return self._read(layout, layout.end[0], beside)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Reads the prompt, where that was not done ahead."""
-        if state.memory is None:
-            state.memory = self._read(state.layout, state.layout.end[0] - 1, state.beside)
+        """Notes the prompt; where it was not read ahead, it is read when the first draft is asked for."""
+        begin = partial(self._read, columns=state.layout.end[0] - 1, beside=state.beside)
+        state.memory = Reading(begin, state.memory)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """The likeliest nodes of one tree, grown level by level."""
         newest, c = state.layout.newest(), self.network.config
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
-        memory: Memory = state.memory
+        memory: Memory = state.memory.memory(state.layout)
         memory.read(state.layout, [depth > 0 for depth in budget.depth])
         width = c.width if budget.width is None else min(budget.width, c.width)
         whole = Subtrees.single(newest, budget.nodes, Shape(width, c.depth))

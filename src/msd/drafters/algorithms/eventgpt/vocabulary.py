@@ -22,6 +22,7 @@ from torch import Tensor
 
 from msd.errors import UserError
 from msd.files import write_whole
+from msd.records import parse_json
 
 FILE, FORMAT = "vocabulary.json", 1
 REMEDY = "leave the saved map out and a new one is made from the two tables"
@@ -64,8 +65,13 @@ class Pieces:
     def from_json(cls, text: str) -> Pieces:
         """UserError where it is no such table."""
         try:
-            raw = json.loads(text)
-            return cls(tuple(raw["pieces"]), frozenset(raw["special"]), int(raw["unknown"]))
+            raw = parse_json(text)
+            names, special, unknown = raw["pieces"], raw["special"], raw["unknown"]
+            if not all(isinstance(name, str | None) for name in names):
+                raise TypeError("a piece is neither text nor null")
+            if not all(isinstance(i, int) and 0 <= i < len(names) for i in (*special, unknown)):
+                raise TypeError("an id is not one of its pieces")
+            return cls(tuple(names), frozenset(special), unknown)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"it is no piece table ({error!r})") from error
 
@@ -171,7 +177,7 @@ class VocabularyMap:
     def load(cls, path: Path) -> VocabularyMap:
         """A saved map, which `check` has yet to compare with the tables at hand. UserError for what is none."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = parse_json(path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
                 raise UserError(f"'{path}' is a vocabulary map of format {raw['format']}, not {FORMAT}; {REMEDY}")
             runs = [torch.arange(n)[:, None] + torch.tensor([own, theirs]) for own, theirs, n in raw["runs"]]

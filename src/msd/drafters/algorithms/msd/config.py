@@ -97,16 +97,6 @@ class MSDConfig(checkpoint.Configuration):
             own |= {"layers": 1, "depth": 5}
         return cls(**(own | changes))
 
-    @classmethod
-    def rebuilt(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """See `Configuration`."""
-        return super().rebuilt(raw) | {
-            "shapes": {name: Shape(**shape) for name, shape in raw["shapes"].items()},
-            "shared": Shape(**raw["shared"]),
-            "beside": tuple(tuple(group) for group in raw["beside"]),
-            "modalities": tuple(raw["modalities"]),
-        }
-
     def within(self, shape: Shape, width: int | None = None) -> Shape:
         """A subtree's shape as far as the form reaches, and at most `width` wide."""
         depth = min(shape.depth, self.depth) if self.form == "block" else shape.depth

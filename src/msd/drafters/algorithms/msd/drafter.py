@@ -89,21 +89,22 @@ class MSD(TrainedDrafter):
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """Those of the active modalities."""
-        return self.choose(self.network.routed(self._anchor(state))[rows], budget)
+        memory = state.memory.read(self.network, state.layout)
+        return self.choose(self.network.routed(memory.anchor)[rows], budget)
 
     def choose(self, route: Tensor, budget: Budget) -> Subtrees:
         """See `choose`; route: [R, experts]."""
         return choose(self.network.config, route, budget.nodes, budget.width)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """[B, N] class of the token below each node, from the target's states before it (the root's from memory)."""
+        """[B, N] class of the token below each node, from the target's states before it.
+
+        The prompt is not read for it: an answer that is over before anything is drafted costs no reading.
+        """
         if self.network.router is None or scores.taps is None:
             return None
-        return self.network.classes(tree, scores.taps, self._anchor(state).feature)
-
-    def _anchor(self, state: State) -> Anchors:
-        found: Anchors = state.memory.read(self.network, state.layout).anchor
-        return found
+        decoded: DecodedStates = state.memory
+        return self.network.classes(tree, scores.taps, self.network.feature(decoded.newest()[:, None]))
 
 
 def choose(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores
-from msd.verify import trials
+from msd.verify import rejection
+from msd.verify.registry import register
 from msd.verify.rules import ratio
 from msd.verify.walk import walk
 
 
+@register("lossless")
 class Lossless:
     """Emits tokens distributed exactly as the target alone would emit them.
 
@@ -21,7 +25,10 @@ class Lossless:
     after the deterministic ones have been taken out of p.
     """
 
-    routed = False
+    routed: ClassVar[bool] = False
+    lossless: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = False
+    rule = staticmethod(ratio)
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
         """The walk with `_choose`."""
@@ -41,8 +48,8 @@ class Lossless:
             below = (view.parents[open_] == node[open_, None]) & view.fixed[open_] & view.valid[open_]
             p = sampler.probabilities(law[open_])
             taken = torch.zeros_like(p).scatter_add_(1, view.tokens[open_], below.to(p.dtype))
-            token[open_], child[open_] = trials.sampled_trials(
-                view.of(open_), node[open_], trials.normalise(p.masked_fill(taken > 0, 0.0)), sampler,
+            token[open_], child[open_] = rejection.sampled_trials(
+                view.of(open_), node[open_], rejection.normalise(p.masked_fill(taken > 0, 0.0)), sampler,
                 [rows[i] for i in open_], ratio,
             )  # fmt: skip
         return token, child

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from msd.modality import LANGUAGE
 from msd.sampling import Sampler
 from msd.tree import Accepted, DraftTree, Scores
+from msd.verify.builtin.lossless import Lossless
 from msd.verify.divergence import total_variation
-from msd.verify.lossless import Lossless
 from msd.verify.walk import walk
 
 
@@ -59,13 +60,15 @@ class Position:
         return self.tree.of(some)
 
 
-class Loose(ABC):
+class Lossy(ABC):
     """A policy that may depart from p, and says by how much: `Accepted.divergence` is exact (see `divergence.py`).
 
     At temperature 0 it walks the longest argmax path, as `lossless` does.
     """
 
-    routed = True
+    routed: ClassVar[bool] = True
+    lossless: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
         """The walk, with total variation and modality of every emitted token."""

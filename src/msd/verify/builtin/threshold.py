@@ -8,13 +8,14 @@ from torch import Tensor
 
 from msd.sampling import Sampler
 from msd.verify.divergence import first_candidate, threshold_law
-from msd.verify.loose import Loose, Position
-from msd.verify.rules import hard
-from msd.verify.thetas import thetas
-from msd.verify.trials import sampled_trials, without
+from msd.verify.lossy import Lossy, Position
+from msd.verify.registry import register
+from msd.verify.rejection import sampled_trials, without
+from msd.verify.rules import hard, thresholds_by_id
 
 
-class Threshold(Loose):
+@register("threshold")
+class Threshold(Lossy):
     """α = min(1, p/q) against the modality's θ.
 
     thresholds: modality name -> θ in [0, 1], for those that shall differ from the registry's.
@@ -23,13 +24,15 @@ class Threshold(Loose):
     from which sampled candidates are then tried in order, if there are any.
     """
 
+    rule = staticmethod(hard)
+
     def __init__(self, thresholds: Mapping[str, float] | None = None) -> None:
         self._thresholds = dict(thresholds or {})
-        thetas(self._thresholds)  # bad ones are told at once
+        thresholds_by_id(self._thresholds)  # bad ones are told at once
 
     def _theta(self, at: Position, kinds: list[int], sampler: Sampler) -> list[float]:
         """From the table; it is made anew, as the registry is open."""
-        table = thetas(self._thresholds)
+        table = thresholds_by_id(self._thresholds)
         return [table[k] for k in kinds]
 
     def _emit(self, at: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:

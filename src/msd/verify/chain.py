@@ -10,13 +10,11 @@ from torch import Tensor
 
 from msd import modality
 from msd.errors import UserError
+from msd.verify import registry
+from msd.verify.builtin.budget import Ledger
 from msd.verify.divergence import sampled_law, total_variation
-from msd.verify.ledger import Ledger
-from msd.verify.rules import Rule, hard, ratio, soft
-from msd.verify.thetas import checked_epsilon, thetas
-from msd.verify.trials import left_after
-
-RULES: dict[str, Rule] = {"threshold": hard, "budget": soft, "lossless": ratio}
+from msd.verify.rejection import left_after
+from msd.verify.rules import Rule, checked_epsilon, thresholds_by_id
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,11 @@ class MSDVerification:
     def __init__(
         self, policy: str = "threshold", thresholds: Mapping[str, float] | None = None, epsilon: float = 0.0
     ) -> None:
-        if policy not in RULES:
-            raise UserError(f"unknown verifier '{policy}'; known: {', '.join(RULES)}")
-        self.policy, self.epsilon = policy, checked_epsilon(epsilon)
-        self.thetas = thetas(thresholds or {})
+        rule: Rule | None = getattr(registry.policy(policy), "rule", None)
+        if rule is None:
+            raise UserError(f"verifier '{policy}' has no rule for one sampled token; choose another policy")
+        self.policy, self.epsilon, self._rule = policy, checked_epsilon(epsilon), rule
+        self.thetas = thresholds_by_id(thresholds or {})
         self._ledgers = {kind: Ledger(epsilon, theta) for kind, theta in self.thetas.items()}
 
     def verify(
@@ -69,13 +68,13 @@ class MSDVerification:
         _check(tokens, kinds, target_probs, draft_probs)
         emitted: list[int] = []
         divergence: list[float] = []
-        rule = RULES[self.policy]
+        rule, known = self._rule, registry.policy(self.policy)
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
             p, q = target_probs[i].double(), draft_probs[i].double()
             theta = self.thetas[kind]
-            if rule is soft:
+            if known.calibrated:
                 theta = self._ledgers[kind].theta(_cost(p, q, self._ledgers[kind].wish, rule))
-            spent = 0.0 if rule is ratio else _cost(p, q, theta, rule)
+            spent = 0.0 if known.lossless else _cost(p, q, theta, rule)
             self._ledgers[kind].pay(spent)
             divergence.append(spent)
             chance = float(rule(p[token], q[token], theta))

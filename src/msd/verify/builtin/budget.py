@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,14 +12,49 @@ from torch import Tensor
 
 from msd.sampling import Sampler
 from msd.verify.divergence import budget_law, total_variation
-from msd.verify.ledger import Ledger
-from msd.verify.loose import Loose, Position
-from msd.verify.rules import soft
-from msd.verify.thetas import checked_epsilon, thetas
-from msd.verify.trials import normalise, sampled_trials, without
+from msd.verify.lossy import Lossy, Position
+from msd.verify.registry import register
+from msd.verify.rejection import normalise, sampled_trials, without
+from msd.verify.rules import checked_epsilon, soft, thresholds_by_id
 
 
-class Budget(Loose):
+@dataclass
+class Ledger:
+    """θ of the next position from what the earlier ones spent, so that the mean never exceeds ε.
+
+    One modality of one answer. epsilon: mean total variation allowed per token. wish: the θ to begin with.
+
+    Each emitted position earns ε and pays its exact TV. The wish is followed where its price can be paid from what has
+    been saved. Where not, θ = 1 - savings: under the soft rule no position costs more than 1 - θ, whatever was drafted.
+    So Σ TV ≤ nε after *every* position, for certain and not on average. Both numbers come from earlier positions, and
+    the price from laws, not from draws. The wish follows TV - ε by integral control (the update of Gibbs and Candès
+    2021, adaptive conformal inference), which corrects a calibration that was too bold or too shy.
+    """
+
+    epsilon: float
+    wish: float
+    step: float = 0.1
+    count: int = 0
+    spent: float = 0.0
+
+    @property
+    def savings(self) -> float:
+        """The most that the next position may pay."""
+        return self.epsilon * (self.count + 1) - self.spent
+
+    def theta(self, price: float) -> float:
+        """θ of the next position, which would cost `price` at the wish."""
+        return self.wish if price <= self.savings else min(1.0, max(self.wish, 1.0 - self.savings))
+
+    def pay(self, total_variation: float) -> None:
+        """Closes a position."""
+        self.count += 1
+        self.spent += total_variation
+        self.wish = min(1.0, max(0.0, self.wish + self.step * (total_variation - self.epsilon)))
+
+
+@register("budget")
+class Budget(Lossy):
     """Spends at most ε of total variation per emitted token, for each modality of each answer; ε = 0 is `lossless`.
 
     epsilon: in [0, 1]. thresholds: modality name -> θ to begin with (see `calibrate`), the registry's where there is
@@ -27,10 +64,13 @@ class Budget(Loose):
     is first spent.
     """
 
+    calibrated: ClassVar[bool] = True
+    rule = staticmethod(soft)
+
     def __init__(self, epsilon: float = 0.0, thresholds: Mapping[str, float] | None = None) -> None:
         self.epsilon = checked_epsilon(epsilon)
         self._thresholds = dict(thresholds or {})
-        thetas(self._thresholds)  # bad ones are told at once
+        thresholds_by_id(self._thresholds)  # bad ones are told at once
         self._ledgers: WeakKeyDictionary[Sampler, dict[tuple[int, int], Ledger]] = WeakKeyDictionary()
 
     def _is_lossless(self) -> bool:
@@ -41,7 +81,7 @@ class Budget(Loose):
         """The ledger of a modality in a request's row. It ends with the request, so that seeds keep their meaning."""
         mine = self._ledgers.setdefault(sampler, {})
         if (row, kind) not in mine:
-            mine[row, kind] = Ledger(self.epsilon, thetas(self._thresholds)[kind])
+            mine[row, kind] = Ledger(self.epsilon, thresholds_by_id(self._thresholds)[kind])
         return mine[row, kind]
 
     def _theta(self, at: Position, kinds: list[int], sampler: Sampler) -> list[float]:

@@ -1,0 +1,246 @@
+"""A batch is what `generate()` makes of it: whatever looks at all rows, and whatever draws for all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+import tiny
+from msd.model import SpeculativeVLM
+from msd.result import Result
+from random_drafter import RandomDrafter
+
+NEW = 16
+ROWS = [tiny.llava_inputs(1, images=1), tiny.llava_inputs(2, images=2, words=8), tiny.llava_inputs(3, images=0)]
+BATCH = tiny.batch(*ROWS)
+L = BATCH["input_ids"].shape[1]
+
+
+@cache
+def model() -> Any:
+    return tiny.llava(sharpness=10.0)
+
+
+class BiasPerRow(LogitsProcessor):
+    """One bias [B, V], another for each row."""
+
+    def __init__(self, rows: int) -> None:
+        self.bias = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5)) * 2
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + self.bias
+
+
+class BansWhatARowSaid(LogitsProcessor):
+    """State for every row: what it was banned from, one token more each step."""
+
+    def __init__(self) -> None:
+        self.banned: dict[int, list[int]] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, best in enumerate(scores.argmax(-1).tolist()):
+            scores[row, self.banned.setdefault(row, [])] = -torch.inf
+            self.banned[row].append((best + row) % 64)
+        return scores
+
+
+class BansWhatOthersSaid(LogitsProcessor):
+    """No row may say what another has just said."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        last = input_ids[:, -1]
+        for row in range(len(scores)):
+            scores[row, torch.cat([last[:row], last[row + 1 :]])] = -torch.inf
+        return scores
+
+
+class CountsSteps(LogitsProcessor):
+    """The ban is the number of calls so far."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        scores[:, (7 * self.calls) % 64] += 30.0 * (self.calls % 3 == 0)
+        return scores
+
+
+class AnyRowSays(StoppingCriteria):
+    """Stops all rows once one of them has said one of the tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        said = torch.isin(input_ids[:, L:], torch.tensor(self.tokens)).any()
+        return torch.full((len(input_ids),), bool(said))
+
+
+class StopsByPlace(StoppingCriteria):
+    """Row i stops after 3 + 4 i tokens."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] - L >= 3 + 4 * row for row in range(len(input_ids))])
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "bias per row": lambda rows: {"logits_processor": [BiasPerRow(rows)]},
+    "ban per row": lambda rows: {"logits_processor": [BansWhatARowSaid()]},
+    "ban across rows": lambda rows: {"logits_processor": [BansWhatOthersSaid()]},
+    "counter": lambda rows: {"logits_processor": [CountsSteps()], "repetition_penalty": 1.2},
+    "plain function": lambda rows: {"logits_processor": [lambda ids, scores: scores.roll(len(ids) - 1, 1)]},
+    "stop together": lambda rows: {"stopping_criteria": [AnyRowSays([9, 33, 41])]},
+    "stop by place": lambda rows: {"stopping_criteria": [StopsByPlace()]},
+    "both": lambda rows: {"logits_processor": [BiasPerRow(rows)], "stopping_criteria": [StopsByPlace()]},
+}
+
+
+def options(part: str, rows: int, **more: Any) -> dict[str, Any]:
+    """Fresh processors and criteria: they have state."""
+    made = PARTS[part](rows)
+    if "logits_processor" in made:
+        made["logits_processor"] = LogitsProcessorList(made["logits_processor"])
+    if "stopping_criteria" in made:
+        made["stopping_criteria"] = StoppingCriteriaList(made["stopping_criteria"])
+    return {**made, "max_new_tokens": NEW, **more}
+
+
+def library(inputs: dict[str, Tensor], seed: int, **kwargs: Any) -> list[list[int]]:
+    """What `generate()` answers, each row up to its end-of-sequence token."""
+    torch.manual_seed(seed)
+    rows = model().generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(tiny.EOS) + 1] if tiny.EOS in row else row for row in rows]
+
+
+def ours(method: Any, inputs: dict[str, Tensor], start: int, **kwargs: Any) -> list[Result]:
+    torch.manual_seed(start)
+    results = SpeculativeVLM(model(), None, drafter=method).generate(**inputs, **kwargs)
+    assert isinstance(results, list)
+    return results
+
+
+def same(result: Result, wanted: list[int]) -> None:
+    """A row that a criterion stopped is padded by `generate()` until the last row ends."""
+    assert result.tokens == wanted[: len(result.tokens)]
+    assert set(wanted[len(result.tokens) :]) <= {tiny.PAD}
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_see_the_batch_that_generate_shows_them(part: str, do_sample: bool) -> None:
+    accepted = 0
+    for seed in range(2):
+        wanted = library(BATCH, seed, **options(part, 3, do_sample=do_sample))
+        for method in ("ar", "prompt-lookup", RandomDrafter(seed, 64, wanted)):
+            results = ours(method, BATCH, seed, **options(part, 3, do_sample=do_sample))
+            for result, row in zip(results, wanted, strict=True):
+                same(result, row)
+            accepted += results[0].statistics.num_accepted_draft_tokens
+    assert accepted > 0, "no draft was accepted, so nothing was tested"
+
+
+@pytest.mark.parametrize("part", ["bias per row", "ban per row", "ban across rows", "stop by place"])
+def test_several_answers_to_one_prompt_are_a_batch_too(part: str) -> None:
+    inputs, more = ROWS[0], {"do_sample": True, "num_return_sequences": 3}
+    wanted = library(inputs, 4, **options(part, 3, **more))
+    results = ours(RandomDrafter(1, 64, wanted), inputs, 4, **options(part, 3, **more))
+    assert len(results) == 3
+    for result, row in zip(results, wanted, strict=True):
+        same(result, row)
+
+
+def test_a_model_without_an_end_goes_on_after_a_criterion() -> None:
+    """`generate()` pads no row where no end-of-sequence token is known; what stopped is cut where it stopped."""
+    made = {"logits_processor": LogitsProcessorList([BansWhatOthersSaid()]), "max_new_tokens": NEW}
+    criteria = StoppingCriteriaList([StopsByPlace()])
+    endless = tiny.llava(sharpness=10.0)
+    endless.generation_config.eos_token_id = None
+    wanted = endless.generate(**BATCH, **made, stopping_criteria=criteria)[:, L:].tolist()
+    results = SpeculativeVLM(endless, None, drafter=RandomDrafter(0, 64, wanted)).generate(
+        **BATCH, **made, stopping_criteria=criteria
+    )
+    assert isinstance(results, list)
+    assert [len(r.tokens) for r in results] == [3, 7, 11]
+    assert [r.tokens for r in results] == [row[: len(r.tokens)] for row, r in zip(wanted, results, strict=True)]
+
+
+@pytest.mark.parametrize("setting", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.2, "top_k": 0}])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_with_one_generator_is_drawn_as_generate_draws_it(shared: bool, setting: dict[str, Any]) -> None:
+    """Rows accept unequal numbers of drafts and end at different tokens; the k-th draw stays the k-th token's."""
+    inputs, accepted, ends = tiny.batch(ROWS[0], ROWS[0], ROWS[0], ROWS[0]), set(), set()
+    for seed in range(4):
+        kwargs = {"do_sample": True, "max_new_tokens": 24, **setting}
+        wanted = library(inputs, seed, **kwargs)
+        state = torch.get_rng_state()
+        for method in ("ar", "prompt-lookup", RandomDrafter(seed, 64, wanted)):
+            generator = torch.Generator().manual_seed(seed) if shared else None
+            results = ours(method, inputs, seed, seed=generator, **kwargs)
+            assert [r.tokens for r in results] == wanted
+            left = generator.get_state() if generator is not None else torch.get_rng_state()
+            assert torch.equal(left, state), "the generator is left as generate() leaves it"
+            accepted |= {step.accepted for step in results[0].statistics.steps}
+        ends |= {len(row) for row in wanted}
+    assert len(accepted) > 2 and len(ends) > 2, "rows went on together, so nothing was tested"
+
+
+def test_draws_from_what_is_no_distribution_are_refused_in_a_batch_too() -> None:
+    def broken(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores * torch.nan
+
+    with pytest.raises(RuntimeError, match="inf"):
+        ours("ar", BATCH, 0, do_sample=True, logits_processor=LogitsProcessorList([broken]), max_new_tokens=4)
+
+
+class Recorder(StoppingCriteria):
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("inputs", [ROWS[0], BATCH])
+def test_criteria_are_asked_after_every_token_the_last_one_included(inputs: dict[str, Tensor]) -> None:
+    theirs, mine = Recorder(), Recorder()
+    wanted = library(inputs, 0, stopping_criteria=StoppingCriteriaList([theirs]), max_new_tokens=NEW)
+    engine = SpeculativeVLM(model(), None, drafter=RandomDrafter(0, 64, wanted))
+    engine.generate(**inputs, stopping_criteria=StoppingCriteriaList([mine]), max_new_tokens=NEW)
+    assert mine.lengths == theirs.lengths
+
+
+def test_a_list_in_gives_a_list_out() -> None:
+    one = SpeculativeVLM(model(), None, drafter="ar").generate(**ROWS[0], max_new_tokens=2)
+    assert isinstance(one, Result)
+    several = SpeculativeVLM(model(), None, drafter="ar").generate(
+        **ROWS[0], max_new_tokens=2, do_sample=True, num_return_sequences=3
+    )
+    assert isinstance(several, list) and len(several) == 3
+
+
+class KeepsWhatItSees(LogitsProcessor):
+    def __init__(self) -> None:
+        self.seen: list[list[list[int]]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append(input_ids.tolist())
+        return scores
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_padding_is_shown_as_generate_shows_it(rows: int) -> None:
+    one = {"input_ids": torch.tensor([[0, 0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    inputs = one if rows == 1 else BATCH
+    theirs, mine = KeepsWhatItSees(), KeepsWhatItSees()
+    wanted = library(inputs, 0, logits_processor=LogitsProcessorList([theirs]), max_new_tokens=NEW)
+    engine = SpeculativeVLM(model(), None, drafter=RandomDrafter(0, 64, wanted))
+    engine.generate(**inputs, logits_processor=LogitsProcessorList([mine]), max_new_tokens=NEW)
+    assert mine.seen == theirs.seen

@@ -1,0 +1,118 @@
+"""Every option of `generate()` is honoured or refused in one line, by whichever door it comes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+import tiny
+from msd.errors import UserError
+from msd.model import SpeculativeVLM
+from msd.result import Result
+
+INPUTS = tiny.llava_inputs(1)
+# an option that asks for another way of decoding, and what must be named
+OTHER: dict[str, Any] = {
+    "use_mtp": True,
+    "assistant_early_exit": 2,
+    "prompt_lookup_num_tokens": 3,
+    "dola_layers": "high",
+    "penalty_alpha": 0.6,
+    "force_words_ids": [[5]],
+    "num_beams": 2,
+    "token_healing": True,
+    "use_cache": False,
+    "prefill_chunk_size": 8,
+    "cache_implementation": "quantized",
+    "return_dict_in_generate": True,
+}
+
+
+@cache
+def engine() -> SpeculativeVLM:
+    return SpeculativeVLM(tiny.llava(), None, drafter="prompt-lookup")
+
+
+def refused(vlm: SpeculativeVLM, **kwargs: Any) -> str:
+    with pytest.raises(UserError) as error:
+        vlm.generate(**INPUTS, max_new_tokens=4, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_as_a_keyword(name: str) -> None:
+    assert name in refused(engine(), **{name: OTHER[name]})
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_in_a_generation_config(name: str) -> None:
+    more = {"num_beams": 2} if name == "force_words_ids" else {}  # the library refuses it by itself otherwise
+    config = GenerationConfig(max_new_tokens=4, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
+    setattr(config, name, OTHER[name])
+    for key, value in more.items():
+        setattr(config, key, value)
+    with pytest.raises(UserError, match=name if not more else "num_beams"):
+        engine().generate(**INPUTS, generation_config=config)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_in_the_own_config_of_the_model(name: str) -> None:
+    model = tiny.llava()
+    setattr(model.generation_config, name, OTHER[name])
+    assert name in refused(SpeculativeVLM(model, None, drafter="ar"))
+
+
+@pytest.mark.parametrize("kind", ["paged", "offloaded", "offloaded_static", "sliding_window"])
+def test_caches_of_other_kinds(kind: str) -> None:
+    for options in ({"cache_implementation": kind}, {"generation_config": GenerationConfig(cache_implementation=kind)}):
+        if kind == "sliding_window" and "generation_config" in options:
+            continue
+        assert kind in refused(engine(), **options)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_caches_that_ours_is(kind: str) -> None:
+    wanted = engine().generate(**INPUTS, max_new_tokens=4)
+    result = engine().generate(**INPUTS, max_new_tokens=4, cache_implementation=kind)
+    assert isinstance(wanted, Result) and isinstance(result, Result)
+    assert result.tokens == wanted.tokens
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["past_key_values", "inputs_embeds", "assistant_model", "assistant_tokenizer", "custom_generate", "synced_gpus"],
+)
+def test_arguments_that_are_no_options(name: str) -> None:
+    values = {"past_key_values": DynamicCache(), "inputs_embeds": torch.zeros(1, 4, 32), "synced_gpus": True}
+    assert name in refused(engine(), **{name: values.get(name, object())})
+
+
+def test_a_cache_that_holds_the_picture_is_not_dropped_in_silence() -> None:
+    model = engine().model
+    cache_of_user = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**INPUTS, past_key_values=cache_of_user, use_cache=True)
+    words = {k: v for k, v in INPUTS.items() if k != "pixel_values"}
+    with pytest.raises(UserError, match="past_key_values"):
+        engine().generate(**words, past_key_values=cache_of_user, max_new_tokens=4)
+
+
+def test_a_generate_of_the_models_own_is_not_gone_around() -> None:
+    model = tiny.llava()
+    vlm = SpeculativeVLM(model, None, drafter="ar")
+    model.generate = lambda *args, **kwargs: torch.zeros(1, 1)  # as `trust_remote_code` installs one
+    assert "generate()" in refused(vlm)
+
+
+def test_what_the_library_ignores_is_no_reason_to_refuse() -> None:
+    """Settings of the assistant, of beams and of outputs mean nothing without what they belong to."""
+    wanted = engine().generate(**INPUTS, max_new_tokens=6)
+    idle = {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.2, "max_matching_ngram_size": 2}
+    result = engine().generate(**INPUTS, max_new_tokens=6, output_scores=True, num_beams=1, length_penalty=1.0, **idle)
+    assert isinstance(wanted, Result) and isinstance(result, Result)
+    assert result.tokens == wanted.tokens
