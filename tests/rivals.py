@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 import tiny
-from msd.drafters.rivals import RIVALS, Rival
+from msd.drafters import registry
+from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
 from msd.targets.teacher import Lesson, teach
-from msd.train.notebook import Notebook
+from msd.train.lessons import Notebook
 
 LENGTH = 16
+RIVALS = {m.name: m.network for m in registry.catalogue() if m.network is not None and m.name != registry.DEFAULT}
 
 
-def network(model: Any, method: str, seed: int = 0, **changes: Any) -> Rival:
+def network(model: Any, method: str, seed: int = 0, **changes: Any) -> DraftNetwork:
     """Of a method, for a tiny target."""
     torch.manual_seed(seed)
     if RIVALS[method].reduced:
@@ -34,7 +36,7 @@ def prompts(rows: int = 4) -> dict[str, torch.Tensor]:
     return tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(rows)))
 
 
-def lesson(model: Any, made: Rival, rows: int = 4) -> Lesson:
+def lesson(model: Any, made: DraftNetwork, rows: int = 4) -> Lesson:
     """Greedy answers of `LENGTH` tokens, the target's word on them being over the network's vocabulary."""
     inputs = prompts(rows)
     out = model.generate(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tiny
 from msd import costs as costs_module
 from msd.costs import Costs, costs, measure
-from msd.drafters.msd.grow import NEVER, _best_size
+from msd.drafters.toolkit.growth import NEVER, _best_size
 from msd.model import SpeculativeVLM
 from msd.plan import LONGEST, PAUSE, Governor, Plan
 from msd.targets import adapt

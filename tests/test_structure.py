@@ -10,7 +10,8 @@ import pytest
 import msd
 
 ROOT = Path(msd.__file__).parent
-# from the ground up; a package stands for all its modules, and "msd" for the lazy names of msd/__init__.py
+# from the ground up; a package stands for all its modules that have no place of their own, and "msd" for the lazy names
+# of msd/__init__.py
 LAYERS: list[set[str]] = [
     {"errors", "version", "files", "records", "heap", "hidden", "threads"},
     {"modality", "cuts", "layout", "cache", "tree", "backends"},
@@ -19,6 +20,8 @@ LAYERS: list[set[str]] = [
     {"targets", "verify", "gain", "event_gain"},
     {"costs"},
     {"plan"},
+    {"drafters.toolkit"},
+    {"train.losses"},
     {"drafters"},
     {"decode", "ahead"},
     {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
@@ -54,7 +57,8 @@ def imports(source: str, known: set[str]) -> set[str]:
 
 def place(module: str) -> str:
     """The entry of `LAYERS` that a module belongs to."""
-    return module.split(".")[1] if "." in module else module
+    parts = module.split(".")
+    return next((n for n in (".".join(parts[1:3]), parts[1]) if n in RANK), parts[1]) if len(parts) > 1 else module
 
 
 def upward(texts: dict[str, str]) -> list[str]:
@@ -81,6 +85,15 @@ def test_every_module_has_a_layer() -> None:
 
 def test_no_module_imports_upward() -> None:
     assert upward(modules()) == []
+
+
+def test_methods_know_the_toolkit_and_not_each_other() -> None:
+    texts, home = modules(), "msd.drafters.algorithms."
+    own = {name: name.removeprefix(home).split(".")[0] for name in texts if name.startswith(home)}
+    assert len(set(own.values())) > 10
+    for name, method in own.items():
+        others = imports(texts[name], set(texts)) & own.keys()
+        assert {own[other] for other in others} <= {method}, name
 
 
 def test_no_modules_import_each_other() -> None:

@@ -31,7 +31,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from msd import drafters
 from msd.bench import sampling_law
 from msd.bench.chi2 import chi2_p_value, holm
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
+from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.layout import Layout
 from msd.model import SpeculativeVLM
 from msd.sampling import Sampler

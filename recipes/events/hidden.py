@@ -21,7 +21,7 @@ from PIL import Image
 
 from msd import SpeculativeConfig, SpeculativeVLM, events
 from msd.bench.data import BUNDLED
-from msd.drafters.eventgpt import EventGPT, EventGPTDrafter, Pieces
+from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, Pieces
 from msd.events import EventStream
 from msd.loading import load_target
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from msd.drafters import stored
+from msd.drafters.toolkit import checkpoint
 from msd.files import write_whole
 from msd.records import read_json
 
@@ -20,7 +20,7 @@ NAMES = ("vision", "language", "fusion")
 
 def described(folder: Path) -> str:
     """One drafter: what it is, how it was trained, what its training measured."""
-    told: dict[str, Any] = stored.training(folder)
+    told: dict[str, Any] = checkpoint.training(folder)
     settings, held = told["settings"], told["held_out"]
     with safe_open(folder / "model.safetensors", "pt") as weights:
         numbers = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118

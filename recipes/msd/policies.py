@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
+
+from metrics import caption_scores
+
 from msd import prompts
 from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
-from msd.drafters import stored
-from msd.drafters.msd import MSD, checkpoint
+from msd.drafters import registry
+from msd.drafters.algorithms.msd import MSD
 from msd.files import write_whole
 from msd.heap import use_huge_pages
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.statistics import Statistics
-from msd.train.metrics import caption_scores
 
 PROMPT = "Write a short caption for this picture."
 POLICIES: dict[str, dict[str, Any]] = {
@@ -55,8 +59,7 @@ def agreement(one: list[int], two: list[int]) -> tuple[float, float]:
 
 def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str, Any]]:
     model, processor = load_target(args.target)
-    thresholds = stored.training(args.drafter).get("thresholds")
-    drafter = MSD(checkpoint.load(args.drafter), calibrated=thresholds)
+    drafter = MSD.trained(registry.load(args.drafter))
     engines = {name: SpeculativeVLM(model, processor, SpeculativeConfig(**s), drafter) for name, s in POLICIES.items()}
     engines = {"ar": SpeculativeVLM(model, processor, drafter="ar"), **engines}
     references = captions(args.data, args.photos)

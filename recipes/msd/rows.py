@@ -33,13 +33,13 @@ from msd.backends.precision import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
 from msd.cuts import ModalityCuts
-from msd.drafters import rivals, stored
-from msd.drafters.combined import Combined
-from msd.drafters.msd import MSD, SWITCHES, checkpoint
-from msd.drafters.msd.config import shapes_of
-from msd.drafters.msd.network import MSDNetwork
-from msd.drafters.registry import COMBINED
-from msd.drafters.repeats import Repeats
+from msd.drafters import registry
+from msd.drafters.algorithms.combined import TRUNKS, Combined
+from msd.drafters.algorithms.msd import MSD, SWITCHES, MSDNetwork
+from msd.drafters.algorithms.msd.config import shapes_of
+from msd.drafters.algorithms.prompt_lookup import Repeats
+from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.files import write_whole
 from msd.heap import use_huge_pages
 from msd.loading import load_target
@@ -48,17 +48,18 @@ from msd.model import SpeculativeVLM
 from msd.records import read_json
 from msd.targets import State, adapt
 from msd.train.captured import Captured, cuts_path, mixed, read_captured
-from msd.train.draft_loss import LossConfig
 from msd.train.drafting import DraftTraining, train, untrained
-from msd.train.lessons import Lessons
+from msd.train.lessons import Lessons, Notebook
 from msd.train.loop import signals
-from msd.train.notebook import Notebook
+from msd.train.losses.msd import LossConfig
 from msd.tree import Scores
 
 FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps that a row's speed is measured on
 SHIPPED_MEGABYTES = 60  # of rivals
 WITH_EVENTS = "msd with events"
+PUBLISHED = [m.name for m in registry.catalogue() if m.network is not None and m.name != registry.DEFAULT]
+TEXT_ONLY = "text-only"
 OWN = {"standard": "standard seed 0", "msd-15min": "msd:block seed 0", "msd-ar": "msd:ar"}  # shipped name -> row
 
 
@@ -78,7 +79,7 @@ def rows(seeds: Sequence[int], events: bool = False) -> dict[str, Row]:
             WITH_EVENTS: Row(block),
             "msd without events": Row(replace(block, events=False)),
             "standard": Row(replace(block, events=False, off=SWITCHES)),
-            rivals.TextOnly.method: _text_only(block),
+            TEXT_ONLY: _text_only(block),
         }
     found = {}
     for seed in seeds:
@@ -90,16 +91,15 @@ def rows(seeds: Sequence[int], events: bool = False) -> dict[str, Row]:
         found[f"no {name}"] = Row(replace(block, off=(name,)))
     found["text-only stage"] = Row(replace(block, text_only=True))
     found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
-    for method in rivals.RIVALS:
-        if method != rivals.SpecVLMVideo.method:  # it drafts with eagle2's weights
-            small = method == rivals.TextOnly.method
-            found[method] = _text_only(block) if small else Row(replace(block, method=method))
+    for method in PUBLISHED:
+        if registry.get(method).weights == (method,):  # others draft with another method's weights
+            found[method] = _text_only(block) if method == TEXT_ONLY else Row(replace(block, method=method))
     return found
 
 
 def _text_only(block: DraftTraining) -> Row:
     """It begins as a part of the target, which a high rate undoes."""
-    return Row(replace(block, method=rivals.TextOnly.method, lr=0.3 * block.lr, layers=2))
+    return Row(replace(block, method=TEXT_ONLY, lr=0.3 * block.lr, layers=2))
 
 
 def folder_of(out: Path, name: str) -> Path:
@@ -123,7 +123,7 @@ def train_rows(args: argparse.Namespace) -> None:
     waiting = [
         name
         for name in args.only or every
-        if not stored.training(folder_of(args.out, name) / "drafter").get("finished")
+        if not checkpoint.training(folder_of(args.out, name) / "drafter").get("finished")
     ]
     if not waiting:
         return
@@ -198,7 +198,7 @@ def _speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: Dr
 
 def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
     """A trained network that decodes with some parts off."""
-    network = checkpoint.load(folder)
+    network: MSDNetwork = registry.load(folder)
     network.config = replace(network.config, **dict.fromkeys(off, False))
     return network
 
@@ -239,23 +239,24 @@ def bench_rows(args: argparse.Namespace) -> None:
         if not (folder / "model.safetensors").exists():
             continue
         if name == WITH_EVENTS:  # what it lost where the recordings were missing
-            drafters.register("events hidden", lambda f=folder: Hidden(checkpoint.load(f), "events hidden"))  # type: ignore[misc]
-            drafters.register("msd with events, repeats", lambda f=folder: Repeats(MSD(checkpoint.load(f))))  # type: ignore[misc]
+            drafters.register("events hidden", lambda f=folder: Hidden(registry.load(f), "events hidden"))  # type: ignore[misc]
+            drafters.register("msd with events, repeats", lambda f=folder: Repeats(MSD(registry.load(f))))  # type: ignore[misc]
             methods += ["events hidden", "msd with events, repeats"]
         elif name == next(iter(every)):
-            drafters.register("wrong image", lambda f=folder: WrongImage(checkpoint.load(f), "wrong image"))  # type: ignore[misc]
+            drafters.register("wrong image", lambda f=folder: WrongImage(registry.load(f), "wrong image"))  # type: ignore[misc]
             methods.append("wrong image")
         if row.settings.method != "msd":
-            drafters.register(name, lambda f=folder: rivals.RivalDrafter(rivals.load(f)))  # type: ignore[misc]
+            drafters.register(name, lambda f=folder: TrainedDrafter(registry.load(f)))  # type: ignore[misc]
             methods.append(name)
-            if name in COMBINED and (router := folder_of(args.out, "msd:block seed 0") / "drafter").exists():
+            if name in TRUNKS and (router := folder_of(args.out, "msd:block seed 0") / "drafter").exists():
                 drafters.register(
-                    f"msd+{name}", lambda f=folder, r=router: Combined(rivals.load(f), checkpoint.load(r))
+                    f"msd+{name}", lambda f=folder, r=router: Combined(registry.load(f), registry.load(r))
                 )  # type: ignore[misc]
                 methods.append(f"msd+{name}")
-            if name == rivals.Eagle2.method:
-                drafters.register(rivals.SpecVLMVideo.method, lambda f=folder: pruned(f))  # type: ignore[misc]
-                methods.append(rivals.SpecVLMVideo.method)
+            for other in (registry.get(m) for m in PUBLISHED):
+                if other.weights == (name,) and other.name != name:  # drafts with this one's weights
+                    drafters.register(other.name, lambda f=folder, o=other: o.make(registry.load(f)))  # type: ignore[misc]
+                    methods.append(other.name)
             continue
         for shown, off in ((name, ()), *row.decoding):
             drafters.register(shown, lambda f=folder, o=off, n=shown: MSD(variant(f, o), n))  # type: ignore[misc]
@@ -292,7 +293,7 @@ def tell_rows(args: argparse.Namespace) -> None:
     """What training said of the rows: held-out chain acceptance, steps and time, to `trained.json` in the results."""
     told = {}
     for name in rows(range(args.seeds), args.events):
-        noted = stored.training(folder_of(args.out, name) / "drafter")
+        noted = checkpoint.training(folder_of(args.out, name) / "drafter")
         if noted.get("finished"):
             told[name] = {key: noted[key] for key in ("steps", "seconds", "peak_gigabytes", "held_out")}
     write_whole(args.results / "trained.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
@@ -302,22 +303,16 @@ def tell_rows(args: argparse.Namespace) -> None:
         print(f"| {name} | {row['steps']:,} | " + " | ".join(f"{rate:.3f}" for rate in rates) + " |")
 
 
-def pruned(folder: Path) -> rivals.RivalDrafter:
-    """`specvlm-video`, with the weights of the trained `eagle2`."""
-    trained = rivals.load(folder)
-    assert isinstance(trained, rivals.Eagle2)
-    return rivals.RivalDrafter(rivals.SpecVLMVideo.from_eagle2(trained))
-
-
 def ship_rows(args: argparse.Namespace) -> None:
     """Writes the rivals, and first seeds of MSD's own forms (`OWN`), and says how large the rivals are together."""
-    sources = {m: folder_of(args.out, m) / "drafter" for m in rivals.RIVALS}
+    sources = {m: folder_of(args.out, m) / "drafter" for m in PUBLISHED}
     sources |= {name: folder_of(args.out, row) / "drafter" for name, row in OWN.items()}
     for name, source in sources.items():
         if (source / "model.safetensors").exists():
-            network = checkpoint.load(source) if name in OWN else rivals.load(source)
-            config = replace(network.config, shapes=shapes_of()) if name in OWN else network.config
-            stored.save(network, config, args.weights / name, stored.training(source), args.eight_bit)
+            network = registry.load(source)
+            if name in OWN:
+                network.config = replace(network.config, shapes=shapes_of())
+            checkpoint.save(network, args.weights / name, checkpoint.training(source), args.eight_bit)
     sizes = {f.parent.name: f.stat().st_size / 1e6 for f in args.weights.glob("*/model.safetensors")}
     print("\n".join(f"{name}: {size:.1f} MB" for name, size in sorted(sizes.items())))
     together = sum(size for name, size in sizes.items() if name not in OWN)

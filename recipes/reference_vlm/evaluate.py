@@ -20,13 +20,13 @@ from typing import Any
 from data import END, MOTION, absence_weights, load_captions
 from facts import extract, tidy, yes_no
 from features import read_jsonl, sets
+from metrics import caption_scores, exact_match, repetition_scores, yes_no_scores
 from PIL import Image
 from seeing import Seeing, load
 
 from msd.bench.data import BUNDLED, data_lines
 from msd.files import write_whole
 from msd.train.capture import Prompt
-from msd.train.metrics import caption_scores, exact_match, repetition_scores, yes_no_scores
 
 CAPTION, DETAIL = "Write a short caption for this picture.", "Describe the image in detail."
 Results = dict[str, Any]

@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from writer import GreedyWriter
 
 from msd.backends import choose
 from msd.reference.assemble import IMAGE_TOKEN, build_model, build_processor
 from msd.reference.encoder import EfficientNetLiteConfig
 from msd.reference.sources import locate
-from msd.train.capture import Answer, GreedyWriter, Prompt
+from msd.train.capture import Answer, Prompt
 
 END = 2
 OpenImage = Callable[[str], Image.Image]

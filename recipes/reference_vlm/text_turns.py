@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from features import read_jsonl
+from writer import GreedyWriter, left_padded
 
-from msd.train.capture import GreedyWriter, Prompt, capture, left_padded
+from msd.train.capture import Prompt, capture
 
 END = 2
 TRAIN_FILES = ("alpaca_5000.jsonl", "llmsfromscratch_instruction_1100.jsonl")

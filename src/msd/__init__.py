@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from msd.result import Result
     from msd.sounds import Audio
     from msd.threads import share_cores
-    from msd.train.draft_loss import msd_draft_loss
+    from msd.train.losses.msd import msd_draft_loss
     from msd.verify import MSDVerification
     from msd.videos import Video
 
@@ -47,7 +47,7 @@ _HOMES = {
     "SpeculativeConfig": "msd.config",
     "SpeculativeVLM": "msd.model",
     "Video": "msd.videos",
-    "msd_draft_loss": "msd.train.draft_loss",
+    "msd_draft_loss": "msd.train.losses.msd",
     "share_cores": "msd.threads",
 }
 

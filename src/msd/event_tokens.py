@@ -2,7 +2,7 @@
 
 Event frames (EventGPT's: five of equally many events) go through the target's image encoder; of their F·P features are
 kept the mean of each frame, F *temporal* tokens, and the mean over frames of each place, P *spatial* tokens (EventGPT,
-Liu et al., 2024). A drafter reads them in two groups (`msd.drafters.msd.beside`).
+Liu et al., 2024). A drafter reads them in two groups (`msd.drafters.toolkit.adaptors`).
 """
 
 from __future__ import annotations

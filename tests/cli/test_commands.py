@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+import rivals
 from msd.bench.data import BUNDLED
 from msd.cli import main
 from msd.cli.options import chosen_methods
-from msd.drafters.rivals import RIVALS
 
 PUPPY = str(BUNDLED / "puppy.jpg")
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def test_generate_takes_no_or_several_images(capsys: pytest.CaptureFixture[str])
 
 
 # from weights/, which the wheel has not
-IN_CHECKOUTS = (*RIVALS, "msd+dspark", "msd+eagle3", "msd:15min", "msd:ar", "standard")
+IN_CHECKOUTS = (*rivals.RIVALS, "msd+dspark", "msd+eagle3", "msd:15min", "msd:ar", "standard")
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:

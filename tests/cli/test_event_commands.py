@@ -13,7 +13,7 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd.cuts import ModalityCuts
-from msd.drafters.msd import checkpoint
+from msd.drafters import registry
 from msd.event_gain import cell_kinds, event_costs
 from msd.event_tokens import FRAMES, event_tokens
 from msd.events import events_of_photo, frames, read
@@ -86,12 +86,12 @@ def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
 def test_a_drafter_learns_beside_events(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
     """It has the modalities of events, reads their tokens, and learns something else without them."""
     whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
-    network = checkpoint.load(tmp_path / "whole" / "drafter")
+    network = registry.load(tmp_path / "whole" / "drafter")
     assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
     assert network.config.beside == ((FRAMES, 3), (4, 3))
     again = train(capsys, place, tmp_path / "again", *FLOAT32, "--remember", 0)
     without = train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
-    same, other = (checkpoint.load(tmp_path / name / "drafter") for name in ("again", "without"))
+    same, other = (registry.load(tmp_path / name / "drafter") for name in ("again", "without"))
     assert whole["losses"]["loss"] == again["losses"]["loss"] != without["losses"]["loss"]
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), same.parameters(), strict=True))
     assert other.config.beside == () and other.config.modalities == network.config.modalities

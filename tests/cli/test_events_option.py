@@ -16,7 +16,7 @@ from families import BY_NAME
 from family_processor import FamilyProcessor, Letters
 from msd import loading
 from msd.cli import main
-from msd.drafters.eventgpt import EventGPT, Pieces, VocabularyMap, checkpoint
+from msd.drafters.algorithms.eventgpt import EventGPT, Pieces, VocabularyMap, save
 
 FAMILY = BY_NAME["video_llava"]
 
@@ -43,7 +43,7 @@ def folder(path: Path, theirs: Pieces, text_config: Any, tied: bool = False) -> 
     torch.manual_seed(1)
     own = Pieces((*theirs.names, "<ev_start>", "own"), theirs.special | {len(theirs.names)})
     network = EventGPT.for_text(text_config, vocabulary=len(own.names))
-    checkpoint.save(network, own, path, VocabularyMap.between(own, theirs) if tied else None)
+    save(network, own, path, VocabularyMap.between(own, theirs) if tied else None)
     return path
 
 

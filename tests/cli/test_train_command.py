@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import tiny_checkpoint
 from msd import backends
-from msd.train.draft_loss import DraftObjective
+from msd.drafters.algorithms.msd import DraftObjective
 from training_command import FLOAT32, STEPS, interrupt, run, train
 
 

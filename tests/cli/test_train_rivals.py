@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rivals
 import tiny_checkpoint
 from msd import backends
 from msd.drafters import registry
-from msd.drafters.rivals import RIVALS, RivalDrafter, load
-from msd.train.rivals import RivalObjective
+from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.drafters.toolkit.training import Objective
 from training_command import FLOAT32, STEPS, interrupt, run, train
 
 
@@ -23,13 +24,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint.captured(tmp_path_factory.mktemp("rivals"))
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", rivals.RIVALS)
 def test_trained_loaded_and_used(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, method: str) -> None:
     summary = train(capsys, place, tmp_path / "run", "--method", method)
     assert summary["finished"] and set(summary["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}
     assert Path(summary["curves"]).read_bytes().startswith(b"\x89PNG")
-    made = load(summary["drafter"])
-    assert type(made) is RIVALS[method] and made.config.method == method
+    made = registry.load(summary["drafter"])
+    assert type(made) is rivals.RIVALS[method] and made.config.method == method
     image = place / "images" / "0.png"
     asked = ["generate", image, "-p", "Describe it.", "--target", place, "--max-new-tokens", 10, "--json"]
     code, out, err = run(capsys, *asked, "--drafter", summary["drafter"])
@@ -45,7 +46,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 ) -> None:
     monkeypatch.setattr(backends.trial, "faster", lambda model, calls: False)  # rounding must not depend on the clock
     whole = train(capsys, place, tmp_path / "whole", "--method", "vispec", *FLOAT32)
-    interrupt(monkeypatch, RivalObjective)
+    interrupt(monkeypatch, Objective)
     assert not train(capsys, place, tmp_path / "parts", "--method", "vispec", *FLOAT32)["finished"]
     again = train(capsys, place, tmp_path / "parts", "--method", "vispec", *FLOAT32)
     assert again["finished"] and again["held_out"] == whole["held_out"]
@@ -59,16 +60,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 
 
 def test_weights_in_the_repository_are_methods_for_the_reference_model(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafter = Path(train(capsys, place, tmp_path / "run", "--method", "eagle2")["drafter"])
     (tmp_path / "weights").mkdir()
     drafter.rename(tmp_path / "weights" / "any-name")
-    registry._register_rivals(tmp_path / "weights")
+    monkeypatch.setattr(registry, "ROOTS", (tmp_path / "weights",))
     for name in ("eagle2", "specvlm-video"):  # the second drafts with the first one's weights
         assert name in registry.methods() and name not in registry.methods("other/target")
         made = registry.create(name)
-        assert isinstance(made, RivalDrafter) and type(made.network) is RIVALS[name]
+        assert isinstance(made, TrainedDrafter) and type(made.network) is rivals.RIVALS[name]
     row = ["--target", place, "--data", place / "data.jsonl", "--images", place / "images", "--limit", 2, "--json"]
     code, out, err = run(capsys, "verify", "--method", "eagle2,specvlm-video", *row)
     assert code == 0, err

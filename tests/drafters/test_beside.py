@@ -11,15 +11,13 @@ from torch import Tensor
 
 import tiny
 from msd.config import SpeculativeConfig
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
-from msd.drafters.msd.context import entries
-from msd.drafters.msd.laws import levels
-from msd.drafters.msd.memory import Memory
+from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
+from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import adapt
 from msd.targets.teacher import Lesson, teach
-from msd.train.draft_loss import DraftObjective, LossConfig
+from msd.train.losses.msd import LossConfig
 from msd.tree import DraftTree
 
 MODEL = tiny.llava()
@@ -36,7 +34,7 @@ def network(**changes: Any) -> MSDNetwork:
     for p in made.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
-    return made.attach(MODEL.get_input_embeddings()).eval()
+    return made.attach(MODEL).eval()
 
 
 def lesson(made: MSDNetwork, rows: int = 3) -> Lesson:
@@ -58,8 +56,8 @@ def root_law(made: MSDNetwork, taught: Lesson, beside: Tensor | None) -> Tensor:
     layout = replace(taught.layout, end=[L + 1] * taught.layout.batch)
     memory = Memory.begin(made, layout, taught.taps[:, :L], beside)
     context, anchors = memory.upto(None)
-    laws = levels(made, context, anchors)
-    return laws.root(memory.route[:, None]).logits[:, 0]
+    laws = made.levels(context, anchors, layout.newest())
+    return laws.root(made.routed(memory.anchor)[:, None]).logits[:, 0]
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
@@ -91,7 +89,7 @@ def test_kept_tokens_stand_before_the_text() -> None:
     taught = lesson(made)
     assert taught.taps is not None
     with torch.no_grad():
-        plain, found = (entries(made, taught.layout, taught.taps[:, :-1], b) for b in (None, some(3, without=1)))
+        plain, found = (made.read(taught.layout, taught.taps[:, :-1], None, b) for b in (None, some(3, without=1)))
     extra = found.present.sum(1) - plain.present.sum(1)
     assert extra.tolist() == [KEPT, 0, KEPT]
     for row in range(3):

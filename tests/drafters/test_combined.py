@@ -16,9 +16,8 @@ from msd.bench import certificate
 from msd.bench.data import Sample
 from msd.config import SpeculativeConfig
 from msd.drafters import registry
-from msd.drafters.combined import Combined
-from msd.drafters.msd import MSDConfig, MSDNetwork, Shape
-from msd.drafters.rivals import RIVALS
+from msd.drafters.algorithms.combined import TRUNKS, Combined
+from msd.drafters.algorithms.msd import MSDConfig, MSDNetwork, Shape
 from msd.errors import UserError
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
@@ -37,10 +36,10 @@ def router(model: object, **changes: object) -> MSDNetwork:
     made.ending.requires_grad_(False)
     for p in made.ending.parameters():
         p.zero_()
-    return made.attach(model.get_input_embeddings()).eval()  # type: ignore[attr-defined]
+    return made.attach(model).eval()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", rivals.RIVALS)
 def test_output_is_the_targets(method: str) -> None:
     made = Combined(rivals.network(MODEL, method), router(MODEL))
     assert made.name == f"msd+{method}"
@@ -57,8 +56,8 @@ def test_output_is_the_targets(method: str) -> None:
 
 def test_it_passes_verify(tmp_path: Path) -> None:
     model, processor = load_target(tiny_checkpoint.write(tmp_path / "target"))
-    names = [f"msd+{method}" for method in registry.COMBINED]
-    for method, name in zip(registry.COMBINED, names, strict=True):
+    names = [f"msd+{method}" for method in TRUNKS]
+    for method, name in zip(TRUNKS, names, strict=True):
         made = Combined(rivals.network(model, method), router(model))
         registry.register(name, lambda made=made: made)  # type: ignore[misc]
     photo = tmp_path / tiny_checkpoint.photos(tmp_path, 1)[0]

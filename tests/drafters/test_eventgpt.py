@@ -19,7 +19,7 @@ from family_processor import FamilyProcessor, Letters, photos
 from msd import events
 from msd.config import SpeculativeConfig
 from msd.drafters import registry
-from msd.drafters.eventgpt import EventGPT, EventGPTConfig, EventGPTDrafter, Pieces, VocabularyMap, checkpoint
+from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTConfig, EventGPTDrafter, Pieces, VocabularyMap, save
 from msd.errors import UserError
 from msd.events import EventStream
 from msd.layout import Layout
@@ -358,7 +358,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_a_method(tmp_path: Path) -> None:
-    checkpoint.save(NETWORK, OWN, tmp_path, WORDS_MAP)
+    save(NETWORK, OWN, tmp_path, WORDS_MAP)
     assert registry.register_folder(tmp_path) == "eventgpt"
     made = registry.create("eventgpt")
     assert isinstance(made, EventGPTDrafter) and made.network.config == NETWORK.config and made.pieces == OWN

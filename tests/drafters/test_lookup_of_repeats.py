@@ -8,7 +8,7 @@ import torch
 import rivals
 import tiny
 from msd.config import SpeculativeConfig
-from msd.drafters.repeats import Repeats
+from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.model import SpeculativeVLM
 from msd.plan import Budget
 from msd.sampling import Sampler

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import tiny
 from msd import modality
 from msd.config import SpeculativeConfig
-from msd.drafters import registry, stored
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, Shape, checkpoint
-from msd.drafters.msd.grow import choose, grow
-from msd.drafters.msd.laws import levels
-from msd.drafters.msd.memory import Memory
-from msd.drafters.msd.pace import Pace, reached
+from msd.drafters import registry
+from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork, Shape
+from msd.drafters.algorithms.msd.drafter import choose
+from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.growth import LevelCost, grow, reached
+from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.model import SpeculativeVLM
@@ -43,7 +43,7 @@ def network(form: str = "block", seed: int = 0, **changes: Any) -> MSDNetwork:
             if not p.any():
                 torch.nn.init.normal_(p, std=0.3)
         made.heads.head.weight.mul_(4)
-    return made.attach(MODEL.get_input_embeddings()).eval()
+    return made.attach(MODEL).eval()
 
 
 def memory(made: MSDNetwork, rows: int = 3) -> tuple[Memory, Layout]:
@@ -66,7 +66,7 @@ def tree(
 ) -> DraftTree:
     remembered, layout = memory(made, len(route))
     context, anchors = remembered.upto(None)
-    laws = levels(made, context, anchors)
+    laws = made.levels(context, anchors, layout.newest())
     kinds = torch.tensor(made.config.modality_ids)
     subtrees = choose(made.config, route, nodes, width)
     return grow(laws, made.heads, subtrees, kinds, layout.newest(), Budget(nodes, depth), temperature)
@@ -154,7 +154,7 @@ def test_scores_follow_the_draft_laws(form: str) -> None:
     route = torch.tensor([[0.0, 0.0, 1.0]])
     drafted = tree(made, route, 8, [4])
     assert drafted.q is not None
-    remembered, _ = memory(made, 1)
+    remembered, layout = memory(made, 1)
     context, anchors = remembered.upto(None)
     for n in range(1, drafted.size):
         path = []
@@ -162,7 +162,7 @@ def test_scores_follow_the_draft_laws(form: str) -> None:
         while at:
             path.append(int(drafted.tokens[0, at]))
             at = int(drafted.parents[0, at])
-        laws = levels(made, context, anchors)
+        laws = made.levels(context, anchors, layout.newest())
         law = laws.root(route[:, None])
         for token in path[:0:-1]:
             law = laws.below(torch.tensor([[token]]), torch.zeros(1, 1, dtype=torch.long))
@@ -203,11 +203,11 @@ def test_a_drafter_that_knows_is_accepted(form: str) -> None:
 def test_saved_and_loaded_strictly(tmp_path: Any) -> None:
     made = network("ar")
     checkpoint.save(made, tmp_path / "d", {"answers": 3})
-    again = checkpoint.load(tmp_path / "d")
+    again = registry.load(tmp_path / "d")
     assert again.config == made.config
     for name, value in made.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), value.float(), atol=1e-2), name
-    assert stored.training(tmp_path / "d") == {"answers": 3}
+    assert checkpoint.training(tmp_path / "d") == {"answers": 3}
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tmp_path / "d" / "model.safetensors")
@@ -218,9 +218,9 @@ def test_saved_and_loaded_strictly(tmp_path: Any) -> None:
     ):
         save_file(broken, tmp_path / "d" / "model.safetensors")
         with pytest.raises(UserError, match=said):
-            checkpoint.load(tmp_path / "d")
+            registry.load(tmp_path / "d")
     with pytest.raises(UserError, match=r"has no config\.json"):
-        checkpoint.load(tmp_path / "none")
+        registry.load(tmp_path / "none")
 
 
 def test_a_foreign_target_is_refused() -> None:
@@ -307,10 +307,10 @@ def test_levels_end_where_they_no_longer_pay(form: str) -> None:
     kinds, subtrees = torch.tensor(made.config.modality_ids), choose(made.config, route, 12)
     heights = {}
     for cost in (0.0, 1e-4, 1e9):
-        pace = Pace()
+        pace = LevelCost()
         for passes in (None, (1.0,) * 13):
             pace.level = cost
-            laws, budget = levels(made, context, anchors), Budget(12, [4, 4], passes=passes)
+            laws, budget = made.levels(context, anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
             with torch.inference_mode():
                 heights[cost, passes is None] = grow(
                     laws, made.heads, subtrees, kinds, layout.newest(), budget, None, pace
@@ -321,7 +321,7 @@ def test_levels_end_where_they_no_longer_pay(form: str) -> None:
 
 
 def test_a_level_pays_by_what_it_is_expected_to_give() -> None:
-    pace = Pace()
+    pace = LevelCost()
     pace.level = 0.003
     assert pace.pays(before=0.5, reach=0.25, token=0.03, node=0.0)  # 0.125 tokens, 3.75 ms
     assert not pace.pays(before=0.5, reach=0.2, token=0.03, node=0.0)  # 0.08 tokens, 2.4 ms
@@ -330,10 +330,10 @@ def test_a_level_pays_by_what_it_is_expected_to_give() -> None:
     assert reached(score, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 2) == pytest.approx((0.75 + 0.3) / 2)
 
 
-def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path) -> None:
+def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("msd", "msd-ar"):
         checkpoint.save(network(), tmp_path / name, {"thresholds": {"0.01": {"vision": 0.9}}})
-    registry._register_shipped(tmp_path)
+    monkeypatch.setattr(registry, "ROOTS", (tmp_path,))
     found = {"msd", "msd:sampled", "msd:ar"}
     assert found <= set(registry.methods()) and not found & set(registry.methods("other/target"))
     one, other = registry.create("msd"), registry.create("msd:sampled")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import rivals
 import tiny
-from msd.drafters.rivals import Eagle2, SpecVLMVideo
-from msd.drafters.rivals.entries import columns
-from msd.drafters.rivals.specvlm import BRANCHES, Compressor
-from msd.drafters.rivals.specvlm_video import chosen
+from msd.drafters.algorithms.eagle2 import Eagle2
+from msd.drafters.algorithms.specvlm import BRANCHES, Compressor
+from msd.drafters.algorithms.specvlm_video import SpecVLMVideo, chosen
+from msd.drafters.toolkit.context import columns
 from msd.targets import adapt
 from msd.targets.teacher import teach
 
@@ -104,8 +104,8 @@ def test_the_question_is_the_prompts_words(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Compressor, "forward", noted)
     assert lesson.taps is not None
     L = lesson.prompt
-    made.entries(lesson.layout, lesson.taps[:, :-1], L)
-    made.entries(lesson.layout, lesson.taps[:, :L], L)
+    made.select(lesson.layout, lesson.taps[:, :-1], L)
+    made.select(lesson.layout, lesson.taps[:, :L], L)
     assert torch.equal(asked[0], asked[1]) and len(asked[0]) == 2
     for question, row in zip(asked[0], (1, 2), strict=True):  # the rows with images
         ids = lesson.layout.tokens[row, lesson.layout.start[row] + 1 : L]
@@ -120,7 +120,7 @@ def test_what_is_left_of_an_image(branch: str) -> None:
     made.compressor.gate.bias.data = torch.eye(len(BRANCHES))[BRANCHES.index(branch)] * 9  # type: ignore[union-attr]
     lesson = rivals.lesson(MODEL, made)
     assert lesson.taps is not None
-    found = made.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
+    found = made.select(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
     text = lesson.taps.shape[1] - 1 - torch.tensor(lesson.layout.start)
     images = torch.tensor([s % 3 for s in range(4)])
     left = 0 if branch == "text" else 3
@@ -166,10 +166,10 @@ def test_two_stages_of_pruning() -> None:
 def test_it_drafts_with_eagle_2s_weights() -> None:
     trained = rivals.network(MODEL, "eagle2")
     assert isinstance(trained, Eagle2)
-    made = SpecVLMVideo.from_eagle2(trained)
+    made = SpecVLMVideo.adopted(trained)
     assert all(torch.equal(made.state_dict()[k], v) for k, v in trained.state_dict().items())
     lesson = rivals.lesson(MODEL, made.attach(MODEL))
     assert lesson.taps is not None
-    found = made.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
+    found = made.select(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
     text = lesson.taps.shape[1] - 1 - torch.tensor(lesson.layout.start)
     assert found.present.sum(1).tolist() == (text - torch.tensor([0, 3, 7, 0])).tolist()

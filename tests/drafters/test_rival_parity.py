@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 import rivals
 import tiny
-from msd.drafters.rivals import Rival
-from msd.drafters.rivals.memory import Memory
+from msd.drafters.toolkit.memory import Memory
+from msd.drafters.toolkit.network import DraftNetwork
 from msd.layout import Layout
 from msd.targets import adapt
 from msd.targets.teacher import teach
@@ -80,7 +80,7 @@ def prompt(images: int) -> Prompt:
 
 
 @torch.no_grad()
-def drafted(made: Rival, images: int, first: list[int], second: tuple[int, int]) -> list[Tensor]:
+def drafted(made: DraftNetwork, images: int, first: list[int], second: tuple[int, int]) -> list[Tensor]:
     """Our logits below the root, below its children `first`, and below `second` = (a child's index, token)."""
     inputs = inputs_of(images)
     told = prompt(images)
@@ -90,7 +90,7 @@ def drafted(made: Rival, images: int, first: list[int], second: tuple[int, int])
     assert lesson.taps is not None
     memory = Memory.begin(made, layout, lesson.taps[:, : lesson.prompt])
     context, anchors = memory.upto(None)
-    laws = made.laws(context, anchors, layout.newest())
+    laws = made.levels(context, anchors, layout.newest())
     out = [laws.root(torch.ones(1, 1, 1)).logits[0, 0]]
     below = laws.below(torch.tensor([first]), torch.zeros(1, len(first), dtype=torch.long))
     out += list(below.logits[0])
@@ -148,7 +148,7 @@ def mlp(w: dict[str, Tensor], y: Tensor) -> Tensor:
     return w["down_proj.weight"] @ (silu(w["gate_proj.weight"] @ n) * (w["up_proj.weight"] @ n))
 
 
-def weights(made: Rival, layer: int = 0) -> dict[str, Tensor]:
+def weights(made: DraftNetwork, layer: int = 0) -> dict[str, Tensor]:
     own = {k: v.detach() for k, v in made.state_dict().items()}
     return own | {k.removeprefix(f"layers.{layer}."): v for k, v in own.items() if k.startswith(f"layers.{layer}.")}
 

@@ -17,10 +17,11 @@ import tiny_checkpoint
 from msd.bench import certificate
 from msd.bench.data import Sample
 from msd.config import SpeculativeConfig
-from msd.drafters import registry, stored
-from msd.drafters.msd import MSDConfig
-from msd.drafters.rivals import RIVALS, RivalDrafter, load
-from msd.drafters.rivals.memory import Memory
+from msd.drafters import registry
+from msd.drafters.algorithms.msd import MSDConfig
+from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
 from msd.layout import Layout
 from msd.loading import load_target
@@ -28,7 +29,7 @@ from msd.model import SpeculativeVLM
 from msd.plan import Budget
 from msd.targets.teacher import Lesson
 
-METHODS = list(RIVALS)
+METHODS = list(rivals.RIVALS)
 MODEL = tiny.llava()
 
 
@@ -37,7 +38,7 @@ def test_output_is_the_targets(method: str) -> None:
     made = rivals.network(MODEL, method)
     for backend in ("plain", "fused"):
         config = SpeculativeConfig(nodes=9, depth=5, backend=backend)
-        engine = SpeculativeVLM(MODEL, None, config, RivalDrafter(made))
+        engine = SpeculativeVLM(MODEL, None, config, TrainedDrafter(made))
         inputs = rivals.prompts(2)
         L = inputs["input_ids"].shape[1]
         plain = MODEL.generate(**inputs, max_new_tokens=20, do_sample=False)[:, L:].tolist()
@@ -60,9 +61,9 @@ def test_tiles_of_another_family(method: str) -> None:
     model = tiny.llava_next()
     one = tiny.llava_next_inputs(1)
     plain = model.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
-    drafter = RivalDrafter(rivals.network(MODEL, method)).twin(tiny.llava(vocab=90))
+    drafter = TrainedDrafter(rivals.network(MODEL, method)).twin(tiny.llava(vocab=90))
     assert drafter.name == method and drafter.network.config.vocabulary == 90
-    for made in (RivalDrafter(rivals.network(model, method)), drafter.twin(model)):
+    for made in (TrainedDrafter(rivals.network(model, method)), drafter.twin(model)):
         engine = SpeculativeVLM(model, None, SpeculativeConfig(nodes=9, depth=5, adaptive=False), made)
         result = engine.generate(**one, max_new_tokens=12, do_sample=False)
         assert result.tokens == plain and result.statistics.num_draft_tokens > 0
@@ -73,7 +74,7 @@ def test_every_rival_passes_verify(tmp_path: Path) -> None:
     model, processor = load_target(tiny_checkpoint.write(tmp_path / "target"))
     for method in METHODS:
         made = rivals.network(model, method)
-        registry.register(method, lambda made=made: RivalDrafter(made))  # type: ignore[misc]
+        registry.register(method, lambda made=made: TrainedDrafter(made))  # type: ignore[misc]
     photo = tmp_path / tiny_checkpoint.photos(tmp_path, 1)[0]
     samples = [Sample((photo,), "What is it?", None, "see"), Sample((), "Say.", None, "say")]
     rows = certificate.certify(model, processor, samples, METHODS, 10, 1000, lambda _: None, "plain")
@@ -111,7 +112,7 @@ def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -
     logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
     context, anchors = memory.upto(None)
     newest = answers.gather(1, first)[:, 0]
-    laws = made.laws(context, anchors, newest)
+    laws = made.levels(context, anchors, newest)
     found = [laws.root(torch.ones(4, 1, 1))]
     for d in range(1, 3):
         found.append(laws.below(answers.gather(1, first + d), torch.zeros(4, 1, dtype=torch.long)))
@@ -126,7 +127,7 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
     lesson = rivals.lesson(MODEL, made)
     memory, _ = decoded(made, lesson, [])
     context, anchors = memory.upto(None)
-    laws = made.laws(context, anchors, lesson.answers[:, 0])
+    laws = made.levels(context, anchors, lesson.answers[:, 0])
     together = laws.root(torch.ones(4, 1, 1)).logits
     for row in range(4):
         start = lesson.layout.start[row]
@@ -138,7 +139,7 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
         assert lesson.taps is not None
         alone = Memory.begin(made, layout, lesson.taps[row : row + 1, start : lesson.prompt])
         keys, own = alone.upto(None)
-        law = made.laws(keys, own, lesson.answers[row : row + 1, 0])
+        law = made.levels(keys, own, lesson.answers[row : row + 1, 0])
         assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
 
 
@@ -168,9 +169,9 @@ def test_losses_are_learnt(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_loaded_strictly(method: str, tmp_path: Path) -> None:
     made = rivals.network(MODEL, method)
-    stored.save(made, made.config, tmp_path, {"answers": 3})
-    again = load(tmp_path)
-    assert type(again) is type(made) and again.config == made.config and stored.method(tmp_path) == method
+    checkpoint.save(made, tmp_path, {"answers": 3})
+    again = registry.load(tmp_path)
+    assert type(again) is type(made) and again.config == made.config and checkpoint.method(tmp_path) == method
     for name, value in made.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), value.float(), atol=1e-2), name
     assert not any("embed" in name or name == "head" for name in made.state_dict())
@@ -184,21 +185,21 @@ def test_saved_and_loaded_strictly(method: str, tmp_path: Path) -> None:
     ):
         save_file(broken, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=said):
-            load(tmp_path)
+            registry.load(tmp_path)
 
 
 def test_eight_bits_are_nearly_the_same(tmp_path: Path) -> None:
     """Half as large, each weight within half a step of its row, drafts nearly the same, output the target's."""
     made = rivals.network(MODEL, "dspark")
-    stored.save(made, made.config, tmp_path / "whole")
-    stored.save(made, made.config, tmp_path / "small", eight_bit=True)
+    checkpoint.save(made, tmp_path / "whole")
+    checkpoint.save(made, tmp_path / "small", eight_bit=True)
     size = {n: (tmp_path / n / "model.safetensors").stat().st_size for n in ("whole", "small")}
     assert size["small"] < 0.62 * size["whole"]
-    again = load(tmp_path / "small")
+    again = registry.load(tmp_path / "small")
     for name, value in made.state_dict().items():
         step = value.abs().amax(-1, keepdim=True) / 127 if value.dim() > 1 else value.abs() * 1e-3 + 1e-6
         assert ((again.state_dict()[name] - value).abs() <= 0.55 * step + 1e-4).all(), name
-    engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), RivalDrafter(again))
+    engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), TrainedDrafter(again))
     one = tiny.llava_inputs(1)
     plain = MODEL.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
     assert engine.generate(**one, max_new_tokens=12, do_sample=False).tokens == plain
@@ -206,7 +207,7 @@ def test_eight_bits_are_nearly_the_same(tmp_path: Path) -> None:
 
 def test_a_foreign_target_is_refused() -> None:
     with pytest.raises(UserError, match="was trained for a target with 64 tokens"):
-        SpeculativeVLM(tiny.llava(vocab=70), None, None, RivalDrafter(rivals.network(MODEL, "eagle2")))
+        SpeculativeVLM(tiny.llava(vocab=70), None, None, TrainedDrafter(rivals.network(MODEL, "eagle2")))
 
 
 def test_a_tie_is_the_parents() -> None:
@@ -220,7 +221,7 @@ def test_a_tie_is_the_parents() -> None:
     whole = lesson.layout
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [lesson.prompt + 1] * 4)
     state: Any = SimpleNamespace(layout=layout, memory=None)
-    drafter = RivalDrafter(made)
+    drafter = TrainedDrafter(made)
     drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
     for nodes in (1, 2, 4):
         tree = drafter.propose(state, Budget(nodes, [5] * 4), SimpleNamespace(do_sample=False))  # type: ignore[arg-type]
@@ -236,7 +237,7 @@ def test_trees_grow_as_eagle_2_says() -> None:
     context, anchors = memory.upto(None)
 
     def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
-        laws = made.laws(context, anchors, lesson.answers[:, 0])
+        laws = made.levels(context, anchors, lesson.answers[:, 0])
         z = laws.root(torch.ones(4, 1, 1))
         for token in path:
             z = laws.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))
@@ -245,7 +246,7 @@ def test_trees_grow_as_eagle_2_says() -> None:
     whole, end = lesson.layout, [lesson.prompt + 1] * 4
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)
     state: Any = SimpleNamespace(layout=layout, memory=None)
-    drafter = RivalDrafter(made)
+    drafter = TrainedDrafter(made)
     assert lesson.taps is not None
     drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
     sampler: Any = SimpleNamespace(do_sample=False)
@@ -278,4 +279,4 @@ def test_sizes_are_read_as_msd_reads_them() -> None:
     theta = config.rope_parameters["full_attention"]["rope_theta"]
     assert theta != 10000.0, "its layers turn in two ways"
     ours = MSDConfig.for_target(config, 64)
-    assert RIVALS["eagle2"].for_target(config).config.rope_theta == ours.rope_theta == theta
+    assert rivals.RIVALS["eagle2"].for_target(config).config.rope_theta == ours.rope_theta == theta

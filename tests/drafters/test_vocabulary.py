@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny_checkpoint
-from msd.drafters.eventgpt import Pieces, VocabularyMap
+from msd.drafters.algorithms.eventgpt import Pieces, VocabularyMap
 from msd.errors import UserError
 
 LLAMA = ("<unk>", "<s>", "</s>", "▁a", "▁b", "c")

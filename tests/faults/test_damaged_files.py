@@ -17,7 +17,8 @@ import tiny_checkpoint
 from msd import costs as costs_of
 from msd.costs import Costs, costs
 from msd.cuts import ModalityCuts
-from msd.drafters import registry, stored
+from msd.drafters import registry
+from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.loading import load_target
 from msd.records import LFS, read_json, read_rows
@@ -138,18 +139,24 @@ def test_weights_that_are_not_finite_are_refused(out: Path) -> None:
     "thresholds", [[1], {"0.1": 3}, {"0.1": {"vision": "much"}}, {"0.1": {"vision": float("nan")}}, "none"]
 )
 def test_thresholds_of_another_form_are_refused(out: Path, thresholds: Any) -> None:
-    stored.note(out / "drafter", {"thresholds": thresholds})
+    checkpoint.save_training(out / "drafter", {"thresholds": thresholds})
     with pytest.raises(UserError, match="'thresholds' is no table of numbers; delete it"):
         registry.register_folder(out / "drafter")
 
 
-def test_one_damaged_rival_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wrecked").mkdir()
-    (tmp_path / "wrecked" / "config.json").write_bytes(b"")
-    registry._register_rivals(tmp_path)
-    assert registry.create("ar").name == "ar"
-    with pytest.raises(UserError, match="wrecked"):
-        registry.create("wrecked")
+@pytest.mark.parametrize("where", ["eagle2", "msd-ar", "video/msd", "wrecked"])
+def test_one_damaged_rival_stops_no_other(out: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named when it is asked for; whoever does not ask for it is not stopped by it."""
+    root = out / "weights"
+    shutil.copytree(out / "drafter", root / "msd")
+    (root / where).mkdir(parents=True)
+    (root / where / "config.json").write_bytes(b"")
+    monkeypatch.setattr(registry, "ROOTS", (root,))
+    assert registry.create("ar").name == "ar" and registry.create("msd").name == "msd"
+    assert "msd" in registry.methods()
+    name = {"eagle2": "eagle2", "msd-ar": "msd:ar", "video/msd": "msd:video", "wrecked": "wrecked"}[where]
+    with pytest.raises(UserError, match="unknown method 'wrecked'" if where == "wrecked" else f"{where}/config.json"):
+        registry.create(name)
 
 
 def loop(folder: Path, steps: int) -> Loop:

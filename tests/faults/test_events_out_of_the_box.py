@@ -15,7 +15,8 @@ from PIL import Image
 import tiny_checkpoint
 from msd import drafters, events, reference
 from msd.cli import asked, main
-from msd.drafters import registry, stored
+from msd.drafters import registry
+from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.reference import sources
@@ -114,7 +115,7 @@ def test_broken_weights_name_what_brings_them_back(tmp_path: Path, monkeypatch: 
 
 
 def test_what_ships_for_the_video_target_is_its_default() -> None:
-    trained = stored.training(registry.VIDEO_WEIGHTS / "msd")
+    trained = checkpoint.training(registry.folders()["msd:video"])
     assert drafters.default(trained["cuts"]["target"]) == BEST
     here, there, elsewhere = (drafters.methods(name) for name in ("reference", "reference-video", "other/target"))
     assert {"msd:video", BEST} <= set(there) and not {"msd:video", BEST} & {*here, *elsewhere}

@@ -21,16 +21,16 @@ from msd.bench import kernels
 from msd.bench.certificate import Row
 from msd.cli import app, demo, verify
 from msd.config import SpeculativeConfig
-from msd.drafters import Drafter, prompt_lookup
-from msd.drafters.combined import Combined
-from msd.drafters.eventgpt import EventGPT, EventGPTDrafter, VocabularyMap
-from msd.drafters.eventgpt import memory as eventgpt_memory
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
-from msd.drafters.msd import memory as msd_memory
-from msd.drafters.notes import Notes
-from msd.drafters.repeats import Repeats
-from msd.drafters.rivals import RivalDrafter
-from msd.drafters.rivals import memory as rival_memory
+from msd.drafters import Drafter
+from msd.drafters.algorithms import prompt_lookup
+from msd.drafters.algorithms.combined import Combined
+from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, VocabularyMap
+from msd.drafters.algorithms.eventgpt import drafter as eventgpt_memory
+from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
+from msd.drafters.algorithms.prompt_lookup import Repeats
+from msd.drafters.toolkit import memory as toolkit_memory
+from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.drafters.toolkit.memory import DecodedStates
 from msd.model import SpeculativeVLM
 from msd.plan import Governor
 from msd.targets import State, adapt
@@ -46,7 +46,7 @@ def network() -> MSDNetwork:
     torch.manual_seed(0)
     made = MSDNetwork(MSDConfig.for_target(MODEL.config.text_config, 60, rank=4, parent_rank=8))
     made.heads.ids = torch.arange(4, 64)
-    return made.attach(MODEL.get_input_embeddings()).eval()
+    return made.attach(MODEL).eval()
 
 
 def eventgpt() -> EventGPTDrafter:
@@ -79,7 +79,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demos_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: None) -> None:
-    names = drafters.known()
+    names = [method.name for method in drafters.catalogue()]
     figures = {"speedup_vs_transformers": 12.34, "tokens_per_second": 123.4, "mean_acceptance_length": 12.34}
     results = {"rows": [{"method": name, "task": "all", "identical": 1.0, **figures} for name in names]}
     demo._show(results, Console())
@@ -87,7 +87,7 @@ def test_the_demos_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: No
 
 
 def test_the_certificates_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: None) -> None:
-    names = drafters.known()
+    names = [method.name for method in drafters.catalogue()]
     verify._show([Row(name, 1000, 998, [1.2e-5, 9.9e-5], [], [0.123]) for name in names], as_json=False)
     whole(capsys.readouterr().out, *names, "9.9e-05", "0.123", "1000")
 
@@ -139,7 +139,7 @@ def methods() -> dict[str, Drafter]:
         "msd": MSD(made),
         "repeats": Repeats(MSD(made)),
         "combined": Combined(rivals.network(MODEL, "eagle3"), made),
-        "eagle2": RivalDrafter(rivals.network(MODEL, "eagle2")),
+        "eagle2": TrainedDrafter(rivals.network(MODEL, "eagle2")),
         "prompt-lookup": prompt_lookup.PromptLookup(),
         "eventgpt": eventgpt(),
     }
@@ -150,7 +150,7 @@ def methods() -> dict[str, Drafter]:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by one each time a drafter reads a prompt."""
     found: list[str] = []
-    for module in (msd_memory, rival_memory, eventgpt_memory):
+    for module in (toolkit_memory, eventgpt_memory):
         begin = module.Memory.begin.__func__  # type: ignore[attr-defined]
 
         def noted(cls: Any, *args: Any, begin: Any = begin, name: str = module.__name__, **kwargs: Any) -> Any:
@@ -229,10 +229,10 @@ def test_the_newest_state_is_known_after_it_was_read() -> None:
     """`msd+NAME` asks for it when the notes have been read already, and routed by the prompt's last state instead."""
     made = Combined(rivals.network(MODEL, "eagle3"), network())
     seen: list[torch.Tensor] = []
-    observe, routers = Notes.observe, Combined._routers
+    observe, routers = DecodedStates.observe, Combined._routers
     asked: list[tuple[int, torch.Tensor]] = []
 
-    def noting(self: Notes[Any], scores: Scores, accepted: Any) -> None:
+    def noting(self: DecodedStates, scores: Scores, accepted: Any) -> None:
         observe(self, scores, accepted)
         assert scores.taps is not None
         seen.append(scores.taps[0, [0, *accepted.nodes[0]][len(accepted.tokens[0]) - 1]])
@@ -243,7 +243,7 @@ def test_the_newest_state_is_known_after_it_was_read() -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Notes, "observe", noting)
+        patch.setattr(DecodedStates, "observe", noting)
         patch.setattr(Combined, "_routers", routing)
         answer(made, 16, adaptive=False)
     part = made._part(made.msd.taps)

@@ -13,14 +13,15 @@ from family_layouts import VOCABULARY, WORDS
 from family_processor import FamilyProcessor, photos
 from msd.config import SpeculativeConfig
 from msd.cuts import ModalityCuts
-from msd.drafters.msd import MSD, checkpoint
+from msd.drafters import registry
+from msd.drafters.algorithms.msd import MSD
 from msd.gain import image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result
 from msd.targets import adapt
 from msd.train.captured import Captured
-from msd.train.drafting import DraftTraining, new_network, train
+from msd.train.drafting import DraftTraining, train, untrained
 from msd.train.lessons import Stages
 
 SETTINGS = DraftTraining(
@@ -48,8 +49,8 @@ def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -
     model, processor, captured = family.make(), FamilyProcessor(family), answers(name, tmp_path)
     cuts = ModalityCuts(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
     assert train(model, processor, captured, captured[:3], cuts, tmp_path / "run", SETTINGS)
-    network = checkpoint.load(tmp_path / "run" / "drafter")
-    fresh = new_network(adapt(model, backend="plain"), captured, SETTINGS)
+    network = registry.load(tmp_path / "run" / "drafter")
+    fresh = untrained(adapt(model, backend="plain"), captured, SETTINGS)
     moved = [n for n, p in network.named_parameters() if not torch.equal(p, fresh.state_dict()[n])]
     assert "fuse.weight" in moved and ("image_fc.weight" in moved) == ("image" in family.kinds)
     vlm = SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain", adaptive=False), MSD(network))
@@ -67,7 +68,7 @@ def test_the_first_guess_is_the_targets_own_law(name: str) -> None:
     """The draft head reads states of the scale of the target's last one, whatever its norm calls a weight."""
     model = BY_NAME[name].make()
     some = [Captured((), "", tuple(range(WORDS, 40)), (0.0,) * 31, "text", "train")]
-    network = new_network(adapt(model, backend="plain"), some, SETTINGS)
+    network = untrained(adapt(model, backend="plain"), some, SETTINGS)
     state = torch.randn(3, 32)
     with torch.no_grad():
         own = model.get_output_embeddings()(model.get_decoder().norm(state))[:, network.heads.ids]

@@ -10,8 +10,7 @@ import torch
 
 from families import BY_NAME
 from family_layouts import IMAGE, VIDEO, WORDS
-from msd.drafters.msd import MSDConfig, MSDNetwork
-from msd.drafters.msd.context import entries
+from msd.drafters.algorithms.msd import MSDConfig, MSDNetwork
 from msd.layout import Layout
 from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
@@ -129,10 +128,10 @@ def test_a_drafter_stands_where_text_stands(name: str) -> None:
     for axis in range(3):
         assert torch.equal(line[text], layout.positions[axis][text])
     config = MSDConfig.for_target(model(name).config.text_config, 48, taps=(1, 3), image_tokens=2, rank=4)
-    network = MSDNetwork(config).attach(model(name).get_input_embeddings())
+    network = MSDNetwork(config).attach(model(name))
     assert scores.taps is not None
     with torch.no_grad():
-        found = entries(network, layout, scores.taps)
+        found = network.read(layout, scores.taps)
     for row, shown in enumerate(SHOWN):
         assert (
             found.anchors(torch.tensor([[layout.end[row] - 2]] * len(SHOWN))).positions[row, 0]

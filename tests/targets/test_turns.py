@@ -16,7 +16,7 @@ from family_layouts import AUDIO, IMAGE, VIDEO, WORDS, Picture
 from family_processor import FamilyProcessor, photos
 from msd.config import SpeculativeConfig
 from msd.drafters import Drafter
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
+from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.result import Result

@@ -7,9 +7,9 @@ import torch
 
 import tiny
 from msd.config import SpeculativeConfig
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
+from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.model import SpeculativeVLM
-from msd.train.calibration import Recorder, solve
+from msd.train.held_out import Recorder, solve
 
 
 def engine(verifier: str, **settings: object) -> SpeculativeVLM:

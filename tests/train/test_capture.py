@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from writer import GreedyWriter, left_padded
 
-from msd.train.capture import Answer, GreedyWriter, Prompt, capture, left_padded
+from msd.train.capture import Answer, Prompt, capture
 
 
 class Echo:

@@ -11,15 +11,15 @@ import torch
 
 import tiny
 from msd.config import SpeculativeConfig
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork
+from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
 from msd.errors import UserError
 from msd.modality import FUSION, LANGUAGE, VISION
 from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson, teach
 from msd.train import drafting
-from msd.train.draft_loss import DraftObjective, LossConfig, TaskWeights, chain_acceptance
-from msd.train.notebook import Notebook
+from msd.train.lessons import Notebook
+from msd.train.losses.msd import LossConfig, TaskWeights
 
 FORMS = ["block", "ar"]
 LENGTH = 24
@@ -30,7 +30,7 @@ def network(model: Any, form: str, **changes: Any) -> MSDNetwork:
     torch.manual_seed(1)
     made = MSDNetwork(config)
     made.heads.ids = torch.arange(4, 64)
-    return made.attach(model.get_input_embeddings())
+    return made.attach(model)
 
 
 def lesson(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], Lesson, torch.Tensor]:
@@ -69,9 +69,9 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
     model = tiny.llava()
     made = network(model, form)
     _, inputs, taught, labels = lesson(model, made)
-    before = chain_acceptance(DraftObjective(made, LossConfig()), taught, labels)
+    before = DraftObjective(made, LossConfig()).acceptance(taught, labels)
     losses, objective = overfit(made, taught, labels)
-    after = chain_acceptance(objective, taught, labels)
+    after = objective.acceptance(taught, labels)
     assert losses[-1] < 0.6 * losses[0]
     rate = lambda counts: sum(a for a, _ in counts.values()) / sum(d for _, d in counts.values())  # noqa: E731
     assert rate(after) > rate(before) + 0.3
@@ -103,8 +103,7 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_training_states_are_decodings_states(form: str) -> None:
     """The draft laws of a root are the same from a whole lesson as from a prompt in decoding."""
-    from msd.drafters.msd.laws import levels
-    from msd.drafters.msd.memory import Memory
+    from msd.drafters.toolkit.memory import Memory
     from msd.layout import Layout
 
     model = tiny.llava()
@@ -126,9 +125,9 @@ def test_training_states_are_decodings_states(form: str) -> None:
     cut = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [L + 1] * 4)
     assert taught.taps is not None
     memory = Memory.begin(made, cut, taught.taps[:, :L])
-    assert torch.allclose(memory.route, routes[:, 0, 0].exp(), atol=1e-5)
+    assert torch.allclose(made.routed(memory.anchor), routes[:, 0, 0].exp(), atol=1e-5)
     context, anchors = memory.upto(None)
-    laws = levels(made, context, anchors)
+    laws = made.levels(context, anchors, cut.newest())
     found = [laws.root(weights[:, 0, :1])]
     for d in range(1, 4):
         found.append(laws.below(taught.answers[:, at + d, None], torch.zeros(4, 1, dtype=torch.long)))
@@ -139,14 +138,12 @@ def test_training_states_are_decodings_states(form: str) -> None:
 
 def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
     """With the vision path off image positions are entries of their own; on, a few compressed tokens stand for them."""
-    from msd.drafters.msd.context import entries
-
     model = tiny.llava()
     for vision, kept in ((True, 2), (False, 4)):
         made = network(model, "block", vision=vision, image_tokens=2)
         _, _, taught, _ = lesson(model, made)
         assert taught.taps is not None
-        found = entries(made, taught.layout, taught.taps[:, :-1])
+        found = made.read(taught.layout, taught.taps[:, :-1])
         text = taught.layout.tokens[:, :-1].shape[1] - torch.tensor(taught.layout.start)
         images = torch.tensor([s % 3 for s in range(4)])
         runs = images.clamp_max(1) if vision else images  # two images side by side are one run of image columns
@@ -218,7 +215,7 @@ def test_every_part_gets_a_gradient() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    from msd.train.router_report import calibration_error
+    from msd.drafters.toolkit.calibration import calibration_error
 
     sure = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([True, True, True, False, False, True])
@@ -227,7 +224,7 @@ def test_calibration_error_by_hand() -> None:
 
 
 def test_router_report_counts_every_first_draft_once() -> None:
-    from msd.train.router_report import router_report
+    from msd.drafters.algorithms.msd.objective import router_report
 
     model = tiny.llava()
     made = network(model, "block")
@@ -263,7 +260,7 @@ def test_msd_draft_loss_by_hand() -> None:
 
 
 def test_confidence_is_calibrated_on_held_out_hits() -> None:
-    from msd.train import confidence
+    from msd.drafters.algorithms.msd.objective import calibrate
 
     model = tiny.llava()
     made = network(model, "block")
@@ -271,7 +268,7 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
     log_q = torch.log(torch.tensor([0.9, 0.3, 0.01]))
     assert torch.allclose(made.heads.hit(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
     _, objective = overfit(made, taught, labels)
-    report = confidence.calibrate(objective, [(taught, labels)])
+    report = calibrate(objective, [(taught, labels)])
     assert report["candidates"] > 100
     assert report["ece"] < max(0.05, report["ece_of_q"])
     assert made.heads.calibration.tolist() == pytest.approx(report["fit"], abs=1e-3)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from lora import adapt, factors, load_factors
 from torch import nn
-
-from msd.train.lora import adapt, factors, load_factors
 
 
 def network() -> nn.Module:

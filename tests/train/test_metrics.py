@@ -2,9 +2,8 @@
 
 import math
 
+import metrics
 import pytest
-
-from msd.train import metrics
 
 
 def test_vqa_normalisation() -> None:

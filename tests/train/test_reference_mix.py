@@ -11,10 +11,9 @@ from data import Mix
 from facts import extract, open_questions, yes_no
 from invented import PHOTOS
 from long_answers import long_answer, repeats
+from metrics import repeats_sentence
 from pack import IMAGE, Branch, Sample, pack, place
 from words import THINGS, absent, content, present
-
-from msd.train.metrics import repeats_sentence
 
 
 @pytest.mark.parametrize("captions", PHOTOS)

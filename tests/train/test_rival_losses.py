@@ -9,10 +9,11 @@ import torch
 
 import rivals
 import tiny
-from msd.drafters.rivals import RIVALS, teaching
-from msd.drafters.rivals.teaching import Truth
-from msd.drafters.rivals.vispec import ViSpec
-from msd.train.rivals import Published, RivalObjective
+from msd.drafters.algorithms.vispec import ViSpec
+from msd.drafters.toolkit.training import Objective, Truth
+from msd.train.lessons import PublishedStages
+from msd.train.losses import terms as teaching
+from msd.train.losses.acceptance import states_everywhere
 
 MODEL = tiny.llava()
 
@@ -110,18 +111,18 @@ def test_dspark_by_hand() -> None:
 
 
 def test_stages_are_those_published() -> None:
-    share = {m: Published.of(rivals.network(MODEL, m), 1000) for m in RIVALS}
+    share = {m: PublishedStages.of(rivals.network(MODEL, m).stages, 1000) for m in rivals.RIVALS}
     msd = [share["msd-published"].share(s) for s in (0, 499, 500, 750, 1000)]
     assert msd == pytest.approx([0, 0, 0, 0.5, 1])
     assert [share["vispec"].share(s) for s in (0, 299, 300, 999)] == [0, 0, 1, 1]
     assert share["eagle2"].share(10) == 0 and share["eagle2"].share(20) == 0.5 and share["eagle2"].share(999) == 0.95
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", rivals.RIVALS)
 def test_half_precision_training_is_nearly_the_same(method: str) -> None:
     made = rivals.network(MODEL, method)
     lesson, first = rivals.lesson(MODEL, made), torch.arange(rivals.LENGTH - 1).expand(4, -1)
-    objective = RivalObjective(made)
+    objective = Objective(made)
     whole, _ = objective(lesson, torch.zeros(4, rivals.LENGTH), first)
     with torch.autocast("cpu", torch.bfloat16):
         half, _ = objective(lesson, torch.zeros(4, rivals.LENGTH), first)
@@ -148,7 +149,7 @@ def test_chains_count_what_is_drafted_right() -> None:
             return torch.nn.functional.one_hot(token, 64).float()
 
         made.logits = logits  # type: ignore[method-assign]
-        counts = RivalObjective(made).acceptance(lesson, labels)
+        counts = Objective(made).acceptance(lesson, labels)
         accepted, drafted = (sum(c[i] for c in counts.values()) for i in (0, 1))
         assert accepted == (drafted if right else 0)
         each = [min(5, rivals.LENGTH - 1 - r) if right else 1 for r in range(rivals.LENGTH - 1)]
@@ -182,14 +183,14 @@ def test_vispecs_second_stage_by_hand() -> None:
     lesson = rivals.lesson(MODEL, made)
     first = torch.tensor([[1, 9]] * 4)
     assert lesson.taps is not None
-    found = made.entries(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
+    found = made.select(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
     feature = made.feature(found.taps)
-    plain = made.everywhere(found, feature)
+    plain = states_everywhere(made, found, feature)
     fed = feature.clone()
     for s in range(1, fed.shape[1]):
         fed[:, s] = plain[:, s - 1]
     losses = []
-    for states in (plain, made.everywhere(found, fed)):
+    for states in (plain, states_everywhere(made, found, fed)):
         for row in range(4):
             for a, root in enumerate(first[0].tolist()):
                 at = int(found.slot[row, lesson.prompt - 1 + root])

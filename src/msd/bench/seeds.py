@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-SHIPPED = "msd"
-OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # the first that was measured
-CONTROL = "standard"
+from msd.drafters.algorithms.msd import CONTROL, OURS, SHIPPED
+
+__all__ = ["CONTROL", "SHIPPED", "grouped", "ours"]
+
 _SEED = re.compile(r" seed \d+$")
 
 
@@ -24,5 +25,5 @@ def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
 
 
 def ours(groups: dict[str, list[str]]) -> str | None:
-    """The group that stands for MSD; None where there is none."""
+    """The group that stands for MSD, the first that was measured; None where there is none."""
     return next((name for name in OURS if name in groups), None)

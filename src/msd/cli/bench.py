@@ -79,7 +79,7 @@ def bench(
     quiet()
     from msd.bench import check, files, measure, modal, report
     from msd.config import SpeculativeConfig
-    from msd.drafters import stored
+    from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
 
@@ -91,7 +91,7 @@ def bench(
         known.check_target(fingerprint(loaded))
     asked = measure.Asked(
         tuple(methods), max_new_tokens, temperature, known, SpeculativeConfig(**checked, backend=model.backend), warm,
-        batch, ways, {"drafter": None if drafter is None else stored.digest(drafter)},
+        batch, ways, {"drafter": None if drafter is None else checkpoint.digest(drafter)},
     )  # fmt: skip
     if out is not None:
         make_folder(out)

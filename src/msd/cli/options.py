@@ -320,7 +320,6 @@ def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
     if names == "all":
         return [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in listed if name not in drafters.known()]
-    if unknown or not listed:
-        raise UserError(f"unknown method '{', '.join(unknown)}'; known: {', '.join(drafters.known())}")
+    for name in listed or [""]:
+        drafters.ready(name)
     return listed

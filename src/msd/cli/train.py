@@ -85,41 +85,41 @@ def train(
         )
     edges = ModalityCuts.load(frozen)
     quiet()
-    from msd.drafters import rivals, stored
-    from msd.drafters.msd import MSD, SWITCHES, checkpoint
+    from msd.drafters import registry
+    from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
-    from msd.train import calibration, curves, drafting
-    from msd.train.draft_loss import LossConfig
+    from msd.train import curves, drafting
+    from msd.train import held_out as scores
+    from msd.train.losses.msd import LossConfig
 
-    wrong = sorted(set(out_of) - set(SWITCHES))
-    if wrong:
-        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(SWITCHES)}")
-    if method != "msd":
-        rivals.named(method)
-        if calibrate:
-            raise UserError(f"--calibrate is for msd's router; method '{method}' has none")
-    model, processor = load_target(target, device)
-    edges.check_target(fingerprint(model))
+    kind = registry.trainable(method)
+    wrong = sorted(set(out_of) - set(kind.parts))
+    if wrong and kind.parts:
+        raise UserError(f"--off '{wrong[0]}' is no part of the drafter; known: {', '.join(kind.parts)}")
+    if calibrate and not kind.routes:
+        raise UserError(f"--calibrate is for msd's router; method '{method}' has none")
     settings = drafting.DraftTraining(
         method=method, start=None if start is None else str(start), form=form, layers=layers, steps=steps, batch=batch,
         lr=lr, draft_vocabulary=draft_vocabulary, seed=seed, off=tuple(out_of), text_only=text_only,
         precision=precision, remember=remember, events=events,
         loss=LossConfig(weighting=weighting),
     )  # fmt: skip
+    model, processor = load_target(target, device)
+    edges.check_target(fingerprint(model))
     sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):
         finished = drafting.train(model, processor, training, testing, edges, out, settings, sink)
     log, picture = out / "log.jsonl", out / "curves.png"
     if log.exists():  # a run stopped in its first steps has none yet
         curves.draw(log, picture)
-    told = stored.training(out / "drafter")
+    told = checkpoint.training(out / "drafter")
     if finished and calibrate:
-        drafter = MSD(checkpoint.load(out / "drafter"))
+        network = registry.load(out / "drafter")
         prompts = [(a.images, a.prompt) for a in mixed(testing, calibrate)]
-        masses = calibration.record(model, processor, drafter, prompts)
-        told |= {"thresholds": calibration.solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
-        stored.note(out / "drafter", told)
+        masses = scores.record(model, processor, type(network).drafter(network), prompts)
+        told |= {"thresholds": scores.solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
+        checkpoint.save_training(out / "drafter", told)
     summary = {
         "drafter": str(out / "drafter"), "finished": finished, "curves": str(picture) if log.exists() else None,
         **{name: told[name] for name in ("steps", "seconds", "peak_gigabytes", "losses", "held_out")},

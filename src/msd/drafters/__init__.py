@@ -1,7 +1,7 @@
-"""Drafters: whatever proposes a tree of continuations, one file per published method."""
+"""Drafters propose trees of continuations. A method is a file in `algorithms`, made of parts in `toolkit`."""
 
 from msd.drafters.base import BorrowsEye, Calibrated, Drafter, ReadsAhead, Translates
-from msd.drafters.registry import create, default, known, methods, register, register_folder
+from msd.drafters.registry import catalogue, create, default, methods, ready, register, register_folder
 
 __all__ = [
     "BorrowsEye",
@@ -9,10 +9,11 @@ __all__ = [
     "Drafter",
     "ReadsAhead",
     "Translates",
+    "catalogue",
     "create",
     "default",
-    "known",
     "methods",
+    "ready",
     "register",
     "register_folder",
 ]

@@ -1,7 +1,8 @@
 """Training a draft network for a target from captured answers, to a folder that decoding loads.
 
-The network's embedding and the first guess of its output layer are the target's own. Resumable as `train.loop` is.
-With `accelerate launch` every process trains on its own share of a step's answers; the first one writes.
+What is trained, with which loss and in which stages, the method says (`msd.drafters.registry`). Resumable as
+`train.loop` is. With `accelerate launch` every process trains on its own share of a step's answers; the first one
+writes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from msd.backends.precision import faster_in_bf16
-from msd.cuts import EVENT_MODALITIES, ModalityCuts
-from msd.drafters import stored
-from msd.drafters.msd import MSD, MSDConfig, MSDNetwork, checkpoint
-from msd.drafters.msd.config import shapes_of
-from msd.drafters.msd.heads import frequent
-from msd.drafters.rivals import Rival
+from msd.cuts import ModalityCuts
+from msd.drafters import registry
+from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.network import DraftNetwork
+from msd.drafters.toolkit.training import frequent
 from msd.errors import UserError
 from msd.event_tokens import FRAMES, event_tokens
 from msd.events import open_chunks
@@ -37,29 +37,29 @@ from msd.prompts import prepare
 from msd.records import read_json
 from msd.targets import Target, adapt
 from msd.train.captured import Captured
-from msd.train.draft_loss import DraftObjective, LossConfig
 from msd.train.held_out import HeldOut
-from msd.train.lessons import Lessons, Stages, token_counts
+from msd.train.lessons import Lessons, Notebook, PublishedStages, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
-from msd.train.notebook import Notebook
-from msd.train.rivals import Published, RivalObjective, new_rival
+from msd.train.losses.msd import LossConfig
 
 FORGET = "delete it, and give the run's own settings once more to go on"
 PRECISIONS = ("measure", "bf16", "float32")
+BROUGHT = ("method", "form", "layers", "off")  # settings that a drafter to start from brings
+KEPT = 3  # context entries that the tokens of a recording leave, of the temporal ones and of the spatial ones
 
 
 @dataclass(frozen=True)
 class DraftTraining:
     """How a drafter is trained. anchors: positions per answer and step that drafts start from, at most.
 
-    method: "msd" or a rival (`msd.drafters.rivals.RIVALS`), whose form, parts, loss and stages are the published ones.
-    layers: decoder layers of the trunk, the form's own number by default (2 for "block", 1 for "ar").
-    off: parts of the network left out, names of `msd.drafters.msd.SWITCHES`. text_only: stage 1 alone. precision: of
-    matrix products, the target's and the network's, in training: "float32" (the weights' own), "bf16" (autocast) or
-    "measure" (bf16 where it is clearly faster here); held-out figures are always taken with the weights' own.
-    remember: gigabytes of memory for what the target said of the answers, which changes no result. start: the folder of
-    an `msd` drafter to go on from; it keeps its form, parts and vocabulary, and begins in stage 2. events: `msd` sees
-    the event recordings that answers have.
+    method: a name of the registry; all but "msd" have the published form, parts, loss and stages.
+    layers: decoder layers of the trunk, the method's own number by default. off: parts of the network left out, names
+    of its `parts`. text_only: stage 1 alone. precision: of matrix products, the target's and
+    the network's, in training: "float32" (the weights' own), "bf16" (autocast) or "measure" (bf16 where it is clearly
+    faster here); held-out figures are always taken with the weights' own. remember: gigabytes of memory for what the
+    target computed for the answers, which changes no result. start: the folder of an `msd` drafter to go on from; it
+    keeps its form, parts and vocabulary, and begins in stage 2. events: `msd` sees the event recordings that answers
+    have.
     """
 
     form: str = "block"
@@ -82,43 +82,14 @@ class DraftTraining:
     events: bool = True
 
     def __post_init__(self) -> None:
-        if self.start is not None and (self.method, self.form, self.layers, self.off) != ("msd", "block", None, ()):
+        given = {f.name for f in fields(self) if f.name in BROUGHT and getattr(self, f.name) != f.default}
+        if self.start is not None and given:
             raise UserError(
                 "a drafter to start from brings its method, form, layers and parts; leave these settings out"
             )
-        if self.method != "msd" and (self.off or self.form != "block"):
+        kind = registry.trainable(self.method)
+        if ("form" in given and not kind.forms) or ("off" in given and not kind.parts):
             raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
-
-
-KEPT = 3  # context entries that the tokens of a recording leave, of the temporal ones and of the spatial ones
-
-
-def new_network(
-    target: Target, captured: Sequence[Captured], settings: DraftTraining, beside: tuple[tuple[int, int], ...] = ()
-) -> MSDNetwork:
-    """A network for the target: the tokens it writes most as vocabulary, its output rows as first guess.
-
-    Answers about scenes with events make its modalities those of events. beside: see `MSDConfig`.
-    """
-    model, config = target.model, target.text_config
-    counts = token_counts(captured, config.vocab_size)
-    size = min(settings.draft_vocabulary, config.vocab_size)
-    changes: dict[str, Any] = dict.fromkeys(settings.off, False) | {"form": settings.form}
-    if settings.layers is not None:
-        changes["layers"] = settings.layers
-    if any(c.events for c in captured):
-        names = tuple(m.name for m in EVENT_MODALITIES)
-        changes |= {"modalities": names, "shapes": shapes_of(names), "beside": beside}
-    torch.manual_seed(settings.seed)
-    network = MSDNetwork(MSDConfig.for_target(config, size, **changes))
-    network.heads.ids = frequent(counts, size).to(torch.long)
-    rows = model.get_output_embeddings().weight.detach()[network.heads.ids.to(model.device)]
-    with torch.no_grad():
-        network.heads.head.weight.copy_(rows)
-        # those rows expect states of the target's own scale; asked of the norm itself, because Gemma's weights are
-        # offsets from one
-        network.heads.norm.weight.copy_(model.get_decoder().norm(torch.ones_like(rows[0])))
-    return network.attach(model.get_input_embeddings())
 
 
 def train(
@@ -169,39 +140,23 @@ def _train(
     network = untrained(adapt(model), captured, settings, processor).to(model.device)
     _check_same_run(out, settings, network, cuts)
     before = _told_before(out / "drafter")
-    if before.get("finished") == settings.steps and stored.is_whole(out / "drafter"):
+    if before.get("finished") == settings.steps and checkpoint.is_whole(out / "drafter"):
         return True
     taps = network.config.taps
     target = adapt(model, taps)
     _refuse_blind_targets(target, processor, captured)
-    stages, anchors = settings.stages, settings.anchors
-    if isinstance(network, Rival):
-        stages, anchors = Published.of(network, settings.steps), min(anchors, network.roots)
-    if settings.start is not None:  # it has the first stage behind it
-        stages = Stages(0, 1, stages.keep)
-    if settings.text_only:
-        stages = Stages(settings.steps, 1, 1.0)
     share = (accelerator.process_index, accelerator.num_processes)
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
     head, ids = model.get_output_embeddings(), network.ids
     notes = notes or Notebook(head, ids, taps, settings.remember)
-    teacher, notes = adapt(model, notes.layers), notes.read_by(ids, taps)
+    teacher, notes, stages = adapt(model, notes.layers), notes.read_by(ids, taps), _stages(network, settings)
     lessons = Lessons(teacher, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
-    objective = _objective(network, settings, model)
+    objective = network.objective(settings.loss, _ends(model)).to(model.device)
     exact = Notebook(head, ids, taps, 0.1 * settings.remember, torch.float32)
     evaluate = HeldOut(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
-    begun, tokens = time.monotonic(), 0
-
-    def step_loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
-        nonlocal tokens
-        lesson, labels = lessons(step)
-        tokens += sum(lesson.lengths)
-        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-            loss, parts = shared(lesson, labels, lessons.roots(lesson, anchors))
-        speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
-        return loss, {**parts, **speed}
-
+    begun = time.monotonic()
+    step_loss = _step_loss(shared, lessons, min(settings.anchors, network.roots or settings.anchors), model, dtype)
     params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(params, settings.lr), lr=settings.lr, betas=(0.9, 0.95))
     warmup = min(20, 1 + settings.steps // 10)
@@ -209,55 +164,102 @@ def _train(
     main = accelerator.is_main_process
     loop = Loop(params, optimizer, step_loss, config, out, evaluate, accelerator.backward, main, sink)
     finished = loop.run()
-    if not main:
-        return finished
-    if finished and not evaluate.last:  # the run had ended, but what it told is lost
-        evaluate()
-    seconds = before.get("seconds", 0.0) + time.monotonic() - begun
+    if main:
+        if finished and not evaluate.last:  # the run had ended, but what it told is lost
+            evaluate()
+        source = {"cuts": cuts.model_dump(), "answers": len(captured)}
+        told = _told(settings, loop, finished, source, evaluate, before, time.monotonic() - begun)
+        checkpoint.save(network, out / "drafter", told)
+    return finished
+
+
+def _stages(network: DraftNetwork, settings: DraftTraining) -> Stages:
+    """Those of the method, or else of the settings."""
+    stages = settings.stages if network.stages is None else PublishedStages.of(network.stages, settings.steps)
+    if settings.start is not None:  # it has the first stage behind it
+        stages = Stages(0, 1, stages.keep)
+    return Stages(settings.steps, 1, 1.0) if settings.text_only else stages
+
+
+def _step_loss(
+    objective: nn.Module, lessons: Lessons, anchors: int, model: Any, dtype: torch.dtype | None
+) -> Callable[[int], tuple[Tensor, Mapping[str, float]]]:
+    """The loss of a step and its parts, with speed and memory for the log. dtype: of autocast; None: no autocast."""
+    begun, tokens = time.monotonic(), 0
+
+    def step_loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
+        nonlocal tokens
+        lesson, labels = lessons(step)
+        tokens += sum(lesson.lengths)
+        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+            loss, parts = objective(lesson, labels, lessons.roots(lesson, anchors))
+        speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
+        return loss, {**parts, **speed}
+
+    return step_loss
+
+
+def _told(
+    settings: DraftTraining,
+    loop: Loop,
+    finished: bool,
+    source: dict[str, Any],
+    evaluate: HeldOut,
+    before: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """What is kept beside the weights. source: of the training data. before: what an earlier part of this run kept."""
     reports = evaluate.reports() if finished else {}
-    told = {
+    return {
         "settings": asdict(settings),
         "steps": loop.step,
         "finished": loop.step if finished else None,
-        "cuts": cuts.model_dump(),
-        "answers": len(captured),
+        **source,
         "losses": loop.running,
         "held_out": evaluate.last,
-        "seconds": seconds,
+        "seconds": before.get("seconds", 0.0) + seconds,
         "peak_gigabytes": max(before.get("peak_gigabytes", 0.0), peak_gigabytes()),
-        "before": None if settings.start is None else _history(stored.training(settings.start)),
+        "before": None if settings.start is None else _history(checkpoint.training(settings.start)),
         **reports,
     }
-    stored.save(network, network.config, out / "drafter", told)
-    return finished
 
 
 def untrained(
     target: Target, captured: Sequence[Captured], settings: DraftTraining, processor: Any = None
-) -> MSDNetwork | Rival:
-    """The network that a run begins with. processor: the target's, for a drafter that looks at event recordings."""
+) -> DraftNetwork:
+    """The network that a run begins with; a draft vocabulary of its own is what the target writes most.
+
+    processor: the target's, for a drafter that looks at event recordings.
+    """
+    kind, config = registry.trainable(settings.method), target.text_config
     if settings.start is not None:
-        return MSD(checkpoint.load(settings.start)).fitted(target.model).train()
-    if settings.method == "msd":
-        groups = _event_groups(target, processor, captured) if processor and settings.events else ()
-        return new_network(target, captured, settings, groups)
-    words = settings.draft_vocabulary
-    return new_rival(settings.method, target, captured, words, settings.seed, settings.layers)
+        network = registry.load(settings.start)
+        if not isinstance(network, kind):
+            raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to go on from")
+        return network.attach(target.model).to(target.model.device).train()
+    recording = None
+    if any(c.events for c in captured):
+        recording = _event_groups(target, processor, captured) if processor and settings.events else ()
+    changes = kind.trained_as(settings, recording)
+    if settings.layers is not None:
+        changes["layers"] = settings.layers
+    if kind.reduced:
+        changes["draft_vocabulary"] = min(settings.draft_vocabulary, config.vocab_size)
+    torch.manual_seed(settings.seed)
+    network = kind.for_target(config, **changes)
+    if kind.reduced:
+        counts = token_counts(captured, config.vocab_size)
+        network.choose_words(frequent(counts, network.config.draft_vocabulary))
+    network.begin_from(target.model)
+    return network.attach(target.model)
 
 
 def _event_groups(target: Target, processor: Any, captured: Sequence[Captured]) -> tuple[tuple[int, int], ...]:
-    """Groups of tokens that a recording gives, temporal and spatial, with what is kept of each; none without any."""
-    recording = next((c.events for c in captured if c.events), None)
-    if recording is None:
-        return ()
+    """Groups of tokens that a recording gives, temporal and spatial, with what is kept of each."""
+    recording = next(c.events for c in captured if c.events)
+    assert recording is not None
     given = len(event_tokens(target, processor, open_chunks(recording)))
     return (FRAMES, KEPT), (given - FRAMES, KEPT)
-
-
-def _objective(network: MSDNetwork | Rival, settings: DraftTraining, model: Any) -> DraftObjective | RivalObjective:
-    if isinstance(network, Rival):
-        return RivalObjective(network)
-    return DraftObjective(network, settings.loss, ends=_ends(model)).to(model.device)
 
 
 def _history(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +299,7 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
     return replace(settings, precision=begun or ("bf16" if faster_in_bf16(device) else "float32"))
 
 
-def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork | Rival, cuts: ModalityCuts) -> None:
+def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, cuts: ModalityCuts) -> None:
     """Notes what a run is made of, or compares with what was noted."""
     own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every", "remember")}
     ids = hashlib.sha256(network.ids.cpu().numpy().tobytes()).hexdigest()[:16]
@@ -317,7 +319,7 @@ def _check_same_run(out: Path, settings: DraftTraining, network: MSDNetwork | Ri
 def _told_before(drafter: Path) -> dict[str, Any]:
     """What earlier parts of a run told of themselves, as far as it can be read; the run writes it anew."""
     try:
-        told = stored.training(drafter)
+        told = checkpoint.training(drafter)
     except UserError as error:
         print(f"msd: {str(error).partition(';')[0]}; the seconds of earlier parts of the run are lost", file=sys.stderr)
         return {}

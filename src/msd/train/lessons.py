@@ -1,20 +1,24 @@
-"""Lessons for a drafter: which captured answers a step trains on, and the live target's word on them.
+"""Lessons for a drafter: which captured answers a step trains on, and the live target's predictions for them.
 
 Two stages (MSD as published, arXiv 2505.14260, section 3.3): text-only answers first, then a share of answers about
 images that rises to one. Everything follows from (seed, step). The target runs online; nothing but answers is on disk.
-What it said of a batch is remembered as far as memory is given, so that later passes over the answers need no target.
+What it computed for a batch is kept in memory as far as there is room (`Notebook`): the tap states, of which the last
+is what the target's output layer reads, and the normaliser of every distribution. Distributions over the draft
+vocabulary follow from these. A lesson is the same bits whether it was just taught or recalled, so a run that was
+stopped goes on to the same result.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msd import prompts
 from msd.cuts import ModalityCuts
@@ -24,7 +28,6 @@ from msd.events import open_chunks
 from msd.targets import Target
 from msd.targets.teacher import Lesson, teach
 from msd.train.captured import Captured
-from msd.train.notebook import Notebook
 
 WINDOW = 16  # batches among which answers are sorted by length
 
@@ -42,9 +45,113 @@ class Stages:
 
     def share(self, step: int) -> float:
         """The share of answers about images at a step."""
+        return self._rising(step, 0.5)
+
+    def _rising(self, step: int, first: float) -> float:
         if step < self.text:
             return 0.0
-        return min(1.0 - self.keep, 0.5 + 0.5 * (step - self.text) / max(1, self.rise))
+        return min(1.0 - self.keep, first + (1 - first) * (step - self.text) / max(1, self.rise))
+
+
+@dataclass(frozen=True)
+class PublishedStages(Stages):
+    """Stages as a method was published with them. first: share of answers about images when stage 2 begins."""
+
+    first: float = 0.5
+
+    @classmethod
+    def of(cls, shares: tuple[float, float, float, float], steps: int) -> PublishedStages:
+        """Of a run of `steps` steps; shares: see `DraftNetwork.stages`."""
+        text, rise, first, keep = shares
+        return cls(round(text * steps), round(rise * steps), keep, first)
+
+    def share(self, step: int) -> float:
+        """See `Stages`."""
+        return self._rising(step, self.first)
+
+
+Taught = tuple[Lesson, Tensor]
+
+
+class Notebook:
+    """Keeps lessons while they fit into `gigabytes`; later ones are taught anew each time.
+
+    head: the target's output layer; ids [Vd]: the draft vocabulary; layers: the tapped ones, of which the last feeds
+    the head. A head whose logits are more than its product with the last tap (soft-capped, scaled) is found on the
+    first lesson, and nothing is noted then.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        ids: Tensor,
+        layers: Sequence[int],
+        gigabytes: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.head, self.layers = head, tuple(layers)
+        self.left, self.dtype = gigabytes * 1e9, dtype
+        self._read_as(ids, layers)
+        self.plain: bool | None = None  # whether the head is nothing but its matrix
+        self._notes: dict[Hashable, tuple[Lesson, Tensor]] = {}
+
+    def read_by(self, ids: Tensor, layers: Sequence[int]) -> Notebook:
+        """The same notes for a network that drafts other words from some of the layers.
+
+        ValueError for a layer that was not noted, or another last one.
+        """
+        if not set(layers) <= set(self.layers) or layers[-1] != self.layers[-1]:
+            raise ValueError(f"layers {tuple(layers)} cannot be read from notes of layers {self.layers}")
+        other = copy(self)
+        other._read_as(ids, layers)
+        return other
+
+    def _read_as(self, ids: Tensor, layers: Sequence[int]) -> None:
+        params = {name: p.detach() for name, p in self.head.named_parameters(recurse=False)}
+        self.ids = ids.to(params["weight"].device)
+        self.rows = params["weight"][self.ids].float()
+        self.bias = params["bias"][self.ids].float() if "bias" in params else None
+        self.columns = [self.layers.index(layer) for layer in layers]
+
+    def recall(self, key: Hashable, teach: Callable[[], Taught]) -> Taught:
+        """The lesson known as `key`, its `logits` being log p over the draft vocabulary [B, A, Vd], and its labels."""
+        if key not in self._notes:
+            lesson, labels = teach()
+            if not self._is_plain(lesson):
+                logits = lesson.logits.log_softmax(-1)[..., self.ids]
+                return replace(lesson, taps=self._read_layers(lesson), logits=logits), labels
+            assert lesson.taps is not None
+            noted = replace(lesson, taps=lesson.taps.to(self.dtype), logits=lesson.logits.logsumexp(-1, keepdim=True))
+            parts = (noted.taps, noted.logits, noted.beside, labels)
+            size = sum(t.numel() * t.element_size() for t in parts if t is not None)
+            if size > self.left:
+                return self._read(noted), labels
+            self.left -= size
+            self._notes[key] = noted, labels
+        noted, labels = self._notes[key]
+        return self._read(noted), labels
+
+    def _read(self, noted: Lesson) -> Lesson:
+        taps = self._read_layers(noted).float()
+        return replace(noted, taps=taps, logits=self._logits(noted, taps) - noted.logits)
+
+    def _read_layers(self, lesson: Lesson) -> Tensor:
+        """The states of the layers that are read, [B, L, T*H]."""
+        assert lesson.taps is not None
+        every = lesson.taps.unflatten(-1, (len(self.layers), -1))
+        return every[:, :, self.columns].flatten(2)
+
+    def _logits(self, lesson: Lesson, taps: Tensor) -> Tensor:
+        last = taps[:, lesson.prompt - 1 : -1, -self.rows.shape[1] :]
+        return nn.functional.linear(last, self.rows, self.bias)
+
+    def _is_plain(self, lesson: Lesson) -> bool:
+        """Whether the head's logits follow from the last tap; looked at once."""
+        if self.plain is None:
+            assert lesson.taps is not None
+            gap = (self._logits(lesson, lesson.taps.float()) - lesson.logits[..., self.ids])[lesson.spoken()]
+            self.plain = bool(gap.abs().max() < 0.02 * lesson.logits.abs().max())
+        return self.plain
 
 
 class Lessons:

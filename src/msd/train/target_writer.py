@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.config import SpeculativeConfig
-from msd.drafters.plain import Plain
+from msd.drafters.algorithms.plain import Plain
 from msd.errors import UserError
 from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks
@@ -20,28 +20,28 @@ from msd.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.prompts import prepare
 from msd.result import Result
-from msd.targets.state import State
 from msd.train.capture import Answer, Prompt
-from msd.tree import Accepted, DraftTree, Scores
+from msd.tree import Step
 
 DIGITS = 4  # of a gain in nats
 
 
-class Witness(Plain):
-    """Plain decoding that keeps the target's logits at every token of the last batch: `said[row]`, a [V] each."""
+class Said:
+    """The target's logits at every token of a batch: `rows[row]`, a [V] each. To be given as `on_step`.
+
+    Nothing is drafted, so that a step has one position; the first step's is the prompt's last.
+    """
 
     def __init__(self) -> None:
-        self.said: list[list[Tensor]] = []
+        self.rows: list[list[Tensor]] = []
 
-    def begin(self, state: State, scores: Scores) -> None:
-        """What the first token came from."""
-        self.said = [[row] for row in scores.logits[:, -1]]
-
-    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """What a token came from, in rows that go on."""
-        for said, logits, tokens in zip(self.said, scores.logits[:, 0], accepted.tokens, strict=True):
-            if tokens:
-                said.append(logits)
+    def __call__(self, step: Step) -> None:
+        """What the step's tokens came from, in rows that go on."""
+        if step.prefill:
+            self.rows = [[] for _ in step.accepted.tokens]
+        for row, tokens in enumerate(step.accepted.tokens):
+            if tokens and row not in step.accepted.padded:
+                self.rows[row].append(step.scores.logits[row, -1])
 
 
 class TargetWriter:
@@ -55,8 +55,7 @@ class TargetWriter:
     def __init__(
         self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int, backend: str = "measure"
     ) -> None:
-        self.witness = Witness()
-        self.engine = SpeculativeVLM(model, processor, SpeculativeConfig(backend=backend), drafter=self.witness)
+        self.engine = SpeculativeVLM(model, processor, SpeculativeConfig(backend=backend), drafter=Plain())
         self.processor, self.folder, self.max_new_tokens = processor, folder, max_new_tokens
         self._sees = False
 
@@ -79,13 +78,14 @@ class TargetWriter:
         inputs = target.encode_images(raw)
         never = list(target.placeholders)
         settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "suppress_tokens": never}
-        results = self.engine.generate(**inputs, **settings)
+        said = Said()
+        results = self.engine.generate(**inputs, **settings, on_step=said)
         results = [results] if isinstance(results, Result) else results
         answers = [r.tokens for r in results]
         if not self._sees and any(raw.get(name) is not None for name in target.raw):
             assert_images_matter(target, raw, answers)
             self._sees = True
-        seeing = [torch.stack(said) for said in self.witness.said]
+        seeing = [torch.stack(logits) for logits in said.rows]
         gains = image_gain(target, inputs, answers, seeing)
         costs = self._costs(prompts, inputs, answers, seeing)
         return [

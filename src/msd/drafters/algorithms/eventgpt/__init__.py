@@ -1,0 +1,7 @@
+"""`eventgpt`: cross-model drafting by a model that sees an event camera's recording (docs/events.md)."""
+
+from msd.drafters.algorithms.eventgpt.drafter import EventGPTDrafter, load, save
+from msd.drafters.algorithms.eventgpt.network import METHOD, EventGPT, EventGPTConfig
+from msd.drafters.algorithms.eventgpt.vocabulary import Pieces, VocabularyMap
+
+__all__ = ["METHOD", "EventGPT", "EventGPTConfig", "EventGPTDrafter", "Pieces", "VocabularyMap", "load", "save"]

@@ -1,0 +1,30 @@
+"""`msd`: router, experts, decoupled vision path and modality-aware trees over one light trunk (docs/drafter.md).
+
+Drafters of its kind under other names: `standard`, the control with every modality part off; `msd:ar`, the form that
+drafts level by level; `msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the
+drafter of the video target, which sees event recordings.
+"""
+
+from functools import partial
+
+from msd.drafters import registry
+from msd.drafters.algorithms.msd.config import SWITCHES, MSDConfig
+from msd.drafters.algorithms.msd.drafter import MSD
+from msd.drafters.algorithms.msd.network import MSDNetwork
+from msd.drafters.algorithms.msd.objective import DraftObjective
+from msd.drafters.registry import DEFAULT, FOR_VIDEO, VIDEO, Method, learned, training_command
+from msd.drafters.toolkit.growth import Shape
+
+__all__ = ["CONTROL", "MSD", "OURS", "SHIPPED", "SWITCHES", "DraftObjective", "MSDConfig", "MSDNetwork", "Shape"]
+
+learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD.trained)(MSDNetwork)
+registry.add(Method("msd:sampled", partial(MSD.trained, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
+SHIPPED, CONTROL = "msd", "standard"
+OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names that stand for MSD in a comparison, by preference
+_others = {CONTROL: f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
+for _name, _options in _others.items():
+    registry.add(Method(_name, partial(MSD.trained, name=_name), (_name,), command=training_command(_options)))
+_video = DEFAULT + FOR_VIDEO
+registry.add(
+    Method(_video, partial(MSD.trained, name=_video), (_video,), command="see recipes/events/README.md", target=VIDEO)
+)

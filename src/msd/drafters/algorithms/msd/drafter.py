@@ -1,0 +1,122 @@
+"""`msd`: modality-aware draft trees (docs/drafter.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from msd.drafters.algorithms.msd.config import MSDConfig
+from msd.drafters.algorithms.msd.network import MSDNetwork
+from msd.drafters.toolkit.context import Anchors
+from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.drafters.toolkit.growth import Levels, Subtrees, draw
+from msd.drafters.toolkit.layers import Keys
+from msd.drafters.toolkit.memory import DecodedStates
+from msd.events.pieces import Events
+from msd.plan import Budget
+from msd.sampling import Sampler
+from msd.targets.state import State
+from msd.tree import DraftTree, Scores
+
+
+class MSD(TrainedDrafter):
+    """Drafts with a trained network.
+
+    sampled: candidates are drawn from the draft distributions instead of being the best. calibrated: str(ε) -> modality
+    name -> θ that the `budget` policy begins with.
+    """
+
+    network: MSDNetwork
+
+    def __init__(
+        self,
+        network: MSDNetwork,
+        name: str = "msd",
+        sampled: bool = False,
+        calibrated: dict[str, dict[str, float]] | None = None,
+    ) -> None:
+        super().__init__(network, name)
+        self.sampled, self.calibrated = sampled, calibrated or {}
+        self.modality_ids = torch.tensor(network.config.modality_ids)
+        self.beside: Callable[[Events], Tensor] | None = None  # see `msd.drafters.recordings`
+
+    @classmethod
+    def trained(cls, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> MSD:
+        """With the thresholds that were calibrated for the network."""
+        return cls(network, name or network.method, sampled, network.provenance.get("thresholds"))
+
+    def borrow(self, look: Callable[[Events], Tensor]) -> None:
+        """See `BorrowsEye`; of no use to a network that was trained without events."""
+        if self.network.beside is not None:
+            self.beside = look
+
+    def twin(self, model: PreTrainedModel) -> MSD:
+        """The same form and switches with random weights, for a model of any size: its whole vocabulary is drafted."""
+        return MSD(self.network.twin(model.config.get_text_config(decoder=True)), self.name, self.sampled)
+
+    def thresholds(self, epsilon: float) -> dict[str, float]:
+        """Calibrated θ for the largest known budget within ε; empty when there is none."""
+        within = [known for known in self.calibrated if float(known) <= epsilon]
+        return self.calibrated[max(within, key=float)] if within else {}
+
+    def decoded(self, state: State, taps: Tensor) -> DecodedStates:
+        """With the auxiliary tokens of the request."""
+        return DecodedStates(taps, state.beside)
+
+    def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
+        """Subtrees of the active modalities, merged; or draws from their distributions."""
+        if not (self.sampled and sampler.do_sample):
+            return super().draft(state, rows, budget, sampler)
+        newest, config = state.layout.newest(), self.network.config
+        memory = state.memory.read(self.network, state.layout)
+        context, anchors = memory.upto(None)
+        levels = self.levels(context, anchors, newest)
+        subtrees = self.choose(self.network.routed(memory.anchor), budget)
+        kinds, shape = self.modality_ids.to(newest.device), config.within(config.shared)
+        return draw(levels, self.network, subtrees, kinds, newest, budget, sampler, shape)
+
+    def all_end(self, state: State, rows: list[int]) -> bool:
+        """See `TrainedDrafter`."""
+        return self.network.all_end(state.memory.newest()[rows], state.layout.newest()[rows])
+
+    def levels(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> Levels:
+        """The network's own, which know of modalities."""
+        return self.network.levels(context, anchors, newest)
+
+    def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
+        """Those of the active modalities."""
+        memory = state.memory.read(self.network, state.layout)
+        return self.choose(self.network.routed(memory.anchor)[rows], budget)
+
+    def choose(self, route: Tensor, budget: Budget) -> Subtrees:
+        """See `choose`; route: [R, experts]."""
+        return choose(self.network.config, route, budget.nodes, budget.width)
+
+    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
+        """[B, N] class of the token below each node, from the target's states before it.
+
+        The prompt is not read for it: an answer that is over before anything is drafted costs no reading.
+        """
+        if self.network.router is None or scores.taps is None:
+            return None
+        decoded: DecodedStates = state.memory
+        return self.network.classes(tree, scores.taps, self.network.feature(decoded.newest()[:, None]))
+
+
+def choose(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:
+    """Dynamic subtree selection: from router probabilities [B, experts] to subtrees that share `nodes`.
+
+    A modality whose probability is below `active_from` in all rows has no subtree (a row's likeliest always has). With
+    subtrees off, or for a chain (`width` 1), one subtree follows the router's mixture.
+    """
+    B, M = route.shape
+    if not config.subtrees or width == 1:
+        budget = torch.full((B, 1), nodes, device=route.device)
+        return Subtrees(route[:, None], torch.ones_like(route[:, :1]), budget, [config.within(config.shared, width)])
+    active = route >= (config.active_from if config.dynamic else -1.0)
+    active = active | F.one_hot(route.argmax(-1), M).bool()
+    return Subtrees.chosen(route, active, nodes, [config.within(config.shapes[m], width) for m in config.modalities])

@@ -1,0 +1,104 @@
+"""`specvlm`: an elastic visual compressor in front of EAGLE-2's layer (SpecVLM, arXiv 2509.11815, section 3).
+
+A gate reads the question and the image and picks how the image is made small: pruning, pooling, convolution,
+resampling, or leaving it out (the text-only branch). Gumbel-softmax in training, argmax at inference. What remains
+stands at the image's last positions, past `fc`. The layer has an input norm, as the paper's EagleVLM.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msd.backends.packed import Linear
+from msd.drafters.registry import learned
+from msd.drafters.toolkit.adaptors import Adaptor
+from msd.drafters.toolkit.context import Columns, Images, Selection, keep, pick
+from msd.drafters.toolkit.layers import Layer
+from msd.drafters.toolkit.network import NetworkConfig
+from msd.drafters.toolkit.self_fed import EagleNetwork
+from msd.train.losses.eagle import eagle_loss
+
+BRANCHES = ("prune", "pool", "conv", "resample", "text")
+
+
+class Compressor(nn.Module):
+    """[I, n, H] embeddings of I images -> `tokens` each, by the branch that the gate picks."""
+
+    def __init__(self, hidden: int, heads: int, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.gate = nn.Linear(2 * hidden, len(BRANCHES))
+        self.score = nn.Linear(hidden, 1)
+        self.near = nn.Conv1d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.mix = Linear(hidden, hidden, bias=False)
+        self.resampler = Adaptor(hidden, heads, tokens)
+
+    def forward(self, states: Tensor, mask: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
+        """mask: [I, n] bool, False is padding; question: [I, H] -> (tokens [I, K, H], the branch of each image [I]).
+
+        An image of fewer than K positions has as many tokens as positions, the first ones.
+        """
+        size = mask.sum(1)
+        small = self._pooling(mask, size)
+        masked = states * mask[..., None]
+        mean = masked.sum(1) / size[:, None]
+        logits = self.gate(torch.cat([question, mean], -1)).float()
+        if self.training:
+            choice = F.gumbel_softmax(logits, hard=True)
+        else:
+            choice = F.one_hot(logits.argmax(-1), len(BRANCHES)).float()
+        convolved = self.mix(F.silu(self.near(masked.transpose(1, 2)).transpose(1, 2)))
+        ways = torch.stack([
+            self._pruned(states, mask), small @ states, small @ convolved.to(states.dtype),
+            self.resampler(states, mask), states.new_zeros(len(states), self.tokens, states.shape[-1]),
+        ])  # fmt: skip
+        tokens = torch.einsum("ib,bikh->ikh", choice.to(states.dtype), ways)
+        return tokens.to(states.dtype), choice.argmax(-1)
+
+    def _pooling(self, mask: Tensor, size: Tensor) -> Tensor:
+        """Means over K runs of neighbours of each image, as a matrix [I, K, n]."""
+        kept = size.clamp_max(self.tokens)[:, None]
+        run = torch.arange(mask.shape[1], device=mask.device) * kept // size[:, None]
+        inside = (run[:, None] == torch.arange(self.tokens, device=mask.device)[:, None]) & mask[:, None]
+        return inside / inside.sum(-1, keepdim=True).clamp_min(1)
+
+    def _pruned(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The K positions of the highest score, in their order; the score learns by the straight-through estimator."""
+        score = torch.sigmoid(self.score(states).squeeze(-1)).masked_fill(~mask, -1.0)
+        best = score.topk(min(self.tokens, mask.shape[1]), -1).indices.sort(-1).values
+        own = pick(score, best)[..., None].to(states.dtype)
+        out = pick(states, best) * (1 + own - own.detach())
+        return F.pad(out, (0, 0, 0, self.tokens - out.shape[1]))
+
+
+@learned("specvlm", loss=eagle_loss)
+class SpecVLM(EagleNetwork):
+    """The loss is EAGLE's, on the live target's logits and last states, as all training here is ("online")."""
+
+    layer = Layer
+    options: ClassVar[dict[str, float]] = {"tokens": 4}
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.compressor = Compressor(config.hidden, config.heads, int(config.options["tokens"]))
+
+    def kept(self, c: Columns) -> Selection:
+        """Text, and what the compressor leaves of every image."""
+        images = Images.of(c.visual, c.word)
+        stay, given = c.real & ~c.visual, torch.zeros_like(c.word)
+        if images.places:
+            column = torch.arange(stay.shape[1], device=stay.device)
+            asked = (stay & (column < c.prompt - 1))[..., None].to(c.word.dtype)
+            question = (c.word * asked).sum(1) / asked.sum(1).clamp_min(1)
+            tokens, branch = self.compressor(images.states, images.mask, question[images.rows])
+            left_out = (branch == BRANCHES.index("text")).tolist()
+            rows, at, which = images.last([0 if out else self.compressor.tokens for out in left_out])
+            stay = stay.index_put((rows, at), stay.new_ones(()))
+            given = given.index_put((rows, at), tokens[which[:, 0], which[:, 1]])
+        found, order = keep(c, stay)
+        found.fixed, found.given = c.visual.gather(1, order), pick(given, order)
+        return found

@@ -1,0 +1,75 @@
+"""`text-only`: a small language model that never sees the image (Gagrani et al., arXiv 2404.08856).
+
+A depth-pruned copy of the target's own language model: a few of its layers, evenly spaced, first and last among them,
+between its frozen embedding and output layer, and distilled from it. Image tokens are dropped from the text, and the
+words after them take the positions that they would have without.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from msd.drafters.registry import learned
+from msd.drafters.toolkit.context import Selection, left_aligned, pick, real_columns
+from msd.drafters.toolkit.network import NetworkConfig
+from msd.drafters.toolkit.self_fed import SelfFed
+from msd.errors import UserError
+from msd.layout import Layout
+from msd.modality import LANGUAGE
+from msd.train.losses.eagle import distillation_loss
+
+NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+@learned("text-only", loss=distillation_loss)
+class TextOnly(SelfFed):
+    """Entry i is the token i+1 itself; a text's first token has an entry too. The target's states are not read."""
+
+    deep = True
+    layer_count = 3
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.norm = nn.RMSNorm(config.hidden, config.eps)
+
+    def begin_from(self, model: PreTrainedModel) -> None:
+        """Layers and final norm of the target; UserError where its layers are of another kind."""
+        decoder, own = model.get_decoder(), self.state_dict()
+        chosen = torch.linspace(0, len(decoder.layers) - 1, len(self.layers)).round().long().tolist()
+        theirs = dict(decoder.state_dict())
+        copied = {"norm.weight": theirs.get("norm.weight")}
+        for mine, source in enumerate(chosen):
+            names = NORMS | {n: f"self_attn.{n}" for n in ATTENTION} | {n: f"mlp.{n}" for n in MLP}
+            for name, other in names.items():
+                copied[f"layers.{mine}.{name}.weight"] = theirs.get(f"layers.{source}.{other}.weight")
+        plain = not any(name.startswith("layers.") and name.endswith(".bias") for name in theirs)
+        if not plain or any(t is None or t.shape != own[name].shape for name, t in copied.items()):
+            raise UserError(
+                f"method '{self.method}' copies layers of Llama's kind, which those of this {model.config.model_type} "
+                "are not; train another method"
+            )
+        self.load_state_dict(own | copied)
+
+    def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
+        """Every text token of columns 0 to L."""
+        L = taps.shape[1]
+        kept = real_columns(layout, L + 1) & (layout.modality[:, : L + 1] == LANGUAGE.id)
+        order = left_aligned(kept)
+        place = kept.long().cumsum(1) - 1  # as if the images were not there
+        word = self.embed(layout.tokens.gather(1, order))
+        return Selection(
+            pick(taps, (order - 1).clamp_min(0)), word, place.clamp_min(0).gather(1, order), kept.gather(1, order),
+            place.clamp_min(0)[:, 1:], 1 + place[:, -1:] - layout.line()[:, L : L + 1],
+            word.new_zeros(len(word), 1, 1),
+        )  # fmt: skip
+
+    def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
+        """The word."""
+        return word
+
+    def logits(self, states: Tensor, parents: Tensor) -> Tensor:
+        """As a language model's."""
+        return self.head(self.norm(states))
