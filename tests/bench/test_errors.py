@@ -10,7 +10,7 @@ from msd.bench import description, errors, plots, report
 from msd.bench.page import page
 from msd.bench.words import KINDS, kind_of, kinds_of
 from msd.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VISION
-from msd.statistics import Step
+from msd.statistics import RowStep
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_every_drafted_position_counts_once() -> None:
     labels = [L, V, V, F, L, L, V, L]
     kinds = ["other", "colour", "object", "verb", "function word", "object", "number", "object"]
     # a draft of 5 from token 1: two accepted, the third rejected; of 2 from token 4: both; one beyond the end
-    steps = [Step(0, 1, 5, 2), Step(0, 4, 2, 2), Step(0, 7, 5, 1)]
-    found = errors.pattern([(steps, labels, kinds), ([Step(0, 1, 1, 0)], [L, V], ["other", "colour"])])
+    steps = [RowStep(0, 1, 5, 2), RowStep(0, 4, 2, 2), RowStep(0, 7, 5, 1)]
+    found = errors.pattern([(steps, labels, kinds), ([RowStep(0, 1, 1, 0)], [L, V], ["other", "colour"])])
     table = {(e["modality"], e["depth"], e["word"]): (e["rejected"], e["drafted"]) for e in found}
     assert table == {
         ("vision", 1, "colour"): (1, 2), ("vision", 2, "object"): (0, 1), ("fusion", 3, "verb"): (1, 1),
@@ -99,7 +99,7 @@ def test_seeds_are_averaged_and_one_method_makes_no_table() -> None:
 
 
 def test_error_tables_and_plot() -> None:
-    some = errors.pattern([([Step(0, 1, 2, 1)], [L, V, F], ["other", "colour", "object"])])
+    some = errors.pattern([([RowStep(0, 1, 2, 1)], [L, V, F], ["other", "colour", "object"])])
     rows = [row("ar", "all", 1.0), row("msd", "all", 2.0, errors=some), row("eagle2", "all", 1.5, errors=some[:1])]
     rows.append(row("msd", "vqa", 2.0, errors=some))
     first, crossed = errors.tables(results(rows))
@@ -116,7 +116,7 @@ def test_error_tables_and_plot() -> None:
 
 
 def test_modalities_of_events_are_told_as_any_others() -> None:
-    steps = [Step(0, 1, 2, 1)]
+    steps = [RowStep(0, 1, 2, 1)]
     seen = errors.pattern([(steps, [EVENT_DENSE.id, LANGUAGE.id, EVENT_SPARSE.id], ["object", "verb", "other"])])
     rows = [row("standard", "all", 1.0), row("msd", "all", 2.0)]
     rates = {"vision": None, "language": 0.5, "fusion": None, "event_dense": 0.25}

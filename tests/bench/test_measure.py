@@ -11,7 +11,7 @@ from msd.bench.assistant import shallow
 from msd.bench.data import Sample
 from msd.bench.timing import LIBRARY, Run, _until, library
 from msd.loading import load_target
-from msd.statistics import Statistics, Step
+from msd.statistics import RowStep, Statistics
 
 NEW = 10
 
@@ -78,7 +78,7 @@ def test_padding_is_no_answer(samples: list[Sample]) -> None:
 
 
 def test_steps_of_a_batch_go_to_their_rows() -> None:
-    steps = [Step(0, 1, 2, 1), Step(1, 1, 2, 0), Step(0, 3, 2, 2)]
+    steps = [RowStep(0, 1, 2, 1), RowStep(1, 1, 2, 0), RowStep(0, 3, 2, 2)]
     run = Run([[5, 6, 7], [8]], 1.0, None, Statistics(steps=steps))
     assert list(run.by_row()) == [([steps[0], steps[2]], [5, 6, 7]), ([steps[1]], [8])]
 
