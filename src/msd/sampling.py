@@ -128,9 +128,11 @@ class Sampler:
             every = torch.zeros(self.layout.batch, scores.shape[1], device=scores.device)
             every[rows] = scores
             shown = self._shown()
-            scores = self.processors(shown, every)[rows]
+            scores = self.processors(shown, every)
             self._check_untouched(shown)
-            return scores
+            if scores.dim() != 2 or len(scores) != len(every):
+                raise UserError(f"the logits processors returned {list(scores.shape)} scores for {list(every.shape)}")
+            return scores[rows]
         if self.pointwise:
             return self.processors(self.layout.tokens[rows, :1], scores)
         return torch.cat([self.per_row[r](self._history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
