@@ -90,7 +90,9 @@ def scene(
     from msd.sounds import Audio
     from msd.videos import CLIP_FRAMES, FRAMES, Video
 
-    target = target or ("reference" if events is None else "reference-video")
+    target = ("reference" if events is None else "reference-video") if target is None else target
+    if frames is not None and not videos and (events is None or images or sounds):
+        raise UserError("--frames is for a --video, or for a recording shown alone; leave it out")
     frames = frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
     heard = [Audio(path) for path in sounds or ()]
     sources = [*(images or ()), *(Video(path, frames) for path in videos or ()), *heard]
@@ -125,9 +127,12 @@ def settings(
     top_k: int | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """Arguments of `SpeculativeVLM.generate`; greedy at temperature 0."""
+    """Arguments of `SpeculativeVLM.generate`; greedy at temperature 0. UserError for what only sampling has."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    elif top_p is not None or top_k is not None:
+        name = "--top-k" if top_p is None else "--top-p"
+        raise UserError(f"{name} limits what is sampled, and at --temperature 0 nothing is; raise the temperature")
     given = {**sampling, "max_new_tokens": max_new_tokens, "seed": seed}
     return {name: value for name, value in given.items() if value is not None or name == "seed"}

@@ -66,10 +66,11 @@ def generate(
     from msd.cli.options import chosen_methods, use_drafter
 
     seen = scene(target, images, video, frames, audio, events, prompt)
+    decoding = settings(max_new_tokens, temperature, top_p, top_k, seed)
     checked = policy(verifier, threshold, epsilon)
     trained = use_drafter(drafter)
-    method = method or trained
-    if method:
+    method = trained if method is None else method
+    if method is not None:
         chosen_methods(method, seen.target)
     quiet()
     share_cores()
@@ -78,7 +79,7 @@ def generate(
     config = SpeculativeConfig(label=True, backend=backend, **checked)
     with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
-    asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
+    asked = {**decoding, **seen.of(vlm.drafter)}
     if as_json:
         print(json.dumps(vlm.generate(seen.shown, prompt, **asked).as_dict()))
         return

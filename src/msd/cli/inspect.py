@@ -53,13 +53,14 @@ def inspect(
     from msd.events import event_frames, view
     from msd.videos import Clip
 
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"cannot write '{out}': name a file in a folder that exists")
     check_place(out)
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write '{out}': name a file in a folder that exists")
     seen = scene(target, images, video, frames, None, events, prompt)
+    decoding = settings(max_new_tokens, temperature, top_p, top_k, seed)
     trained = use_drafter(drafter)
-    method = method or trained
-    if method:
+    method = trained if method is None else method
+    if method is not None:
         chosen_methods(method, seen.target)
     quiet()
     share_cores()
@@ -70,7 +71,7 @@ def inspect(
     config = SpeculativeConfig(label=True, backend=backend, adaptive=False)
     with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=device)
-    asked = {**settings(max_new_tokens, temperature, top_p, top_k, seed), **seen.of(vlm.drafter)}
+    asked = {**decoding, **seen.of(vlm.drafter)}
     with tracing(vlm.drafter) as steps:
         answer = vlm.generate(seen.shown, prompt, **asked)
     beside = ""

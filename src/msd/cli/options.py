@@ -75,6 +75,8 @@ def policy(verifier: str, thresholds: list[str] | None, epsilon: float) -> dict[
     table: dict[str, float] = {}
     for entry in thresholds or ():
         name, _, number = entry.partition("=")
+        if name in table:
+            raise UserError(f"--threshold '{name}' is given twice; give it once")
         try:
             table[name] = float(number)
         except ValueError as error:

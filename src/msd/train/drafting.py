@@ -86,8 +86,10 @@ class DraftTraining:
             raise UserError(
                 "a drafter to start from brings its method, form, layers and parts; leave these settings out"
             )
-        if self.method != "msd" and (self.off or self.form != "block"):
-            raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
+        if self.method != "msd" and (self.off or self.form != "block" or self.loss.weighting != "learned"):
+            raise UserError(
+                f"form, weighting and parts to leave out are msd's; method '{self.method}' is trained as published"
+            )
 
 
 KEPT = 3  # context entries that the tokens of a recording leave, of the temporal ones and of the spatial ones
