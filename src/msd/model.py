@@ -190,8 +190,7 @@ class SpeculativeVLM:
         begin = time.perf_counter()
         statistics = Statistics()
         self._reattach()
-        kwargs = self._with_stop_strings(kwargs)
-        options.check(self.model, kwargs)
+        kwargs = self._with_stop_strings(kwargs, options.checked(self.model, kwargs))
         streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
         run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
         with watched() as cores:
@@ -291,14 +290,15 @@ class SpeculativeVLM:
                 f"{context}; lower max_new_tokens to at most {max(context - length, 0)} or shorten the prompt"
             )
 
-    def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Moves stop strings into a stopping criterion with our tokenizer, which `generate()` cannot hand to a loop."""
-        config: GenerationConfig | None = kwargs.get("generation_config")
-        strings = kwargs.pop("stop_strings", None) or (config and config.stop_strings)
-        strings = strings or self.model.generation_config.stop_strings
+    def _with_stop_strings(self, kwargs: dict[str, Any], config: GenerationConfig) -> dict[str, Any]:
+        """Moves stop strings into a stopping criterion with our tokenizer, which `generate()` cannot hand to a loop.
+
+        config: of the generation, merged from all doors.
+        """
+        strings = config.stop_strings
         tokenizer = kwargs.pop("tokenizer", None) or (self.processor and self.processor.tokenizer)
         if not strings:
-            return kwargs
+            return {**kwargs, "stop_strings": None}
         if tokenizer is None:
             raise UserError(f"stop_strings={strings!r} need a tokenizer; give tokenizer=… or load a processor")
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])

@@ -32,10 +32,10 @@ _ARGUMENTS = {
 }
 
 
-def check(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """UserError for the first option of a generation that speculative decoding cannot honour.
+def checked(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The options of a generation, merged from all doors; kwargs: as for `model.generate()`.
 
-    kwargs: as for `model.generate()`.
+    UserError for the first one that speculative decoding cannot honour.
     """
     for name, why in _ARGUMENTS.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
@@ -56,13 +56,18 @@ def check(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UserError("token_healing rewrites the prompt, placeholders and all; heal the prompt before you give it")
     if config.return_dict_in_generate:
         raise UserError("return_dict_in_generate is not supported; the result's statistics and tokens take its place")
+    for name in ("max_new_tokens", "max_length"):
+        value = getattr(config, name)
+        if isinstance(value, float):
+            raise UserError(f"{name}={value} is a float, no number of tokens; give an integer")
+    return config
 
 
 def _check_cache(config: GenerationConfig) -> None:
     """What is asked of the key/value cache."""
-    if config.use_cache is False:
+    if not config.use_cache:
         raise UserError(
-            "use_cache=False: drafts are scored against a key/value cache; leave use_cache out or set it to True"
+            f"use_cache={config.use_cache}: drafts are scored against a key/value cache; leave it out or set it to True"
         )
     if config.cache_implementation not in CACHES:
         raise UserError(

@@ -58,8 +58,9 @@ Randomness = torch.Generator | list[torch.Generator] | None
 class Sampler:
     """Laws, draws and stops for the B rows of a layout.
 
-    randomness: a list with one generator per row (each row draws as if alone); one generator for the whole batch, or
-    None for torch's global one (a row's k-th token then takes the row's part of the k-th draw, as in `generate()`).
+    randomness: a list with one generator per row (each row draws as if alone, and processors see none of its padding);
+    one generator for the whole batch, or None for torch's global one (a row's k-th token then takes the row's part of
+    the k-th draw, and processors see the padding, as in `generate()`).
     vocabulary: V. prompt: [B, L] the prompts as processors see them; the layout's by default. padding: the token that
     finished rows emit in lockstep, or None where they go on emitting what the target predicts, as in `generate()`.
     `finish` holds, per row, why it stopped ("eos", "length", "criteria") or None while it goes on.
@@ -85,8 +86,9 @@ class Sampler:
         B = layout.batch
         self.prompt = layout.tokens[:, : layout.end[0]].clone() if prompt is None else prompt
         self.lockstep = any(_looks_across_rows(part) for part in (*processors, *criteria))
+        self.alone = B > 1 and not self.lockstep and isinstance(randomness, list)
         apart = B > 1 and not self.lockstep
-        self.per_row = [_for_row(processors, r, layout) for r in range(B)] if apart else [processors]
+        self.per_row = [self._for_row(r) for r in range(B)] if apart else [processors]
         self.pointwise = all(type(p) in _POINTWISE for p in processors)
         shared = do_sample and B > 1 and not isinstance(randomness, list)
         self.noise = SharedNoise(B, randomness) if shared and not isinstance(randomness, list) else None
@@ -119,10 +121,15 @@ class Sampler:
         if self.lockstep:
             every = torch.zeros(self.layout.batch, scores.shape[1], device=scores.device)
             every[rows] = scores
-            return self.processors(self._shown(), every)[rows]
+            shown = self._shown()
+            scores = self.processors(shown, every)
+            self._check_untouched(shown)
+            if scores.dim() != 2 or len(scores) != len(every):
+                raise UserError(f"the logits processors returned {list(scores.shape)} scores for {list(every.shape)}")
+            return scores[rows]
         if self.pointwise:
             return self.processors(self.layout.tokens[rows, :1], scores)
-        return torch.cat([self.per_row[r](self.layout.history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
+        return torch.cat([self.per_row[r](self._history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
 
     def probabilities(self, law: Tensor) -> Tensor:
         """p [R, V]: the softmax of processed scores; at temperature 0 all mass is on the argmax."""
@@ -169,7 +176,7 @@ class Sampler:
     def emit(self, row: int, token: int) -> bool:
         """Appends `token` to `row`; True when the row takes part in the next step."""
         self.layout.append(row, [token])
-        stops = bool(self.criteria) and bool(self.criteria(self.layout.history(row)[None], None)[0])
+        stops = bool(self.criteria) and bool(self.criteria(self._history(row)[None], None)[0])
         return self._goes_on(row, token, stops)
 
     def emit_all(self, rows: list[int], tokens: list[int]) -> list[bool]:
@@ -178,7 +185,9 @@ class Sampler:
             return [self.emit(row, token) for row, token in zip(rows, tokens, strict=True)]
         for row, token in zip(rows, tokens, strict=True):
             self.layout.append(row, [token])
-        stops = self.criteria(self._shown(), None).tolist() if self.criteria else [False] * self.layout.batch
+        shown = self._shown()
+        stops = self.criteria(shown, None).tolist() if self.criteria else [False] * self.layout.batch
+        self._check_untouched(shown)
         for row, token in zip(rows, tokens, strict=True):
             self._goes_on(row, token, stops[row])
         alive = set(self.alive)
@@ -194,6 +203,26 @@ class Sampler:
             elif stops:
                 self.finish[row] = "criteria"
         return self.finish[row] is None
+
+    def _for_row(self, row: int) -> LogitsProcessorList:
+        """The processors of `row`; see `_for_row`."""
+        start = self.layout.start[row] if self.alone else 0
+        return _for_row(self.processors, row, self._history(row)[None, start:], start)
+
+    def _history(self, row: int) -> Tensor:
+        """What processors and criteria see of `row`: [end]. With the prompt's padding, but for rows that are alone."""
+        history = self.layout.history(row)
+        if self.alone or not self.layout.start[row]:
+            return history
+        return torch.cat([self.prompt[row], history[self.prompt.shape[1] :]])
+
+    def _check_untouched(self, shown: Tensor) -> None:
+        """UserError where what was `shown` is not any more what was emitted."""
+        if not torch.equal(shown, self._shown()):
+            raise UserError(
+                "a logits processor or stopping criterion wrote to the input_ids that it was shown, which drafts may "
+                "have been accepted after; have it change scores instead"
+            )
 
     def _shown(self) -> Tensor:
         """The ids [B, L + t] that `generate()` would hold now: prompts with their padding, and what was emitted."""
@@ -217,11 +246,9 @@ def _looks_across_rows(part: object) -> bool:
     return not type(part).__module__.startswith("transformers.generation.")
 
 
-def _for_row(processors: LogitsProcessorList, row: int, layout: Layout) -> LogitsProcessorList:
-    """The processors as they would be had `row` come alone; those with a memory get one each."""
+def _for_row(processors: LogitsProcessorList, row: int, prompt: Tensor, start: int) -> LogitsProcessorList:
+    """The processors of one row, those with a memory with its own: its prompt [1, L'] after `start` columns to skip."""
     alone = LogitsProcessorList(copy.copy(p) for p in processors)
-    start = layout.start[row]
-    prompt = layout.history(row)[None, start:]
     for i, mine in enumerate(alone):
         if isinstance(mine, RepetitionPenaltyLogitsProcessor):
             if isinstance(mine.prompt_ignore_length, Tensor):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import rivals
 import tiny_checkpoint
-from msd import backends
+from msd.backends import trial
 from msd.drafters import registry
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.training import Objective
@@ -44,7 +44,7 @@ def test_trained_loaded_and_used(capsys: pytest.CaptureFixture[str], place: Path
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends.trial, "faster", lambda model, calls: False)  # rounding must not depend on the clock
+    monkeypatch.setattr(trial, "faster", lambda model, calls: False)  # rounding must not depend on the clock
     whole = train(capsys, place, tmp_path / "whole", "--method", "vispec", *FLOAT32)
     interrupt(monkeypatch, Objective)
     assert not train(capsys, place, tmp_path / "parts", "--method", "vispec", *FLOAT32)["finished"]
@@ -81,6 +81,7 @@ def test_weights_in_the_repository_are_methods_for_the_reference_model(
     [
         (["--method", "eagle9"], "method 'eagle9' cannot be trained; choose msd or one of"),
         (["--method", "eagle2", "--off", "router"], "method 'eagle2' is trained as published"),
+        (["--method", "eagle2", "--weighting", "fixed"], "method 'eagle2' is trained as published"),
         (["--method", "eagle2", "--calibrate", "2"], "--calibrate is for msd's router"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import tiny
+from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from random_drafter import RandomDrafter
@@ -244,3 +245,65 @@ def test_padding_is_shown_as_generate_shows_it(rows: int) -> None:
     engine = SpeculativeVLM(model(), None, drafter=RandomDrafter(0, 64, wanted))
     engine.generate(**inputs, logits_processor=LogitsProcessorList([mine]), max_new_tokens=NEW)
     assert mine.seen == theirs.seen
+
+
+SEES_PADDING: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 1},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"encoder_repetition_penalty": 0.1},
+]
+
+
+def padded_with(inputs: dict[str, Tensor], token: int) -> dict[str, Tensor]:
+    return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, token)}
+
+
+@pytest.mark.parametrize("setting", SEES_PADDING)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_penalties_of_a_batch_see_its_padding_as_in_generate(setting: dict[str, Any], do_sample: bool) -> None:
+    """Without seeds of their own, rows are those of generate(): what it repeats or must not repeat is padding too."""
+    kwargs, mattered = {"do_sample": do_sample, "max_new_tokens": 24, **setting}, False
+    for seed in range(2):
+        plain = library(BATCH, seed, **kwargs)
+        for token in plain[2][:2]:  # of the row with most padding
+            inputs = padded_with(BATCH, token)
+            wanted = library(inputs, seed, **kwargs)
+            results = ours(RandomDrafter(seed, 64, wanted), inputs, seed, **kwargs)
+            assert [r.tokens for r in results] == wanted
+            mattered |= wanted != plain
+    assert mattered, "no row had another answer for its padding"
+
+
+def test_a_padded_row_that_comes_alone_is_shown_its_padding() -> None:
+    kwargs = {"encoder_no_repeat_ngram_size": 1, "max_new_tokens": NEW}
+    row = {k: torch.nn.functional.pad(v, (5, 0)) if v.dim() == 2 else v for k, v in ROWS[0].items()}
+    plain = library(row, 0, **kwargs)
+    row = padded_with(row, plain[0][0])
+    wanted = library(row, 0, **kwargs)
+    assert wanted != plain, "the padding matters"
+    for seed in (None, 3):
+        engine = SpeculativeVLM(model(), None, drafter=RandomDrafter(0, 64, wanted))
+        assert [engine.generate(**row, **kwargs, seed=seed).tokens] == wanted
+
+
+@pytest.mark.parametrize("inputs", [ROWS[0], BATCH])
+def test_scores_without_a_row_for_each_answer_are_refused(inputs: dict[str, Tensor]) -> None:
+    def first(ids: Tensor, scores: Tensor) -> Tensor:
+        return scores[0]
+
+    with pytest.raises(UserError, match=r"\[64\]"):
+        SpeculativeVLM(model(), None, drafter="ar").generate(**inputs, logits_processor=[first], max_new_tokens=2)
+
+
+def test_parts_that_write_to_the_ids_are_refused() -> None:
+    """`generate()` goes on from what they wrote; a draft may have been accepted after what it was."""
+
+    def wrote(ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if ids.shape[1] == inputs["input_ids"].shape[1] + 2:
+            ids[:, -1] = 7
+        return torch.zeros(len(ids), dtype=torch.bool) if scores is None else scores
+
+    for inputs in (BATCH, ROWS[0]):
+        for parts in ({"logits_processor": LogitsProcessorList([wrote])}, {"stopping_criteria": [wrote]}):
+            with pytest.raises(UserError, match="input_ids"):
+                SpeculativeVLM(model(), None, drafter="prompt-lookup").generate(**inputs, **parts, max_new_tokens=NEW)

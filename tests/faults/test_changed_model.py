@@ -102,7 +102,14 @@ def other_head(model: Any) -> None:
     model.set_output_embeddings(nn.Linear(32, 64, bias=True))
 
 
+def every_other(model: Any) -> None:
+    """Weights that are every other number of a larger tensor."""
+    torch.manual_seed(5)
+    layer(model).mlp.gate_proj.weight = nn.Parameter((torch.randn(64, 64) * 3)[:, ::2])
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
+    "weights that lie apart": every_other,
     "hook on a layer": lambda m: layer(m).register_forward_hook(flipped),
     "pre-hook on a layer": lambda m: layer(m).register_forward_pre_hook(flipped),
     "pre-hook with kwargs on attention": lambda m: layer(m).self_attn.register_forward_pre_hook(

@@ -43,6 +43,12 @@ def asked(capsys: pytest.CaptureFixture[str], target: Path, *options: str) -> tu
         (["--seed", "1.5"], "--seed"),
         (["--device", "meta"], "device 'meta'"),
         (["--threshold", "vision=nan", "--verifier", "threshold"], "nan"),
+        (["--threshold", "vision=0.1", "--threshold", "vision=0.2", "--verifier", "threshold"], "given twice"),
+        (["--top-p", "0.5"], "--top-p limits what is sampled"),
+        (["--top-k", "5"], "--top-k limits what is sampled"),
+        (["--frames", "3"], "--frames is for a --video"),
+        (["--method", ""], "unknown method ''"),
+        (["--target", ""], "unknown target ''"),
     ],
 )
 def test_bad_options(capsys: pytest.CaptureFixture[str], target: Path, options: list[str], said: str) -> None:

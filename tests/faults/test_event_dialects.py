@@ -231,6 +231,12 @@ def test_an_offset_of_many_digits(tmp_path: Path) -> None:
     assert numbered(path) == [(t + base, *row) for t, *row in ROWS]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", [".h5", ".npz"])
+def test_half_precision_is_read_without_a_warning(tmp_path: Path, suffix: str) -> None:
+    assert numbered(write(tmp_path / f"a{suffix}", columns({"x": "<f2", "p": "<f2"}))) == ROWS
+
+
 def test_polarities_of_minus_one(tmp_path: Path) -> None:
     table = columns({})
     for suffix in (".h5", ".npz", ".npy"):

@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 import tiny
+import tiny_checkpoint
+from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.result import Result
@@ -116,3 +118,47 @@ def test_what_the_library_ignores_is_no_reason_to_refuse() -> None:
     result = engine().generate(**INPUTS, max_new_tokens=6, output_scores=True, num_beams=1, length_penalty=1.0, **idle)
     assert isinstance(wanted, Result) and isinstance(result, Result)
     assert result.tokens == wanted.tokens
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
+@pytest.mark.parametrize("more", [0.0, 0.5])
+def test_lengths_that_are_no_integers(name: str, more: float) -> None:
+    with pytest.raises(UserError, match=f"{name}=.*integer"):
+        engine().generate(**INPUTS, **{name: INPUTS["input_ids"].shape[1] + 4 + more})
+
+
+def test_a_cache_that_is_neither_used_nor_not() -> None:
+    """`generate()` takes a keyword of None for a no, and a config's for its default."""
+    assert "use_cache=None" in refused(engine(), use_cache=None)
+    config = GenerationConfig(max_new_tokens=4, use_cache=None, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
+    assert engine().generate(**INPUTS, generation_config=config).tokens
+
+
+@pytest.mark.parametrize("own", [None, "says"])
+@pytest.mark.parametrize("given", [{}, {"stop_strings": None}, {"stop_strings": "again"}, {"stop_strings": ["says"]}])
+def test_stop_strings_of_the_door_that_counts(given: dict[str, Any], own: str | None) -> None:
+    """A keyword overrules the model's own config, and so does one of None."""
+    model, processor = tiny.llava(len(tiny_checkpoint.SPECIAL) + 256), tiny_checkpoint.processor()
+    vlm = SpeculativeVLM(model, processor, drafter="prompt-lookup")
+    prompt = vlm._inputs(None, "What it says, it says again.", None)
+    length, settings = prompt["input_ids"].shape[1], {"max_new_tokens": 24, "suppress_tokens": [tiny.EOS]}
+    free = processor.tokenizer.decode(model.generate(**prompt, **settings)[0, length:])
+    names = {"says": free[4:6], "again": free[8:10]}
+    model.generation_config.stop_strings = names.get(own or "")
+    given = {k: v and ([names[x] for x in v] if isinstance(v, list) else names[v]) for k, v in given.items()}
+    wanted = model.generate(**prompt, **settings, **given, tokenizer=processor.tokenizer)[0, length:].tolist()
+    assert vlm.generate(**prompt, **settings, **given).tokens == wanted
+
+
+@pytest.mark.parametrize("backend", ["plain", "measure"])
+def test_what_the_encoder_is_told_is_told_to_it(backend: str) -> None:
+    """Also where the same picture is remembered, as it was encoded without."""
+    model = tiny.llava(sharpness=10.0)
+    vlm, found = SpeculativeVLM(model, None, SpeculativeConfig(backend=backend), "prompt-lookup"), []
+    for told in ({}, {"vision_feature_layer": -1}, {"vision_feature_layer": 1}, {}):
+        wanted = model.generate(**INPUTS, **told, max_new_tokens=12)[0, INPUTS["input_ids"].shape[1] :].tolist()
+        assert vlm.generate(**INPUTS, **told, max_new_tokens=12).tokens == wanted
+        found.append(wanted)
+    assert found[0] != found[1] or found[0] != found[2], "the setting means something"
+    with pytest.raises(ValueError, match="do not match"):
+        vlm.generate(**INPUTS, vision_feature_select_strategy="full", max_new_tokens=4)

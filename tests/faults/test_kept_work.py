@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -107,7 +109,7 @@ def test_a_broken_off_bench_has_results_and_goes_on(
         stop_at(patch, 8, stop)  # two of each to warm up and for two samples, then one
         code, _, err = run(capsys, *bench(place, out, *cuts))
     assert code == {KeyboardInterrupt: 130, RuntimeError: 1, UserError: 2}[type(stop)]
-    assert "2 of 4 samples" in err.splitlines()[-1 if code != 1 else -2] and "the same command goes on" in err
+    assert "2 of 4 samples" in err.splitlines()[-1] and "the same command goes on" in err
     part = json.loads((out / "results.json").read_text())
     assert part["environment"]["broken_off"] == "2 of 4 samples"
     assert {row["samples"] for row in part["rows"]} == {2}
@@ -173,6 +175,27 @@ def test_a_bench_without_out_tells_what_it_has(
     code, told, err = run(capsys, "bench", *options(place, "--backend", "plain", "--json"))
     assert code == 130 and "with --out" in one_line(err)
     assert json.loads(told)["environment"]["broken_off"] == "2 of 4 samples"
+
+
+@pytest.mark.parametrize("command", ["bench", "verify"])
+def test_sigterm_breaks_off_as_ctrl_c_does(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    generate, calls = SpeculativeVLM.generate, []
+
+    def stopped(self: SpeculativeVLM, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(SpeculativeVLM, "generate", stopped)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        code, told, err = run(capsys, command, *options(place, "--backend", "plain", "--json"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and "interrupted" in one_line(err) and json.loads(told)
 
 
 def test_a_broken_off_certificate_has_not_passed(
@@ -419,3 +442,46 @@ def test_data_that_asks_again_is_the_same_data(place: Path, tmp_path: Path) -> N
     (other / "1.png").replace(other / "0.png")
     (other / "1.png").write_bytes((other / "0.png").read_bytes())
     assert digest(load_data(place / "ask.jsonl", other)) != digest(samples)
+
+
+def test_a_bench_goes_on_with_the_backend_it_began_with(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which backend is faster is measured anew by every process, and on a busy machine it may be either."""
+    command = [a if a != "plain" else "measure" for a in bench(place, tmp_path)]
+    for fused, call in ((True, 8), (False, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr("msd.backends.trial.faster", lambda model, calls, fused=fused: fused)
+            if call is not None:
+                stop_at(patch, call, KeyboardInterrupt())
+            code, told, err = run(capsys, *command)
+    assert code == 0 and "going on with the run" in err
+    assert json.loads(told)["environment"]["backend"] == "fused"
+
+
+def test_what_broke_off_a_bench_and_what_is_kept_is_one_line(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, code in (
+        (RuntimeError("can't allocate memory"), 2),
+        (OSError(28, "No space left on device"), 2),
+        (RuntimeError("ours"), 1),
+    ):
+        with monkeypatch.context() as patch:
+            stop_at(patch, 8, error)
+            found, _, err = run(capsys, *bench(place, tmp_path / str(error)))
+        assert found == code and err.count("\n") == 1 and "2 of 4 samples are measured and kept in" in err, err
+
+
+def test_answers_cannot_go_on_in_a_device(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one never ends."""
+    monkeypatch.setattr("msd.loading.load_target", None)
+    code, _, err = run(capsys, "capture", "--target", place, "--data", place / "ask.jsonl", "--out", "/dev/null")
+    assert code == 2 and "'/dev/null' is not a regular file" in one_line(err)
+
+
+def test_a_name_that_no_file_can_have(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    code, _, err = run(capsys, "inspect", place / "images" / "0.png", "-p", "?", "-o", "x" * 300)
+    assert code == 2 and "name too long" in one_line(err)

@@ -136,7 +136,7 @@ def _content(tensor: Tensor) -> bytes:
         return about
     if hasattr(tensor, "__tensor_flatten__"):  # quantised: numbers and scales
         return about + b"".join(_content(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = raw.clone() if raw.storage_offset() % 8 else raw
     whole = 0 if raw.numel() <= SMALL else raw.numel() // (8 * BLOCK) * (8 * BLOCK)
     rest = raw[whole:].cpu().numpy().tobytes()

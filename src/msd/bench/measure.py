@@ -30,7 +30,7 @@ from msd.bench.labels import LabelledSample, Labeller, columns
 from msd.bench.mass import SIZES, mean_mass, top_mass
 from msd.bench.rows import row
 from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, library, ours
-from msd.bench.unfinished import Unfinished
+from msd.bench.unfinished import Unfinished, made_of
 from msd.config import SpeculativeConfig
 from msd.cuts import ModalityCuts
 from msd.drafters import recordings
@@ -129,7 +129,8 @@ class Bench:
             except REFUSALS as error:
                 self.not_run[name] = _refusal(error)
         names = list(dict.fromkeys([PLAIN, *asked.methods]))
-        self.engines = {name: SpeculativeVLM(model, processor, asked.config, name) for name in names}
+        config = _config(asked.config or SpeculativeConfig(), folder)
+        self.engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
         self.ways |= {
             name: partial(ours, engine, settings=asked.settings, warm=asked.warm)
             for name, engine in self.engines.items()
@@ -272,6 +273,13 @@ class Bench:
 def _seen(engine: SpeculativeVLM, samples: Sequence[Sample]) -> dict[str, Any]:
     """What only the engine's drafter sees of samples."""
     return recordings.argument(engine.drafter, [sample.events for sample in samples])
+
+
+def _config(config: SpeculativeConfig, folder: Path | None) -> SpeculativeConfig:
+    """With the backend that a broken-off run in `folder` measured to be the faster, for a run that would measure it."""
+    begun = made_of(folder).get("backend")
+    known = config.backend == "measure" and begun in ("plain", "fused")
+    return config.model_copy(update={"backend": begun}) if known else config
 
 
 def _refusal(error: Exception) -> str:

@@ -21,6 +21,14 @@ NAME, FORMAT = "unfinished.jsonl", 1
 P = TypeVar("P")
 
 
+def made_of(folder: Path | None) -> dict[str, Any]:
+    """What the broken-off run in a folder is made of; empty where there is none, or none that can be read."""
+    path = None if folder is None else folder / NAME
+    rows = read_rows(path, "")[0] if path is not None and path.is_file() else []
+    found = rows[0].get("made_of") if rows else None
+    return found if isinstance(found, dict) else {}
+
+
 class Unfinished:
     """Parts of a run, each a dataclass, by their kind and number. Without a folder nothing is kept."""
 

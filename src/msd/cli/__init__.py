@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from contextlib import suppress
 
@@ -68,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     use_huge_pages()
     terminal.any_encoding()
+    _stop_on_sigterm()
     try:
         code = app(args=arguments or ["--help"], standalone_mode=False) or 0
         terminal.flush()
@@ -87,16 +90,24 @@ def main(arguments: list[str] | None = None) -> None:
         if error.errno not in FULL:
             _report(error)
         terminal.give_up_output()
-        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2)
+        what = f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"
+        _fail("; ".join([what, *_notes(error)]), 2)
     except Exception as error:
         if told := _of_the_user(error):
-            _fail(told, 2)
+            _fail("; ".join([told, *_notes(error)]), 2)
         _report(error)
+
+
+def _stop_on_sigterm() -> None:
+    """SIGTERM, as `kill` and `timeout` send it, breaks a command off as Ctrl-C does: what it has is kept or told."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _report(error: Exception) -> None:
     """Tells of a bug of ours: one line for the user, the traceback in a file for the report."""
-    told = f"internal error: {type(error).__name__}: {error}; please report it"
+    told = "; ".join([f"internal error: {type(error).__name__}: {error}", *_notes(error), "please report it"])
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="msd-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
@@ -105,6 +116,11 @@ def _report(error: Exception) -> None:
     except OSError:  # no room for it either
         _fail(told, 1)
     _fail(f"{told} with {log.name}", 1)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What a command added to an error: what of its work is kept."""
+    return getattr(error, "__notes__", [])
 
 
 def _of_the_user(error: Exception) -> str | None:

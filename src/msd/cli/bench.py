@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -128,7 +127,7 @@ def _keep(work: Bench, out: Path | None, as_json: bool, error: BaseException) ->
         raise InterruptedRunError(f"interrupted; {told}") from error
     if isinstance(error, UserError):
         raise UserError(f"{error}; {told}") from error
-    print(f"msd: {told}", file=sys.stderr)
+    error.add_note(told)
 
 
 def _ways(names: str, known: list[str]) -> list[str]:

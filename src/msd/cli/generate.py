@@ -41,6 +41,7 @@ def generate(
 ) -> None:
     """Answer PROMPT about what is shown; the text appears as it is made."""
     seen = scene(shown, drafting.target, audio)
+    decoding = sampling.settings(max_new_tokens)
     checked = policy.checked()
     method = drafting.chosen(seen.target)
     quiet()
@@ -50,7 +51,7 @@ def generate(
     config = SpeculativeConfig(label=True, backend=drafting.backend, **checked)
     with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=drafting.device)
-    asked = {**sampling.settings(max_new_tokens), **seen.of(vlm.drafter)}
+    asked = {**decoding, **seen.of(vlm.drafter)}
     if as_json:
         print(json.dumps(vlm.generate(seen.shown, shown.prompt, **asked).as_dict()))
         return

@@ -28,10 +28,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Answer PROMPT and write a page of the draft trees: what was tried, and what the target took."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"cannot write '{out}': name a file in a folder that exists")
     check_place(out)
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write '{out}': name a file in a folder that exists")
     seen = scene(shown, drafting.target)
+    decoding = sampling.settings(max_new_tokens)
     method = drafting.chosen(seen.target)
     quiet()
     share_cores()
@@ -42,7 +43,7 @@ def inspect(
     config = SpeculativeConfig(label=True, backend=drafting.backend, adaptive=False)
     with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=drafting.device)
-    asked = {**sampling.settings(max_new_tokens), **seen.of(vlm.drafter)}
+    asked = {**decoding, **seen.of(vlm.drafter)}
     trace = Trace()
     answer = vlm.generate(seen.shown, shown.prompt, on_step=trace, **asked)
     events = _events(asked["events"], f"{shown.events}: what the drafter sees beside") if "events" in asked else ""

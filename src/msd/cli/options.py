@@ -146,8 +146,8 @@ class Drafting:
     def chosen(self, target: str) -> str | None:
         """The method's name, None for the target's own; UserError for an unknown one."""
         trained = use_drafter(self.drafter)
-        method = self.method or trained
-        if method:
+        method = trained if self.method is None else self.method
+        if method is not None:
             chosen_methods(method, target)
         return method
 
@@ -162,8 +162,11 @@ class Sampling:
     seed: Seed = None
 
     def settings(self, max_new_tokens: int) -> dict[str, Any]:
-        """Arguments of `SpeculativeVLM.generate`."""
+        """Arguments of `SpeculativeVLM.generate`; UserError for what only sampling has."""
         sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
+            name = "--top-k" if self.top_p is None else "--top-p"
+            raise UserError(f"{name} limits what is sampled, and at --temperature 0 nothing is; raise the temperature")
         if self.temperature > 0:
             sampling = {
                 "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k
@@ -187,6 +190,8 @@ class Policy:
         table: dict[str, float] = {}
         for entry in self.threshold or ():
             name, _, number = entry.partition("=")
+            if name in table:
+                raise UserError(f"--threshold '{name}' is given twice; give it once")
             try:
                 table[name] = float(number)
             except ValueError as error:
@@ -255,7 +260,9 @@ def scene(asked: Shown, target: str | None, sounds: list[Path] | None = None) ->
     from msd.sounds import Audio
     from msd.videos import CLIP_FRAMES, FRAMES, Video
 
-    target = target or ("reference" if asked.events is None else "reference-video")
+    target = ("reference" if asked.events is None else "reference-video") if target is None else target
+    if asked.frames is not None and not asked.video and (asked.events is None or asked.images or sounds):
+        raise UserError("--frames is for a --video, or for a recording shown alone; leave it out")
     frames = asked.frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
     heard = [Audio(path) for path in sounds or ()]
     sources = [*(asked.images or ()), *(Video(path, frames) for path in asked.video or ()), *heard]

@@ -7,7 +7,8 @@ is encoded, and remembered, by itself: an image, a video, or a tile where proces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,17 @@ class Pictures:
             return {**piece, self.pixels: pixels[: int(real[-1]) + 1 if len(real) else 1]}
         return piece
 
-    def encode(self, model: PreTrainedModel, pieces: Sequence[Piece]) -> list[Features]:
-        """The model's own features of pieces that came in one batch."""
-        return self._divided(self._run(model, self._together(pieces)), len(pieces))
+    def settings(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What else of `inputs` the model's encoder takes, such as `vision_feature_layer`; as `generate()` hands it."""
+        tensors = {self.pixels, *self.beside, *self.spent}
+        names = inspect.signature(self._encoder(model)).parameters
+        return {name: inputs[name] for name in names if name in inputs and name not in tensors}
+
+    def encode(
+        self, model: PreTrainedModel, pieces: Sequence[Piece], settings: dict[str, Any] | None = None
+    ) -> list[Features]:
+        """The model's own features of pieces that came in one batch. settings: further arguments of its encoder."""
+        return self._divided(self._run(model, {**(settings or {}), **self._together(pieces)}), len(pieces))
 
     def joined(self, features: Sequence[Features]) -> BaseModelOutputWithPooling:
         """Features of all pieces as `forward` takes them."""
@@ -91,9 +100,11 @@ class Pictures:
     @torch.no_grad()
     def _run(self, model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
         """The model's own encoder."""
-        encoder = getattr(model.base_model, f"get_{self.modality}_features")
         moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        return encoder(**moved, return_dict=True)
+        return self._encoder(model)(**moved, return_dict=True)
+
+    def _encoder(self, model: PreTrainedModel) -> Callable[..., Any]:
+        return getattr(model.base_model, f"get_{self.modality}_features")
 
     def _divided(self, output: Any, count: int) -> list[Features]:
         """An encoder's output by piece. Where it does not tell them apart, they are equally long."""
@@ -169,13 +180,16 @@ class AnyResolution(Pictures):
         alone = [True] * len(pieces) if sizes is None else [int(n) == 1 for n in sizes for _ in range(int(n))]
         return [{**piece, "alone": torch.tensor(a)} for piece, a in zip(pieces, alone, strict=True)]
 
-    def encode(self, model: PreTrainedModel, pieces: Sequence[Piece]) -> list[Features]:
+    def encode(
+        self, model: PreTrainedModel, pieces: Sequence[Piece], settings: dict[str, Any] | None = None
+    ) -> list[Features]:
         """See `Pictures`; those that are cut apart from those that are not."""
         found: dict[int, Features] = {}
         for alone in (True, False):
             some = [i for i, piece in enumerate(pieces) if bool(piece["alone"]) is alone]
             if some:
-                arguments = self._together([{k: v for k, v in pieces[i].items() if k != "alone"} for i in some])
+                together = self._together([{k: v for k, v in pieces[i].items() if k != "alone"} for i in some])
+                arguments = {**(settings or {}), **together}
                 arguments[self.groups] = torch.tensor([1] * len(some) if alone else [max(2, len(some))])
                 found.update(zip(some, self._divided(self._run(model, arguments), len(some)), strict=True))
         return [found[i] for i in range(len(pieces))]

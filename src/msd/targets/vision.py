@@ -1,9 +1,9 @@
 """VisionCache: a picture is encoded once, whatever request or turn it comes in.
 
-The key is the content: bytes, shape and dtype of every tensor that describes the picture (pixels, tile sizes), never a
-name, and never bytes without their shape (CVE-2025-46722). Least recently used features leave first. All leave when
-the modules that make them have changed, or another model's come in; where these have hooks nothing is remembered, since
-hooks are to see every picture.
+The key is the content: bytes, shape and dtype of every tensor that describes the picture (pixels, tile sizes), and the
+settings that a request gives the encoder; never a name, and never bytes without their shape (CVE-2025-46722). Least
+recently used features leave first. All leave when the modules that make them have changed, or another model's come in;
+where these have hooks nothing is remembered, since hooks are to see every picture.
 """
 
 from __future__ import annotations
@@ -53,29 +53,35 @@ class VisionCache:
             pieces = kind.pieces(inputs)
             rest = {k: v for k, v in rest.items() if k not in kind.spent}
             if pieces:
-                outputs[kind.modality] = kind.joined(self._features_of(model, kind, pieces))
+                features = self._features_of(model, kind, pieces, kind.settings(model, inputs))
+                outputs[kind.modality] = kind.joined(features)
         return {**rest, "mm_encoder_outputs": outputs} if outputs else rest
 
-    def _features_of(self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]]) -> list[Features]:
+    def _features_of(
+        self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]], settings: dict[str, Any]
+    ) -> list[Features]:
         maker = _maker(model)
         if maker.hooked():
-            return kind.encode(model, pieces)
+            return kind.encode(model, pieces, settings)
         with self._lock:
             if self._made_by is None or not maker.same(self._made_by):
                 self._features.clear()
                 self._made_by = maker
                 maker.read()
-            return self._remembered(model, kind, pieces)
+            return self._remembered(model, kind, pieces, settings)
 
-    def _remembered(self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]]) -> list[Features]:
-        keys = [_key(kind.modality, kind.identity(piece)) for piece in pieces]
+    def _remembered(
+        self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]], settings: dict[str, Any]
+    ) -> list[Features]:
+        way = f"{kind.modality}{settings or ''}"
+        keys = [_key(way, kind.identity(piece)) for piece in pieces]
         fresh = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
         self.misses += len(fresh)
         self.hits += len(pieces) - len(fresh)
         found = {key: self._features[key] for key in keys if key in self._features}
         if fresh:
             order = sorted(fresh.values())
-            encoded = kind.encode(model, [pieces[i] for i in order])
+            encoded = kind.encode(model, [pieces[i] for i in order], settings)
             found.update({keys[i]: f for i, f in zip(order, encoded, strict=True)})
         for key in keys:
             self._features[key] = found[key]
@@ -92,9 +98,9 @@ def _maker(model: PreTrainedModel) -> Revision:
     return Revision(modules, unhooked=around)
 
 
-def _key(modality: str, tensors: dict[str, Tensor]) -> str:
-    """Content hash of named tensors: name, dtype, shape and bytes of each."""
-    digest = hashlib.sha256(modality.encode())
+def _key(way: str, tensors: dict[str, Tensor]) -> str:
+    """Content hash of named tensors: name, dtype, shape and bytes of each. way: how they are encoded."""
+    digest = hashlib.sha256(way.encode())
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().contiguous().cpu()
         digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())

@@ -124,6 +124,8 @@ def _read_back(path: Path, marks: Mapping[str, str]) -> dict[tuple[tuple[str, ..
     """Records of an earlier run by (images, text), without a half-written last line."""
     if not path.exists():
         return {}
+    if not path.is_file():  # a device, such as /dev/full, has no end
+        raise UserError(f"'{path}' is not a regular file, so answers cannot go on in it; choose another place")
     lines, half = _lines(path)
     if half.strip(b"\0") and not half.startswith(b"{"):  # a disk that lost its power may leave zeros
         raise UserError(f"'{path}' is not a file of captured answers; choose another one")

@@ -88,8 +88,11 @@ class DraftTraining:
                 "a drafter to start from brings its method, form, layers and parts; leave these settings out"
             )
         kind = registry.trainable(self.method)
-        if ("form" in given and not kind.forms) or ("off" in given and not kind.parts):
-            raise UserError(f"form and parts to leave out are msd's; method '{self.method}' is trained as published")
+        own = ("form" in given and not kind.forms) or ("off" in given and not kind.parts)
+        if own or (self.loss.weighting != "learned" and not kind.parts):
+            raise UserError(
+                f"form, weighting and parts to leave out are msd's; method '{self.method}' is trained as published"
+            )
 
 
 def train(

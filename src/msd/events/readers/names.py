@@ -58,6 +58,7 @@ def whole(column: Any, name: str) -> Any:
     """Floats that are whole numbers as int64; UserError for other floats, which would be seconds or normalised."""
     if column.dtype.kind != "f":
         return column
+    column = column.astype(np.float64)  # float16 has no 2**53
     rounded = np.rint(column)
     if not np.isfinite(column).all() or (np.abs(column) > 2**53).any() or (rounded != column).any():
         raise UserError(f"column {name} has fractions; give whole numbers, times in microseconds")
