@@ -16,7 +16,7 @@ import pytest
 def known_costs() -> Iterator[None]:
     """The costs of target passes are the same in every test, whatever the machine is doing; `test_plan` measures."""
     from msd import model
-    from msd.costs import Costs
+    from msd.planning.costs import Costs
 
     known = Costs((1, 9, 65), (64, 512), ((0.030, 0.034, 0.124), (0.030, 0.038, 0.147)))
     with pytest.MonkeyPatch.context() as patch:

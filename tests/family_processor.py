@@ -36,7 +36,7 @@ class Letters:
 
 
 class FamilyProcessor:
-    """As far as `msd.prompts` and `msd.model` use one."""
+    """As far as `msd.inputs.prompts` and `msd.model` use one."""
 
     chat_template = "parts as they come"
 

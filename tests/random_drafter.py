@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
+from msd.planning.plan import Budget
 from msd.targets import State
-from msd.tree import Accepted, DraftTree, Scores
 
 
 class RandomDrafter:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msd.cache import KVCache
+from msd.core.cache import KVCache
 
 B, H, D, C = 2, 2, 3, 24
 

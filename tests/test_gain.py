@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import tiny
-from msd.cuts import ModalityCuts
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.errors import UserError
-from msd.gain import assert_images_matter, image_columns, image_gain
-from msd.modality import FUSION, LANGUAGE, VISION
+from msd.labels.image_gain import assert_images_matter, image_columns, image_gain
+from msd.labels.label_thresholds import ModalityCuts
 from msd.targets import Target, adapt
 from msd.targets.fingerprint import fingerprint
 from msd.targets.teacher import teach

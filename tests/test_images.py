@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from msd.errors import UserError
-from msd.images import MAX_BYTES, load_image
+from msd.inputs.images import MAX_BYTES, load_image
 
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
 

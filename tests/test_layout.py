@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msd import modality
+from msd.core import modality
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE, VISION
 from msd.errors import UserError
-from msd.layout import Layout
-from msd.modality import LANGUAGE, VISION
 
 
 def two_rows() -> Layout:

@@ -16,17 +16,17 @@ import tiny_checkpoint
 from msd.bench import measure, modal, report
 from msd.bench.data import Sample
 from msd.cli import main
-from msd.cuts import ModalityCuts
-from msd.layout import Layout
+from msd.core.layout import Layout
+from msd.core.modality import FUSION, LANGUAGE, VISION
+from msd.core.statistics import Step
+from msd.core.tree import DraftTree
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
-from msd.modality import FUSION, LANGUAGE, VISION
 from msd.model import SpeculativeVLM
-from msd.plan import Budget
+from msd.planning.plan import Budget
 from msd.result import Result
-from msd.statistics import Step
 from msd.targets import State, Target
 from msd.targets.fingerprint import fingerprint
-from msd.tree import DraftTree
 from random_drafter import RandomDrafter
 
 L, V, F = LANGUAGE.id, VISION.id, FUSION.id

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from msd import costs as costs_module
-from msd.costs import Costs, costs, measure
 from msd.drafters.toolkit.growth import NEVER, _best_size
 from msd.model import SpeculativeVLM
-from msd.plan import LONGEST, PAUSE, Governor, Plan
+from msd.planning import costs as costs_module
+from msd.planning.costs import Costs, costs, measure
+from msd.planning.plan import LONGEST, PAUSE, Governor, Plan
 from msd.targets import adapt
 
 FLAT = Costs((1, 9, 33), (100, 200), ((1.0, 1.0, 4.0), (1.0, 1.0, 6.0)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from msd.bench.repeats import repeating, tau_outside_repeats
-from msd.statistics import Step
+from msd.core.statistics import Step
 
 
 def test_only_what_completes_a_seen_run_repeats() -> None:

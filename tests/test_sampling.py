@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from msd.layout import Layout
-from msd.plan import Plan
-from msd.sampling import Sampler
-from msd.tree import DraftTree, Scores
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree, Scores
+from msd.planning.plan import Plan
 from msd.verify import Lossless
 
 V = 16

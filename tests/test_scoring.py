@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import tiny
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.errors import UserError
 from msd.targets import State, Target, adapt, supported
-from msd.tree import Accepted, DraftTree, Scores
 
 TOLERANCE = 1e-4
 Inputs = dict[str, Tensor]

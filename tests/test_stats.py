@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import tiny
+from msd.core.statistics import Statistics
+from msd.core.tree import Accepted, DraftTree
 from msd.model import SpeculativeVLM
 from msd.result import Result
-from msd.statistics import Statistics
 from msd.targets import Target
-from msd.tree import Accepted, DraftTree
 from random_drafter import RandomDrafter
 
 NEW = 20

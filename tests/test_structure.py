@@ -13,20 +13,18 @@ ROOT = Path(msd.__file__).parent
 # from the ground up; a package stands for all its modules that have no place of their own, and "msd" for the lazy names
 # of msd/__init__.py
 LAYERS: list[set[str]] = [
-    {"errors", "version", "files", "records", "heap", "hidden", "threads"},
-    {"modality", "cuts", "layout", "cache", "tree", "backends"},
-    {"shared_noise"},
-    {"sampling", "statistics", "events"},
-    {"targets", "verify", "gain", "event_gain"},
-    {"costs"},
-    {"plan"},
+    {"errors", "version", "system"},
+    {"core", "backends", "inputs"},
+    {"events"},
+    {"targets", "verify"},
+    {"labels"},
+    {"planning"},
     {"drafters.toolkit"},
     {"train.losses"},
     {"drafters"},
-    {"decode", "ahead"},
-    {"containers", "images", "videos", "sounds", "prompts", "event_tokens", "chat"}
-    | {"model", "options", "config", "result", "loading", "checkpoints", "messages", "seeds", "streaming", "reference"},
-    {"bench", "train", "serve", "estimate", "inspect", "msd"},
+    {"decode"},
+    {"config", "result", "options", "reference", "loading", "streaming", "chat", "model"},
+    {"certify", "bench", "train", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -107,9 +105,9 @@ def test_the_imports_are_seen() -> None:
     texts = modules()
     known = set(texts)
     assert sum(len(imports(text, known)) for text in texts.values()) > 60
-    assert {"msd.drafters", "msd.decode", "msd.plan", "msd.verify"} <= imports(texts["msd.model"], known)
-    assert {"msd.model", "msd.modality"} <= imports(texts["msd"], known), "imports for type checkers count"
-    assert "msd.bench.certificate" in imports(texts["msd.cli.verify"], known), "imports in functions count"
+    assert {"msd.drafters", "msd.decode", "msd.planning.plan", "msd.verify"} <= imports(texts["msd.model"], known)
+    assert {"msd.model", "msd.core.modality"} <= imports(texts["msd"], known), "imports for type checkers count"
+    assert "msd.certify.certificate" in imports(texts["msd.cli.verify"], known), "imports in functions count"
 
 
 @pytest.mark.parametrize(
@@ -125,12 +123,12 @@ def test_the_imports_are_seen() -> None:
 )
 def test_a_planted_upward_import_is_caught(line: str) -> None:
     texts = modules()
-    texts["msd.tree"] += f"\n{line}\n"
+    texts["msd.core.tree"] += f"\n{line}\n"
     assert len(upward(texts)) == 1
 
 
 def test_a_planted_cycle_is_caught() -> None:
     texts = modules()
-    texts["msd.layout"] += "\nimport msd.tree\n"
-    texts["msd.tree"] += "\nimport msd.layout\n"
-    assert {"msd.layout", "msd.tree"} <= set(cycle({n: t for n, t in texts.items() if n != "msd"}))
+    texts["msd.core.layout"] += "\nimport msd.core.tree\n"
+    texts["msd.core.tree"] += "\nimport msd.core.layout\n"
+    assert {"msd.core.layout", "msd.core.tree"} <= set(cycle({n: t for n, t in texts.items() if n != "msd"}))

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from msd.cache import KVCache
-from msd.layout import Layout
+from msd.core.cache import KVCache
+from msd.core.layout import Layout
+from msd.core.tree import DraftTree
 from msd.targets import State, Target
-from msd.tree import DraftTree
 
 
 @st.composite

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from msd.layout import Layout
-from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores, Trials
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores, Trials
 from msd.verify import Lossless
 
 V = 5

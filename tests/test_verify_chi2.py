@@ -29,13 +29,13 @@ from transformers import (
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from msd import drafters
-from msd.bench import sampling_law
-from msd.bench.chi2 import chi2_p_value, holm
+from msd.certify import chi2
+from msd.certify.chi2 import chi2_p_value, holm
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores, Trials
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
-from msd.layout import Layout
 from msd.model import SpeculativeVLM
-from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores, Trials
 from msd.verify import Lossless, Verifier, rejection
 
 V, ROWS, DRAWS = 6, 10_000, 100_000
@@ -218,26 +218,26 @@ def test_drawing_from_p_instead_of_the_residual_is_caught(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("method", ["ar", "prompt-lookup", "prompt-lookup:sampled"])
 def test_the_whole_loop_follows_the_targets_law(method: str) -> None:
     """3,000 answers a setting here; `msd verify` takes 10⁵. Lies once in a thousand for each method."""
-    assert not any(holm(sampling_law.end_to_end_p_values(drafters.create(method), 3_000), FALSE_ALARM))
+    assert not any(holm(chi2.end_to_end_p_values(drafters.create(method), 3_000), FALSE_ALARM))
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
 @pytest.mark.parametrize("subtrees", [True, False])
 def test_modality_subtrees_follow_the_targets_law(form: str, subtrees: bool) -> None:
     """Draws from several subtrees below one root, their number decided by the router."""
-    model = sampling_law.tiny_model()
+    model = chi2.tiny_model()
     config = MSDConfig.for_target(model.config.text_config, V, form=form, subtrees=subtrees, active_from=0.0)
     drafter = MSD(MSDNetwork(config), sampled=True)
-    assert not any(holm(sampling_law.end_to_end_p_values(drafter, 3_000), FALSE_ALARM))
+    assert not any(holm(chi2.end_to_end_p_values(drafter, 3_000), FALSE_ALARM))
     engine = SpeculativeVLM(model, None, drafter=drafter.twin(model))
-    _, statistics = sampling_law.count_answers(engine, 500, 1.0, 0)
+    _, statistics = chi2.count_answers(engine, 500, 1.0, 0)
     assert statistics.num_accepted_draft_tokens > 100
     assert statistics.num_draft_tokens > 2 * statistics.num_accepted_draft_tokens
 
 
 def test_the_whole_loop_does_draft() -> None:
-    engine = SpeculativeVLM(sampling_law.tiny_model(), None, drafter="prompt-lookup:sampled")
-    counts, statistics = sampling_law.count_answers(engine, 500, 1.0, 0)
+    engine = SpeculativeVLM(chi2.tiny_model(), None, drafter="prompt-lookup:sampled")
+    counts, statistics = chi2.count_answers(engine, 500, 1.0, 0)
     assert int(counts.sum()) == 500
     assert statistics.num_accepted_draft_tokens > 100
     assert statistics.num_draft_tokens > 2 * statistics.num_accepted_draft_tokens, "and drafts are rejected too"
@@ -245,7 +245,7 @@ def test_the_whole_loop_does_draft() -> None:
 
 def test_the_whole_loop_is_caught_with_an_unnormalised_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rejection, "normalise", _left_as_it_is)
-    assert min(sampling_law.end_to_end_p_values(drafters.create("prompt-lookup:sampled"), 10_000)) < CAUGHT
+    assert min(chi2.end_to_end_p_values(drafters.create("prompt-lookup:sampled"), 10_000)) < CAUGHT
 
 
 def test_p_values_of_a_right_law_are_uniform() -> None:

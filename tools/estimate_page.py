@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msd.estimate import Acceptance, Sizes, Workload, card, plans, sizes
-from msd.files import write_whole
-from msd.records import read_json
+from msd.system.files import write_whole
+from msd.system.records import read_json
 
 ROOT = Path(__file__).parents[1]
 CARD = "A100-80"

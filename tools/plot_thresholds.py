@@ -17,11 +17,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from msd import modality
-from msd.files import write_whole
+from msd.core import modality
+from msd.system.files import write_whole
 from msd.verify import calibrate
 from msd.verify.divergence import budget_law, sampled_law, threshold_law, total_variation
-from msd.verify.rules import hard, soft
+from msd.verify.rejection import hard, soft
 
 OUT = Path(__file__).parents[1] / "docs" / "images"
 NOISE = {"language": 0.5, "fusion": 0.8, "vision": 1.2}

@@ -9,8 +9,8 @@ from typing import Any
 
 from msd.bench import report
 from msd.errors import UserError
-from msd.files import write_whole
-from msd.records import read_json
+from msd.system.files import write_whole
+from msd.system.records import read_json
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("vision", "language", "fusion")

@@ -23,7 +23,7 @@ from data import CAPTION_PROMPTS, DETAIL_PROMPTS
 from features import read_jsonl
 from prompts import about_photos, photos, texts
 
-from msd.files import write_whole
+from msd.system.files import write_whole
 
 COUNTS = {"detail": 18, "caption": 20, "vqa": 12, "cocoqa": 10, "chat": 3, "ocr": 6, "text": 3}
 READ = ("What does the text in the image say?", "Read the text in the picture.", "Which words are printed here?")

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from msd import costs
 from msd.estimate import card, pass_seconds
 from msd.estimate.roofline import prefill_seconds
 from msd.estimate.sizes import of_config
-from msd.files import write_whole
 from msd.loading import load_target
+from msd.planning import costs
+from msd.system.files import write_whole
 from msd.targets import Target, adapt
 
 PROMPTS = (64, 128, 256)

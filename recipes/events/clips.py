@@ -32,7 +32,7 @@ from facts import extract, tidy
 from features import read_jsonl
 from long_answers import least_overlapping, long_answer
 
-from msd.files import write_whole
+from msd.system.files import write_whole
 
 FRAMES, SENSOR, DURATION = 4, (96, 96), 2_000_000  # sensor pixels; µs
 SHOWN = tuple((2 * i + 1) * DURATION // (2 * FRAMES) for i in range(FRAMES))  # when a frame is on screen, µs

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msd.backends.precision import faster_in_bf16
-from msd.heap import use_huge_pages
+from msd.backends.packed import faster_in_bf16
 from msd.reference.assemble import assemble
 from msd.reference.encoder import load_encoder
 from msd.reference.sources import CHECKSUMS, fingerprint, locate
+from msd.system.huge_pages import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "reference_vlm"))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import msd
-from msd.costs import _processor
+from msd.planning.costs import _processor
 from msd.reference import sample_photos
 
 PROMPT = "Describe the image in detail."

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from msd.files import write_whole
+from msd.system.files import write_whole
 
 PROMPTS = ("Describe the image in detail.", "What is in the picture?", "Write a caption for the image.")
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from msd.bench.data import data_lines
 from msd.bench.modal import SHIPPED
-from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.files import write_whole
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
+from msd.system.files import write_whole
 from msd.targets.fingerprint import fingerprint
 from msd.train.capture import Answer, Prompt, capture
 from msd.train.captured import cuts_path

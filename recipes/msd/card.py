@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import safe_open
 
 from msd.drafters.toolkit import checkpoint
-from msd.files import write_whole
-from msd.records import read_json
+from msd.system.files import write_whole
+from msd.system.records import read_json
 
 NAMES = ("vision", "language", "fusion")
 

@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
 
 from metrics import caption_scores
 
-from msd import prompts
 from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
+from msd.core.statistics import Statistics
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD
-from msd.files import write_whole
-from msd.heap import use_huge_pages
+from msd.inputs import prompts
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
-from msd.statistics import Statistics
+from msd.system.files import write_whole
+from msd.system.huge_pages import use_huge_pages
 
 PROMPT = "Write a short caption for this picture."
 POLICIES: dict[str, dict[str, Any]] = {

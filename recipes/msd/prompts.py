@@ -25,7 +25,7 @@ from facts import extract, open_questions, yes_no
 from features import read_jsonl
 from text_turns import TRAIN_FILES, VAL_FILES
 
-from msd.files import write_whole
+from msd.system.files import write_whole
 
 LONGEST = 240  # characters of a text-only prompt
 Line = dict[str, Any]

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from msd import drafters
-from msd.backends.precision import faster_in_bf16
+from msd.backends.packed import faster_in_bf16
 from msd.bench import files, measure, report
 from msd.bench.data import load_data
-from msd.cuts import ModalityCuts
+from msd.core.modality import LANGUAGE
+from msd.core.tree import Scores
 from msd.drafters import registry
 from msd.drafters.algorithms.combined import TRUNKS, Combined
 from msd.drafters.algorithms.msd import MSD, SWITCHES, MSDNetwork
@@ -40,19 +41,18 @@ from msd.drafters.algorithms.msd.config import shapes_of
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
-from msd.files import write_whole
-from msd.heap import use_huge_pages
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
-from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
-from msd.records import read_json
+from msd.system.files import write_whole
+from msd.system.huge_pages import use_huge_pages
+from msd.system.records import read_json
 from msd.targets import State, adapt
 from msd.train.captured import Captured, cuts_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, train, untrained
 from msd.train.lessons import Lessons, Notebook
 from msd.train.loop import signals
 from msd.train.losses.msd import LossConfig
-from msd.tree import Scores
 
 FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps that a row's speed is measured on

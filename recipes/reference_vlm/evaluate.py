@@ -25,7 +25,7 @@ from PIL import Image
 from seeing import Seeing, load
 
 from msd.bench.data import BUNDLED, data_lines
-from msd.files import write_whole
+from msd.system.files import write_whole
 from msd.train.capture import Prompt
 
 CAPTION, DETAIL = "Write a short caption for this picture.", "Describe the image in detail."

@@ -23,8 +23,8 @@ import torch
 from pictures import FRAMES, MOTIONS, clip, word_picture
 from PIL import Image
 
-from msd.files import write_whole
 from msd.reference.encoder import load_encoder, thumbnails
+from msd.system.files import write_whole
 
 SIDE, CELLS, WIDTH, COLOURS = 256, 64, 1280, 48
 Row = dict[str, Any]  # what one row shows: "image", "split" and, where made, "text", "motion", "ink", "ground"

@@ -17,7 +17,7 @@ from pack import Batch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from msd.files import write_whole
+from msd.system.files import write_whole
 
 CELLS, VISION, COLOURS, HIDDEN = 64, 1280, 48, 576
 QVO = ("q_proj", "v_proj", "o_proj")

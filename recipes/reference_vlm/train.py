@@ -22,9 +22,9 @@ from model import ALL, QVO, ModelConfig, TrainableVLM, load_weights, save_weight
 from pack import Batch
 from torch import Tensor
 
-from msd.backends.precision import faster_in_bf16
+from msd.backends.packed import faster_in_bf16
 from msd.bench.data import data_lines
-from msd.heap import use_huge_pages
+from msd.system.huge_pages import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 
 COLOUR = "tower.colour"

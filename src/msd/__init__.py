@@ -16,14 +16,14 @@ from msd.version import __version__
 
 if TYPE_CHECKING:
     from msd.config import SpeculativeConfig
-    from msd.modality import Modality
+    from msd.core.modality import Modality
+    from msd.inputs.sounds import Audio
+    from msd.inputs.videos import Video
     from msd.model import SpeculativeVLM
     from msd.result import Result
-    from msd.sounds import Audio
-    from msd.threads import share_cores
+    from msd.system.threads import share_cores
     from msd.train.losses.msd import msd_draft_loss
     from msd.verify import MSDVerification
-    from msd.videos import Video
 
 __all__ = [
     "Audio",
@@ -40,15 +40,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Audio": "msd.sounds",
+    "Audio": "msd.inputs.sounds",
     "MSDVerification": "msd.verify",
-    "Modality": "msd.modality",
+    "Modality": "msd.core.modality",
     "Result": "msd.result",
     "SpeculativeConfig": "msd.config",
     "SpeculativeVLM": "msd.model",
-    "Video": "msd.videos",
+    "Video": "msd.inputs.videos",
     "msd_draft_loss": "msd.train.losses.msd",
-    "share_cores": "msd.threads",
+    "share_cores": "msd.system.threads",
 }
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from msd import prompts
 from msd.errors import UserError
+from msd.inputs import prompts
 from msd.result import Result
 from msd.streaming import Steps, Stream, finished
 from msd.targets import Past

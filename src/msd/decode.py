@@ -14,12 +14,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree, Scores, Step
 from msd.drafters.base import Drafter
-from msd.plan import Plan
-from msd.sampling import Sampler
+from msd.planning.plan import Plan
 from msd.targets.base import Target
 from msd.targets.state import State
-from msd.tree import DraftTree, Scores, Step
 from msd.verify import Verifier
 
 

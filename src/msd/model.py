@@ -18,25 +18,25 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from msd import drafters, loading, options, prompts, verify
-from msd.ahead import Ahead, Beside
+from msd import drafters, loading, options, verify
 from msd.chat import Chat
 from msd.config import SpeculativeConfig
-from msd.costs import costs
+from msd.core.sampling import Sampler, Seed, generators
+from msd.core.statistics import Statistics
+from msd.core.tree import Step
 from msd.decode import decode
 from msd.drafters import BorrowsEye, Calibrated, Drafter, Translates, recordings
+from msd.drafters.overlap import Ahead, Beside
+from msd.drafters.recordings import event_tokens
 from msd.errors import UserError
-from msd.event_tokens import event_tokens
-from msd.plan import Plan
+from msd.inputs import prompts
+from msd.planning.costs import costs
+from msd.planning.plan import Plan
 from msd.result import Result
-from msd.sampling import Sampler
-from msd.seeds import Seed, generators
-from msd.statistics import Statistics
 from msd.streaming import Steps, Stream, finished, request_lock
+from msd.system.threads import Cores, watched
 from msd.targets import Past, adapt
 from msd.targets.fingerprint import fingerprint
-from msd.threads import Cores, watched
-from msd.tree import Step
 
 
 class SpeculativeVLM:
@@ -131,9 +131,9 @@ class SpeculativeVLM:
         events: an event recording (file, `EventStream`, `Recording`), or a list with one, or None, for each prompt, for
         a drafter that sees events. What it makes of them is made while the target prefills.
         beside: in their place, tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function
-        that makes them (`statistics.seconds`: see `msd.ahead`).
+        that makes them (`statistics.seconds`: see `msd.drafters.overlap`).
         past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
-        on_step: is given every step with its trees, scores and choices (`msd.tree.Step`), as it is made.
+        on_step: is given every step with its trees, scores and choices (`msd.core.tree.Step`), as it is made.
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from msd.statistics import Statistics
+from msd.core.statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextStreamer
 
+from msd.core.tree import Step
 from msd.errors import UserError
 from msd.result import Result
-from msd.tree import Step
 
 T = TypeVar("T")
 Steps = Generator[Step, None, T]  # a request that computes one step at a time and returns its answer

@@ -12,7 +12,7 @@ import torch
 from msd.bench.conversation import Conversation
 from msd.bench.data import BUNDLED, in_suites, load_data
 from msd.errors import UserError
-from msd.images import load_image
+from msd.inputs.images import load_image
 from msd.model import SpeculativeVLM
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from msd.bench import duels
-from msd.bench.intervals import ratio_interval
+from msd.bench import pairwise
+from msd.bench.pairwise import ratio_interval
 
 
 def results(**seconds: list[float]) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def results(**seconds: list[float]) -> dict[str, Any]:
 
 
 def test_ratios_per_task_and_seed() -> None:
-    ((title, head, rows),) = duels.tables(
+    ((title, head, rows),) = pairwise.tables(
         results(
             ar=[3.0, 4.0, 5.0],
             msd_seed_0=[1.0, 1.0, 1.0],
@@ -38,7 +38,7 @@ def test_ratios_per_task_and_seed() -> None:
 def test_msd_trained_as_long_as_the_others_stands_for_it_and_what_ships_is_apart() -> None:
     told = results(ar=[3.0, 3.0, 3.0], msd=[1.0, 1.0, 1.0], standard=[2.0, 2.0, 2.0])
     told["sample_seconds"]["msd:15min"] = [1.5, 1.5, 1.5]
-    (equal, _, rows), (longer, _, shipped) = duels.tables(told)
+    (equal, _, rows), (longer, _, shipped) = pairwise.tables(told)
     assert "`msd:15min`" in equal and "`msd`" in longer and "longer" in longer
     assert {row[0]: row[1] for row in rows} == {"ar": "2.00", "msd": "0.67", "standard": "1.33"}
     assert {row[0]: row[1] for row in shipped} == {"ar": "3.00", "standard": "2.00", "msd:15min": "1.50"}
@@ -46,10 +46,10 @@ def test_msd_trained_as_long_as_the_others_stands_for_it_and_what_ships_is_apart
 
 def test_one_task_needs_no_column_of_its_own() -> None:
     alone = results(ar=[1.0, 2.0, 3.0], msd=[1.0, 1.0, 1.0]) | {"sample_tasks": ["a"] * 3}
-    ((_, head, rows),) = duels.tables(alone)
+    ((_, head, rows),) = pairwise.tables(alone)
     assert head == ["against", "all", "95%"] and [row[:2] for row in rows] == [["ar", "2.00"]]
 
 
 @pytest.mark.parametrize("told", [{}, results(ar=[1.0, 1.0, 1.0]), results(msd=[1.0, 1.0, 1.0])])
 def test_nothing_to_compare(told: dict[str, Any]) -> None:
-    assert duels.tables(told) == []
+    assert pairwise.tables(told) == []

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from msd.bench import description, errors, plots, report
+from msd.bench.errors import KINDS, kind_of, kinds_of
 from msd.bench.page import page
-from msd.bench.words import KINDS, kind_of, kinds_of
-from msd.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VISION
-from msd.statistics import RowStep
+from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VISION
+from msd.core.statistics import RowStep
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msd.bench.intervals import ratio_interval
+from msd.bench.pairwise import ratio_interval
 
 
 def test_a_constant_ratio_has_no_width() -> None:

@@ -10,8 +10,8 @@ from msd.bench import measure, report
 from msd.bench.assistant import shallow
 from msd.bench.data import Sample
 from msd.bench.timing import LIBRARY, Run, _until, library
+from msd.core.statistics import RowStep, Statistics
 from msd.loading import load_target
-from msd.statistics import RowStep, Statistics
 
 NEW = 10
 

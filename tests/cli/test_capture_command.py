@@ -11,7 +11,7 @@ import pytest
 
 import tiny_checkpoint
 from msd.cli import main
-from msd.cuts import ModalityCuts
+from msd.labels.label_thresholds import ModalityCuts
 from msd.train.capture import Answer, Prompt
 from msd.train.target_writer import TargetWriter
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 import tiny_checkpoint
-from msd.cuts import ModalityCuts
 from msd.drafters import registry
-from msd.event_gain import cell_kinds, event_costs
-from msd.event_tokens import FRAMES, event_tokens
+from msd.drafters.recordings import FRAMES, event_tokens
 from msd.events import events_of_photo, frames, read
 from msd.events.pooling import pooled
+from msd.inputs.prompts import prepare
+from msd.labels.event_gain import cell_kinds, event_costs
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
-from msd.prompts import prepare
 from msd.targets import adapt
 from training_command import FLOAT32, run, train
 

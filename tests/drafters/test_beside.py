@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tiny
 from msd.config import SpeculativeConfig
+from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
 from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
@@ -18,7 +19,6 @@ from msd.model import SpeculativeVLM
 from msd.targets import adapt
 from msd.targets.teacher import Lesson, teach
 from msd.train.losses.msd import LossConfig
-from msd.tree import DraftTree
 
 MODEL = tiny.llava()
 GROUPS = ((3, 2), (4, 1))

@@ -11,20 +11,20 @@ import torch
 import rivals
 import tiny
 import tiny_checkpoint
-from msd import modality
-from msd.bench import certificate
 from msd.bench.data import Sample
+from msd.certify import certificate
 from msd.config import SpeculativeConfig
+from msd.core import modality
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree
 from msd.drafters import registry
 from msd.drafters.algorithms.combined import TRUNKS, Combined
 from msd.drafters.algorithms.msd import MSDConfig, MSDNetwork, Shape
 from msd.errors import UserError
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import DraftTree
 
 MODEL = tiny.llava()
 

@@ -18,15 +18,15 @@ from family_layouts import EOS, VOCABULARY, WORDS
 from family_processor import FamilyProcessor, Letters, photos
 from msd import events
 from msd.config import SpeculativeConfig
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
+from msd.core.tree import DraftTree
 from msd.drafters import registry
 from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTConfig, EventGPTDrafter, Pieces, VocabularyMap, save
 from msd.errors import UserError
 from msd.events import EventStream
-from msd.layout import Layout
-from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
-from msd.plan import Budget, Plan
-from msd.tree import DraftTree
+from msd.planning.plan import Budget, Plan
 
 FAMILY = BY_NAME["video_llava"]
 MODEL = FAMILY.make()

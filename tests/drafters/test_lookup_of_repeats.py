@@ -8,12 +8,12 @@ import torch
 import rivals
 import tiny
 from msd.config import SpeculativeConfig
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.model import SpeculativeVLM
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import DraftTree
 from random_drafter import RandomDrafter
 
 MODEL = tiny.llava()

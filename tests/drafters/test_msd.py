@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from msd import modality
 from msd.config import SpeculativeConfig
+from msd.core import modality
+from msd.core.layout import Layout
+from msd.core.tree import DraftTree
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork, Shape
 from msd.drafters.algorithms.msd.drafter import choose
@@ -21,12 +23,10 @@ from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.growth import LevelCost, grow, reached
 from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
-from msd.layout import Layout
 from msd.model import SpeculativeVLM
-from msd.plan import Budget, Plan
+from msd.planning.plan import Budget, Plan
 from msd.targets import adapt
 from msd.targets.teacher import teach
-from msd.tree import DraftTree
 
 FORMS = ["block", "ar"]
 MODEL = tiny.llava()

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 import rivals
 import tiny
+from msd.core.layout import Layout
 from msd.drafters.toolkit.memory import Memory
 from msd.drafters.toolkit.network import DraftNetwork
-from msd.layout import Layout
 from msd.targets import adapt
 from msd.targets.teacher import teach
 

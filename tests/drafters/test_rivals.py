@@ -14,19 +14,19 @@ from transformers import Gemma3TextConfig
 import rivals
 import tiny
 import tiny_checkpoint
-from msd.bench import certificate
 from msd.bench.data import Sample
+from msd.certify import certificate
 from msd.config import SpeculativeConfig
+from msd.core.layout import Layout
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSDConfig
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
-from msd.layout import Layout
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
-from msd.plan import Budget
+from msd.planning.plan import Budget
 from msd.targets.teacher import Lesson
 
 METHODS = list(rivals.RIVALS)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import tiny
-from msd.cuts import EventCuts
+from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
 from msd.errors import UserError
-from msd.event_gain import cell_kinds, event_costs
 from msd.events import EventStream
-from msd.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
+from msd.labels.event_gain import cell_kinds, event_costs
+from msd.labels.label_thresholds import EventCuts
 from msd.targets import adapt
 
 MODEL = tiny.llava(sharpness=5.0)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writers import SIZE, rows, scene, write
 
-from msd import modality
+from msd.core import modality
 from msd.errors import UserError
 from msd.events import EventStream, cells, event_frames, frames, open_chunks, time_surface, voxel_grid
 from msd.events.cells import otsu

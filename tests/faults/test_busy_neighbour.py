@@ -11,11 +11,11 @@ import torch
 
 import msd
 import tiny
-from msd import threads
-from msd.costs import Costs
 from msd.model import SpeculativeVLM
-from msd.plan import Plan
-from msd.threads import LONGEST, PAUSE, Shared, share_cores, watched
+from msd.planning.costs import Costs
+from msd.planning.plan import Plan
+from msd.system import threads
+from msd.system.threads import LONGEST, PAUSE, Shared, share_cores, watched
 
 COSTS = Costs((1, 9, 33), (100, 200), ((1.0, 1.1, 4.0), (1.0, 1.1, 6.0)))
 

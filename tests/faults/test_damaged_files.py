@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import tiny_checkpoint
-from msd import costs as costs_of
-from msd.costs import Costs, costs
-from msd.cuts import ModalityCuts
 from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
-from msd.records import LFS, read_json, read_rows
+from msd.planning import costs as costs_of
+from msd.planning.costs import Costs, costs
 from msd.reference import sources
 from msd.reference.folder import MANIFEST, ensure, is_complete
+from msd.system.records import LFS, read_json, read_rows
 from msd.targets import adapt
 from msd.train import curves
 from msd.train.loop import Loop, LoopConfig

@@ -18,9 +18,10 @@ import tiny
 import tiny_checkpoint
 from msd import drafters
 from msd.bench import kernels
-from msd.bench.certificate import Row
+from msd.certify.certificate import Row
 from msd.cli import app, demo, verify
 from msd.config import SpeculativeConfig
+from msd.core.tree import DraftTree, Scores
 from msd.drafters import Drafter
 from msd.drafters.algorithms import prompt_lookup
 from msd.drafters.algorithms.combined import Combined
@@ -32,9 +33,8 @@ from msd.drafters.toolkit import memory as toolkit_memory
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.memory import DecodedStates
 from msd.model import SpeculativeVLM
-from msd.plan import Governor
+from msd.planning.plan import Governor
 from msd.targets import State, adapt
-from msd.tree import DraftTree, Scores
 from training_command import run
 
 MODEL = tiny.llava()

@@ -18,12 +18,13 @@ import pytest
 import torch
 
 import tiny_checkpoint
-from msd.bench import certificate, measure
+from msd.bench import measure
 from msd.bench.data import load_data
+from msd.certify import certificate
 from msd.drafters.algorithms.msd import DraftObjective
 from msd.errors import UserError
-from msd.files import BESIDE, check_place, exclusive, write_whole
 from msd.model import SpeculativeVLM
+from msd.system.files import BESIDE, check_place, exclusive, write_whole
 from msd.train.capture import Answer, Prompt, capture
 from msd.train.loop import Loop, LoopConfig
 from training_command import FLOAT32, run, train

@@ -16,9 +16,8 @@ from torch import nn
 import tiny
 import tiny_checkpoint
 from families import FAMILIES
-from msd.checkpoints import check_tensors
 from msd.errors import UserError
-from msd.loading import load_target
+from msd.loading import check_tensors, load_target
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -20,9 +20,9 @@ from family_processor import FamilyProcessor
 from msd import Audio, Video
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
-from msd.messages import read
+from msd.inputs.messages import read
+from msd.inputs.prompts import prepare
 from msd.model import SpeculativeVLM
-from msd.prompts import prepare
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 

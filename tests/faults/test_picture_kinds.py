@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from msd.errors import UserError
-from msd.images import load_image
+from msd.inputs.images import load_image
 
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6  # PNG colour types
 WHITE = 255

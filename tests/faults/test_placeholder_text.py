@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd.errors import UserError
-from msd.prompts import placeholders, prepare
+from msd.inputs.prompts import placeholders, prepare
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "targets"))
 from test_processors import PROCESSORS, images, qwen2_audio

@@ -39,7 +39,7 @@ LONG: dict[str, Any] = {
 }  # fmt: skip
 SLOWLY = """
 import sys, time
-from msd.plan import Plan
+from msd.planning.plan import Plan
 budget = Plan.budget
 Plan.budget = lambda *given: (time.sleep(0.05), budget(*given))[1]
 from msd.cli import main

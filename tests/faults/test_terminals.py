@@ -148,7 +148,7 @@ def test_an_internal_error_is_told_where_nothing_can_be_written(
 
 
 def test_words_of_the_command_line_are_utf_8() -> None:
-    from msd.files import as_text, named_in
+    from msd.system.files import as_text, named_in
 
     assert as_text(os.fsdecode("Was ist τ?".encode())) == "Was ist τ?"
     assert as_text(os.fsdecode(b"\xff?")) == "\udcff?"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from msd.config import SpeculativeConfig
+from msd.inputs.prompts import prepare
 from msd.model import SpeculativeVLM
-from msd.prompts import prepare
 from msd.reference import sample_photos
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from msd.images import load_image
+from msd.inputs.images import load_image
 from msd.reference import sample_photos
 
 

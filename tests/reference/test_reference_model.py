@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from msd import reference
-from msd.images import load_image
+from msd.inputs.images import load_image
 from msd.reference import sources
 
 pytestmark = [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from msd import reference
 from msd.errors import UserError
-from msd.reference import folder, manifest, sources
+from msd.reference import folder, sources
 
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec(sources.GGUF_PACKAGE) is None, reason=f"needs: {sources.INSTALL_GGUF}"
@@ -95,7 +95,7 @@ def test_the_manifest_command_records_new_weights(tmp_path: Path, monkeypatch: p
     )
     (tmp_path / "encoder.safetensors").write_bytes(b"new encoder")
     (tmp_path / "vlm.safetensors").write_bytes(b"new weights")
-    manifest.main()
+    folder.main()
     after = sources.recorded()
     assert after["vlm.safetensors"]["size"] == len(b"new weights")
     assert after[sources.GGUF_NAME] == before[sources.GGUF_NAME]

@@ -16,10 +16,10 @@ from torch import Tensor
 from families import BY_NAME, FAMILIES, WINDOW
 from family import Family, Part
 from family_layouts import VOCABULARY, WORDS
-from msd.modality import LANGUAGE
+from msd.core.modality import LANGUAGE
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.targets import State, Target, adapt
 from msd.targets.teacher import teach
-from msd.tree import Accepted, DraftTree, Scores
 
 TOLERANCE = 1e-4
 NAMES = [family.name for family in FAMILIES]

@@ -12,12 +12,12 @@ from families import BY_NAME, FAMILIES
 from family_layouts import VOCABULARY, WORDS
 from family_processor import FamilyProcessor, photos
 from msd.config import SpeculativeConfig
-from msd.cuts import ModalityCuts
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD
-from msd.gain import image_gain
+from msd.inputs.prompts import prepare
+from msd.labels.image_gain import image_gain
+from msd.labels.label_thresholds import ModalityCuts
 from msd.model import SpeculativeVLM
-from msd.prompts import prepare
 from msd.result import Result
 from msd.targets import adapt
 from msd.train.captured import Captured

@@ -10,13 +10,13 @@ import torch
 
 from families import BY_NAME
 from family_layouts import IMAGE, VIDEO, WORDS
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
+from msd.core.tree import DraftTree, Scores
 from msd.drafters.algorithms.msd import MSDConfig, MSDNetwork
-from msd.layout import Layout
-from msd.modality import LANGUAGE
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.targets import State, Target, adapt
-from msd.tree import DraftTree, Scores
 
 NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SHOWN = [["image"], ["image", "image"], ["video"], []]

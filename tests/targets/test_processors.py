@@ -35,11 +35,11 @@ from families import BY_NAME
 from family_layouts import AUDIO, WORDS
 from msd import Audio, Video
 from msd.config import SpeculativeConfig
-from msd.cuts import ModalityCuts
 from msd.errors import UserError
+from msd.inputs.prompts import prepare
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
-from msd.prompts import prepare
 from msd.train.captured import Captured
 from msd.train.drafting import DraftTraining, train
 

@@ -16,8 +16,8 @@ from family_processor import FamilyProcessor, photos
 from msd import Audio, Video
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
+from msd.inputs.prompts import prepare
 from msd.model import SpeculativeVLM
-from msd.prompts import prepare
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "top_k": 0, "eos_token_id": None}
 SEEING = [family.name for family in FAMILIES if "image" in family.kinds]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import tiny_checkpoint
-from msd.cuts import ModalityCuts
 from msd.errors import UserError
-from msd.gain import image_gain
+from msd.inputs.prompts import prepare
+from msd.labels.image_gain import image_gain
+from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
-from msd.prompts import prepare
 from msd.targets import adapt
 from msd.train.capture import Prompt, capture, pending
 from msd.train.captured import Captured, fit_cuts, read_captured

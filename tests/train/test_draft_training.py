@@ -11,9 +11,9 @@ import torch
 
 import tiny
 from msd.config import SpeculativeConfig
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
 from msd.errors import UserError
-from msd.modality import FUSION, LANGUAGE, VISION
 from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
 from msd.targets.teacher import Lesson, teach
@@ -103,8 +103,8 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_training_states_are_decodings_states(form: str) -> None:
     """The draft laws of a root are the same from a whole lesson as from a prompt in decoding."""
+    from msd.core.layout import Layout
     from msd.drafters.toolkit.memory import Memory
-    from msd.layout import Layout
 
     model = tiny.llava()
     made = network(model, form).eval()
@@ -152,8 +152,8 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
 
 def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the next token surely ends the answer, a plan that counts seconds drafts nothing; others draft always."""
-    from msd.costs import Costs
-    from msd.plan import Plan
+    from msd.planning.costs import Costs
+    from msd.planning.plan import Plan
 
     model = tiny.llava()
     made = network(model, "block")
@@ -277,7 +277,7 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
 def test_lessons_take_every_answer_once_a_pass() -> None:
     from pathlib import Path
 
-    from msd.cuts import ModalityCuts
+    from msd.labels.label_thresholds import ModalityCuts
     from msd.train.captured import Captured, mixed
     from msd.train.lessons import Lessons, Stages
 

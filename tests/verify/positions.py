@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from msd.layout import Layout
-from msd.sampling import Randomness, Sampler
-from msd.tree import Accepted, DraftTree, Scores, Trials
+from msd.core.layout import Layout
+from msd.core.sampling import Randomness, Sampler
+from msd.core.tree import Accepted, DraftTree, Scores, Trials
 from msd.verify import Verifier
 
 P = [0.30, 0.25, 0.20, 0.15, 0.08, 0.02]

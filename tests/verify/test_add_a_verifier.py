@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tiny
-from msd import modality
 from msd.config import SpeculativeConfig
+from msd.core import modality
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.result import Result

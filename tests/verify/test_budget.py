@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from msd import modality
-from msd.bench.chi2 import chi2_p_value
-from msd.layout import Layout
-from msd.sampling import Sampler
-from msd.tree import DraftTree, Scores, Trials
+from msd.certify.chi2 import chi2_p_value
+from msd.core import modality
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree, Scores, Trials
 from msd.verify import Budget, Lossless, Threshold, Verifier
 from msd.verify.builtin.budget import Ledger
 from msd.verify.divergence import sampled_law, total_variation
-from msd.verify.rules import soft
+from msd.verify.rejection import soft
 
 V, N, EPSILON = 3, 3, 0.12
 TARGET = torch.randn(V, V, generator=torch.Generator().manual_seed(0))  # logits after each token

@@ -11,13 +11,13 @@ from positions import P, Q, V, by_enumeration, distance
 from torch import Tensor
 
 import msd
-from msd.bench import sampling_law
-from msd.bench.chi2 import chi2_p_value
+from msd.certify import chi2
+from msd.certify.chi2 import chi2_p_value
 from msd.config import SpeculativeConfig
-from msd.modality import VISION
+from msd.core.modality import VISION
+from msd.core.statistics import Statistics
+from msd.core.tree import Accepted, DraftTree
 from msd.model import SpeculativeVLM
-from msd.statistics import Statistics
-from msd.tree import Accepted, DraftTree
 
 
 @pytest.mark.parametrize("policy", ["lossless", "threshold", "budget"])
@@ -117,8 +117,8 @@ def test_divergence_is_counted_by_modality() -> None:
 def answer(verifier: str, do_sample: bool = True, **settings: Any) -> tuple[Tensor, Any]:
     """(tokens, divergence) of 20 answers of the tiny model with lookup drafts."""
     config = SpeculativeConfig(verifier=verifier, **settings)
-    engine = SpeculativeVLM(sampling_law.tiny_model(), None, config)
-    ids = sampling_law.prompt().expand(20, -1)
+    engine = SpeculativeVLM(chi2.tiny_model(), None, config)
+    ids = chi2.prompt().expand(20, -1)
     results = engine.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=do_sample, max_new_tokens=8, eos_token_id=None,
         pad_token_id=0, seed=0,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from positions import P, Q, V, accept, by_enumeration, counts, distance, draft
 
-from msd import modality
-from msd.bench.chi2 import chi2_p_value
+from msd.certify.chi2 import chi2_p_value
+from msd.core import modality
 from msd.verify import Budget, Threshold, Verifier
 from msd.verify.divergence import budget_law, sampled_law, threshold_law, total_variation
-from msd.verify.rules import hard, soft
+from msd.verify.rejection import hard, soft
 
 DRAWS = {
     "one sampled": 100_000,

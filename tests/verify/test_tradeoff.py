@@ -12,7 +12,7 @@ from positions import P, Q
 from torch import Tensor
 
 from msd.verify.divergence import budget_law, sampled_law, threshold_law, total_variation
-from msd.verify.rules import hard, ratio, soft
+from msd.verify.rejection import hard, ratio, soft
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 seeds, theta = st.integers(0, 10**6), st.floats(0, 1)

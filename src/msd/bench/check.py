@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from msd import prompts
 from msd.bench.conversation import LONGEST, Conversation
 from msd.bench.data import Sample
 from msd.errors import UserError
 from msd.events import open_chunks
-from msd.videos import Video
+from msd.inputs import prompts
+from msd.inputs.videos import Video
 
 
 def check_files(samples: Sequence[Sample]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from msd import prompts
 from msd.bench.data import Sample
+from msd.inputs import prompts
 from msd.model import SpeculativeVLM
 
 LONGEST = 64  # tokens of an earlier answer

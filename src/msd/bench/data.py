@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from msd.errors import UserError
-from msd.files import named_in, shortened
-from msd.videos import Video
+from msd.inputs.videos import Video
+from msd.system.files import named_in, shortened
 
 BUNDLED = Path(__file__).parents[1] / "photos"
 

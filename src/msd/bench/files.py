@@ -8,7 +8,7 @@ from typing import Any
 
 from msd.bench.page import page
 from msd.bench.report import markdown
-from msd.files import make_folder, write_whole
+from msd.system.files import make_folder, write_whole
 
 
 def write(results: dict[str, Any], folder: Path) -> None:

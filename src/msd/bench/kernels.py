@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from msd.costs import chain, words
+from msd.planning.costs import chain, words
 from msd.targets.base import Target
 
 CONTEXT = 128

@@ -11,13 +11,12 @@ from typing import Any
 
 from msd.bench import modal
 from msd.bench.data import Sample
-from msd.bench.errors import pattern
+from msd.bench.errors import kinds_of, pattern
 from msd.bench.timing import PLAIN, Run, ours
-from msd.bench.words import kinds_of
-from msd.cuts import ModalityCuts
+from msd.core.statistics import RowStep
 from msd.drafters import recordings
+from msd.labels.label_thresholds import ModalityCuts
 from msd.model import SpeculativeVLM
-from msd.statistics import RowStep
 
 
 @dataclass(frozen=True)

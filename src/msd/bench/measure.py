@@ -32,8 +32,8 @@ from msd.bench.rows import row
 from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, library, ours
 from msd.bench.unfinished import Unfinished, made_of
 from msd.config import SpeculativeConfig
-from msd.cuts import ModalityCuts
 from msd.drafters import recordings
+from msd.labels.label_thresholds import ModalityCuts
 from msd.model import SpeculativeVLM
 from msd.targets.fingerprint import fingerprint
 from msd.version import __version__

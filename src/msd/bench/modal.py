@@ -1,7 +1,7 @@
 """Acceptance by modality: how often drafts are right where the image matters, and where it does not.
 
 Greedy decoding only: the answer is then the same whatever was drafted, and each of its tokens has one label, the class
-of the image's gain there (`msd.gain`).
+of the image's gain there (`msd.labels.image_gain`).
 
     acceptance   a chain of top-1 drafts, depth 5: the share of drafted positions whose draft was the target's token
     coverage     a draft tree: the share of drafted positions at which the tree held the target's token
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from msd.config import SpeculativeConfig
-from msd.cuts import ModalityCuts
-from msd.event_gain import costs_of_recordings
+from msd.core.modality import FUSION, LANGUAGE, VISION, Modality, known
+from msd.core.statistics import RowStep
 from msd.events import open_chunks
-from msd.gain import image_gain
-from msd.modality import FUSION, LANGUAGE, VISION, Modality, known
-from msd.statistics import RowStep
+from msd.labels.event_gain import costs_of_recordings
+from msd.labels.image_gain import image_gain
+from msd.labels.label_thresholds import ModalityCuts
 from msd.targets import Target
 
 CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from msd.statistics import RowStep
+from msd.core.statistics import RowStep
 
 
 def repeating(tokens: Sequence[int], n: int = 8) -> list[bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from msd.bench import description, duels, errors
+from msd.bench import description, errors, pairwise
 
 _COLUMNS = {
     "method": "method",
@@ -59,7 +59,7 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
 
 def comparisons(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of the comparisons that there are figures for."""
-    yield from duels.tables(results)
+    yield from pairwise.tables(results)
     yield from description.tables(results)
     yield from errors.tables(results)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from msd.bench.intervals import ratio_interval
+from msd.bench.pairwise import ratio_interval
 from msd.bench.repeats import tau_outside_repeats
 from msd.bench.timing import PLAIN, TRANSFORMERS, Run
-from msd.statistics import Statistics
+from msd.core.statistics import Statistics
 
 
 def row(name: str, task: str, chosen: list[int], runs: dict[str, list[Run]], comparable: bool) -> dict[str, Any]:

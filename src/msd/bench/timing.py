@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from msd.bench.assistant import shallow
+from msd.core.statistics import RowStep, Statistics
 from msd.model import SpeculativeVLM
-from msd.statistics import RowStep, Statistics
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from msd.cli import (
     verify,
 )
 from msd.errors import InterruptedRunError, UserError
-from msd.files import FULL
-from msd.heap import use_huge_pages
+from msd.system.files import FULL
+from msd.system.huge_pages import use_huge_pages
 from msd.version import __version__
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # as torch says it

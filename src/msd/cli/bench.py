@@ -24,7 +24,7 @@ from msd.cli.options import (
     use_drafter,
 )
 from msd.errors import InterruptedRunError, UserError
-from msd.files import check_place, exclusive, make_folder
+from msd.system.files import check_place, exclusive, make_folder
 
 if TYPE_CHECKING:
     from msd.bench.measure import Bench

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from msd.cli import terminal
 from msd.cli.options import Json, Lines, MaxNewTokens, Model, grouped, quiet, share_cores
 from msd.errors import InterruptedRunError, UserError
-from msd.files import as_text, check_place
+from msd.system.files import as_text, check_place
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
@@ -46,7 +46,7 @@ def capture(
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
     share_cores()
-    from msd.cuts import ModalityCuts
+    from msd.labels.label_thresholds import ModalityCuts
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
     from msd.train.captured import check_labelled, cuts_path, fit_cuts

@@ -12,7 +12,7 @@ import typer
 
 from msd.cli.options import Json
 from msd.errors import UserError
-from msd.files import check_place
+from msd.system.files import check_place
 
 
 def events(

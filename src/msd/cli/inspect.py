@@ -12,7 +12,7 @@ from PIL.Image import Image
 from msd.cli import terminal
 from msd.cli.options import Drafting, Json, MaxNewTokens, Sampling, Shown, grouped, quiet, scene, share_cores
 from msd.errors import UserError
-from msd.files import check_place, write_whole
+from msd.system.files import check_place, write_whole
 
 if TYPE_CHECKING:
     from msd import SpeculativeVLM
@@ -71,8 +71,8 @@ def _events(recording: Any, title: str) -> str:
 
 def _gains(vlm: SpeculativeVLM, shown: list[Any], prompt: str, tokens: list[int]) -> list[Any] | None:
     """The image gain of every token by blocks of the one picture shown; None where that is not what is shown."""
-    from msd.gain import gain_of_blocks
-    from msd.prompts import prepare
+    from msd.inputs.prompts import prepare
+    from msd.labels.image_gain import gain_of_blocks
 
     if len(shown) != 1 or not tokens:
         return None

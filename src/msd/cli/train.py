@@ -12,7 +12,7 @@ import typer
 
 from msd.cli.options import Device, Images, Json, Target, quiet
 from msd.errors import UserError
-from msd.files import check_place
+from msd.system.files import check_place
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a drafter for the target; Ctrl-C keeps what is done, and the same command goes on from there."""
-    from msd.cuts import ModalityCuts
+    from msd.labels.label_thresholds import ModalityCuts
     from msd.train.captured import cuts_path, mixed, read_captured
 
     check_place(out, folder=True)

@@ -49,7 +49,8 @@ def verify(
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
     quiet()
-    from msd.bench import certificate, check
+    from msd.bench import check
+    from msd.certify import certificate
     from msd.loading import load_target
 
     check.check_files(samples)

@@ -8,12 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.events.pieces import Events
-from msd.layout import Layout
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
 
 
 class Drafter(Protocol):
@@ -88,7 +88,7 @@ class BorrowsEye(Protocol):
     """A drafter that looks at event recordings with the target's own eye."""
 
     def borrow(self, look: Callable[[Events], Tensor]) -> None:
-        """Called before `attach`, if the target has a processor; `look` gives [E, H] tokens (`msd.event_tokens`)."""
+        """Called before `attach`, if the target has a processor; `look` gives [E, H] tokens (see `recordings`)."""
         ...
 
 

@@ -17,8 +17,12 @@ from torch import Tensor
 from msd import events
 from msd.drafters.base import Drafter
 from msd.errors import UserError
-from msd.events import EventStream, Recording
+from msd.events import EventStream, Recording, frames
 from msd.events.pieces import Events
+from msd.events.pooling import pooled
+from msd.inputs import prompts
+from msd.targets.base import Target
+from msd.targets.vision import VisionCache
 
 Source: TypeAlias = Events | str | os.PathLike[str]
 Encoder = Callable[[Events], Tensor]
@@ -62,3 +66,26 @@ def _tokens(encode: Encoder, recordings: Sequence[Events | None]) -> Tensor:
     made = [None if recording is None else encode(recording) for recording in recordings]
     empty = torch.zeros_like(next(tokens for tokens in made if tokens is not None))
     return torch.stack([empty if tokens is None else tokens for tokens in made])
+
+
+FRAMES = 5
+
+
+@torch.no_grad()
+def event_tokens(target: Target, processor: Any, recording: Events, count: int = FRAMES) -> Tensor:
+    """[F + P, H] tokens of `count` frames: temporal ones, then spatial ones.
+
+    Safe beside a prefill of the target in another thread: it leaves the target's vision cache alone. UserError for a
+    target that takes no images, or cuts them into tiles.
+    """
+    if not any(kind.modality == "image" for kind in target.pictures):
+        raise UserError("the target takes no images, so it cannot look at event frames")
+    inputs = prompts.prepare(processor, [frames(recording, count, "count")], ["."])
+    encoded = VisionCache(limit=count).encode(target.model, inputs, target.pictures)
+    states = encoded["mm_encoder_outputs"]["image"].pooler_output
+    states = states if isinstance(states, Tensor) else torch.cat(list(states))
+    if states.shape[:-1].numel() % count:
+        raise UserError(
+            f"the target sees {states.shape[:-1].numel()} tokens in {count} event frames, unequally many each"
+        )
+    return pooled(states.reshape(count, -1, states.shape[-1]))

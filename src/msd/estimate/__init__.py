@@ -3,9 +3,8 @@
 No weights are loaded and no card is needed. docs/estimate.md says what is assumed and how far it was checked.
 """
 
-from msd.estimate.acceptance import Acceptance
+from msd.estimate.acceptance import Acceptance, card
 from msd.estimate.cards import Card
-from msd.estimate.lookup import card
 from msd.estimate.plans import Workload, plans
 from msd.estimate.roofline import pass_seconds
 from msd.estimate.sizes import Sizes, sizes

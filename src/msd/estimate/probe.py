@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
-from msd.cache import KVCache
+from msd.core.cache import KVCache
 from msd.estimate.cards import Card
 from msd.estimate.roofline import STEPS, attention_work, touched
 from msd.estimate.sizes import Sizes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msd import modality
+from msd.core import modality
 from msd.errors import UserError
 from msd.events.pieces import By, Events, cut, edges, extent
 from msd.events.stream import EventStream

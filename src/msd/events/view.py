@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from msd.files import make_folder, write_whole
+from msd.system.files import make_folder, write_whole
 
 DELAY = 200  # ms a frame of the GIF
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from msd.modality import known
-from msd.tree import Step
+from msd.core.modality import known
+from msd.core.tree import Step
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from msd.files import write_whole
+from msd.system.files import write_whole
 
 PUBLISHED_NAMES = {  # convolution of the published checkpoint -> (our name, its batch norm there)
     "conv_stem": ("stem", "_bn0"),

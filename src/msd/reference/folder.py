@@ -1,10 +1,6 @@
-"""A folder that is built once, whole or not at all, whatever happens meanwhile.
+"""The folder of an assembled reference model: complete, or not there at all; its manifest says what it was made of."""
 
-Builders write beside the final place; the result gets a manifest with every file's size and SHA-256 and is renamed into
-place in one step. A file lock lets one process build while the others wait and then find the work done.
-
-This module does not know what is in the folder.
-"""
+from __future__ import annotations
 
 import errno
 import json
@@ -16,8 +12,22 @@ from pathlib import Path
 from filelock import FileLock
 
 from msd.errors import UserError
-from msd.files import FULL, write_whole
+from msd.reference import sources
 from msd.reference.sources import fingerprint
+from msd.system.files import FULL, write_whole
+
+
+def main() -> None:
+    """Bring `weights/checksums.json` up to date with the files beside it."""
+    sums = sources.recorded()
+    for name in ("encoder.safetensors", "vlm.safetensors"):
+        sums[name] = sources.fingerprint(sources.WEIGHTS / name)
+    write_whole(sources.CHECKSUMS, json.dumps(sums, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
+
 
 MANIFEST = "manifest.json"
 INSTALL = "msd reference install --force"

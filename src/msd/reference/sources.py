@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msd.errors import UserError
-from msd.records import parse_json
+from msd.system.records import parse_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS / "checksums.json"

@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.backends import choose
-from msd.cache import KVCache
+from msd.core.cache import KVCache
+from msd.core.layout import Layout
+from msd.core.modality import AUDIO, VISION
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.errors import UserError
-from msd.layout import Layout
-from msd.modality import AUDIO, VISION
 from msd.targets import masks, reuse
 from msd.targets.pictures import Pictures
 from msd.targets.state import Contents, Piece, Source, State
 from msd.targets.taps import Recording, Taps
 from msd.targets.vision import VisionCache
-from msd.tree import Accepted, DraftTree, Scores
 
 KINDS = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}  # what placeholders stand for
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msd.layout import Layout
-from msd.modality import LANGUAGE
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
 from msd.targets.base import Target
 
 

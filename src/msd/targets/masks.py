@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msd.core.tree import DraftTree
 from msd.errors import UserError
-from msd.tree import DraftTree
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Windows = dict[str | None, int | None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msd.layout import Layout
+from msd.core.layout import Layout
 from msd.targets.base import Target
 from msd.targets.masks import Windows
 from msd.targets.state import Contents, State

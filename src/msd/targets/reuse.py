@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from msd.layout import Layout
-from msd.modality import LANGUAGE
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
 from msd.targets.state import Contents, Piece, State
 
 AUDIO_FEATURES = "input_features"

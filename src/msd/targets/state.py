@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.backends.revision import Revision
-from msd.cache import KVCache
-from msd.layout import Layout
+from msd.core.cache import KVCache
+from msd.core.layout import Layout
 
 
 @dataclass(frozen=True)

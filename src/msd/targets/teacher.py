@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msd.core.layout import Layout
 from msd.errors import UserError
-from msd.layout import Layout
 from msd.targets import masks
 from msd.targets.base import Target
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msd.errors import UserError
-from msd.files import append, exclusive, make_folder
+from msd.system.files import append, exclusive, make_folder
 
 ASKED = {"image": list, "prompt": str, "answer": str, "ids": list}  # fields of a record, and what they hold
 ANSWERED = {"finished": bool, "task": str, "split": str}
@@ -32,8 +32,8 @@ class Answer:
     """What the model wrote: generated ids without the end token, and whether it ended by itself.
 
     end: the end token, if that ended it. gain: image gain in nats of each token, the end token included; costs: of
-    prompts with events, what each token owes to them (`msd.event_gain`). They are only known to writers that label
-    (`TargetWriter`).
+    prompts with events, what each token owes to them (`msd.labels.event_gain`). They are only known to writers that
+    label (`TargetWriter`).
     """
 
     text: str

@@ -12,9 +12,9 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from msd.bench.data import data_lines, image_folder
-from msd.cuts import EventCuts, ModalityCuts
 from msd.errors import UserError
-from msd.files import named_in
+from msd.labels.label_thresholds import EventCuts, ModalityCuts
+from msd.system.files import named_in
 
 
 class _HasTask(Protocol):
@@ -29,7 +29,7 @@ T = TypeVar("T", bound=_HasTask)
 class Captured:
     """One answer of the target. ids: all its tokens, the end token included where it came; gain: nats of each.
 
-    events: an event camera's recording of what the images show; costs: [T, 2 + F] nats (see `msd.event_gain`).
+    events: an event camera's recording of what the images show; costs: [T, 2 + F] nats (see `msd.labels.event_gain`).
     """
 
     images: tuple[Path, ...]

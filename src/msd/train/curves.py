@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from msd.errors import UserError
-from msd.files import write_whole
-from msd.records import read_rows
+from msd.system.files import write_whole
+from msd.system.records import read_rows
 
 NOT_LOSSES = ("step", "steps", "lr", "answer_tokens_per_second", "peak_gb", "acceptance", "seconds")
 

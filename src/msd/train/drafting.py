@@ -22,19 +22,19 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from msd.backends.precision import faster_in_bf16
-from msd.cuts import ModalityCuts
+from msd.backends.packed import faster_in_bf16
 from msd.drafters import registry
+from msd.drafters.recordings import FRAMES, event_tokens
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.training import frequent
 from msd.errors import UserError
-from msd.event_tokens import FRAMES, event_tokens
 from msd.events import open_chunks
-from msd.files import check_place, exclusive, make_folder, remove_leftovers, write_whole
-from msd.gain import assert_images_matter
-from msd.prompts import prepare
-from msd.records import read_json
+from msd.inputs.prompts import prepare
+from msd.labels.image_gain import assert_images_matter
+from msd.labels.label_thresholds import ModalityCuts
+from msd.system.files import check_place, exclusive, make_folder, remove_leftovers, write_whole
+from msd.system.records import read_json
 from msd.targets import Target, adapt
 from msd.train.captured import Captured
 from msd.train.held_out import HeldOut

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from msd.config import SpeculativeConfig
+from msd.core.modality import known
+from msd.core.sampling import Sampler
 from msd.drafters import Drafter
 from msd.drafters.toolkit.training import Objective
-from msd.modality import known
 from msd.model import SpeculativeVLM
-from msd.sampling import Sampler
 from msd.targets.teacher import Lesson
 from msd.train.captured import Captured
 from msd.train.lessons import Lessons

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msd import prompts
-from msd.cuts import ModalityCuts
+from msd.drafters.recordings import event_tokens
 from msd.errors import UserError
-from msd.event_tokens import event_tokens
 from msd.events import open_chunks
+from msd.inputs import prompts
+from msd.labels.label_thresholds import ModalityCuts
 from msd.targets import Target
 from msd.targets.teacher import Lesson, teach
 from msd.train.captured import Captured

@@ -11,17 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.config import SpeculativeConfig
+from msd.core.tree import Step
 from msd.drafters.algorithms.plain import Plain
 from msd.errors import UserError
-from msd.event_gain import costs_of_recordings
 from msd.events import open_chunks
-from msd.files import named_in
-from msd.gain import assert_images_matter, image_gain
+from msd.inputs.prompts import prepare
+from msd.labels.event_gain import costs_of_recordings
+from msd.labels.image_gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
-from msd.prompts import prepare
 from msd.result import Result
+from msd.system.files import named_in
 from msd.train.capture import Answer, Prompt
-from msd.tree import Step
 
 DIGITS = 4  # of a gain in nats
 

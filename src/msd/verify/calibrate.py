@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from msd import modality
+from msd.core import modality
 from msd.errors import UserError
-from msd.verify.rules import checked_epsilon, ratio
+from msd.verify.rejection import checked_epsilon, ratio
 
 HALVINGS = 40
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msd import modality
+from msd.core import modality
 from msd.errors import UserError
 from msd.verify import registry
 from msd.verify.builtin.budget import Ledger
 from msd.verify.divergence import sampled_law, total_variation
-from msd.verify.rejection import left_after
-from msd.verify.rules import Rule, checked_epsilon, thresholds_by_id
+from msd.verify.rejection import Rule, checked_epsilon, left_after, thresholds_by_id
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msd.verify.rejection import left_after, normalise, without
-from msd.verify.rules import Rule, Theta, hard, soft
+from msd.verify.rejection import Rule, Theta, hard, left_after, normalise, soft, without
 
 
 def total_variation(law: Tensor, p: Tensor) -> Tensor:

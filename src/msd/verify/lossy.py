@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from msd.modality import LANGUAGE
-from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores
+from msd.core.modality import LANGUAGE
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.verify.builtin.lossless import Lossless
 from msd.verify.divergence import total_variation
 from msd.verify.walk import walk

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.errors import UserError
-from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores
 
 
 class Verifier(Protocol):

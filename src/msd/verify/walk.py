@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
 
 # (tree, node [R], law [R, V] scores, sampler, rows) -> (token [R] to emit below node, child [R] carrying it or -1)
 Choose = Callable[[DraftTree, Tensor, Tensor, Sampler, list[int]], tuple[Tensor, Tensor]]

@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.core.tree import DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.growth import Shape, Subtrees
 from msd.drafters.toolkit.memory import DecodedStates
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
-from msd.plan import Budget
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import DraftTree, Scores
 
 TRUNKS = ("eagle3", "dspark")  # the best known of either kind
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters import registry
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
 
 
 class Plain:

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.core.modality import LANGUAGE
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores, Trials
 from msd.drafters import recordings, registry
 from msd.drafters.base import BorrowsEye, Calibrated, Drafter
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.events.pieces import Events
-from msd.modality import LANGUAGE
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores, Trials
 
 LEAST = 10  # tokens that must be equal for a lookup to come before a trained drafter
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Selection, left_aligned, pick, real_columns
 from msd.drafters.toolkit.network import NetworkConfig
 from msd.drafters.toolkit.self_fed import SelfFed
 from msd.errors import UserError
-from msd.layout import Layout
-from msd.modality import LANGUAGE
 from msd.train.losses.eagle import distillation_loss
 
 NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msd.layout import Layout
-from msd.modality import LANGUAGE
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
 
 
 @dataclass

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.backends.precision import faster_in_bf16
+from msd.backends.packed import faster_in_bf16
+from msd.core.modality import LANGUAGE
+from msd.core.sampling import Sampler, temperature
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Levels, Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import Keys
 from msd.drafters.toolkit.memory import DecodedStates
 from msd.errors import UserError
-from msd.modality import LANGUAGE
-from msd.plan import Budget
-from msd.sampling import Sampler, temperature
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
 
 
 class TrainedDrafter:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd.modality import LANGUAGE
-from msd.plan import Budget
-from msd.sampling import Sampler
-from msd.tree import DraftTree, Trials
+from msd.core.modality import LANGUAGE
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree, Trials
+from msd.planning.plan import Budget
 
 NEVER = -1e30
 PRIME = 1_000_003

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from msd.core.layout import Layout
+from msd.core.tree import Accepted, Scores
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.layers import Keys
-from msd.layout import Layout
-from msd.tree import Accepted, Scores
 
 if TYPE_CHECKING:
     from msd.drafters.toolkit.network import DraftNetwork

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from msd.backends.packed import Linear, Packed, can_pack
+from msd.core.layout import Layout
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, columns, keep
 from msd.drafters.toolkit.growth import Levels
 from msd.drafters.toolkit.layers import Keys, Layer, Rotary, step
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
-from msd.layout import Layout
 from msd.targets.teacher import Lesson
 
 Store = Callable[[int, Keys], Keys]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msd import modality
+from msd.core import modality
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.drafters.toolkit.context import pick
-from msd.modality import FUSION, LANGUAGE, VISION
 from msd.targets.teacher import Lesson
 
 CHAIN = 5  # depth of the chains that acceptance is measured on

@@ -16,7 +16,7 @@ from msd.errors import UserError
 from msd.events.readers.file import File
 from msd.events.recording import CHUNK, Recording, Source
 from msd.events.stream import EventStream
-from msd.files import open_regular
+from msd.system.files import open_regular
 
 
 @dataclass(frozen=True)

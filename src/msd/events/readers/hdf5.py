@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from msd.errors import UserError
+from msd.events.readers.dialect import columns_of, find
 from msd.events.readers.file import File, library
-from msd.events.readers.names import columns_of, find
 from msd.events.recording import Source
 from msd.events.stream import Columns
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from msd.errors import UserError
 from msd.events.readers import pickled
+from msd.events.readers.dialect import columns_of, find
 from msd.events.readers.file import File
-from msd.events.readers.names import columns_of, find
 from msd.events.recording import Source
 from msd.events.stream import Columns
 

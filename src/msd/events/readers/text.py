@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msd.errors import UserError
-from msd.events.readers.dialect import WORDS, Dialect, recognise
+from msd.events.readers.dialect import WORDS, Dialect, microseconds, recognise, whole
 from msd.events.readers.file import File
-from msd.events.readers.names import microseconds, whole
 from msd.events.recording import Source
 from msd.events.stream import Columns
 

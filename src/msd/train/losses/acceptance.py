@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msd.core.modality import LANGUAGE
 from msd.drafters.toolkit.context import Selection, pick
 from msd.drafters.toolkit.network import DraftNetwork, Parts
 from msd.drafters.toolkit.training import Truth
-from msd.modality import LANGUAGE
 from msd.targets.teacher import Lesson
 from msd.train.losses.eagle import eagle_terms
 from msd.train.losses.terms import distance, ranking

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from msd import modality
+from msd.core import modality
 from msd.errors import UserError
 from msd.train.losses.terms import regression
 

@@ -10,12 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from msd.sampling import Sampler
+from msd.core.sampling import Sampler
 from msd.verify.divergence import budget_law, total_variation
 from msd.verify.lossy import Lossy, Position
 from msd.verify.registry import register
-from msd.verify.rejection import normalise, sampled_trials, without
-from msd.verify.rules import checked_epsilon, soft, thresholds_by_id
+from msd.verify.rejection import checked_epsilon, normalise, sampled_trials, soft, thresholds_by_id, without
 
 
 @dataclass

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from msd.sampling import Sampler
-from msd.tree import Accepted, DraftTree, Scores
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.verify import rejection
 from msd.verify.registry import register
-from msd.verify.rules import ratio
+from msd.verify.rejection import ratio
 from msd.verify.walk import walk
 
 

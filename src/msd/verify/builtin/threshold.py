@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from msd.sampling import Sampler
+from msd.core.sampling import Sampler
 from msd.verify.divergence import first_candidate, threshold_law
 from msd.verify.lossy import Lossy, Position
 from msd.verify.registry import register
-from msd.verify.rejection import sampled_trials, without
-from msd.verify.rules import hard, thresholds_by_id
+from msd.verify.rejection import hard, sampled_trials, thresholds_by_id, without
 
 
 @register("threshold")

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.cache import KVCache
+from msd.core.cache import KVCache
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
+from msd.core.sampling import Sampler, temperature
+from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.algorithms.eventgpt import vocabulary
 from msd.drafters.algorithms.eventgpt.network import METHOD, EventGPT, EventGPTConfig
@@ -29,14 +33,10 @@ from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
 from msd.errors import UserError
 from msd.events.pieces import Events
-from msd.files import write_whole
-from msd.layout import Layout
-from msd.modality import LANGUAGE
-from msd.plan import Budget
-from msd.sampling import Sampler, temperature
+from msd.planning.plan import Budget
+from msd.system.files import write_whole
 from msd.targets.masks import additive
 from msd.targets.state import State
-from msd.tree import Accepted, DraftTree, Scores
 
 PIECES = "pieces.json"
 NOWHERE = torch.iinfo(torch.long).max

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from msd import events
-from msd.cache import KVCache
+from msd.core.cache import KVCache
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.events.pieces import Events

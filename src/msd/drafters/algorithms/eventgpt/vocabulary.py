@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.files import write_whole
-from msd.records import parse_json
+from msd.system.files import write_whole
+from msd.system.records import parse_json
 
 FILE, FORMAT = "vocabulary.json", 1
 REMEDY = "leave the saved map out and a new one is made from the two tables"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from msd import modality
+from msd.core import modality
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.growth import Shape
 from msd.errors import UserError

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.core.sampling import Sampler
+from msd.core.tree import DraftTree, Scores
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
 from msd.drafters.toolkit.context import Anchors
@@ -17,10 +19,8 @@ from msd.drafters.toolkit.growth import Levels, Subtrees, draw
 from msd.drafters.toolkit.layers import Keys
 from msd.drafters.toolkit.memory import DecodedStates
 from msd.events.pieces import Events
-from msd.plan import Budget
-from msd.sampling import Sampler
+from msd.planning.plan import Budget
 from msd.targets.state import State
-from msd.tree import DraftTree, Scores
 
 
 class MSD(TrainedDrafter):

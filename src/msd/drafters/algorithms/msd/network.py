@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from msd.backends.packed import Linear
-from msd.cuts import EVENT_MODALITIES
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
+from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
 from msd.drafters.toolkit.adaptors import AuxiliaryAdaptor, VisionAdaptor
 from msd.drafters.toolkit.calibration import calibrated
@@ -33,10 +35,8 @@ from msd.drafters.toolkit.context import Anchors, Entries, Images, left_aligned,
 from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import Keys, Layer, TapNorm
 from msd.drafters.toolkit.self_fed import SelfFed, SelfFedLevels
-from msd.layout import Layout
-from msd.modality import LANGUAGE
+from msd.labels.label_thresholds import EVENT_MODALITIES
 from msd.targets.teacher import Lesson
-from msd.tree import DraftTree
 
 SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
 

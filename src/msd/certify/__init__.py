@@ -1,0 +1,1 @@
+"""The certificate: token identity with `generate()`, and the distribution of sampled drafts."""

@@ -1,0 +1,154 @@
+"""What happened in a generation: counts under vLLM's names, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from msd.core.modality import known
+from msd.core.tree import Accepted, DraftTree, Step
+
+
+class RowStep(NamedTuple):
+    """One row's step in numbers. first: index in the row's answer of the token below the root, the first drafted one.
+
+    levels: depth of the row's tree. accepted: drafts accepted, so that answer tokens first … first + accepted - 1 were.
+    """
+
+    row: int
+    first: int
+    levels: int
+    accepted: int
+
+
+@dataclass
+class Statistics:
+    """Counts over all rows of a generation. A *step* is one target pass over one row's tree, prefill left out."""
+
+    num_prefill_rows: int = 0  # columns of the prompts that the target computed, those of an earlier turn left out
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
+    acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
+    # prefill, draft, verify, host, total; beside, beside_overlap, beside_wait where there was any (`drafters.overlap`)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    steps: list[RowStep] = field(default_factory=list)  # of this generation alone: `add` leaves them out
+    divergence: dict[str, tuple[int, float]] = field(
+        default_factory=dict
+    )  # modality -> (tokens, Σ TV), if not lossless
+    predicted: dict[int, list[str]] = field(default_factory=dict)  # row -> routed class of each token emitted in steps
+    _answered: Counter[int] = field(default_factory=Counter)  # row -> tokens emitted in steps
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """τ: tokens emitted per target pass, bonus token included. 1.0 for plain decoding; 0.0 without a step."""
+        return self.num_emitted_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
+
+    @property
+    def tau_without_bonus(self) -> float:
+        """Accepted drafts per target pass (what ViSpec and zju-SpecVLM print)."""
+        return self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted share of all drafted nodes."""
+        return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    def read(self, step: Step) -> None:
+        """Adds all that a step tells; of the one after prefill, the seconds that the draft's beginning took."""
+        self.seconds["draft"] += step.draft_seconds
+        self.seconds["verify"] += step.verify_seconds
+        if not step.prefill:
+            self.count(step.tree, step.accepted)
+            self.label(step.accepted)
+
+    def count(self, tree: DraftTree, accepted: Accepted) -> None:
+        """Adds one step of every row that took part in it, and had not finished before."""
+        drafted, levels = torch.stack([tree.valid.sum(1) - 1, (tree.depths * tree.valid).amax(1)]).tolist()
+        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
+            if tokens and row not in accepted.padded:
+                self.num_spec_steps += 1
+                self.num_draft_tokens += drafted[row]
+                self.num_accepted_draft_tokens += len(nodes)
+                self.num_emitted_tokens += len(tokens)
+                self.acceptance_histogram[len(nodes)] += 1
+                self.steps.append(RowStep(row, 1 + self._answered[row], levels[row], len(nodes)))
+                self._answered[row] += len(tokens)
+        if accepted.divergence is not None and accepted.modality is not None:
+            kinds_by_id = known()
+            for row, (kinds, spent) in enumerate(zip(accepted.modality, accepted.divergence, strict=True)):
+                if row in accepted.padded:
+                    continue
+                for kind, total_variation in zip(kinds, spent, strict=True):
+                    self._spend(kinds_by_id[kind].name, 1, total_variation)
+
+    def label(self, accepted: Accepted) -> None:
+        """Notes the router's classes of what a step emitted, where it had any."""
+        kinds_by_id = known()
+        for row, kinds in enumerate(accepted.modality or ()):
+            if row not in accepted.padded:
+                self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
+
+    def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
+        """Adds to the account of a modality."""
+        n, total = self.divergence.get(modality, (0, 0.0))
+        self.divergence[modality] = (n + tokens, total + total_variation)
+
+    def add(self, other: Statistics) -> None:
+        """Adds another generation's counts and times."""
+        self.num_prefill_rows += other.num_prefill_rows
+        self.num_spec_steps += other.num_spec_steps
+        self.num_draft_tokens += other.num_draft_tokens
+        self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
+        self.num_emitted_tokens += other.num_emitted_tokens
+        self.acceptance_histogram.update(other.acceptance_histogram)
+        for part, seconds in other.seconds.items():
+            self.seconds[part] += seconds
+        for modality, (tokens, total_variation) in other.divergence.items():
+            self._spend(modality, tokens, total_variation)
+
+    def _divergence(self) -> dict[str, Any] | None:
+        """Total variation from the target's law: its mean per token, and its sum, which bounds that of all of them.
+
+        None when the verification policy is lossless. The prefill's token, always exact, is left out.
+        """
+        if not self.divergence:
+            return None
+
+        def account(tokens: int, total: float) -> dict[str, float]:
+            return {"tokens": tokens, "per_token": total / tokens, "total": total}
+
+        every = account(sum(n for n, _ in self.divergence.values()), sum(tv for _, tv in self.divergence.values()))
+        return {**every, "by_modality": {name: account(*of) for name, of in sorted(self.divergence.items())}}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the wall time of the block to `seconds[part]`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - begin
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, vLLM's names."""
+        return {
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "tau_without_bonus": self.tau_without_bonus,
+            "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_by_modality": None,  # `msd bench` labels answer tokens; see `bench.modal`
+            "divergence": self._divergence(),
+            "acceptance_histogram": {str(k): v for k, v in sorted(self.acceptance_histogram.items())},
+            "num_prefill_rows": self.num_prefill_rows,
+            "num_spec_steps": self.num_spec_steps,
+            "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
+            "num_draft_tokens": self.num_draft_tokens,
+            "seconds": dict(self.seconds),
+        }

@@ -1,0 +1,1 @@
+"""From what a user shows and says to processor output."""

@@ -1,0 +1,1 @@
+"""What the image tells of each answer token, and the labels that follow."""

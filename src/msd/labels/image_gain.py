@@ -1,0 +1,134 @@
+"""Image gain: how much the picture says about each answer token.
+
+The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target; the law without the
+image comes from a pass of `teach` with all image columns hidden, positions unchanged.
+`msd.labels.label_thresholds` makes labels of gains.
+This module knows nothing of drafters or of how answers are decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msd.errors import UserError
+from msd.targets.base import Target
+from msd.targets.teacher import teach
+
+
+@torch.no_grad()
+def image_gain(
+    target: Target,
+    inputs: dict[str, Any],
+    answers: Sequence[Sequence[int]],
+    seeing: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Gains in nats of every answer token, one [T_i] float64 tensor per row, ≥ 0; exactly 0 in rows without an image.
+
+    inputs: processor output of B prompts, images encoded or not. answers: B lists of token ids. Laws are softmaxes of
+    the raw logits, without processors. seeing: the logits [T_i, V] of each answer's tokens with the image, where they
+    are known already, as they are to whoever wrote the answers. UserError when an answer is empty or holds an image
+    placeholder, whose place the model would fill with features.
+    """
+    if any(token in target.placeholders for answer in answers for token in answer):
+        raise UserError("an answer holds an image placeholder token; cut it there, it cannot be taught")
+    inputs = target.encode_images(dict(inputs))
+    return cost_of_hiding(target, inputs, answers, image_columns(target, inputs["input_ids"]), seeing)
+
+
+@torch.no_grad()
+def cost_of_hiding(
+    target: Target,
+    inputs: dict[str, Any],
+    answers: Sequence[Sequence[int]],
+    hidden: Tensor,
+    seeing: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """KL(p(·|all, prefix) ‖ p(·|all but the hidden columns, prefix)) of every answer token, as `image_gain` gives it.
+
+    inputs: with encoded images. hidden: [B, L] bool prompt columns; a row without any costs exactly 0.
+    """
+    some = hidden.any(1).tolist()
+    if not any(some):
+        return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
+    if seeing is None:
+        seeing = whole_laws(target, inputs, answers)
+    less = teach(target, inputs, answers, hidden)
+    return [
+        _divergence(p, less.logits[row, : len(p)]) if some[row] else torch.zeros(len(p)).double()
+        for row, p in enumerate(seeing)
+    ]
+
+
+@torch.no_grad()
+def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int], side: int = 4) -> Tensor | None:
+    """The image gain of each part of a picture: [T, side, side] nats, rows first, for every token of one answer.
+
+    Each is the cost of hiding the image tokens of one block alone. inputs: processor output of one prompt whose only
+    picture is a square grid of at least `side` by `side` tokens; None for any other prompt.
+    """
+    inputs = target.encode_images(dict(inputs))
+    at = image_columns(target, inputs["input_ids"])[0].nonzero()[:, 0]
+    grid = math.isqrt(len(at))
+    if len(inputs["input_ids"]) > 1 or grid < side or grid * grid != len(at):
+        return None
+    block = torch.arange(grid, device=at.device) * side // grid
+    blocks = block[:, None] * side + block[None]  # [grid, grid]
+    seeing, gains = whole_laws(target, inputs, [answer]), []
+    for number in range(side * side):
+        hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        hidden[0, at[blocks.flatten() == number]] = True
+        gains += cost_of_hiding(target, inputs, [answer], hidden, seeing)
+    return torch.stack(gains, -1).view(-1, side, side)
+
+
+def whole_laws(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The logits [T_i, V] of each answer's tokens with nothing hidden."""
+    lesson = teach(target, inputs, answers)
+    return [lesson.logits[row, :n] for row, n in enumerate(lesson.lengths)]
+
+
+def image_columns(target: Target, input_ids: Tensor) -> Tensor:
+    """[B, L] bool: the columns that stand for image features."""
+    return torch.isin(input_ids, torch.tensor(list(target.placeholders), device=input_ids.device))
+
+
+def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> None:
+    """Refuses a target that its pictures or sounds do not reach: others must change the logits of every prompt.
+
+    inputs: processor output with pixels, not encoded yet; answers as in `image_gain`. UserError otherwise.
+    """
+    other = {name: _negative(inputs[name]) for name in target.raw if inputs.get(name) is not None}
+    if not other:
+        raise UserError("there are no pixels to change; give prompts with images, as the processor prepares them")
+    one, two = teach(target, inputs, answers), teach(target, {**inputs, **other}, answers)
+    change = ((one.logits - two.logits).abs().amax(-1) * one.spoken()).amax(-1)  # [B]
+    for row, shown in enumerate(_shows_images(target, inputs["input_ids"])):
+        if shown and change[row] <= 1e-5:
+            raise UserError(
+                f"the target's answer does not change with its images (prompt {row}: other pixels, the same logits); "
+                "check that pixel values reach the model before training on it"
+            )
+
+
+def _shows_images(target: Target, input_ids: Tensor) -> list[bool]:
+    """For every row of [B, L], whether it has image placeholders."""
+    return image_columns(target, input_ids).any(1).tolist()
+
+
+def _negative(pixels: Tensor) -> Tensor:
+    """Negative and mirrored; tiles of zeros, which fill up a batch, stay so."""
+    other = 1.0 - pixels.flip(-1)
+    if pixels.dim() == 5:
+        other[~pixels.flatten(2).any(-1)] = 0.0
+    return other
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of logits [T, V] in nats, [T] float64 on the host."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0).cpu()
