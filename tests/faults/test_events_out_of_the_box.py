@@ -14,7 +14,7 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd import drafters, events, reference
-from msd.cli import asked, main
+from msd.cli import main, options
 from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
@@ -45,10 +45,9 @@ def recording(path: Path, count: int = 400) -> Path:
     return path
 
 
-def look(file: Path, **given: Any) -> asked.Scene:
+def look(file: Path, target: str | None = None, **given: Any) -> options.Scene:
     """The scene of `msd generate --events file`, with other options."""
-    options = {"target": None, "images": None, "videos": None, "frames": None, "sounds": None, "prompt": PROMPT}
-    return asked.scene(**{**options, **given}, events=file)
+    return options.scene(options.Shown(events=file, prompt=PROMPT, **given), target)
 
 
 @pytest.mark.parametrize("name", W.FORMATS)
@@ -73,7 +72,7 @@ def test_what_is_given_is_what_is_used(tmp_path: Path) -> None:
     other = look(file, target="some/folder")
     assert other.target == "some/folder" and other.drawn and len(other.shown[0].frames) == 8
     assert len(look(file, frames=3).shown[0].frames) == 3
-    assert asked.scene(None, None, None, None, None, None, PROMPT).target == "reference"
+    assert options.scene(options.Shown(prompt=PROMPT), None).target == "reference"
     # who sees events is given them, drawn or not; who sees none is where they would be lost without a word
     plain, sighted = drafters.create("ar"), _Sighted()
     assert look(file).of(plain) == {} and "events" in beside.of(plain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,36 +31,43 @@ if TYPE_CHECKING:
     from msd.bench.measure import Bench
 
 
-@grouped
-def bench(
-    model: Model,
-    lines: Lines,
-    policy: Policy,
-    method: Methods = "all",
-    drafter: DrafterFolder = None,
+@dataclass(frozen=True)
+class Measured:
+    """What is measured beside the methods, and how."""
+
     suite: Annotated[
         str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; all by default.")
-    ] = "",
-    max_new_tokens: MaxNewTokens = 96,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0,
+    ] = ""
     cuts: Annotated[
         Path | None,
         typer.Option("--cuts", help="Modality cuts of the target, from 'msd capture'; the reference model's own."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
-    ] = None,
+    ] = None
     baselines: Annotated[
         str,
         typer.Option(
             "--baselines",
             help="transformers' own ways to decode, separated by commas; all by default. Plain always runs.",
         ),
-    ] = "",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts of a task that are answered together.")] = 1,
+    ] = ""
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts of a task that are answered together.")] = 1
     warm: Annotated[
         bool, typer.Option("--warm", help="Also time every answer again with its photos encoded already.")
-    ] = False,
+    ] = False
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0
+
+
+@grouped
+def bench(
+    model: Model,
+    lines: Lines,
+    measured: Measured,
+    policy: Policy,
+    method: Methods = "all",
+    drafter: DrafterFolder = None,
+    max_new_tokens: MaxNewTokens = 96,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
@@ -69,33 +77,39 @@ def bench(
         check_place(out, folder=True)
     checked = policy.checked()
     use_drafter(drafter)
-    methods = chosen_methods(method, model.target, greedy=temperature == 0)
-    samples = in_suites(
-        load_data(lines.data, lines.images), [name.strip() for name in suite.split(",") if name.strip()]
-    )[: lines.limit]
-    if cuts is not None and temperature > 0:
+    methods = chosen_methods(method, model.target, greedy=measured.temperature == 0)
+    tasks = [name.strip() for name in measured.suite.split(",") if name.strip()]
+    samples = in_suites(load_data(lines.data, lines.images), tasks)[: lines.limit]
+    if measured.cuts is not None and measured.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
-    from msd.bench import check, files, measure, modal, report
+    from msd.bench import check, measure, modal
     from msd.config import SpeculativeConfig
     from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
     from msd.targets.fingerprint import fingerprint
 
     check.check_files(samples)
-    ways = _ways(baselines, list(measure.LIBRARY))
-    known = modal.find_cuts(model.target, cuts)
+    ways = _ways(measured.baselines, list(measure.LIBRARY))
+    known = modal.find_cuts(model.target, measured.cuts)
     loaded, processor = load_target(model.target, model.device)
     if known is not None:
         known.check_target(fingerprint(loaded))
     asked = measure.Asked(
-        tuple(methods), max_new_tokens, temperature, known, SpeculativeConfig(**checked, backend=model.backend), warm,
-        batch, ways, {"drafter": None if drafter is None else checkpoint.digest(drafter)},
+        tuple(methods), max_new_tokens, measured.temperature, known,
+        SpeculativeConfig(**checked, backend=model.backend), measured.warm, measured.batch, ways,
+        {"drafter": None if drafter is None else checkpoint.digest(drafter)},
     )  # fmt: skip
     if out is not None:
         make_folder(out)
+    _run(measure.Bench(loaded, processor, samples, asked, out), out, as_json)
+
+
+def _run(work: Bench, out: Path | None, as_json: bool) -> None:
+    """Measures, then writes and prints; what a broken-off run has measured is kept."""
+    from msd.bench import files, report
+
     with exclusive(out) if out else nullcontext(), terminal.status("measuring…") as status:
-        work = measure.Bench(loaded, processor, samples, asked, out)
         try:
             work.measure(status.update)
         except BaseException as error:

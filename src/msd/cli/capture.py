@@ -19,6 +19,7 @@ from msd.system.files import as_text, check_place
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
+    from msd.labels.label_thresholds import ModalityCuts
     from msd.train.capture import Prompt
 
 
@@ -82,17 +83,24 @@ def capture(
         cuts = fit_cuts(records, name)
         if cuts is not None:
             cuts.save(frozen)
-    summary = {
+    summary = _summary(records, out, len(todo), name, None if cuts is None else (frozen, cuts))
+    summary["seconds"] = round(time.perf_counter() - begin, 3)
+    print(json.dumps(summary) if as_json else _told(summary))
+
+
+def _summary(
+    records: list[dict[str, Any]], out: Path, written: int, target: str, cuts: tuple[Path, ModalityCuts] | None
+) -> dict[str, Any]:
+    """What was captured, JSON-ready."""
+    return {
         "out": str(out),
         "records": len(records),
-        "written": len(todo),
+        "written": written,
         "tokens": sum(len(r["gain"]) for r in records),
         "finished": sum(r["finished"] for r in records) / len(records),
-        "target": name,
-        "cuts": None if cuts is None else {"path": str(frozen), **cuts.model_dump()},
-        "seconds": round(time.perf_counter() - begin, 3),
+        "target": target,
+        "cuts": None if cuts is None else {"path": str(cuts[0]), **cuts[1].model_dump()},
     }
-    print(json.dumps(summary) if as_json else _told(summary))
 
 
 def _prompt(sample: Sample, folder: Path) -> Prompt:
