@@ -77,6 +77,37 @@ def cycle(texts: dict[str, str]) -> list[str]:
     return sorted(graph)
 
 
+def drawn() -> str:
+    """`LAYERS` as docs/architecture.md shows them, the highest first; run this file to write them there."""
+    lines = [" ".join(sorted(names)) for names in reversed(LAYERS)]
+    return "\n".join(["```", *lines, "```"])
+
+
+def pages() -> tuple[Path, str, str]:
+    """(the page, its text, its text with the layers as they are)."""
+    page = ROOT.parents[1] / "docs" / "architecture.md"
+    text = page.read_text(encoding="utf-8")
+    head, _, rest = text.partition("<!-- layers -->\n")
+    return page, text, f"{head}<!-- layers -->\n{drawn()}\n<!-- /layers -->{rest.partition('<!-- /layers -->')[2]}"
+
+
+def test_the_architecture_page_shows_these_layers() -> None:
+    _, text, right = pages()
+    assert text == right, "run: python tests/test_structure.py"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_files_and_functions_can_be_read_at_a_glance(name: str) -> None:
+    text = modules()[name]
+    assert len(text.splitlines()) <= 500
+    found = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    assert [n.name for n in found if (n.end_lineno or 0) - n.lineno >= 60] == []
+
+
+def test_the_root_holds_few_modules() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= 12
+
+
 def test_every_module_has_a_layer() -> None:
     assert {place(name) for name in modules()} <= set(RANK), "give a new module its place in LAYERS"
 
@@ -132,3 +163,8 @@ def test_a_planted_cycle_is_caught() -> None:
     texts["msd.core.layout"] += "\nimport msd.core.tree\n"
     texts["msd.core.tree"] += "\nimport msd.core.layout\n"
     assert {"msd.core.layout", "msd.core.tree"} <= set(cycle({n: t for n, t in texts.items() if n != "msd"}))
+
+
+if __name__ == "__main__":
+    page, _, right = pages()
+    page.write_text(right, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,14 +71,11 @@ def capture(
         for prompt in progress.track(todo, description="checking"):
             _check(writer, prompt, places[prompt.images, prompt.text])
         bar = progress.add_task("capturing", total=None)
-        try:
-            records = write_all(
-                prompts, writer, out, batch, lambda n, total: progress.update(bar, completed=n, total=total), marks
-            )
-        except KeyboardInterrupt as stop:
-            raise InterruptedRunError(
-                f"interrupted; what is written is kept in {out}, and the same command goes on from there"
-            ) from stop
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        records = _written(lambda: write_all(prompts, writer, out, batch, show, marks), out)
     check_labelled(records, out)
     if cuts is None and not lossy and len(samples) == len(every):  # neither a part of the data nor rounded gains decide
         cuts = fit_cuts(records, name)
@@ -114,6 +112,16 @@ def _prompt(sample: Sample, folder: Path) -> Prompt:
     images = tuple(_name(path, folder) for path in sample.images if isinstance(path, Path))
     events = None if sample.events is None else _name(sample.events, folder)
     return Prompt(sample.prompt, images, sample.task, sample.split, events)
+
+
+def _written(write: Callable[[], list[dict[str, Any]]], out: Path) -> list[dict[str, Any]]:
+    """The records, or how to go on after an interrupt."""
+    try:
+        return write()
+    except KeyboardInterrupt as stop:
+        raise InterruptedRunError(
+            f"interrupted; what is written is kept in {out}, and the same command goes on from there"
+        ) from stop
 
 
 def _check(writer: Any, prompt: Any, place: str) -> None:
