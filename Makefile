@@ -59,18 +59,18 @@ results: setup
 
 # The library's assisted generation takes twelve times as long as plain decoding: it is measured once.
 floors: setup
-	$(BIN)/python recipes/msd/prompts.py --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 80 --val-text 0
-	$(BIN)/python recipes/floors/noise.py --out runs/val/noise
+	$(BIN)/python -m recipes.msd.prompts --data $(DATA) --out runs/val --val-detail 40 --val-caption 20 --val-questions 80 --val-text 0
+	$(BIN)/python -m recipes.floors.noise --out runs/val/noise
 	$(VAL) --method prompt-lookup,msd --out results/val > /dev/null
 	$(VAL) --method msd $(ONLY) --temperature 1 --limit 60 --out results/val-T1 > /dev/null
 	for n in 2 4 8 16; do $(VAL) --method msd $(ONLY) --limit 60 --batch $$n --out results/batch-$$n > /dev/null || exit 1; done
 	for n in 1 2; do $(NOISE) $(ONLY) --limit 16 --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	for n in 4 8 16; do $(NOISE) $(ONLY) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
-	$(BIN)/python recipes/floors/table.py results
+	$(BIN)/python -m recipes.floors.table results
 
 # Every method side by side: docs/comparison.md; about 40 minutes on two idle cores.
 comparison: setup
-	$(BIN)/python recipes/comparison/suites.py --data $(DATA) --out runs/comparison
+	$(BIN)/python -m recipes.comparison.suites --data $(DATA) --out runs/comparison
 	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all $(ONLY) --out results/comparison > /dev/null
 	$(BIN)/python tools/tables.py
 

@@ -92,7 +92,7 @@ def checked() -> str:
     """What `recipes/estimate/validate.py` found."""
     path = ROOT / "results/estimate.json"
     if not path.exists():
-        return "Not measured yet: `python recipes/estimate/validate.py --out results/estimate.json` on an idle machine."
+        return "Not measured yet: `python -m recipes.estimate.validate --out results/estimate.json` on an idle machine."
     found = read_json(path, "write it again with recipes/estimate/validate.py", finite=False)
     lines = [
         f"{found['target']['name']}, {found['backend']} backend, {found['dtype']}, {found['threads']} threads: largest "

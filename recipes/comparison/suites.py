@@ -1,4 +1,4 @@
-"""Prompts for the comparison of all methods: `python recipes/comparison/suites.py --data DIR --out runs/comparison`.
+"""Prompts for the comparison of all methods: `python -m recipes.comparison.suites --data DIR --out runs/comparison`.
 
 Tasks as the description has them, on photos that nothing was trained on: long descriptions and captions (Flickr8k val),
 VQA v2 and COCO-QA questions (COCO val photos; COCO-QA stands in the place of GQA), conversations of three turns about
@@ -11,19 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "msd"))
-
-from data import CAPTION_PROMPTS, DETAIL_PROMPTS
-from features import read_jsonl
-from prompts import about_photos, photos, texts
-
 from msd.system.files import write_whole
+from recipes.msd.prompts import about_photos, photos, texts
+from recipes.reference_vlm.data import CAPTION_PROMPTS, DETAIL_PROMPTS
+from recipes.reference_vlm.features import read_jsonl
 
 COUNTS = {"detail": 18, "caption": 20, "vqa": 12, "cocoqa": 10, "chat": 3, "ocr": 6, "text": 3}
 READ = ("What does the text in the image say?", "Read the text in the picture.", "Which words are printed here?")

@@ -1,4 +1,4 @@
-"""The estimate against measured passes: `python recipes/estimate/validate.py --out results/estimate.json`.
+"""The estimate against measured passes: `python -m recipes.estimate.validate --out results/estimate.json`.
 
 On an idle machine: probes it as a card, measures passes of the reference model (or another target) over chains of
 1 to 65 nodes after 64 and 512 tokens, and prompts of some lengths, and compares. Probe and measurement take turns,

@@ -1,6 +1,6 @@
 """Clips that an event camera saw too: a camera moves over a photo, thrice and each time another way.
 
-python recipes/events/clips.py --data ../shared/data --out runs/events/clips
+python -m recipes.events.clips --data ../shared/data --out runs/events/clips
 
 Four frames of a photo of Flickr8k, at the middle of each quarter of two seconds; between two frames the camera moves
 left, right, up or down, zooms in or out, or rests. The recording is simulated from the same path (`msd.events`), so
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +24,11 @@ import numpy as np
 from PIL import Image
 
 from msd.events import SimulatorSettings, simulate
-
-sys.path.append(str(Path(__file__).parents[1] / "reference_vlm"))
-from data import MOTION, load_captions
-from facts import extract, tidy
-from features import read_jsonl
-from long_answers import least_overlapping, long_answer
-
 from msd.system.files import write_whole
+from recipes.reference_vlm.data import MOTION, load_captions
+from recipes.reference_vlm.facts import extract, tidy
+from recipes.reference_vlm.features import read_jsonl
+from recipes.reference_vlm.long_answers import least_overlapping, long_answer
 
 FRAMES, SENSOR, DURATION = 4, (96, 96), 2_000_000  # sensor pixels; µs
 SHOWN = tuple((2 * i + 1) * DURATION // (2 * FRAMES) for i in range(FRAMES))  # when a frame is on screen, µs

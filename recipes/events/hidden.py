@@ -1,7 +1,7 @@
 """What it costs to begin cross-model drafting, and how much of that the target's prefill hides.
 
-python recipes/events/hidden.py                # the reference model, shown 8 frames, and a random EventGPT
-python recipes/events/hidden.py --layers 24    # of more layers
+python -m recipes.events.hidden                # the reference model, shown 8 frames, and a random EventGPT
+python -m recipes.events.hidden --layers 24    # of more layers
 
 Milliseconds to the first token, by when the drafter has read recording and prompt: in a thread beside the target's
 encoding and prefill, or one after the other. Both in turn; medians. The drafter's weights are random, on which times

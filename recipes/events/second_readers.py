@@ -1,7 +1,7 @@
 """Compares what `msd.events` reads with what other libraries read from the same files, event by event.
 
     python -m venv other && other/bin/pip install . faery evlib expelliarmus dv-processing aedat
-    other/bin/python recipes/events/second_readers.py ../shared/data/events
+    other/bin/python -m recipes.events.second_readers ../shared/data/events
 
 These libraries are no dependencies of this project; why is in docs/events.md.
 """

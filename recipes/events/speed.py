@@ -1,7 +1,7 @@
 """How fast event frames are made, and how much memory a long recording takes.
 
-python recipes/events/speed.py                      # events per second of each representation
-python recipes/events/speed.py --memory 100000000   # MB at the most, for an EVT 3.0 file of so many events
+python -m recipes.events.speed                      # events per second of each representation
+python -m recipes.events.speed --memory 100000000   # MB at the most, for an EVT 3.0 file of so many events
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The reference model, taught to describe clips at length: the video target of the events suite.
 
-python recipes/events/target.py train                    # from the shipped weights; run again to continue
-python recipes/events/target.py export --weights weights/video/target.safetensors
-python recipes/events/target.py build --weights weights/video/target.safetensors --out runs/events/target
+python -m recipes.events.target train                    # from the shipped weights; run again to continue
+python -m recipes.events.target export --weights weights/video/target.safetensors
+python -m recipes.events.target build --weights weights/video/target.safetensors --out runs/events/target
 
 The same parts learn as in `recipes/reference_vlm`: projector, positions, low-rank updates. `export` also records the
 checksum of the weights. `build` assembles a checkpoint folder, for `--target`; of the committed weights, `--target
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +28,11 @@ from msd.reference.encoder import load_encoder
 from msd.reference.sources import CHECKSUMS, fingerprint, locate
 from msd.system.huge_pages import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
-
-sys.path.append(str(Path(__file__).parents[1] / "reference_vlm"))
-from base import language_model
-from features import FeatureSet, Frames, Row, encode_set, read_jsonl
-from model import ModelConfig, TrainableVLM, load_weights, save_weights, widths
-from pack import CELLS, IMAGE, Batch, Branch, Sample, pack
-
-from train import optimizer, weighted_loss
+from recipes.reference_vlm.base import language_model
+from recipes.reference_vlm.features import FeatureSet, Frames, Row, encode_set, read_jsonl
+from recipes.reference_vlm.model import ModelConfig, TrainableVLM, load_weights, save_weights, widths
+from recipes.reference_vlm.pack import CELLS, IMAGE, Batch, Branch, Sample, pack
+from recipes.reference_vlm.train import optimizer, weighted_loss
 
 END = 2
 FRAMES = 4

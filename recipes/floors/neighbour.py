@@ -1,4 +1,4 @@
-"""What a busy neighbour costs, and what `share_cores()` gives back: `python recipes/floors/neighbour.py results`.
+"""What a busy neighbour costs, and what `share_cores()` gives back: `python -m recipes.floors.neighbour results`.
 
 The default method describes the bundled photos, with torch's threads as they are and with `share_cores()`, on a quiet
 machine and beside one process that computes all the time. All four settings take turns.

@@ -1,4 +1,4 @@
-"""Pictures of nothing, for which drafting is hardest: `python recipes/floors/noise.py --out runs/val/noise`.
+"""Pictures of nothing, for which drafting is hardest: `python -m recipes.floors.noise --out runs/val/noise`.
 
 At a high temperature the target's answers to these follow no pattern; a plan that never loses has to leave drafting be.
 """

@@ -1,4 +1,4 @@
-"""What the benchmark folders say of the figures the project promises: `python recipes/floors/table.py results`.
+"""What the benchmark folders say of the figures the project promises: `python -m recipes.floors.table results`.
 
 Prints a table, and writes it to `floors.md` in that folder.
 """

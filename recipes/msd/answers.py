@@ -1,7 +1,7 @@
 """The captured answers, small enough to keep: `answers.safetensors` beside this file spares the hour of capturing.
 
-python recipes/msd/answers.py pack      # runs/msd/{captured,val_captured}.jsonl -> recipes/msd/answers.safetensors
-python recipes/msd/answers.py unpack    # the other way, with the prompts of runs/msd/{prompts,val}.jsonl
+python -m recipes.msd.answers pack      # runs/msd/{captured,val_captured}.jsonl -> recipes/msd/answers.safetensors
+python -m recipes.msd.answers unpack    # the other way, with the prompts of runs/msd/{prompts,val}.jsonl
 
 Kept are token ids and gains, which the target wrote; its prompts and photos are the data's and are not. An answer finds
 its prompt by a hash of both. The modality cuts are the shipped ones.

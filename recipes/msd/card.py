@@ -1,6 +1,6 @@
 """The model card of shipped drafters, from what their training noted and a benchmark measured.
 
-python recipes/msd/card.py --weights src/msd/weights --results results/val/results.json
+python -m recipes.msd.card --weights src/msd/weights --results results/val/results.json
 """
 
 from __future__ import annotations

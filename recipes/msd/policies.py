@@ -1,6 +1,6 @@
 """What the lossy policies buy and cost: speed, exact total variation, agreement with lossless, and caption quality.
 
-python recipes/msd/policies.py --drafter DIR --photos 100
+python -m recipes.msd.policies --drafter DIR --photos 100
 
 Every photo is captioned by every policy in turn with the same seed, at T = 1 and 0.7, in one interleaved run. CIDEr is
 against the photo's five captions; agreement is the share of answers equal to the lossless one of the same seed, and the
@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
-
-from metrics import caption_scores
 
 from msd.bench.data import data_lines
 from msd.config import SpeculativeConfig
@@ -31,6 +26,7 @@ from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.system.files import write_whole
 from msd.system.huge_pages import use_huge_pages
+from recipes.reference_vlm.metrics import caption_scores
 
 PROMPT = "Write a short caption for this picture."
 POLICIES: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Prompts for the target to answer, which MSD is then trained on: `prompts.jsonl` (train splits) and `val.jsonl`.
 
-python recipes/msd/prompts.py --data ../shared/data --out runs/msd
+python -m recipes.msd.prompts --data ../shared/data --out runs/msd
 msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
 
 Image names start from the data folder. Every photo is asked for one long description at most. Half of the questions
@@ -13,19 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference_vlm"))
-
-from data import CAPTION_PROMPTS, DETAIL_PROMPTS, ONE_WORD, absence_weights, load_captions
-from facts import extract, open_questions, yes_no
-from features import read_jsonl
-from text_turns import TRAIN_FILES, VAL_FILES
-
 from msd.system.files import write_whole
+from recipes.reference_vlm.data import CAPTION_PROMPTS, DETAIL_PROMPTS, ONE_WORD, absence_weights, load_captions
+from recipes.reference_vlm.facts import extract, open_questions, yes_no
+from recipes.reference_vlm.features import read_jsonl
+from recipes.reference_vlm.text_turns import TRAIN_FILES, VAL_FILES
 
 LONGEST = 240  # characters of a text-only prompt
 Line = dict[str, Any]

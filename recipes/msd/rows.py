@@ -1,9 +1,9 @@
 """The comparison of MSD with its own parts taken out and with rivals: one capture, one budget of time for every row.
 
-python recipes/msd/rows.py train --minutes 15            # two rows at a time; run again to continue
-python recipes/msd/rows.py tell                          # what training measured on held-out answers
-python recipes/msd/rows.py bench                         # all rows side by side on val prompts, in one run
-python recipes/msd/rows.py ship                          # rivals and the control to weights/, for `msd bench`
+python -m recipes.msd.rows train --minutes 15            # two rows at a time; run again to continue
+python -m recipes.msd.rows tell                          # what training measured on held-out answers
+python -m recipes.msd.rows bench                         # all rows side by side on val prompts, in one run
+python -m recipes.msd.rows ship                          # rivals and the control to weights/, for `msd bench`
 
 The target says its word on all answers once, before the first row; every row learns from these notes. Rows are trained
 two at a time, each on one core; minutes are that core's, and a row's steps follow from its own measured speed, so a

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from words import COLOURS
+from recipes.reference_vlm.words import COLOURS
 
 _NUMBERS = ("two", "three", "four", "five", "six")
 _DETERMINERS = {"a", "an", "the", "some", "his", "her", "their", "its", *_NUMBERS}

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cloze import Cloze, answer_words, balanced, clozes, draw
-from facts import Facts, extract, open_questions, tidy, yes_no
-from features import FeatureSet, read_jsonl
-from long_answers import long_answer
-from pack import CELLS, IMAGE, Batch, Branch, Sample, pack, place
-from words import THINGS
+
+from recipes.reference_vlm.cloze import Cloze, answer_words, balanced, clozes, draw
+from recipes.reference_vlm.facts import Facts, extract, open_questions, tidy, yes_no
+from recipes.reference_vlm.features import FeatureSet, read_jsonl
+from recipes.reference_vlm.long_answers import long_answer
+from recipes.reference_vlm.pack import CELLS, IMAGE, Batch, Branch, Sample, pack, place
+from recipes.reference_vlm.words import THINGS
 
 END = 2
 SHORTEST_DETAIL = 45  # tokens; captions that support less make no long answer

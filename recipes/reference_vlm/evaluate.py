@@ -1,7 +1,7 @@
 """Measure the reference model on the val splits: greedy, float32, no repetition penalty.
 
-  python recipes/reference_vlm/evaluate.py --model runs/reference/train/checkpoint.pt
-  python recipes/reference_vlm/evaluate.py --model FOLDER_OF_AN_ASSEMBLED_CHECKPOINT --out recipes/reference_vlm/results
+  python -m recipes.reference_vlm.evaluate --model runs/reference/train/checkpoint.pt
+  python -m recipes.reference_vlm.evaluate --model FOLDER_OF_AN_ASSEMBLED_CHECKPOINT --out recipes/reference_vlm/results
 
 Writes evaluation.json and evaluation.md. A wrong-image run asks the same of another val photo: it shows how much the
 image matters.
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data import END, MOTION, absence_weights, load_captions
-from facts import extract, tidy, yes_no
-from features import read_jsonl, sets
-from metrics import caption_scores, exact_match, repetition_scores, yes_no_scores
 from PIL import Image
-from seeing import Seeing, load
 
 from msd.bench.data import BUNDLED, data_lines
 from msd.system.files import write_whole
 from msd.train.capture import Prompt
+from recipes.reference_vlm.data import END, MOTION, absence_weights, load_captions
+from recipes.reference_vlm.facts import extract, tidy, yes_no
+from recipes.reference_vlm.features import read_jsonl, sets
+from recipes.reference_vlm.metrics import caption_scores, exact_match, repetition_scores, yes_no_scores
+from recipes.reference_vlm.seeing import Seeing, load
 
 CAPTION, DETAIL = "Write a short caption for this picture.", "Describe the image in detail."
 Results = dict[str, Any]

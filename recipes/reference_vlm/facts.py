@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from words import COLOURS, NUMBERS, Thing, absent, present, setting, words
+from recipes.reference_vlm.words import COLOURS, NUMBERS, Thing, absent, present, setting, words
 
 _COLOURED = [
     "dog",

@@ -1,6 +1,6 @@
 """Encode every picture once: the encoder is frozen, so training reads features from fp16 memory maps.
 
-  python recipes/reference_vlm/features.py --data ../shared/data --out runs/reference/features
+  python -m recipes.reference_vlm.features --data ../shared/data --out runs/reference/features
 
 Sets: flickr, coco (train and val), mirrored (coco's train photos), receipts (train lines, squashed to a square as the
 processor does with any picture), words (rendered), clips (4 frames of a camera moving over a Flickr photo). A set's
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pictures import FRAMES, MOTIONS, clip, word_picture
 from PIL import Image
 
 from msd.reference.encoder import load_encoder, thumbnails
 from msd.system.files import write_whole
+from recipes.reference_vlm.pictures import FRAMES, MOTIONS, clip, word_picture
 
 SIDE, CELLS, WIDTH, COLOURS = 256, 64, 1280, 48
 Row = dict[str, Any]  # what one row shows: "image", "split" and, where made, "text", "motion", "ink", "ground"

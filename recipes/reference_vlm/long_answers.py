@@ -11,8 +11,8 @@ import random
 import re
 from collections.abc import Sequence
 
-from facts import Facts, tidy
-from words import Thing, content, present, words
+from recipes.reference_vlm.facts import Facts, tidy
+from recipes.reference_vlm.words import Thing, content, present, words
 
 _OPENINGS = ("", "", "", "", "", "", "In this picture, ", "In the photo, ")
 _LINKS = ("", "", "", "Also, ", "In addition, ", "Here, ")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lora import adapt, factors, load_factors
-from pack import Batch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from msd.system.files import write_whole
+from recipes.reference_vlm.lora import adapt, factors, load_factors
+from recipes.reference_vlm.pack import Batch
 
 CELLS, VISION, COLOURS, HIDDEN = 64, 1280, 48, 576
 QVO = ("q_proj", "v_proj", "o_proj")

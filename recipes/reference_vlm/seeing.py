@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from base import language_model
-from model import load_weights
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from writer import GreedyWriter
 
 from msd.backends import choose
 from msd.reference.assemble import IMAGE_TOKEN, build_model, build_processor
 from msd.reference.encoder import EfficientNetLiteConfig
 from msd.reference.sources import locate
 from msd.train.capture import Answer, Prompt
+from recipes.reference_vlm.base import language_model
+from recipes.reference_vlm.model import load_weights
+from recipes.reference_vlm.writer import GreedyWriter
 
 END = 2
 OpenImage = Callable[[str], Image.Image]

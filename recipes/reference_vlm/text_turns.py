@@ -1,6 +1,6 @@
 """Text-only turns: instructions answered by the untouched language model, so that the model that sees can still chat.
 
-python recipes/reference_vlm/text_turns.py --data ../shared/data --out runs/reference/text.jsonl
+python -m recipes.reference_vlm.text_turns --data ../shared/data --out runs/reference/text.jsonl
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from features import read_jsonl
-from writer import GreedyWriter, left_padded
-
 from msd.train.capture import Prompt, capture
+from recipes.reference_vlm.features import read_jsonl
+from recipes.reference_vlm.writer import GreedyWriter, left_padded
 
 END = 2
 TRAIN_FILES = ("alpaca_5000.jsonl", "llmsfromscratch_instruction_1100.jsonl")
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
-    from base import language_model
+    from recipes.reference_vlm.base import language_model
 
     model, tokenizer = language_model()
     prompts = [Prompt(t, task="val") for t in benchmark_prompts(args.data, args.val)]

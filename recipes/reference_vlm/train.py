@@ -1,9 +1,9 @@
 """Train the reference model's projector, positions and low-rank updates. Run it again to continue after an
 interruption.
 
-python recipes/reference_vlm/train.py --start ../shared/reference_vlm/weights.safetensors --steps 1500
-python recipes/reference_vlm/train.py --steps 1200        # continue, but land the schedule at step 1200
-python recipes/reference_vlm/train.py --export weights.safetensors
+python -m recipes.reference_vlm.train --start ../shared/reference_vlm/weights.safetensors --steps 1500
+python -m recipes.reference_vlm.train --steps 1200        # continue, but land the schedule at step 1200
+python -m recipes.reference_vlm.train --export weights.safetensors
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from base import language_model
-from data import Mix, MixConfig
-from model import ALL, QVO, ModelConfig, TrainableVLM, load_weights, save_weights
-from pack import Batch
 from torch import Tensor
 
 from msd.backends.packed import faster_in_bf16
 from msd.bench.data import data_lines
 from msd.system.huge_pages import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
+from recipes.reference_vlm.base import language_model
+from recipes.reference_vlm.data import Mix, MixConfig
+from recipes.reference_vlm.model import ALL, QVO, ModelConfig, TrainableVLM, load_weights, save_weights
+from recipes.reference_vlm.pack import Batch
 
 COLOUR = "tower.colour"
 LAYERS = {"all": ALL, "qvo": QVO}

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from recipes.events import clips
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 CAPTIONS = [
     "A brown dog runs through the high grass .", "A dog is running in a green field .", "A wet dog with a red collar .",
     "The dog chases a ball .", "Two people watch a brown dog run .",
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def clips() -> Any:
-    spec = importlib.util.spec_from_file_location("event_clips", RECIPES / "events" / "clips.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(RECIPES / "reference_vlm"), *sys.path])
-        spec.loader.exec_module(found)
-    return found
-
-
 @pytest.mark.parametrize("seed", range(20))
-def test_the_camera_stays_on_the_photo_and_passes_every_frame(clips: Any, seed: int) -> None:
+def test_the_camera_stays_on_the_photo_and_passes_every_frame(seed: int) -> None:
     motions, windows = clips.journey(random.Random(seed))
     assert len(motions) == 3 and len(windows) == 4
     assert all(a != b for a, b in itertools.pairwise(motions))
@@ -46,13 +32,13 @@ def test_the_camera_stays_on_the_photo_and_passes_every_frame(clips: Any, seed: 
         assert (motion == "in") == (other < side) and (motion == "out") == (other > side)
 
 
-def test_a_description_tells_the_motions_in_their_order(clips: Any) -> None:
+def test_a_description_tells_the_motions_in_their_order() -> None:
     told = clips.told(CAPTIONS, ["left", "in", "still"], random.Random(0)).lower()
     said = [told.index(clips.MOTION[m].rstrip(".").lower()) for m in ("left", "in", "still")]
     assert said == sorted(said) and "dog" in told
 
 
-def test_a_clip_is_a_function_of_photo_and_number_and_made_once(clips: Any, tmp_path: Path) -> None:
+def test_a_clip_is_a_function_of_photo_and_number_and_made_once(tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).resize((224, 224)).save(
         photo

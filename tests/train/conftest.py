@@ -1,17 +1,13 @@
 """The recipe's modules by name, and its mix over invented data."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from invented import PHOTOS, Words
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "reference_vlm"))
-
-from data import Mix, MixConfig
+from recipes.reference_vlm.data import Mix, MixConfig
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.reference_vlm.writer import GreedyWriter, left_padded
 from transformers import LlamaConfig, LlamaForCausalLM
-from writer import GreedyWriter, left_padded
 
 from msd.train.capture import Answer, Prompt, capture
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from cloze import answer_words, balanced, clozes, draw
-from data import Mix, MixConfig
+from recipes.reference_vlm.cloze import answer_words, balanced, clozes, draw
+from recipes.reference_vlm.data import Mix, MixConfig
 
 NOUNS = {"dog", "ball", "grass", "dogs", "beach", "bike"}
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes.msd import answers as recipe
 from safetensors.torch import save_file
 
 from msd.errors import UserError
 from msd.train.capture import Prompt, capture
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "msd" / "answers.py"
-SPEC = importlib.util.spec_from_file_location("msd_answers", RECIPE)
-assert SPEC is not None and SPEC.loader is not None
-recipe = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(recipe)
 
 
 class Letters:

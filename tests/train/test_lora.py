@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lora import adapt, factors, load_factors
+from recipes.reference_vlm.lora import adapt, factors, load_factors
 from torch import nn
 
 

@@ -2,8 +2,8 @@
 
 import math
 
-import metrics
 import pytest
+from recipes.reference_vlm import metrics
 
 
 def test_vqa_normalisation() -> None:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-def read(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
-recipe = read("msd_prompts", RECIPES / "msd" / "prompts.py")
-suites = read("comparison_suites", RECIPES / "comparison" / "suites.py")
+from recipes.comparison import suites
+from recipes.msd import prompts as recipe
 
 COUNTS = {"detail": 6, "caption": 4, "questions": 8, "text": 3}
 

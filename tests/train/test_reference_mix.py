@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from data import Mix
-from facts import extract, open_questions, yes_no
 from invented import PHOTOS
-from long_answers import long_answer, repeats
-from metrics import repeats_sentence
-from pack import IMAGE, Branch, Sample, pack, place
-from words import THINGS, absent, content, present
+from recipes.reference_vlm.data import Mix
+from recipes.reference_vlm.facts import extract, open_questions, yes_no
+from recipes.reference_vlm.long_answers import long_answer, repeats
+from recipes.reference_vlm.metrics import repeats_sentence
+from recipes.reference_vlm.pack import IMAGE, Branch, Sample, pack, place
+from recipes.reference_vlm.words import THINGS, absent, content, present
 
 
 @pytest.mark.parametrize("captions", PHOTOS)

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model import CELLS, COLOURS, HIDDEN, VISION, ModelConfig, TrainableVLM
-from pack import IMAGE, Batch, Branch, Sample, pack
+from recipes.reference_vlm.model import CELLS, COLOURS, HIDDEN, VISION, ModelConfig, TrainableVLM
+from recipes.reference_vlm.pack import IMAGE, Batch, Branch, Sample, pack
+from recipes.reference_vlm.train import weighted_loss
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from train import weighted_loss
 
 PICTURE = (*[IMAGE] * CELLS, 5)
 CAPTION, SHORT = Branch((10, 11), (12, 13, 14, 2), "caption"), Branch((20,), (21, 2), "vqa", 3.0)

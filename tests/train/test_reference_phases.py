@@ -6,8 +6,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from data import FIRST_RATES, LAST_RATES, LATE_WEIGHTS, PHASES, WEIGHTS, Mix, MixConfig
-from pack import Sample
+from recipes.reference_vlm.data import FIRST_RATES, LAST_RATES, LATE_WEIGHTS, PHASES, WEIGHTS, Mix, MixConfig
+from recipes.reference_vlm.pack import Sample
 
 QUICK = MixConfig(phases=tuple(replace(p, start=7 * i) for i, p in enumerate(PHASES)))
 BORDERS = (232, 319, 432, 570, 1046, 1373, 2110)

@@ -1,0 +1,1 @@
+"""The video target, its clips with event recordings, and what readers cost."""

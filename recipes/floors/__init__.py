@@ -1,0 +1,1 @@
+"""The figures promised, and what was measured."""

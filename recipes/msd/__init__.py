@@ -1,0 +1,1 @@
+"""The shipped drafter: its prompts, answers, ablations and policies."""

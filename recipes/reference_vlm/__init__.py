@@ -1,0 +1,1 @@
+"""The embedded reference model: its data, training and evaluation."""
