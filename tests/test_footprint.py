@@ -9,7 +9,8 @@ import pytest
 
 SCRIPT = """
 import resource, sys, torch
-from msd import SpeculativeVLM, prompts
+from msd import SpeculativeVLM
+from msd.inputs import prompts
 from msd.bench.data import load_data
 vlm = SpeculativeVLM.from_pretrained("reference", sys.argv[1].removeprefix("transformers") or "ar")
 for sample in load_data(None)[7:9]:

@@ -18,7 +18,7 @@ from msd.bench.data import Sample
 from msd.cli import main
 from msd.core.layout import Layout
 from msd.core.modality import FUSION, LANGUAGE, VISION
-from msd.core.statistics import Step
+from msd.core.statistics import RowStep
 from msd.core.tree import DraftTree
 from msd.labels.label_thresholds import ModalityCuts
 from msd.loading import load_target
@@ -36,10 +36,10 @@ NEW = 24
 def test_counts_by_hand() -> None:
     labels = [L, V, V, L, F, F, V, L, L]
     steps = [
-        Step(0, 1, 5, 2),  # tokens 1 and 2 accepted (V, V), token 3 rejected (L); tokens 4 and 5 do not count
-        Step(0, 4, 1, 1),  # token 4 accepted (F), nothing below it was drafted
-        Step(0, 6, 0, 0),  # nothing drafted
-        Step(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
+        RowStep(0, 1, 5, 2),  # tokens 1 and 2 accepted (V, V), token 3 rejected (L); tokens 4 and 5 do not count
+        RowStep(0, 4, 1, 1),  # token 4 accepted (F), nothing below it was drafted
+        RowStep(0, 6, 0, 0),  # nothing drafted
+        RowStep(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
     ]
     tally = modal.acceptance_by_modality([(steps, labels)])
     assert tally.positions == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
