@@ -197,7 +197,7 @@ def test_commands_that_are_broken_off_end_cleanly(tmp_path: Path) -> None:
     photo = tiny_checkpoint.photos(tmp_path, 1)[0]
     command = [
         sys.executable, "-c", SLOWLY, "generate", str(tmp_path / photo), "-p", "Say.", "--target", str(target),
-        "--method", "prompt-lookup", "--max-new-tokens", "450", "--temperature", "3", "--seed", "147",  # its first word is short
+        "--method", "prompt-lookup", "--max-new-tokens", "450", "--temperature", "3", "--seed", "147",
     ]  # fmt: skip
 
     def broken_off(how: signal.Signals | None) -> tuple[int, str]:
