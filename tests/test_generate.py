@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import tiny
+from msd.config import SpeculativeConfig
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from random_drafter import RandomDrafter
 
 Inputs = dict[str, Tensor]
 NEW = 20
+ALWAYS = SpeculativeConfig(adaptive=False)  # how much is drafted must not depend on the clock
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -86,7 +88,7 @@ def test_images_and_families(family: str, images: int) -> None:
         for method in ("ar", "prompt-lookup", "prompt-lookup:sampled"):
             if method.endswith(":sampled") and setting != "greedy":
                 continue  # exact in distribution, not seed for seed: see test_verify_chi2
-            result = answer(SpeculativeVLM(model(family), None, drafter=method), inputs, 5, **kwargs)
+            result = answer(SpeculativeVLM(model(family), None, ALWAYS, method), inputs, 5, **kwargs)
             assert result.tokens == wanted, (method, setting)
             accepted += result.statistics.num_accepted_draft_tokens
     assert accepted > 0, "no draft was accepted, so nothing was tested"
@@ -110,7 +112,7 @@ def test_no_draft_tree_changes_the_output(setting: str) -> None:
     for seed in range(3):
         wanted = expected("llava", inputs, seed, **kwargs)
         drafter = RandomDrafter(seed, 64, [wanted])
-        result = answer(SpeculativeVLM(model("llava"), None, drafter=drafter), inputs, seed, **kwargs)
+        result = answer(SpeculativeVLM(model("llava"), None, ALWAYS, drafter), inputs, seed, **kwargs)
         assert result.tokens == wanted
         shapes |= drafter.shapes
         accepted += result.statistics.num_accepted_draft_tokens

@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import tiny
+from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from random_drafter import RandomDrafter
 
 NEW = 16
+ALWAYS = SpeculativeConfig(adaptive=False)  # how much is drafted must not depend on the clock
 ROWS = [tiny.llava_inputs(1, images=1), tiny.llava_inputs(2, images=2, words=8), tiny.llava_inputs(3, images=0)]
 BATCH = tiny.batch(*ROWS)
 L = BATCH["input_ids"].shape[1]
@@ -122,7 +124,7 @@ def library(inputs: dict[str, Tensor], seed: int, **kwargs: Any) -> list[list[in
 
 def ours(method: Any, inputs: dict[str, Tensor], start: int, **kwargs: Any) -> list[Result]:
     torch.manual_seed(start)
-    results = SpeculativeVLM(model(), None, drafter=method).generate(**inputs, **kwargs)
+    results = SpeculativeVLM(model(), None, ALWAYS, method).generate(**inputs, **kwargs)
     assert isinstance(results, list)
     return results
 

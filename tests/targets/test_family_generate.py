@@ -69,7 +69,9 @@ def drafter(method: str, target: Any, answers: list[list[int]]) -> str | Drafter
 
 
 def engine(name: str, method: str, answers: list[list[int]], backend: str = "plain") -> SpeculativeVLM:
-    return SpeculativeVLM(model(name), None, SpeculativeConfig(backend=backend), drafter(method, model(name), answers))
+    return SpeculativeVLM(
+        model(name), None, SpeculativeConfig(backend=backend, adaptive=False), drafter(method, model(name), answers)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
