@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ except ImportError:  # Windows counts no preemptions
 
 RATE, FEWEST = 60.0, 5  # preemptions a second, and in all, that mean a busy neighbour; measured: up to 30, and 180
 PROBE_SECONDS, STALL_SECONDS = 0.01, 0.002  # how long parallel operators are tried; one that long has been kept waiting
+T = TypeVar("T")
 PAUSE, LONGEST = 1.0, 30.0  # seconds before more threads are tried again, the first time and at most
 
 
@@ -119,6 +121,14 @@ def watched() -> Iterator[Cores]:
             _users -= 1
             if not _users:
                 _use(cores.most)
+
+
+def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
+    """(whether no other process took our cores meanwhile, as far as the system tells, what `measure` found)."""
+    preempted, begin = 0 if resource is None else _preemptions(), time.perf_counter()
+    found = measure()
+    preempted = 0 if resource is None else _preemptions() - preempted
+    return preempted < max(FEWEST, RATE * (time.perf_counter() - begin)), found
 
 
 def _use(threads: int) -> None:
