@@ -164,9 +164,7 @@ SHOWN = 3  # names of tensors in a message
 
 
 def fault(folder: Path) -> str | None:
-    """Why the files in a folder cannot be loaded, if it can be seen: a damaged one, or no tokenizer."""
-    if wrong := damage(folder):
-        return f"{wrong}; copy or download it again"
+    """What the files in a folder lack, beyond what `_refuse_damaged` sees: a tokenizer."""
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
         return f"it has no tokenizer ({', '.join(TOKENIZERS)}); copy the tokenizer's files into the folder"
     return None

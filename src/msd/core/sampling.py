@@ -91,8 +91,8 @@ class Sampler:
         apart = B > 1 and not self.lockstep
         self.per_row = [self._for_row(r) for r in range(B)] if apart else [processors]
         self.pointwise = all(type(p) in _POINTWISE for p in processors)
-        shared = do_sample and B > 1 and not isinstance(randomness, list)
-        self.noise = SharedNoise(B, randomness) if shared and not isinstance(randomness, list) else None
+        drawn_together = do_sample and B > 1
+        self.noise = SharedNoise(B, randomness) if drawn_together and not isinstance(randomness, list) else None
         self.max_length = min([c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)] + [layout.capacity])
         self.eos = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id}
         native = (MaxLengthCriteria, EosTokenCriteria)
