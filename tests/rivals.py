@@ -1,4 +1,4 @@
-"""Rival drafters on tiny targets: random in every part, with lessons to compare with."""
+"""Rival drafters on tiny targets: random in every part, with teacher_batches to compare with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import tiny
 from msd.drafters import registry
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
-from msd.targets.teacher import Lesson, teach
-from msd.train.lessons import Notebook
+from msd.targets.teacher import TeacherBatch, teach
+from msd.train.teacher_batches import TeacherCache
 
 LENGTH = 16
 RIVALS = {m.name: m.network for m in registry.catalogue() if m.network is not None and m.name != registry.DEFAULT}
@@ -36,13 +36,13 @@ def prompts(rows: int = 4) -> dict[str, torch.Tensor]:
     return tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(rows)))
 
 
-def lesson(model: Any, made: DraftNetwork, rows: int = 4) -> Lesson:
+def teacher_batch(model: Any, made: DraftNetwork, rows: int = 4) -> TeacherBatch:
     """Greedy answers of `LENGTH` tokens, the target's word on them being over the network's vocabulary."""
     inputs = prompts(rows)
     out = model.generate(
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
     )
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
-    notes = Notebook(model.get_output_embeddings(), made.ids, made.config.taps, 1.0, torch.float32)
+    notes = TeacherCache(model.get_output_embeddings(), made.ids, made.config.taps, 1.0, torch.float32)
     target = adapt(model, made.config.taps)
     return notes.recall(0, lambda: (teach(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]

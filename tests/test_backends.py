@@ -211,8 +211,8 @@ def test_rows_of_a_batch_and_lessons_agree_in_both() -> None:
         told.append(
             [r.tokens for r in engine.generate(**inputs, max_new_tokens=20, do_sample=False, suppress_tokens=[3])]
         )
-        lesson = teach(adapt(model, (1, 3), backend=name), dict(inputs), told[0])
-        taught.append((lesson.logits[lesson.spoken()], lesson.taps[:, lesson.prompt :]))
+        teacher_batch = teach(adapt(model, (1, 3), backend=name), dict(inputs), told[0])
+        taught.append((teacher_batch.logits[teacher_batch.spoken()], teacher_batch.taps[:, teacher_batch.prompt :]))
     assert told[0] == told[1]
     torch.testing.assert_close(taught[0][0], taught[1][0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(taught[0][1], taught[1][1], atol=1e-4, rtol=1e-4)

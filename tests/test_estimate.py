@@ -14,8 +14,7 @@ from families import FAMILIES
 from msd.cli import main
 from msd.errors import UserError
 from msd.estimate import Acceptance, Card, Sizes, Workload, card, pass_seconds, plans, sizes
-from msd.estimate.cards import CARDS
-from msd.estimate.roofline import prefill_seconds
+from msd.estimate.roofline import CARDS, prefill_seconds
 from msd.estimate.sizes import PRESETS, of_config
 
 # a layer: 1000 x 100 x (10 + 10 + 10 + 10) of attention, 3 x 1000 x 2000 of the MLP: 10 million weights

@@ -13,10 +13,10 @@ from torch import Tensor
 import tiny
 from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.errors import UserError
-from msd.labels.image_gain import assert_images_matter, image_columns, image_gain
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.gain import assert_images_matter, image_columns, image_gain
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import Target, adapt
-from msd.targets.fingerprint import fingerprint
+from msd.targets.registry import fingerprint
 from msd.targets.teacher import teach
 
 PROMPTS = [
@@ -56,10 +56,10 @@ def gain_by_hand(model: Any, inputs: dict[str, Tensor], answer: list[int]) -> Te
 def test_hidden_images_leave_the_text_without_its_picture() -> None:
     teacher = target()
     inputs = tiny.batch(*PROMPTS)
-    lesson = teach(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
+    teacher_batch = teach(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
     for row, (inputs, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         expected = without_picture(teacher.model, inputs, answer)
-        torch.testing.assert_close(lesson.logits[row, : len(answer)], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(teacher_batch.logits[row, : len(answer)], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_gain_of_a_padded_batch_is_that_of_plain_single_runs() -> None:
@@ -96,22 +96,22 @@ def test_a_target_that_its_images_do_not_reach_is_refused() -> None:
 
 
 def test_cuts_are_the_percentiles_and_ties_are_decided() -> None:
-    cuts = ModalityCuts.fit([torch.arange(6.0), [6.0, 7.0, 8.0, 9.0, 10.0]], "t")
+    cuts = ModalityThresholds.fit([torch.arange(6.0), [6.0, 7.0, 8.0, 9.0, 10.0]], "t")
     assert (cuts.language_max, cuts.vision_min, cuts.tokens) == (5.0, 8.0, 11)
     labels = cuts.labels([0.0, 5.0, 5.0001, 7.9999, 8.0, 20.0])
     assert labels.dtype == torch.int64
     assert labels.tolist() == [LANGUAGE.id, LANGUAGE.id, FUSION.id, FUSION.id, VISION.id, VISION.id]
-    same = ModalityCuts.fit([[0.0, 1.0, 1.0, 1.0, 1.0]], "t")
+    same = ModalityThresholds.fit([[0.0, 1.0, 1.0, 1.0, 1.0]], "t")
     assert same.labels([0.5, 1.0, 1.5]).tolist() == [LANGUAGE.id, LANGUAGE.id, VISION.id]
-    assert ModalityCuts.fit([[0.0, 0.0]], "t").labels([0.0]).tolist() == [LANGUAGE.id], "no image, no vision"
+    assert ModalityThresholds.fit([[0.0, 0.0]], "t").labels([0.0]).tolist() == [LANGUAGE.id], "no image, no vision"
     with pytest.raises(UserError, match="no answer token"):
-        ModalityCuts.fit([[], []], "t")
+        ModalityThresholds.fit([[], []], "t")
 
 
 def test_cuts_come_back_from_their_file(tmp_path: Path) -> None:
-    cuts = ModalityCuts.fit([[0.1, 0.25, 3.0]], "llava-1")
+    cuts = ModalityThresholds.fit([[0.1, 0.25, 3.0]], "llava-1")
     cuts.save(tmp_path / "cuts.json")
-    assert ModalityCuts.load(tmp_path / "cuts.json") == cuts
+    assert ModalityThresholds.load(tmp_path / "cuts.json") == cuts
     cuts.check_target("llava-1")
     with pytest.raises(UserError, match="llava-2"):
         cuts.check_target("llava-2")
@@ -134,9 +134,9 @@ GOOD = {"language_max": 0.1, "vision_min": 0.5, "tokens": 10, "target": "t"}
 def test_bad_cuts_are_one_clear_line(tmp_path: Path, content: str, part: str) -> None:
     (tmp_path / "cuts.json").write_text(content)
     with pytest.raises(UserError, match=part):
-        ModalityCuts.load(tmp_path / "cuts.json")
+        ModalityThresholds.load(tmp_path / "cuts.json")
     with pytest.raises(UserError, match="cannot read"):
-        ModalityCuts.load(tmp_path / "none.json")
+        ModalityThresholds.load(tmp_path / "none.json")
 
 
 def test_a_fingerprint_knows_the_weights_not_their_precision() -> None:

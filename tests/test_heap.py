@@ -11,7 +11,7 @@ import pytest
 
 FAULTS = """
 import resource
-from msd.system.huge_pages import use_huge_pages
+from msd.system.machine import use_huge_pages
 {call}
 import torch
 for _ in range(2):

@@ -13,20 +13,20 @@ import torch
 
 import tiny
 import tiny_checkpoint
-from msd.bench import measure, modal, report
+from msd.bench import measure, modality, report
 from msd.bench.data import Sample
 from msd.cli import main
 from msd.core.layout import Layout
 from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.core.statistics import RowStep
 from msd.core.tree import DraftTree
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget
 from msd.result import Result
 from msd.targets import State, Target
-from msd.targets.fingerprint import fingerprint
+from msd.targets.registry import fingerprint
 from random_drafter import RandomDrafter
 
 L, V, F = LANGUAGE.id, VISION.id, FUSION.id
@@ -41,20 +41,20 @@ def test_counts_by_hand() -> None:
         RowStep(0, 6, 0, 0),  # nothing drafted
         RowStep(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
     ]
-    tally = modal.acceptance_by_modality([(steps, labels)])
+    tally = modality.acceptance_by_modality([(steps, labels)])
     assert tally.positions == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
     assert tally.by_depth() == {"vision": [1.0, 1.0, None], "language": [1.0, 1.0, 0.0], "fusion": [1.0, None, None]}
     assert tally.rates() == {"vision": 1.0, "language": 2 / 3, "fusion": 1.0}
     assert tally.counts() == {"vision": 2, "language": 3, "fusion": 1}
-    short = modal.coverage_by_modality([(steps, labels[:3]), (steps, [])])
+    short = modality.coverage_by_modality([(steps, labels[:3]), (steps, [])])
     assert short.rates() == {"vision": 1.0, "language": None, "fusion": None}
 
 
 def test_labels_hold_as_far_as_two_answers_agree() -> None:
-    assert modal.shared([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
-    assert modal.shared([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
-    assert modal.shared([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
-    assert modal.shared([V, L, F], [5, 6, 7], [5]) == [V]
+    assert modality.shared([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
+    assert modality.shared([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
+    assert modality.shared([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
+    assert modality.shared([V, L, F], [5, 6, 7], [5]) == [V]
 
 
 class Guesses(RandomDrafter):
@@ -80,7 +80,7 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
     answer = greedy(model, inputs)
     labels = [int(i) for i in torch.randint(0, 3, (len(answer),), generator=torch.Generator().manual_seed(seed))]
     drafter = Guesses(0, 64, [answer])
-    result = SpeculativeVLM(model, None, modal.CHAIN, drafter).generate(**inputs, max_new_tokens=NEW)
+    result = SpeculativeVLM(model, None, modality.CHAIN, drafter).generate(**inputs, max_new_tokens=NEW)
     assert isinstance(result, Result) and result.tokens == answer
     positions: Counter[tuple[int, int]] = Counter()
     hits: Counter[tuple[int, int]] = Counter()
@@ -97,7 +97,7 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
             at += 1
             if not right:
                 break
-    tally = modal.acceptance_by_modality([(result.statistics.steps, labels)])
+    tally = modality.acceptance_by_modality([(result.statistics.steps, labels)])
     assert (+tally.positions, +tally.hits) == (+positions, +hits)
     assert sum(tally.positions.values()) >= len(answer) // 2
 
@@ -137,7 +137,7 @@ def test_prompt_lookup_drafts_the_chain_it_is_asked_for(seed: int, monkeypatch: 
         return score(self, state, tree)
 
     monkeypatch.setattr(Target, "score", recorded)
-    result = SpeculativeVLM(model, None, modal.CHAIN, "prompt-lookup").generate(
+    result = SpeculativeVLM(model, None, modality.CHAIN, "prompt-lookup").generate(
         **inputs, max_new_tokens=NEW, eos_token_id=None
     )
     assert isinstance(result, Result)
@@ -151,7 +151,7 @@ def test_prompt_lookup_drafts_the_chain_it_is_asked_for(seed: int, monkeypatch: 
 
 def test_a_sampled_draft_is_a_chain_too() -> None:
     model, inputs = tiny.llava(vocab=12, sharpness=10.0), tiny.llava_inputs(vocab=12)
-    vlm = SpeculativeVLM(model, None, modal.CHAIN, "prompt-lookup:sampled")
+    vlm = SpeculativeVLM(model, None, modality.CHAIN, "prompt-lookup:sampled")
     result = vlm.generate(**inputs, max_new_tokens=NEW, eos_token_id=None, seed=0)
     assert isinstance(result, Result)
     assert sum(s.levels for s in result.statistics.steps) == result.statistics.num_draft_tokens > 0
@@ -194,7 +194,7 @@ def samples(folder: Path) -> list[Sample]:
 def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
     model, processor = load_target(folder)
     model.generation_config.eos_token_id = 2
-    cuts = ModalityCuts(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))
+    cuts = ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))
     methods = ["prompt-lookup"]
     results = measure.run(model, processor, samples(folder), methods, NEW, 0.0, lambda _: None, cuts)
     rows = {(row["method"], row["task"]): row for row in results["rows"]}
@@ -222,7 +222,7 @@ def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: 
     data.write_text('{"prompt": "What is it?"}\n')
     cuts.write_text("{}")
     other = tmp_path / "other.json"
-    ModalityCuts(language_max=0.2, vision_min=0.9, tokens=9, target="another").save(other)
+    ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target="another").save(other)
     common = ["bench", "--target", str(folder), "--data", str(data), "--max-new-tokens", "2", "--cuts"]
     for more, part in [
         ([str(cuts)], "language_max"),
@@ -238,7 +238,7 @@ def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: 
 
 
 def test_shipped_cuts_belong_to_the_reference_model(reference_model: tuple[Any, Any]) -> None:
-    cuts = modal.find_cuts("reference", None)
+    cuts = modality.find_cuts("reference", None)
     if cuts is not None:
         cuts.check_target(fingerprint(reference_model[0]))
-    assert modal.find_cuts("some/folder", None) is None
+    assert modality.find_cuts("some/folder", None) is None

@@ -18,7 +18,7 @@ from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.result import Result
-from msd.targets.fingerprint import fingerprint
+from msd.targets.registry import fingerprint
 from random_drafter import RandomDrafter
 
 KINDS = ("torchao-int8", "bitsandbytes-int8", "bitsandbytes-nf4")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from msd.bench.repeats import repeating, tau_outside_repeats
+from msd.bench.rows import repeating, tau_outside_repeats
 from msd.core.statistics import RowStep
 
 

@@ -79,13 +79,13 @@ def test_a_padded_row_has_the_law_it_has_alone(name: str) -> None:
     raw = logits(2)
     untouched = raw.clone()
     for step in range(5):
-        law = together.law(raw, [0, 1])
+        law = together.logits(raw, [0, 1])
         for row, text in enumerate([LONG, SHORT]):
             ids = torch.tensor([text])
             alone = sampler(ids, None, *processors(ids)[name])
             for token in EMITTED[:step]:
                 alone.emit(0, token)
-            assert torch.equal(law[row], alone.law(raw[row, None], [0])[0]), (row, step)
+            assert torch.equal(law[row], alone.logits(raw[row, None], [0])[0]), (row, step)
         for row in (0, 1):
             together.emit(row, (*EMITTED, 0)[step])
     assert torch.equal(raw, untouched), "the target's logits stay as they are"
@@ -97,7 +97,7 @@ def test_the_processors_above_do_change_the_law(name: str) -> None:
     changed = False
     for token in (9, 6, 7):
         alone.emit(0, token)
-        changed |= not torch.equal(alone.law(logits(1), [0]), logits(1))
+        changed |= not torch.equal(alone.logits(logits(1), [0]), logits(1))
     assert changed
 
 
@@ -108,7 +108,7 @@ def test_the_prompt_of_one_row_does_not_speak_for_another() -> None:
         together = sampler(ids, None, *processors(ids[:1])[name])
         alone = sampler(ids[:1], None, *processors(ids[:1])[name])
         raw = logits(1).expand(2, -1)
-        assert torch.equal(together.law(raw, [0, 1]), alone.law(raw[:1], [0]).expand(2, -1))
+        assert torch.equal(together.logits(raw, [0, 1]), alone.logits(raw[:1], [0]).expand(2, -1))
 
 
 class Memory(LogitsProcessor):
@@ -125,15 +125,15 @@ class Memory(LogitsProcessor):
 def test_a_processor_with_a_memory_remembers_each_row_by_itself() -> None:
     both = sampler(PADDED, MASK, Memory())
     for step in range(1, 4):
-        assert both.law(logits(2), [0, 1]).isinf().sum(1).tolist() == [step, step]
+        assert both.logits(logits(2), [0, 1]).isinf().sum(1).tolist() == [step, step]
 
 
 def test_prefix_constraints_know_their_row() -> None:
     allowed = [[3, 4], [5]]
     both = sampler(PADDED, MASK, PrefixConstrainedLogitsProcessor(lambda row, tokens: allowed[row], num_beams=1))
-    law = both.law(logits(2), [0, 1])
+    law = both.logits(logits(2), [0, 1])
     assert [row.isfinite().nonzero().flatten().tolist() for row in law] == allowed
-    assert both.law(logits(1), [1])[0].isfinite().nonzero().flatten().tolist() == [5]
+    assert both.logits(logits(1), [1])[0].isfinite().nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)]])
@@ -141,8 +141,8 @@ def test_pointwise_laws_of_all_rows_at_once(warpers: list[LogitsProcessor]) -> N
     both = sampler(PADDED, MASK, *warpers)
     raw = logits(2)
     expected = LogitsProcessorList(warpers)(PADDED, raw.clone())
-    assert torch.equal(both.law(raw, [0, 1]), expected)
-    assert torch.equal(both.law(raw[1:], [1]), expected[1:])
+    assert torch.equal(both.logits(raw, [0, 1]), expected)
+    assert torch.equal(both.logits(raw[1:], [1]), expected[1:])
 
 
 class Spy(LogitsProcessor):

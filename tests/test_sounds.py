@@ -9,7 +9,7 @@ import pytest
 
 from clips import write_clip, write_sound
 from msd.errors import UserError
-from msd.inputs.sounds import Audio
+from msd.inputs.media import Audio
 
 
 def loudest(samples: np.ndarray, rate: int) -> float:
@@ -45,6 +45,6 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(UserError, match=said):
             Audio(path).load()
-    monkeypatch.setattr("msd.inputs.sounds.MOST_SECONDS", 1.0)
+    monkeypatch.setattr("msd.inputs.media.MOST_SECONDS", 1.0)
     with pytest.raises(UserError, match="longer than 1 s"):
         Audio(write_sound(tmp_path / "long.wav", 1.5)).load()

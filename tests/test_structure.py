@@ -13,7 +13,7 @@ ROOT = Path(msd.__file__).parent
 # from the ground up; a package stands for all its modules that have no place of their own, and "msd" for the lazy names
 # of msd/__init__.py
 LAYERS: list[set[str]] = [
-    {"errors", "version", "system"},
+    {"errors", "system"},
     {"core", "backends", "inputs"},
     {"events"},
     {"targets", "verify"},
@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"train.losses"},
     {"drafters"},
     {"decode"},
-    {"config", "result", "options", "reference", "loading", "streaming", "chat", "model"},
+    {"config", "result", "reference", "loading", "streaming", "chat", "model"},
     {"certify", "bench", "train", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
 ]

@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
-from msd.core.tree import Accepted, DraftTree, Scores, Trials
+from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.verify import Lossless
 
 V = 5
@@ -36,7 +36,7 @@ def plain(row: int, steps: int, **kwargs: Any) -> list[int]:
     """One token after another, as `generate()` does it."""
     sampler = make_sampler(row + 1, **kwargs)
     for _ in range(steps):
-        law = sampler.law(TARGET[sampler.layout.newest()[row]][None], [row])
+        law = sampler.logits(TARGET[sampler.layout.newest()[row]][None], [row])
         if not sampler.emit(row, int(sampler.draw(law, [row])[0])):
             break
     return sampler.layout.history(row)[1:].tolist()
@@ -104,7 +104,9 @@ def with_trials(tokens: list[int], laws: Tensor, fixed: int = 0) -> DraftTree:
     child, law = torch.full((1, 1 + n, sampled), -1), torch.zeros(1, 1 + n, sampled, dtype=torch.long)
     child[0, 0], law[0, 0] = torch.arange(1 + fixed, 1 + n), torch.arange(sampled)
     marks = [[i < fixed for i in range(n)]]
-    return DraftTree.from_lists(torch.tensor([1]), [tokens], [[0] * n], None, Trials(child, law, laws[None]), marks)
+    return DraftTree.from_lists(
+        torch.tensor([1]), [tokens], [[0] * n], None, SampledCandidates(child, law, laws[None]), marks
+    )
 
 
 class Fixed(Sampler):

@@ -33,7 +33,7 @@ from msd.certify import chi2
 from msd.certify.chi2 import chi2_p_value, holm
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
-from msd.core.tree import Accepted, DraftTree, Scores, Trials
+from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.model import SpeculativeVLM
 from msd.verify import Lossless, Verifier, rejection
@@ -96,7 +96,7 @@ class Drafter:
         fixed[:, 1 : 1 + F] = True
         height = 2 if self.deep else 1
         return DraftTree(
-            tokens, parents, depths, valid, torch.zeros_like(tokens), fixed, height, Trials(child, law, laws)
+            tokens, parents, depths, valid, torch.zeros_like(tokens), fixed, height, SampledCandidates(child, law, laws)
         )
 
 
@@ -105,8 +105,8 @@ class StaleLaw(Drafter):
 
     def propose(self, newest: Tensor, generator: torch.Generator) -> DraftTree:
         tree = super().propose(newest, generator)
-        assert tree.trials is not None
-        tree.trials.laws[:, : self.sampled] = DRAFT[(newest + 1) % V][:, None]
+        assert tree.candidates is not None
+        tree.candidates.distributions[:, : self.sampled] = DRAFT[(newest + 1) % V][:, None]
         return tree
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from clips import LEVELS, write_clip, write_sound
 from msd.errors import UserError
+from msd.inputs.media import Clip, Video, evenly
 from msd.inputs.prompts import kind, load
-from msd.inputs.videos import Clip, Video, evenly
 
 
 def levels(clip: Clip) -> list[int]:
@@ -99,11 +99,11 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="ask for 1 to 512"):
             Video(path, frames).load()
     with monkeypatch.context() as patch:
-        patch.setattr("msd.inputs.videos.MOST_PIXELS", 4 * 64 * 32)
+        patch.setattr("msd.inputs.media.MOST_PIXELS", 4 * 64 * 32)
         assert len(Video(path, 4).load().frames) == 4
         with pytest.raises(UserError, match="64x32 pixels, too large for 5 frames"):
             Video(path, 5).load()
-    monkeypatch.setattr("msd.inputs.videos.MOST_PACKETS", 8)
+    monkeypatch.setattr("msd.inputs.media.MOST_PACKETS", 8)
     with pytest.raises(UserError, match="more than 8 frames"):
         Video(path).load()
 

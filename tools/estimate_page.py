@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msd.estimate import Acceptance, Sizes, Workload, card, plans, sizes
-from msd.system.files import write_whole
-from msd.system.records import read_json
+from msd.system.files import read_json, write_whole
 
 ROOT = Path(__file__).parents[1]
 CARD = "A100-80"

@@ -9,8 +9,7 @@ from typing import Any
 
 from msd.bench import report
 from msd.errors import UserError
-from msd.system.files import write_whole
-from msd.system.records import read_json
+from msd.system.files import read_json, write_whole
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("vision", "language", "fusion")

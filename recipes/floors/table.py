@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msd.system.files import write_whole
-from msd.system.records import read_json
+from msd.system.files import read_json, write_whole
 
 BATCHES = (1, 2, 4, 8, 16)
 Line = tuple[str, float | None, str, float, float]

@@ -22,14 +22,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from msd.bench.data import data_lines
-from msd.bench.modal import SHIPPED
+from msd.bench.modality import SHIPPED
 from msd.errors import UserError
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import write_whole
-from msd.targets.fingerprint import fingerprint
-from msd.train.capture import Answer, Prompt, capture
-from msd.train.captured import cuts_path
+from msd.targets.registry import fingerprint
+from msd.train.capture import Answer, Prompt, capture, cuts_path
 
 PARTS = (("prompts.jsonl", "captured.jsonl"), ("val.jsonl", "val_captured.jsonl"))
 Record = dict[str, Any]
@@ -99,7 +98,7 @@ def unpack(work: Path, kept: Path) -> None:
     write, name = Kept(kept, processor.tokenizer), fingerprint(model)
     if name != write.target:
         raise UserError(f"'{kept}' was written by {write.target}, the reference model is {name}; capture anew")
-    cuts = ModalityCuts.load(SHIPPED)
+    cuts = ModalityThresholds.load(SHIPPED)
     for asked, captured in PARTS:
         lines = [line for _, line in data_lines(work / asked)]
         prompts = [

@@ -12,8 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from msd.drafters.toolkit import checkpoint
-from msd.system.files import write_whole
-from msd.system.records import read_json
+from msd.system.files import read_json, write_whole
 
 NAMES = ("vision", "language", "fusion")
 

@@ -25,7 +25,7 @@ from msd.inputs import prompts
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.system.files import write_whole
-from msd.system.huge_pages import use_huge_pages
+from msd.system.machine import use_huge_pages
 from recipes.reference_vlm.metrics import caption_scores
 
 PROMPT = "Write a short caption for this picture."

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from msd import drafters
 from msd.backends.packed import faster_in_bf16
-from msd.bench import files, measure, report
+from msd.bench import measure, report
 from msd.bench.data import load_data
 from msd.core.modality import LANGUAGE
 from msd.core.tree import Scores
@@ -41,18 +41,17 @@ from msd.drafters.algorithms.msd.config import shapes_of
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
-from msd.system.files import write_whole
-from msd.system.huge_pages import use_huge_pages
-from msd.system.records import read_json
+from msd.system.files import read_json, write_whole
+from msd.system.machine import use_huge_pages
 from msd.targets import State, adapt
-from msd.train.captured import Captured, cuts_path, mixed, read_captured
+from msd.train.capture import Captured, cuts_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, train, untrained
-from msd.train.lessons import Lessons, Notebook
 from msd.train.loop import signals
 from msd.train.losses.msd import LossConfig
+from msd.train.teacher_batches import TeacherBatches, TeacherCache
 
 FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps that a row's speed is measured on
@@ -115,7 +114,7 @@ def steps_for(minutes: float, seconds: float) -> int:
 def train_rows(args: argparse.Namespace) -> None:
     """Rows that learn from the same notes are trained side by side, each on one core, from what is read once."""
     answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
-    cuts = ModalityCuts.load(cuts_path(args.captured))
+    cuts = ModalityThresholds.load(cuts_path(args.captured))
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
     model.requires_grad_(False)
@@ -129,7 +128,7 @@ def train_rows(args: argparse.Namespace) -> None:
         return
     networks = [untrained(adapt(model), answers, every[name].settings) for name in waiting]
     layers = sorted({layer for network in networks for layer in network.config.taps})
-    notes = Notebook(model.get_output_embeddings(), networks[0].ids, layers, args.remember)
+    notes = TeacherCache(model.get_output_embeddings(), networks[0].ids, layers, args.remember)
     del networks
     seconds = read_notes(model, processor, answers, cuts, notes)
     print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
@@ -173,13 +172,15 @@ def _train_waiting(queue: Any, every: dict[str, Row], run: Callable[..., bool], 
             raise SystemExit(1)
 
 
-def read_notes(model: Any, processor: Any, answers: Sequence[Captured], cuts: ModalityCuts, notes: Notebook) -> float:
+def read_notes(
+    model: Any, processor: Any, answers: Sequence[Captured], cuts: ModalityThresholds, notes: TeacherCache
+) -> float:
     """Has the target say its word on all answers, as far as the notes have room; the seconds that took."""
     dtype = torch.bfloat16 if faster_in_bf16(model.device) else None
     teacher = adapt(model, notes.layers)
-    lessons = Lessons(teacher, processor, answers, cuts, notes, DraftTraining().batch, dtype=dtype)
+    teacher_batches = TeacherBatches(teacher, processor, answers, cuts, notes, DraftTraining().batch, dtype=dtype)
     begun = time.monotonic()
-    lessons.read_ahead(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
+    teacher_batches.read_ahead(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
     return time.monotonic() - begun
 
 
@@ -272,7 +273,7 @@ def bench_rows(args: argparse.Namespace) -> None:
         samples = [s for s in samples if s.images != last.images]
         donor = SpeculativeVLM(model, processor, drafter="wrong image")
         donor.generate(list(last.images), last.prompt, max_new_tokens=2, do_sample=False)
-    cuts = ModalityCuts.load(cuts_path(args.captured))
+    cuts = ModalityThresholds.load(cuts_path(args.captured))
     told = lambda text: print(text, end="\r", flush=True)  # noqa: E731
     results = measure.run(
         model,
@@ -285,7 +286,7 @@ def bench_rows(args: argparse.Namespace) -> None:
         cuts,
         baselines=(measure.TRANSFORMERS,),  # what the library drafts itself is measured elsewhere
     )
-    files.write(results, args.results)
+    report.write(results, args.results)
     print(report.markdown(results))
 
 

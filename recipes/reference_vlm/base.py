@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from msd.reference.assemble import load_language_model
-from msd.reference.sources import locate
+from msd.reference.folder import locate
 
 
 def language_model() -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from msd.backends import choose
 from msd.reference.assemble import IMAGE_TOKEN, build_model, build_processor
 from msd.reference.encoder import EfficientNetLiteConfig
-from msd.reference.sources import locate
+from msd.reference.folder import locate
 from msd.train.capture import Answer, Prompt
 from recipes.reference_vlm.base import language_model
 from recipes.reference_vlm.model import load_weights

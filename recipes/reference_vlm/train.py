@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msd.backends.packed import faster_in_bf16
 from msd.bench.data import data_lines
-from msd.system.huge_pages import use_huge_pages
+from msd.system.machine import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 from recipes.reference_vlm.base import language_model
 from recipes.reference_vlm.data import Mix, MixConfig

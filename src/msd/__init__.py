@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from msd.errors import UserError
-from msd.version import __version__
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from msd.config import SpeculativeConfig
     from msd.core.modality import Modality
-    from msd.inputs.sounds import Audio
-    from msd.inputs.videos import Video
+    from msd.inputs.media import Audio, Video
     from msd.model import SpeculativeVLM
     from msd.result import Result
-    from msd.system.threads import share_cores
+    from msd.system.machine import share_cores
     from msd.train.losses.msd import msd_draft_loss
     from msd.verify import MSDVerification
 
@@ -40,15 +40,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Audio": "msd.inputs.sounds",
+    "Audio": "msd.inputs.media",
     "MSDVerification": "msd.verify",
     "Modality": "msd.core.modality",
     "Result": "msd.result",
     "SpeculativeConfig": "msd.config",
     "SpeculativeVLM": "msd.model",
-    "Video": "msd.inputs.videos",
+    "Video": "msd.inputs.media",
     "msd_draft_loss": "msd.train.losses.msd",
-    "share_cores": "msd.system.threads",
+    "share_cores": "msd.system.machine",
 }
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from msd import reference
 from msd.errors import UserError
-from msd.system.records import damage
+from msd.system.files import damage
 from msd.targets import family
 
 FAULTS = (  # of checkpoints and of installations, as the library shows them

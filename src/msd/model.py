@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from msd import drafters, loading, options, verify
+from msd import config, drafters, loading, verify
 from msd.chat import Chat
 from msd.config import SpeculativeConfig
 from msd.core.sampling import Sampler, Seed, generators
@@ -34,9 +34,9 @@ from msd.planning.costs import costs
 from msd.planning.plan import Plan
 from msd.result import Result
 from msd.streaming import Steps, Stream, finished, request_lock
-from msd.system.threads import Cores, watched
+from msd.system.machine import Cores, watched
 from msd.targets import Past, adapt
-from msd.targets.fingerprint import fingerprint
+from msd.targets.registry import fingerprint
 
 
 class SpeculativeVLM:
@@ -190,7 +190,7 @@ class SpeculativeVLM:
         begin = time.perf_counter()
         statistics = Statistics()
         self._reattach()
-        kwargs = self._with_stop_strings(kwargs, options.checked(self.model, kwargs))
+        kwargs = self._with_stop_strings(kwargs, config.checked(self.model, kwargs))
         streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
         run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
         with watched() as cores:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from msd.bench.mass import mean_mass, top_mass
+from msd.bench.modality import mean_mass, top_mass
 from msd.targets import adapt
 
 

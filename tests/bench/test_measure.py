@@ -7,9 +7,8 @@ import torch
 
 import tiny_checkpoint
 from msd.bench import measure, report
-from msd.bench.assistant import shallow
 from msd.bench.data import Sample
-from msd.bench.timing import LIBRARY, Run, _until, library
+from msd.bench.timing import LIBRARY, Run, _until, library, shallow
 from msd.core.statistics import RowStep, Statistics
 from msd.loading import load_target
 

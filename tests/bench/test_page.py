@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from msd.bench import files, plots, report
-from msd.bench.page import page
+from msd.bench import plots, report
+from msd.bench.report import page
 
 
 def row(method: str, task: str, speedup: float, **more: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_stands_alone_and_holds_every_cell(tmp_path: Path) -> None:
-    files.write(results(), tmp_path)
+    report.write(results(), tmp_path)
     text = (tmp_path / "report.html").read_text()
     reader = Reader()
     reader.feed(text)

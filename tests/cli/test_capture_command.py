@@ -11,7 +11,7 @@ import pytest
 
 import tiny_checkpoint
 from msd.cli import main
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.train.capture import Answer, Prompt
 from msd.train.target_writer import TargetWriter
 
@@ -74,7 +74,7 @@ def test_an_interrupted_capture_ends_as_an_uninterrupted_one(
     found = records(whole)
     assert found["0.png", "Is it?"]["split"] == "val" and found["", "Say something."]["gain"] == [0.0] * 5
     gains = [r["gain"] for r in found.values() if r["image"] and r["split"] == "train"]
-    assert ModalityCuts.load(Path(f"{whole}.cuts.json")) == ModalityCuts.fit(gains, summary["target"])
+    assert ModalityThresholds.load(Path(f"{whole}.cuts.json")) == ModalityThresholds.fit(gains, summary["target"])
 
 
 def test_a_part_decides_no_cuts_and_cuts_stay(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_a_part_decides_no_cuts_and_cuts_stay(capsys: pytest.CaptureFixture[str]
     assert "no modality cuts" in run(capsys, folder, out, "--limit", "2")[1]
     assert len(records(out)) == 2 and not frozen.exists()
     run(capsys, folder, out)
-    chosen = ModalityCuts.load(frozen).model_copy(update={"vision_min": 99.0})
+    chosen = ModalityThresholds.load(frozen).model_copy(update={"vision_min": 99.0})
     chosen.save(frozen)
     run(capsys, folder, out)
-    assert ModalityCuts.load(frozen) == chosen
+    assert ModalityThresholds.load(frozen) == chosen
     chosen.model_copy(update={"target": "another"}).save(frozen)
     code, _, err = run(capsys, folder, out)
     assert code == 2 and "another" in err

@@ -17,8 +17,8 @@ from msd.drafters.recordings import FRAMES, event_tokens
 from msd.events import events_of_photo, frames, read
 from msd.events.pooling import pooled
 from msd.inputs.prompts import prepare
-from msd.labels.event_gain import cell_kinds, event_costs
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.gain import cell_kinds, event_costs
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
 from training_command import FLOAT32, run, train
@@ -65,7 +65,7 @@ def test_captured_clips_have_the_costs_of_their_cells(place: Path, captured: lis
         ids = line["ids"] + ([] if line["end"] is None else [line["end"]])
         expected = event_costs(target, inputs, [ids], [kinds])[0]
         torch.testing.assert_close(torch.tensor(line["costs"], dtype=torch.float64), expected, atol=2e-4, rtol=0)
-    cuts = ModalityCuts.load(place / "captured.jsonl.cuts.json")
+    cuts = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
     assert cuts.events is not None and cuts.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
     assert cuts.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
 

@@ -13,11 +13,11 @@ import tiny
 from msd.config import SpeculativeConfig
 from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
-from msd.drafters.toolkit.memory import Memory
+from msd.drafters.toolkit.drafter import Memory
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import adapt
-from msd.targets.teacher import Lesson, teach
+from msd.targets.teacher import TeacherBatch, teach
 from msd.train.losses.msd import LossConfig
 
 MODEL = tiny.llava()
@@ -37,7 +37,7 @@ def network(**changes: Any) -> MSDNetwork:
     return made.attach(MODEL).eval()
 
 
-def lesson(made: MSDNetwork, rows: int = 3) -> Lesson:
+def teacher_batch(made: MSDNetwork, rows: int = 3) -> TeacherBatch:
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 2, words=5 + s) for s in range(rows)))
     return teach(adapt(MODEL, made.config.taps), inputs, [[5, 6, 7, 8]] * rows)
 
@@ -50,7 +50,7 @@ def some(rows: int, without: int | None = None) -> Tensor:
     return tokens
 
 
-def root_law(made: MSDNetwork, taught: Lesson, beside: Tensor | None) -> Tensor:
+def root_law(made: MSDNetwork, taught: TeacherBatch, beside: Tensor | None) -> Tensor:
     assert taught.taps is not None
     L = taught.prompt
     layout = replace(taught.layout, end=[L + 1] * taught.layout.batch)
@@ -64,7 +64,7 @@ def root_law(made: MSDNetwork, taught: Lesson, beside: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("vision", [True, False])
 def test_training_sees_what_decoding_does(form: str, vision: bool) -> None:
     made = network(form=form, vision=vision)
-    taught = replace(lesson(made), beside=some(3, without=1))
+    taught = replace(teacher_batch(made), beside=some(3, without=1))
     objective = DraftObjective(made, LossConfig())
     with torch.no_grad():
         drafts, states = objective.states(taught, torch.zeros(3, 1, dtype=torch.long))
@@ -75,7 +75,7 @@ def test_training_sees_what_decoding_does(form: str, vision: bool) -> None:
 
 def test_rows_see_their_own_tokens_and_rows_without_any_none() -> None:
     made = network()
-    taught = lesson(made)
+    taught = teacher_batch(made)
     with torch.no_grad():
         nothing, all_, but_one = (root_law(made, taught, b) for b in (None, some(3), some(3, without=1)))
     for row in range(3):
@@ -86,7 +86,7 @@ def test_rows_see_their_own_tokens_and_rows_without_any_none() -> None:
 
 def test_kept_tokens_stand_before_the_text() -> None:
     made = network()
-    taught = lesson(made)
+    taught = teacher_batch(made)
     assert taught.taps is not None
     with torch.no_grad():
         plain, found = (made.read(taught.layout, taught.taps[:, :-1], None, b) for b in (None, some(3, without=1)))

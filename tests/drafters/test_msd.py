@@ -20,8 +20,8 @@ from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork, Shape
 from msd.drafters.algorithms.msd.drafter import choose
 from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.drafter import Memory
 from msd.drafters.toolkit.growth import LevelCost, grow, reached
-from msd.drafters.toolkit.memory import Memory
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
@@ -49,11 +49,11 @@ def network(form: str = "block", seed: int = 0, **changes: Any) -> MSDNetwork:
 def memory(made: MSDNetwork, rows: int = 3) -> tuple[Memory, Layout]:
     """What decoding would remember of some prompts and one emitted token."""
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 2, words=5 + s) for s in range(rows)))
-    lesson = teach(adapt(MODEL, made.config.taps), inputs, [[5, 6]] * rows)
-    assert lesson.taps is not None
-    L = lesson.prompt
-    layout = replace(lesson.layout, end=[L + 1] * rows)
-    return Memory.begin(made, layout, lesson.taps[:, :L]), layout
+    teacher_batch = teach(adapt(MODEL, made.config.taps), inputs, [[5, 6]] * rows)
+    assert teacher_batch.taps is not None
+    L = teacher_batch.prompt
+    layout = replace(teacher_batch.layout, end=[L + 1] * rows)
+    return Memory.begin(made, layout, teacher_batch.taps[:, :L]), layout
 
 
 def tree(
@@ -344,7 +344,7 @@ def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, m
 
 
 def test_a_model_is_drafted_for_by_what_was_trained_for_it(reference_model: tuple[Any, Any]) -> None:
-    from msd.targets.fingerprint import fingerprint
+    from msd.targets.registry import fingerprint
 
     model, processor = reference_model
     assert registry.default(fingerprint(model)) == "msd+prompt-lookup"

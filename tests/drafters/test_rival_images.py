@@ -93,7 +93,7 @@ def test_the_gate_asks_the_question() -> None:
 def test_the_question_is_the_prompts_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither padding nor image tokens nor the answer, which training sees and decoding does not have yet."""
     made = rivals.network(MODEL, "specvlm")
-    lesson = rivals.lesson(MODEL, made)
+    teacher_batch = rivals.teacher_batch(MODEL, made)
     asked: list[Tensor] = []
     forward = Compressor.forward
 
@@ -102,13 +102,13 @@ def test_the_question_is_the_prompts_words(monkeypatch: pytest.MonkeyPatch) -> N
         return forward(self, states, mask, question)
 
     monkeypatch.setattr(Compressor, "forward", noted)
-    assert lesson.taps is not None
-    L = lesson.prompt
-    made.select(lesson.layout, lesson.taps[:, :-1], L)
-    made.select(lesson.layout, lesson.taps[:, :L], L)
+    assert teacher_batch.taps is not None
+    L = teacher_batch.prompt
+    made.select(teacher_batch.layout, teacher_batch.taps[:, :-1], L)
+    made.select(teacher_batch.layout, teacher_batch.taps[:, :L], L)
     assert torch.equal(asked[0], asked[1]) and len(asked[0]) == 2
     for question, row in zip(asked[0], (1, 2), strict=True):  # the rows with images
-        ids = lesson.layout.tokens[row, lesson.layout.start[row] + 1 : L]
+        ids = teacher_batch.layout.tokens[row, teacher_batch.layout.start[row] + 1 : L]
         words = made.embed(ids[ids != tiny.IMAGE])
         assert torch.allclose(question, words.mean(0), atol=1e-6)
 
@@ -118,10 +118,10 @@ def test_what_is_left_of_an_image(branch: str) -> None:
     made = rivals.network(MODEL, "specvlm", options={"tokens": 3})
     torch.nn.init.zeros_(made.compressor.gate.weight)  # type: ignore[union-attr, arg-type]
     made.compressor.gate.bias.data = torch.eye(len(BRANCHES))[BRANCHES.index(branch)] * 9  # type: ignore[union-attr]
-    lesson = rivals.lesson(MODEL, made)
-    assert lesson.taps is not None
-    found = made.select(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
-    text = lesson.taps.shape[1] - 1 - torch.tensor(lesson.layout.start)
+    teacher_batch = rivals.teacher_batch(MODEL, made)
+    assert teacher_batch.taps is not None
+    found = made.select(teacher_batch.layout, teacher_batch.taps[:, :-1], teacher_batch.prompt)
+    text = teacher_batch.taps.shape[1] - 1 - torch.tensor(teacher_batch.layout.start)
     images = torch.tensor([s % 3 for s in range(4)])
     left = 0 if branch == "text" else 3
     assert found.present.sum(1).tolist() == (text - 4 * images + left * images.clamp_max(1)).tolist()
@@ -135,15 +135,15 @@ def test_attention_is_the_targets() -> None:
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         layers = eager(**inputs, output_attentions=True, position_ids=_positions(inputs)).attentions
-    lesson = teach(adapt(MODEL, made.config.taps), inputs, [[5, 6, 7]] * 2)
-    assert lesson.taps is not None
-    c = columns(lesson.layout, lesson.taps[:, :-1], made.embed, made.config.hidden, lesson.prompt)
+    teacher_batch = teach(adapt(MODEL, made.config.taps), inputs, [[5, 6, 7]] * 2)
+    assert teacher_batch.taps is not None
+    c = columns(teacher_batch.layout, teacher_batch.taps[:, :-1], made.embed, made.config.hidden, teacher_batch.prompt)
     ours = made.attention(c)  # type: ignore[operator]
     for row in range(2):
         ids = inputs["input_ids"][row]
         last = int((ids == tiny.IMAGE).nonzero().max())
         expected = layers[-1][row, :, last + 1 :].mean(0).mean(0)  # [L]
-        for column in range(lesson.prompt - 1):
+        for column in range(teacher_batch.prompt - 1):
             if c.visual[row, column]:
                 assert float(ours[row, column]) == pytest.approx(float(expected[column + 1]), rel=1e-3)
 
@@ -168,8 +168,8 @@ def test_it_drafts_with_eagle_2s_weights() -> None:
     assert isinstance(trained, Eagle2)
     made = SpecVLMVideo.adopted(trained)
     assert all(torch.equal(made.state_dict()[k], v) for k, v in trained.state_dict().items())
-    lesson = rivals.lesson(MODEL, made.attach(MODEL))
-    assert lesson.taps is not None
-    found = made.select(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
-    text = lesson.taps.shape[1] - 1 - torch.tensor(lesson.layout.start)
+    teacher_batch = rivals.teacher_batch(MODEL, made.attach(MODEL))
+    assert teacher_batch.taps is not None
+    found = made.select(teacher_batch.layout, teacher_batch.taps[:, :-1], teacher_batch.prompt)
+    text = teacher_batch.taps.shape[1] - 1 - torch.tensor(teacher_batch.layout.start)
     assert found.present.sum(1).tolist() == (text - torch.tensor([0, 3, 7, 0])).tolist()

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 import rivals
 import tiny
 from msd.core.layout import Layout
-from msd.drafters.toolkit.memory import Memory
+from msd.drafters.toolkit.drafter import Memory
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
 from msd.targets.teacher import teach
@@ -84,11 +84,11 @@ def drafted(made: DraftNetwork, images: int, first: list[int], second: tuple[int
     """Our logits below the root, below its children `first`, and below `second` = (a child's index, token)."""
     inputs = inputs_of(images)
     told = prompt(images)
-    lesson = teach(adapt(MODEL, made.config.taps), inputs, [[told.ids[-1]]])
-    whole = lesson.layout
-    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [lesson.prompt + 1])
-    assert lesson.taps is not None
-    memory = Memory.begin(made, layout, lesson.taps[:, : lesson.prompt])
+    batch = teach(adapt(MODEL, made.config.taps), inputs, [[told.ids[-1]]])
+    whole = batch.layout
+    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1])
+    assert batch.taps is not None
+    memory = Memory.begin(made, layout, batch.taps[:, : batch.prompt])
     context, anchors = memory.upto(None)
     laws = made.levels(context, anchors, layout.newest())
     out = [laws.root(torch.ones(1, 1, 1)).logits[0, 0]]

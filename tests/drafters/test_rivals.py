@@ -21,13 +21,12 @@ from msd.core.layout import Layout
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSDConfig
 from msd.drafters.toolkit import checkpoint
-from msd.drafters.toolkit.drafter import TrainedDrafter
-from msd.drafters.toolkit.memory import Memory
+from msd.drafters.toolkit.drafter import Memory, TrainedDrafter
 from msd.errors import UserError
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget
-from msd.targets.teacher import Lesson
+from msd.targets.teacher import TeacherBatch
 
 METHODS = list(rivals.RIVALS)
 MODEL = tiny.llava()
@@ -83,18 +82,18 @@ def test_every_rival_passes_verify(tmp_path: Path) -> None:
         assert row.passed and row.compared == 12, (row.method, row.differences)
 
 
-def decoded(made: Any, lesson: Lesson, steps: list[list[int]]) -> tuple[Memory, list[int]]:
+def decoded(made: Any, taught: TeacherBatch, steps: list[list[int]]) -> tuple[Memory, list[int]]:
     """What decoding remembers after `steps`, each the number of tokens that every row emitted; and where rows end."""
-    assert lesson.taps is not None
-    whole, L = lesson.layout, lesson.prompt
+    assert taught.taps is not None
+    whole, L = taught.layout, taught.prompt
     at = lambda end: Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)  # noqa: E731
     end = [L + 1] * whole.batch
-    memory = Memory.begin(made, at(end), lesson.taps[:, :L])
+    memory = Memory.begin(made, at(end), taught.taps[:, :L])
     for added in steps:
         first, end = end, [e + n for e, n in zip(end, added, strict=True)]
         column = (torch.tensor(first)[:, None] - 1 + torch.arange(max(added))).clamp_max(whole.tokens.shape[1] - 2)
         rows = torch.arange(whole.batch)[:, None]
-        memory.take(made, at(end), lesson.taps[rows, column], whole.tokens[rows, column + 1], added)
+        memory.take(made, at(end), taught.taps[rows, column], whole.tokens[rows, column + 1], added)
     return memory, end
 
 
@@ -103,12 +102,12 @@ def decoded(made: Any, lesson: Lesson, steps: list[list[int]]) -> tuple[Memory, 
 def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -> None:
     """The laws below a root, as a loss sees them in a whole text and as decoding does, having read it in pieces."""
     made = rivals.network(MODEL, method)
-    lesson = rivals.lesson(MODEL, made)
-    memory, end = decoded(made, lesson, steps)
-    first = torch.tensor([[e - 1 - lesson.prompt] for e in end])
+    taught = rivals.teacher_batch(MODEL, made)
+    memory, end = decoded(made, taught, steps)
+    first = torch.tensor([[e - 1 - taught.prompt] for e in end])
     index = first[..., None] + torch.arange(1, 4)
-    answers = lesson.answers
-    states = made.states(lesson, first, 3)
+    answers = taught.answers
+    states = made.states(taught, first, 3)
     logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
     context, anchors = memory.upto(None)
     newest = answers.gather(1, first)[:, 0]
@@ -124,37 +123,37 @@ def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
     made = rivals.network(MODEL, method)
-    lesson = rivals.lesson(MODEL, made)
-    memory, _ = decoded(made, lesson, [])
+    taught = rivals.teacher_batch(MODEL, made)
+    memory, _ = decoded(made, taught, [])
     context, anchors = memory.upto(None)
-    laws = made.levels(context, anchors, lesson.answers[:, 0])
+    laws = made.levels(context, anchors, taught.answers[:, 0])
     together = laws.root(torch.ones(4, 1, 1)).logits
     for row in range(4):
-        start = lesson.layout.start[row]
+        start = taught.layout.start[row]
         cut = lambda x: x[row : row + 1, start:]  # noqa: B023, E731
         layout = Layout(
-            cut(lesson.layout.tokens), cut(lesson.layout.modality),
-            lesson.layout.positions[:, row : row + 1, start:], [0], [lesson.prompt + 1 - start],
+            cut(taught.layout.tokens), cut(taught.layout.modality),
+            taught.layout.positions[:, row : row + 1, start:], [0], [taught.prompt + 1 - start],
         )  # fmt: skip
-        assert lesson.taps is not None
-        alone = Memory.begin(made, layout, lesson.taps[row : row + 1, start : lesson.prompt])
+        assert taught.taps is not None
+        alone = Memory.begin(made, layout, taught.taps[row : row + 1, start : taught.prompt])
         keys, own = alone.upto(None)
-        law = made.levels(keys, own, lesson.answers[row : row + 1, 0])
+        law = made.levels(keys, own, taught.answers[row : row + 1, 0])
         assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_learnt(method: str) -> None:
-    """Every parameter moves, and the loss falls on a lesson that is repeated."""
+    """Every parameter moves, and the loss falls on a taught that is repeated."""
     made = rivals.network(MODEL, method).train()
-    lesson = rivals.lesson(MODEL, made)
-    text = replace(lesson, layout=replace(lesson.layout, modality=torch.zeros_like(lesson.layout.modality)))
+    taught = rivals.teacher_batch(MODEL, made)
+    text = replace(taught, layout=replace(taught.layout, modality=torch.zeros_like(taught.layout.modality)))
     first = torch.arange(rivals.LENGTH - 1).expand(4, -1)
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
     losses, still = [], {n for n, p in made.named_parameters()}
     for step in range(30):
         torch.manual_seed(step)
-        loss, parts = made.loss(lesson, first)
+        loss, parts = made.loss(taught, first)
         assert set(parts) and all(torch.isfinite(p) for p in parts.values())
         loss.backward()
         still -= {n for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}
@@ -216,13 +215,13 @@ def test_a_tie_is_the_parents() -> None:
     sure = torch.full((64,), -1e4)
     sure[7] = 1e4  # q = 1: every node of this path has the same score
     made.logits = lambda states, parents: sure.expand(*states.shape[:-1], -1)  # type: ignore[method-assign]
-    lesson = rivals.lesson(MODEL, made)
-    assert lesson.taps is not None
-    whole = lesson.layout
-    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [lesson.prompt + 1] * 4)
+    taught = rivals.teacher_batch(MODEL, made)
+    assert taught.taps is not None
+    whole = taught.layout
+    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [taught.prompt + 1] * 4)
     state: Any = SimpleNamespace(layout=layout, memory=None)
     drafter = TrainedDrafter(made)
-    drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
+    drafter.begin(state, SimpleNamespace(taps=taught.taps[:, : taught.prompt]))  # type: ignore[arg-type]
     for nodes in (1, 2, 4):
         tree = drafter.propose(state, Budget(nodes, [5] * 4), SimpleNamespace(do_sample=False))  # type: ignore[arg-type]
         assert tree.parents[0].tolist() == list(range(-1, nodes))
@@ -232,23 +231,23 @@ def test_a_tie_is_the_parents() -> None:
 def test_trees_grow_as_eagle_2_says() -> None:
     """k children of each of k frontier nodes a level, the k best go on, the best of all are kept: by brute force."""
     made = rivals.network(MODEL, "eagle2", width=3, depth=3)
-    lesson = rivals.lesson(MODEL, made)
-    memory, _ = decoded(made, lesson, [])
+    taught = rivals.teacher_batch(MODEL, made)
+    memory, _ = decoded(made, taught, [])
     context, anchors = memory.upto(None)
 
     def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
-        laws = made.levels(context, anchors, lesson.answers[:, 0])
+        laws = made.levels(context, anchors, taught.answers[:, 0])
         z = laws.root(torch.ones(4, 1, 1))
         for token in path:
             z = laws.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))
         return z.logits[row, 0].detach().log_softmax(-1)
 
-    whole, end = lesson.layout, [lesson.prompt + 1] * 4
+    whole, end = taught.layout, [taught.prompt + 1] * 4
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)
     state: Any = SimpleNamespace(layout=layout, memory=None)
     drafter = TrainedDrafter(made)
-    assert lesson.taps is not None
-    drafter.begin(state, SimpleNamespace(taps=lesson.taps[:, : lesson.prompt]))  # type: ignore[arg-type]
+    assert taught.taps is not None
+    drafter.begin(state, SimpleNamespace(taps=taught.taps[:, : taught.prompt]))  # type: ignore[arg-type]
     sampler: Any = SimpleNamespace(do_sample=False)
     tree = drafter.propose(state, Budget(7, [3] * 4), sampler)
     for row in range(4):

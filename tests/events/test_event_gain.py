@@ -13,8 +13,8 @@ import tiny
 from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
 from msd.errors import UserError
 from msd.events import EventStream
-from msd.labels.event_gain import cell_kinds, event_costs
-from msd.labels.label_thresholds import EventCuts
+from msd.labels.gain import cell_kinds, event_costs
+from msd.labels.label_thresholds import EventThresholds
 from msd.targets import adapt
 
 MODEL = tiny.llava(sharpness=5.0)
@@ -57,7 +57,7 @@ def test_costs_are_those_of_taking_the_cells_out() -> None:
 
 
 def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
-    cuts = EventCuts(least=0.1, tokens=1)
+    cuts = EventThresholds(least=0.1, tokens=1)
     costs = [
         [0.05, 0.1, 9.0, 9.0],  # neither kind costs enough, whatever frames do
         [0.5, 0.2, 1.0, 0.4],  # sparse cells, one frame
@@ -72,11 +72,11 @@ def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
 
 def test_half_of_the_tokens_that_cuts_were_fitted_on_are_language() -> None:
     costs = [torch.rand(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    cuts = EventCuts.fit(costs)
+    cuts = EventThresholds.fit(costs)
     labels = torch.cat([cuts.labels(c) for c in costs])
     assert int((labels == LANGUAGE.id).sum()) == 100 and cuts.tokens == 200
     with pytest.raises(UserError, match="lines with events"):
-        EventCuts.fit([])
+        EventThresholds.fit([])
 
 
 def test_cells_of_a_recording_stand_for_the_image_tokens_of_its_frames() -> None:

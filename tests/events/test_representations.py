@@ -17,7 +17,7 @@ from msd.core import modality
 from msd.errors import UserError
 from msd.events import EventStream, cells, event_frames, frames, open_chunks, time_surface, voxel_grid
 from msd.events.cells import otsu
-from msd.events.pieces import By
+from msd.events.recording import By
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 quick = settings(deadline=None, max_examples=30)

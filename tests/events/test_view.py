@@ -12,7 +12,7 @@ from writers import SIZE, scene, write
 
 from msd.cli import main
 from msd.events import frames
-from msd.events.view import snippet
+from msd.events.frames import snippet
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

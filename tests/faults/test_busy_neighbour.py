@@ -15,8 +15,8 @@ import tiny
 from msd.model import SpeculativeVLM
 from msd.planning.costs import Costs, costs
 from msd.planning.plan import Plan
-from msd.system import threads
-from msd.system.threads import LONGEST, PAUSE, Shared, share_cores, watched
+from msd.system import machine
+from msd.system.machine import LONGEST, PAUSE, Shared, share_cores, watched
 from msd.targets import adapt
 
 COSTS = Costs((1, 9, 33), (100, 200), ((1.0, 1.1, 4.0), (1.0, 1.1, 6.0)))
@@ -108,8 +108,8 @@ def test_answers_stay_the_same_when_the_number_changes_in_the_middle(
     model, inputs = tiny.llava(), tiny.llava_inputs()
     expected = model.generate(**inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
     preempted = 0
-    monkeypatch.setattr(threads, "_preemptions", lambda: preempted)
-    monkeypatch.setattr(threads, "_free", lambda number: False)
+    monkeypatch.setattr(machine, "_preemptions", lambda: preempted)
+    monkeypatch.setattr(machine, "_free", lambda number: False)
     msd.share_cores()
     seen = []
 
@@ -128,7 +128,7 @@ def test_answers_stay_the_same_when_the_number_changes_in_the_middle(
 
 
 def test_without_the_call_nothing_is_touched(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_preemptions", lambda: 10**9)
+    monkeypatch.setattr(machine, "_preemptions", lambda: 10**9)
     with watched() as cores:
         cores.check()
         assert torch.get_num_threads() == 2
@@ -136,7 +136,7 @@ def test_without_the_call_nothing_is_touched(two_threads: None, monkeypatch: pyt
 
 def test_the_number_is_given_back_when_an_answer_fails(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter(range(0, 10**6, 1000))
-    monkeypatch.setattr(threads, "_preemptions", lambda: next(counts))
+    monkeypatch.setattr(machine, "_preemptions", lambda: next(counts))
     share_cores()
     with pytest.raises(RuntimeError), watched() as cores:
         cores.check()
@@ -185,7 +185,7 @@ def test_costs_that_were_measured_beside_a_neighbour_are_not_kept(
     counts = iter(range(0, 10**6, 1000))
     target = adapt(tiny.llava())
     with monkeypatch.context() as patch:
-        patch.setattr(threads, "_preemptions", lambda: next(counts))
+        patch.setattr(machine, "_preemptions", lambda: next(counts))
         assert costs(target, tmp_path).seconds and not list(tmp_path.iterdir())
-    monkeypatch.setattr(threads, "_preemptions", lambda: 0)
+    monkeypatch.setattr(machine, "_preemptions", lambda: 0)
     assert costs(target, tmp_path).seconds and len(list(tmp_path.iterdir())) == 1

@@ -18,16 +18,15 @@ from msd.backends import trial
 from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.planning import costs as costs_of
 from msd.planning.costs import Costs, costs
-from msd.reference import sources
+from msd.reference import folder
 from msd.reference.folder import MANIFEST, ensure, is_complete
-from msd.system.records import LFS, read_json, read_rows
+from msd.system.files import LFS, read_json, read_rows
 from msd.targets import adapt
-from msd.train import curves
-from msd.train.loop import Loop, LoopConfig
+from msd.train.loop import Loop, LoopConfig, draw, read_log
 from training_command import FLOAT32, STEPS, run
 
 POINTER = LFS + b"v1\noid sha256:4d7a\nsize 12345\n"
@@ -274,12 +273,12 @@ def test_a_finished_run_mends_its_drafter(capsys: pytest.CaptureFixture[str], pl
 def test_logs_are_used_as_far_as_they_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"step": 1, "lr": 1.0, "loss": 2.0}\n\xff\xfe\n[1]\n{"step": 2, "val_all": 0.5}\n{"step": 3, "lr')
-    training_rows, held_out = curves.read_log(log)
+    training_rows, held_out = read_log(log)
     assert training_rows == [{"step": 1, "lr": 1.0, "loss": 2.0}] and held_out == [{"step": 2, "all": 0.5}]
     pytest.importorskip("matplotlib")
-    curves.draw(log, tmp_path / "curves.png")
+    draw(log, tmp_path / "curves.png")
     log.write_bytes(b"")
-    curves.draw(log, tmp_path / "curves.png")
+    draw(log, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -306,7 +305,7 @@ def test_damaged_cuts_say_how_to_go_on(
     cuts.unlink()
     code, _, err = run(capsys, *capturing, "--out", answers, "--max-new-tokens", 12)
     assert code == 0, err
-    assert ModalityCuts.load(cuts) == ModalityCuts.model_validate_json(whole)
+    assert ModalityThresholds.load(cuts) == ModalityThresholds.model_validate_json(whole)
 
 
 @pytest.mark.parametrize(
@@ -386,10 +385,10 @@ def test_a_damaged_manifest_means_to_build_again(tmp_path: Path, how: str) -> No
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_checksums_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     path = tmp_path / "checksums.json"
-    path.write_bytes(DAMAGE[how](sources.CHECKSUMS.read_bytes()))
-    monkeypatch.setattr(sources, "CHECKSUMS", path)
+    path.write_bytes(DAMAGE[how](folder.CHECKSUMS.read_bytes()))
+    monkeypatch.setattr(folder, "CHECKSUMS", path)
     with pytest.raises(UserError, match=r"checksums\.json.*pip install"):
-        sources.recorded()
+        folder.recorded()
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "no fields"])

@@ -19,7 +19,7 @@ from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
-from msd.reference import sources
+from msd.reference import folder
 from training_command import run
 
 BEST = "msd:video+prompt-lookup"
@@ -93,22 +93,22 @@ def test_a_recording_without_events_is_one_line(tmp_path: Path, capsys: pytest.C
 def test_an_installed_package_says_where_the_target_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "VIDEO_WEIGHTS", tmp_path / "not there")
+    monkeypatch.setattr(folder, "VIDEO_WEIGHTS", tmp_path / "not there")
     code, out, err = run(capsys, "generate", "--events", recording(tmp_path / "a.npz"), "-p", PROMPT)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert "source checkout" in err and "--target" in err
 
 
 def test_broken_weights_name_what_brings_them_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = json.loads((sources.VIDEO_WEIGHTS / "checksums.json").read_text(encoding="utf-8"))
-    shipped = sources.VIDEO_WEIGHTS / sources.VIDEO_PARTS
-    sources.verify(shipped, record)
-    broken = tmp_path / sources.VIDEO_PARTS
+    record = json.loads((folder.VIDEO_WEIGHTS / "checksums.json").read_text(encoding="utf-8"))
+    shipped = folder.VIDEO_WEIGHTS / folder.VIDEO_PARTS
+    folder.verify(shipped, record)
+    broken = tmp_path / folder.VIDEO_PARTS
     broken.write_bytes(shipped.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"bytes instead of .* git checkout -- weights/video"):
-        sources.verify(broken, record)
+        folder.verify(broken, record)
     assert reference.location(video=True) != reference.location()
-    monkeypatch.setattr(sources, "VIDEO_WEIGHTS", tmp_path)
+    monkeypatch.setattr(folder, "VIDEO_WEIGHTS", tmp_path)
     with pytest.raises(UserError, match=r"checksums\.json .*git checkout -- weights/video"):
         reference.location(video=True)
 

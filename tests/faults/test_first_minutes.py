@@ -17,7 +17,7 @@ import rivals
 import tiny
 import tiny_checkpoint
 from msd import drafters
-from msd.bench import kernels
+from msd.bench import timing
 from msd.certify.certificate import Row
 from msd.cli import app, demo, verify
 from msd.config import SpeculativeConfig
@@ -29,9 +29,8 @@ from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, Vocabula
 from msd.drafters.algorithms.eventgpt import drafter as eventgpt_memory
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
-from msd.drafters.toolkit import memory as toolkit_memory
-from msd.drafters.toolkit.drafter import TrainedDrafter
-from msd.drafters.toolkit.memory import DecodedStates
+from msd.drafters.toolkit import context as toolkit_memory
+from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Governor
 from msd.targets import State, adapt
@@ -60,7 +59,7 @@ def eventgpt() -> EventGPTDrafter:
 
 def test_timing_the_kernels_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """torch's own profiler writes two lines a pass from C++, past `sys.stderr`."""
-    shares = kernels.outside_kernels(adapt(MODEL, backend="plain"))
+    shares = timing.outside_kernels(adapt(MODEL, backend="plain"))
     assert shares is not None and set(shares) == {"1", "9"} and all(0 <= share < 1 for share in shares.values())
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")

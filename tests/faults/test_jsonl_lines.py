@@ -12,8 +12,7 @@ import tiny_checkpoint
 from msd.bench.data import data_lines, load_data, load_outputs
 from msd.cli import main
 from msd.errors import UserError
-from msd.train.capture import Answer, Prompt, capture, pending
-from msd.train.captured import read_captured
+from msd.train.capture import Answer, Prompt, capture, pending, read_captured
 
 SEPARATORS = "\u2028\u2029\u0085\x1c\x1d\x1e\x0b\x0c"  # where str.splitlines() breaks a line, beside \n and \r
 

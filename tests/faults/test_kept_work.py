@@ -432,7 +432,7 @@ def test_a_diverged_run_keeps_its_checkpoint(
 
 
 def test_data_that_asks_again_is_the_same_data(place: Path, tmp_path: Path) -> None:
-    from msd.bench.check import digest
+    from msd.bench.conversation import digest
 
     samples = load_data(place / "ask.jsonl")
     assert digest(samples) == digest(load_data(place / "ask.jsonl")) != digest(samples[:3])

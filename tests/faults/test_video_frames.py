@@ -15,7 +15,7 @@ from PIL import Image
 
 from clips import LEVELS, write_clip
 from msd.errors import UserError
-from msd.inputs.videos import Clip, Video, evenly
+from msd.inputs.media import Clip, Video, evenly
 
 COUNTS = (1, 2, 5, 8, 40)
 RATE = 10

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from msd import reference
 from msd.cli.reference import app
 from msd.errors import UserError
-from msd.reference import folder, sources
+from msd.reference import folder
 
 runner = CliRunner()
 
@@ -42,7 +42,7 @@ def test_install_reports_size_and_time(cache: Path) -> None:
 
 
 def test_force_assembles_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "GGUF_PACKAGE", "no_such_package_anywhere")
+    monkeypatch.setattr(folder, "GGUF_PACKAGE", "no_such_package_anywhere")
     result = runner.invoke(app, ["install", "--force", "--cache", str(cache)])
     assert isinstance(result.exception, UserError)
     assert result.stdout == ""

@@ -9,11 +9,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from msd import reference
 from msd.inputs.images import load_image
-from msd.reference import sources
+from msd.reference import folder
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec(sources.GGUF_PACKAGE) is None, reason=f"needs: {sources.INSTALL_GGUF}"),
+    pytest.mark.skipif(importlib.util.find_spec(folder.GGUF_PACKAGE) is None, reason=f"needs: {folder.INSTALL_GGUF}"),
 ]
 
 

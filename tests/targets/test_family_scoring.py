@@ -151,14 +151,14 @@ def test_a_taught_answer_is_what_each_prefix_says_alone(name: str) -> None:
     rows = prompts(family)
     target = adapt(model(name), TAPS, backend="plain")
     answers = [[20, 31, 12, 44, 50], [33, 10], [11, 60, 23]]
-    lesson = teach(target, family.batch(rows), answers)
-    columns = lesson.layout.modality[:, : lesson.prompt] != LANGUAGE.id
+    taught = teach(target, family.batch(rows), answers)
+    columns = taught.layout.modality[:, : taught.prompt] != LANGUAGE.id
     blind = teach(target, family.batch(rows), answers, columns)
     for row, parts in enumerate(rows):
-        shown = bool((lesson.layout.modality[row] != LANGUAGE.id).any())
+        shown = bool((taught.layout.modality[row] != LANGUAGE.id).any())
         for t in range(len(answers[row])):
             expected = alone(family, parts, answers[row][:t])
-            assert (lesson.logits[row, t] - expected.logits[0, -1]).abs().max() <= TOLERANCE, f"row {row}, token {t}"
-            check_taps(target, lesson.taps[row, lesson.prompt + t - 1], expected)
+            assert (taught.logits[row, t] - expected.logits[0, -1]).abs().max() <= TOLERANCE, f"row {row}, token {t}"
+            check_taps(target, taught.taps[row, taught.prompt + t - 1], expected)
             changed = float((blind.logits[row, t] - expected.logits[0, -1]).abs().max())
             assert changed > 1e-3 if shown else changed <= TOLERANCE

@@ -15,14 +15,14 @@ from msd.config import SpeculativeConfig
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD
 from msd.inputs.prompts import prepare
-from msd.labels.image_gain import image_gain
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.gain import image_gain
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.targets import adapt
-from msd.train.captured import Captured
+from msd.train.capture import Captured
 from msd.train.drafting import DraftTraining, train, untrained
-from msd.train.lessons import Stages
+from msd.train.teacher_batches import Stages
 
 SETTINGS = DraftTraining(
     steps=4, batch=2, anchors=4, draft_vocabulary=48, precision="float32", stages=Stages(1, 1, 0.2), evaluate_every=4
@@ -47,7 +47,7 @@ def answers(name: str, folder: Path) -> list[Captured]:
 def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     model, processor, captured = family.make(), FamilyProcessor(family), answers(name, tmp_path)
-    cuts = ModalityCuts(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
+    cuts = ModalityThresholds(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
     assert train(model, processor, captured, captured[:3], cuts, tmp_path / "run", SETTINGS)
     network = registry.load(tmp_path / "run" / "drafter")
     fresh = untrained(adapt(model, backend="plain"), captured, SETTINGS)

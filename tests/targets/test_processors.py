@@ -37,10 +37,10 @@ from msd import Audio, Video
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.inputs.prompts import prepare
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
-from msd.train.captured import Captured
+from msd.train.capture import Captured
 from msd.train.drafting import DraftTraining, train
 
 
@@ -180,7 +180,7 @@ def test_training(name: str, tmp_path: Path) -> None:
     paths = [(tmp_path / "0.png",), (tmp_path / "0.png", tmp_path / "1.png"), *([()] if name != "paligemma" else [])]
     ids = tuple(range(WORDS, WORDS + 8))
     captured = [Captured(p, "what", ids, (0.1 * len(p),) * 8, "vqa", "train") for p in paths]
-    cuts = ModalityCuts(language_max=0.1, vision_min=0.2, tokens=10, target="tiny-0")
+    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=10, target="tiny-0")
     settings = DraftTraining(steps=2, batch=1, anchors=4, draft_vocabulary=32, precision="float32", evaluate_every=2)
     assert train(BY_NAME[name].make(), PROCESSORS[name](), captured, captured[1:2], cuts, tmp_path / "run", settings)
 

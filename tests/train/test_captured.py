@@ -12,12 +12,11 @@ import torch
 import tiny_checkpoint
 from msd.errors import UserError
 from msd.inputs.prompts import prepare
-from msd.labels.image_gain import image_gain
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.gain import image_gain
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
-from msd.train.capture import Prompt, capture, pending
-from msd.train.captured import Captured, fit_cuts, read_captured
+from msd.train.capture import Captured, Prompt, capture, fit_cuts, pending, read_captured
 from msd.train.target_writer import TargetWriter
 
 NEW = 7
@@ -108,7 +107,7 @@ def test_read_captured(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) ->
         )
         assert captured[images, prompt.text] == expected
     cuts = fit_cuts(records, "t")
-    assert cuts == ModalityCuts.fit([r["gain"] for r in records if r["image"] and r["split"] == "train"], "t")
+    assert cuts == ModalityThresholds.fit([r["gain"] for r in records if r["image"] and r["split"] == "train"], "t")
     assert fit_cuts([r for r in records if not r["image"]], "t") is None
 
 

@@ -16,10 +16,10 @@ from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwo
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
-from msd.targets.teacher import Lesson, teach
+from msd.targets.teacher import TeacherBatch, teach
 from msd.train import drafting
-from msd.train.lessons import Notebook
 from msd.train.losses.msd import LossConfig, TaskWeights
+from msd.train.teacher_batches import TeacherCache
 
 FORMS = ["block", "ar"]
 LENGTH = 24
@@ -33,7 +33,7 @@ def network(model: Any, form: str, **changes: Any) -> MSDNetwork:
     return made.attach(model)
 
 
-def lesson(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], Lesson, torch.Tensor]:
+def teacher_batch(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], TeacherBatch, torch.Tensor]:
     """Greedy answers of a batch of unequal prompts, with labels in turn."""
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(4)))
     out = model.generate(
@@ -42,13 +42,13 @@ def lesson(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], Lesson
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
     target = adapt(model, made.config.taps)
     labels = torch.tensor([LANGUAGE.id, VISION.id, FUSION.id])[torch.arange(LENGTH) % 3].expand(4, -1)
-    notes = Notebook(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0, torch.float32)
+    notes = TeacherCache(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0, torch.float32)
     taught, labels = notes.recall(0, lambda: (teach(target, inputs, answers), labels))
     return target, inputs, taught, labels
 
 
 def overfit(
-    made: MSDNetwork, taught: Lesson, labels: torch.Tensor, steps: int = 60
+    made: MSDNetwork, taught: TeacherBatch, labels: torch.Tensor, steps: int = 60
 ) -> tuple[list[float], DraftObjective]:
     objective = DraftObjective(made, LossConfig(), ends=[int(taught.answers[0, -1])])
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
@@ -68,7 +68,7 @@ def overfit(
 def test_learns_and_counts_as_decoding_does(form: str) -> None:
     model = tiny.llava()
     made = network(model, form)
-    _, inputs, taught, labels = lesson(model, made)
+    _, inputs, taught, labels = teacher_batch(model, made)
     before = DraftObjective(made, LossConfig()).acceptance(taught, labels)
     losses, objective = overfit(made, taught, labels)
     after = objective.acceptance(taught, labels)
@@ -102,9 +102,9 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_states_are_decodings_states(form: str) -> None:
-    """The draft laws of a root are the same from a whole lesson as from a prompt in decoding."""
+    """The draft laws of a root are the same from a whole taught as from a prompt in decoding."""
     from msd.core.layout import Layout
-    from msd.drafters.toolkit.memory import Memory
+    from msd.drafters.toolkit.drafter import Memory
 
     model = tiny.llava()
     made = network(model, form).eval()
@@ -112,7 +112,7 @@ def test_training_states_are_decodings_states(form: str) -> None:
         for p in made.parameters():
             if not p.any():
                 torch.nn.init.normal_(p, std=0.2)
-    _, _, taught, _ = lesson(model, made)
+    _, _, taught, _ = teacher_batch(model, made)
     objective = DraftObjective(made, LossConfig())
     at = 7
     drafts, states = objective.states(taught, torch.full((4, 1), at))
@@ -141,7 +141,7 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
     model = tiny.llava()
     for vision, kept in ((True, 2), (False, 4)):
         made = network(model, "block", vision=vision, image_tokens=2)
-        _, _, taught, _ = lesson(model, made)
+        _, _, taught, _ = teacher_batch(model, made)
         assert taught.taps is not None
         found = made.read(taught.layout, taught.taps[:, :-1])
         text = taught.layout.tokens[:, :-1].shape[1] - torch.tensor(taught.layout.start)
@@ -157,7 +157,7 @@ def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) ->
 
     model = tiny.llava()
     made = network(model, "block")
-    _, _, taught, labels = lesson(model, made)
+    _, _, taught, labels = teacher_batch(model, made)
     end = int(taught.answers[0, -1])
     _, objective = overfit(made, taught, labels)
     drafts, _ = objective.everywhere(taught)
@@ -206,7 +206,7 @@ def test_every_part_gets_a_gradient() -> None:
     model = tiny.llava()
     for form in FORMS:
         made = network(model, form)
-        _, _, taught, labels = lesson(model, made)
+        _, _, taught, labels = teacher_batch(model, made)
         _, objective = overfit(made, taught, labels, steps=2)  # what starts at zero moves first
         loss, _ = objective(taught, labels, torch.arange(LENGTH - 1).expand(4, -1))
         loss.backward()
@@ -228,7 +228,7 @@ def test_router_report_counts_every_first_draft_once() -> None:
 
     model = tiny.llava()
     made = network(model, "block")
-    _, _, taught, labels = lesson(model, made)
+    _, _, taught, labels = teacher_batch(model, made)
     _, objective = overfit(made, taught, labels)
     report = router_report(objective, [(taught, labels)])
     assert report["positions"] == 4 * (LENGTH - 1)
@@ -264,7 +264,7 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
 
     model = tiny.llava()
     made = network(model, "block")
-    _, _, taught, labels = lesson(model, made)
+    _, _, taught, labels = teacher_batch(model, made)
     log_q = torch.log(torch.tensor([0.9, 0.3, 0.01]))
     assert torch.allclose(made.heads.hit(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
     _, objective = overfit(made, taught, labels)
@@ -277,9 +277,9 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
 def test_lessons_take_every_answer_once_a_pass() -> None:
     from pathlib import Path
 
-    from msd.labels.label_thresholds import ModalityCuts
-    from msd.train.captured import Captured, mixed
-    from msd.train.lessons import Lessons, Stages
+    from msd.labels.label_thresholds import ModalityThresholds
+    from msd.train.capture import Captured, mixed
+    from msd.train.teacher_batches import Stages, TeacherBatches
 
     lengths = torch.randint(2, 90, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     answers = [
@@ -288,11 +288,11 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
         )
         for i, n in enumerate(lengths)
     ]
-    cuts = ModalityCuts(language_max=0.1, vision_min=0.2, tokens=1, target="t")
+    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
     notes: Any = None
-    make = lambda: Lessons(None, None, answers, cuts, notes, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
-    lessons = make()
-    steps = [lessons.drawn(s) for s in range(40)]
+    make = lambda: TeacherBatches(None, None, answers, cuts, notes, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
+    teacher_batches = make()
+    steps = [teacher_batches.drawn(s) for s in range(40)]
     assert all(not a.images for step in steps[:3] for a in step)  # stage 1
     assert all(len({bool(a.images) for a in step}) == 1 for step in steps)
     assert make().drawn(17) == steps[17]  # a function of the step
@@ -304,14 +304,14 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
     assert sum(spread) / len(spread) < 20  # alike in length: little padding
     assert [a.task for a in mixed(answers, 4)] in (["detail", "vqa"] * 2, ["vqa", "detail"] * 2)
 
-    roots = lessons.roots(SimpleNamespace(lengths=[3, 60], answers=torch.zeros(1)), 10)  # type: ignore[arg-type]
+    roots = teacher_batches.roots(SimpleNamespace(lengths=[3, 60], answers=torch.zeros(1)), 10)  # type: ignore[arg-type]
     assert roots[0].tolist() == [0, 1, *[2] * 8]  # from token 2 on there is nothing to draft
     assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59
 
 
 def test_a_half_precision_teacher_says_nearly_the_same() -> None:
     model, made = tiny.llava(), network(tiny.llava(), "block")
-    target, inputs, taught, _ = lesson(model, made)
+    target, inputs, taught, _ = teacher_batch(model, made)
     answers = taught.answers.tolist()
     exact = teach(target, inputs, answers)
     rough = teach(target, inputs, answers, dtype=torch.bfloat16)
@@ -332,18 +332,18 @@ def test_a_measured_precision_stays_for_the_whole_run(tmp_path: Path) -> None:
 def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
     model = tiny.llava()
     made = network(model, "block")
-    target, inputs, taught, labels = lesson(model, made)
+    target, inputs, taught, labels = teacher_batch(model, made)
     answers, ids, head = taught.answers.tolist(), made.heads.ids, model.get_output_embeddings()
     whole = teach(target, inputs, answers)
     calls = []
 
-    def teaching() -> tuple[Lesson, torch.Tensor]:
+    def teaching() -> tuple[TeacherBatch, torch.Tensor]:
         calls.append(1)
         return teach(target, inputs, answers), labels
 
     said = whole.spoken()
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        notes, forgetful = (Notebook(head, ids, made.config.taps, room, dtype) for room in (1.0, 0.0))
+        notes, forgetful = (TeacherCache(head, ids, made.config.taps, room, dtype) for room in (1.0, 0.0))
         calls.clear()
         first, again = notes.recall(1, teaching)[0], notes.recall(1, teaching)[0]
         assert len(calls) == 1
@@ -361,13 +361,13 @@ def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
     head, ids, layers = model.get_output_embeddings(), made.heads.ids, made.config.taps
     every, fewer = tuple(range(layers[-1] + 1)), ids[::2]
     assert every != layers
-    target, inputs, taught, labels = lesson(model, made)
+    target, inputs, taught, labels = teacher_batch(model, made)
     answers = taught.answers.tolist()
     for room in (1.0, 0.0):  # noted and taught each time
-        shared = Notebook(head, fewer, every, room)
+        shared = TeacherCache(head, fewer, every, room)
         shared.recall(0, lambda: (teach(adapt(model, every), inputs, answers), labels))
         read = shared.read_by(ids, layers).recall(0, lambda: (teach(adapt(model, every), inputs, answers), labels))[0]
-        own = Notebook(head, ids, layers, room).recall(0, lambda: (teach(target, inputs, answers), labels))[0]
+        own = TeacherCache(head, ids, layers, room).recall(0, lambda: (teach(target, inputs, answers), labels))[0]
         assert read.taps is not None and own.taps is not None
         assert torch.equal(read.taps, own.taps) and torch.equal(read.logits, own.logits)
     with pytest.raises(ValueError, match="cannot be read"):
@@ -377,10 +377,10 @@ def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
 def test_a_head_that_is_more_than_its_matrix_is_taught_each_time() -> None:
     model = tiny.llava()
     made = network(model, "block")
-    target, inputs, taught, labels = lesson(model, made)
+    target, inputs, taught, labels = teacher_batch(model, made)
     whole = teach(target, inputs, taught.answers.tolist())
     whole.logits = 3 * torch.tanh(whole.logits)  # soft-capped
-    notes = Notebook(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0)
+    notes = TeacherCache(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0)
     for _ in range(2):
         found, _ = notes.recall(0, lambda: (whole, labels))
         assert torch.equal(found.logits, whole.logits.log_softmax(-1)[..., made.heads.ids])

@@ -11,9 +11,9 @@ import rivals
 import tiny
 from msd.drafters.algorithms.vispec import ViSpec
 from msd.drafters.toolkit.training import Objective, Truth
-from msd.train.lessons import PublishedStages
 from msd.train.losses import terms as teaching
-from msd.train.losses.acceptance import states_everywhere
+from msd.train.losses.eagle import states_everywhere
+from msd.train.teacher_batches import PublishedStages
 
 MODEL = tiny.llava()
 
@@ -41,19 +41,19 @@ def test_terms_by_hand() -> None:
 
 def test_truth_is_the_targets_at_the_drafted_positions() -> None:
     made = rivals.network(MODEL, "eagle2")
-    lesson = rivals.lesson(MODEL, made)
+    batch = rivals.batch(MODEL, made)
     first = torch.tensor([[0, 3, rivals.LENGTH - 2]] * 4)
-    truth = Truth.of(lesson, first, 2, made.config.hidden)
-    assert lesson.taps is not None
+    truth = Truth.of(batch, first, 2, made.config.hidden)
+    assert batch.taps is not None
     for a, root in enumerate(first[0].tolist()):
         for d in range(2):
             at = root + 1 + d
             inside = at < rivals.LENGTH
             assert bool(truth.valid[1, a, d]) == inside
             if inside:
-                assert torch.equal(truth.p[1, a, d], lesson.logits[1, at].exp())
-                assert int(truth.token[1, a, d]) == int(lesson.answers[1, at])
-                state = lesson.taps[1, lesson.prompt + at - 1, -made.config.hidden :]
+                assert torch.equal(truth.p[1, a, d], batch.logits[1, at].exp())
+                assert int(truth.token[1, a, d]) == int(batch.answers[1, at])
+                state = batch.taps[1, batch.prompt + at - 1, -made.config.hidden :]
                 assert torch.equal(truth.state[1, a, d], state)
                 assert torch.allclose((made.head(state)).softmax(-1), truth.p[1, a, d], atol=1e-5)
     values = torch.arange(24.0).view(4, 3, 2)
@@ -63,18 +63,18 @@ def test_truth_is_the_targets_at_the_drafted_positions() -> None:
 def test_eagle_3_weighs_levels_and_leaves_foreign_words_out() -> None:
     made = rivals.network(MODEL, "eagle3", draft_vocabulary=30)
     made.choose_words(torch.arange(4, 34))
-    lesson = rivals.lesson(MODEL, made)
+    batch = rivals.batch(MODEL, made)
     first = torch.arange(rivals.LENGTH - 1).expand(4, -1)
-    loss, _ = made.loss(lesson, first)
-    logits = made.logits(made.states(lesson, first, 7), first)
+    loss, _ = made.loss(batch, first)
+    logits = made.logits(made.states(batch, first, 7), first)
     expected = 0.0
     for level in range(7):
         each = []
         for row in range(4):
             for root in range(rivals.LENGTH - 1):
                 at = root + 1 + level
-                if at < rivals.LENGTH and 4 <= int(lesson.answers[row, at]) < 34:
-                    p = lesson.logits[row, at].exp()
+                if at < rivals.LENGTH and 4 <= int(batch.answers[row, at]) < 34:
+                    p = batch.logits[row, at].exp()
                     each.append(-float((p / p.sum() * logits[row, root, level].log_softmax(-1)).sum().detach()))
         expected += 0.8**level * (sum(each) / len(each) if each else 0.0)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
@@ -82,10 +82,10 @@ def test_eagle_3_weighs_levels_and_leaves_foreign_words_out() -> None:
 
 def test_dspark_by_hand() -> None:
     made = rivals.network(MODEL, "dspark")
-    lesson = rivals.lesson(MODEL, made)
+    batch = rivals.batch(MODEL, made)
     first = torch.tensor([[2, 12]] * 4)
-    loss, parts = made.loss(lesson, first)
-    states = made.states(lesson, first, 7)
+    loss, parts = made.loss(batch, first)
+    states = made.states(batch, first, 7)
     sums, total = [0.0, 0.0, 0.0], 0.0
     for row in range(4):
         for a, root in enumerate(first[0].tolist()):
@@ -93,13 +93,13 @@ def test_dspark_by_hand() -> None:
                 at = root + 1 + k
                 if at >= rivals.LENGTH:
                     continue
-                parent = lesson.answers[row, at - 1]
+                parent = batch.answers[row, at - 1]
                 q = made.logits(states[row, a, k], parent).softmax(-1)
-                p = lesson.logits[row, at].exp()
+                p = batch.logits[row, at].exp()
                 apart = float((p - q).abs().sum().detach())
                 c = float(made.sure(states[row, a, k], parent).sigmoid().detach())
                 met, weight = 1 - apart / 2, math.exp(-k / 4)
-                entropy = -math.log(float(q[lesson.answers[row, at]].detach()))
+                entropy = -math.log(float(q[batch.answers[row, at]].detach()))
                 right = -met * math.log(c) - (1 - met) * math.log(1 - c)
                 sums = [s + weight * v for s, v in zip(sums, (apart, entropy, right), strict=True)]
                 total += weight
@@ -121,11 +121,11 @@ def test_stages_are_those_published() -> None:
 @pytest.mark.parametrize("method", rivals.RIVALS)
 def test_half_precision_training_is_nearly_the_same(method: str) -> None:
     made = rivals.network(MODEL, method)
-    lesson, first = rivals.lesson(MODEL, made), torch.arange(rivals.LENGTH - 1).expand(4, -1)
+    batch, first = rivals.batch(MODEL, made), torch.arange(rivals.LENGTH - 1).expand(4, -1)
     objective = Objective(made)
-    whole, _ = objective(lesson, torch.zeros(4, rivals.LENGTH), first)
+    whole, _ = objective(batch, torch.zeros(4, rivals.LENGTH), first)
     with torch.autocast("cpu", torch.bfloat16):
-        half, _ = objective(lesson, torch.zeros(4, rivals.LENGTH), first)
+        half, _ = objective(batch, torch.zeros(4, rivals.LENGTH), first)
     half.backward()
     assert float(half.detach()) == pytest.approx(float(whole.detach()), rel=0.05)
 
@@ -133,8 +133,8 @@ def test_half_precision_training_is_nearly_the_same(method: str) -> None:
 def test_chains_count_what_is_drafted_right() -> None:
     """A network that is right by construction: it drafts what the answer says, then one that never is."""
     made = rivals.network(MODEL, "eagle2")
-    lesson = rivals.lesson(MODEL, made)
-    answers = lesson.answers
+    batch = rivals.batch(MODEL, made)
+    answers = batch.answers
     labels = torch.arange(rivals.LENGTH).expand(4, -1) % 3
     for shift, right in ((0, True), (1, False)):
         seen: list[int] = []
@@ -149,7 +149,7 @@ def test_chains_count_what_is_drafted_right() -> None:
             return torch.nn.functional.one_hot(token, 64).float()
 
         made.logits = logits  # type: ignore[method-assign]
-        counts = Objective(made).acceptance(lesson, labels)
+        counts = Objective(made).acceptance(batch, labels)
         accepted, drafted = (sum(c[i] for c in counts.values()) for i in (0, 1))
         assert accepted == (drafted if right else 0)
         each = [min(5, rivals.LENGTH - 1 - r) if right else 1 for r in range(rivals.LENGTH - 1)]
@@ -158,11 +158,11 @@ def test_chains_count_what_is_drafted_right() -> None:
 
 def test_eagles_loss_by_hand() -> None:
     made = rivals.network(MODEL, "msd-published")
-    lesson = rivals.lesson(MODEL, made)
+    batch = rivals.batch(MODEL, made)
     first = torch.tensor([[0, 6, rivals.LENGTH - 1]] * 4)  # below the last one there is nothing to draft
-    loss, parts = made.loss(lesson, first)
-    states = made.states(lesson, first, 1)[:, :, 0]
-    truth = lesson.taps[:, lesson.prompt - 1 : -1, -made.config.hidden :] if lesson.taps is not None else None
+    loss, parts = made.loss(batch, first)
+    states = made.states(batch, first, 1)[:, :, 0]
+    truth = batch.taps[:, batch.prompt - 1 : -1, -made.config.hidden :] if batch.taps is not None else None
     assert truth is not None
     regression, entropy = [], []
     for row in range(4):
@@ -170,7 +170,7 @@ def test_eagles_loss_by_hand() -> None:
             off = (states[row, a] - truth[row, root + 1]).abs()
             regression.append(float(torch.where(off < 1, 0.5 * off * off, off - 0.5).mean().detach()))
             q = made.head(states[row, a]).log_softmax(-1)
-            entropy.append(-float((lesson.logits[row, root + 1].exp() * q).sum().detach()))
+            entropy.append(-float((batch.logits[row, root + 1].exp() * q).sum().detach()))
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     assert float(parts["regression"].detach()) == pytest.approx(mean(regression), rel=1e-4)
     assert float(loss.detach()) == pytest.approx(mean(regression) + 0.1 * mean(entropy), rel=1e-4)
@@ -180,10 +180,10 @@ def test_vispecs_second_stage_by_hand() -> None:
     """A plain pass, and one in which every position's feature is what the plain pass drafted at the one before."""
     made = rivals.network(MODEL, "vispec")
     assert isinstance(made, ViSpec)
-    lesson = rivals.lesson(MODEL, made)
+    batch = rivals.batch(MODEL, made)
     first = torch.tensor([[1, 9]] * 4)
-    assert lesson.taps is not None
-    found = made.select(lesson.layout, lesson.taps[:, :-1], lesson.prompt)
+    assert batch.taps is not None
+    found = made.select(batch.layout, batch.taps[:, :-1], batch.prompt)
     feature = made.feature(found.taps)
     plain = states_everywhere(made, found, feature)
     fed = feature.clone()
@@ -193,13 +193,13 @@ def test_vispecs_second_stage_by_hand() -> None:
     for states in (plain, states_everywhere(made, found, fed)):
         for row in range(4):
             for a, root in enumerate(first[0].tolist()):
-                at = int(found.slot[row, lesson.prompt - 1 + root])
+                at = int(found.slot[row, batch.prompt - 1 + root])
                 if states is plain:
-                    assert torch.allclose(states[row, at], made.states(lesson, first, 1)[row, a, 0], atol=1e-5)
-                z, p = made.head(states[row, at]), lesson.logits[row, root + 1].exp()
+                    assert torch.allclose(states[row, at], made.states(batch, first, 1)[row, a, 0], atol=1e-5)
+                z, p = made.head(states[row, at]), batch.logits[row, root + 1].exp()
                 apart = (p - z.softmax(-1)).abs().sum()
                 order = p.argsort(descending=True)[:10]
                 rank = sum(z[order[i:]].logsumexp(0) - z[order[i]] for i in range(10))
                 losses.append(float((10 * apart + 0.1 * rank).detach()))
-    loss, _ = made.loss(lesson, first)
+    loss, _ = made.loss(batch, first)
     assert float(loss.detach()) == pytest.approx(sum(losses) / len(losses), rel=1e-4)

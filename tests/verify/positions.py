@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from msd.core.layout import Layout
 from msd.core.sampling import Randomness, Sampler
-from msd.core.tree import Accepted, DraftTree, Scores, Trials
+from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.verify import Verifier
 
 P = [0.30, 0.25, 0.20, 0.15, 0.08, 0.02]
@@ -52,7 +52,7 @@ def draft(
     return DraftTree(
         tokens=torch.stack(still + drawn, 1), parents=parents, depths=(parents >= 0).long(),
         valid=torch.ones(rows, N, dtype=torch.bool), modality=torch.zeros(rows, N, dtype=torch.long), fixed=marks,
-        height=1, trials=Trials(child, law, table.expand(rows, K, V)) if K else None,
+        height=1, candidates=SampledCandidates(child, law, table.expand(rows, K, V)) if K else None,
         q=torch.tensor([1.0, *q] + [0.5] * K).expand(rows, -1) if q else None,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from msd.certify.chi2 import chi2_p_value
 from msd.core import modality
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
-from msd.core.tree import DraftTree, Scores, Trials
+from msd.core.tree import DraftTree, SampledCandidates, Scores
 from msd.verify import Budget, Lossless, Threshold, Verifier
 from msd.verify.builtin.budget import Ledger
 from msd.verify.divergence import sampled_law, total_variation
@@ -46,7 +46,7 @@ def sampled(newest: torch.Tensor, generator: torch.Generator) -> DraftTree:
     tree = DraftTree.from_lists(newest, [[0]] * B, [[0]] * B, fixed=[[False]] * B)
     tree.tokens[:, 1] = torch.multinomial(DRAFT[newest], 1, generator=generator)[:, 0]
     child = torch.tensor([[1], [-1]]).expand(B, -1, -1)
-    return replace(tree, trials=Trials(child, torch.zeros_like(child), DRAFT[newest][:, None]))
+    return replace(tree, candidates=SampledCandidates(child, torch.zeros_like(child), DRAFT[newest][:, None]))
 
 
 def ranked(seed: int, newest: torch.Tensor) -> DraftTree:

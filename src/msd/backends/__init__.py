@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from msd.backends import trial
-from msd.backends.dispatch import Calls, Dispatcher, redirected
 from msd.backends.fused import FusedDecoder, UnsupportedDecoderError, code
 from msd.backends.packed import Packed, can_pack
 from msd.backends.revision import Revision, inside
+from msd.backends.trial import Calls, Dispatcher, redirected
 from msd.errors import UserError
 
 NAMES = ("measure", "plain", "fused", "bf16")

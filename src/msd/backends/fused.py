@@ -23,8 +23,8 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from msd.backends.dispatch import Dispatcher
 from msd.backends.packed import Packed, can_pack
+from msd.backends.trial import Dispatcher
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
 PARTS = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
-from msd.backends.dispatch import Dispatcher
+from msd.backends.trial import Dispatcher
 
 BLOCK = 257  # words; an odd number, so that blocks begin at other columns in every row
 SMALL = 1 << 14  # bytes up to which a tensor is kept as it is

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msd.errors import UserError
-from msd.inputs.videos import Video
+from msd.inputs.media import Video
 from msd.system.files import named_in, shortened
 
 BUNDLED = Path(__file__).parents[1] / "photos"

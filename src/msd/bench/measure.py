@@ -22,21 +22,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.bench.check import check_prompts, digest
-from msd.bench.conversation import Conversation
+from msd import __version__
+from msd.bench.conversation import Conversation, check_prompts, digest
 from msd.bench.data import Sample
-from msd.bench.kernels import outside_kernels
-from msd.bench.labels import LabelledSample, Labeller, columns
-from msd.bench.mass import SIZES, mean_mass, top_mass
+from msd.bench.modality import SIZES, LabelledSample, Labeller, columns, mean_mass, top_mass
 from msd.bench.rows import row
-from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, library, ours
+from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, library, ours, outside_kernels
 from msd.bench.unfinished import Unfinished, made_of
 from msd.config import SpeculativeConfig
 from msd.drafters import recordings
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
-from msd.targets.fingerprint import fingerprint
-from msd.version import __version__
+from msd.targets.registry import fingerprint
 
 REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError)  # some of the library's ways refuse some models
 
@@ -49,7 +46,7 @@ def run(
     max_new_tokens: int,
     temperature: float,
     report: Callable[[str], None],
-    cuts: ModalityCuts | None = None,
+    cuts: ModalityThresholds | None = None,
     config: SpeculativeConfig | None = None,
     warm: bool = False,
     batch: int = 1,
@@ -77,7 +74,7 @@ class Asked:
     methods: tuple[str, ...]
     max_new_tokens: int
     temperature: float = 0.0
-    cuts: ModalityCuts | None = None
+    cuts: ModalityThresholds | None = None
     config: SpeculativeConfig | None = None
     warm: bool = False
     batch: int = 1
@@ -200,7 +197,7 @@ class Bench:
             del self.ways[name], self.runs[name]
         self.not_run |= refused
 
-    def _label(self, cuts: ModalityCuts, report: Callable[[str], None]) -> None:
+    def _label(self, cuts: ModalityThresholds, report: Callable[[str], None]) -> None:
         labeller = Labeller(self.engines, cuts, self.asked.settings)
         for i, sample in enumerate(self.samples):
             part = self.kept.get(LabelledSample, i)

@@ -1,16 +1,36 @@
-"""How sure a speedup is: paired bootstrap over samples (Efron and Tibshirani 1993, chapter 13).
+"""Several seeds of a method ("standard seed 0", …) count as one method, and one method of all is MSD.
 
-A sample's times of two methods stay together, since both answered the same prompt on the same machine in the same run.
+That is MSD with as much training as the control and the rivals had, where it was measured; the one that ships was
+trained longer, and is compared apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from msd.bench import seeds
+from msd.drafters.algorithms.msd import CONTROL, OURS, SHIPPED
+
+__all__ = ["CONTROL", "SHIPPED", "grouped", "ours"]
+
+_SEED = re.compile(r" seed \d+$")
+
+
+def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Name without a seed -> the method of that name, or else its seeds, in their order."""
+    groups: dict[str, list[str]] = {}
+    for method in dict.fromkeys(methods):
+        groups.setdefault(_SEED.sub("", method), []).append(method)
+    return {name: [name] if name in found else found for name, found in groups.items()}
+
+
+def ours(groups: dict[str, list[str]]) -> str | None:
+    """The group that stands for MSD, the first that was measured; None where there is none."""
+    return next((name for name in OURS if name in groups), None)
+
 
 DRAWS, LEVEL = 2000, 0.95
 
@@ -35,13 +55,13 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     None where samples' seconds were not kept or no MSD was measured.
     """
     seconds: dict[str, list[float]] = results.get("sample_seconds") or {}
-    groups = seeds.grouped(seconds)
-    name = seeds.ours(groups)
+    groups = grouped(seconds)
+    name = ours(groups)
     if name is None or len(groups) < 2:
         return []
     found = [_table(results, seconds, groups, name)]
-    if name != seeds.SHIPPED in groups:
-        title, head, rows = _table(results, seconds, groups, seeds.SHIPPED)
+    if name != SHIPPED in groups:
+        title, head, rows = _table(results, seconds, groups, SHIPPED)
         found.append((f"{title} (trained longer than all others)", head, rows))
     return found
 

@@ -1,19 +1,49 @@
-"""One timed answer, or a batch of them: by the library as users call it, and by us."""
+"""An assistant for the library's assisted generation, for targets that nobody made one for.
+
+The library takes any model of the same vocabulary; one that does not see refuses image tokens. So the assistant is the
+target itself with the first third of its layers, sharing their weights, as in early-exit drafting without training for
+it (LayerSkip, arXiv 2404.16710, does train for it, and drafts better).
+"""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from msd.bench.assistant import shallow
 from msd.core.statistics import RowStep, Statistics
 from msd.model import SpeculativeVLM
+from msd.planning.costs import chain, words
+from msd.targets.base import Target
+
+
+def shallow(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the first third of its decoder layers, at least one; tensors are shared.
+
+    ValueError where the decoder is not a list of layers.
+    """
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    assistant = copy.deepcopy(model, shared)
+    decoder = assistant.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"the decoder of {type(model).__name__} has no list of layers to shorten")
+    kept = max(1, len(layers) // 3)
+    decoder.layers = layers[:kept]
+    for config in (assistant.config.get_text_config(decoder=True), decoder.config):
+        config.num_hidden_layers = kept
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:kept]
+    return assistant
 
 
 @dataclass(frozen=True)
@@ -103,3 +133,41 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
     """Tokens up to the first that ends an answer, which is kept; padding comes after it."""
     at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: at + 1]
+
+
+CONTEXT = 128
+NODES = (1, 9)  # of plain decoding, and of a tree of eight drafts
+TIMES = 7
+
+
+@torch.inference_mode()
+def outside_kernels(target: Target) -> dict[str, float] | None:
+    """Nodes of a pass -> share of its time outside operators, in [0, 1].
+
+    None where work is queued, as on a GPU, and with a torch that no longer has this profiler. (`torch.profiler` writes
+    two lines to stderr each time it is used.)
+
+    The time inside is the sum of the operators' own times in profiled passes, the whole that of passes without the
+    profiler; medians of both. An operator's own time holds its C++ dispatch and some of the profiler's work, so the
+    share is a lower bound.
+    """
+    if target.model.device.type != "cpu":
+        return None
+    try:
+        from torch.autograd.profiler_legacy import profile
+    except ImportError:
+        return None
+    state, _ = target.prefill(words(CONTEXT, target)[None], {}, CONTEXT + max(NODES) + 1)
+    found = {}
+    for nodes in NODES:
+        tree = chain(nodes, target)
+        whole, inside = [], []
+        for _ in range(TIMES):
+            start = time.perf_counter()
+            target.score(state, tree)
+            whole.append(time.perf_counter() - start)
+            with profile() as record:
+                target.score(state, tree)
+            inside.append(sum(event.self_cpu_time_total for event in record.function_events or ()) / 1e6)
+        found[str(nodes)] = max(0.0, 1 - median(inside) / median(whole))
+    return found

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from msd.errors import UserError
-from msd.system.files import append, shortened, write_whole
-from msd.system.records import read_rows
+from msd.system.files import append, read_rows, shortened, write_whole
 
 NAME, FORMAT = "unfinished.jsonl", 1
 P = TypeVar("P")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from msd.bench.check import check_prompts
-from msd.bench.conversation import Conversation
+from msd.bench.conversation import Conversation, check_prompts
 from msd.bench.data import Sample
 from msd.certify.chi2 import end_to_end_p_values, holm
 from msd.config import SpeculativeConfig

@@ -12,6 +12,7 @@ from contextlib import suppress
 import typer
 from typer.exceptions import TyperException
 
+from msd import __version__
 from msd.cli import (
     bench,
     capture,
@@ -28,8 +29,7 @@ from msd.cli import (
 )
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import FULL
-from msd.system.huge_pages import use_huge_pages
-from msd.version import __version__
+from msd.system.machine import use_huge_pages
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # as torch says it
 

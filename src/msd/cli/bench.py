@@ -83,15 +83,15 @@ def bench(
     if measured.cuts is not None and measured.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
-    from msd.bench import check, measure, modal
+    from msd.bench import conversation, measure, modality
     from msd.config import SpeculativeConfig
     from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
-    from msd.targets.fingerprint import fingerprint
+    from msd.targets.registry import fingerprint
 
-    check.check_files(samples)
+    conversation.check_files(samples)
     ways = _ways(measured.baselines, list(measure.LIBRARY))
-    known = modal.find_cuts(model.target, measured.cuts)
+    known = modality.find_cuts(model.target, measured.cuts)
     loaded, processor = load_target(model.target, model.device)
     if known is not None:
         known.check_target(fingerprint(loaded))
@@ -107,7 +107,7 @@ def bench(
 
 def _run(work: Bench, out: Path | None, as_json: bool) -> None:
     """Measures, then writes and prints; what a broken-off run has measured is kept."""
-    from msd.bench import files, report
+    from msd.bench import report
 
     with exclusive(out) if out else nullcontext(), terminal.status("measuring…") as status:
         try:
@@ -118,19 +118,19 @@ def _run(work: Bench, out: Path | None, as_json: bool) -> None:
         results = work.results()
         assert results is not None  # data has at least one line
         if out is not None:
-            files.write(results, out)
+            report.write(results, out)
             work.kept.remove()
     print(json.dumps(results) if as_json else report.markdown(results))
 
 
 def _keep(work: Bench, out: Path | None, as_json: bool, error: BaseException) -> None:
     """Writes or prints what a broken-off run has measured, and says how to go on."""
-    from msd.bench import files, report
+    from msd.bench import report
 
     results = work.results()
     if results is not None and out is not None:
         with suppress(UserError):  # such as a full disk, which broke it off: the parts are kept
-            files.write(results, out)
+            report.write(results, out)
     elif results is not None:
         print(json.dumps(results) if as_json else report.markdown(results))
     if out is None:

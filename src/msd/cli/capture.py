@@ -20,7 +20,7 @@ from msd.system.files import as_text, check_place
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
-    from msd.labels.label_thresholds import ModalityCuts
+    from msd.labels.label_thresholds import ModalityThresholds
     from msd.train.capture import Prompt
 
 
@@ -48,14 +48,14 @@ def capture(
     pending(prompts, out)  # an --out that cannot be continued fails before any model loads
     quiet()
     share_cores()
-    from msd.labels.label_thresholds import ModalityCuts
+    from msd.labels.label_thresholds import ModalityThresholds
     from msd.loading import load_target
-    from msd.targets.fingerprint import fingerprint
-    from msd.train.captured import check_labelled, cuts_path, fit_cuts
+    from msd.targets.registry import fingerprint
+    from msd.train.capture import check_labelled, cuts_path, fit_cuts
     from msd.train.target_writer import TargetWriter
 
     frozen = cuts_path(out)
-    cuts = ModalityCuts.load(frozen) if frozen.exists() else None
+    cuts = ModalityThresholds.load(frozen) if frozen.exists() else None
 
     console = Console(file=sys.stderr)
     with terminal.status("loading the target…"):
@@ -87,7 +87,7 @@ def capture(
 
 
 def _summary(
-    records: list[dict[str, Any]], out: Path, written: int, target: str, cuts: tuple[Path, ModalityCuts] | None
+    records: list[dict[str, Any]], out: Path, written: int, target: str, cuts: tuple[Path, ModalityThresholds] | None
 ) -> dict[str, Any]:
     """What was captured, JSON-ready."""
     return {

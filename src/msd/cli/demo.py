@@ -90,7 +90,7 @@ def _clip(photo: Path, folder: Path) -> tuple[Sample, str]:
 
     from msd.bench.data import Sample
     from msd.events import Camera, SimulatorSettings, events_of_photo
-    from msd.inputs.videos import CLIP_FRAMES
+    from msd.inputs.media import CLIP_FRAMES
 
     picture = Image.open(photo)
     camera = Camera(picture, VIEW)

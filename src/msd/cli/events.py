@@ -31,8 +31,9 @@ def events(
     as_json: Json = False,
 ) -> None:
     """Tell how many events a file holds, from when to when, from what sensor; and draw them."""
-    from msd.events import event_frames, open_chunks, view
-    from msd.events.pieces import edges, extent
+    from msd.events import event_frames, open_chunks
+    from msd.events.frames import write_frames, write_html
+    from msd.events.recording import edges, extent
 
     if out is not None and out.suffix.lower() not in ("", ".gif", ".html"):
         raise UserError(f"'{out}' is no .gif or .html; give a name that ends so, or a folder for PNG files")
@@ -59,9 +60,9 @@ def events(
         made = event_frames(found, frames, by)  # type: ignore[arg-type]
         if out.suffix.lower() == ".html":
             captions = [f"{n} events, {a} to {b} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
-            paths = view.write_html(made.images(), captions, file.name, out)
+            paths = write_html(made.images(), captions, file.name, out)
         else:
-            paths = view.write(made.images(), out)
+            paths = write_frames(made.images(), out)
         summary["written"] = [str(path) for path in paths]
     print(json.dumps(summary) if as_json else _told(summary))
 

@@ -62,17 +62,18 @@ def inspect(
 
 def _events(recording: Any, title: str) -> str:
     """HTML of a recording's frames."""
-    from msd.events import event_frames, view
+    from msd.events import event_frames
+    from msd.events.frames import snippet
 
     made = event_frames(recording)
     captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
-    return view.snippet(made.images(), captions, title)
+    return snippet(made.images(), captions, title)
 
 
 def _gains(vlm: SpeculativeVLM, shown: list[Any], prompt: str, tokens: list[int]) -> list[Any] | None:
     """The image gain of every token by blocks of the one picture shown; None where that is not what is shown."""
     from msd.inputs.prompts import prepare
-    from msd.labels.image_gain import gain_of_blocks
+    from msd.labels.gain import gain_of_blocks
 
     if len(shown) != 1 or not tokens:
         return None

@@ -22,7 +22,7 @@ from msd.system.files import as_text
 if TYPE_CHECKING:
     from msd.drafters import Drafter as DrafterObject
     from msd.events import Recording
-    from msd.inputs.videos import Clip
+    from msd.inputs.media import Clip
 
 Target = Annotated[
     str, typer.Option("--target", help="'reference', 'reference-video' (of clips), a checkpoint folder, or a hub id.")
@@ -257,8 +257,7 @@ class Scene:
 def scene(asked: Shown, target: str | None, sounds: list[Path] | None = None) -> Scene:
     """What the options name, loaded: bad input fails before any model loads. Events alone are shown as frames."""
     from msd.inputs import prompts
-    from msd.inputs.sounds import Audio
-    from msd.inputs.videos import CLIP_FRAMES, FRAMES, Video
+    from msd.inputs.media import CLIP_FRAMES, FRAMES, Audio, Video
 
     target = ("reference" if asked.events is None else "reference-video") if target is None else target
     if asked.frames is not None and not asked.video and (asked.events is None or asked.images or sounds):
@@ -281,7 +280,7 @@ def scene(asked: Shown, target: str | None, sounds: list[Path] | None = None) ->
 def drawn(recording: Recording, frames: int) -> Clip:
     """`frames` of equally many events each, as a video; UserError where there are none to draw."""
     from msd.events import event_frames
-    from msd.inputs.videos import Clip
+    from msd.inputs.media import Clip
 
     made = event_frames(recording, frames)
     if not made.counts.any():
@@ -312,9 +311,9 @@ def quiet() -> None:
 
 def share_cores() -> None:
     """Passes use fewer threads while other processes keep the cores busy; not for commands that time anything."""
-    from msd.system import threads
+    from msd.system import machine
 
-    threads.share_cores()
+    machine.share_cores()
 
 
 def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:

@@ -16,8 +16,8 @@ from msd.errors import UserError
 from msd.system.files import check_place
 
 if TYPE_CHECKING:
-    from msd.labels.label_thresholds import ModalityCuts
-    from msd.train.captured import Captured
+    from msd.labels.label_thresholds import ModalityThresholds
+    from msd.train.capture import Captured
     from msd.train.drafting import DraftTraining
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Answers:
 
     def read(self) -> tuple[list[Captured], list[Captured]]:
         """(train, held out); UserError where there are none to learn from."""
-        from msd.train.captured import read_captured
+        from msd.train.capture import read_captured
 
         answers = read_captured(self.captured, self.images)
         training = [a for a in answers if a.split == "train"]
@@ -55,17 +55,17 @@ class Answers:
             testing, training = _split(training)
         return training, testing
 
-    def edges(self) -> ModalityCuts:
+    def edges(self) -> ModalityThresholds:
         """The modality cuts of the target that wrote the answers; UserError where there are none."""
-        from msd.labels.label_thresholds import ModalityCuts
-        from msd.train.captured import cuts_path
+        from msd.labels.label_thresholds import ModalityThresholds
+        from msd.train.capture import cuts_path
 
         frozen = self.cuts or cuts_path(self.captured)
         if not frozen.exists():
             raise UserError(
                 f"no modality cuts at '{frozen}'; 'msd capture' fits them on all lines, or name them with --cuts"
             )
-        return ModalityCuts.load(frozen)
+        return ModalityThresholds.load(frozen)
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,19 @@ def train(
     quiet()
     from msd.drafters.toolkit import checkpoint
     from msd.loading import load_target
-    from msd.targets.fingerprint import fingerprint
-    from msd.train import curves, drafting
+    from msd.targets.registry import fingerprint
+    from msd.train import drafting, loop
 
     settings = _settings(network, learning, calibrate)
     model, processor = load_target(target, device)
     edges.check_target(fingerprint(model))
     out = answers.out
-    sink = curves.tensorboard(out / "tensorboard") if tensorboard else None
+    sink = loop.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):
         finished = drafting.train(model, processor, training, testing, edges, out, settings, sink)
     log, picture = out / "log.jsonl", out / "curves.png"
     if log.exists():  # a run stopped in its first steps has none yet
-        curves.draw(log, picture)
+        loop.draw(log, picture)
     told = checkpoint.training(out / "drafter")
     if finished and calibrate:
         told |= _calibrated(out / "drafter", model, processor, testing, calibrate)
@@ -187,7 +187,7 @@ def _calibrated(folder: Path, model: Any, processor: Any, testing: list[Captured
     """The thresholds of `budget` for the drafter in `folder`, from some of the held-out prompts."""
     from msd.drafters import registry
     from msd.train import held_out
-    from msd.train.captured import mixed
+    from msd.train.capture import mixed
 
     network = registry.load(folder)
     asked = [(a.images, a.prompt) for a in mixed(testing, prompts)]

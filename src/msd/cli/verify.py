@@ -49,11 +49,11 @@ def verify(
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
     quiet()
-    from msd.bench import check
+    from msd.bench import conversation
     from msd.certify import certificate
     from msd.loading import load_target
 
-    check.check_files(samples)
+    conversation.check_files(samples)
     loaded, processor = load_target(model.target, model.device)
     rows: list[certificate.Row] = []
     try:

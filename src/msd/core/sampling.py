@@ -114,9 +114,9 @@ class Sampler:
         """How many tokens `row` may still emit."""
         return self.max_length - self.layout.end[row]
 
-    def law(self, logits: Tensor, rows: list[int]) -> Tensor:
-        """Processed scores [R, V] float32 of raw `logits` [R, V]; each row's history is what it has emitted so far."""
-        scores = logits.to(copy=True, dtype=torch.float32)
+    def logits(self, raw: Tensor, rows: list[int]) -> Tensor:
+        """Processed logits [R, V] float32 of `raw` ones [R, V]; each row's history is what it has emitted so far."""
+        scores = raw.to(copy=True, dtype=torch.float32)
         if not self.processors:
             return scores
         if self.lockstep:

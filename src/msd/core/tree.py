@@ -18,17 +18,17 @@ from msd.core.modality import LANGUAGE
 
 
 @dataclass
-class Trials:
+class SampledCandidates:
     """Sampled trials, in the order they are to be tried at each parent.
 
     child: [B, N, K] int64, the node a trial of parent n leads to, -1 where there is none.
-    law:   [B, N, K] int64, row of `laws` the child's token was drawn from.
-    laws:  [B, R, V] float32, full draft laws q at draw time (each sums to 1).
+    distribution:  [B, N, K] int64, row of `distributions` that the child's token was drawn from.
+    distributions: [B, R, V] float32, full draft distributions q at draw time (each sums to 1).
     """
 
     child: Tensor
-    law: Tensor
-    laws: Tensor
+    distribution: Tensor
+    distributions: Tensor
 
 
 @dataclass
@@ -54,7 +54,7 @@ class DraftTree:
     modality: Tensor
     fixed: Tensor
     height: int
-    trials: Trials | None = None
+    candidates: SampledCandidates | None = None
     q: Tensor | None = None
 
     @classmethod
@@ -69,7 +69,7 @@ class DraftTree:
         tokens: list[list[int]],
         parents: list[list[int]],
         modality: list[list[int]] | None = None,
-        trials: Trials | None = None,
+        candidates: SampledCandidates | None = None,
         fixed: list[list[bool]] | None = None,
     ) -> DraftTree:
         """Builds trees from host lists of drafted nodes (the root excluded; a parent of 0 is the root)."""
@@ -94,7 +94,7 @@ class DraftTree:
         table = table.to(newest.device)
         table[0, :, 0] = newest
         t, p, d, v, m, f = table
-        return cls(t, p, d, v.bool(), m, f.bool(), height, trials)
+        return cls(t, p, d, v.bool(), m, f.bool(), height, candidates)
 
     @property
     def batch(self) -> int:
@@ -110,13 +110,15 @@ class DraftTree:
         """The trees of some rows only, in that order."""
         if rows == list(range(self.batch)):
             return self
-        t = self.trials
-        trials = None if t is None else Trials(t.child[rows], t.law[rows], t.laws[rows])
+        t = self.candidates
+        candidates = (
+            None if t is None else SampledCandidates(t.child[rows], t.distribution[rows], t.distributions[rows])
+        )
         fixed, modality = self.fixed[rows], self.modality[rows]
         q = None if self.q is None else self.q[rows]
         return DraftTree(
             self.tokens[rows], self.parents[rows], self.depths[rows], self.valid[rows], modality, fixed, self.height,
-            trials, q,
+            candidates, q,
         )  # fmt: skip
 
     def replaced(self, rows: list[int], by: DraftTree) -> DraftTree:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
-from msd.events.pieces import Events
+from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
 

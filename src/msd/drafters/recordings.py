@@ -18,8 +18,8 @@ from msd import events
 from msd.drafters.base import Drafter
 from msd.errors import UserError
 from msd.events import EventStream, Recording, frames
-from msd.events.pieces import Events
 from msd.events.pooling import pooled
+from msd.events.recording import Events
 from msd.inputs import prompts
 from msd.targets.base import Target
 from msd.targets.vision import VisionCache

@@ -20,8 +20,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
 from msd.core.cache import KVCache
-from msd.estimate.cards import Card
-from msd.estimate.roofline import STEPS, attention_work, touched
+from msd.estimate.roofline import STEPS, Card, attention_work, touched
 from msd.estimate.sizes import Sizes
 
 SIZES = Sizes("probe", 8, 640, 1792, 10, 5, 64, 0)

@@ -1,18 +1,62 @@
-"""The time of a pass: bytes read against FLOPs done, for its products and for its attention, and what comes on top.
-
-    t = root(weights read, products) + root(cache read, attention) + operators + element-wise work
-    root(a, b) = sqrt(a² + b²)
-
-A roofline takes the larger of the two. Near the ridge, where drafts are verified, a pass takes longer than either
-alone, and the root of squares fits measured passes there (docs/estimate.md); far from it the two forms agree.
-"""
+"""Cards: how fast they read memory and multiply. Numbers of their data sheets, or of this machine by a short probe."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from math import hypot
 
-from msd.estimate.cards import Card
 from msd.estimate.sizes import Sizes
+
+REACHED_BANDWIDTH, REACHED_FLOPS = 0.8, 0.6  # assumed shares of a data sheet's numbers that kernels reach
+LAUNCH = 4e-6  # seconds from one kernel to the next on a GPU, assumed
+
+
+@dataclass(frozen=True)
+class Card:
+    """bandwidth: bytes a second. flops: FLOP a second of dense products in `dtype_bytes` bytes a number.
+
+    memory: bytes. step: seconds that an operator costs beside its work. measured: by a probe, not from a data sheet.
+    attention: FLOP a second of masked attention, that of products by default. touch: seconds that element-wise work
+    takes for one number, what moving it takes by default.
+    """
+
+    name: str
+    bandwidth: float
+    flops: float
+    memory: float
+    step: float = LAUNCH
+    dtype_bytes: float = 2.0
+    measured: bool = False
+    source: str = ""
+    attention: float | None = None
+    touch: float | None = None
+
+    def reached(self) -> Card:
+        """With what kernels reach in the place of what a data sheet says."""
+        if self.measured:
+            return self
+        return replace(self, bandwidth=self.bandwidth * REACHED_BANDWIDTH, flops=self.flops * REACHED_FLOPS)
+
+
+def _sheet(name: str, gigabytes_s: float, teraflops: float, gigabytes: float, source: str) -> Card:
+    return Card(name, gigabytes_s * 1e9, teraflops * 1e12, gigabytes * 1e9, source=source)
+
+
+# dense (without sparsity) bfloat16 with float32 accumulation; float16 where a card has no bfloat16
+_SHEETS = (
+    _sheet("H100", 3350, 989, 80, "NVIDIA H100 data sheet, SXM5"),
+    _sheet("H100-PCIe", 2000, 756, 80, "NVIDIA H100 data sheet, PCIe"),
+    _sheet("H200", 4800, 989, 141, "NVIDIA H200 data sheet, SXM"),
+    _sheet("A100-40", 1555, 312, 40, "NVIDIA A100 data sheet, 40 GB"),
+    _sheet("A100-80", 2039, 312, 80, "NVIDIA A100 data sheet, 80 GB SXM"),
+    _sheet("L40S", 864, 362, 48, "NVIDIA L40S data sheet"),
+    _sheet("L4", 300, 121, 24, "NVIDIA L4 data sheet"),
+    _sheet("RTX-4090", 1008, 165.2, 24, "NVIDIA Ada architecture paper, appendix A"),
+    _sheet("RTX-3090", 936, 71, 24, "NVIDIA GA102 architecture paper, appendix A"),
+    _sheet("T4", 320, 65, 16, "NVIDIA T4 data sheet; float16"),
+)
+CARDS = {card.name.lower(): card for card in _SHEETS}
+
 
 STEPS = 12  # operators of a decoder layer, as the fused backend has them
 

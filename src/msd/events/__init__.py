@@ -5,13 +5,11 @@ Everything that takes `events` takes an `EventStream` in memory or a `Recording`
 
 from msd.events.cells import Cells, cells
 from msd.events.frames import EventFrames, event_frames, frames
-from msd.events.motion import Camera, Motion, events_of_photo
+from msd.events.grids import time_surface, voxel_grid
 from msd.events.readers import open_chunks, read
 from msd.events.recording import Recording
-from msd.events.simulator import Simulator, SimulatorSettings, simulate
+from msd.events.simulator import Camera, Motion, Simulator, SimulatorSettings, events_of_photo, simulate
 from msd.events.stream import EventStream
-from msd.events.surface import time_surface
-from msd.events.voxels import voxel_grid
 
 __all__ = [
     "Camera",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from msd.core import modality
 from msd.errors import UserError
-from msd.events.pieces import By, Events, cut, edges, extent
+from msd.events.recording import By, Events, cut, edges, extent
 from msd.events.stream import EventStream
 
 

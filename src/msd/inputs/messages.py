@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msd.errors import UserError
-from msd.inputs.sounds import Audio
-from msd.inputs.videos import Clip, Video
+from msd.inputs.media import Audio, Clip, Video
 
 Messages = list[dict[str, Any]]
 KINDS = ("image", "video", "audio")

@@ -20,9 +20,8 @@ from PIL import Image
 from msd.errors import UserError
 from msd.inputs import messages
 from msd.inputs.images import load_image
+from msd.inputs.media import Audio, Clip, Video
 from msd.inputs.messages import KINDS, Messages
-from msd.inputs.sounds import Audio
-from msd.inputs.videos import Clip, Video
 from msd.system.files import shortened
 
 # in the tokens that stand for or around what is shown, and in their names

@@ -1,8 +1,8 @@
 """Cuts: where gains and costs of answer tokens become modality labels. Fitted on train data, frozen, kept as JSON.
 
-A gain is what the image says about a token (`msd.labels.image_gain`): *language* up to the 50th percentile of the train
+A gain is what the image says about a token (`msd.labels.gain`): *language* up to the 50th percentile of the train
 data, *vision* from the 80th on, *fusion* between. Costs are what a token owes to sparse and dense cells of events
-(`msd.labels.event_gain`).
+(`msd.labels.gain`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VIDEO_REASONING, VISION
 from msd.errors import UserError
-from msd.system.files import write_whole
-from msd.system.records import read_bytes
+from msd.system.files import read_bytes, write_whole
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
 IMAGE_MODALITIES = (LANGUAGE, VISION, FUSION)
@@ -30,8 +29,8 @@ AGAIN = "cuts that 'msd capture' fitted are fitted anew when the file is deleted
 Costs = Sequence[Sequence[float]] | Tensor  # [T, 2 + F]: sparse cells, dense cells, each frame
 
 
-class EventCuts(BaseModel):
-    """Where costs of hiding (`msd.labels.event_gain`) become labels. tokens: how many `least` was fitted on.
+class EventThresholds(BaseModel):
+    """Where costs of hiding (`msd.labels.gain`) become labels. tokens: how many `least` was fitted on.
 
     language          where hiding neither kind of cells costs more than `least`, the 50th percentile of the train data
     video_reasoning   else, where hiding a second frame costs at least `spread` of what hiding the dearest costs
@@ -45,7 +44,7 @@ class EventCuts(BaseModel):
     tokens: int = Field(ge=1)
 
     @classmethod
-    def fit(cls, costs: Iterable[Costs]) -> EventCuts:
+    def fit(cls, costs: Iterable[Costs]) -> EventThresholds:
         """From the costs of train answers; UserError when there are none."""
         dearest = [torch.as_tensor(c, dtype=torch.float64)[:, : len(KINDS)].amax(1) for c in costs]
         if not dearest:
@@ -66,7 +65,7 @@ class EventCuts(BaseModel):
         return labels
 
 
-class ModalityCuts(BaseModel):
+class ModalityThresholds(BaseModel):
     """Where gains become labels: language ≤ `language_max`, vision ≥ `vision_min` (nats), fusion between.
 
     Fitted once on train data and kept with what was trained. tokens: how many gains it was fitted on. target: the
@@ -79,16 +78,16 @@ class ModalityCuts(BaseModel):
     vision_min: float = Field(ge=0)
     tokens: int = Field(ge=1)
     target: str = Field(min_length=1)
-    events: EventCuts | None = None
+    events: EventThresholds | None = None
 
     @model_validator(mode="after")
-    def _in_order(self) -> ModalityCuts:
+    def _in_order(self) -> ModalityThresholds:
         if self.language_max > self.vision_min:
             raise ValueError(f"language_max {self.language_max} is above vision_min {self.vision_min}")
         return self
 
     @classmethod
-    def fit(cls, gains: Iterable[Sequence[float] | Tensor], target: str) -> ModalityCuts:
+    def fit(cls, gains: Iterable[Sequence[float] | Tensor], target: str) -> ModalityThresholds:
         """The 50th and 80th percentile of the gains of answers about images; UserError when there are none."""
         each = [np.asarray(g, dtype=np.float64).reshape(-1) for g in gains]
         values = np.concatenate(each) if each else np.empty(0)
@@ -128,7 +127,7 @@ class ModalityCuts(BaseModel):
         write_whole(path, json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> ModalityCuts:
+    def load(cls, path: Path) -> ModalityThresholds:
         """What `save` wrote; UserError names a missing, unknown or wrong field."""
         try:
             return cls.model_validate_json(read_bytes(path, AGAIN))

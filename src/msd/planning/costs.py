@@ -24,11 +24,10 @@ from pydantic import TypeAdapter
 
 from msd.core.tree import DraftTree
 from msd.errors import UserError
-from msd.system import threads
-from msd.system.files import write_whole
-from msd.system.records import parse_json
+from msd.system import machine
+from msd.system.files import parse_json, write_whole
 from msd.targets.base import Target
-from msd.targets.fingerprint import fingerprint
+from msd.targets.registry import fingerprint
 
 NODES = (1, 2, 3, 5, 9, 13, 17, 25, 33, 65)  # the root included
 CONTEXTS = (64, 512)
@@ -66,7 +65,7 @@ def costs(target: Target, folder: Path | None = None) -> Costs:
     kept = _kept(path)
     if kept is not None:
         return kept
-    undisturbed, found = threads.quietly(lambda: measure(target))
+    undisturbed, found = machine.quietly(lambda: measure(target))
     if not undisturbed:
         return found  # a curve from beside a busy neighbour is of no lasting use: measured again next time
     with suppress(OSError, UserError):  # a cache that can't be written is measured again next time

@@ -20,7 +20,7 @@ from pathlib import Path
 import platformdirs
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from msd.reference import assemble, folder, sources
+from msd.reference import assemble, folder
 from msd.reference.encoder import EfficientNetLite, EfficientNetLiteConfig, load_encoder
 
 __all__ = [
@@ -51,7 +51,7 @@ def location(cache_dir: Path | str | None = None, video: bool = False) -> Path:
         UserError: the record of the weights' checksums is unreadable.
     """
     root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "reference"
-    sums = sources.recorded_video() if video else sources.recorded()
+    sums = folder.recorded_video() if video else folder.recorded()
     parts = json.dumps([assemble.BUILDER_VERSION, assemble.CHAT_TEMPLATE, sums], sort_keys=True)
     return root / hashlib.sha256(parts.encode()).hexdigest()[:16]
 
@@ -108,8 +108,8 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     Raises:
         UserError: its file is missing or broken.
     """
-    gguf = sources.locate().gguf
-    sources.verify(gguf)
+    gguf = folder.locate().gguf
+    folder.verify(gguf)
     return assemble.load_language_model(gguf)
 
 
@@ -123,7 +123,7 @@ def _ensure(cache_dir: Path | str | None, full: bool, force: bool, video: bool =
 
     def build(destination: Path) -> None:
         logger.info("assembling the %s in %s: once, about half a minute", "video target" if video else NAME, place)
-        assemble.assemble(sources.verified_video() if video else sources.verified(), destination)
+        assemble.assemble(folder.verified_video() if video else folder.verified(), destination)
 
     folder.ensure(place, build, needed_bytes=NEEDED_BYTES, full=full, force=force)
     return place

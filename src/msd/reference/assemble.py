@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from msd.reference.encoder import EfficientNetLiteConfig
-from msd.reference.sources import Sources
+from msd.reference.folder import Sources
 
 BUILDER_VERSION = 2  # raise it when the same inputs would give another checkpoint
 IMAGE_TOKEN = "<image>"

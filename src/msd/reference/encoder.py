@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from msd.reference.sources import WEIGHTS
+from msd.reference.folder import WEIGHTS
 
 LITE0_STAGES = (
     # repeats, kernel, stride of the first repeat, expansion, output channels

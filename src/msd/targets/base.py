@@ -23,9 +23,9 @@ from msd.core.layout import Layout
 from msd.core.modality import AUDIO, VISION
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.errors import UserError
-from msd.targets import masks, reuse
+from msd.targets import masks
 from msd.targets.pictures import Pictures
-from msd.targets.state import Contents, Piece, Source, State
+from msd.targets.state import AUDIO_FEATURES, Contents, Piece, Source, State, contents, remaining, shared
 from msd.targets.taps import Recording, Taps
 from msd.targets.vision import VisionCache
 
@@ -68,7 +68,7 @@ class Target:
     @property
     def raw(self) -> tuple[str, ...]:
         """Names of the tensors of processor output that hold pixels, or sounds."""
-        return (*(kind.pixels for kind in self.pictures), reuse.AUDIO_FEATURES)
+        return (*(kind.pixels for kind in self.pictures), AUDIO_FEATURES)
 
     @property
     def context_length(self) -> int | None:
@@ -113,13 +113,13 @@ class Target:
         if B > 1 and (keep or past is not None):
             raise UserError(f"a conversation goes on one prompt at a time, got {B}")
         layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
-        held = reuse.contents(model_kwargs, self.heard(model_kwargs)) if keep or past is not None else {}
+        held = contents(model_kwargs, self.heard(model_kwargs)) if keep or past is not None else {}
         source = Source(self.model, self.taps.indices, self.backend.refresh())
         if keep:
             source.revision.read()
         shared = past is not None and past.source is not None and source.same(past.source)
         cut, pieces = self.shared(layout, held, past) if past is not None and shared else (0, {})
-        arguments = reuse.remaining(model_kwargs, pieces) if cut else model_kwargs
+        arguments = remaining(model_kwargs, pieces) if cut else model_kwargs
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
         if past is not None and cut:
             cache.take(past.cache, cut)
@@ -190,12 +190,12 @@ class Target:
 
     def heard(self, model_kwargs: dict[str, Any]) -> list[Piece]:
         """The sounds of a prompt, from the arguments of its prefill."""
-        sounds = model_kwargs.get(reuse.AUDIO_FEATURES)
+        sounds = model_kwargs.get(AUDIO_FEATURES)
         return [] if sounds is None else [Piece(sound, None) for sound in sounds]
 
     def shared(self, layout: Layout, held: Contents, past: State) -> tuple[int, dict[str, int]]:
-        """See `msd.targets.reuse.shared`."""
-        return reuse.shared(layout, held, past, self.tokens)
+        """See `msd.targets.state.shared`."""
+        return shared(layout, held, past, self.tokens)
 
     def tree_mask(self, state: State, tree: DraftTree) -> masks.Mask | None:
         """Additive mask [R, 1, N, S] over the S slots in use, by kind of layer; None where all of it would be zero.

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from msd.targets.base import Target
-from msd.targets.reuse import AUDIO_TENSORS
-from msd.targets.state import Piece
+from msd.targets.state import AUDIO_TENSORS, Piece
 
 
 class Qwen2Audio(Target):

@@ -25,7 +25,7 @@ _REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "lab
 
 
 @dataclass
-class Lesson:
+class TeacherBatch:
     """B prompts of L columns (left-padded) with answers of up to A tokens (right-padded).
 
     layout: prompt and answer of every row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
@@ -59,7 +59,7 @@ def teach(
     answers: Sequence[Sequence[int]],
     hidden: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Lesson:
+) -> TeacherBatch:
     """Runs the target over prompts (processor output, images encoded or not) followed by `answers` (token ids).
 
     hidden: [B, L] bool, prompt columns that no other column sees. dtype: of the language model's matrix products where
@@ -97,7 +97,7 @@ def teach(
             return_dict=True,
             **inputs,
         )
-    return Lesson(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
+    return TeacherBatch(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
 
 
 def _mask(target: Target, layout: Layout, prompt: int, typed: bool, hidden: Tensor | None) -> masks.Mask:

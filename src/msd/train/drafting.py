@@ -31,16 +31,15 @@ from msd.drafters.toolkit.training import frequent
 from msd.errors import UserError
 from msd.events import open_chunks
 from msd.inputs.prompts import prepare
-from msd.labels.image_gain import assert_images_matter
-from msd.labels.label_thresholds import ModalityCuts
-from msd.system.files import check_place, exclusive, make_folder, remove_leftovers, write_whole
-from msd.system.records import read_json
+from msd.labels.gain import assert_images_matter
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.system.files import check_place, exclusive, make_folder, read_json, remove_leftovers, write_whole
 from msd.targets import Target, adapt
-from msd.train.captured import Captured
+from msd.train.capture import Captured
 from msd.train.held_out import HeldOut
-from msd.train.lessons import Lessons, Notebook, PublishedStages, Stages, token_counts
 from msd.train.loop import Loop, LoopConfig
 from msd.train.losses.msd import LossConfig
+from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache, token_counts
 
 FORGET = "delete it, and give the run's own settings once more to go on"
 PRECISIONS = ("measure", "bf16", "float32")
@@ -100,11 +99,11 @@ def train(
     processor: Any,
     captured: Sequence[Captured],
     held_out: Sequence[Captured],
-    cuts: ModalityCuts,
+    cuts: ModalityThresholds,
     out: Path,
     settings: DraftTraining,
     sink: Callable[[Mapping[str, float]], None] | None = None,
-    notes: Notebook | None = None,
+    notes: TeacherCache | None = None,
 ) -> bool:
     """Trains to `out/drafter`; False when it was asked to stop before the end (run it again to go on).
 
@@ -131,11 +130,11 @@ def _train(
     processor: Any,
     captured: Sequence[Captured],
     held_out: Sequence[Captured],
-    cuts: ModalityCuts,
+    cuts: ModalityThresholds,
     out: Path,
     settings: DraftTraining,
     sink: Callable[[Mapping[str, float]], None] | None,
-    notes: Notebook | None,
+    notes: TeacherCache | None,
 ) -> bool:
     """As `train`, in one of its processes."""
     model.requires_grad_(False)
@@ -151,15 +150,19 @@ def _train(
     share = (accelerator.process_index, accelerator.num_processes)
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
     head, ids = model.get_output_embeddings(), network.ids
-    notes = notes or Notebook(head, ids, taps, settings.remember)
+    notes = notes or TeacherCache(head, ids, taps, settings.remember)
     teacher, notes, stages = adapt(model, notes.layers), notes.read_by(ids, taps), _stages(network, settings)
-    lessons = Lessons(teacher, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype)
+    teacher_batches = TeacherBatches(
+        teacher, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype
+    )
     objective = network.objective(settings.loss, _ends(model)).to(model.device)
-    exact = Notebook(head, ids, taps, 0.1 * settings.remember, torch.float32)
-    evaluate = HeldOut(objective, Lessons(target, processor, held_out, cuts, exact, settings.batch), held_out)
+    exact = TeacherCache(head, ids, taps, 0.1 * settings.remember, torch.float32)
+    evaluate = HeldOut(objective, TeacherBatches(target, processor, held_out, cuts, exact, settings.batch), held_out)
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun = time.monotonic()
-    step_loss = _step_loss(shared, lessons, min(settings.anchors, network.roots or settings.anchors), model, dtype)
+    step_loss = _step_loss(
+        shared, teacher_batches, min(settings.anchors, network.roots or settings.anchors), model, dtype
+    )
     params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(params, settings.lr), lr=settings.lr, betas=(0.9, 0.95))
     warmup = min(20, 1 + settings.steps // 10)
@@ -185,17 +188,17 @@ def _stages(network: DraftNetwork, settings: DraftTraining) -> Stages:
 
 
 def _step_loss(
-    objective: nn.Module, lessons: Lessons, anchors: int, model: Any, dtype: torch.dtype | None
+    objective: nn.Module, teacher_batches: TeacherBatches, anchors: int, model: Any, dtype: torch.dtype | None
 ) -> Callable[[int], tuple[Tensor, Mapping[str, float]]]:
     """The loss of a step and its parts, with speed and memory for the log. dtype: of autocast; None: no autocast."""
     begun, tokens = time.monotonic(), 0
 
     def step_loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         nonlocal tokens
-        lesson, labels = lessons(step)
-        tokens += sum(lesson.lengths)
+        taught, labels = teacher_batches(step)
+        tokens += sum(taught.lengths)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-            loss, parts = objective(lesson, labels, lessons.roots(lesson, anchors))
+            loss, parts = objective(taught, labels, teacher_batches.roots(taught, anchors))
         speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
         return loss, {**parts, **speed}
 
@@ -302,7 +305,7 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
     return replace(settings, precision=begun or ("bf16" if faster_in_bf16(device) else "float32"))
 
 
-def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, cuts: ModalityCuts) -> None:
+def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, cuts: ModalityThresholds) -> None:
     """Notes what a run is made of, or compares with what was noted."""
     own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every", "remember")}
     ids = hashlib.sha256(network.ids.cpu().numpy().tobytes()).hexdigest()[:16]

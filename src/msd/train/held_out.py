@@ -15,9 +15,9 @@ from msd.core.sampling import Sampler
 from msd.drafters import Drafter
 from msd.drafters.toolkit.training import Objective
 from msd.model import SpeculativeVLM
-from msd.targets.teacher import Lesson
-from msd.train.captured import Captured
-from msd.train.lessons import Lessons
+from msd.targets.teacher import TeacherBatch
+from msd.train.capture import Captured
+from msd.train.teacher_batches import TeacherBatches
 from msd.verify import Budget, calibrate
 from msd.verify.lossy import Position
 
@@ -27,8 +27,8 @@ BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 class HeldOut:
     """Held-out chain acceptance: by modality in answers about images, and of all answers without one ("text")."""
 
-    def __init__(self, objective: Objective, lessons: Lessons, held_out: Sequence[Captured]) -> None:
-        self.objective, self.lessons = objective, lessons
+    def __init__(self, objective: Objective, batches: TeacherBatches, held_out: Sequence[Captured]) -> None:
+        self.objective, self.batches = objective, batches
         some = [c for c in held_out if len(c.ids) > 1]
         self.about_images, self.text = ([c for c in some if bool(c.images) == images] for images in (True, False))
         self.last: dict[str, float] = {}
@@ -48,8 +48,8 @@ class HeldOut:
     def _counts(self, answers: Sequence[Captured]) -> dict[str, list[int]]:
         """Modality name -> [accepted, drafted]."""
         counts: dict[str, list[int]] = {}
-        for lesson, labels in self.lessons.in_turn(answers):
-            for name, (accepted, drafted) in self.objective.acceptance(lesson, labels).items():
+        for batch, labels in self.batches.in_turn(answers):
+            for name, (accepted, drafted) in self.objective.acceptance(batch, labels).items():
                 old = counts.setdefault(name, [0, 0])
                 counts[name] = [old[0] + accepted, old[1] + drafted]
         return counts
@@ -58,9 +58,9 @@ class HeldOut:
         """Of a trained network; see `Objective.reports`."""
         return self.objective.reports(self._taught)
 
-    def _taught(self) -> Iterator[tuple[Lesson, Tensor]]:
+    def _taught(self) -> Iterator[tuple[TeacherBatch, Tensor]]:
         """The held-out answers about images, in batches; those without where there are no others."""
-        return self.lessons.in_turn(self.about_images or self.text)
+        return self.batches.in_turn(self.about_images or self.text)
 
 
 class Recorder(Budget):

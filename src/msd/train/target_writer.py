@@ -16,8 +16,7 @@ from msd.drafters.algorithms.plain import Plain
 from msd.errors import UserError
 from msd.events import open_chunks
 from msd.inputs.prompts import prepare
-from msd.labels.event_gain import costs_of_recordings
-from msd.labels.image_gain import assert_images_matter, image_gain
+from msd.labels.gain import assert_images_matter, costs_of_recordings, image_gain
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.system.files import named_in

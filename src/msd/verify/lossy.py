@@ -14,46 +14,46 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.verify.builtin.lossless import Lossless
 from msd.verify.divergence import total_variation
-from msd.verify.walk import walk
+from msd.verify.rejection import walk
 
 
 @dataclass
 class Position:
     """R rows of a walk, each at one node, over the vocabulary.
 
-    tree: those rows' trees. node: [R]. law: [R, V] processed scores. p: [R, V] float64. theta: [R, 1] float64.
+    tree: those rows' trees. node: [R]. logits: [R, V] processed. p: [R, V] float64. theta: [R, 1] float64.
     drafted: [R, V] bool, tokens of the node's deterministic children. q: [R, V] float64, their draft probabilities (1
-    where the tree has none). laws: [R, K, V] of its sampled trials, present: [R, K]; or None.
+    where the tree has none). distributions: [R, K, V] of its sampled trials, present: [R, K]; or None.
     """
 
     tree: DraftTree
     node: Tensor
-    law: Tensor
+    logits: Tensor
     p: Tensor
     theta: Tensor
     rows: list[int]
     drafted: Tensor
     q: Tensor
-    laws: Tensor | None
+    distributions: Tensor | None
     present: Tensor | None
 
     @classmethod
-    def at(cls, tree: DraftTree, node: Tensor, law: Tensor, rows: list[int]) -> Position:
+    def at(cls, tree: DraftTree, node: Tensor, logits: Tensor, rows: list[int]) -> Position:
         """The position of `rows` of `tree` at `node`; its θ is 1, to be set."""
-        view, p = tree.of(rows), law.double().softmax(-1)
+        view, p = tree.of(rows), logits.double().softmax(-1)
         below = (view.parents == node[:, None]) & view.valid
-        below = below if view.trials is None else below & view.fixed
+        below = below if view.candidates is None else below & view.fixed
         q = torch.ones_like(p)
         if view.q is not None:  # nodes that are not children write into a last column, which is cut off
             at = view.tokens.masked_fill(~below, p.shape[-1])
             q = torch.cat([q, q[:, :1]], 1).scatter(1, at, view.q.double())[:, :-1]
         drafted = torch.zeros_like(p).scatter_add_(1, view.tokens, below.to(p.dtype)) > 0
-        laws = present = None
-        if view.trials is not None:
+        distributions = present = None
+        if view.candidates is not None:
             each = torch.arange(len(rows), device=node.device)
-            present = view.trials.child[each, node] >= 0
-            laws = view.trials.laws[each[:, None], view.trials.law[each, node]]
-        return cls(view, node, law, p, torch.ones_like(p[:, :1]), rows, drafted, q, laws, present)
+            present = view.candidates.child[each, node] >= 0
+            distributions = view.candidates.distributions[each[:, None], view.candidates.distribution[each, node]]
+        return cls(view, node, logits, p, torch.ones_like(p[:, :1]), rows, drafted, q, distributions, present)
 
     def tree_of(self, some: list[int]) -> DraftTree:
         """The trees of some of the R rows."""
@@ -79,14 +79,14 @@ class Lossy(ABC):
         exact = tree.height == 0 or not sampler.do_sample or self._is_lossless()
 
         def choose(
-            tree: DraftTree, node: Tensor, law: Tensor, sampler: Sampler, rows: list[int]
+            tree: DraftTree, node: Tensor, logits: Tensor, sampler: Sampler, rows: list[int]
         ) -> tuple[Tensor, Tensor]:
             kind = modality[rows, node].tolist()
             spent = [0.0] * len(rows)
             if exact:
-                token, child = Lossless()._choose(tree, node, law, sampler, rows)
+                token, child = Lossless()._choose(tree, node, logits, sampler, rows)
             else:
-                at = Position.at(tree, node, law, rows)
+                at = Position.at(tree, node, logits, rows)
                 theta = self._theta(at, kind, sampler)
                 at.theta = torch.tensor(theta, dtype=torch.float64, device=node.device)[:, None]
                 token, child, out = self._emit(at, sampler)

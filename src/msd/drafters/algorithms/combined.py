@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import registry
-from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.drafters.toolkit.growth import Shape, Subtrees
-from msd.drafters.toolkit.memory import DecodedStates
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
 from msd.planning.plan import Budget

@@ -7,7 +7,7 @@ gives the distribution of the token it stands for. Blind to modality.
 from __future__ import annotations
 
 from msd.drafters.registry import learned
-from msd.drafters.toolkit.block import Block
+from msd.drafters.toolkit.levels import Block
 from msd.train.losses.block import dflash_loss
 
 

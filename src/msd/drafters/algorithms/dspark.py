@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
-from msd.drafters.toolkit.block import Block
+from msd.drafters.toolkit.levels import Block
 from msd.drafters.toolkit.network import NetworkConfig
 from msd.train.losses.block import dspark_loss
 

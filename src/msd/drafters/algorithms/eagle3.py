@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.layers import PairLayer
+from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.drafters.toolkit.self_fed import SelfFed
-from msd.train.losses.training_time_test import training_time_test_loss
+from msd.train.losses.eagle import training_time_test_loss
 
 
 @learned("eagle3", loss=training_time_test_loss)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Selection, keep
+from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.drafters.toolkit.self_fed import EagleNetwork
 from msd.train.losses.eagle import eagle_loss
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Selection, keep
-from msd.drafters.toolkit.self_fed import EagleNetwork
+from msd.drafters.toolkit.levels import EagleNetwork
 from msd.train.losses.eagle import eagle_loss
 
 

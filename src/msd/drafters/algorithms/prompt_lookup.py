@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
-from msd.core.tree import Accepted, DraftTree, Scores, Trials
+from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.drafters import recordings, registry
 from msd.drafters.base import BorrowsEye, Calibrated, Drafter
 from msd.drafters.toolkit.network import DraftNetwork
-from msd.events.pieces import Events
+from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -138,11 +138,11 @@ class PromptLookup:
             for r, (tokens, p) in enumerate(draft.sources):
                 q[row, r, tokens] = p
         device = state.layout.tokens.device
-        trials = Trials(child.to(device), source.to(device), q.to(device))
+        candidates = SampledCandidates(child.to(device), source.to(device), q.to(device))
         fixed = [[False] * len(d.tokens) for d in drafts]
         newest = state.layout.newest()
         return DraftTree.from_lists(
-            newest, [d.tokens for d in drafts], [d.parents for d in drafts], None, trials, fixed
+            newest, [d.tokens for d in drafts], [d.parents for d in drafts], None, candidates, fixed
         )
 
 

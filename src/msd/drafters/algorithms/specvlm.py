@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
-from msd.drafters.toolkit.adaptors import Adaptor
 from msd.drafters.toolkit.context import Columns, Images, Selection, keep, pick
-from msd.drafters.toolkit.layers import Layer
+from msd.drafters.toolkit.layers import Adaptor, Layer
+from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.drafters.toolkit.self_fed import EagleNetwork
 from msd.train.losses.eagle import eagle_loss
 
 BRANCHES = ("prune", "pool", "conv", "resample", "text")

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Selection, keep
+from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import DraftNetwork
-from msd.drafters.toolkit.self_fed import EagleNetwork
 from msd.errors import UserError
 from msd.train.losses.eagle import eagle_loss
 

@@ -15,8 +15,8 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Selection, left_aligned, pick, real_columns
+from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.drafters.toolkit.self_fed import SelfFed
 from msd.errors import UserError
 from msd.train.losses.eagle import distillation_loss
 

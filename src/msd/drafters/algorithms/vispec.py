@@ -14,10 +14,10 @@ from torch import Tensor
 
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
-from msd.drafters.toolkit.adaptors import Adaptor
 from msd.drafters.toolkit.context import Columns, Images, Selection, keep, pick
-from msd.drafters.toolkit.self_fed import EagleNetwork
-from msd.train.losses.acceptance import vispec_loss
+from msd.drafters.toolkit.layers import Adaptor
+from msd.drafters.toolkit.levels import EagleNetwork
+from msd.train.losses.eagle import vispec_loss
 
 
 @learned("vispec", loss=vispec_loss)

@@ -1,7 +1,7 @@
 """A drafter on disk: a folder with `config.json`, `model.safetensors` (fp16) and `training.json`.
 
 A configuration is a dataclass with a strict JSON form, whose sizes are the target's. Files are read with suspicion
-(`msd.system.records`) and written whole.
+(`msd.system.files`) and written whole.
 
 Reading is strict: a missing, unknown or misshapen tensor is an error that names it, never a silent default. Where room
 is scarce matrices may be kept in 8 bits, each row with a scale of its own: drafts need not be exact, and the output
@@ -24,8 +24,7 @@ from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from msd.errors import UserError
-from msd.system.files import make_folder, write_whole
-from msd.system.records import parse_json, read_bytes, read_json, read_tensors, read_text
+from msd.system.files import make_folder, parse_json, read_bytes, read_json, read_tensors, read_text, write_whole
 
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 SCALE = ".row_scale"

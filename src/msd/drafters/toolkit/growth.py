@@ -24,7 +24,7 @@ from torch import Tensor
 
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
-from msd.core.tree import DraftTree, Trials
+from msd.core.tree import DraftTree, SampledCandidates
 from msd.planning.plan import Budget
 
 NEVER = -1e30
@@ -438,6 +438,6 @@ def _chains(
         modality=torch.cat([torch.full_like(newest, LANGUAGE.id)[:, None], *kinds], 1),
         fixed=torch.zeros_like(valid),
         height=depth,
-        trials=Trials(child, (child - 1).clamp_min(0), torch.cat(drawn, 1)),
+        candidates=SampledCandidates(child, (child - 1).clamp_min(0), torch.cat(drawn, 1)),
         q=torch.cat([torch.ones_like(chosen[0][:, :1]), *chosen], 1),
     )

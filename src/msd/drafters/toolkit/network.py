@@ -1,7 +1,7 @@
 """What all draft networks share: the target's embedding and head, which are not among their weights, and their context.
 
 A method says which columns it reads (`kept`), what enters there (`feature`, `entry`), and how drafts come about: level
-by level (`msd.drafters.toolkit.self_fed`) or all levels in one pass (`msd.drafters.toolkit.block`).
+by level (`msd.drafters.toolkit.levels`) or all levels in one pass (`msd.drafters.toolkit.levels`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from msd.drafters.toolkit.growth import Levels
 from msd.drafters.toolkit.layers import Keys, Layer, Rotary, step
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
-from msd.targets.teacher import Lesson
+from msd.targets.teacher import TeacherBatch
 
 Store = Callable[[int, Keys], Keys]
 Parts = dict[str, Tensor]
-Loss = Callable[[Any, Lesson, Tensor], tuple[Tensor, Parts]]
+Loss = Callable[[Any, TeacherBatch, Tensor], tuple[Tensor, Parts]]
 _packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, Packed]] = WeakKeyDictionary()
 
 
@@ -308,7 +308,7 @@ class DraftNetwork(nn.Module, ABC):
         """The draft distributions of one step in decoding; one anchor per row, below the tokens `newest` [B]."""
 
     @abstractmethod
-    def states(self, lesson: Lesson, first: Tensor, depth: int) -> Tensor:
+    def states(self, batch: TeacherBatch, first: Tensor, depth: int) -> Tensor:
         """States [B, A, D, H] below the answer tokens `first` [B, A], deeper words as written; D = depth."""
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
@@ -319,12 +319,12 @@ class DraftNetwork(nn.Module, ABC):
         """Confidence logits [...] of states [..., H] below the tokens `parents` [...]; 0 where a method has none."""
         return torch.zeros_like(states[..., 0])
 
-    def loss(self, lesson: Lesson, first: Tensor) -> tuple[Tensor, Parts]:
+    def loss(self, batch: TeacherBatch, first: Tensor) -> tuple[Tensor, Parts]:
         """The published loss on drafts from the answer tokens `first` [B, A], and its parts for the log.
 
-        The lesson's logits are the target's log p over `ids`.
+        The batch's logits are the target's log p over `ids`.
         """
         published = type(self).published_loss
         if published is None:
             raise NotImplementedError(f"method '{self.method}' was registered without a loss")
-        return published(self, lesson, first)
+        return published(self, batch, first)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from msd.errors import UserError
-from msd.events.readers import evt2, evt3
+from msd.events.readers.evt import Evt2, Evt3, unwrapped
 from msd.events.readers.file import File
 from msd.events.recording import Source
 from msd.events.stream import Columns
@@ -39,7 +39,7 @@ def read(file: File) -> Source:
         return _dat(file, header, offset, size, size_from)
     if header.get("endianness", "little") != "little":
         raise UserError(f"its words are {header['endianness']}-endian; convert it to little-endian")
-    for version, decoder, word in (("2", evt2.Decoder, "<u4"), ("3", evt3.Decoder, "<u2")):
+    for version, decoder, word in (("2", Evt2, "<u4"), ("3", Evt3, "<u2")):
         if evt in (version, f"{version}.0"):
             return Source(
                 f"evt{version}",
@@ -51,7 +51,7 @@ def read(file: File) -> Source:
     raise UserError(f"its encoding is '{evt or 'not told'}'; {known}: convert it, for example with metavision tools")
 
 
-def _decode(file: File, offset: int, word: str, decoder: evt2.Decoder | evt3.Decoder, chunk: int) -> Iterator[Columns]:
+def _decode(file: File, offset: int, word: str, decoder: Evt2 | Evt3, chunk: int) -> Iterator[Columns]:
     for words in file.words(offset, word, chunk):
         yield decoder(words)
 
@@ -110,7 +110,7 @@ def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] 
         last: int | None = None
         for words in file.words(offset + 2, "<u8", chunk):
             address = (words >> np.uint64(32)).astype(np.uint32)
-            t = evt2.unwrapped(words & 0xFFFFFFFF, last, 1 << 32)
+            t = unwrapped(words & 0xFFFFFFFF, last, 1 << 32)
             last = int(t[-1])
             x = address & ((1 << x_bits) - 1)
             y = address >> x_bits & ((1 << y_bits) - 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msd.drafters.toolkit.network import DraftNetwork, Parts
 from msd.drafters.toolkit.training import Truth, parents
-from msd.targets.teacher import Lesson
+from msd.targets.teacher import TeacherBatch
 from msd.train.losses.terms import distance, hard_entropy
 
 DECAY = 4.0  # of a position's weight, exp(-k/4), as released for blocks of 7
@@ -18,21 +18,21 @@ def _weights(depth: int, device: torch.device) -> Tensor:
     return torch.exp(-torch.arange(depth, device=device) / DECAY)
 
 
-def dflash_loss(network: DraftNetwork, lesson: Lesson, first: Tensor) -> tuple[Tensor, Parts]:
+def dflash_loss(network: DraftNetwork, batch: TeacherBatch, first: Tensor) -> tuple[Tensor, Parts]:
     """Cross entropy to the answer's tokens, nearer ones weighing more."""
     D = network.config.depth
-    truth = Truth.of(lesson, first, D, network.config.hidden)
-    logits = network.head(network.states(lesson, first, D))
+    truth = Truth.of(batch, first, D, network.config.hidden)
+    logits = network.head(network.states(batch, first, D))
     loss = truth.mean(hard_entropy(logits, truth.token), _weights(D, first.device))
     return loss, {"entropy": loss}
 
 
-def dspark_loss(network: DraftNetwork, lesson: Lesson, first: Tensor) -> tuple[Tensor, Parts]:
+def dspark_loss(network: DraftNetwork, batch: TeacherBatch, first: Tensor) -> tuple[Tensor, Parts]:
     """0.9 × ‖p − q‖₁ + 0.1 × cross entropy to the answer's tokens + that of the confidence, weights exp(−k/4)."""
     D = network.config.depth
-    truth = Truth.of(lesson, first, D, network.config.hidden)
-    states = network.states(lesson, first, D)
-    above = parents(lesson, first[..., None] + torch.arange(1, D + 1, device=first.device))
+    truth = Truth.of(batch, first, D, network.config.hidden)
+    states = network.states(batch, first, D)
+    above = parents(batch, first[..., None] + torch.arange(1, D + 1, device=first.device))
     logits = network.logits(states, above)
     weight = _weights(D, first.device)
     apart = distance(logits, truth.p)

@@ -87,7 +87,7 @@ class Budget(Lossy):
         """From the ledgers, each of which is told what its wish would cost here."""
         ledgers = [self._ledger(sampler, row, kind) for row, kind in zip(at.rows, kinds, strict=True)]
         wish = torch.tensor([ledger.wish for ledger in ledgers], dtype=torch.float64, device=at.p.device)[:, None]
-        prices = total_variation(budget_law(at.p, wish, at.drafted, at.laws, at.present), at.p).tolist()
+        prices = total_variation(budget_law(at.p, wish, at.drafted, at.distributions, at.present), at.p).tolist()
         return [ledger.theta(price) for ledger, price in zip(ledgers, prices, strict=True)]
 
     def _learn(self, sampler: Sampler, rows: list[int], kinds: list[int], spent: list[float]) -> None:
@@ -97,8 +97,8 @@ class Budget(Lossy):
 
     def _emit(self, at: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
         """Plain decoding's draw; where no child carries it, the children if P ≥ θ, else the sampled candidates."""
-        token = sampler.draw(at.law, at.rows)
-        among = at.tree.valid if at.tree.trials is None else at.tree.fixed
+        token = sampler.draw(at.logits, at.rows)
+        among = at.tree.valid if at.tree.candidates is None else at.tree.fixed
         child = at.tree.follow(at.node, token, among)
         kept = at.p.masked_fill(~at.drafted, 0.0)
         mass = kept.sum(-1)
@@ -107,10 +107,10 @@ class Budget(Lossy):
         if again:
             token[again] = sampler.multinomial(normalise(kept[again]), [at.rows[i] for i in again])
             child[again] = at.tree_of(again).follow(at.node[again], token[again], among[again])
-        open_ = [] if at.laws is None else ((child < 0) & ~sure).nonzero().squeeze(1).tolist()
+        open_ = [] if at.distributions is None else ((child < 0) & ~sure).nonzero().squeeze(1).tolist()
         if open_:
             residual = without(at.p[open_], at.drafted[open_])
             token[open_], child[open_] = sampled_trials(
                 at.tree_of(open_), at.node[open_], residual, sampler, [at.rows[i] for i in open_], soft, at.theta[open_]
             )
-        return token, child, budget_law(at.p, at.theta, at.drafted, at.laws, at.present)
+        return token, child, budget_law(at.p, at.theta, at.drafted, at.distributions, at.present)

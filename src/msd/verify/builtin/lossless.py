@@ -11,8 +11,7 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.verify import rejection
 from msd.verify.registry import register
-from msd.verify.rejection import ratio
-from msd.verify.walk import walk
+from msd.verify.rejection import ratio, walk
 
 
 @register("lossless")
@@ -40,7 +39,7 @@ class Lossless:
         """(token [R], child [R] or -1): the next emitted token below `node` [R], and the node that carries it."""
         view = tree.of(rows)
         token = sampler.draw(law, rows)
-        if tree.trials is None or not sampler.do_sample:
+        if tree.candidates is None or not sampler.do_sample:
             return token, view.follow(node, token, view.valid)
         child = view.follow(node, token, view.fixed)
         open_ = [i for i, c in enumerate(child.tolist()) if c < 0]  # no deterministic trial carries the draw

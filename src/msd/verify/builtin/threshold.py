@@ -38,7 +38,7 @@ class Threshold(Lossy):
         """The first deterministic candidate that passes, else the sampled ones, else the residual."""
         found, token = first_candidate(at.p, at.drafted, at.q, at.theta)
         token = token[:, 0]
-        among = at.tree.valid if at.tree.trials is None else at.tree.fixed
+        among = at.tree.valid if at.tree.candidates is None else at.tree.fixed
         child = at.tree.follow(at.node, token, among).masked_fill(~found[:, 0], -1)
         open_ = (~found[:, 0]).nonzero().squeeze(1).tolist()
         if open_:
@@ -46,4 +46,4 @@ class Threshold(Lossy):
             token[open_], child[open_] = sampled_trials(
                 at.tree_of(open_), at.node[open_], residual, sampler, [at.rows[i] for i in open_], hard, at.theta[open_]
             )
-        return token, child, threshold_law(at.p, at.theta, at.drafted, at.q, at.laws, at.present)
+        return token, child, threshold_law(at.p, at.theta, at.drafted, at.q, at.distributions, at.present)

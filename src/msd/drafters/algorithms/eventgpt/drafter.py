@@ -32,7 +32,7 @@ from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
 from msd.errors import UserError
-from msd.events.pieces import Events
+from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.system.files import write_whole
 from msd.targets.masks import additive

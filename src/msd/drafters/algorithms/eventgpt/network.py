@@ -21,8 +21,8 @@ from msd import events
 from msd.core.cache import KVCache
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
-from msd.events.pieces import Events
 from msd.events.pooling import pooled
+from msd.events.recording import Events
 
 METHOD = "eventgpt"
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of red, green, blue

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.system.files import write_whole
-from msd.system.records import parse_json
+from msd.system.files import parse_json, write_whole
 
 FILE, FORMAT = "vocabulary.json", 1
 REMEDY = "leave the saved map out and a new one is made from the two tables"

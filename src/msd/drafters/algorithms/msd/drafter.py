@@ -14,11 +14,10 @@ from msd.core.tree import DraftTree, Scores
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
 from msd.drafters.toolkit.context import Anchors
-from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.drafters.toolkit.growth import Levels, Subtrees, draw
 from msd.drafters.toolkit.layers import Keys
-from msd.drafters.toolkit.memory import DecodedStates
-from msd.events.pieces import Events
+from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
 

@@ -29,14 +29,13 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
-from msd.drafters.toolkit.adaptors import AuxiliaryAdaptor, VisionAdaptor
 from msd.drafters.toolkit.calibration import calibrated
 from msd.drafters.toolkit.context import Anchors, Entries, Images, left_aligned, pick, real_columns
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import Keys, Layer, TapNorm
-from msd.drafters.toolkit.self_fed import SelfFed, SelfFedLevels
+from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Keys, Layer, TapNorm, VisionAdaptor
+from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
 from msd.labels.label_thresholds import EVENT_MODALITIES
-from msd.targets.teacher import Lesson
+from msd.targets.teacher import TeacherBatch
 
 SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
 
@@ -354,19 +353,19 @@ class MSDNetwork(SelfFed):
             return BlockLevels(self, context, anchors)
         return ArLevels(self, context, anchors, newest)
 
-    def drafts(self, lesson: Lesson, first: Tensor, depth: int) -> tuple[Anchors, Tensor]:
+    def drafts(self, batch: TeacherBatch, first: Tensor, depth: int) -> tuple[Anchors, Tensor]:
         """(the anchors of the answer tokens `first` [B, A], the states [B, A, D, H] below them); see `states`."""
-        assert lesson.taps is not None
-        found = self.read(lesson.layout, lesson.taps[:, :-1], lesson.prompt, lesson.beside)
-        anchors = found.anchors(first + lesson.prompt - 1)
+        assert batch.taps is not None
+        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.beside)
+        anchors = found.anchors(first + batch.prompt - 1)
         context = self.context(found.x, found.positions)
         if self.config.form == "block":
             return anchors, self.block(context, anchors)[:, :, :depth]
-        return anchors, self.drafted_states(context, anchors, lesson, first, depth)
+        return anchors, self.drafted_states(context, anchors, batch, first, depth)
 
-    def states(self, lesson: Lesson, first: Tensor, depth: int) -> Tensor:
+    def states(self, batch: TeacherBatch, first: Tensor, depth: int) -> Tensor:
         """See `DraftNetwork`."""
-        return self.drafts(lesson, first, depth)[1]
+        return self.drafts(batch, first, depth)[1]
 
 
 def _preceded(found: Entries, kept: Tensor, given: Tensor) -> Entries:

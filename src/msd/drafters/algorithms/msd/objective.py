@@ -16,8 +16,17 @@ from torch import Tensor
 from msd.drafters.algorithms.msd.network import MSDNetwork
 from msd.drafters.toolkit.calibration import calibration_error, fitted
 from msd.drafters.toolkit.context import Anchors
-from msd.drafters.toolkit.training import CHAIN, Lessons, Objective, count_chain, drafted, everywhere, parents, read
-from msd.targets.teacher import Lesson
+from msd.drafters.toolkit.training import (
+    CHAIN,
+    Objective,
+    TeacherBatches,
+    count_chain,
+    drafted,
+    everywhere,
+    parents,
+    read,
+)
+from msd.targets.teacher import TeacherBatch
 from msd.train.losses.msd import LossConfig, TaskWeights, position_losses
 
 CANDIDATES = 4  # per position, the likeliest: what calibration is fitted on
@@ -40,7 +49,7 @@ class Drafts:
 
 
 class DraftObjective(Objective):
-    """The loss of a draft network on lessons of its target, whose logits are log p over the draft vocabulary.
+    """The loss of a draft network on batches of its target, whose logits are log p over the draft vocabulary.
 
     ends: ids of the tokens that end an answer.
     """
@@ -56,57 +65,57 @@ class DraftObjective(Objective):
         self.kinds = torch.tensor(network.config.modality_ids)
         self.end_ids = torch.tensor(list(ends), dtype=torch.long)
 
-    def states(self, lesson: Lesson, first: Tensor) -> tuple[Drafts, Tensor]:
+    def states(self, batch: TeacherBatch, first: Tensor) -> tuple[Drafts, Tensor]:
         """States [B, A, D, H] when the roots are the answer tokens `first` [B, A], deeper words as written."""
-        anchors, states = self.network.drafts(lesson, first, self.depth)
-        return Drafts(anchors, *drafted(lesson, first, self.depth)), states
+        anchors, states = self.network.drafts(batch, first, self.depth)
+        return Drafts(anchors, *drafted(batch, first, self.depth)), states
 
-    def everywhere(self, lesson: Lesson) -> tuple[Drafts, Tensor]:
+    def everywhere(self, batch: TeacherBatch) -> tuple[Drafts, Tensor]:
         """`states` with every answer token but the last as a root."""
-        return self.states(lesson, everywhere(lesson))
+        return self.states(batch, everywhere(batch))
 
-    def routes(self, lesson: Lesson, drafts: Drafts, states: Tensor) -> Tensor:
+    def routes(self, batch: TeacherBatch, drafts: Drafts, states: Tensor) -> Tensor:
         """Router log-probabilities [B, A, D, M]; they teach the router and nothing behind it."""
         anchors, network = drafts.anchors, self.network
         feature = network.feature_state(states[:, :, :-1].detach())
         if network.config.form == "ar":
             feature = feature.detach()
         feature = torch.cat([anchors.feature.detach()[:, :, None], feature], 2)
-        return network.route(feature, self._parents(lesson, drafts.index))
+        return network.route(feature, self._parents(batch, drafts.index))
 
-    def endings(self, lesson: Lesson, drafts: Drafts) -> tuple[Tensor, Tensor]:
+    def endings(self, batch: TeacherBatch, drafts: Drafts) -> tuple[Tensor, Tensor]:
         """(logits [B, A] of the first drafted token being the answer's last, whether it is [B, A] bool)."""
         anchors = drafts.anchors
         said = self.network.ends(anchors.feature.detach(), anchors.embedding)
-        last = torch.isin(drafts.read(lesson.answers)[:, :, 0], self.end_ids.to(said.device))
+        last = torch.isin(drafts.read(batch.answers)[:, :, 0], self.end_ids.to(said.device))
         return said, last & drafts.valid[:, :, 0]
 
-    def logits(self, lesson: Lesson, drafts: Drafts, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, batch: TeacherBatch, drafts: Drafts, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Draft logits [B, A, D, Vd] under modality weights [B, A, D, M], and confidence logits [B, A, D]."""
         heads = self.network.heads
         parts = heads.parts(states, drafts.anchors.image[:, None])
         z = (heads.coefficients(weights)[..., None] * parts).sum(-2)
-        parent = self._parents(lesson, drafts.index)
+        parent = self._parents(batch, drafts.index)
         logits = heads.head(z)
         if heads.block:
             logits = logits + heads.given_parent(heads.from_state(z), parent, weights)
         return logits, heads.sure(z.detach(), parent)
 
-    def forward(self, lesson: Lesson, labels: Tensor, first: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: TeacherBatch, labels: Tensor, first: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss and its parts. labels [B, T] modality ids of the answer tokens; first [B, A] which of them are roots."""
-        drafts, states = self.states(lesson, first)
+        drafts, states = self.states(batch, first)
         kind = (drafts.read(labels)[..., None] == self.kinds.to(labels.device)).float()  # [B, A, D, M]
-        route = self.routes(lesson, drafts, states)
+        route = self.routes(batch, drafts, states)
         weights = route.detach().exp()
         if self.network.config.subtrees:  # the first level of a subtree is its own expert's
             weights = torch.cat([kind[:, :, :1], weights[:, :, 1:]], 2)
-        logits, sure = self.logits(lesson, drafts, states, weights)
+        logits, sure = self.logits(batch, drafts, states, weights)
         c, valid, names = self.config, drafts.valid, self.network.config.modalities
-        assert lesson.taps is not None
-        truth = drafts.read(lesson.taps[:, lesson.prompt - 1 : -1, -states.shape[-1] :])
+        assert batch.taps is not None
+        truth = drafts.read(batch.taps[:, batch.prompt - 1 : -1, -states.shape[-1] :])
         # the target's last state is normalised, so the draft's is compared as the heads see it
         each, met = position_losses(
-            logits.float().log_softmax(-1), drafts.read(lesson.logits.exp()), self.network.heads.norm(states), truth, c
+            logits.float().log_softmax(-1), drafts.read(batch.logits.exp()), self.network.heads.norm(states), truth, c
         )
         weight = (c.decay ** torch.arange(self.depth, device=kind.device) * valid)[..., None]
         total = (kind * weight).sum((0, 1, 2))  # [M]
@@ -116,7 +125,7 @@ class DraftObjective(Objective):
         routing = -((route * kind).sum(-1) * valid).sum() / count
         confidence = (F.binary_cross_entropy_with_logits(sure, met, reduction="none") * valid).sum() / count
         loss = loss + (c.router * routing if self.network.router is not None else 0.0) + c.confidence * confidence
-        said, last = self.endings(lesson, drafts)
+        said, last = self.endings(batch, drafts)
         ending = F.binary_cross_entropy_with_logits(said.float(), last.float(), reduction="none")
         loss = loss + c.ending * (ending * valid[:, :, 0]).sum() / valid[:, :, 0].sum().clamp_min(1)
         parts = {name: float(t) for name, t, n in zip(names, terms.detach(), total, strict=True) if n > 0}
@@ -125,47 +134,49 @@ class DraftObjective(Objective):
         return loss, {**parts, "router": float(routing.detach()), "acceptance": float(acceptance), **weighting}
 
     @torch.no_grad()
-    def acceptance(self, lesson: Lesson, labels: Tensor, depth: int = CHAIN) -> dict[str, list[int]]:
+    def acceptance(self, batch: TeacherBatch, labels: Tensor, depth: int = CHAIN) -> dict[str, list[int]]:
         """[accepted, drafted] per modality name on top-1 chains from every answer token; see `count_chain`."""
-        drafts, states = self.everywhere(lesson)
-        logits, _ = self.logits(lesson, drafts, states, self.routes(lesson, drafts, states).exp())
+        drafts, states = self.everywhere(batch)
+        logits, _ = self.logits(batch, drafts, states, self.routes(batch, drafts, states).exp())
         guess = self.network.ids[logits[:, :, :depth].argmax(-1)]
-        return count_chain(lesson, labels, guess, self.network.config.modalities)
+        return count_chain(batch, labels, guess, self.network.config.modalities)
 
-    def reports(self, lessons: Lessons) -> dict[str, Any]:
+    def reports(self, batches: TeacherBatches) -> dict[str, Any]:
         """The fit that turns confidence into tree scores, and the router's quality."""
-        told = {"confidence": calibrate(self, lessons())}
+        told = {"confidence": calibrate(self, batches())}
         if self.network.router is not None:
-            told["router"] = router_report(self, lessons())
+            told["router"] = router_report(self, batches())
         return told
 
-    def _parents(self, lesson: Lesson, index: Tensor) -> Tensor:
+    def _parents(self, batch: TeacherBatch, index: Tensor) -> Tensor:
         """Embeddings [B, A, D, H] of the tokens before the answer tokens `index`."""
-        return self.network.embed(parents(lesson, index))
+        return self.network.embed(parents(batch, index))
 
 
 @torch.no_grad()
-def candidates(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(
+    objective: DraftObjective, batches: Iterable[tuple[TeacherBatch, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log q [n], confidence logit of the parent [n], hit [n] bool) of the likeliest candidates at every position.
 
     The answers must be the target's greedy ones; paths above a candidate are the answer's own, as for a tree node whose
     parent was accepted.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for lesson, _ in lessons:
-        drafts, states = objective.everywhere(lesson)
-        logits, sure = objective.logits(lesson, drafts, states, objective.routes(lesson, drafts, states).exp())
+    for batch, _ in batches:
+        drafts, states = objective.everywhere(batch)
+        logits, sure = objective.logits(batch, drafts, states, objective.routes(batch, drafts, states).exp())
         log_q, index = logits.float().log_softmax(-1).topk(min(CANDIDATES, logits.shape[-1]), -1)
-        hit = objective.network.ids[index] == drafts.read(lesson.answers)[..., None]
+        hit = objective.network.ids[index] == drafts.read(batch.answers)[..., None]
         keep = drafts.valid[..., None].expand_as(hit)
         found.append((log_q[keep], sure[..., None].expand_as(log_q)[keep], hit[keep]))
     log_q, sure, hit = (torch.cat(parts) for parts in zip(*found, strict=True))
     return log_q, sure, hit
 
 
-def calibrate(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Tensor]]) -> dict[str, Any]:
+def calibrate(objective: DraftObjective, batches: Iterable[tuple[TeacherBatch, Tensor]]) -> dict[str, Any]:
     """Fits `Heads.calibration` in place; reports the calibration error (0 to 1) of log q alone and of the fit."""
-    log_q, sure, hit = (x.detach().cpu() for x in candidates(objective, lessons))
+    log_q, sure, hit = (x.detach().cpu() for x in candidates(objective, batches))
     fit, chances = fitted(log_q, sure, hit)
     objective.network.heads.calibration.copy_(fit)
     return {
@@ -177,8 +188,8 @@ def calibrate(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Tensor]
 
 
 @torch.no_grad()
-def router_report(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Tensor]]) -> dict[str, Any]:
-    """How good the router is on the first drafted token from every answer token of `lessons` (lesson, labels [B, A]).
+def router_report(objective: DraftObjective, batches: Iterable[tuple[TeacherBatch, Tensor]]) -> dict[str, Any]:
+    """How good the router is on the first drafted token from every answer token of `batches` (batch, labels [B, A]).
 
     confusion[label][predicted]: counts, by name. accuracy; majority: that of the commonest label. ece: expected
     calibration error over 10 equal bins of the predicted class's probability (Guo et al. 2017, section 2), from 0 to 1.
@@ -186,9 +197,9 @@ def router_report(objective: DraftObjective, lessons: Iterable[tuple[Lesson, Ten
     """
     names = objective.network.config.modalities
     said, truth, deep_said, deep_truth = [], [], [], []
-    for lesson, labels in lessons:
-        drafts, states = objective.everywhere(lesson)
-        route = objective.routes(lesson, drafts, states).exp()
+    for batch, labels in batches:
+        drafts, states = objective.everywhere(batch)
+        route = objective.routes(batch, drafts, states).exp()
         kind = (drafts.read(labels)[..., None] == objective.kinds.to(labels.device)).long().argmax(-1)
         said.append(route[:, :, 0][drafts.valid[:, :, 0]])
         truth.append(kind[:, :, 0][drafts.valid[:, :, 0]])

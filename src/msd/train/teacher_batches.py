@@ -1,10 +1,10 @@
-"""Lessons for a drafter: which captured answers a step trains on, and the live target's predictions for them.
+"""TeacherBatches for a drafter: which captured answers a step trains on, and the live target's predictions for them.
 
 Two stages (MSD as published, arXiv 2505.14260, section 3.3): text-only answers first, then a share of answers about
 images that rises to one. Everything follows from (seed, step). The target runs online; nothing but answers is on disk.
-What it computed for a batch is kept in memory as far as there is room (`Notebook`): the tap states, of which the last
-is what the target's output layer reads, and the normaliser of every distribution. Distributions over the draft
-vocabulary follow from these. A lesson is the same bits whether it was just taught or recalled, so a run that was
+What it computed for a batch is kept in memory while there is room (`TeacherCache`): the tap states, the last of which is
+what the target's output layer reads, and the normaliser of every distribution. Distributions over the draft
+vocabulary follow from these. A batch is the same bits whether it was just taught or recalled, so a run that was
 stopped goes on to the same result.
 """
 
@@ -24,10 +24,10 @@ from msd.drafters.recordings import event_tokens
 from msd.errors import UserError
 from msd.events import open_chunks
 from msd.inputs import prompts
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import Target
-from msd.targets.teacher import Lesson, teach
-from msd.train.captured import Captured
+from msd.targets.teacher import TeacherBatch, teach
+from msd.train.capture import Captured
 
 WINDOW = 16  # batches among which answers are sorted by length
 
@@ -70,15 +70,15 @@ class PublishedStages(Stages):
         return self._rising(step, self.first)
 
 
-Taught = tuple[Lesson, Tensor]
+Taught = tuple[TeacherBatch, Tensor]
 
 
-class Notebook:
-    """Keeps lessons while they fit into `gigabytes`; later ones are taught anew each time.
+class TeacherCache:
+    """Keeps teacher_batches while they fit into `gigabytes`; later ones are taught anew each time.
 
     head: the target's output layer; ids [Vd]: the draft vocabulary; layers: the tapped ones, of which the last feeds
     the head. A head whose logits are more than its product with the last tap (soft-capped, scaled) is found on the
-    first lesson, and nothing is noted then.
+    first taught, and nothing is noted then.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Notebook:
         self.left, self.dtype = gigabytes * 1e9, dtype
         self._read_as(ids, layers)
         self.plain: bool | None = None  # whether the head is nothing but its matrix
-        self._notes: dict[Hashable, tuple[Lesson, Tensor]] = {}
+        self._notes: dict[Hashable, tuple[TeacherBatch, Tensor]] = {}
 
-    def read_by(self, ids: Tensor, layers: Sequence[int]) -> Notebook:
+    def read_by(self, ids: Tensor, layers: Sequence[int]) -> TeacherCache:
         """The same notes for a network that drafts other words from some of the layers.
 
         ValueError for a layer that was not noted, or another last one.
@@ -114,14 +114,18 @@ class Notebook:
         self.columns = [self.layers.index(layer) for layer in layers]
 
     def recall(self, key: Hashable, teach: Callable[[], Taught]) -> Taught:
-        """The lesson known as `key`, its `logits` being log p over the draft vocabulary [B, A, Vd], and its labels."""
+        """The batch known as `key`, its `logits` being log p over the draft vocabulary [B, A, Vd], and its labels."""
         if key not in self._notes:
-            lesson, labels = teach()
-            if not self._is_plain(lesson):
-                logits = lesson.logits.log_softmax(-1)[..., self.ids]
-                return replace(lesson, taps=self._read_layers(lesson), logits=logits), labels
-            assert lesson.taps is not None
-            noted = replace(lesson, taps=lesson.taps.to(self.dtype), logits=lesson.logits.logsumexp(-1, keepdim=True))
+            taught, labels = teach()
+            if not self._is_plain(taught):
+                logits = taught.logits.log_softmax(-1)[..., self.ids]
+                return replace(taught, taps=self._read_layers(taught), logits=logits), labels
+            assert taught.taps is not None
+            noted = replace(
+                taught,
+                taps=taught.taps.to(self.dtype),
+                logits=taught.logits.logsumexp(-1, keepdim=True),
+            )
             parts = (noted.taps, noted.logits, noted.beside, labels)
             size = sum(t.numel() * t.element_size() for t in parts if t is not None)
             if size > self.left:
@@ -131,34 +135,34 @@ class Notebook:
         noted, labels = self._notes[key]
         return self._read(noted), labels
 
-    def _read(self, noted: Lesson) -> Lesson:
+    def _read(self, noted: TeacherBatch) -> TeacherBatch:
         taps = self._read_layers(noted).float()
         return replace(noted, taps=taps, logits=self._logits(noted, taps) - noted.logits)
 
-    def _read_layers(self, lesson: Lesson) -> Tensor:
+    def _read_layers(self, taught: TeacherBatch) -> Tensor:
         """The states of the layers that are read, [B, L, T*H]."""
-        assert lesson.taps is not None
-        every = lesson.taps.unflatten(-1, (len(self.layers), -1))
+        assert taught.taps is not None
+        every = taught.taps.unflatten(-1, (len(self.layers), -1))
         return every[:, :, self.columns].flatten(2)
 
-    def _logits(self, lesson: Lesson, taps: Tensor) -> Tensor:
-        last = taps[:, lesson.prompt - 1 : -1, -self.rows.shape[1] :]
+    def _logits(self, taught: TeacherBatch, taps: Tensor) -> Tensor:
+        last = taps[:, taught.prompt - 1 : -1, -self.rows.shape[1] :]
         return nn.functional.linear(last, self.rows, self.bias)
 
-    def _is_plain(self, lesson: Lesson) -> bool:
+    def _is_plain(self, taught: TeacherBatch) -> bool:
         """Whether the head's logits follow from the last tap; looked at once."""
         if self.plain is None:
-            assert lesson.taps is not None
-            gap = (self._logits(lesson, lesson.taps.float()) - lesson.logits[..., self.ids])[lesson.spoken()]
-            self.plain = bool(gap.abs().max() < 0.02 * lesson.logits.abs().max())
+            assert taught.taps is not None
+            gap = (self._logits(taught, taught.taps.float()) - taught.logits[..., self.ids])[taught.spoken()]
+            self.plain = bool(gap.abs().max() < 0.02 * taught.logits.abs().max())
         return self.plain
 
 
-class Lessons:
+class TeacherBatches:
     """Draws batches of `batch` captured answers of one split and has the target teach them.
 
     share: (rank, processes); every process takes its part of the same batch. dtype: of the target's matrix products,
-    its weights' own by default. The lessons' `logits` are log p over the notebook's vocabulary alone.
+    its weights' own by default. The teacher_batches' `logits` are log p over the notebook's vocabulary alone.
     """
 
     def __init__(
@@ -166,8 +170,8 @@ class Lessons:
         target: Target,
         processor: Any,
         captured: Sequence[Captured],
-        cuts: ModalityCuts,
-        notebook: Notebook,
+        cuts: ModalityThresholds,
+        notebook: TeacherCache,
         batch: int = 8,
         stages: Stages | None = None,
         seed: int = 0,
@@ -188,8 +192,8 @@ class Lessons:
         self._kinds: list[bool] = []
         self._laps: dict[bool, tuple[int, list[int]]] = {}
 
-    def __call__(self, step: int) -> tuple[Lesson, Tensor]:
-        """The lesson of a step, and the modality labels [B, A] of its answer tokens."""
+    def __call__(self, step: int) -> tuple[TeacherBatch, Tensor]:
+        """The taught of a step, and the modality labels [B, A] of its answer tokens."""
         return self._lesson(*self._drawn(step))
 
     def read_ahead(self, told: Callable[[int, int], None] | None = None) -> None:
@@ -200,7 +204,7 @@ class Lessons:
             if told:
                 told(done, len(every))
 
-    def _lesson(self, images: bool, at: int) -> tuple[Lesson, Tensor]:
+    def _lesson(self, images: bool, at: int) -> tuple[TeacherBatch, Tensor]:
         rank, processes = self.share
         answers = self._answers(images, at)  # the same in every run, so that runs can share a notebook
         key = images, at, self.batch, rank, processes
@@ -210,8 +214,8 @@ class Lessons:
         """The answers of a step: of one kind (about images or not), alike in length."""
         return self._answers(*self._drawn(step))
 
-    def in_turn(self, answers: Sequence[Captured]) -> Iterator[tuple[Lesson, Tensor]]:
-        """Lessons on `answers` in batches, in their order."""
+    def in_turn(self, answers: Sequence[Captured]) -> Iterator[tuple[TeacherBatch, Tensor]]:
+        """TeacherBatches on `answers` in batches, in their order."""
         for start in range(0, len(answers), self.batch):
             some = tuple(answers[start : start + self.batch])
             yield self.notebook.recall(some, lambda some=some: self.teach(some))  # type: ignore[misc]
@@ -248,17 +252,17 @@ class Lessons:
             batches += [near[k : k + size] for k in range(0, len(near) - size + 1, size)]
         return batches
 
-    def teach(self, answers: Sequence[Captured]) -> tuple[Lesson, Tensor]:
+    def teach(self, answers: Sequence[Captured]) -> tuple[TeacherBatch, Tensor]:
         """The target's pass over some captured answers, whole, and their labels."""
         beside = self._beside(answers)
         inputs = prompts.prepare(self.processor, [list(a.images) for a in answers], [a.prompt for a in answers])
         inputs = {k: v.to(self.target.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        lesson = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
-        labels = torch.zeros_like(lesson.answers)
+        taught = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
+        labels = torch.zeros_like(taught.answers)
         for row, answer in enumerate(answers):
             labels[row, : len(answer.ids)] = answer.labels(self.cuts).to(labels.device)
-        lesson.beside = beside
-        return lesson, labels
+        taught.beside = beside
+        return taught, labels
 
     def _beside(self, answers: Sequence[Captured]) -> Tensor | None:
         """[B, E, H] tokens of the answers' event recordings, zero in rows without; None where none has one."""
@@ -267,16 +271,16 @@ class Lessons:
         some = next((tokens for tokens in found if tokens is not None), None)
         return None if some is None else torch.stack([torch.zeros_like(some) if t is None else t for t in found])
 
-    def roots(self, lesson: Lesson, count: int) -> Tensor:
+    def roots(self, taught: TeacherBatch, count: int) -> Tensor:
         """Up to `count` different answer tokens per row to draft from, [B, A], drawn with torch's generator.
 
         A row with fewer is filled up with its last token, below which there is nothing to draft.
         """
-        columns, count = [], min(count, max(lesson.lengths) - 1)
-        for length in lesson.lengths:
+        columns, count = [], min(count, max(taught.lengths) - 1)
+        for length in taught.lengths:
             chosen = torch.randperm(length - 1)[:count].sort().values
             columns.append(torch.nn.functional.pad(chosen, (0, count - len(chosen)), value=length - 1))
-        return torch.stack(columns).to(lesson.answers.device)
+        return torch.stack(columns).to(taught.answers.device)
 
 
 def token_counts(captured: Sequence[Captured], vocabulary: int) -> Tensor:

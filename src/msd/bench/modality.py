@@ -1,7 +1,7 @@
 """Acceptance by modality: how often drafts are right where the image matters, and where it does not.
 
 Greedy decoding only: the answer is then the same whatever was drafted, and each of its tokens has one label, the class
-of the image's gain there (`msd.labels.image_gain`).
+of the image's gain there (`msd.labels.gain`).
 
     acceptance   a chain of top-1 drafts, depth 5: the share of drafted positions whose draft was the target's token
     coverage     a draft tree: the share of drafted positions at which the tree held the target's token
@@ -13,20 +13,28 @@ what was drafted below a rejection or beyond the answer's end does not count, so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from msd.bench.data import Sample
+from msd.bench.errors import kinds_of, pattern
+from msd.bench.timing import PLAIN, Run, ours
 from msd.config import SpeculativeConfig
 from msd.core.modality import FUSION, LANGUAGE, VISION, Modality, known
 from msd.core.statistics import RowStep
+from msd.drafters import recordings
 from msd.events import open_chunks
-from msd.labels.event_gain import costs_of_recordings
-from msd.labels.image_gain import image_gain
-from msd.labels.label_thresholds import ModalityCuts
+from msd.labels.gain import costs_of_recordings, image_gain
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.model import SpeculativeVLM
 from msd.targets import Target
+from msd.targets.teacher import teach
 
 CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
@@ -96,7 +104,7 @@ def _tally(answers: Iterable[Labelled]) -> Tally:
 
 def label_answer(
     target: Target,
-    cuts: ModalityCuts,
+    cuts: ModalityThresholds,
     inputs: dict[str, Any],
     tokens: Sequence[int],
     events: Path | None = None,
@@ -122,8 +130,85 @@ def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -
     return labels[:end]
 
 
-def find_cuts(target: str, file: Path | None) -> ModalityCuts | None:
+def find_cuts(target: str, file: Path | None) -> ModalityThresholds | None:
     """The cuts in `file`, or those shipped with the reference target, or None. UserError for a bad file."""
     if file is not None:
-        return ModalityCuts.load(file)
-    return ModalityCuts.load(SHIPPED) if target == "reference" and SHIPPED.exists() else None
+        return ModalityThresholds.load(file)
+    return ModalityThresholds.load(SHIPPED) if target == "reference" and SHIPPED.exists() else None
+
+
+@dataclass(frozen=True)
+class LabelledSample:
+    """words: a kind of word for each token of the answer. chains: method -> (steps of its chains, modality ids).
+
+    trees: method -> modality ids of its timed answer. Both are as far as a method's answer is the library's.
+    """
+
+    words: list[str]
+    chains: dict[str, tuple[list[RowStep], list[int]]]
+    trees: dict[str, list[int]]
+
+
+class Labeller:
+    """Labels answers, and decodes each sample once more on chains."""
+
+    def __init__(
+        self, engines: Mapping[str, SpeculativeVLM], cuts: ModalityThresholds, settings: dict[str, Any]
+    ) -> None:
+        """engines: by method, plain decoding among them."""
+        self.plain, self.cuts, self.settings = engines[PLAIN], cuts, settings
+        self.chains = {
+            name: SpeculativeVLM(e.model, e.processor, CHAIN, e.drafter) for name, e in engines.items() if name != PLAIN
+        }
+
+    def __call__(
+        self, inputs: dict[str, Any], sample: Sample, answer: list[int], runs: Mapping[str, Run]
+    ) -> LabelledSample:
+        """Of one sample. inputs: its processor output; answer: the library's; runs: the methods' timed answers."""
+        labels = label_answer(self.plain.target, self.cuts, inputs, answer, sample.events, len(sample.images))
+        tokenizer = self.plain.processor.tokenizer
+        words = kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer])
+        chains, trees = {}, {}
+        for name, engine in self.chains.items():
+            seen = recordings.argument(engine.drafter, [sample.events])
+            found = ours(engine, {**inputs, **seen}, self.settings, 0)
+            chains[name] = (found.statistics.steps, list(shared(labels, answer, found.answers[0])))
+            trees[name] = list(shared(labels, answer, runs[name].answers[0]))
+        return LabelledSample(words, chains, trees)
+
+
+def columns(
+    labels: Sequence[LabelledSample], runs: Mapping[str, Sequence[Run]], name: str, chosen: Sequence[int]
+) -> dict[str, Any]:
+    """The columns by modality of a method's row about the `chosen` samples."""
+    acceptance = acceptance_by_modality(labels[i].chains[name] for i in chosen)
+    coverage = coverage_by_modality((runs[name][i].statistics.steps, labels[i].trees[name]) for i in chosen)
+    return {
+        "acceptance_by_modality": acceptance.rates(),
+        "coverage_by_modality": coverage.rates(),
+        "acceptance_by_depth": acceptance.by_depth(),
+        "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
+        "errors": pattern((*labels[i].chains[name], labels[i].words) for i in chosen),
+    }
+
+
+SIZES = (1, 4, 8)
+
+
+@torch.inference_mode()
+def top_mass(target: Target, inputs: dict[str, Any], tokens: Sequence[int], temperature: float) -> Tensor:
+    """[T, 3]: mass of the likeliest 1, 4 and 8 tokens at `temperature` (1 for greedy) at every answer token.
+
+    The answer counts up to a spelled image placeholder.
+    """
+    said = list(takewhile(lambda token: token not in target.placeholders, tokens))
+    if not said:
+        return torch.zeros(0, len(SIZES))
+    logits = teach(target, dict(inputs), [said]).logits[0] / (temperature or 1.0)
+    return logits.softmax(-1).topk(max(SIZES), -1).values.cumsum(-1)[:, [n - 1 for n in SIZES]]
+
+
+def mean_mass(masses: Iterable[Tensor]) -> dict[str, float] | None:
+    """Means over all tokens of several answers, by size as text; None without tokens."""
+    found = torch.cat([torch.zeros(0, len(SIZES)), *masses])
+    return {str(n): float(m) for n, m in zip(SIZES, found.mean(0), strict=True)} if len(found) else None

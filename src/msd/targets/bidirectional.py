@@ -1,9 +1,4 @@
-"""PaliGemma: the whole prompt, image and words, sees itself in both directions; the answer is causal.
-
-Every prompt column depends on the whole prompt, so a longer one shares nothing with an earlier turn. Positions count
-from one. PaliGemma 2's text model has sliding layers, which the model masks by itself at prefill but cannot be told
-about in a tree pass, so its context ends with the window (4096 columns; its prompts are shorter by far).
-"""
+"""Decoders in which tokens of an image see each other in both directions: Gemma 3 and PaliGemma."""
 
 from __future__ import annotations
 
@@ -11,9 +6,22 @@ import torch
 from torch import Tensor
 
 from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
 from msd.targets.base import Target
 from msd.targets.masks import Windows
 from msd.targets.state import Contents, State
+
+
+class Gemma3(Target):
+    """See the module."""
+
+    def both_ways(self, layout: Layout, prompt: int) -> Tensor:
+        """Columns of the same image."""
+        shown = layout.modality != LANGUAGE.id
+        before = torch.nn.functional.pad(shown, (1, 0))[:, :-1]
+        number = (shown & ~before).cumsum(1)
+        return shown[:, :, None] & shown[:, None] & (number[:, :, None] == number[:, None])
+
 
 FIRST = 1  # position of the first token
 

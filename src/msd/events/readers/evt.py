@@ -1,10 +1,4 @@
-"""EVT 3.0: words of 16 bits, the upper 4 their type. Source: https://docs.prophesee.ai (EVT 3.0 Format).
-
-A word tells what changed since the last: 8 the upper 12 bits of the time (the lower 12 become 0), 6 the lower 12 bits;
-0 the y of the events that follow; 2 an event at x (11 bits) with polarity (bit 11); 3 the same fields as a base for
-vectors; 4 and 5 a vector: bit i set is an event at base + i, of 12 and of 8 pixels, by which the base then moves on.
-Other types (triggers, monitoring) are passed over. Events before the first upper time have no time and are dropped.
-"""
+"""Prophesee's event words. Source: https://docs.prophesee.ai (EVT 2.0 Format, EVT 3.0 Format)."""
 
 from __future__ import annotations
 
@@ -13,16 +7,51 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msd.events.readers.evt2 import unwrapped
 from msd.events.stream import Columns
 
+EVT2_TIME_HIGH = 8
+EVT2_WRAP = 1 << 28
+
+
+class Evt2:
+    """Words in, events out; keeps the upper time between calls."""
+
+    def __init__(self) -> None:
+        self.high: int | None = None  # with the wraps of the clock counted in
+
+    def __call__(self, words: NDArray[Any]) -> Columns:
+        """uint32 [N] -> (t, x, y, p) of the events among them."""
+        kind = words >> 28
+        times = unwrapped(words[kind == EVT2_TIME_HIGH] & 0xFFFFFFF, self.high, EVT2_WRAP)
+        high = np.concatenate([[0 if self.high is None else self.high], times])
+        rank = np.cumsum(kind == EVT2_TIME_HIGH)  # of the last upper time before each word
+        event = kind <= 1
+        if self.high is None:
+            event &= rank > 0
+        found = words[event]
+        t = (high[rank[event]] << 6) | (found >> 22 & 0x3F)
+        if len(times):
+            self.high = int(times[-1])
+        return t, found >> 11 & 0x7FF, found & 0x7FF, kind[event]
+
+
+def unwrapped(values: NDArray[Any], last: int | None, wrap: int) -> NDArray[np.int64]:
+    """A counter's values with its wraps counted in: a fall by over half of `wrap` is a wrap. `last`: the one before."""
+    values = values.astype(np.int64)
+    if not len(values):
+        return values
+    before = int(values[0]) if last is None else last % wrap
+    wraps = (0 if last is None else last // wrap) + np.cumsum(np.diff(values, prepend=before) < -(wrap // 2))
+    return np.asarray(values + wraps * wrap, np.int64)
+
+
 ADDR_Y, ADDR_X, BASE_X, VECT_12, VECT_8, TIME_LOW, TIME_HIGH = 0, 2, 3, 4, 5, 6, 8
-WRAP = 1 << 12
-STEP = np.zeros(16, np.int64)  # by which a word moves the base
-STEP[[VECT_12, VECT_8]] = 12, 8
+EVT3_WRAP = 1 << 12
+EVT3_STEP = np.zeros(16, np.int64)  # by which a word moves the base
+EVT3_STEP[[VECT_12, VECT_8]] = 12, 8
 
 
-class Decoder:
+class Evt3:
     """Words in, events out; keeps time, y, base and polarity between calls."""
 
     def __init__(self) -> None:
@@ -56,7 +85,7 @@ class Decoder:
         """The time at the start and after each time word, µs."""
         is_high = kind == TIME_HIGH
         marks = is_high | (kind == TIME_LOW)
-        highs = unwrapped(value[is_high], self.high, WRAP)
+        highs = unwrapped(value[is_high], self.high, EVT3_WRAP)
         high = np.concatenate([[self.high or 0], highs])[np.cumsum(is_high[marks])]
         after = (high << 12) | np.where(is_high[marks], 0, value[marks])
         t = np.concatenate([[self.time], after])
@@ -68,8 +97,8 @@ class Decoder:
     def _bases(self, kind: NDArray[Any], value: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(base x, polarity) of each word: the last base plus the vectors since, itself not counted."""
         is_base = kind == BASE_X
-        moved = np.cumsum(STEP[kind])
-        before = moved - STEP[kind]
+        moved = np.cumsum(EVT3_STEP[kind])
+        before = moved - EVT3_STEP[kind]
         set_to = np.concatenate([[self.base], value[is_base]])
         at = np.concatenate([[0], moved[is_base]])
         rank = np.cumsum(is_base)
