@@ -87,7 +87,7 @@ def test_prompts_and_trees_as_the_model_has_them(decoder: Any, rows: int) -> Non
 def test_taps_are_the_hidden_states_of_transformers(decoder: Any) -> None:
     kept: dict[int, torch.Tensor] = {}
     ids = torch.randint(40, (1, 5))
-    FusedDecoder(decoder).forward(input_ids=ids, keep=kept.__setitem__)
+    FusedDecoder(decoder).forward(input_ids=ids, record=kept.__setitem__)
     own = decoder(input_ids=ids, output_hidden_states=True).hidden_states
     for index, states in enumerate(own):
         torch.testing.assert_close(kept[index], states, atol=1e-5, rtol=1e-4)
@@ -211,8 +211,8 @@ def test_rows_of_a_batch_and_lessons_agree_in_both() -> None:
         told.append(
             [r.tokens for r in engine.generate(**inputs, max_new_tokens=20, do_sample=False, suppress_tokens=[3])]
         )
-        teacher_batch = teach(adapt(model, (1, 3), backend=name), dict(inputs), told[0])
-        taught.append((teacher_batch.logits[teacher_batch.spoken()], teacher_batch.taps[:, teacher_batch.prompt :]))
+        batch = teach(adapt(model, (1, 3), backend=name), dict(inputs), told[0])
+        taught.append((batch.logits[batch.answer_mask()], batch.taps[:, batch.prompt :]))
     assert told[0] == told[1]
     torch.testing.assert_close(taught[0][0], taught[1][0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(taught[0][1], taught[1][1], atol=1e-4, rtol=1e-4)

@@ -159,7 +159,7 @@ SAME = {"double", "bfloat16"}  # may well leave the answer as it is
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which way is faster is soon told."""
-    monkeypatch.setattr("msd.backends.trial.SECONDS", 0.0)
+    monkeypatch.setattr("msd.backends.comparison.SECONDS", 0.0)
     torch.manual_seed(0)
 
 
