@@ -30,38 +30,17 @@ NAMES = ("measure", "plain", "fused", "bf16")
 # largest difference between the logits of both passes, relative to the largest logit
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 Record = Callable[[int, Tensor], None] | None
-_chosen: WeakKeyDictionary[PreTrainedModel, dict[str, Plain | Fused]] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[PreTrainedModel, dict[str, Backend]] = WeakKeyDictionary()
 
 
-class Plain:
-    """The model's own code."""
+class Backend:
+    """Runs a model's passes: fused where its requested name allows that and the model has a fused pass, else plain.
 
-    name, lossy = "plain", False
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = ref(model)
-
-    def refresh(self) -> Revision:
-        """The current revision of the language model."""
-        return Revision(_text_modules(_alive(self._model)))
-
-    @contextmanager
-    def running(self, record: Record = None, check: bool = True) -> Iterator[bool]:
-        """Runs the model's own code inside. Yields False: `record` is not called."""
-        with redirected({}):
-            yield False
-
-
-class Fused:
-    """The fused decoder pass, with a packed output layer where that is an `nn.Linear`.
-
-    measured: use the fused pass only if it is faster. reason: why the model has no fused pass, or "". The model's own
-    code runs where there is no fused pass, and while the model has hooks, so that the hooks run too.
+    reason: why the model has no fused pass, or "". While the model has hooks its own code runs, so that they run too.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32, measured: bool = False) -> None:
-        self.dtype, self.lossy, self.measured = dtype, dtype != torch.float32, measured
-        self.reason = ""
+    def __init__(self, model: PreTrainedModel, requested: str) -> None:
+        self.requested, self.lossy, self.reason = requested, requested == "bf16", ""
         self._model = ref(model)
         self._pass: FusedPass | None = None
         self._built: Revision | None = None  # the revision for which `_pass` was built, or found not to be useful
@@ -70,34 +49,38 @@ class Fused:
 
     @property
     def name(self) -> str:
-        """Name of the backend in use."""
-        return "plain" if self.measured and self._pass is None else "bf16" if self.lossy else "fused"
+        """The name of the backend in use: "plain", "fused" or "bf16"."""
+        return self.requested if self.requested != "measure" else "fused" if self._pass else "plain"
 
     def refresh(self) -> Revision:
         """The current revision of the language model. Builds the fused pass again if the model has changed.
 
         Reads all weights if there is a fused pass, because only their content proves that they are unchanged.
         """
-        model = _alive(self._model)
+        model = self._model()
+        assert model is not None, "the caller holds a reference to the model"
         with self._lock:
             now = Revision(_text_modules(model), called_functions(model.get_decoder()))
             known, self._latest = self._built, now
             if now.hooked():
                 return now
             if known is None or now.structure != known.structure:
-                self._build(model, now, self.measured)
+                self._build(model, now, self.requested == "measure")
             elif self._pass is not None and not now.same(known):
                 self._build(model, now, False)
             self._built = now
         return now
 
     def _build(self, model: PreTrainedModel, now: Revision, timed: bool) -> None:
-        """Builds the fused pass, if the model has one that is accurate and, where `timed`, faster."""
+        """Builds the fused pass, if it is allowed, accurate and, where `timed`, faster."""
         self._pass, self.reason = None, ""
+        if self.requested == "plain":
+            return
+        dtype = torch.bfloat16 if self.lossy else torch.float32
         try:
-            fused = FusedPass(model, self.dtype)
+            fused = FusedPass(model, dtype)
             difference = comparison.difference(model, fused.calls())
-            if not difference <= TOLERANCE[self.dtype]:
+            if not difference <= TOLERANCE[dtype]:
                 raise UnsupportedDecoderError(f"its fused pass differs from its own by {difference:.1e}")
         except UnsupportedDecoderError as reason:
             self.reason = str(reason)
@@ -108,14 +91,15 @@ class Fused:
 
     @contextmanager
     def running(self, record: Record = None, check: bool = True) -> Iterator[bool]:
-        """Runs the fused pass inside, in this context; `record(index, states)` receives each layer's hidden states.
+        """Runs the backend's pass inside, in this context; `record(index, states)` receives each layer's hidden states.
 
-        Yields False where the model's own code runs. check: compare the whole model first (`refresh`), once per
-        request; otherwise only hooks, addresses and version counters: 0.1 ms for 30 layers.
+        Yields False where the model's own code runs: `record` is not called. check: compare the whole model first
+        (`refresh`), once per request; otherwise only hooks, addresses and version counters: 0.1 ms for 30 layers.
         """
         with self._lock:
             now = self._latest
-            if check or now is not self._built or (self._pass is not None and now.moved()):
+            moved = check or now is not self._built or (self._pass is not None and now.moved())
+            if moved and self.requested != "plain":
                 now = self.refresh()
             usable = now is self._built and not now.hooked() and not torch.is_autocast_enabled("cpu")
             fused = self._pass if usable else None
@@ -140,9 +124,6 @@ class FusedPass:
         return decoder if self._packed is None else {**decoder, self._output: self._packed}
 
 
-Backend = Plain | Fused
-
-
 def choose(model: PreTrainedModel, name: str = "measure") -> Backend:
     """The backend `name` of a model; "measure" times both and uses the faster. Built once per model and name.
 
@@ -152,19 +133,11 @@ def choose(model: PreTrainedModel, name: str = "measure") -> Backend:
         raise UserError(f"backend '{name}' is unknown; choose one of {', '.join(NAMES)}")
     known = _chosen.setdefault(model, {})
     if name not in known:
-        backend: Backend = Plain(model)
-        if name != "plain":
-            backend = Fused(model, torch.bfloat16 if name == "bf16" else torch.float32, name == "measure")
-            if backend.reason and not backend.measured:
-                raise UserError(f"this model has no {name} backend: {backend.reason}; use backend 'plain'")
+        backend = Backend(model, name)
+        if backend.reason and name != "measure":
+            raise UserError(f"this model has no {name} backend: {backend.reason}; use backend 'plain'")
         known[name] = backend
     return known[name]
-
-
-def _alive(model: ref[PreTrainedModel]) -> PreTrainedModel:
-    found = model()
-    assert found is not None, "the caller holds a reference to the model"
-    return found
 
 
 def _text_modules(model: PreTrainedModel) -> list[nn.Module]:

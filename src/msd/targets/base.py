@@ -174,7 +174,7 @@ class Target:
 
     @contextmanager
     def recording(self, check: bool = True) -> Iterator[Recording]:
-        """Runs the passes inside on the backend and records their tap states. check: as in `Fused.running`."""
+        """Runs the passes inside on the backend and records their tap states. check: as in `Backend.running`."""
         with self.taps.recording(partial(self.backend.running, check=check)) as recorded:
             yield recorded
 
