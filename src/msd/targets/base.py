@@ -27,7 +27,6 @@ from msd.targets import masks
 from msd.targets.pictures import Pictures
 from msd.targets.state import (
     AUDIO_FEATURES,
-    Media,
     MediaItem,
     Source,
     State,
@@ -47,6 +46,8 @@ class Target:
     taps: hidden-state indices to record for the drafter (see `Taps`). backend: a name of `msd.backends.NAMES`.
     pictures: the tensor layouts of the family's images and videos. UserError for a decoder layer of an unknown type.
     """
+
+    reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
 
     def __init__(
         self,
@@ -125,9 +126,9 @@ class Target:
         source = Source(self.model, self.taps.indices, self.backend.refresh())
         if keep:
             source.revision.read()
-        if past is not None and (past.source is None or not source.same(past.source)):
+        if past is not None and (past.source is None or not source.same(past.source) or not self.reuses_prefix):
             past = None
-        reused, counts = (0, {}) if past is None else self.reusable_prefix(layout, media, past)
+        reused, counts = (0, {}) if past is None else reusable_prefix(layout, media, past, self.placeholder_ids)
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
         if past is not None and reused:
             cache.take(past.cache, reused)
@@ -201,10 +202,6 @@ class Target:
         """The sounds of a prompt, from the arguments of its prefill."""
         sounds = model_kwargs.get(AUDIO_FEATURES)
         return [] if sounds is None else [MediaItem(sound, None) for sound in sounds]
-
-    def reusable_prefix(self, layout: Layout, media: Media, past: State) -> tuple[int, dict[str, int]]:
-        """See `msd.targets.state.reusable_prefix`."""
-        return reusable_prefix(layout, media, past, self.placeholder_ids)
 
     def tree_mask(self, state: State, tree: DraftTree) -> masks.Mask | None:
         """Additive mask [R, 1, N, S] over the S slots in use, by layer type; None where it would be all zero.

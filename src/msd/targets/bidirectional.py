@@ -9,7 +9,6 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.targets.base import Target
 from msd.targets.masks import Windows
-from msd.targets.state import Media, State
 
 
 class Gemma3(Target):
@@ -24,7 +23,9 @@ class Gemma3(Target):
 
 
 class PaliGemma(Target):
-    """All columns of the prompt attend to each other, so no turn reuses the prefix of an earlier one."""
+    """All columns of the prompt attend to each other."""
+
+    reuses_prefix = False  # a longer prompt changes the states of all its columns
 
     def attention_windows(self) -> Windows:
         """No window: the context ends where the sliding layers would begin to forget."""
@@ -46,7 +47,3 @@ class PaliGemma(Target):
         first = torch.tensor(layout.start, device=column.device)[:, None]
         inside = (column >= first) & (column < prompt)
         return inside[:, :, None] & inside[:, None]
-
-    def reusable_prefix(self, layout: Layout, media: Media, past: State) -> tuple[int, dict[str, int]]:
-        """Nothing: a longer prompt changes the states of all its columns."""
-        return 0, {}

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from msd.errors import UserError
 
-Modules = dict[int, tuple[nn.Module | None, nn.Module]]  # index -> (layer with that input or None, final norm)
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 
@@ -60,28 +59,26 @@ class Taps:
         running: `running` of the backend that computes them; without it, or where it yields False, hooks on the model
         record the states.
         """
-        recording, modules = Recording(self.indices), self._modules()
+        recording, (layers, norm) = Recording(self.indices), self._modules()
         backend = nullcontext(False) if running is None else running(recording.record if self.indices else None)
         with backend as recorded, ExitStack() as hooks:
             if not recorded:
-                _hook(recording, modules, hooks)
+                _hook(recording, layers, norm, hooks)
             yield recording
 
-    def _modules(self) -> Modules:
-        """The modules of each index in the decoder as it is now. UserError for an index outside its layers."""
+    def _modules(self) -> tuple[list[nn.Module], nn.Module | None]:
+        """(layers, final norm) of the decoder as it is now. UserError for an index outside its layers."""
         if not self.indices:
-            return {}
-        decoder = self._decoder()
-        layers, norm = decoder.layers, decoder.norm
-        assert isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module)
-        layers = layers[: getattr(decoder.config, "num_hidden_layers", None)]  # as the model's own code does
+            return [], None
+        decoder: Any = self._decoder()
+        layers = list(decoder.layers[: getattr(decoder.config, "num_hidden_layers", None)])  # those that `forward` runs
         for index in self.indices:
             if not 0 <= index <= len(layers):
                 raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
-        return {index: (layers[index] if index < len(layers) else None, norm) for index in self.indices}
+        return layers, decoder.norm
 
 
-def _hook(recording: Recording, modules: Modules, hooks: ExitStack) -> None:
+def _hook(recording: Recording, layers: list[nn.Module], norm: nn.Module | None, hooks: ExitStack) -> None:
     """Adds hooks that record the states of this context's passes, and removes them when `hooks` closes."""
     token = _current.set(recording)
     hooks.callback(_current.reset, token)
@@ -90,18 +87,14 @@ def _hook(recording: Recording, modules: Modules, hooks: ExitStack) -> None:
         if _current.get() is recording:  # another thread may run the same modules
             recording.record(index, states)
 
-    def before(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            record(index, args[0] if args else (kwargs or {})["hidden_states"])
+    for index in recording.indices:
+        if index < len(layers):
 
-        return hook
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                record(index, args[0] if args else kwargs["hidden_states"])
 
-    def after(index: int) -> Callable[..., None]:
-        return lambda _module, _args, output: record(index, output)
-
-    for index, (layer, norm) in modules.items():
-        if layer is None:
-            handle = norm.register_forward_hook(after(index))
+            handle = layers[index].register_forward_pre_hook(before, with_kwargs=True)
         else:
-            handle = layer.register_forward_pre_hook(before(index), with_kwargs=True)
+            assert norm is not None
+            handle = norm.register_forward_hook(lambda _module, _args, output, index=index: record(index, output))
         hooks.callback(handle.remove)

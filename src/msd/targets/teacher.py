@@ -67,10 +67,12 @@ def teach(
     UserError for an empty answer, and for one with an image placeholder, which the model would replace by features.
     """
     if any(len(a) == 0 for a in answers):
-        raise UserError("an answer without tokens teaches nothing; leave its prompt out")
-    spelled = target.placeholders.keys() & {t for a in answers for t in a}
-    if spelled:
-        raise UserError(f"an answer holds token {min(spelled)}, which stands for image features; leave its prompt out")
+        raise UserError("an answer has no tokens; remove its prompt")
+    reserved = target.placeholders.keys() & {t for a in answers for t in a}
+    if reserved:
+        raise UserError(
+            f"an answer contains token {min(reserved)}, the placeholder of image features; remove its prompt"
+        )
     device = target.model.device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.encode_images(dict(inputs)).items()}
     ids = inputs.pop("input_ids")

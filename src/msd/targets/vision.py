@@ -61,30 +61,25 @@ class VisionCache:
         revision = _encoder_revision(model)
         if revision.hooked():
             return kind.encode(model, items, options)
+        keys = [_key(f"{kind.modality}{options or ''}", kind.unpadded(item)) for item in items]
         with self._lock:
             if self._revision is None or not revision.same(self._revision):
                 self._features.clear()
                 self._revision = revision
                 revision.read()
-            return self._cached(model, kind, items, options)
-
-    def _cached(
-        self, model: PreTrainedModel, kind: Pictures, items: list[VisionItem], options: dict[str, Any]
-    ) -> list[Features]:
-        keys = [_key(f"{kind.modality}{options or ''}", kind.unpadded(item)) for item in items]
-        missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
-        self.misses += len(missing)
-        self.hits += len(items) - len(missing)
-        found = {key: self._features[key] for key in keys if key in self._features}
-        if missing:
-            order = sorted(missing.values())
-            encoded = kind.encode(model, [items[i] for i in order], options)
-            found.update({keys[i]: f for i, f in zip(order, encoded, strict=True)})
-        for key in keys:
-            self._features[key] = found[key]
-            self._features.move_to_end(key)
-        while len(self._features) > self.limit:
-            self._features.popitem(last=False)
+            missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
+            self.misses += len(missing)
+            self.hits += len(items) - len(missing)
+            found = {key: self._features[key] for key in keys if key in self._features}
+            if missing:
+                order = sorted(missing.values())
+                encoded = kind.encode(model, [items[i] for i in order], options)
+                found.update({keys[i]: f for i, f in zip(order, encoded, strict=True)})
+            for key in keys:
+                self._features[key] = found[key]
+                self._features.move_to_end(key)
+            while len(self._features) > self.limit:
+                self._features.popitem(last=False)
         return [found[key] for key in keys]
 
 
