@@ -67,7 +67,7 @@ def teach(
     UserError for an empty answer, and for one with an image placeholder, which the model would replace by features.
     """
     if any(len(a) == 0 for a in answers):
-        raise UserError("an answer has no tokens; remove its prompt")
+        raise UserError("an answer without tokens cannot be taught; remove its prompt")
     reserved = target.placeholders.keys() & {t for a in answers for t in a}
     if reserved:
         raise UserError(
