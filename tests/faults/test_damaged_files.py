@@ -198,7 +198,7 @@ def test_a_loop_goes_on_from_the_checkpoint_before(
 def test_training_goes_on_from_the_checkpoint_before(
     capsys: pytest.CaptureFixture[str], place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "faster", lambda model, calls: False)  # rounding must not depend on the clock
+    monkeypatch.setattr(comparison, "faster", lambda model, calls: ())  # rounding must not depend on the clock
     newest = out / "checkpoint.pt"
     run(capsys, *training(place, out, "--steps", STEPS + 2))
     expected = load_file(out / "drafter" / "model.safetensors")

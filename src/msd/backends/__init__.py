@@ -1,6 +1,7 @@
-"""Backends: run the target's passes by the model's own code, or by a fused pass where it is equal and faster.
+"""Backends: run the target's passes by the model's own code ("plain"), or by a fused pass that computes the same.
 
-`bf16`, the fused pass with products in bfloat16, is lossy and used only on request.
+"fused" uses the fastest measured kernel for each product. "measure" also measures whole passes, and uses for each
+number of rows the faster of both. "bf16", with products in bfloat16, is lossy.
 
 Passes inside `running()` use the backend; all others, such as those of `generate()`, use the model's own code. A model
 may change at any time: a backend compares it with the revision its fused pass was built from, and where they differ
@@ -10,26 +11,24 @@ builds the pass again or runs the model's own code.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from msd.backends import comparison
-from msd.backends.comparison import Calls, Dispatcher, redirected
-from msd.backends.fused import FusedDecoder, UnsupportedDecoderError, called_functions
-from msd.backends.packed import Packed, can_pack
+from msd.backends.comparison import redirected
+from msd.backends.fused import FUSED, FusedPass, Record, UnsupportedDecoderError, called_functions, measured_choice
+from msd.backends.kernels import Choice
 from msd.backends.revision import Revision, inside
 from msd.errors import UserError
 
 NAMES = ("measure", "plain", "fused", "bf16")
 # largest difference between the logits of both passes, relative to the largest logit
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-Record = Callable[[int, Tensor], None] | None
 _chosen: WeakKeyDictionary[PreTrainedModel, dict[str, Backend]] = WeakKeyDictionary()
 
 
@@ -37,10 +36,12 @@ class Backend:
     """Runs a model's passes: fused where its requested name allows that and the model has a fused pass, else plain.
 
     reason: why the model has no fused pass, or "". While the model has hooks its own code runs, so that they run too.
+    choice: the kernels in use by product and number of `ROWS`, and under "pass" which code runs whole passes.
     """
 
     def __init__(self, model: PreTrainedModel, requested: str) -> None:
         self.requested, self.lossy, self.reason = requested, requested == "bf16", ""
+        self.choice: Choice = {}
         self._model = ref(model)
         self._pass: FusedPass | None = None
         self._built: Revision | None = None  # the revision for which `_pass` was built, or found not to be useful
@@ -55,7 +56,7 @@ class Backend:
     def refresh(self) -> Revision:
         """The current revision of the language model. Builds the fused pass again if the model has changed.
 
-        Reads all weights if there is a fused pass, because only their content proves that they are unchanged.
+        Reads the weights of which the fused pass has copies: only their content proves that they are unchanged.
         """
         model = self._model()
         assert model is not None, "the caller holds a reference to the model"
@@ -65,29 +66,32 @@ class Backend:
             if now.hooked():
                 return now
             if known is None or now.structure != known.structure:
-                self._build(model, now, self.requested == "measure")
-            elif self._pass is not None and not now.same(known):
-                self._build(model, now, False)
+                self.choice = {}
+                self._build(model, now)
+            elif self._pass is not None and not now.same(known, self._pass.copied):
+                self._build(model, now)
             self._built = now
         return now
 
-    def _build(self, model: PreTrainedModel, now: Revision, timed: bool) -> None:
-        """Builds the fused pass, if it is allowed, accurate and, where `timed`, faster."""
+    def _build(self, model: PreTrainedModel, now: Revision) -> None:
+        """Builds the fused pass, if it is allowed, accurate and, for "measure", faster for some number of rows."""
         self._pass, self.reason = None, ""
         if self.requested == "plain":
             return
         dtype = torch.bfloat16 if self.lossy else torch.float32
         try:
-            fused = FusedPass(model, dtype)
-            difference = comparison.difference(model, fused.calls())
+            if not self.choice and not self.lossy:
+                self.choice = measured_choice(model, self.requested == "measure")
+            fused = FusedPass(model, dtype, self.choice)
+            difference = comparison.difference(model, fused.calls(), fused.distinct_rows())
             if not difference <= TOLERANCE[dtype]:
                 raise UnsupportedDecoderError(f"its fused pass differs from its own by {difference:.1e}")
         except UnsupportedDecoderError as reason:
             self.reason = str(reason)
             return
-        if not timed or comparison.faster(model, fused.calls()):
+        if "fused" in self.choice.get("pass", FUSED):
             self._pass = fused
-            now.read()
+            now.read(fused.copied)
 
     @contextmanager
     def running(self, record: Record = None, check: bool = True) -> Iterator[bool]:
@@ -105,23 +109,6 @@ class Backend:
             fused = self._pass if usable else None
         with redirected({} if fused is None else fused.calls(record)):
             yield fused is not None
-
-
-class FusedPass:
-    """The fused pass of a model's decoder, and its packed output layer, with the current weights."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._decoder, self._output = model.get_decoder(), model.get_output_embeddings()
-        self._fused, self._packed = FusedDecoder(self._decoder, dtype), None
-        if type(self._output) is nn.Linear and can_pack(self._output.weight):
-            if not isinstance(vars(self._output).get("forward"), Dispatcher | None):
-                raise UnsupportedDecoderError("the forward of its output layer has been replaced")
-            self._packed = Packed.of(self._output, dtype=dtype)
-
-    def calls(self, record: Record = None) -> Calls:
-        """The functions that replace the decoder and, where it is packed, the output layer."""
-        decoder: Calls = {self._decoder: partial(self._fused.forward, record=record)}
-        return decoder if self._packed is None else {**decoder, self._output: self._packed}
 
 
 def choose(model: PreTrainedModel, name: str = "measure") -> Backend:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from msd.backends.kernels import ROWS
+
 Calls = Mapping[nn.Module, Callable[..., Any]]  # module -> the function that replaces its `forward`
-SECONDS = 0.25  # approximate duration of `faster`
+SECONDS, MOST_SECONDS = 0.25, 3.0  # duration of `faster`: repeats as often as fits, and three times if that fits
 
 _calls: ContextVar[Calls | None] = ContextVar("msd_calls", default=None)
 _lock = threading.Lock()
@@ -54,24 +56,29 @@ def redirected(calls: Calls) -> Iterator[None]:
                     del vars(dispatcher.module)["forward"]
 
 
-def difference(model: PreTrainedModel, calls: Calls) -> float:
-    """The largest difference between the logits with and without `calls`, relative to the largest logit."""
-    own, other = _logits(model, {}, 5), _logits(model, calls, 5)
-    return float((own - other).abs().max() / own.abs().max().clamp_min(1e-30))
+def difference(model: PreTrainedModel, calls: Calls, rows: Iterable[int] = (5,)) -> float:
+    """The largest difference between the logits with and without `calls`, relative to the largest logit.
+
+    rows: the numbers of rows to compare. NaN where a logit is not a number.
+    """
+    found = []
+    for count in rows:
+        own, other = _logits(model, {}, count), _logits(model, calls, count)
+        found.append((own - other).abs().max() / own.abs().max().clamp_min(1e-30))
+    return float(torch.stack(found).max())
 
 
-def faster(model: PreTrainedModel, calls: Calls) -> bool:
-    """Whether `calls` make passes over one row and over nine rows faster. Alternates both and compares the minima."""
-    variants: tuple[Calls, Calls] = ({}, calls)
-    seconds: list[list[float]] = [[], []]
-    begin = time.perf_counter()
-    while len(seconds[0]) < 3 or time.perf_counter() - begin < SECONDS:
-        for variant, times in zip(variants, seconds, strict=True):
+def faster(model: PreTrainedModel, calls: Calls) -> tuple[int, ...]:
+    """The numbers of `ROWS` for which `calls` make a pass faster. Alternates both and compares the minima."""
+    seconds: dict[tuple[bool, int], list[float]] = {(fused, rows): [] for rows in ROWS for fused in (False, True)}
+    begin, rounds = time.perf_counter(), 0
+    while not rounds or time.perf_counter() - begin < (MOST_SECONDS if rounds < 3 else SECONDS):
+        for (fused, rows), times in seconds.items():
             start = time.perf_counter()
-            _logits(model, variant, 1)
-            _logits(model, variant, 9)
+            _logits(model, calls if fused else {}, rows)
             times.append(time.perf_counter() - start)
-    return min(seconds[1]) < min(seconds[0])
+        rounds += 1
+    return tuple(rows for rows in ROWS if min(seconds[True, rows]) < min(seconds[False, rows]))
 
 
 def _dispatcher(module: nn.Module) -> Dispatcher:

@@ -1,30 +1,32 @@
-"""A decoder pass with fewer operators: packed products, merged where their input is the same, with residuals fused in.
+"""A decoder pass with fewer operators: fast products, merged where their input is the same, with residuals fused in.
 
 Supports LLaMA-like decoders (RMSNorm, rotary positions, grouped attention, gated SiLU) whose modules are exactly those
 in `PARTS`. The pass computes the same function as the model's own `forward`, up to rounding, with the same weights and
 the same cache. `msd.backends` compares both before it uses this pass.
 
-Three more things save operators. Rows of the query and key weights are reordered so that a rotary position is one
-complex product; the copies that follow restore the model's order, so that the cache holds the model's own keys. Queries
-of a group share keys and values, so they enter attention as further rows of one head. One product computes query, key
-and value, and one computes gate and up.
+Three more things save operators. A rotary position is one complex product. Queries of a group share keys and values, so
+they enter attention as further rows of one head. One product computes query, key and value, and one gate and up.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from msd.backends.comparison import Dispatcher
-from msd.backends.packed import Packed, can_pack
+from msd.backends import comparison
+from msd.backends.comparison import Calls, Dispatcher, redirected
+from msd.backends.kernels import PACKED, ROWS, Choice, Linears, Product, for_rows, measure, remembered, select
+from msd.backends.packed import can_pack
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
 PARTS = {
@@ -42,6 +44,8 @@ COMMON_CLASSES = {"layers": nn.ModuleList, "act_fn": ACT2CLS["silu"]} | dict.fro
 CALLED = ("embed_tokens", "rotary_emb")  # modules that the fused pass calls
 FUNCTIONS = ("eager_attention_forward", "apply_rotary_pos_emb", "repeat_kv")
 MANY_ROWS = 512  # from here on attention does not merge heads, because the repeated mask would be large
+FUSED = ("fused",) * len(ROWS)
+Record = Callable[[int, Tensor], None] | None  # receives the index and the hidden states of each layer
 
 
 class UnsupportedDecoderError(Exception):
@@ -49,23 +53,16 @@ class UnsupportedDecoderError(Exception):
 
 
 class _Layer:
-    """One decoder layer's packed weights, norms and sizes."""
+    """One decoder layer's products, norms and sizes."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        a, m = layer.self_attn, layer.mlp
+    def __init__(self, layer: Any, dtype: torch.dtype, kernels: Choice) -> None:
+        a = layer.self_attn
         self.dim, self.scale, self.slot = a.head_dim, float(a.scaling), a.layer_idx
         self.heads, self.kv_heads = (proj.weight.shape[0] // self.dim for proj in (a.q_proj, a.k_proj))
         self.groups = a.num_key_value_groups
         self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.qkv = Packed(
-            [_interleaved(a.q_proj.weight, self.dim), _interleaved(a.k_proj.weight, self.dim), a.v_proj.weight],
-            [] if a.v_proj.bias is None
-            else [_interleaved(a.q_proj.bias, self.dim), _interleaved(a.k_proj.bias, self.dim), a.v_proj.bias],
-            dtype,
-        )  # fmt: skip
-        self.out, self.gate_up, self.down = (
-            Packed.of(*linears, dtype=dtype) for linears in ((a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
-        )
+        self.products = [Product(x, kernels.get(name, PACKED), dtype) for name, x in layer_products(layer).items()]
+        self.qkv, self.out, self.gate_up, self.down = self.products
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,13 +73,14 @@ class _Layer:
 class FusedDecoder:
     """The fused pass of one decoder with its current weights.
 
-    dtype: of the products; the residual stream remains float32. UnsupportedDecoderError where there is no such pass.
+    dtype: of the products; the residual stream remains float32. kernels: of `layer_products`; packed where not named.
+    UnsupportedDecoderError where there is no such pass.
     """
 
-    def __init__(self, decoder: Any, dtype: torch.dtype = torch.float32) -> None:
-        _check_supported(decoder)
+    def __init__(self, decoder: Any, dtype: torch.dtype = torch.float32, kernels: Choice | None = None) -> None:
+        check_supported(decoder)
         self.decoder = decoder
-        self.layers = [_Layer(layer, dtype) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
+        self.layers = [_Layer(layer, dtype, kernels or {}) for layer in active_layers(decoder)]
         self.norm = _norm(decoder.norm)
         first = self.layers[0]
         self.heads, self.kv_heads, self.dim = first.shape
@@ -126,10 +124,8 @@ class FusedDecoder:
             if record is not None:
                 record(i, h)
             x = layer.qkv(layer.input_norm(h)).view(B, N, self.heads + 2 * self.kv_heads, self.dim)
-            rotated = x[:, :, : self.heads + self.kv_heads].unflatten(-1, (half, 2))
-            rotated = torch.view_as_real(torch.view_as_complex(rotated) * rotation).transpose(
-                -1, -2
-            )  # [B, N, H, 2, half]
+            real, imaginary = x[:, :, : self.heads + self.kv_heads].split(half, -1)  # [B, N, H, half] each
+            rotated = torch.view_as_real(torch.complex(real, imaginary) * rotation).transpose(-1, -2)
             k, v = rotated[:, :, self.heads :].flatten(-2).transpose(1, 2), x[:, :, -self.kv_heads :].transpose(1, 2)
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, layer.slot)
@@ -152,9 +148,92 @@ class FusedDecoder:
         return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=past_key_values)
 
 
-def _interleaved(rows: Tensor, dim: int) -> Tensor:
-    """Rows of q or k (or their bias), reordered so that the two rows of each rotary pair are adjacent."""
-    return rows.detach().unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).reshape(rows.shape)
+class FusedPass:
+    """The fused pass of a model's decoder, and the product of its output layer, with the current weights.
+
+    copied: the weights of which there are copies.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, choice: Choice) -> None:
+        self._decoder, self._output = model.get_decoder(), model.get_output_embeddings()
+        self._fused, self._choice = FusedDecoder(self._decoder, dtype, choice), choice
+        self._product = None
+        if _is_linear(self._output):
+            self._product = Product((self._output,), choice.get("output", PACKED), dtype)
+        products = [product for layer in self._fused.layers for product in layer.products]
+        products += [] if self._product is None else [self._product]
+        self.copied = [tensor for product in products for tensor in product.copied]
+
+    def calls(self, record: Record = None) -> Calls:
+        """The functions that replace the decoder and, where it is an `nn.Linear`, the output layer."""
+        decoder: Calls = {self._decoder: partial(self._run, record)}
+        return decoder if self._product is None else {**decoder, self._output: self._product}
+
+    def distinct_rows(self) -> list[int]:
+        """Numbers of rows that together use each combination of kernels, and one whose causal mask matters."""
+        found: dict[tuple[str, ...], int] = {}
+        for rows, *kernels in zip(ROWS, *self._choice.values(), strict=True):
+            found.setdefault(tuple(kernels), rows)
+        return [5, *found.values()]
+
+    def _run(self, record: Record, **kwargs: Any) -> Any:
+        """The decoder's `forward`: fused, or its own code where that is faster for this number of rows."""
+        x = kwargs["input_ids"][..., None] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if for_rows(self._choice.get("pass", FUSED), x) == "fused":
+            return self._fused.forward(record=record, **kwargs)
+        with redirected({} if record is None else recording_calls(self._decoder, record)):
+            return type(self._decoder).forward(self._decoder, **kwargs)
+
+
+def measured_choice(model: PreTrainedModel, passes: bool) -> Choice:
+    """The fastest kernels of a model's products and, if `passes`, the faster code of whole passes."""
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    check_supported(decoder)
+    layers = [layer_products(layer) for layer in active_layers(decoder)]
+    products: dict[str, list[Linears]] = {name: [layer[name] for layer in layers] for name in layers[0]}
+    if _is_linear(output):
+        products["output"] = [(output,)]
+    key = (
+        type(decoder).__name__,
+        {n: (len(p), [(*x.weight.shape, x.bias is None) for x in p[0]]) for n, p in products.items()},
+    )
+    kernels = remembered(key, lambda: {name: select(measure(group)) for name, group in products.items()})
+
+    def faster() -> Choice:
+        found = comparison.faster(model, FusedPass(model, torch.float32, kernels).calls())
+        return {"pass": tuple("fused" if rows in found else "plain" for rows in ROWS)}
+
+    return {**kernels, **(remembered((key, kernels), faster) if passes else {})}
+
+
+def active_layers(decoder: Any) -> list[Any]:
+    """The layers that the decoder's own `forward` runs."""
+    return list(decoder.layers[: decoder.config.num_hidden_layers])
+
+
+def layer_products(layer: Any) -> dict[str, Linears]:
+    """The linear layers of a decoder layer, grouped by their input."""
+    a, m = layer.self_attn, layer.mlp
+    return {
+        "qkv": (a.q_proj, a.k_proj, a.v_proj), "out": (a.o_proj,), "gate_up": (m.gate_proj, m.up_proj),
+        "down": (m.down_proj,),
+    }  # fmt: skip
+
+
+def recording_calls(decoder: Any, record: Callable[[int, Tensor], None]) -> dict[nn.Module, Callable[..., Any]]:
+    """Functions that run the decoder's own layers and final norm and record the states as `FusedDecoder.forward`."""
+    layers = active_layers(decoder)
+
+    def before(index: int, layer: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        record(index, states)
+        return type(layer).forward(layer, states, *args, **kwargs)
+
+    def final_norm(states: Tensor) -> Tensor:
+        output: Tensor = type(decoder.norm).forward(decoder.norm, states)
+        record(len(layers), output)
+        return output
+
+    return {layer: partial(before, i, layer) for i, layer in enumerate(layers)} | {decoder.norm: final_norm}
 
 
 def _causal(h: Tensor, past: int, present: Tensor | None) -> Tensor | None:
@@ -187,7 +266,7 @@ def called_functions(decoder: Any) -> list[Any]:
     return [attention, *(getattr(library, name, None) for name in FUNCTIONS)]
 
 
-def _check_supported(decoder: Any) -> None:
+def check_supported(decoder: Any) -> None:
     """UnsupportedDecoderError unless `FusedDecoder.forward` computes this decoder: class, config, modules and code."""
     kind, c = type(decoder).__name__, decoder.config
     if kind not in DECODERS:
@@ -236,3 +315,12 @@ def _check_module(decoder: Any, name: str, module: nn.Module) -> None:
         or type(module).forward.__qualname__ != f"{type(module).__name__}.forward"
     ):
         raise UnsupportedDecoderError(f"the forward of its {type(module).__name__} has been replaced")
+
+
+def _is_linear(output: Any) -> bool:
+    """Whether the output layer is one that `Product` computes. UnsupportedDecoderError if its forward is replaced."""
+    if type(output) is not nn.Linear or not can_pack(output.weight):
+        return False
+    if not isinstance(vars(output).get("forward"), Dispatcher | None):
+        raise UnsupportedDecoderError("the forward of its output layer has been replaced")
+    return True

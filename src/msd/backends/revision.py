@@ -48,13 +48,15 @@ class Revision:
         self._hooks = [
             hooks for m in modules if m not in unhooked for hooks in (m._forward_pre_hooks, m._forward_hooks)
         ]
-        self._content: list[bytes] | None = None
+        self._content: dict[int, bytes] = {}  # by id of the tensor
 
-    def read(self) -> list[bytes]:
-        """The content of each tensor at the first call."""
-        if self._content is None:
-            self._content = [_content(t) for t in {id(t): t for t in self._tensors}.values()]
-        return self._content
+    def read(self, tensors: Sequence[Tensor] | None = None) -> list[bytes]:
+        """The content of each of the `tensors`, all by default, at its first call."""
+        chosen = self._tensors if tensors is None else tensors
+        for tensor in chosen:
+            if id(tensor) not in self._content:
+                self._content[id(tensor)] = _content(tensor)
+        return [self._content[id(tensor)] for tensor in chosen]
 
     def moved(self) -> bool:
         """Whether the address or version counter of a tensor has changed since."""
@@ -66,15 +68,19 @@ class Revision:
         found = [hook for hooks in (*everywhere, *self._hooks) if hooks for hook in hooks.values()]
         return any(getattr(hook, "__module__", None) not in INERT for hook in found)
 
-    def same(self, earlier: Revision) -> bool:
-        """Whether both certainly compute the same outputs; False with hooks, or if `earlier` was never read."""
+    def same(self, earlier: Revision, tensors: Sequence[Tensor] | None = None) -> bool:
+        """Whether nothing but the content of tensors outside `tensors` (all by default) can differ.
+
+        False with hooks, and where `earlier` has not read these tensors.
+        """
+        chosen = self._tensors if tensors is None else tensors
         return (
             self.structure == earlier.structure
             and self._versions == earlier._versions
             and not self.hooked()
             and not earlier.hooked()
-            and earlier._content is not None
-            and self.read() == earlier._content
+            and all(id(tensor) in earlier._content for tensor in chosen)
+            and self.read(chosen) == earlier.read(chosen)
         )
 
     def _describe(self, module: nn.Module) -> list[Any]:

@@ -252,7 +252,8 @@ class Bench:
         known = None if asked.cuts is None else asked.cuts.model_dump()
         policy = {} if asked.config is None else asked.config.model_dump(include={"verifier", "thresholds", "epsilon"})
         curve = next((asdict(e.plan.costs) for e in self.engines.values() if e.plan.costs), None)
-        told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known}
+        told = {"backend": backend.name, "backend_lossy": backend.lossy, "kernels": backend.choice}
+        told |= {**policy, "modality_cuts": known}
         told |= {"costs": curve, "batch": asked.batch, "outside_kernels": self.outside, "not_run": self.not_run}
         return told if whole else {**told, "broken_off": self.done}
 

@@ -97,10 +97,13 @@ def described(environment: dict[str, Any]) -> str:
     shares = ", ".join(f"{share:.0%} with {nodes} nodes" for nodes, share in outside.items())
     part = f"Broken off: {environment['broken_off']} are measured. " if environment.get("broken_off") else ""
     refused = "".join(f" `{name}` does not run here ({why})." for name, why in environment.get("not_run", {}).items())
+    products = (environment.get("kernels") or {}).items()
+    kernels = ", ".join(f"{name}: {'/'.join(dict.fromkeys(used))}" for name, used in products)
     return (
         f"{part}{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"{environment.get('backend', 'plain')} backend"
-        f"{' (lossy)' if environment.get('backend_lossy') else ''}, "
+        f"{' (lossy)' if environment.get('backend_lossy') else ''}"
+        f"{f' ({kernels})' if kernels else ''}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
         "End to end unless a column says otherwise; all methods ran on every sample, interleaved, caches empty. "
         "What a method gains over `ar` is drafting; what `ar` gains over `transformers` is kernel work."

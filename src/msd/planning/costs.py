@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -130,18 +129,9 @@ def words(count: int, target: Target) -> torch.Tensor:
 def _key(target: Target) -> str:
     """What a measurement depends on."""
     device = target.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor()
     parts = (
-        fingerprint(target.model), str(target.model.dtype), target.backend.name, name, torch.get_num_threads(),
-        torch.__version__, NODES, CONTEXTS,
+        fingerprint(target.model), str(target.model.dtype), target.backend.name, target.backend.choice, name,
+        torch.get_num_threads(), torch.__version__, NODES, CONTEXTS,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

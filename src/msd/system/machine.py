@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -127,6 +129,15 @@ def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
     found = measure()
     preempted = 0 if resource is None else _preemptions() - preempted
     return preempted < max(FEWEST, RATE * (time.perf_counter() - begin)), found
+
+
+def processor() -> str:
+    """The processor's name, or its architecture where the system does not give a name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _use(threads: int) -> None:
