@@ -82,6 +82,8 @@ class Backend:
         try:
             if not self.choice and not self.lossy:
                 self.choice = measured_choice(model, self.requested == "measure")
+            if "fused" not in self.choice.get("pass", FUSED):
+                return
             fused = FusedPass(model, dtype, self.choice)
             difference = comparison.difference(model, fused.calls(), fused.distinct_rows())
             if not difference <= TOLERANCE[dtype]:
@@ -89,9 +91,8 @@ class Backend:
         except UnsupportedDecoderError as reason:
             self.reason = str(reason)
             return
-        if "fused" in self.choice.get("pass", FUSED):
-            self._pass = fused
-            now.read(fused.copied)
+        self._pass = fused
+        now.read(fused.copied)
 
     @contextmanager
     def running(self, record: Record = None, check: bool = True) -> Iterator[bool]:
