@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-full test-fast check format results floors comparison estimate-page clean
+.PHONY: setup demo test test-full test-fast check format results floors comparison estimate-page pictures clean
 
 setup: $(VENV)/ready
 
@@ -77,6 +77,10 @@ comparison: setup
 # docs/estimate.md from the presets and, where it is there, results/estimate.json (`recipes/estimate/validate.py`).
 estimate-page: setup
 	$(BIN)/python tools/estimate_page.py
+
+# The README's picture, from results/val and results/draft_tree.json; `--record` decodes that answer again.
+pictures: setup
+	$(BIN)/python tools/pictures.py
 
 clean:
 	rm -rf $(VENV) $(FULL) .mypy_cache .ruff_cache .hypothesis build dist
