@@ -1,4 +1,7 @@
-"""Writes the tables of README and docs from the committed result files; `--check` only compares. Run by `make results`."""
+"""Writes the generated tables of README and docs from the committed result files: `python tools/tables.py`.
+
+With `--check` it writes nothing; the exit code is 1 if a page is out of date.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,18 @@ TASKS = {
 }
 MIXED = {  # folder of results/ -> what its run measured, on the first 60 of the same prompts
     "val-T1": "T = 1, same seed",
-    "batch-2": "batches of 2",
     "batch-4": "batches of 4",
-    "batch-8": "batches of 8",
     "batch-16": "batches of 16",
 }
-COMPARED = {"detail": "detail", "caption": "caption", "vqa": "VQA", "cocoqa": "COCO-QA", "chat": "chat", "ocr": "OCR", "text": "text"}
+COMPARED = {
+    "detail": "detail",
+    "caption": "caption",
+    "vqa": "VQA",
+    "cocoqa": "COCO-QA",
+    "chat": "chat",
+    "ocr": "OCR",
+    "text": "text",
+}
 COMPARISON = "msd bench --data runs/comparison/val.jsonl --method"
 COMMANDS = {
     "results/verify.json": "`msd verify --method all --limit 3 --json`",
@@ -157,9 +166,7 @@ def trained_table(rows: dict[str, dict[str, Any]], modalities: tuple[str, ...]) 
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["held_out"]["acceptance"]):
         rates = row["held_out"]
         complete = set(modalities) <= rates.keys()
-        lines.append(
-            [f"`{name}`", f"{row['steps']:,}", *(f"{rates[kind]:.3f}" if complete else "–" for kind in kinds)]
-        )
+        lines.append([f"`{name}`", f"{row['steps']:,}", *(f"{rates[kind]:.3f}" if complete else "–" for kind in kinds)])
     return table(["row", "steps", *kinds], lines)
 
 
