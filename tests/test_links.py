@@ -10,7 +10,8 @@ import pytest
 from tools import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, *sorted((ROOT / "recipes").rglob("*.md")), *sorted((ROOT / "src").rglob("*.md"))]
 FOLDERS = ("docs", "recipes", "results", "src", "tests", "tools", "weights")
 FILES = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 EXAMPLES = {"gated.py"}  # files that a page tells its reader to write
@@ -24,9 +25,8 @@ def prose(page: Path) -> str:
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
     titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
-    return {
-        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", t).lower()).replace(" ", "-") for t in titles
-    }
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
 
 
 def links(page: Path) -> list[str]:
@@ -53,12 +53,12 @@ def missing(page: Path) -> list[str]:
     return [name for name in names if name not in EXAMPLES and not any(f.endswith(f"/{name}") for f in FILES)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken(page) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_named_files_exist(page: Path) -> None:
     assert missing(page) == []
 
