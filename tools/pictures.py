@@ -41,7 +41,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one version of the picture."""
+    """Colours of one version of the picture. accent, plain: bars with and without drafting."""
 
     background: str
     text: str
@@ -95,7 +95,7 @@ def record() -> None:
         }
         for step in trace.passes
     ]
-    record = {
+    data = {
         "command": "python tools/pictures.py --record",
         "photo": PHOTO,
         "prompt": PROMPT,
@@ -104,7 +104,7 @@ def record() -> None:
         "mean_acceptance_length": answer.statistics.mean_acceptance_length,
         "steps": steps,
     }
-    write_whole(TREES, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_whole(TREES, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def rows(nodes: list[dict[str, Any]]) -> list[int]:
@@ -112,7 +112,7 @@ def rows(nodes: list[dict[str, Any]]) -> list[int]:
     children: dict[int, list[int]] = {}
     for n, node in enumerate(nodes, 1):
         children.setdefault(node["parent"], []).append(n)
-    row, taken = [0] * (len(nodes) + 1), set()
+    row, taken = [0] * (len(nodes) + 1), set()  # taken: (row, column)
 
     def chain(n: int) -> list[int]:
         """The node, its first child, that one's first child, and so on."""
@@ -247,7 +247,7 @@ def draw(theme: Theme) -> bytes:
 
 
 def main() -> None:
-    """Draws both versions, after recording the trees if asked to."""
+    """Draws both versions of the picture; with `--record`, records the draft trees first."""
     if "--record" in sys.argv:
         record()
     for name, theme in THEMES.items():
