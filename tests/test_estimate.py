@@ -47,10 +47,12 @@ def test_a_prompt_needs_the_output_layer_once_and_its_images_the_encoder() -> No
     products = hypot(0.210, (2 * 100e6 * 50 + 2 * 5e6) / 1e12)
     attention = hypot(2 * 50 * 20_000 / 1e9, 4 * 10 * 1000 * 50 * 25.5 / 1e12)
     assert prefill_seconds(TOY, CARD, 50, 0) == pytest.approx(products + attention)
-    seeing = replace(TOY, image_tokens=16, eye_layers=2, eye_hidden=100, eye_intermediate=200, eye_patches=64)
-    assert seeing.eye == 2 * (4 * 100 * 100 + 2 * 100 * 200)
-    eye = hypot(2 * 160_000 / 1e9, (2 * 160_000 * 128 + 4 * 2 * 100 * 128 * 64) / 1e12)
-    assert prefill_seconds(seeing, CARD, 50, 2) == pytest.approx(prefill_seconds(TOY, CARD, 50, 0) + eye)
+    seeing = replace(
+        TOY, image_tokens=16, vision_layers=2, vision_hidden=100, vision_intermediate=200, vision_patches=64
+    )
+    assert seeing.vision == 2 * (4 * 100 * 100 + 2 * 100 * 200)
+    encoding = hypot(2 * 160_000 / 1e9, (2 * 160_000 * 128 + 4 * 2 * 100 * 128 * 64) / 1e12)
+    assert prefill_seconds(seeing, CARD, 50, 2) == pytest.approx(prefill_seconds(TOY, CARD, 50, 0) + encoding)
 
 
 def test_a_plan_by_hand() -> None:
@@ -101,10 +103,12 @@ def test_acceptance() -> None:
 
 
 def test_published_models_have_the_size_that_is_known_of_them() -> None:
-    """Weights of decoder, embedding and eye, in billions."""
+    """Weights of decoder, embedding and vision tower, in billions."""
     for name, billions in (("llava-1.5-7b", 7.0), ("llava-1.5-13b", 13.3), ("qwen2.5-vl-7b", 8.2)):
         found = sizes(name)
-        assert (found.decoder + found.hidden * found.vocabulary + found.eye) / 1e9 == pytest.approx(billions, rel=0.02)
+        assert (found.decoder + found.hidden * found.vocabulary + found.vision) / 1e9 == pytest.approx(
+            billions, rel=0.02
+        )
     assert sizes("llava-hf/llava-1.5-7b-hf") is sizes("LLaVA-1.5-7B")
 
 

@@ -41,20 +41,20 @@ def test_counts_by_hand() -> None:
         RowStep(0, 6, 0, 0),  # nothing drafted
         RowStep(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
     ]
-    tally = modality.acceptance_by_modality([(steps, labels)])
+    tally = modality.Tally.of([(steps, labels)])
     assert tally.positions == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
     assert tally.by_depth() == {"vision": [1.0, 1.0, None], "language": [1.0, 1.0, 0.0], "fusion": [1.0, None, None]}
     assert tally.rates() == {"vision": 1.0, "language": 2 / 3, "fusion": 1.0}
     assert tally.counts() == {"vision": 2, "language": 3, "fusion": 1}
-    short = modality.coverage_by_modality([(steps, labels[:3]), (steps, [])])
+    short = modality.Tally.of([(steps, labels[:3]), (steps, [])])
     assert short.rates() == {"vision": 1.0, "language": None, "fusion": None}
 
 
 def test_labels_hold_as_far_as_two_answers_agree() -> None:
-    assert modality.shared([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
-    assert modality.shared([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
-    assert modality.shared([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
-    assert modality.shared([V, L, F], [5, 6, 7], [5]) == [V]
+    assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
+    assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
+    assert modality.labels_of_common_prefix([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
+    assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5]) == [V]
 
 
 class Guesses(RandomDrafter):
@@ -97,8 +97,8 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
             at += 1
             if not right:
                 break
-    tally = modality.acceptance_by_modality([(result.statistics.steps, labels)])
-    assert (+tally.positions, +tally.hits) == (+positions, +hits)
+    tally = modality.Tally.of([(result.statistics.steps, labels)])
+    assert (+tally.positions, +tally.accepted) == (+positions, +hits)
     assert sum(tally.positions.values()) >= len(answer) // 2
 
 

@@ -8,7 +8,7 @@ import torch
 import tiny_checkpoint
 from msd.bench import measure, report
 from msd.bench.data import Sample
-from msd.bench.timing import LIBRARY, Run, _until, library, shallow
+from msd.bench.timing import LIBRARY, Run, _until, early_exit_assistant, time_library
 from msd.core.statistics import RowStep, Statistics
 from msd.loading import load_target
 
@@ -72,7 +72,7 @@ def test_padding_is_no_answer(samples: list[Sample]) -> None:
     assert _until([5, 6], {2}) == [5, 6]
     model, _ = load_target(samples[0].images[0].parents[1])
     inputs = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
-    run = library(model, inputs, {"max_new_tokens": 4, "do_sample": False}, seed=0)
+    run = time_library(model, inputs, {"max_new_tokens": 4, "do_sample": False}, seed=0)
     assert len(run.answers) == 2 and run.prefill is None and run.tokens == sum(map(len, run.answers))
 
 
@@ -85,7 +85,7 @@ def test_steps_of_a_batch_go_to_their_rows() -> None:
 def test_the_library_s_assistant_is_the_front_of_the_target(samples: list[Sample]) -> None:
     model, processor = load_target(samples[0].images[0].parents[1])
     layers = len(model.get_decoder().layers)
-    assistant = shallow(model)
+    assistant = early_exit_assistant(model)
     assert len(assistant.get_decoder().layers) == max(1, layers // 3)
     assert len(model.get_decoder().layers) == model.config.get_text_config().num_hidden_layers == layers
     own = dict(model.named_parameters())

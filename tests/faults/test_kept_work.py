@@ -110,17 +110,17 @@ def test_a_broken_off_bench_has_results_and_goes_on(
         stop_at(patch, 8, stop)  # two of each to warm up and for two samples, then one
         code, _, err = run(capsys, *bench(place, out, *cuts))
     assert code == {KeyboardInterrupt: 130, RuntimeError: 1, UserError: 2}[type(stop)]
-    assert "2 of 4 samples" in err.splitlines()[-1] and "the same command goes on" in err
+    assert "2 of 4 samples" in err.splitlines()[-1] and "run the same command to resume" in err
     part = json.loads((out / "results.json").read_text())
     assert part["environment"]["broken_off"] == "2 of 4 samples"
     assert {row["samples"] for row in part["rows"]} == {2}
-    assert "Broken off: 2 of 4 samples" in (out / "report.md").read_text()
+    assert "Interrupted: 2 of 4 samples" in (out / "report.md").read_text()
 
     asked: list[int] = []
     ask_all = measure.Bench._ask_all
     monkeypatch.setattr(measure.Bench, "_ask_all", lambda self, n, *a: asked.append(n) or ask_all(self, n, *a))
     code, told, err = run(capsys, *bench(place, out, *cuts))
-    assert code == 0 and "going on with the run" in err
+    assert code == 0 and "resuming the run" in err
     assert asked == [2, 2, 3], "the first of those left warms up"
     whole = json.loads((out / "results.json").read_text())
     assert json.loads(told) == whole
@@ -166,7 +166,7 @@ def test_a_bench_on_a_full_disk_goes_on(capsys: pytest.CaptureFixture[str], plac
     assert code == 2 and "unfinished.jsonl': File too large; free some space" in said and "of 4 samples" in said
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished.jsonl"]
     code, told, err = run(capsys, *bench(place, tmp_path))
-    assert code == 0 and "going on with the run" in err and "broken_off" not in json.loads(told)["environment"]
+    assert code == 0 and "resuming the run" in err and "broken_off" not in json.loads(told)["environment"]
 
 
 def test_a_bench_without_out_tells_what_it_has(
@@ -456,7 +456,7 @@ def test_a_bench_goes_on_with_the_backend_it_began_with(
             if call is not None:
                 stop_at(patch, call, KeyboardInterrupt())
             code, told, err = run(capsys, *command)
-    assert code == 0 and "going on with the run" in err
+    assert code == 0 and "resuming the run" in err
     assert json.loads(told)["environment"]["backend"] == "fused"
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark says, as pictures: SVG texts, one per question a reader has."""
+"""Plots the results of a benchmark as SVG texts."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PARTS = {"prefill": "0.75", "draft": "tab:orange", "verify": "tab:blue", "host":
 
 
 def all_of(results: Results) -> dict[str, str]:
-    """Title -> SVG, those for which there are figures; none where matplotlib (the `bench` extra) is not installed."""
+    """Returns title -> SVG of every plot that the results allow; empty without matplotlib (the `bench` extra)."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
-    found = {
+    svgs = {
         "Speedup over `ar`, end to end, with 95% intervals": speedups(results),
         "Acceptance by depth of the draft": by_depth(results),
-        "Which drafts are rejected": rejections(results),
-        "Where the time of a token goes": time_split(results),
-        "What a target pass costs": cost_curve(results),
+        "Rejected drafts": rejections(results),
+        "Time per token by part": time_split(results),
+        "Time of a target pass by number of nodes": cost_curve(results),
     }
-    return {title: svg for title, svg in found.items() if svg}
+    return {title: svg for title, svg in svgs.items() if svg}
 
 
 def speedups(results: Results) -> str | None:
-    """A panel per task, in it a point per method with its interval."""
+    """Plots a panel per task, with a point and an interval per method."""
     rows = [r for r in results["rows"] if r["method"] != "transformers"]
     tasks, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("task", "method"))
 
@@ -50,11 +50,11 @@ def speedups(results: Results) -> str | None:
         panels[0].set(yticks=range(len(methods)), ylim=(len(methods) - 0.5, -0.5))
         panels[0].set_yticklabels(methods)
 
-    return _drawn(draw, 1.6 + 1.5 * len(tasks), 1.0 + 0.22 * len(methods), len(tasks))
+    return _svg(draw, 1.6 + 1.5 * len(tasks), 1.0 + 0.22 * len(methods), len(tasks))
 
 
 def by_depth(results: Results) -> str | None:
-    """A line per modality, for the method with the longest acceptance; the others as thin lines."""
+    """Plots a line per modality for the method with the largest τ, and faint lines for the other methods."""
     rows = [r for r in results["rows"] if r["task"] == "all" and r.get("acceptance_by_depth")]
     if not rows:
         return None
@@ -71,21 +71,21 @@ def by_depth(results: Results) -> str | None:
                         *zip(*points, strict=True), color=COLOURS.get(name), marker="." if mine else None,
                         alpha=1.0 if mine else 0.25, label=f"{row['method']}, {name}" if mine else None,
                     )  # fmt: skip
-        axes.set(xlabel="depth of the drafted token, those above accepted", ylabel="accepted", ylim=(0, 1))
+        axes.set(xlabel="depth of the drafted token (all parents accepted)", ylabel="accepted", ylim=(0, 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=7)
 
-    return _drawn(draw, 5)
+    return _svg(draw, 5)
 
 
 def rejections(results: Results) -> str | None:
-    """A row per method, a column per modality, depth or kind of word: percent of the drafted positions rejected."""
+    """Plots the rejected share of drafted positions: a row per method, a column per modality, depth or kind of word."""
     measured = errors.methods(results)
     if not measured:
         return None
     groups = list(errors.groups(results).values())
-    told = [column for group in groups for column in group]
-    counts = [[errors.rate(pattern, **which) for _, which in told] for _, pattern in measured]
+    columns = [column for group in groups for column in group]
+    counts = [[errors.rate(pattern, **fields) for _, fields in columns] for _, pattern in measured]
     shares = [[r / n if n else float("nan") for r, n in row] for row in counts]
 
     def draw(panels: Any) -> None:
@@ -100,15 +100,15 @@ def rejections(results: Results) -> str | None:
         for group in groups[:-1]:
             at += len(group)
             axes.axvline(at - 0.5, color="white", linewidth=4)
-        axes.set(xticks=range(len(told)), yticks=range(len(measured)))
-        axes.set_xticklabels([name for name, _ in told], rotation=30, ha="right")
+        axes.set(xticks=range(len(columns)), yticks=range(len(measured)))
+        axes.set_xticklabels([name for name, _ in columns], rotation=30, ha="right")
         axes.set_yticklabels([method for method, _ in measured])
 
-    return _drawn(draw, 1.6 + 0.6 * len(told), 1.2 + 0.22 * len(measured), grid=False)
+    return _svg(draw, 1.6 + 0.6 * len(columns), 1.2 + 0.22 * len(measured), grid=False)
 
 
 def time_split(results: Results) -> str | None:
-    """A stacked bar per method: milliseconds per token."""
+    """Plots a stacked bar per method: milliseconds per token."""
     rows = [r for r in results["rows"] if r["task"] == "all" and r.get("verify_s") is not None and r["tokens"]]
     if not rows:
         return None
@@ -124,11 +124,11 @@ def time_split(results: Results) -> str | None:
         axes.set(xlabel="ms per emitted token")
         axes.legend(fontsize=7)
 
-    return _drawn(draw, 6, 1.2 + 0.3 * len(rows))
+    return _svg(draw, 6, 1.2 + 0.3 * len(rows))
 
 
 def cost_curve(results: Results) -> str | None:
-    """Milliseconds of a target pass by nodes, a line per length of context."""
+    """Plots milliseconds of a target pass against nodes, a line per context length."""
     costs = results["environment"].get("costs")
     if not costs:
         return None
@@ -140,17 +140,17 @@ def cost_curve(results: Results) -> str | None:
         axes.set(xlabel="nodes in the tree, root included", ylabel="ms", ylim=(0, None))
         axes.legend(fontsize=7)
 
-    return _drawn(draw, 5)
+    return _svg(draw, 5)
 
 
-def _drawn(draw: Callable[[Any], None], width: float, height: float = 3.2, panels: int = 1, grid: bool = True) -> str:
-    """SVG of what `draw` puts into `panels` axes side by side, which share their y axis."""
+def _svg(draw: Callable[[Any], None], width: float, height: float = 3.2, panels: int = 1, grid: bool = True) -> str:
+    """Returns the SVG of a figure whose `panels` axes, side by side with one y axis, `draw` has filled."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with matplotlib.rc_context({"svg.hashsalt": "msd", "font.size": 9}):  # the same figures, the same file
+    with matplotlib.rc_context({"svg.hashsalt": "msd", "font.size": 9}):  # equal results give equal files
         figure, axes = plt.subplots(
             1, panels, figsize=(width, height), sharey=True, squeeze=False, constrained_layout=True
         )

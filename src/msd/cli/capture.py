@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from msd.cli import terminal
-from msd.cli.options import Json, Lines, MaxNewTokens, Model, grouped, quiet, share_cores
+from msd.cli.options import DataLines, Json, MaxNewTokens, Model, grouped, quiet
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import as_text, check_place
+from msd.system.machine import share_cores
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @grouped
 def capture(
     out: Annotated[Path, typer.Option("--out", help="File for the answers (jsonl); an earlier run there goes on.")],
-    lines: Lines,
+    lines: DataLines,
     model: Model,
     max_new_tokens: MaxNewTokens = 128,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,

@@ -1,4 +1,4 @@
-"""What was drafted for one answer, accepted and rejected, step by step: recorded, and drawn as a page."""
+"""Records the draft trees of one answer, and shows them as an HTML page."""
 
 from msd.inspect.page import Node, Pass, Trace, page
 
