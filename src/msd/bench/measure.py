@@ -46,14 +46,14 @@ def run(
     max_new_tokens: int,
     temperature: float,
     report: Callable[[str], None],
-    cuts: ModalityThresholds | None = None,
+    label_thresholds: ModalityThresholds | None = None,
     config: SpeculativeConfig | None = None,
     warm: bool = False,
     batch: int = 1,
     baselines: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Results of a whole run, as `Bench.results` gives them; the arguments are those of `Asked` and `Bench`."""
-    asked = Asked(tuple(methods), max_new_tokens, temperature, cuts, config, warm, batch, baselines)
+    asked = Asked(tuple(methods), max_new_tokens, temperature, label_thresholds, config, warm, batch, baselines)
     bench = Bench(model, processor, samples, asked)
     bench.measure(report)
     found = bench.results()
@@ -65,8 +65,8 @@ def run(
 class Asked:
     """What is measured. `ar` and the library's `baselines` (all of its ways by default) are measured too.
 
-    At a temperature above 0 sample i is drawn with seed i. With `cuts`, and at temperature 0, rows of drafting methods
-    have acceptance and coverage by modality (see `modal`). `warm`: our methods answer once more with the photos
+    At a temperature above 0 sample i is drawn with seed i. With `label_thresholds` at temperature 0,
+    drafting methods have acceptance and coverage by modality. `warm`: our methods answer once more with the photos
     encoded, for a column of its own. `batch`: samples of a task answered together. about: more that a run is made of,
     which one that goes on from it must share.
     """
@@ -74,7 +74,7 @@ class Asked:
     methods: tuple[str, ...]
     max_new_tokens: int
     temperature: float = 0.0
-    cuts: ModalityThresholds | None = None
+    label_thresholds: ModalityThresholds | None = None
     config: SpeculativeConfig | None = None
     warm: bool = False
     batch: int = 1
@@ -154,8 +154,8 @@ class Bench:
     def measure(self, report: Callable[[str], None]) -> None:
         """Everything that is still to be measured. What it raises leaves what came before in place."""
         self._answer(report)
-        if self.asked.cuts is not None and self.asked.temperature == 0 and self.asked.batch == 1:
-            self._label(self.asked.cuts, report)
+        if self.asked.label_thresholds is not None and self.asked.temperature == 0 and self.asked.batch == 1:
+            self._label(self.asked.label_thresholds, report)
         for number, group in enumerate(self.groups):
             report("the target's certainty")
             self.masses.append(self._mass(number, group))
@@ -197,8 +197,8 @@ class Bench:
             del self.ways[name], self.runs[name]
         self.not_run |= refused
 
-    def _label(self, cuts: ModalityThresholds, report: Callable[[str], None]) -> None:
-        labeller = Labeller(self.engines, cuts, self.asked.settings)
+    def _label(self, label_thresholds: ModalityThresholds, report: Callable[[str], None]) -> None:
+        labeller = Labeller(self.engines, label_thresholds, self.asked.settings)
         for i, sample in enumerate(self.samples):
             part = self.kept.get(LabelledSample, i)
             if part is None:
@@ -249,7 +249,7 @@ class Bench:
     def _told(self, whole: bool) -> dict[str, Any]:
         """What the environment of these results tells besides the machine."""
         asked, backend = self.asked, self.engines[PLAIN].target.backend
-        known = None if asked.cuts is None else asked.cuts.model_dump()
+        known = None if asked.label_thresholds is None else asked.label_thresholds.model_dump()
         policy = {} if asked.config is None else asked.config.model_dump(include={"verifier", "thresholds", "epsilon"})
         curve = next((asdict(e.plan.costs) for e in self.engines.values() if e.plan.costs), None)
         told = {"backend": backend.name, "backend_lossy": backend.lossy, **policy, "modality_cuts": known}
@@ -263,7 +263,10 @@ class Bench:
         own |= {"baselines": [n for n in LIBRARY if n in {*self.ways, *self.not_run}]}
         own |= {"temperature": asked.temperature, "batch": asked.batch, "warm": asked.warm, **asked.about}
         own |= {"policy": None if asked.config is None else asked.config.model_dump(mode="json")}
-        own |= {"cuts": None if asked.cuts is None else asked.cuts.model_dump(), "data": digest(self.samples)}
+        own |= {
+            "cuts": None if asked.label_thresholds is None else asked.label_thresholds.model_dump(),
+            "data": digest(self.samples),
+        }
         return {**own, "target": fingerprint(self.model), **environment(self.model, asked.settings)}
 
 

@@ -104,7 +104,7 @@ def _tally(answers: Iterable[Labelled]) -> Tally:
 
 def label_answer(
     target: Target,
-    cuts: ModalityThresholds,
+    label_thresholds: ModalityThresholds,
     inputs: dict[str, Any],
     tokens: Sequence[int],
     events: Path | None = None,
@@ -112,15 +112,16 @@ def label_answer(
 ) -> list[int]:
     """Modality ids of the answer `tokens` to one prompt (processor output), up to a spelled image placeholder.
 
-    events: a recording of what the prompt's `frames` images show, in which labels are looked for if `cuts` has those.
+    events: a recording of the scene that the prompt's `frames` images show; its labels are used if there are
+    thresholds for events.
     """
     taught = list(takewhile(lambda token: token not in target.placeholders, tokens))
     if not taught:
         return []
-    if events is None or cuts.events is None:
-        return [int(m) for m in cuts.labels(image_gain(target, inputs, [taught])[0])]
+    if events is None or label_thresholds.events is None:
+        return [int(m) for m in label_thresholds.labels(image_gain(target, inputs, [taught])[0])]
     costs = costs_of_recordings(target, inputs, [taught], [open_chunks(events)], [frames])
-    return [int(m) for m in cuts.events.labels(costs[0])]
+    return [int(m) for m in label_thresholds.events.labels(costs[0])]
 
 
 def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:
@@ -130,8 +131,8 @@ def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -
     return labels[:end]
 
 
-def find_cuts(target: str, file: Path | None) -> ModalityThresholds | None:
-    """The cuts in `file`, or those shipped with the reference target, or None. UserError for a bad file."""
+def find_label_thresholds(target: str, file: Path | None) -> ModalityThresholds | None:
+    """The label thresholds in `file`, or those shipped with the reference target, or None. UserError for a bad file."""
     if file is not None:
         return ModalityThresholds.load(file)
     return ModalityThresholds.load(SHIPPED) if target == "reference" and SHIPPED.exists() else None
@@ -153,10 +154,10 @@ class Labeller:
     """Labels answers, and decodes each sample once more on chains."""
 
     def __init__(
-        self, engines: Mapping[str, SpeculativeVLM], cuts: ModalityThresholds, settings: dict[str, Any]
+        self, engines: Mapping[str, SpeculativeVLM], label_thresholds: ModalityThresholds, settings: dict[str, Any]
     ) -> None:
         """engines: by method, plain decoding among them."""
-        self.plain, self.cuts, self.settings = engines[PLAIN], cuts, settings
+        self.plain, self.label_thresholds, self.settings = engines[PLAIN], label_thresholds, settings
         self.chains = {
             name: SpeculativeVLM(e.model, e.processor, CHAIN, e.drafter) for name, e in engines.items() if name != PLAIN
         }
@@ -165,7 +166,9 @@ class Labeller:
         self, inputs: dict[str, Any], sample: Sample, answer: list[int], runs: Mapping[str, Run]
     ) -> LabelledSample:
         """Of one sample. inputs: its processor output; answer: the library's; runs: the methods' timed answers."""
-        labels = label_answer(self.plain.target, self.cuts, inputs, answer, sample.events, len(sample.images))
+        labels = label_answer(
+            self.plain.target, self.label_thresholds, inputs, answer, sample.events, len(sample.images)
+        )
         tokenizer = self.plain.processor.tokenizer
         words = kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer])
         chains, trees = {}, {}

@@ -38,9 +38,9 @@ class Measured:
     suite: Annotated[
         str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; all by default.")
     ] = ""
-    cuts: Annotated[
+    label_thresholds: Annotated[
         Path | None,
-        typer.Option("--cuts", help="Modality cuts of the target, from 'msd capture'; the reference model's own."),
+        typer.Option("--cuts", help="Label thresholds of the target, from 'msd capture'; the reference model's own."),
     ] = None
     baselines: Annotated[
         str,
@@ -80,7 +80,7 @@ def bench(
     methods = chosen_methods(method, model.target, greedy=measured.temperature == 0)
     tasks = [name.strip() for name in measured.suite.split(",") if name.strip()]
     samples = in_suites(load_data(lines.data, lines.images), tasks)[: lines.limit]
-    if measured.cuts is not None and measured.temperature > 0:
+    if measured.label_thresholds is not None and measured.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
     from msd.bench import conversation, measure, modality
@@ -91,7 +91,7 @@ def bench(
 
     conversation.check_files(samples)
     ways = _ways(measured.baselines, list(measure.LIBRARY))
-    known = modality.find_cuts(model.target, measured.cuts)
+    known = modality.find_label_thresholds(model.target, measured.label_thresholds)
     loaded, processor = load_target(model.target, model.device)
     if known is not None:
         known.check_target(fingerprint(loaded))
