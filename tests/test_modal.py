@@ -194,9 +194,9 @@ def samples(folder: Path) -> list[Sample]:
 def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
     model, processor = load_target(folder)
     model.generation_config.eos_token_id = 2
-    cuts = ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))
+    thresholds = ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))
     methods = ["prompt-lookup"]
-    results = measure.run(model, processor, samples(folder), methods, NEW, 0.0, lambda _: None, cuts)
+    results = measure.run(model, processor, samples(folder), methods, NEW, 0.0, lambda _: None, thresholds)
     rows = {(row["method"], row["task"]): row for row in results["rows"]}
     assert rows["ar", "all"]["acceptance_by_modality"] is None is rows["transformers", "all"]["coverage_by_modality"]
     for kind in ("acceptance", "coverage"):
@@ -209,7 +209,7 @@ def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
     assert sum(rows["prompt-lookup", "all"]["positions_by_modality"]["acceptance"].values()) > 0
     table = report.markdown(results)
     assert "coverage, vision / language / fusion" in table
-    assert json.loads(json.dumps(results))["environment"]["modality_cuts"] == cuts.model_dump()
+    assert json.loads(json.dumps(results))["environment"]["modality_cuts"] == thresholds.model_dump()
     plain = measure.run(model, processor, samples(folder)[:1], methods, 4, 0.0, lambda _: None, warm=True)
     for row in plain["rows"]:
         assert (row["speedup_warm_vs_ar"] is None) == row["method"].startswith("transformers")
@@ -218,14 +218,14 @@ def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
 
 
 def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cuts, data = tmp_path / "cuts.json", tmp_path / "data.jsonl"
+    thresholds, data = tmp_path / "cuts.json", tmp_path / "data.jsonl"
     data.write_text('{"prompt": "What is it?"}\n')
-    cuts.write_text("{}")
+    thresholds.write_text("{}")
     other = tmp_path / "other.json"
     ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target="another").save(other)
     common = ["bench", "--target", str(folder), "--data", str(data), "--max-new-tokens", "2", "--cuts"]
     for more, part in [
-        ([str(cuts)], "language_max"),
+        ([str(thresholds)], "language_max"),
         ([str(tmp_path / "none.json")], "none.json"),
         ([str(other)], "another"),
         ([str(other), "--temperature", "1"], "--temperature"),
@@ -238,7 +238,7 @@ def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: 
 
 
 def test_shipped_cuts_belong_to_the_reference_model(reference_model: tuple[Any, Any]) -> None:
-    cuts = modality.find_cuts("reference", None)
-    if cuts is not None:
-        cuts.check_target(fingerprint(reference_model[0]))
-    assert modality.find_cuts("some/folder", None) is None
+    thresholds = modality.find_label_thresholds("reference", None)
+    if thresholds is not None:
+        thresholds.check_target(fingerprint(reference_model[0]))
+    assert modality.find_label_thresholds("some/folder", None) is None

@@ -65,9 +65,14 @@ def test_captured_clips_have_the_costs_of_their_cells(place: Path, captured: lis
         ids = line["ids"] + ([] if line["end"] is None else [line["end"]])
         expected = event_costs(target, inputs, [ids], [kinds])[0]
         torch.testing.assert_close(torch.tensor(line["costs"], dtype=torch.float64), expected, atol=2e-4, rtol=0)
-    cuts = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
-    assert cuts.events is not None and cuts.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
-    assert cuts.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
+    thresholds = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
+    assert thresholds.events is not None and thresholds.modalities == (
+        "language",
+        "event_sparse",
+        "event_dense",
+        "video_reasoning",
+    )
+    assert thresholds.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
 
 
 def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:

@@ -105,10 +105,10 @@ def test_a_broken_off_bench_has_results_and_goes_on(
     stop: BaseException,
 ) -> None:
     out = tmp_path / "out"
-    cuts = ("--cuts", place / "captured.jsonl.cuts.json")
+    thresholds = ("--cuts", place / "captured.jsonl.cuts.json")
     with monkeypatch.context() as patch:
         stop_at(patch, 8, stop)  # two of each to warm up and for two samples, then one
-        code, _, err = run(capsys, *bench(place, out, *cuts))
+        code, _, err = run(capsys, *bench(place, out, *thresholds))
     assert code == {KeyboardInterrupt: 130, RuntimeError: 1, UserError: 2}[type(stop)]
     assert "2 of 4 samples" in err.splitlines()[-1] and "run the same command to resume" in err
     part = json.loads((out / "results.json").read_text())
@@ -119,7 +119,7 @@ def test_a_broken_off_bench_has_results_and_goes_on(
     asked: list[int] = []
     ask_all = measure.Bench._ask_all
     monkeypatch.setattr(measure.Bench, "_ask_all", lambda self, n, *a: asked.append(n) or ask_all(self, n, *a))
-    code, told, err = run(capsys, *bench(place, out, *cuts))
+    code, told, err = run(capsys, *bench(place, out, *thresholds))
     assert code == 0 and "resuming the run" in err
     assert asked == [2, 2, 3], "the first of those left warms up"
     whole = json.loads((out / "results.json").read_text())

@@ -114,15 +114,15 @@ def rate(errors: Iterable[dict[str, Any]], **fields: Any) -> tuple[int, int]:
     return sum(e["rejected"] for e in some), sum(e["drafted"] for e in some)
 
 
-def groups(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Returns the columns of the tables, (name, fields), by what they distinguish: modality, depth, word."""
+def groups(results: dict[str, Any]) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Returns three groups of columns, (name, fields): by modality, by depth and by kind of word."""
     patterns = [errors for _, errors in methods(results)]
     deepest = max((e["depth"] for errors in patterns for e in errors), default=0)
-    return {
-        "modality": [(m, {"modality": m}) for m in modalities(patterns)],
-        "depth": [(f"depth {d}", {"depth": d}) for d in range(1, deepest + 1)],
-        "word": [(w, {"word": w}) for w in KINDS],
-    }
+    return [
+        [(m, {"modality": m}) for m in modalities(patterns)],
+        [(f"depth {d}", {"depth": d}) for d in range(1, deepest + 1)],
+        [(w, {"word": w}) for w in KINDS],
+    ]
 
 
 def methods(results: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -136,7 +136,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     measured = methods(results)
     if not measured:
         return []
-    columns = [column for group in groups(results).values() for column in group]
+    columns = [column for group in groups(results) for column in group]
     rows = [[name, *(_cell(*rate(errors, **fields)) for _, fields in columns)] for name, errors in measured]
     crossed = [
         [f"{name}, {modality}", *(_cell(*rate(errors, modality=modality, word=w)) for w in KINDS)]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,21 +39,15 @@ REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError)  # of the libra
 
 
 def run(
-    model: PreTrainedModel,
-    processor: Any,
-    samples: Sequence[Sample],
-    methods: Sequence[str],
-    max_new_tokens: int,
-    temperature: float,
-    report: Callable[[str], None],
-    cuts: ModalityThresholds | None = None,
-    config: SpeculativeConfig | None = None,
-    warm: bool = False,
-    batch: int = 1,
-    baselines: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Runs a whole benchmark and returns `Bench.results`. For the arguments see `BenchSettings` and `Bench`."""
-    settings = BenchSettings(tuple(methods), max_new_tokens, temperature, cuts, config, warm, batch, baselines)
+    model: PreTrainedModel, processor: Any, samples: Sequence[Sample], methods: Sequence[str], max_new_tokens: int,
+    temperature: float, report: Callable[[str], None], label_thresholds: ModalityThresholds | None = None,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a whole benchmark and returns `Bench.results`.
+
+    report: receives progress messages. label_thresholds, options: see `BenchSettings`.
+    """
+    settings = BenchSettings(tuple(methods), max_new_tokens, temperature, label_thresholds, **options)
     bench = Bench(model, processor, samples, settings)
     bench.measure(report)
     results = bench.results()
@@ -66,15 +60,15 @@ class BenchSettings:
     """What a benchmark measures.
 
     methods: besides `ar` and `baselines`, which are the library's decoding methods (all by default). temperature: above
-    0, sample i is decoded with seed i. cuts: label thresholds; at temperature 0 they add acceptance and coverage by
-    modality (`msd.bench.modality`). warm: our methods answer a second time with the images encoded. batch: samples of
-    one task that are answered together. about: further JSON-ready facts that a resumed run must share.
+    0, sample i is decoded with seed i. label_thresholds: at temperature 0 and batch 1, they add acceptance and coverage
+    by modality (`msd.bench.modality`). warm: our methods answer a second time with the images encoded. batch: samples
+    of one task that are answered together. about: further JSON-ready facts that a resumed run must share.
     """
 
     methods: tuple[str, ...]
     max_new_tokens: int
     temperature: float = 0.0
-    cuts: ModalityThresholds | None = None
+    label_thresholds: ModalityThresholds | None = None
     config: SpeculativeConfig | None = None
     warm: bool = False
     batch: int = 1
@@ -95,7 +89,6 @@ class GroupAnswers:
     not_run: the library's methods that do not run here, with the reason.
     """
 
-    PART: ClassVar[str] = "Answers"
     runs: dict[str, Run]
     not_run: dict[str, str]
 
@@ -104,7 +97,6 @@ class GroupAnswers:
 class GroupTopProbabilities:
     """likeliest: `top_probabilities` of all answers to one group of samples, [T][3]."""
 
-    PART: ClassVar[str] = "Mass"
     likeliest: list[list[float]]
 
 
@@ -159,23 +151,23 @@ class Bench:
     def measure(self, report: Callable[[str], None]) -> None:
         """Measures everything that is still missing. After an error the parts measured so far remain valid."""
         self._answer(report)
-        if self.settings.cuts is not None and self.settings.temperature == 0 and self.settings.batch == 1:
-            self._label(self.settings.cuts, report)
+        if self.settings.label_thresholds is not None and self.settings.temperature == 0 and self.settings.batch == 1:
+            self._label(self.settings.label_thresholds, report)
         for number, group in enumerate(self.groups):
             report("the target's probabilities")
             self.top_probabilities.append(self._top_probabilities(number, group))
         self.outside = outside_kernels(self.engines[PLAIN].target)
 
     def _answer(self, report: Callable[[str], None]) -> None:
-        missing = [number for number in range(len(self.groups)) if self.unfinished.get(GroupAnswers, number) is None]
-        if missing:  # a warm-up that is not counted
-            self._ask_all(missing[0], f"warming up with sample {self.groups[missing[0]][0] + 1}", report)
-        unit = "sample" if self.settings.batch == 1 else "batch"
-        for number in range(len(self.groups)):
-            part = self.unfinished.get(GroupAnswers, number)
+        warm, unit = False, "sample" if self.settings.batch == 1 else "batch"
+        for number, group in enumerate(self.groups):
+            part = self.unfinished.get("Answers", GroupAnswers, number)
             if part is None or not part.runs.keys() | part.not_run.keys() >= self.timers.keys():
+                if not warm:  # the first answers are not counted
+                    self._ask_all(number, f"warming up with sample {group[0] + 1}", report)
+                    warm = True
                 runs = self._ask_all(number, f"{unit} {number + 1} of {len(self.groups)}", report)
-                part = self.unfinished.put(number, GroupAnswers(runs, self.not_run))
+                part = self.unfinished.put("Answers", number, GroupAnswers(runs, self.not_run))
             self._leave_out(part.not_run)
             for name in self.timers:
                 self.runs[name].append(part.runs[name])
@@ -203,27 +195,28 @@ class Bench:
             del self.timers[name], self.runs[name]
         self.not_run |= refused
 
-    def _label(self, cuts: ModalityThresholds, report: Callable[[str], None]) -> None:
-        labeller = Labeller(self.engines, cuts, self.settings.generation)
+    def _label(self, label_thresholds: ModalityThresholds, report: Callable[[str], None]) -> None:
+        labeller = Labeller(self.engines, label_thresholds, self.settings.generation)
         for i, sample in enumerate(self.samples):
-            part = self.unfinished.get(LabelledSample, i)
+            part = self.unfinished.get("LabelledSample", LabelledSample, i)
             if part is None:
                 report(f"sample {i + 1} of {len(self.samples)}, labels")
                 (answer,) = self.runs[TRANSFORMERS][i].answers
                 trees = {name: self.runs[name][i] for name in self.engines if name != PLAIN}
-                part = self.unfinished.put(i, labeller(self.conversation(sample), sample, answer, trees))
+                part = labeller(self.conversation(sample), sample, answer, trees)
+                self.unfinished.put("LabelledSample", i, part)
             self.labels.append(part)
 
     def _top_probabilities(self, number: int, group: Sequence[int]) -> Tensor:
         """Returns `top_probabilities` [T, 3] of all answers to a group of samples."""
-        part = self.unfinished.get(GroupTopProbabilities, number)
+        part = self.unfinished.get("Mass", GroupTopProbabilities, number)
         if part is None:
             target, answers = self.engines[PLAIN].target, self.runs[TRANSFORMERS][number].answers
             by_answer = [
                 top_probabilities(target, self.conversation(self.samples[i]), answer, self.settings.temperature)
                 for i, answer in zip(group, answers, strict=True)
             ]
-            part = self.unfinished.put(number, GroupTopProbabilities(torch.cat(by_answer).tolist()))
+            part = self.unfinished.put("Mass", number, GroupTopProbabilities(torch.cat(by_answer).tolist()))
         return torch.tensor(part.likeliest).reshape(-1, len(TOP))
 
     def results(self) -> dict[str, Any] | None:
@@ -261,7 +254,7 @@ class Bench:
             "backend": backend.name,
             "backend_lossy": backend.lossy,
             **({} if config is None else config.model_dump(include={"verifier", "thresholds", "epsilon"})),
-            "modality_cuts": None if settings.cuts is None else settings.cuts.model_dump(),
+            "modality_cuts": None if settings.label_thresholds is None else settings.label_thresholds.model_dump(),
             "costs": next((asdict(e.plan.costs) for e in self.engines.values() if e.plan.costs), None),
             "batch": settings.batch,
             "outside_kernels": self.outside,
@@ -281,7 +274,7 @@ class Bench:
             "warm": settings.warm,
             **settings.about,
             "policy": None if settings.config is None else settings.config.model_dump(mode="json"),
-            "cuts": None if settings.cuts is None else settings.cuts.model_dump(),
+            "cuts": None if settings.label_thresholds is None else settings.label_thresholds.model_dump(),
             "data": digest(self.samples),
             "target": fingerprint(self.model),
             **environment(self.model, settings.generation),

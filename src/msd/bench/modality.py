@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def _total(counts: Counter[tuple[int, int]], modality: Modality) -> int:
 
 def label_answer(
     target: Target,
-    cuts: ModalityThresholds,
+    label_thresholds: ModalityThresholds,
     inputs: dict[str, Any],
     tokens: Sequence[int],
     events: Path | None = None,
@@ -103,10 +103,10 @@ def label_answer(
     labelled = list(takewhile(lambda token: token not in target.placeholders, tokens))
     if not labelled:
         return []
-    if events is None or cuts.events is None:
-        return [int(m) for m in cuts.labels(image_gain(target, inputs, [labelled])[0])]
+    if events is None or label_thresholds.events is None:
+        return [int(m) for m in label_thresholds.labels(image_gain(target, inputs, [labelled])[0])]
     costs = costs_of_recordings(target, inputs, [labelled], [open_chunks(events)], [frames])
-    return [int(m) for m in cuts.events.labels(costs[0])]
+    return [int(m) for m in label_thresholds.events.labels(costs[0])]
 
 
 def labels_of_common_prefix(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:
@@ -116,7 +116,7 @@ def labels_of_common_prefix(labels: Sequence[int], answer: Sequence[int], other:
     return labels[:end]
 
 
-def find_cuts(target: str, file: Path | None) -> ModalityThresholds | None:
+def find_label_thresholds(target: str, file: Path | None) -> ModalityThresholds | None:
     """Returns the label thresholds in `file`, or those of the reference target, or None.
 
     Raises UserError for an invalid file.
@@ -134,7 +134,6 @@ class LabelledSample:
     trees: method -> modality ids of its timed answer.
     """
 
-    PART: ClassVar[str] = "LabelledSample"
     words: list[str]
     chains: dict[str, tuple[list[RowStep], list[int]]]
     trees: dict[str, list[int]]
@@ -144,10 +143,10 @@ class Labeller:
     """Labels the answers to a sample, and decodes it once more with draft chains."""
 
     def __init__(
-        self, engines: Mapping[str, SpeculativeVLM], cuts: ModalityThresholds, settings: dict[str, Any]
+        self, engines: Mapping[str, SpeculativeVLM], label_thresholds: ModalityThresholds, settings: dict[str, Any]
     ) -> None:
         """engines: by method, plain decoding included."""
-        self.plain, self.cuts, self.settings = engines[PLAIN], cuts, settings
+        self.plain, self.label_thresholds, self.settings = engines[PLAIN], label_thresholds, settings
         self.chains = {
             name: SpeculativeVLM(e.model, e.processor, CHAIN, e.drafter) for name, e in engines.items() if name != PLAIN
         }
@@ -156,7 +155,9 @@ class Labeller:
         self, inputs: dict[str, Any], sample: Sample, answer: list[int], runs: Mapping[str, Run]
     ) -> LabelledSample:
         """inputs: processor output for the sample. answer: the library's. runs: the timed answers by method."""
-        labels = label_answer(self.plain.target, self.cuts, inputs, answer, sample.events, len(sample.images))
+        labels = label_answer(
+            self.plain.target, self.label_thresholds, inputs, answer, sample.events, len(sample.images)
+        )
         tokenizer = self.plain.processor.tokenizer
         words = kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer])
         chains, trees = {}, {}

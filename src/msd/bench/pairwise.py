@@ -24,7 +24,6 @@ _TASKS = {
     "vqa": "VQA",
     "cocoqa": "COCO-QA (in the place of GQA)",
     "chat": "conversation",
-    "conversation": "conversation",
     "ocr": "OCR (stress task)",
 }
 

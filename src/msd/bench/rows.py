@@ -10,6 +10,10 @@ from msd.bench.pairwise import ratio_interval
 from msd.bench.timing import PLAIN, TRANSFORMERS, Run
 from msd.core.statistics import RowStep, Statistics
 
+BY_MODALITY = (  # filled in by `msd.bench.modality`
+    "acceptance_by_modality", "coverage_by_modality", "acceptance_by_depth", "positions_by_modality", "errors",
+)  # fmt: skip
+
 
 def repeating(tokens: Sequence[int], n: int = 8) -> list[bool]:
     """Returns for each token whether it completes an n-gram that occurred earlier in the answer."""
@@ -70,11 +74,7 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
         "tau_outside_repeated_8grams": tau_outside_repeats(row for r in mine for row in r.by_row()),
         "tau_without_bonus": total.tau_without_bonus if total.num_spec_steps else None,
         "draft_acceptance_rate": total.draft_acceptance_rate if total.num_spec_steps else None,
-        "acceptance_by_modality": None,
-        "coverage_by_modality": None,
-        "acceptance_by_depth": None,
-        "positions_by_modality": None,
-        "errors": None,
+        **dict.fromkeys(BY_MODALITY),
         "divergence": total.as_dict()["divergence"],
         "identical": sum(a == b for a, b in pairs) / answers if comparable else None,
         "seconds": seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,15 +17,7 @@ from msd.errors import UserError
 from msd.system.files import append, read_rows, shortened, write_whole
 
 NAME, FORMAT = "unfinished.jsonl", 1
-
-
-class Part(Protocol):
-    """A dataclass that holds one measured part. PART: its name in the file."""
-
-    PART: ClassVar[str]
-
-
-P = TypeVar("P", bound=Part)
+P = TypeVar("P")
 
 
 def saved_identity(folder: Path | None) -> dict[str, Any]:
@@ -73,19 +65,19 @@ class Unfinished:
                 )
         return rows[1:], damaged
 
-    def get(self, kind: type[P], number: int) -> P | None:
-        """Returns a saved part; None if it is missing or damaged."""
-        row = self._parts.get((kind.PART, number))
+    def get(self, name: str, kind: type[P], number: int) -> P | None:
+        """Returns a saved part, an instance of the dataclass `kind`; None if it is missing or damaged."""
+        row = self._parts.get((name, number))
         try:
             return None if row is None else TypeAdapter(kind).validate_python(row["values"])
         except (ValidationError, KeyError):
             return None
 
-    def put(self, number: int, part: P) -> P:
-        """Saves a part and returns it. Raises UserError if it cannot be written."""
+    def put(self, name: str, number: int, part: P) -> P:
+        """Saves a part, a dataclass instance, and returns it. Raises UserError if it cannot be written."""
         if self.path is not None:
             values = TypeAdapter(type(part)).dump_python(part, mode="json")
-            append(self.path, json.dumps({"part": part.PART, "number": number, "values": values}) + "\n")
+            append(self.path, json.dumps({"part": name, "number": number, "values": values}) + "\n")
         return part
 
     def remove(self) -> None:

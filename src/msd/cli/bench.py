@@ -46,7 +46,7 @@ class Measurement:
     suite: Annotated[
         str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; by default all.")
     ] = ""
-    cuts: Annotated[
+    label_thresholds: Annotated[
         Path | None,
         typer.Option("--cuts", help="Label thresholds of the target, from 'msd capture'; built in for 'reference'."),
     ] = None
@@ -88,7 +88,7 @@ def bench(
     methods = method_names(method, model.target, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     samples = in_suites(load_data(lines.data, lines.images), tasks)[: lines.limit]
-    if measurement.cuts is not None and measurement.temperature > 0:
+    if measurement.label_thresholds is not None and measurement.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     quiet()
     from msd.bench import conversation, measure, modality
@@ -99,12 +99,12 @@ def bench(
 
     conversation.check_files(samples)
     baselines = _baselines(measurement.baselines, list(measure.LIBRARY))
-    cuts = modality.find_cuts(model.target, measurement.cuts)
+    label_thresholds = modality.find_label_thresholds(model.target, measurement.label_thresholds)
     loaded, processor = load_target(model.target, model.device)
-    if cuts is not None:
-        cuts.check_target(fingerprint(loaded))
+    if label_thresholds is not None:
+        label_thresholds.check_target(fingerprint(loaded))
     settings = measure.BenchSettings(
-        tuple(methods), max_new_tokens, measurement.temperature, cuts,
+        tuple(methods), max_new_tokens, measurement.temperature, label_thresholds,
         SpeculativeConfig(**verification, backend=model.backend), measurement.warm, measurement.batch, baselines,
         {"drafter": None if drafter is None else checkpoint.digest(drafter)},
     )  # fmt: skip

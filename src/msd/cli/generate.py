@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
 from msd.cli import terminal
 from msd.cli.options import (
-    AudioFiles,
     Drafting,
     Json,
     LoadedInputs,
@@ -35,7 +36,9 @@ def generate(
     drafting: Drafting,
     sampling: Sampling,
     policy: Policy,
-    audio: AudioFiles = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option("--audio", help="A sound file, for models with audio input; repeatable.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
     as_json: Json = False,
 ) -> None:

@@ -29,28 +29,13 @@ Target = Annotated[
     typer.Option("--target", help="'reference', 'reference-video' (for clips), a checkpoint folder, or a hub id."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); by default the bundled photos.")]
 Images = Annotated[
     Path | None, typer.Option("--images", help="Folder of the images; by default that of the data file.")
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
 DrafterFolder = Annotated[
     Path | None,
     typer.Option("--drafter", help="Folder of a trained drafter; it determines the method unless --method does."),
-]
-Verifier = Annotated[
-    str,
-    typer.Option(
-        "--verifier", help="'lossless', or the lossy 'threshold' or 'budget' (docs/modality_verification.md)."
-    ),
-]
-Epsilon = Annotated[
-    float, typer.Option("--epsilon", min=0.0, max=1.0, help="Mean total variation per token that 'budget' may spend.")
-]
-Thresholds = Annotated[
-    list[str] | None,
-    typer.Option("--threshold", help="NAME=θ of a modality, for 'threshold' and 'budget'; repeatable."),
 ]
 Backend = Annotated[
     str,
@@ -66,38 +51,7 @@ Method = Annotated[
     str | None, typer.Option("--method", help="Drafting method; by default the drafter trained for the target.")
 ]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
-ImageFiles = Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")]
-VideoFiles = Annotated[
-    list[Path] | None, typer.Option("--video", help="A video file, placed after the images; repeatable.")
-]
-Frames = Annotated[
-    int | None,
-    typer.Option(
-        "--frames", min=1, help="Evenly spaced frames of a video or recording; 8, or 4 for 'reference-video'."
-    ),
-]
-AudioFiles = Annotated[
-    list[Path] | None, typer.Option("--audio", help="A sound file, for models with audio input; repeatable.")
-]
-EventFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--events",
-        help="An event camera's recording, for drafters that read events; alone, the target gets frames drawn from it.",
-    ),
-]
-OptionalTarget = Annotated[
-    str | None,
-    typer.Option(
-        "--target",
-        help="'reference' (default), 'reference-video' (default with --events), a checkpoint folder, or a hub id.",
-    ),
-]
-Prompt = Annotated[str, typer.Option("--prompt", "-p", callback=as_text, help="The question.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")]
-TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)]
-TopK = Annotated[int | None, typer.Option("--top-k", min=1)]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling reproducible.")]
 
 
 @dataclass(frozen=True)
@@ -113,27 +67,50 @@ class Model:
 class DataLines:
     """A data file, or its first lines."""
 
-    data: Data = None
+    data: Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); by default the bundled photos.")] = (
+        None
+    )
     images: Images = None
-    limit: Limit = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")] = None
 
 
 @dataclass(frozen=True)
 class PromptInputs:
     """A prompt and the files it refers to."""
 
-    images: ImageFiles = None
-    video: VideoFiles = None
-    frames: Frames = None
-    events: EventFile = None
-    prompt: Prompt = ""
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")] = (
+        None
+    )
+    video: Annotated[
+        list[Path] | None, typer.Option("--video", help="A video file, placed after the images; repeatable.")
+    ] = None
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames", min=1, help="Evenly spaced frames of a video or recording; 8, or 4 for 'reference-video'."
+        ),
+    ] = None
+    events: Annotated[
+        Path | None,
+        typer.Option(
+            "--events",
+            help="An event camera's recording, for drafters that read events; alone, the target gets frames of it.",
+        ),
+    ] = None
+    prompt: Annotated[str, typer.Option("--prompt", "-p", callback=as_text, help="The question.")] = ""
 
 
 @dataclass(frozen=True)
 class Drafting:
     """A target and a drafting method."""
 
-    target: OptionalTarget = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="'reference' (default), 'reference-video' (default with --events), a checkpoint folder, or a hub id.",
+        ),
+    ] = None
     method: Method = None
     drafter: DrafterFolder = None
     backend: Backend = "measure"
@@ -153,9 +130,12 @@ class Sampling:
     """Sampling options; greedy decoding at temperature 0."""
 
     temperature: Temperature = 0.0
-    top_p: TopP = None
-    top_k: TopK = None
-    seed: Seed = None
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the fewest tokens with this total probability."),
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Sample from the K most probable tokens.")] = None
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling reproducible.")] = None
 
     def settings(self, max_new_tokens: int) -> dict[str, Any]:
         """Returns arguments of `SpeculativeVLM.generate`. Raises UserError for sampling options at temperature 0."""
@@ -175,9 +155,20 @@ class Sampling:
 class Policy:
     """The verification policy."""
 
-    verifier: Verifier = "lossless"
-    epsilon: Epsilon = 0.0
-    threshold: Thresholds = None
+    verifier: Annotated[
+        str,
+        typer.Option(
+            "--verifier", help="'lossless', or the lossy 'threshold' or 'budget' (docs/modality_verification.md)."
+        ),
+    ] = "lossless"
+    epsilon: Annotated[
+        float,
+        typer.Option("--epsilon", min=0.0, max=1.0, help="Mean total variation per token that 'budget' may spend."),
+    ] = 0.0
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option("--threshold", help="NAME=θ of a modality, for 'threshold' and 'budget'; repeatable."),
+    ] = None
 
     def checked(self) -> dict[str, Any]:
         """Returns the verification fields of a `SpeculativeConfig`. Raises UserError for invalid ones."""

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from msd.cli import terminal
 from msd.cli.options import Json
 
+PREPARING = "Preparing the reference model (half a minute the first time)…"
 app = typer.Typer(help="The embedded reference model: assemble it, check it, find it.")
 
 Cache = Annotated[
@@ -30,7 +30,8 @@ def install(
     from msd import reference
 
     started = time.perf_counter()
-    folder = _with_spinner(lambda: reference.install(cache, force, video))
+    with terminal.status(PREPARING):
+        folder = reference.install(cache, force, video)
     size = sum(file.stat().st_size for file in folder.iterdir())
     if as_json:
         print(json.dumps({"path": str(folder), "bytes": size, "seconds": round(time.perf_counter() - started, 3)}))
@@ -43,11 +44,6 @@ def path(cache: Cache = None, video: Video = False, as_json: Json = False) -> No
     """Print the folder of the reference model; assemble it first if needed."""
     from msd import reference
 
-    folder = _with_spinner(lambda: reference.video_path(cache) if video else reference.path(cache))
+    with terminal.status(PREPARING):
+        folder = reference.video_path(cache) if video else reference.path(cache)
     print(json.dumps({"path": str(folder)}) if as_json else folder)
-
-
-def _with_spinner(work: Callable[[], Path]) -> Path:
-    """Runs `work` under a spinner on stderr."""
-    with terminal.status("Preparing the reference model (half a minute the first time)…"):
-        return work()
