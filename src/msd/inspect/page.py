@@ -39,14 +39,14 @@ class Pass:
     """One step of a row.
 
     root: the newest token. nodes: the draft tree below it, from node 1 on, parents first. emitted: the accepted drafts
-    and the target's own token after them. draft_seconds, verify_seconds: time of the draft and of the target pass.
+    and the target's own token after them. draft_seconds, score_seconds: time of the draft and of the target pass.
     """
 
     root: int
     nodes: tuple[Node, ...]
     emitted: tuple[int, ...]
     draft_seconds: float
-    verify_seconds: float
+    score_seconds: float
 
 
 @dataclass
@@ -178,7 +178,7 @@ def _step(number: int, step: Pass, decode: Decode) -> str:
     own = html.escape(decode(step.emitted[-1]))
     root = f"<li><span>{html.escape(decode(step.root))}</span>{_below(0, step.nodes, decode)}</li>"
     bonus = f"<li><small>the target's token</small> <span>{own}</span></li>"
-    times = f"draft {1000 * step.draft_seconds:.0f} ms, pass {1000 * step.verify_seconds:.0f} ms"
+    times = f"draft {1000 * step.draft_seconds:.0f} ms, pass {1000 * step.score_seconds:.0f} ms"
     return f'<div class="step"><b>{number}</b><ul>{root}{bonus}</ul><small>{times}</small></div>\n'
 
 
