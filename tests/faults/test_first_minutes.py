@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ import tiny_checkpoint
 from msd import drafters
 from msd.bench import timing
 from msd.certify.certificate import Row
-from msd.cli import app, demo, verify
+from msd.cli import app, bench, demo, verify
 from msd.config import SpeculativeConfig
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import Drafter
@@ -83,6 +84,38 @@ def test_the_demos_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: No
     results = {"rows": [{"method": name, "task": "all", "identical": 1.0, **figures} for name in names]}
     demo._show(results, Console())
     whole(capsys.readouterr().out, *names, "mean acceptance", "12.34x")
+
+
+def test_the_benchmarks_table_is_whole(
+    capsys: pytest.CaptureFixture[str], narrow: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a terminal; a pipe gets Markdown, and `--json` JSON."""
+    names = ["transformers:prompt-lookup", *(method.name for method in drafters.catalogue())]
+    machine = {
+        "threads": 2,
+        "cpu_capability": "X",
+        "dtype": "float32",
+        "torch": "2",
+        "transformers": "5",
+        "settings": {},
+    }
+    figures = {
+        "samples": 9, "speedup_vs_ar": 1.23, "speedup_vs_ar_interval": [1.01, 1.45],
+        "speedup_vs_ar_paired_median": 1.18, "speedup_vs_transformers": 12.34, "tokens_per_second": 123.4,
+        "mean_acceptance_length": 2.34, "identical": 1.0,
+    }  # fmt: skip
+    rows = [{"method": name, "task": task, **figures} for task in ("all", "vqa") for name in names]
+    rows[1]["identical"] = 0.5
+    bench._print({"environment": machine, "rows": rows}, None, False)
+    assert "| method | vs `ar` |" in (piped := capsys.readouterr().out) and "1.18" in piped
+    monkeypatch.setenv("TERM", "dumb")  # without colours
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    bench._print({"environment": machine, "rows": rows}, tmp_path, False)
+    shown = capsys.readouterr().out
+    whole(shown.replace(str(tmp_path), "OUT"), *names, "1.01–1.45", "1.18", "123.40", "all, except", "OUT/report.md")
+    assert shown.count("msd+eagle3") == 1 and "|" not in shown
+    bench._print({"environment": machine, "rows": rows}, tmp_path, True)
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == len(rows)
 
 
 def test_the_certificates_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: None) -> None:

@@ -141,9 +141,7 @@ def _turns(line: dict[str, Any], where: str, folder: Path) -> list[Sample]:
         return [_sample(line, where, folder)]
     turns = line["turns"]
     if "prompt" in line or not isinstance(turns, list) or not turns:
-        raise UserError(
-            f"{where}: 'turns' must be a list of prompts, without 'prompt' next to it; got {shortened(repr(turns))}"
-        )
+        raise UserError(f"{where}: 'turns' is a list of prompts that replaces 'prompt', got {shortened(repr(turns))}")
     samples = [_sample({**line, "prompt": turn, "answer": None}, where, folder) for turn in turns]
     return [replace(sample, before=tuple(turns[:i])) for i, sample in enumerate(samples)]
 

@@ -20,9 +20,9 @@ def repeating(tokens: Sequence[int], n: int = 8) -> list[bool]:
     seen: set[tuple[int, ...]] = set()
     marks = []
     for end in range(1, len(tokens) + 1):
-        gram = tuple(tokens[end - n : end]) if end >= n else None
+        gram = tuple(tokens[max(0, end - n) : end])
         marks.append(gram in seen)
-        if gram is not None:
+        if len(gram) == n:
             seen.add(gram)
     return marks
 

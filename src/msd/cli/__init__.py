@@ -16,20 +16,8 @@ import typer
 from typer.exceptions import TyperException
 
 from msd import __version__
-from msd.cli import (
-    bench,
-    capture,
-    demo,
-    estimate,
-    events,
-    generate,
-    inspect,
-    reference,
-    targets,
-    terminal,
-    train,
-    verify,
-)
+from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
+from msd.cli.terminal import any_encoding, flush, give_up_output
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import FULL
 from msd.system.machine import use_huge_pages
@@ -72,11 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `msd` with `arguments` (by default those of the process) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     use_huge_pages()
-    terminal.any_encoding()
+    any_encoding()
     _stop_on_sigterm()
     try:
         code = app(args=arguments or ["--help"], standalone_mode=False) or 0
-        terminal.flush()
+        flush()
         sys.exit(code)
     except InterruptedRunError as error:
         _fail(str(error), 130)
@@ -87,12 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of the output has left
-        terminal.give_up_output()
+        give_up_output()
         sys.exit(1)  # the code that typer uses if it notices first
     except OSError as error:
         if error.errno not in FULL:
             _report(error)
-        terminal.give_up_output()
+        give_up_output()
         what = f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"
         _fail("; ".join([what, *_notes(error)]), 2)
     except Exception as error:
@@ -144,7 +132,7 @@ def _user_message(error: Exception) -> str | None:
 def _fail(message: str, code: int) -> None:
     """Prints one line on stderr and exits."""
     with suppress(OSError):  # if nothing can be written, the exit code remains
-        terminal.flush()
+        flush()
     if sys.stderr is not None:
         with suppress(OSError):
             print(f"msd: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -12,31 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from msd.cli import terminal
-from msd.cli.options import (
-    DataLines,
-    DrafterFolder,
-    Json,
-    MaxNewTokens,
-    Methods,
-    Model,
-    Policy,
-    Temperature,
-    grouped,
-    method_names,
-    quiet,
-    use_drafter,
-)
+from msd.cli import options, terminal
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import check_place, exclusive, make_folder
 
 if TYPE_CHECKING:
     from msd.bench.measure import Bench
 
-MAIN_FIGURES = (
-    "method", "speedup_vs_ar", "speedup_vs_ar_interval", "speedup_vs_ar_paired_median", "speedup_vs_transformers",
-    "tokens_per_second", "mean_acceptance_length",
-)  # fmt: skip
+MAIN_FIGURES = {
+    "method": "method",
+    "speedup_vs_ar": "vs ar",
+    "speedup_vs_ar_interval": "95%",
+    "speedup_vs_ar_paired_median": "median",
+    "speedup_vs_transformers": "vs trans-\nformers",
+    "tokens_per_second": "tokens\n/s",
+    "mean_acceptance_length": "τ",
+}
 
 
 @dataclass(frozen=True)
@@ -61,22 +52,22 @@ class Measurement:
     warm: Annotated[
         bool, typer.Option("--warm", help="Also time every answer a second time, with its images already encoded.")
     ] = False
-    temperature: Temperature = 0.0
+    temperature: options.Temperature = 0.0
 
 
-@grouped
+@options.grouped
 def bench(
-    model: Model,
-    lines: DataLines,
+    model: options.Model,
+    lines: options.DataLines,
     measurement: Measurement,
-    policy: Policy,
-    method: Methods = "all",
-    drafter: DrafterFolder = None,
-    max_new_tokens: MaxNewTokens = 96,
+    policy: options.Policy,
+    method: options.Methods = "all",
+    drafter: options.DrafterFolder = None,
+    max_new_tokens: options.MaxNewTokens = 96,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
     from msd.bench.data import in_suites, load_data
@@ -84,13 +75,13 @@ def bench(
     if out is not None:
         check_place(out, folder=True)
     verification = policy.checked()
-    use_drafter(drafter)
-    methods = method_names(method, model.target, greedy=measurement.temperature == 0)
+    options.use_drafter(drafter)
+    methods = options.method_names(method, model.target, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     samples = in_suites(load_data(lines.data, lines.images), tasks)[: lines.limit]
     if measurement.label_thresholds is not None and measurement.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
-    quiet()
+    options.quiet()
     from msd.bench import conversation, measure, modality
     from msd.config import SpeculativeConfig
     from msd.drafters.toolkit import checkpoint
@@ -169,14 +160,15 @@ def _show(results: dict[str, Any], out: Path | None, console: Console) -> None:
     from msd.bench import report
 
     rows = [row for row in results["rows"] if row["task"] == "all"]
-    table = terminal.table("method", "vs ar", "95%", "median", "vs trans-\nformers", "tokens\n/s", "τ")
+    table = terminal.table(*MAIN_FIGURES.values())
     for row in rows:
         table.add_row(*(report.cell(row[key]) for key in MAIN_FIGURES))
     different = ", ".join(f"{r['method']} ({r['identical']:.0%})" for r in rows if r["identical"] not in (None, 1.0))
+    compared = "not compared" if rows[0]["identical"] is None else f"all, except {different}" if different else "all"
     lines = (
         report.described(results["environment"]),
         f"{rows[0]['samples']} samples. Median: of the speedups per sample. τ: mean acceptance length.",
-        f"Answers identical to generate(): {f'all, except {different}' if different else 'all that were compared'}.",
+        f"Answers identical to generate(): {compared}.",
         f"Full report, by task: {f'{out}/report.md and report.html' if out else 'add --out FOLDER'}",
     )
     console.print(lines[0], highlight=False, markup=False)

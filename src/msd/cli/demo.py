@@ -38,13 +38,14 @@ def demo(
         method_names(method, "reference")
     quiet()
     from msd import SpeculativeVLM, reference
+    from msd.bench.data import Sample
 
     console = Console(file=sys.stderr if as_json else sys.stdout)
     with terminal.loading():
         vlm = SpeculativeVLM.from_pretrained(reference.VIDEO_NAME if events else reference.NAME, method)
     photo = next(p for p in reference.sample_photos() if p.name == PHOTO)
     with TemporaryDirectory() as folder:
-        sample, title = _clip(photo, Path(folder)) if events else _photo(photo)
+        sample, title = _clip(photo, Path(folder)) if events else (Sample((photo,), PROMPT, None, "demo"), photo.name)
         console.print(f"[bold]{title}[/bold]  {sample.prompt}\n", highlight=False, soft_wrap=True)
         results = _compare(vlm, sample, max_new_tokens, runs, console)
     if as_json:
@@ -68,13 +69,6 @@ def _compare(vlm: SpeculativeVLM, sample: Sample, max_new_tokens: int, runs: int
             vlm.model, vlm.processor, [sample] * runs, [vlm.drafter.name], max_new_tokens, 0.0, progress.update,
             baselines=(measure.TRANSFORMERS,),
         )  # fmt: skip
-
-
-def _photo(photo: Path) -> tuple[Sample, str]:
-    """Returns a prompt about the photo, and a title."""
-    from msd.bench.data import Sample
-
-    return Sample((photo,), PROMPT, None, "demo"), photo.name
 
 
 def _clip(photo: Path, folder: Path) -> tuple[Sample, str]:

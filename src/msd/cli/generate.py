@@ -11,43 +11,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from msd.cli import terminal
-from msd.cli.options import (
-    Drafting,
-    Json,
-    LoadedInputs,
-    MaxNewTokens,
-    Policy,
-    PromptInputs,
-    Sampling,
-    grouped,
-    load_inputs,
-    quiet,
-)
+from msd.cli import options, terminal
 from msd.system.machine import share_cores
 
 if TYPE_CHECKING:
     from msd import Result, SpeculativeVLM
 
 
-@grouped
+@options.grouped
 def generate(
-    inputs: PromptInputs,
-    drafting: Drafting,
-    sampling: Sampling,
-    policy: Policy,
+    inputs: options.PromptInputs,
+    drafting: options.Drafting,
+    sampling: options.Sampling,
+    policy: options.Policy,
     audio: Annotated[
         list[Path] | None, typer.Option("--audio", help="A sound file, for models with audio input; repeatable.")
     ] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    as_json: Json = False,
+    max_new_tokens: options.MaxNewTokens = 128,
+    as_json: options.Json = False,
 ) -> None:
     """Answer PROMPT about the given files; the text is printed as it is generated."""
-    loaded = load_inputs(inputs, drafting.target, audio)
+    loaded = options.load_inputs(inputs, drafting.target, audio)
     settings = sampling.settings(max_new_tokens)
     verification = policy.checked()
     method = drafting.method_name(loaded.target)
-    quiet()
+    options.quiet()
     share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
 
@@ -67,7 +55,7 @@ def generate(
         console.print(f"[dim]{line}[/dim]", soft_wrap=True)
 
 
-def _summary(answer: Result, vlm: SpeculativeVLM, loaded: LoadedInputs) -> list[str]:
+def _summary(answer: Result, vlm: SpeculativeVLM, loaded: options.LoadedInputs) -> list[str]:
     """Returns the figures of an answer, one line each."""
     lines = [
         f"{len(answer.tokens)} tokens in {answer.seconds:.2f} s, {answer.tokens_per_second:.1f} tokens/s, "
