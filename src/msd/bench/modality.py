@@ -48,7 +48,7 @@ class Tally:
 
     @classmethod
     def of(cls, answers: Iterable[tuple[Iterable[RowStep], Sequence[int]]]) -> Tally:
-        """Counts answers, each given by its steps and the modality ids of its tokens."""
+        """Counts answers: (steps, modality ids of the tokens) of each."""
         tally = cls()
         for steps, labels in answers:
             for position, depth, accepted in drafted_positions(steps, len(labels)):

@@ -28,16 +28,16 @@ _TASKS = {
 }
 
 
-def ratio_interval(base: Sequence[float], mine: Sequence[float]) -> list[float] | None:
-    """Returns [low, high], the 95% paired bootstrap interval of Σ base / Σ mine over samples; None below two samples.
+def ratio_interval(base: Sequence[float], own: Sequence[float]) -> list[float] | None:
+    """Returns [low, high], the 95% paired bootstrap interval of Σ base / Σ own over samples; None below two samples.
 
-    base, mine: seconds of each sample, in the same order. The result is deterministic.
+    base, own: seconds of each sample, in the same order. The result is deterministic.
     """
     n = len(base)
     if n < 2:
         return None
     indices = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
-    sums = [torch.tensor(list(seconds), dtype=torch.float64)[indices].sum(1) for seconds in (base, mine)]
+    sums = [torch.tensor(list(seconds), dtype=torch.float64)[indices].sum(1) for seconds in (base, own)]
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     return [float(edge) for edge in (sums[0] / sums[1].clamp_min(1e-12)).quantile(edges)]
 
@@ -47,7 +47,7 @@ def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for method in dict.fromkeys(methods):
         groups.setdefault(_SEED.sub("", method), []).append(method)
-    return {name: [name] if name in found else found for name, found in groups.items()}
+    return {name: [name] if name in seeds else seeds for name, seeds in groups.items()}
 
 
 def _msd(groups: dict[str, list[str]]) -> str | None:
@@ -62,11 +62,11 @@ def tables(results: dict[str, Any]) -> list[Table]:
     name = _msd(groups)
     if name is None or len(groups) < 2:
         return []
-    found = [_speedups(results, seconds, groups, name)]
+    speedups = [_speedups(results, seconds, groups, name)]
     if name != SHIPPED in groups:
         title, head, rows = _speedups(results, seconds, groups, SHIPPED)
-        found.append((f"{title} (trained longer than all others)", head, rows))
-    return found
+        speedups.append((f"{title} (trained longer than all others)", head, rows))
+    return speedups
 
 
 def _speedups(
@@ -76,16 +76,16 @@ def _speedups(
     tasks: list[str] = results["sample_tasks"]
     columns = [] if len(set(tasks)) == 1 else list(dict.fromkeys(tasks))
     several = any(len(methods) > 1 for methods in groups.values())
-    mine, rows = _sample_means([seconds[m] for m in groups[name]]), []
+    own, rows = _sample_means([seconds[m] for m in groups[name]]), []
     for other, methods in groups.items():
         if other == name:
             continue
-        theirs = _sample_means([seconds[m] for m in methods])
-        edges = ratio_interval(theirs, mine)
-        row = [other, _ratio(theirs, mine), "–" if edges is None else f"{edges[0]:.2f}–{edges[1]:.2f}"]
+        base = _sample_means([seconds[m] for m in methods])
+        edges = ratio_interval(base, own)
+        row = [other, _ratio(base, own), "–" if edges is None else f"{edges[0]:.2f}–{edges[1]:.2f}"]
         for task in columns:
             indices = [i for i, t in enumerate(tasks) if t == task]
-            row.append(_ratio([theirs[i] for i in indices], [mine[i] for i in indices]))
+            row.append(_ratio([base[i] for i in indices], [own[i] for i in indices]))
         pairs = list(zip(methods, groups[name], strict=False)) if len(methods) == len(groups[name]) > 1 else []
         rows.append(row + [", ".join(_ratio(seconds[a], seconds[b]) for a, b in pairs) or "–"] * several)
     head = ["against", "all", "95%", *columns, *["seed by seed"] * several]
@@ -96,8 +96,8 @@ def _sample_means(columns: Sequence[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*columns, strict=True)]
 
 
-def _ratio(base: Sequence[float], mine: Sequence[float]) -> str:
-    return f"{sum(base) / sum(mine):.2f}"
+def _ratio(base: Sequence[float], own: Sequence[float]) -> str:
+    return f"{sum(base) / sum(own):.2f}"
 
 
 def summary(results: dict[str, Any]) -> list[Table]:
@@ -119,15 +119,15 @@ def summary(results: dict[str, Any]) -> list[Table]:
         if task in ours
     ]
     head = ["standard", "MSD" if name == SHIPPED else f"MSD (`{name}`)", "improvement"]
-    found = [("Speedup per task, end to end over `ar`", ["task", *head], speed)]
+    compared = [("Speedup per task, end to end over `ar`", ["task", *head], speed)]
     both = (_acceptance(row) for row in (*standard["all"], *ours["all"]))
     measured = dict.fromkeys(m for rates in both for m, rate in rates.items() if rate is not None)
     accepted = [
         [m, *_compare(standard["all"], ours["all"], lambda row, m=m: _acceptance(row).get(m))] for m in measured
     ]
     if accepted:
-        found.append(("Acceptance rate per modality, chains of depth 5", ["modality", *head], accepted))
-    return found
+        compared.append(("Acceptance rate per modality, chains of depth 5", ["modality", *head], accepted))
+    return compared
 
 
 def _rows_by_task(results: dict[str, Any], methods: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -56,7 +56,7 @@ def described(environment: dict[str, Any]) -> str:
         f"{environment.get('backend', 'plain')} backend"
         f"{' (lossy)' if environment.get('backend_lossy') else ''}, "
         f"torch {environment['torch']}, transformers {environment['transformers']}; {environment['settings']}. "
-        "Times are end to end unless a column says otherwise. All methods answered every sample, interleaved, with "
+        "Times are end to end unless a column states otherwise. All methods answered every sample, interleaved, with "
         "empty caches. `ar` is this library's decoding without drafts: speedup over `ar` comes from drafting, speedup "
         "of `ar` over `transformers` from faster kernels."
         f"{f' A target pass spends at least {shares} of its time outside operators.' if shares else ''}"

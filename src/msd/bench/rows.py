@@ -49,13 +49,12 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
     groups: indices into each method's list of `runs`. comparable: whether answers must equal the library's; a sampled
     batch shares one generator there, so its answers may differ.
     """
-    mine, theirs, plain = ([runs[n][i] for i in groups] for n in (name, TRANSFORMERS, PLAIN))
+    own, library, plain = ([runs[n][i] for i in groups] for n in (name, TRANSFORMERS, PLAIN))
     total = Statistics()
-    for r in mine:
+    for r in own:
         total.add(r.statistics)
-    base, own = _decode_seconds(plain), _decode_seconds(mine)
-    pairs = [pair for a, b in zip(mine, theirs, strict=True) for pair in zip(a.answers, b.answers, strict=True)]
-    answers, tokens, seconds = len(pairs), sum(r.tokens for r in mine), _seconds(mine)
+    pairs = [pair for a, b in zip(own, library, strict=True) for pair in zip(a.answers, b.answers, strict=True)]
+    answers, tokens, seconds = len(pairs), sum(r.tokens for r in own), _seconds(own)
     parts = {part: total.seconds[part] for part in ("prefill", "draft", "verify", "host")} if total.seconds else {}
     return {
         "method": name,
@@ -63,22 +62,22 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
         "samples": answers,
         "tokens": tokens,
         "mean_answer_tokens": tokens / answers,
-        "speedup_vs_transformers": _seconds(theirs) / seconds,
+        "speedup_vs_transformers": _seconds(library) / seconds,
         "speedup_vs_ar": _seconds(plain) / seconds,
-        "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in mine]),
-        "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(mine, plain, strict=True)),
-        "speedup_warm_vs_ar": _warm_speedup(plain, mine),
-        "speedup_decode_only": None if base is None or own is None else base / max(own, 1e-9),
+        "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in own]),
+        "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(own, plain, strict=True)),
+        "speedup_warm_vs_ar": _warm_speedup(plain, own),
+        "speedup_decode_only": _decode_speedup(plain, own),
         "tokens_per_second": tokens / seconds,
         "mean_acceptance_length": total.mean_acceptance_length if total.num_spec_steps else None,
-        "tau_outside_repeated_8grams": tau_outside_repeats(row for r in mine for row in r.by_row()),
+        "tau_outside_repeated_8grams": tau_outside_repeats(row for r in own for row in r.by_row()),
         "tau_without_bonus": total.tau_without_bonus if total.num_spec_steps else None,
         "draft_acceptance_rate": total.draft_acceptance_rate if total.num_spec_steps else None,
         **dict.fromkeys(BY_MODALITY),
         "divergence": total.as_dict()["divergence"],
         "identical": sum(a == b for a, b in pairs) / answers if comparable else None,
         "seconds": seconds,
-        "prefill_s": parts.get("prefill", sum(r.prefill or 0.0 for r in mine)),
+        "prefill_s": parts.get("prefill", sum(r.prefill or 0.0 for r in own)),
         "draft_s": parts.get("draft"),
         "verify_s": parts.get("verify"),
         "host_s": parts.get("host"),
@@ -90,13 +89,15 @@ def _seconds(runs: list[Run]) -> float:
     return sum(r.seconds for r in runs)
 
 
-def _decode_seconds(runs: list[Run]) -> float | None:
-    """Returns the time after prefill; None if any prefill time is unknown."""
-    times = [r.seconds - r.prefill for r in runs if r.prefill is not None]
-    return sum(times) if len(times) == len(runs) else None
+def _decode_speedup(plain: list[Run], own: list[Run]) -> float | None:
+    """Returns the speedup over plain decoding after prefill; None if any prefill time is unknown."""
+    if any(r.prefill is None for r in (*plain, *own)):
+        return None
+    base, decode = (sum(r.seconds - (r.prefill or 0.0) for r in runs) for runs in (plain, own))
+    return base / max(decode, 1e-9)
 
 
-def _warm_speedup(plain: list[Run], mine: list[Run]) -> float | None:
+def _warm_speedup(plain: list[Run], own: list[Run]) -> float | None:
     """Returns the speedup over plain decoding with all images encoded; None if it was not measured."""
-    pairs = [(a.warm, b.warm) for a, b in zip(plain, mine, strict=True) if a.warm is not None and b.warm is not None]
+    pairs = [(a.warm, b.warm) for a, b in zip(plain, own, strict=True) if a.warm is not None and b.warm is not None]
     return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None

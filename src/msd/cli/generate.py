@@ -66,7 +66,7 @@ def _summary(answer: Result, vlm: SpeculativeVLM, loaded: options.LoadedInputs) 
     seconds = answer.statistics.seconds
     if "beside" in seconds:
         lines.append(
-            f"the drafter encoded the events in {1000 * seconds['beside']:.1f} ms, "
+            f"auxiliary tokens of the drafter: {1000 * seconds['beside']:.1f} ms, "
             f"{1000 * seconds['beside_overlap']:.1f} of them while the target encoded and prefilled"
         )
     if answer.predicted_modality:

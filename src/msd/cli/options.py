@@ -67,9 +67,7 @@ class Model:
 class DataLines:
     """A data file, or its first lines."""
 
-    data: Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); by default the bundled photos.")] = (
-        None
-    )
+    data: Annotated[Path | None, typer.Option("--data", help="Data file (jsonl); by default the bundled one.")] = None
     images: Images = None
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")] = None
 

@@ -94,13 +94,13 @@ ul { list-style: none; margin: 0; padding-left: 1.3rem; border-left: 1px dotted 
 .step > ul { border: 0; padding: 0 }
 li span { white-space: pre-wrap; font-family: ui-monospace, monospace } .no { color: #888 }
 .no span { text-decoration: line-through } small { color: #777 } .key i { padding: 0 .5rem; border-bottom: 3px solid }
-.step > small { min-width: 9rem } .photo { position: relative; line-height: 0 } .token[data-gain] { cursor: pointer }
-.photo > div { position: absolute; inset: 0; display: grid } .photo > div > i { background: #d62728 }
+.step > small { min-width: 9rem } .image { position: relative; line-height: 0 } .token[data-gain] { cursor: pointer }
+.image > div { position: absolute; inset: 0; display: grid } .image > div > i { background: #d62728 }
 .token.selected { outline: 2px solid #d62728 }
 """
 # a click on a token shades the blocks of the image by their gain at that token
 SCRIPT = """
-const cells = document.querySelectorAll('.photo > div > i'), hint = document.querySelector('#hint');
+const cells = document.querySelectorAll('.image > div > i'), hint = document.querySelector('#hint');
 function show(token) {
   document.querySelectorAll('.selected').forEach(other => other.classList.remove('selected'));
   token.classList.add('selected');
@@ -140,7 +140,7 @@ def page(
         f"acceptance length {result.statistics.mean_acceptance_length:.2f}, {result.tokens_per_second:.1f} tokens/s"
     )
     grid = 0 if not gains else len(gains[0])
-    shown = "".join(_photo(image, grid if i == 0 else 0) for i, image in enumerate(images))
+    shown = "".join(_image(image, grid if i == 0 else 0) for i, image in enumerate(images))
     kinds = {node.modality for step in steps for node in step.nodes}.union(result.predicted_modality or ())
     key = "".join(f'<i style="border-color:{COLOURS.get(k, OTHER)}">{k}</i>' for k in COLOURS if k in kinds)
     rows = "".join(_step(number, step, decode) for number, step in enumerate(steps, 1))
@@ -198,11 +198,11 @@ def _node(n: int, node: Node, nodes: Sequence[Node], decode: Decode) -> str:
     )
 
 
-def _photo(image: Image.Image, grid: int) -> str:
+def _image(image: Image.Image, grid: int) -> str:
     """Returns an image with grid x grid cells over it, which the script shades."""
     cells = "<i></i>" * (grid * grid)
     overlay = f'<div style="grid-template:repeat({grid},1fr)/repeat({grid},1fr)">{cells}</div>' if grid else ""
-    return f'<div class="photo"><img alt="image of the prompt" src="{_inline(image)}">{overlay}</div>'
+    return f'<div class="image"><img alt="image of the prompt" src="{_inline(image)}">{overlay}</div>'
 
 
 def _inline(image: Image.Image) -> str:
