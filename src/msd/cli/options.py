@@ -187,25 +187,20 @@ class Policy:
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Returns `command` as a function for typer: each parameter that is a group is replaced by its fields."""
-    hints, parameters = get_type_hints(command, include_extras=True), []
-    groups: dict[str, tuple[type, list[str]]] = {}
+    keyword, hints = inspect.Parameter.KEYWORD_ONLY, get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
+    parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
-        kind = hints[name]
-        if not is_dataclass(kind):
-            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=keyword))
             continue
-        assert isinstance(kind, type)
-        options = get_type_hints(kind, include_extras=True)
-        groups[name] = kind, [field.name for field in fields(kind)]
-        for field in fields(kind):
+        options = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
             default = inspect.Parameter.empty if field.default is MISSING else field.default
-            option = options[field.name]
-            parameters.append(
-                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
-            )
+            parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=options[field.name]))
 
     def run(**values: Any) -> None:
-        arguments = {name: kind(**{field: values.pop(field) for field in own}) for name, (kind, own) in groups.items()}
+        arguments = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
         command(**arguments, **values)
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__

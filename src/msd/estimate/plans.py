@@ -44,17 +44,13 @@ class Acceptance:
             else:
                 parsed = cls(rates=tuple(float(part) for part in parts))
         except ValueError as error:
-            raise UserError(
-                f"--acceptance '{text}' is invalid; give it as 3.5, as 8=3.1,60=4.7 or as 0.8,0.7,0.6"
-            ) from error
-        if not parsed.rates and not parsed.lengths and parsed.length is None:
+            raise UserError(f"--acceptance '{text}' is invalid; give 3.5, 8=3.1,60=4.7 or 0.8,0.7,0.6") from error
+        if not parts:
             raise UserError("--acceptance is empty; give a length such as 3.5, or rates such as 0.8,0.7,0.6")
         wrong = [rate for rate in parsed.rates if not 0 <= rate <= 1]
         wrong += [length for nodes, length in parsed.lengths.items() if not 1 <= length <= nodes + 1]
         if wrong:
-            raise UserError(
-                f"--acceptance '{text}': {wrong[0]:g} is invalid; a rate lies in [0, 1], a length in [1, nodes + 1]"
-            )
+            raise UserError(f"--acceptance '{text}': {wrong[0]:g} is no rate in [0, 1] or length in [1, nodes + 1]")
         return parsed
 
     def of(self, nodes: int, depth: int) -> float | None:
