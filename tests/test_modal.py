@@ -50,7 +50,7 @@ def test_counts_by_hand() -> None:
     assert short.rates() == {"vision": 1.0, "language": None, "fusion": None}
 
 
-def test_labels_hold_as_far_as_two_answers_agree() -> None:
+def test_labels_end_at_the_first_difference() -> None:
     assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
     assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
     assert modality.labels_of_common_prefix([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
@@ -58,7 +58,7 @@ def test_labels_hold_as_far_as_two_answers_agree() -> None:
 
 
 class Guesses(RandomDrafter):
-    """Chains of guesses that are a function of the position in the answer alone: right at two of three positions."""
+    """Drafts chains of guesses that depend only on the position: correct at two of three positions."""
 
     def guess(self, at: int, answer: Sequence[int]) -> int:
         return answer[at] if at % 3 and at < len(answer) else 63
@@ -123,7 +123,7 @@ def looked_up(text: list[int], depth: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_prompt_lookup_drafts_the_chain_it_is_asked_for(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_lookup_drafts_the_requested_chain(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava(vocab=12, seed=seed, sharpness=10.0)  # few words, many repetitions
     inputs = tiny.llava_inputs(seed=seed, vocab=12)
     chains: list[tuple[list[int], list[int]]] = []
@@ -191,7 +191,7 @@ def samples(folder: Path) -> list[Sample]:
     ]
 
 
-def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
+def test_bench_measures_acceptance_by_modality(folder: Path) -> None:
     model, processor = load_target(folder)
     model.generation_config.eos_token_id = 2
     thresholds = ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))

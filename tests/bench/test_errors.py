@@ -62,8 +62,15 @@ def row(method: str, task: str, speedup: float, rates: tuple[float, ...] | None 
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    told = {"threads": 2, "cpu_capability": "X", "dtype": "float32", "torch": "2", "transformers": "5", "settings": {}}
-    return {"environment": told, "rows": rows}
+    machine = {
+        "threads": 2,
+        "cpu_capability": "X",
+        "dtype": "float32",
+        "torch": "2",
+        "transformers": "5",
+        "settings": {},
+    }
+    return {"environment": machine, "rows": rows}
 
 
 def test_msd_is_compared_with_standard() -> None:
@@ -115,7 +122,7 @@ def test_error_tables_and_plot() -> None:
     assert plots.rejections(results(rows[:1])) is None and errors.tables(results(rows[:1])) == []
 
 
-def test_modalities_of_events_are_told_as_any_others() -> None:
+def test_event_modalities_are_reported_as_all_others() -> None:
     steps = [RowStep(0, 1, 2, 1)]
     seen = errors.pattern([(steps, [EVENT_DENSE.id, LANGUAGE.id, EVENT_SPARSE.id], ["object", "verb", "other"])])
     rows = [row("standard", "all", 1.0), row("msd", "all", 2.0)]

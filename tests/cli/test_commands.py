@@ -1,4 +1,4 @@
-"""The commands on the reference model: what they print is what the design promises."""
+"""The output of the commands on the reference model."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_verify_audits_other_engines(capsys: pytest.CaptureFixture[str], tmp_pat
     assert not json.loads(captured.out)["rows"][0]["passed"]
 
 
-def test_all_methods_of_a_greedy_benchmark_are_told_once() -> None:
+def test_a_greedy_benchmark_leaves_out_sampled_forms() -> None:
     sampled, greedy = (method_names("all", "reference", greedy) for greedy in (False, True))
     assert set(sampled) - set(greedy) == {"msd:sampled", "prompt-lookup:sampled"}
     assert method_names("msd:sampled", "reference", greedy=True) == ["msd:sampled"]

@@ -1,4 +1,4 @@
-"""What a newcomer meets: quiet commands, whole tables, pages with trees, and short answers that cost no drafting."""
+"""First use: quiet commands, uncut tables, pages with draft trees, and short answers that cost no drafting."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def eventgpt() -> EventGPTDrafter:
 
 
 def test_timing_the_kernels_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """torch's own profiler writes two lines a pass from C++, past `sys.stderr`."""
+    """`torch.profiler` would write two lines per pass from C++, past `sys.stderr`."""
     shares = timing.outside_kernels(adapt(MODEL, backend="plain"))
     assert shares is not None and set(shares) == {"1", "9"} and all(0 <= share < 1 for share in shares.values())
     captured = capfd.readouterr()
@@ -67,7 +67,7 @@ def test_timing_the_kernels_writes_nothing(capfd: pytest.CaptureFixture[str]) ->
 
 
 def whole(text: str, *words: str) -> None:
-    """Every word is in the text, which is not wider than a terminal, and nothing of it is cut."""
+    """Asserts that the text fits a terminal, is not cut, and holds every word."""
     assert "…" not in text and max(map(len, text.splitlines())) <= WIDE
     for word in words:
         assert word in text, word
@@ -89,7 +89,7 @@ def test_the_demos_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: No
 def test_the_benchmarks_table_is_whole(
     capsys: pytest.CaptureFixture[str], narrow: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On a terminal; a pipe gets Markdown, and `--json` JSON."""
+    """A terminal gets a table, a pipe Markdown, and `--json` gives JSON."""
     names = ["transformers:prompt-lookup", *(method.name for method in drafters.catalogue())]
     machine = {
         "threads": 2,
@@ -165,7 +165,7 @@ def test_inspect_drafts_whatever_the_governor_says(
 
 
 def methods() -> dict[str, Drafter]:
-    """One of every kind of drafter that reads prompts."""
+    """One drafter of every kind that reads prompts."""
     made = network()
     found: dict[str, Drafter] = {
         "msd": MSD(made),
@@ -207,7 +207,7 @@ def answer(drafter: Drafter, tokens: int, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("name", methods())
 def test_a_drafter_reads_no_prompt_for_a_short_answer(name: str, readings: list[str]) -> None:
-    """Of one token there is nothing to draft, of two only the target's own; labels are told all the same."""
+    """One token needs no draft, and the second comes from the target; labels exist nevertheless."""
     drafter = methods()[name]
     for tokens in (1, 2):
         given = answer(drafter, tokens)
@@ -225,8 +225,8 @@ def test_a_paused_governor_costs_no_reading(name: str, readings: list[str], monk
     assert len(given.tokens) == 12 and given.statistics.num_draft_tokens == 0 and readings == []
 
 
-def test_an_unread_prompt_is_read_late_and_right() -> None:
-    """A drafter that begins to draft after some tokens drafts what it would have drafted."""
+def test_a_prompt_can_be_read_late() -> None:
+    """A drafter that starts late drafts the same trees as one that started at once."""
     for name, drafter in methods().items():
         trees: dict[bool, list[list[int]]] = {}
         for late in (False, True):
@@ -258,7 +258,7 @@ def test_an_unread_prompt_is_read_late_and_right() -> None:
 
 
 def test_the_newest_state_is_known_after_it_was_read() -> None:
-    """`msd+NAME` asks for it when the notes have been read already, and routed by the prompt's last state instead."""
+    """`msd+NAME` routes by the newest hidden state, not by the last one of the prompt."""
     made = Combined(rivals.network(MODEL, "eagle3"), network())
     seen: list[torch.Tensor] = []
     observe, routers = DecodedStates.observe, Combined._routers
