@@ -6,7 +6,7 @@ The target itself answers the earlier turns of a conversation, so that every met
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,23 @@ class Conversation:
         self.engine = engine
         self._answers: dict[tuple[Any, ...], str] = {}
 
-    def __call__(self, *samples: Sample) -> dict[str, Any]:
-        """Returns the processor output for a batch of B samples: input_ids [B, L], pixel values and the like."""
-        return self._prepare(samples, self._answer)
+    def __call__(self, *samples: Sample, answered: bool = True) -> dict[str, Any]:
+        """Returns the processor output for a batch of B samples: input_ids [B, L], pixel values and the like.
 
-    def unanswered(self, sample: Sample) -> dict[str, Any]:
-        """Returns the processor output for one sample with "-" for each earlier answer: needs no decoding."""
-        return self._prepare([sample], lambda *_: "-")
+        answered: if False, "-" replaces each earlier answer, so that nothing is decoded.
+        """
+        chats = [self._chat(sample, answered) for sample in samples]
+        return prompts.prepare(self.engine.processor, [list(sample.images) for sample in samples], chats=chats)
 
-    def _prepare(self, samples: Sequence[Sample], answer: Callable[[Sample, int], str]) -> dict[str, Any]:
-        pictures = [list(sample.images) for sample in samples]
-        return prompts.prepare(self.engine.processor, pictures, chats=[self._chat(s, answer) for s in samples])
-
-    def _chat(self, sample: Sample, answer: Callable[[Sample, int], str]) -> prompts.Messages:
+    def _chat(self, sample: Sample, answered: bool) -> prompts.Messages:
         chat: prompts.Messages = []
         for i, question in enumerate((*sample.before, sample.prompt)):
             prompts.check_text(question)
             pictures = [{"type": prompts.kind(source)} for source in sample.images] if i == 0 else []
             chat.append({"role": "user", "content": [*pictures, _text(question)]})
             if i < len(sample.before):
-                chat.append({"role": "assistant", "content": [_text(answer(sample, i))]})
+                answer = self._answer(sample, i) if answered else "-"
+                chat.append({"role": "assistant", "content": [_text(answer)]})
         return chat
 
     def _answer(self, sample: Sample, turn: int) -> str:
@@ -87,7 +84,7 @@ def check_prompts(conversation: Conversation, samples: Sequence[Sample], max_new
     context = conversation.engine.target.context_length
     for sample in samples:
         with _located(sample):
-            length = conversation.unanswered(sample)["input_ids"].shape[1] + LONGEST * len(sample.before)
+            length = conversation(sample, answered=False)["input_ids"].shape[1] + LONGEST * len(sample.before)
             if context is not None and length + max_new_tokens > context:
                 raise UserError(
                     f"{length} prompt tokens and {max_new_tokens} new ones do not fit the model's context of "

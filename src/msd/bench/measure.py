@@ -28,7 +28,7 @@ from msd.bench.data import Sample
 from msd.bench.modality import TOP, LabelledSample, Labeller, columns, mean_top_probabilities, top_probabilities
 from msd.bench.rows import row
 from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, outside_kernels, time_engine, time_library
-from msd.bench.unfinished import Unfinished, saved_identity
+from msd.bench.unfinished import Unfinished
 from msd.config import SpeculativeConfig
 from msd.drafters import recordings
 from msd.labels.label_thresholds import ModalityThresholds
@@ -123,7 +123,10 @@ class Bench:
             except REFUSALS as error:
                 self.not_run[name] = _reason(error)
         names = list(dict.fromkeys([PLAIN, *settings.methods]))
-        config = _with_saved_backend(settings.config or SpeculativeConfig(), folder)
+        self.unfinished, config = Unfinished(folder), settings.config or SpeculativeConfig()
+        backend = self.unfinished.saved.get("backend")
+        if config.backend == "measure" and backend in ("plain", "fused"):  # the interrupted run has measured it
+            config = config.model_copy(update={"backend": backend})
         self.engines = {name: SpeculativeVLM(model, processor, config, name) for name in names}
         self.timers |= {
             name: partial(time_engine, engine, settings=generation, warm=settings.warm)
@@ -136,7 +139,8 @@ class Bench:
         self.labels: list[LabelledSample] = []
         self.top_probabilities: list[Tensor] = []
         self.outside: dict[str, float] | None = {}
-        self.unfinished = Unfinished(folder, {} if folder is None else self._identity())
+        if folder is not None:
+            self.unfinished.resume(self._identity())
 
     @property
     def answered(self) -> list[list[int]]:
@@ -279,13 +283,6 @@ class Bench:
             "target": fingerprint(self.model),
             **environment(self.model, settings.generation),
         }
-
-
-def _with_saved_backend(config: SpeculativeConfig, folder: Path | None) -> SpeculativeConfig:
-    """Replaces the backend "measure" by the one that an interrupted run in `folder` measured to be faster."""
-    backend = saved_identity(folder).get("backend")
-    known = config.backend == "measure" and backend in ("plain", "fused")
-    return config.model_copy(update={"backend": backend}) if known else config
 
 
 def _reason(error: Exception) -> str:

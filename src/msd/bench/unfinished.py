@@ -20,50 +20,50 @@ NAME, FORMAT = "unfinished.jsonl", 1
 P = TypeVar("P")
 
 
-def saved_identity(folder: Path | None) -> dict[str, Any]:
-    """Returns the identity of the interrupted run in a folder; empty if there is no readable one."""
-    path = None if folder is None else folder / NAME
-    rows = read_rows(path, "")[0] if path is not None and path.is_file() else []
-    identity = rows[0].get("made_of") if rows else None
-    return identity if isinstance(identity, dict) else {}
-
-
 class Unfinished:
-    """The measured parts of a run, by name and number. Without a folder nothing is saved."""
+    """The measured parts of a run, by name and number. Without a folder nothing is saved.
 
-    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
-        """identity: JSON-ready. Raises UserError if the folder holds an interrupted run with another identity."""
+    saved: the identity of the interrupted run in the folder; empty if there is none. Parts can be read and saved once
+    `resume` has compared it with the identity of the new run.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Reads the interrupted run in a folder. Raises UserError if the file is damaged."""
         self.path = None if folder is None else folder / NAME
+        self.saved: dict[str, Any] = {}
         self._parts: dict[tuple[str, int], dict[str, Any]] = {}
-        if self.path is None:
+        self._damaged = 0
+        if self.path is None or not self.path.is_file():
             return
-        head = {"format": FORMAT, "made_of": json.loads(json.dumps(identity))}
-        rows, damaged = self._read(head) if self.path.is_file() else ([], 0)
-        for row in rows:
+        rows, self._damaged = read_rows(self.path, self._restart)
+        first = rows[0] if rows else {}
+        if first.get("format") != FORMAT or not isinstance(first.get("made_of") or None, dict):
+            raise UserError(f"'{self.path}' is damaged, or of another version of msd; {self._restart}")
+        self.saved = first["made_of"]
+        for row in rows[1:]:
             if isinstance(row.get("part"), str) and isinstance(row.get("number"), int):
                 self._parts[row["part"], row["number"]] = row
-        if self._parts:
-            lost = f"; {damaged} damaged lines are measured again" if damaged else ""
-            print(f"msd: resuming the run that was interrupted in '{folder}'{lost}", file=sys.stderr)
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in (head, *self._parts.values())))
 
-    def _read(self, head: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """Returns the rows after the first, which must equal `head`, and the number of damaged lines."""
+    @property
+    def _restart(self) -> str:
+        return f"delete '{self.path}' to begin anew"
+
+    def resume(self, identity: dict[str, Any]) -> None:
+        """Starts or resumes a run. identity: JSON-ready. Raises UserError if the interrupted run has another one."""
         assert self.path is not None
-        restart = f"delete '{self.path}' to begin anew"
-        rows, damaged = read_rows(self.path, restart)
-        first = rows[0] if rows else {}
-        if first.get("format") != FORMAT or not isinstance(first.get("made_of"), dict):
-            raise UserError(f"'{self.path}' is damaged, or of another version of msd; {restart}")
-        before, now = first["made_of"], head["made_of"]
-        for name in dict.fromkeys([*now, *before]):
-            if before.get(name) != now.get(name):
-                old, new = (shortened(repr(identity.get(name))) for identity in (before, now))
+        identity = json.loads(json.dumps(identity))
+        for name in dict.fromkeys([*identity, *self.saved]) if self.saved else ():
+            if self.saved.get(name) != identity.get(name):
+                old, new = (shortened(repr(each.get(name))) for each in (self.saved, identity))
                 raise UserError(
                     f"'{self.path.parent}' holds an interrupted run with {name} {old}, not {new}; repeat the command "
-                    f"with the old settings to resume it, choose another --out, or {restart}"
+                    f"with the old settings to resume it, choose another --out, or {self._restart}"
                 )
-        return rows[1:], damaged
+        if self._parts:
+            lost = f"; {self._damaged} damaged lines are measured again" if self._damaged else ""
+            print(f"msd: resuming the run that was interrupted in '{self.path.parent}'{lost}", file=sys.stderr)
+        head = {"format": FORMAT, "made_of": identity}
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in (head, *self._parts.values())))
 
     def get(self, name: str, kind: type[P], number: int) -> P | None:
         """Returns a saved part, an instance of the dataclass `kind`; None if it is missing or damaged."""

@@ -81,11 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         if error.errno not in FULL:
             _report(error)
         give_up_output()
-        what = f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"
-        _fail("; ".join([what, *_notes(error)]), 2)
+        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2, error)
     except Exception as error:
         if message := _user_message(error):
-            _fail("; ".join([message, *_notes(error)]), 2)
+            _fail(message, 2, error)
         _report(error)
 
 
@@ -109,7 +108,7 @@ def _report(error: Exception) -> None:
     _fail(f"{message} with {log.name}", 1)
 
 
-def _notes(error: BaseException) -> list[str]:
+def _notes(error: BaseException | None) -> list[str]:
     """Returns what a command added to the error: which of its work is saved."""
     return getattr(error, "__notes__", [])
 
@@ -129,8 +128,9 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str, code: int) -> None:
-    """Prints one line on stderr and exits."""
+def _fail(message: str, code: int, error: Exception | None = None) -> None:
+    """Prints the message and the error's notes as one line on stderr, and exits."""
+    message = "; ".join([message, *_notes(error)])
     with suppress(OSError):  # if nothing can be written, the exit code remains
         flush()
     if sys.stderr is not None:

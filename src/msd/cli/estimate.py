@@ -59,16 +59,13 @@ def estimate(
             f"{row['speedup_decode']:.2f}x", f"{row['speedup']:.2f}x",
             f"{row['tokens_per_second']:.0f}" if row["fits"] else "too big",
         )  # fmt: skip
-    console = Console()
-    console.print(
-        f"{model.name} on {device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s "
-        f"({device.source})", soft_wrap=True,
-    )  # fmt: skip
-    console.print(shown)
-    console.print(
-        "prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer", soft_wrap=True
-    )
+    speed = f"{device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s ({device.source})"
+    notes = ["prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer"]
     if accepted.length is not None:
-        console.print("τ is assumed equal for all tree sizes, although a smaller tree accepts less.", soft_wrap=True)
+        notes.append("τ is assumed equal for all tree sizes, although a smaller tree accepts less.")
     if images and not model.vision_layers:
-        console.print("The vision tower is unsupported, so prefill does not include it.", soft_wrap=True)
+        notes.append("The vision tower is unsupported, so prefill does not include it.")
+    console = Console()
+    console.print(f"{model.name} on {device.name}: {speed}", soft_wrap=True)
+    console.print(shown)
+    console.print("\n".join(notes), soft_wrap=True)

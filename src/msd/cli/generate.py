@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from msd.cli import options, terminal
-from msd.system.machine import share_cores
+from msd.cli import options
 
 if TYPE_CHECKING:
     from msd import Result, SpeculativeVLM
@@ -32,17 +31,7 @@ def generate(
 ) -> None:
     """Answer PROMPT about the given files; the text is printed as it is generated."""
     loaded = options.load_inputs(inputs, drafting.target, audio)
-    settings = sampling.settings(max_new_tokens)
-    verification = policy.checked()
-    method = drafting.method_name(loaded.target)
-    options.quiet()
-    share_cores()
-    from msd import SpeculativeConfig, SpeculativeVLM
-
-    config = SpeculativeConfig(label=True, backend=drafting.backend, **verification)
-    with terminal.loading():
-        vlm = SpeculativeVLM.from_pretrained(loaded.target, method, config, device=drafting.device)
-    settings |= loaded.arguments(vlm.drafter)
+    vlm, settings = options.load_engine(loaded, drafting, sampling.settings(max_new_tokens), **policy.checked())
     if as_json:
         print(json.dumps(vlm.generate(loaded.media, inputs.prompt, **settings).as_dict()))
         return

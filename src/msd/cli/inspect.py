@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL.Image import Image
 
-from msd.cli import terminal
-from msd.cli.options import Drafting, Json, MaxNewTokens, PromptInputs, Sampling, grouped, load_inputs, quiet
+from msd.cli.options import Drafting, Json, MaxNewTokens, PromptInputs, Sampling, grouped, load_engine, load_inputs
 from msd.errors import UserError
 from msd.system.files import check_place, write_whole
-from msd.system.machine import share_cores
 
 if TYPE_CHECKING:
     from msd import SpeculativeVLM
@@ -33,21 +31,14 @@ def inspect(
     if not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
     loaded = load_inputs(inputs, drafting.target)
-    settings = sampling.settings(max_new_tokens)
-    method = drafting.method_name(loaded.target)
-    quiet()
-    share_cores()
-    from msd import SpeculativeConfig, SpeculativeVLM
+    # every step drafts as much as it may, as in `msd verify`: the page does not depend on the clock
+    vlm, settings = load_engine(loaded, drafting, sampling.settings(max_new_tokens), adaptive=False)
     from msd.inspect import Trace, page
 
-    # every step drafts as much as it may, as in `msd verify`: the page does not depend on the clock
-    config = SpeculativeConfig(label=True, backend=drafting.backend, adaptive=False)
-    with terminal.loading():
-        vlm = SpeculativeVLM.from_pretrained(loaded.target, method, config, device=drafting.device)
-    arguments = loaded.arguments(vlm.drafter)
     trace = Trace()
-    answer = vlm.generate(loaded.media, inputs.prompt, on_step=trace, **settings, **arguments)
-    events = _event_frames(arguments["events"], f"{inputs.events}: seen by the drafter only") if arguments else ""
+    answer = vlm.generate(loaded.media, inputs.prompt, on_step=trace, **settings)
+    recording = settings.get("events")
+    events = "" if recording is None else _event_frames(recording, f"{inputs.events}: seen by the drafter only")
     pictures: list[Image] = []
     for source in loaded.media:
         pictures += getattr(source, "frames", [source])

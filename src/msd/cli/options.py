@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from msd.cli import terminal
 from msd.errors import UserError
 from msd.system.files import as_text
+from msd.system.machine import share_cores
 
 if TYPE_CHECKING:
+    from msd import SpeculativeVLM
     from msd.drafters import Drafter
     from msd.events import Recording
     from msd.inputs.media import Clip
@@ -271,6 +274,24 @@ def event_clip(recording: Recording, frames: int) -> Clip:
         raise UserError(f"'{recording.path}' holds no events; give a recording with events")
     seconds = (drawn.spans.max() - drawn.spans[drawn.counts > 0].min()) / 1e6
     return Clip(tuple(drawn.images()), tuple(range(frames)), frames, frames / seconds if seconds else 1.0)
+
+
+def load_engine(
+    inputs: LoadedInputs, drafting: Drafting, settings: dict[str, Any], **config: Any
+) -> tuple[SpeculativeVLM, dict[str, Any]]:
+    """Returns the engine for one prompt, and `settings` with the inputs for its drafter.
+
+    config: fields of `SpeculativeConfig`.
+    """
+    method = drafting.method_name(inputs.target)
+    quiet()
+    share_cores()
+    from msd import SpeculativeConfig, SpeculativeVLM
+
+    speculative = SpeculativeConfig(label=True, backend=drafting.backend, **config)
+    with terminal.loading():
+        vlm = SpeculativeVLM.from_pretrained(inputs.target, method, speculative, device=drafting.device)
+    return vlm, {**settings, **inputs.arguments(vlm.drafter)}
 
 
 def use_drafter(folder: Path | None) -> str | None:
