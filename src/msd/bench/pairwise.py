@@ -43,7 +43,7 @@ def ratio_interval(base: Sequence[float], own: Sequence[float]) -> list[float] |
 
 
 def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
-    """Returns name without seed -> the method of that name, or else the methods of its seeds, in order."""
+    """Groups methods by name without seed. If a method without seed has that name, its seeds are left out."""
     groups: dict[str, list[str]] = {}
     for method in dict.fromkeys(methods):
         groups.setdefault(_SEED.sub("", method), []).append(method)
@@ -51,7 +51,7 @@ def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _msd(groups: dict[str, list[str]]) -> str | None:
-    """Returns the group that stands for MSD; None if no MSD drafter was measured."""
+    """Returns the group that represents MSD; None if no MSD drafter was measured."""
     return next((name for name in OURS if name in groups), None)
 
 
@@ -110,14 +110,10 @@ def summary(results: dict[str, Any]) -> list[Table]:
     if name is None or CONTROL not in groups:
         return []
     standard, ours = (_rows_by_task(results, groups[n]) for n in (CONTROL, name))
-    speed = [
-        [
-            _TASKS.get(re.sub(r"[^a-z]", "", task.lower()), task),
-            *_compare(standard[task], ours[task], lambda row: row["speedup_vs_ar"]),
-        ]
-        for task in standard
-        if task in ours
-    ]
+    speed = []
+    for task in (task for task in standard if task in ours):
+        title = _TASKS.get(re.sub(r"[^a-z]", "", task.lower()), task)
+        speed.append([title, *_compare(standard[task], ours[task], lambda row: row["speedup_vs_ar"])])
     head = ["standard", "MSD" if name == SHIPPED else f"MSD (`{name}`)", "improvement"]
     compared = [("Speedup per task, end to end over `ar`", ["task", *head], speed)]
     both = (_acceptance(row) for row in (*standard["all"], *ours["all"]))
