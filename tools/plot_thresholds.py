@@ -1,8 +1,8 @@
 """Plots of docs/modality_verification.md: total variation and acceptance against θ. Writes docs/images/*.png.
 
-Laws are made up, close to what a good draft is to its target: logits of 64 tokens, the draft's being the target's plus
-noise (standard deviation 0.5 for language, 0.8 for fusion, 1.2 for vision, whose drafts are worse). 2,000 positions a
-modality, the same for both policies; every number is exact given the position (`msd.verify.divergence`).
+Distributions are synthetic: logits of 64 tokens, where the draft's logits are the target's plus noise (standard
+deviation 0.5 for language, 0.8 for fusion, 1.2 for vision, whose drafts are worse). Both policies see the same 2,000
+positions per modality. Total variation and acceptance are exact at each position (`msd.verify.divergence`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POSITIONS, VOCABULARY, CHILDREN = 2000, 64, 3
 
 
 def laws(name: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """(p, q) [n, V] float64 at a temperature."""
+    """Returns (p, q), both [n, V] float64, at a temperature."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64) * 2.5
     noise = torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64) * NOISE[name]
@@ -39,7 +39,7 @@ def laws(name: str, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def curves(temperature: float, path: Path) -> None:
-    """TV and acceptance rate of one sampled candidate, `threshold` beside `budget`."""
+    """Plots TV and acceptance rate of one sampled candidate, for `threshold` and for `budget`."""
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row", layout="constrained")
     for column, (policy, rule) in enumerate((("threshold", hard), ("budget", soft))):
         for name, colour in COLOURS.items():
@@ -90,14 +90,14 @@ def candidates(path: Path) -> None:
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Writes a small PNG."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=80, metadata={"Software": None})
-    write_whole(path, drawn.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=80, metadata={"Software": None})
+    write_whole(path, png.getvalue())
     plt.close(figure)
 
 
 def main() -> None:
-    """All plots, and the calibrated thresholds that the page quotes."""
+    """Writes all plots, and prints the calibrated thresholds for the page."""
     OUT.mkdir(parents=True, exist_ok=True)
     curves(1.0, OUT / "thresholds_t1.png")
     curves(0.7, OUT / "thresholds_t07.png")

@@ -63,7 +63,7 @@ def main() -> int:
     ]
     worst = max(row["error"] for row in rows)
     found = {
-        "target": asdict(sizes), "card": asdict(device), "backend": target.backend.name, "dtype": str(model.dtype),
+        "target": sizes.as_dict(), "card": asdict(device), "backend": target.backend.name, "dtype": str(model.dtype),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "load_before": os.getloadavg()[0],
         "rounds": args.rounds, "limit": args.limit, "worst_error": worst, "passed": worst <= args.limit, "rows": rows,
     }  # fmt: skip

@@ -4,7 +4,7 @@ python -m recipes.msd.answers pack      # runs/msd/{captured,val_captured}.jsonl
 python -m recipes.msd.answers unpack    # the other way, with the prompts of runs/msd/{prompts,val}.jsonl
 
 Kept are token ids and gains, which the target wrote; its prompts and photos are the data's and are not. An answer finds
-its prompt by a hash of both. The modality cuts are the shipped ones.
+its prompt by a hash of both. The label thresholds are the shipped ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import write_whole
 from msd.targets.registry import fingerprint
-from msd.train.capture import Answer, Prompt, capture, cuts_path
+from msd.train.capture import Answer, Prompt, capture, label_thresholds_path
 
 PARTS = (("prompts.jsonl", "captured.jsonl"), ("val.jsonl", "val_captured.jsonl"))
 Record = dict[str, Any]
@@ -98,7 +98,7 @@ def unpack(work: Path, kept: Path) -> None:
     write, name = Kept(kept, processor.tokenizer), fingerprint(model)
     if name != write.target:
         raise UserError(f"'{kept}' was written by {write.target}, the reference model is {name}; capture anew")
-    cuts = ModalityThresholds.load(SHIPPED)
+    thresholds = ModalityThresholds.load(SHIPPED)
     for asked, captured in PARTS:
         lines = [line for _, line in data_lines(work / asked)]
         prompts = [
@@ -106,7 +106,7 @@ def unpack(work: Path, kept: Path) -> None:
             for line in lines
         ]
         records = capture(prompts, write, work / captured, marks={"target": name})
-        cuts.save(cuts_path(work / captured))
+        thresholds.save(label_thresholds_path(work / captured))
         print(f"{work / captured}: {len(records)} answers")
 
 

@@ -47,7 +47,7 @@ from msd.model import SpeculativeVLM
 from msd.system.files import read_json, write_whole
 from msd.system.machine import use_huge_pages
 from msd.targets import State, adapt
-from msd.train.capture import Captured, cuts_path, mixed, read_captured
+from msd.train.capture import Captured, label_thresholds_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, train, untrained
 from msd.train.loop import signals
 from msd.train.losses.msd import LossConfig
@@ -114,7 +114,7 @@ def steps_for(minutes: float, seconds: float) -> int:
 def train_rows(args: argparse.Namespace) -> None:
     """Rows that learn from the same notes are trained side by side, each on one core, from what is read once."""
     answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
-    cuts = ModalityThresholds.load(cuts_path(args.captured))
+    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
     model.requires_grad_(False)
@@ -130,9 +130,9 @@ def train_rows(args: argparse.Namespace) -> None:
     layers = sorted({layer for network in networks for layer in network.config.taps})
     notes = TeacherCache(model.get_output_embeddings(), networks[0].ids, layers, args.remember)
     del networks
-    seconds = read_notes(model, processor, answers, cuts, notes)
+    seconds = read_notes(model, processor, answers, thresholds, notes)
     print(f"the target's word on {len(answers)} answers: {seconds:.0f} s", flush=True)
-    run = partial(train, model, processor, answers, held_out, cuts, notes=notes)
+    run = partial(train, model, processor, answers, held_out, thresholds, notes=notes)
     queue = FORK.Queue()
     for name in waiting:
         queue.put(name)
@@ -173,12 +173,12 @@ def _train_waiting(queue: Any, every: dict[str, Row], run: Callable[..., bool], 
 
 
 def read_notes(
-    model: Any, processor: Any, answers: Sequence[Captured], cuts: ModalityThresholds, notes: TeacherCache
+    model: Any, processor: Any, answers: Sequence[Captured], thresholds: ModalityThresholds, notes: TeacherCache
 ) -> float:
     """Has the target say its word on all answers, as far as the notes have room; the seconds that took."""
     dtype = torch.bfloat16 if faster_in_bf16(model.device) else None
     teacher = adapt(model, notes.layers)
-    teacher_batches = TeacherBatches(teacher, processor, answers, cuts, notes, DraftTraining().batch, dtype=dtype)
+    teacher_batches = TeacherBatches(teacher, processor, answers, thresholds, notes, DraftTraining().batch, dtype=dtype)
     begun = time.monotonic()
     teacher_batches.read_ahead(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
     return time.monotonic() - begun
@@ -273,7 +273,7 @@ def bench_rows(args: argparse.Namespace) -> None:
         samples = [s for s in samples if s.images != last.images]
         donor = SpeculativeVLM(model, processor, drafter="wrong image")
         donor.generate(list(last.images), last.prompt, max_new_tokens=2, do_sample=False)
-    cuts = ModalityThresholds.load(cuts_path(args.captured))
+    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
     told = lambda text: print(text, end="\r", flush=True)  # noqa: E731
     results = measure.run(
         model,
@@ -283,7 +283,7 @@ def bench_rows(args: argparse.Namespace) -> None:
         args.max_new_tokens,
         0.0,
         told,
-        cuts,
+        thresholds,
         baselines=(measure.TRANSFORMERS,),  # what the library drafts itself is measured elsewhere
     )
     report.write(results, args.results)

@@ -1,4 +1,4 @@
-"""Capture and training on clips that an event camera saw too: labels by cells and frames, tokens beside the text."""
+"""Capture and training on clips with event recordings: labels by cells and frames, auxiliary tokens for the drafter."""
 
 from __future__ import annotations
 
@@ -65,9 +65,14 @@ def test_captured_clips_have_the_costs_of_their_cells(place: Path, captured: lis
         ids = line["ids"] + ([] if line["end"] is None else [line["end"]])
         expected = event_costs(target, inputs, [ids], [kinds])[0]
         torch.testing.assert_close(torch.tensor(line["costs"], dtype=torch.float64), expected, atol=2e-4, rtol=0)
-    cuts = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
-    assert cuts.events is not None and cuts.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
-    assert cuts.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
+    thresholds = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
+    assert thresholds.events is not None and thresholds.modalities == (
+        "language",
+        "event_sparse",
+        "event_dense",
+        "video_reasoning",
+    )
+    assert thresholds.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
 
 
 def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
@@ -83,8 +88,8 @@ def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_drafter_learns_beside_events(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
-    """It has the modalities of events, reads their tokens, and learns something else without them."""
+def test_a_drafter_trains_with_event_tokens(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    """The drafter has the event modalities, reads event tokens, and trains differently without them."""
     whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
     network = registry.load(tmp_path / "whole" / "drafter")
     assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
@@ -99,28 +104,28 @@ def test_a_drafter_learns_beside_events(capsys: pytest.CaptureFixture[str], plac
 
 def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    for line, said in (({"events": "none.raw"}, "does not exist"), ({"events": ["0.npz", "1.npz"]}, "a line has one")):
+    for line, part in (({"events": "none.raw"}, "does not exist"), ({"events": ["0.npz", "1.npz"]}, "a line has one")):
         bad.write_text(json.dumps({"prompt": "What?", "image": "0.png", **line}))
         code, _, err = run(
             capsys, "capture", "--data", bad, "--images", place / "images", "--target", place, "--out", tmp_path / "o"
         )
-        assert code == 2 and said in err and "bad.jsonl:1" in err
+        assert code == 2 and part in err and "bad.jsonl:1" in err
 
 
 @pytest.mark.usefixtures("captured")
 def test_events_reach_the_drafter_and_never_the_answer(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
 ) -> None:
-    """Learnt beside events, verified with them, and told apart from a drafter without."""
+    """A drafter trained with events is verified with them; one trained without events refuses them."""
     train(capsys, place, tmp_path / "with", *FLOAT32)
     train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
     data = ("--data", place / "data.jsonl", "--images", place / "images", "--target", place)
-    code, told, err = run(
+    code, out, err = run(
         capsys, "verify", *data, "--drafter", tmp_path / "with" / "drafter", "--method", "msd", "--limit", 3,
         "--max-new-tokens", 8, "--json",
     )  # fmt: skip
     assert code == 0, err
-    assert all(row["passed"] and row["identical"] == row["compared"] for row in json.loads(told)["rows"])
+    assert all(row["passed"] and row["identical"] == row["compared"] for row in json.loads(out)["rows"])
     ask = (
         "generate", place / "images" / "0.png", place / "images" / "1.png", "-p", "What?", "--target", place,
         "--max-new-tokens", 12, "--json",

@@ -107,8 +107,8 @@ def test_the_drafter_is_used_by_every_command(capsys: pytest.CaptureFixture[str]
     code, out, err = run(capsys, "verify", *common, *data)
     assert code == 0, err
     assert [r["passed"] for r in json.loads(out)["rows"]] == [True]
-    cuts = ["--cuts", place / "captured.jsonl.cuts.json"]
-    code, out, err = run(capsys, "bench", *common, *data, *cuts)
+    thresholds = ["--cuts", place / "captured.jsonl.cuts.json"]
+    code, out, err = run(capsys, "bench", *common, *data, *thresholds)
     assert code == 0, err
     row = next(r for r in json.loads(out)["rows"] if r["method"] == "msd")
     assert row["identical"] == 1.0
@@ -148,7 +148,7 @@ def test_tensorboard_gets_the_log(capsys: pytest.CaptureFixture[str], place: Pat
         (["--form", "tree"], "form 'tree' is unknown; choose one of ar, block"),
         (["--off", "router,hands"], "--off 'hands' is no part of the drafter"),
         (["--weighting", "wild"], "loss weighting 'wild' is unknown"),
-        (["--cuts", "none.json"], "no modality cuts at 'none.json'"),
+        (["--cuts", "none.json"], "no label thresholds at 'none.json'"),
         (["--captured", "none.jsonl"], "cannot read data 'none.jsonl'"),
     ],
 )

@@ -57,7 +57,7 @@ def test_costs_are_those_of_taking_the_cells_out() -> None:
 
 
 def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
-    cuts = EventThresholds(least=0.1, tokens=1)
+    thresholds = EventThresholds(least=0.1, tokens=1)
     costs = [
         [0.05, 0.1, 9.0, 9.0],  # neither kind costs enough, whatever frames do
         [0.5, 0.2, 1.0, 0.4],  # sparse cells, one frame
@@ -66,15 +66,15 @@ def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
         [0.2, 0.5, 0.0, 0.0],  # no single frame is missed
     ]
     expected = [LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING, EVENT_DENSE]
-    assert cuts.labels(costs).tolist() == [kind.id for kind in expected]
-    assert cuts.labels([row[:3] for row in costs]).tolist()[3] == EVENT_DENSE.id  # one frame cannot be two
+    assert thresholds.labels(costs).tolist() == [kind.id for kind in expected]
+    assert thresholds.labels([row[:3] for row in costs]).tolist()[3] == EVENT_DENSE.id  # one frame cannot be two
 
 
 def test_half_of_the_tokens_that_cuts_were_fitted_on_are_language() -> None:
     costs = [torch.rand(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    cuts = EventThresholds.fit(costs)
-    labels = torch.cat([cuts.labels(c) for c in costs])
-    assert int((labels == LANGUAGE.id).sum()) == 100 and cuts.tokens == 200
+    thresholds = EventThresholds.fit(costs)
+    labels = torch.cat([thresholds.labels(c) for c in costs])
+    assert int((labels == LANGUAGE.id).sum()) == 100 and thresholds.tokens == 200
     with pytest.raises(UserError, match="lines with events"):
         EventThresholds.fit([])
 

@@ -286,26 +286,26 @@ def test_logs_are_used_as_far_as_they_are_whole(tmp_path: Path, capsys: pytest.C
 def test_damaged_cuts_say_how_to_go_on(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, how: str
 ) -> None:
-    answers, cuts = tmp_path / "captured.jsonl", tmp_path / "captured.jsonl.cuts.json"
-    for path in (answers, cuts):
+    answers, thresholds = tmp_path / "captured.jsonl", tmp_path / "captured.jsonl.cuts.json"
+    for path in (answers, thresholds):
         path.write_bytes((place / path.name).read_bytes())
-    whole = cuts.read_text()
+    whole = thresholds.read_text()
     changes = {"infinite": {"vision_min": float("inf")}, "newer": {"of": "another version"}}
     spoilt = DAMAGE[how](whole.encode()) if how in DAMAGE else json.dumps(json.loads(whole) | changes[how]).encode()
-    cuts.write_bytes(spoilt)
+    thresholds.write_bytes(spoilt)
     capturing = ["capture", "--data", place / "data.jsonl", "--images", place / "images", "--target", place]
     for command in (
         [*capturing, "--out", answers, "--max-new-tokens", 12],
         [*training(place, tmp_path / "run"), "--captured", answers],
-        ["bench", "--target", place, "--data", place / "data.jsonl", "--cuts", cuts],
+        ["bench", "--target", place, "--data", place / "data.jsonl", "--cuts", thresholds],
     ):
         said = refused(capsys, *command)
-        assert str(cuts) in said and ("when the file is deleted" in said or "git lfs" in said)
-        assert cuts.read_bytes() == spoilt
-    cuts.unlink()
+        assert str(thresholds) in said and ("when the file is deleted" in said or "git lfs" in said)
+        assert thresholds.read_bytes() == spoilt
+    thresholds.unlink()
     code, _, err = run(capsys, *capturing, "--out", answers, "--max-new-tokens", 12)
     assert code == 0, err
-    assert ModalityThresholds.load(cuts) == ModalityThresholds.model_validate_json(whole)
+    assert ModalityThresholds.load(thresholds) == ModalityThresholds.model_validate_json(whole)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def answers(name: str, folder: Path) -> list[Captured]:
 def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     model, processor, captured = family.make(), FamilyProcessor(family), answers(name, tmp_path)
-    cuts = ModalityThresholds(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
-    assert train(model, processor, captured, captured[:3], cuts, tmp_path / "run", SETTINGS)
+    thresholds = ModalityThresholds(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
+    assert train(model, processor, captured, captured[:3], thresholds, tmp_path / "run", SETTINGS)
     network = registry.load(tmp_path / "run" / "drafter")
     fresh = untrained(adapt(model, backend="plain"), captured, SETTINGS)
     moved = [n for n, p in network.named_parameters() if not torch.equal(p, fresh.state_dict()[n])]

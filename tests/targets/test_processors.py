@@ -180,9 +180,11 @@ def test_training(name: str, tmp_path: Path) -> None:
     paths = [(tmp_path / "0.png",), (tmp_path / "0.png", tmp_path / "1.png"), *([()] if name != "paligemma" else [])]
     ids = tuple(range(WORDS, WORDS + 8))
     captured = [Captured(p, "what", ids, (0.1 * len(p),) * 8, "vqa", "train") for p in paths]
-    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=10, target="tiny-0")
+    thresholds = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=10, target="tiny-0")
     settings = DraftTraining(steps=2, batch=1, anchors=4, draft_vocabulary=32, precision="float32", evaluate_every=2)
-    assert train(BY_NAME[name].make(), PROCESSORS[name](), captured, captured[1:2], cuts, tmp_path / "run", settings)
+    assert train(
+        BY_NAME[name].make(), PROCESSORS[name](), captured, captured[1:2], thresholds, tmp_path / "run", settings
+    )
 
 
 @pytest.mark.parametrize("name, processor", [("qwen2_vl", "Qwen2VLProcessor"), ("mistral3", "PixtralProcessor")])

@@ -288,9 +288,9 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
         )
         for i, n in enumerate(lengths)
     ]
-    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
+    thresholds = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
     notes: Any = None
-    make = lambda: TeacherBatches(None, None, answers, cuts, notes, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
+    make = lambda: TeacherBatches(None, None, answers, thresholds, notes, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
     teacher_batches = make()
     steps = [teacher_batches.drawn(s) for s in range(40)]
     assert all(not a.images for step in steps[:3] for a in step)  # stage 1

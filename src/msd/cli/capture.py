@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from msd.cli import terminal
-from msd.cli.options import Json, Lines, MaxNewTokens, Model, grouped, quiet, share_cores
+from msd.cli.options import DataLines, Json, MaxNewTokens, Model, grouped, quiet
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import as_text, check_place
+from msd.system.machine import share_cores
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @grouped
 def capture(
     out: Annotated[Path, typer.Option("--out", help="File for the answers (jsonl); an earlier run there goes on.")],
-    lines: Lines,
+    lines: DataLines,
     model: Model,
     max_new_tokens: MaxNewTokens = 128,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
@@ -51,18 +52,18 @@ def capture(
     from msd.labels.label_thresholds import ModalityThresholds
     from msd.loading import load_target
     from msd.targets.registry import fingerprint
-    from msd.train.capture import check_labelled, cuts_path, fit_cuts
+    from msd.train.capture import check_labelled, fit_label_thresholds, label_thresholds_path
     from msd.train.target_writer import TargetWriter
 
-    frozen = cuts_path(out)
-    cuts = ModalityThresholds.load(frozen) if frozen.exists() else None
+    frozen = label_thresholds_path(out)
+    thresholds = ModalityThresholds.load(frozen) if frozen.exists() else None
 
     console = Console(file=sys.stderr)
     with terminal.status("loading the target…"):
         loaded, processor = load_target(model.target, model.device)
         name = fingerprint(loaded)
-    if cuts is not None:
-        cuts.check_target(name)
+    if thresholds is not None:
+        thresholds.check_target(name)
     writer = TargetWriter(loaded, processor, folder, max_new_tokens, model.backend)
     lossy = writer.engine.target.backend.lossy
     marks = {"target": name} | ({"backend": model.backend} if lossy else {})
@@ -77,17 +78,22 @@ def capture(
 
         records = _written(lambda: write_all(prompts, writer, out, batch, show, marks), out)
     check_labelled(records, out)
-    if cuts is None and not lossy and len(samples) == len(every):  # neither a part of the data nor rounded gains decide
-        cuts = fit_cuts(records, name)
-        if cuts is not None:
-            cuts.save(frozen)
-    summary = _summary(records, out, len(todo), name, None if cuts is None else (frozen, cuts))
+    # thresholds are fitted on the whole data and on exact gains only
+    if thresholds is None and not lossy and len(samples) == len(every):
+        thresholds = fit_label_thresholds(records, name)
+        if thresholds is not None:
+            thresholds.save(frozen)
+    summary = _summary(records, out, len(todo), name, None if thresholds is None else (frozen, thresholds))
     summary["seconds"] = round(time.perf_counter() - begin, 3)
     print(json.dumps(summary) if as_json else _told(summary))
 
 
 def _summary(
-    records: list[dict[str, Any]], out: Path, written: int, target: str, cuts: tuple[Path, ModalityThresholds] | None
+    records: list[dict[str, Any]],
+    out: Path,
+    written: int,
+    target: str,
+    thresholds: tuple[Path, ModalityThresholds] | None,
 ) -> dict[str, Any]:
     """What was captured, JSON-ready."""
     return {
@@ -97,7 +103,7 @@ def _summary(
         "tokens": sum(len(r["gain"]) for r in records),
         "finished": sum(r["finished"] for r in records) / len(records),
         "target": target,
-        "cuts": None if cuts is None else {"path": str(cuts[0]), **cuts[1].model_dump()},
+        "cuts": None if thresholds is None else {"path": str(thresholds[0]), **thresholds[1].model_dump()},
     }
 
 
@@ -139,11 +145,11 @@ def _name(path: Path, folder: Path) -> str:
 
 def _told(summary: dict[str, object]) -> str:
     """The summary in words."""
-    cuts = summary["cuts"]
+    thresholds = summary["cuts"]
     told = f"{summary['out']}: {summary['records']} answers, {summary['tokens']} tokens, {summary['written']} new"
-    if not isinstance(cuts, dict):
-        return f"{told}; no modality cuts (they are fitted on all lines of the train part that have images)"
-    edges = f"language ≤ {cuts['language_max']:.4f}, vision ≥ {cuts['vision_min']:.4f} nats"
-    if cuts["events"] is not None:
-        edges += f"; events: language ≤ {cuts['events']['least']:.4f} nats"
-    return f"{told}\n{cuts['path']}: {edges}, fitted on {cuts['tokens']} tokens"
+    if not isinstance(thresholds, dict):
+        return f"{told}; no label thresholds (they are fitted on all lines of the train part that have images)"
+    edges = f"language ≤ {thresholds['language_max']:.4f}, vision ≥ {thresholds['vision_min']:.4f} nats"
+    if thresholds["events"] is not None:
+        edges += f"; events: language ≤ {thresholds['events']['least']:.4f} nats"
+    return f"{told}\n{thresholds['path']}: {edges}, fitted on {thresholds['tokens']} tokens"

@@ -34,8 +34,8 @@ class Answers:
         Path | None,
         typer.Option("--held-out", help="Captured answers to measure acceptance on; 'val' lines otherwise."),
     ] = None
-    cuts: Annotated[
-        Path | None, typer.Option("--cuts", help="Modality cuts; those beside the captured answers by default.")
+    thresholds: Annotated[
+        Path | None, typer.Option("--cuts", help="Label thresholds; those beside the captured answers by default.")
     ] = None
 
     def read(self) -> tuple[list[Captured], list[Captured]]:
@@ -56,14 +56,14 @@ class Answers:
         return training, testing
 
     def edges(self) -> ModalityThresholds:
-        """The modality cuts of the target that wrote the answers; UserError where there are none."""
+        """The label thresholds of the target that wrote the answers; UserError where there are none."""
         from msd.labels.label_thresholds import ModalityThresholds
-        from msd.train.capture import cuts_path
+        from msd.train.capture import label_thresholds_path
 
-        frozen = self.cuts or cuts_path(self.captured)
+        frozen = self.thresholds or label_thresholds_path(self.captured)
         if not frozen.exists():
             raise UserError(
-                f"no modality cuts at '{frozen}'; 'msd capture' fits them on all lines, or name them with --cuts"
+                f"no label thresholds at '{frozen}'; 'msd capture' fits them on all lines, or name them with --cuts"
             )
         return ModalityThresholds.load(frozen)
 

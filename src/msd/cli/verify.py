@@ -12,14 +12,14 @@ from rich.console import Console
 
 from msd.cli import terminal
 from msd.cli.options import (
+    DataLines,
     DrafterFolder,
     Json,
-    Lines,
     MaxNewTokens,
     Methods,
     Model,
-    chosen_methods,
     grouped,
+    method_names,
     quiet,
     use_drafter,
 )
@@ -30,7 +30,7 @@ from msd.errors import InterruptedRunError, UserError
 @grouped
 def verify(
     model: Model,
-    lines: Lines,
+    lines: DataLines,
     method: Methods = "all",
     drafter: DrafterFolder = None,
     max_new_tokens: MaxNewTokens = 32,
@@ -45,7 +45,7 @@ def verify(
     from msd.bench.data import load_data, load_outputs
 
     use_drafter(drafter)
-    methods = chosen_methods(method, model.target)
+    methods = method_names(method, model.target)
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
     quiet()

@@ -196,8 +196,8 @@ def default(target: str) -> str:
     here = folders()
     for name in (DEFAULT, DEFAULT + FOR_VIDEO):
         if name in here and name not in _METHODS:
-            cuts = checkpoint.training(here[name]).get("cuts")
-            if isinstance(cuts, dict) and cuts.get("target") == target:
+            thresholds = checkpoint.training(here[name]).get("cuts")
+            if isinstance(thresholds, dict) and thresholds.get("target") == target:
                 return f"{name}+{FALLBACK}"
     return FALLBACK
 

@@ -16,16 +16,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-import safetensors.torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from msd.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share, of what a file may be
 BESIDE = "msd-half-written-"  # begins the names of files that are not whole yet
@@ -302,9 +303,11 @@ def read_rows(path: Path, remedy: str) -> tuple[list[dict[str, Any]], int]:
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. UserError as in `read_bytes`, or when it holds anything else."""
+    from safetensors.torch import load  # imports torch, which other users of this module do not need
+
     data = read_bytes(path, remedy)
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"'{path}' is damaged: it is cut short, or no safetensors file ({error}); {remedy}") from error
     for name, tensor in tensors.items():
@@ -330,7 +333,7 @@ def damage(folder: Path) -> str | None:
             if start in (b"", LFS):
                 read_bytes(path, "")
             if path.suffix == ".safetensors":
-                with safetensors.safe_open(path, "pt"):
+                with safe_open(path, "pt"):
                     pass
         except UserError as error:
             return str(error).removesuffix(";")

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-
 
 def use_huge_pages() -> None:
     """Sets the process up, before its first tensor; a variable that the user has set stays as it is."""
@@ -96,6 +94,8 @@ def share_cores(on: bool = True) -> None:
     For programs that do not have their machine to themselves. Only while an answer is being made is torch's number of
     threads changed. Nothing happens where the system does not count preemptions.
     """
+    import torch  # here and below, since commands that use no model need not load it
+
     global _shared
     most = torch.get_num_threads()
     _shared = Shared(most, _preemptions, _free, _use) if on and most > 1 and resource is not None else None
@@ -131,6 +131,8 @@ def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
 
 def _use(threads: int) -> None:
     """Has torch use that many."""
+    import torch
+
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
@@ -142,6 +144,8 @@ def _preemptions() -> int:
 
 def _free(threads: int) -> bool:
     """Whether small parallel operators run on that many threads for a moment without being kept waiting."""
+    import torch
+
     mine = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

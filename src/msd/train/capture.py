@@ -205,9 +205,9 @@ class Captured:
     events: Path | None = None
     costs: tuple[tuple[float, ...], ...] | None = None
 
-    def labels(self, cuts: ModalityThresholds) -> Tensor:
+    def labels(self, thresholds: ModalityThresholds) -> Tensor:
         """Modality ids [T] int64 of its tokens."""
-        return cuts.labels(self.gain, self.costs)
+        return thresholds.labels(self.gain, self.costs)
 
 
 def read_captured(path: Path, images: Path | None = None) -> list[Captured]:
@@ -228,8 +228,8 @@ def mixed(answers: Sequence[T], limit: int | None = None) -> list[T]:
     return turns[:limit]
 
 
-def cuts_path(path: Path) -> Path:
-    """Where the cuts of captured answers `path` are kept: beside it, with `.cuts.json` at the end."""
+def label_thresholds_path(path: Path) -> Path:
+    """Where the label thresholds of captured answers `path` are kept: beside it, with `.cuts.json` at the end."""
     return path.with_name(path.name + ".cuts.json")
 
 
@@ -244,14 +244,14 @@ def check_labelled(records: Iterable[dict[str, Any]], path: Path) -> None:
             )
 
 
-def fit_cuts(records: Iterable[dict[str, Any]], target: str) -> ModalityThresholds | None:
+def fit_label_thresholds(records: Iterable[dict[str, Any]], target: str) -> ModalityThresholds | None:
     """Cuts from the records of the train part that have images (the rest is language); None where there are none."""
     shown = [r for r in records if r["split"] == "train" and r["image"]]
     if not shown:
         return None
-    cuts = ModalityThresholds.fit([r["gain"] for r in shown], target)
+    thresholds = ModalityThresholds.fit([r["gain"] for r in shown], target)
     costs = [r["costs"] for r in shown if "costs" in r]
-    return cuts.model_copy(update={"events": EventThresholds.fit(costs)}) if costs else cuts
+    return thresholds.model_copy(update={"events": EventThresholds.fit(costs)}) if costs else thresholds
 
 
 def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:

@@ -99,7 +99,7 @@ def train(
     processor: Any,
     captured: Sequence[Captured],
     held_out: Sequence[Captured],
-    cuts: ModalityThresholds,
+    thresholds: ModalityThresholds,
     out: Path,
     settings: DraftTraining,
     sink: Callable[[Mapping[str, float]], None] | None = None,
@@ -115,13 +115,13 @@ def train(
         cpu=model.device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
     )
     if not accelerator.is_main_process:  # which alone writes
-        return _train(accelerator, model, processor, captured, held_out, cuts, out, settings, sink, notes)
+        return _train(accelerator, model, processor, captured, held_out, thresholds, out, settings, sink, notes)
     check_place(out, folder=True)
     make_folder(out)
     with exclusive(out):
         for folder in (out, out / "drafter"):
             remove_leftovers(folder)
-        return _train(accelerator, model, processor, captured, held_out, cuts, out, settings, sink, notes)
+        return _train(accelerator, model, processor, captured, held_out, thresholds, out, settings, sink, notes)
 
 
 def _train(
@@ -130,7 +130,7 @@ def _train(
     processor: Any,
     captured: Sequence[Captured],
     held_out: Sequence[Captured],
-    cuts: ModalityThresholds,
+    thresholds: ModalityThresholds,
     out: Path,
     settings: DraftTraining,
     sink: Callable[[Mapping[str, float]], None] | None,
@@ -140,7 +140,7 @@ def _train(
     model.requires_grad_(False)
     settings = _settled(settings, out, model.device)
     network = untrained(adapt(model), captured, settings, processor).to(model.device)
-    _check_same_run(out, settings, network, cuts)
+    _check_same_run(out, settings, network, thresholds)
     before = _told_before(out / "drafter")
     if before.get("finished") == settings.steps and checkpoint.is_whole(out / "drafter"):
         return True
@@ -153,11 +153,13 @@ def _train(
     notes = notes or TeacherCache(head, ids, taps, settings.remember)
     teacher, notes, stages = adapt(model, notes.layers), notes.read_by(ids, taps), _stages(network, settings)
     teacher_batches = TeacherBatches(
-        teacher, processor, captured, cuts, notes, settings.batch, stages, settings.seed, share, dtype
+        teacher, processor, captured, thresholds, notes, settings.batch, stages, settings.seed, share, dtype
     )
     objective = network.objective(settings.loss, _ends(model)).to(model.device)
     exact = TeacherCache(head, ids, taps, 0.1 * settings.remember, torch.float32)
-    evaluate = HeldOut(objective, TeacherBatches(target, processor, held_out, cuts, exact, settings.batch), held_out)
+    evaluate = HeldOut(
+        objective, TeacherBatches(target, processor, held_out, thresholds, exact, settings.batch), held_out
+    )
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun = time.monotonic()
     step_loss = _step_loss(
@@ -173,7 +175,7 @@ def _train(
     if main:
         if finished and not evaluate.last:  # the run had ended, but what it told is lost
             evaluate()
-        source = {"cuts": cuts.model_dump(), "answers": len(captured)}
+        source = {"cuts": thresholds.model_dump(), "answers": len(captured)}
         told = _told(settings, loop, finished, source, evaluate, before, time.monotonic() - begun)
         checkpoint.save(network, out / "drafter", told)
     return finished
@@ -305,11 +307,13 @@ def _settled(settings: DraftTraining, out: Path, device: torch.device) -> DraftT
     return replace(settings, precision=begun or ("bf16" if faster_in_bf16(device) else "float32"))
 
 
-def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, cuts: ModalityThresholds) -> None:
+def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, thresholds: ModalityThresholds) -> None:
     """Notes what a run is made of, or compares with what was noted."""
     own = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every", "remember")}
     ids = hashlib.sha256(network.ids.cpu().numpy().tobytes()).hexdigest()[:16]
-    run = json.loads(json.dumps({"method": settings.method, **own, "draft vocabulary": ids, "target": cuts.target}))
+    run = json.loads(
+        json.dumps({"method": settings.method, **own, "draft vocabulary": ids, "target": thresholds.target})
+    )
     path = out / "run.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)

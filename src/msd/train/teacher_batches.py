@@ -170,7 +170,7 @@ class TeacherBatches:
         target: Target,
         processor: Any,
         captured: Sequence[Captured],
-        cuts: ModalityThresholds,
+        thresholds: ModalityThresholds,
         notebook: TeacherCache,
         batch: int = 8,
         stages: Stages | None = None,
@@ -178,7 +178,7 @@ class TeacherBatches:
         share: tuple[int, int] = (0, 1),
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.target, self.processor, self.cuts, self.notebook = target, processor, cuts, notebook
+        self.target, self.processor, self.thresholds, self.notebook = target, processor, thresholds, notebook
         self.batch, self.stages, self.seed, self.share = batch, stages or Stages(), seed, share
         self.dtype = dtype
         long_enough = [c for c in captured if len(c.ids) > 1]
@@ -260,7 +260,7 @@ class TeacherBatches:
         taught = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
         labels = torch.zeros_like(taught.answers)
         for row, answer in enumerate(answers):
-            labels[row, : len(answer.ids)] = answer.labels(self.cuts).to(labels.device)
+            labels[row, : len(answer.ids)] = answer.labels(self.thresholds).to(labels.device)
         taught.beside = beside
         return taught, labels
 
