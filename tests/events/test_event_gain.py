@@ -70,7 +70,7 @@ def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
     assert thresholds.labels([row[:3] for row in costs]).tolist()[3] == EVENT_DENSE.id  # one frame cannot be two
 
 
-def test_half_of_the_tokens_that_cuts_were_fitted_on_are_language() -> None:
+def test_half_of_the_tokens_that_thresholds_were_fitted_on_are_language() -> None:
     costs = [torch.rand(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
     thresholds = EventThresholds.fit(costs)
     labels = torch.cat([thresholds.labels(c) for c in costs])

@@ -283,7 +283,7 @@ def test_logs_are_used_as_far_as_they_are_whole(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "infinite", "newer"])
-def test_damaged_cuts_say_how_to_go_on(
+def test_damaged_thresholds_say_how_to_go_on(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, how: str
 ) -> None:
     answers, thresholds = tmp_path / "captured.jsonl", tmp_path / "captured.jsonl.cuts.json"

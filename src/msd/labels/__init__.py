@@ -1,1 +1,1 @@
-"""What the image tells of each answer token, and the labels that follow."""
+"""Labels the tokens of an answer with modalities, by how much the image or the events influence each token."""
