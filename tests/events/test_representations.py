@@ -111,7 +111,7 @@ def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid
             if grid == SIZE:
                 break  # a row of so many is enough
     dense = found.kinds == modality.EVENT_DENSE.id
-    np.testing.assert_array_equal(dense, found.rates >= found.cut)
+    np.testing.assert_array_equal(dense, found.rates >= found.threshold)
     assert set(np.unique(found.kinds)) <= {modality.EVENT_SPARSE.id, modality.EVENT_DENSE.id}
     with_frames = event_frames(stream, count, by, grid).cells
     assert with_frames is not None
@@ -120,11 +120,11 @@ def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid
 
 @quick
 @given(values=st.lists(st.floats(-5, 5), min_size=2, max_size=30))
-def test_otsu_is_the_best_of_all_cuts(values: list[float]) -> None:
+def test_otsu_separates_best_of_all_thresholds(values: list[float]) -> None:
     log = np.array(values)
 
-    def apart(cut: float) -> float:
-        low, high = log[log < cut], log[log >= cut]
+    def apart(threshold: float) -> float:
+        low, high = log[log < threshold], log[log >= threshold]
         return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(low) and len(high) else 0.0
 
     assert apart(math.log(otsu(log))) == pytest.approx(max(map(apart, [*values, -9.0])), rel=1e-6, abs=1e-9)
@@ -138,12 +138,12 @@ def test_two_populations_are_parted_and_one_is_dense() -> None:
     assert otsu(np.empty(0)) == math.inf
 
 
-def test_a_stored_cut_is_used() -> None:
+def test_a_stored_threshold_is_used() -> None:
     stream = scene(300)
     found = cells(stream, (6, 4))
-    again = cells(stream.part(0, 200), (6, 4), cut_at=found.cut)
-    assert again.cut == found.cut
-    assert (cells(stream, (6, 4), cut_at=1e12).kinds == modality.EVENT_SPARSE.id).all()
+    again = cells(stream.part(0, 200), (6, 4), threshold=found.threshold)
+    assert again.threshold == found.threshold
+    assert (cells(stream, (6, 4), threshold=1e12).kinds == modality.EVENT_SPARSE.id).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 1000])

@@ -151,7 +151,7 @@ def event_costs(
     kinds: Sequence[NDArray[np.int64] | Tensor],
     logits: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Returns per row the costs of masking the sparse cells, the dense cells and each frame: nats, float64 [T_i, 2 + F].
+    """Returns per row float64 [T_i, 2 + F] nats: the cost of masking the sparse cells, the dense cells, each frame.
 
     inputs, answers, logits: as for `image_gain`. kinds: per row the [F, C] kinds of its image columns, frame by frame
     (`cell_kinds`). UserError if a row does not have F·C image columns.
