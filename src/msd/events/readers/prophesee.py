@@ -1,6 +1,7 @@
-"""Prophesee files: `.raw` (EVT 2.0, EVT 3.0) and `.dat` (version 1 and 2). A text header of "% " lines, then words.
+"""Reads Prophesee files: `.raw` (EVT 2.0, EVT 3.0) and `.dat` (versions 1 and 2).
 
-Source: https://docs.prophesee.ai/stable/data/ (file formats, encoding formats).
+The files hold a header of text lines that begin with "% ", then binary words. Source:
+https://docs.prophesee.ai/stable/data/ (file formats, encoding formats).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from msd.errors import UserError
-from msd.events.readers.evt import Evt2, Evt3, unwrapped
+from msd.events.readers.evt import Evt2, Evt3, unwrap_clock
 from msd.events.readers.file import File
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
-SENSORS = {  # a word of the header's plugin or sensor name -> (width, height)
+HEADER_LIMIT = 1 << 16  # bytes
+SENSORS = {  # part of the plugin or sensor name in the header -> (width, height)
     "genx320": (320, 320),
     "imx636": (1280, 720),
     "gen41": (1280, 720),
@@ -29,9 +31,8 @@ CD_EVENTS = (0x00, 0x0C)
 
 
 def read(file: File) -> Source:
-    """EVT 2.0, EVT 3.0 or `.dat`, as the header says."""
-    file.one_recording()
-    lines, offset = file.comment_header()
+    """Reads EVT 2.0, EVT 3.0 or `.dat`, depending on the header."""
+    lines, offset = _header_lines(file)
     header = _fields(lines)
     size, size_from = _size(header)
     evt = header.get("evt", "") or {"EVT2": "2.0", "EVT3": "3.0"}.get(header.get("format", "").split(";")[0], "")
@@ -47,8 +48,8 @@ def read(file: File) -> Source:
                 size,
                 size_from,
             )
-    known = "EVT 2.0 and 3.0 are read"
-    raise UserError(f"its encoding is '{evt or 'not told'}'; {known}: convert it, for example with metavision tools")
+    encoding = f"encoding '{evt}' is not supported" if evt else "header states no encoding"
+    raise UserError(f"its {encoding}; convert it to EVT 2.0 or 3.0, for example with metavision tools")
 
 
 def _decode(file: File, offset: int, word: str, decoder: Evt2 | Evt3, chunk: int) -> Iterator[Columns]:
@@ -56,8 +57,21 @@ def _decode(file: File, offset: int, word: str, decoder: Evt2 | Evt3, chunk: int
         yield decoder(words)
 
 
+def _header_lines(file: File) -> tuple[list[str], int]:
+    """Returns (text of the header lines without their "% ", offset of the first byte after them)."""
+    lines: list[str] = []
+    with file.path.open("rb") as stream:
+        offset = 0
+        while (line := stream.readline(HEADER_LIMIT)).startswith(b"% ") and lines[-1:] != ["end"]:
+            offset += len(line)
+            if not line.endswith(b"\n") or offset > HEADER_LIMIT:
+                raise UserError(f"the header does not end within {offset} bytes; the file is broken")
+            lines.append(line[2:].decode("latin-1").strip())
+    return lines, offset
+
+
 def _fields(lines: list[str]) -> dict[str, str]:
-    """First word of each header line -> the rest, and the `key=value` parts of a `format` line."""
+    """Maps the first word of each header line to the rest; also the `key=value` parts of a `format` line."""
     fields = {}
     for line in lines:
         key, _, value = line.partition(" ")
@@ -69,7 +83,7 @@ def _fields(lines: list[str]) -> dict[str, str]:
 
 
 def _size(header: dict[str, str]) -> tuple[tuple[int, int] | None, str]:
-    """(sensor size, where it is from) of a header."""
+    """Returns (sensor size, its origin) from the header."""
     text = header.get("geometry", "")
     for width, height in (("width", "height"), ("Width", "Height")):
         if width in header and height in header:
@@ -87,14 +101,14 @@ def _size(header: dict[str, str]) -> tuple[tuple[int, int] | None, str]:
 
 
 def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] | None, size_from: str) -> Source:
-    """After the header: one byte event type, one byte event size, then (uint32 t, uint32 address) for each event.
+    """Reads a `.dat`. The header is followed by the event type and the event size, one byte each, and the events.
 
-    Address of version 2: x 14 bits, y 14 bits, p 1 bit. Of version 1: x 9 bits, y 8 bits, p 1 bit. The clock wraps
-    after 2³² µs.
+    An event is uint32 t and uint32 address: x 14 bits, y 14 bits, p 1 bit in version 2; 9, 8 and 1 bits in version 1.
+    The clock wraps after 2³² µs.
     """
     version = header.get("Version", "1")
     if version not in ("1", "2"):
-        raise UserError(f"it is a .dat file of version '{version[:20]}'; 1 and 2 are read")
+        raise UserError(f"it is a .dat file of version '{version[:20]}'; only 1 and 2 are supported")
     with file.path.open("rb") as stream:
         stream.seek(offset)
         start = stream.read(2)
@@ -110,7 +124,7 @@ def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] 
         last: int | None = None
         for words in file.words(offset + 2, "<u8", chunk):
             address = (words >> np.uint64(32)).astype(np.uint32)
-            t = unwrapped(words & 0xFFFFFFFF, last, 1 << 32)
+            t = unwrap_clock(words & 0xFFFFFFFF, last, 1 << 32)
             last = int(t[-1])
             x = address & ((1 << x_bits) - 1)
             y = address >> x_bits & ((1 << y_bits) - 1)
