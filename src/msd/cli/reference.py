@@ -43,7 +43,7 @@ def path(cache: Cache = None, video: Video = False, as_json: Json = False) -> No
     """Print the folder of the reference model, assembling it first if needed."""
     from msd import reference
 
-    place = _with_spinner(lambda: reference.video_path(cache) if video else reference.path(cache))
+    place = _with_spinner(lambda: reference.path(cache, video))
     print(json.dumps({"path": str(place)}) if as_json else place)
 
 
