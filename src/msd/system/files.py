@@ -316,7 +316,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def damage(folder: Path) -> str | None:
-    """Describes the first damaged file of a checkpoint folder, or returns None. It reads only the headers of weights."""
+    """Describes the first damaged file of a checkpoint folder, or returns None. Of weights it reads only headers."""
     weights = () if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)
     read = {path for pattern in (*CHECKPOINT, *weights) for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(read):
