@@ -132,7 +132,7 @@ def test_a_chat_whose_earlier_turns_carry_their_pictures(vlm: SpeculativeVLM, ph
     chat.messages = [*asked({"type": "image", "path": photo}, text()), {"role": "assistant", "content": "A thing."}]
     answer = chat.say("why?", **SETTINGS)
     assert answer.tokens == vlm.generate(messages=chat.messages[:-1], **SETTINGS).tokens
-    with pytest.raises(UserError, match="1 of the 2 places"):
+    with pytest.raises(UserError, match="1 of the 2 media parts"):
         chat.say("and this?", photo, **SETTINGS)
 
 
@@ -193,9 +193,9 @@ def test_what_is_wrong_with_a_chat_is_one_line(vlm: SpeculativeVLM, chat: Any, s
 
 def test_pictures_are_given_in_one_way(vlm: SpeculativeVLM, photo: Path) -> None:
     carrying = {"type": "image", "path": photo}
-    with pytest.raises(UserError, match=r"carry 1 image.*1 were given beside them"):
+    with pytest.raises(UserError, match=r"carry 1 image.*1 were given separately"):
         vlm.generate(photo, messages=asked(carrying, text()), **SETTINGS)
-    with pytest.raises(UserError, match="1 of the 2 places in the messages carry"):
+    with pytest.raises(UserError, match="1 of the 2 media parts in the messages have a source"):
         vlm.generate(photo, messages=asked(carrying, {"type": "image"}, text()), **SETTINGS)
 
 
