@@ -32,7 +32,7 @@ def events(
 ) -> None:
     """Tell how many events a file holds, from when to when, from what sensor; and draw them."""
     from msd.events import event_frames, open_chunks
-    from msd.events.frames import write_frames, write_html
+    from msd.events.frames import write_frames
     from msd.events.recording import edges, extent
 
     if out is not None and out.suffix.lower() not in ("", ".gif", ".html"):
@@ -58,12 +58,8 @@ def events(
     }
     if out is not None:
         made = event_frames(found, frames, by)  # type: ignore[arg-type]
-        if out.suffix.lower() == ".html":
-            captions = [f"{n} events, {a} to {b} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
-            paths = write_html(made.images(), captions, file.name, out)
-        else:
-            paths = write_frames(made.images(), out)
-        summary["written"] = [str(path) for path in paths]
+        captions = [f"{n} events, {a} to {b} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
+        summary["written"] = [str(path) for path in write_frames(made.images(), captions, file.name, out)]
     print(json.dumps(summary) if as_json else _told(summary))
 
 

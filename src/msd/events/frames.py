@@ -96,26 +96,21 @@ def frames(events: Events, count: int = 5, by: By = "count", size: tuple[int, in
     return event_frames(events, count, by).images(size)
 
 
-def write_frames(images: Sequence[Image.Image], out: Path) -> list[Path]:
-    """Writes one animation if `out` ends in .gif, else a folder of frame-000.png and so on.
+def write_frames(images: Sequence[Image.Image], captions: Sequence[str], title: str, out: Path) -> list[Path]:
+    """Writes an animation if `out` ends in .gif, a page if in .html, else a folder of frame-000.png and so on.
 
     Returns the paths written. UserError if they cannot be written.
     """
-    if out.suffix.lower() == ".gif":
-        write_whole(out, gif(images))
+    suffix = out.suffix.lower()
+    if suffix in (".gif", ".html"):
+        head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
+        write_whole(out, _gif(images) if suffix == ".gif" else head + snippet(images, captions, title))
         return [out]
     make_folder(out)
     paths = [out / f"frame-{number:03d}.png" for number in range(len(images))]
     for path, image in zip(paths, images, strict=True):
         write_whole(path, _png(image))
     return paths
-
-
-def write_html(images: Sequence[Image.Image], captions: Sequence[str], title: str, out: Path) -> list[Path]:
-    """Writes a page with the frames (see `snippet`). Returns the paths written; UserError if it cannot be written."""
-    head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
-    write_whole(out, head + snippet(images, captions, title))
-    return [out]
 
 
 def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str = "events") -> str:
@@ -134,7 +129,7 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     )
 
 
-def gif(images: Sequence[Image.Image]) -> bytes:
+def _gif(images: Sequence[Image.Image]) -> bytes:
     """Returns an animation of the frames that repeats forever."""
     buffer = io.BytesIO()
     images[0].save(buffer, "GIF", save_all=True, append_images=list(images[1:]), duration=GIF_DELAY, loop=0)

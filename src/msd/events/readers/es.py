@@ -19,7 +19,6 @@ from msd.events.readers.file import File
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
-SIGNATURE = b"Event Stream"
 HEADER = 20  # bytes, with width and height
 TYPES = {0: "generic", 2: "ATIS", 4: "colour"}
 DVS = 1
