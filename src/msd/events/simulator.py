@@ -141,7 +141,6 @@ def simulate(
     Args:
         frames: at least one frame as for `Simulator.feed`; any iterable, read one frame at a time.
         times: of the frames, µs, rising.
-        settings: of the camera.
         seed: of mismatch and noise.
 
     Raises:
@@ -251,12 +250,8 @@ def events_of_photo(
     `Camera(photo, size, motion, seed).picture(t)` is the matching RGB video.
 
     Args:
-        photo: any mode.
-        size: (width, height) of the sensor.
-        duration: µs.
+        photo: any mode. size: (width, height) of the sensor. duration: µs.
         rate: simulated frames per second; an edge should move at most a pixel between two frames.
-        motion: of the camera.
-        settings: of the camera.
         seed: of the path, the mismatch and the noise.
     """
     camera = Camera(photo, size, motion, seed)

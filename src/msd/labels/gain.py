@@ -33,16 +33,9 @@ def image_gain(
 ) -> list[Tensor]:
     """Returns the gain of each answer token in nats, one float64 tensor [T_i] ≥ 0 per row; 0 in rows without an image.
 
-    Distributions are softmaxes of the raw logits, without logits processors.
-
-    Args:
-        target: the target model.
-        inputs: processor output of B prompts, with images encoded or not.
-        answers: B lists of token ids.
-        logits: `answer_logits` of the same rows, if they are known already.
-
-    Raises:
-        UserError: an answer is empty or contains an image placeholder, which the model would replace by features.
+    inputs: processor output of B prompts, with images encoded or not. answers: B lists of token ids. logits: the
+    `answer_logits` of these rows, if already computed; distributions are their softmaxes, without logits processors.
+    UserError if an answer is empty or contains an image placeholder, which the model would replace by features.
     """
     if any(token in target.placeholders for answer in answers for token in answer):
         raise UserError(

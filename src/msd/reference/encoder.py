@@ -176,15 +176,10 @@ class EfficientNetLite(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, return_dict: bool | None = True, **kwargs: object
     ) -> BaseModelOutput | tuple[Tensor, ...]:
-        """Computes image tokens, the input of the projector.
+        """Computes image tokens, the input of the projector, from pixels as in `features`.
 
-        Args:
-            pixel_values: as in `features`.
-            return_dict: False for a plain tuple.
-            kwargs: arguments that LLaVA passes to towers with attention; ignored.
-
-        Returns:
-            `last_hidden_state` [B, cells, 1280]; `hidden_states` = (features, last_hidden_state), always present.
+        Ignores `kwargs`, which LLaVA passes to towers with attention. Returns `last_hidden_state` [B, cells, 1280] and
+        `hidden_states` = (features, last_hidden_state), as a plain tuple if `return_dict` is False.
         """
         features = self.features(pixel_values)
         shown = thumbnails(pixel_values.to(features.dtype), self.config.image_size // self.config.patch_size)

@@ -116,15 +116,9 @@ def shortened(text: str) -> str:
 def write_whole(path: Path | str, content: str | bytes | Callable[[Path], object], before: Path | None = None) -> None:
     """Writes a file atomically: to a temporary file in the same folder, which then replaces the file.
 
-    If writing fails, the old file is unchanged and nothing else remains. A device or pipe is written to directly.
-
-    Args:
-        path: the file; a link is followed.
-        content: text (as UTF-8), bytes, or a function that writes the file whose path it gets.
-        before: path in the same folder that the old file is moved to.
-
-    Raises:
-        UserError: the file cannot be written.
+    content: text (as UTF-8), bytes, or a function that writes the file whose path it gets. before: path in the same
+    folder that the old file is moved to. A link is followed; a device or pipe is written to directly. If writing fails,
+    UserError; the old file is unchanged and nothing else remains.
     """
     path = Path(path)
     with _write_errors(path):

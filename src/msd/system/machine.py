@@ -44,12 +44,8 @@ class Cores:
 class Shared(Cores):
     """Uses up to `most` threads, and fewer while other processes compete for the cores.
 
-    Args:
-        most: number of threads without competition.
-        preemptions: returns how often this process was preempted so far.
-        free: returns whether parallel operators on that many threads run without preemption.
-        apply: sets the number of threads.
-        now: returns the time in seconds.
+    preemptions: returns how often this process was preempted so far. free: returns whether parallel operators on that
+    many threads run without preemption. apply: sets the number of threads. now: returns the time in seconds.
     """
 
     def __init__(
