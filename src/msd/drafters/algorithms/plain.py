@@ -1,4 +1,4 @@
-"""`ar`: no drafting. One token per target pass, on the same loop and backend as every other method."""
+"""`ar`: autoregressive decoding without drafts, on the same loop and backend as every other method."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from msd.targets.state import State
 
 
 class Plain:
-    """Proposes nothing."""
+    """Drafts nothing: each step emits one token."""
 
     name = "ar"
     taps: tuple[int, ...] = ()
     sampled = False
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
-        """Any target will do."""
+        """Accepts any target."""
 
     def twin(self, model: PreTrainedModel) -> Plain:
-        """Another."""
+        """See `Drafter`."""
         return Plain()
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Nothing to remember."""
+        """Stores nothing."""
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """The root alone."""
+        """Returns the root alone."""
         return DraftTree.root_only(state.layout.newest())
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """No router."""
+        """Returns None: no router."""
         return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Nothing to remember."""
+        """Stores nothing."""
 
 
 registry.add(registry.Method(Plain.name, Plain))

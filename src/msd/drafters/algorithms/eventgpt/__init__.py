@@ -1,4 +1,4 @@
-"""`eventgpt`: cross-model drafting by a model that sees an event camera's recording (docs/events.md)."""
+"""`eventgpt`: an independent model that reads event recordings drafts for the target (docs/events.md)."""
 
 from msd.drafters.algorithms.eventgpt.drafter import EventGPTDrafter, load, save
 from msd.drafters.algorithms.eventgpt.network import METHOD, EventGPT, EventGPTConfig
