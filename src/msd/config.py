@@ -51,7 +51,7 @@ _DECODING = (
 )  # fmt: skip
 _ARGUMENTS = {
     "assistant_model": "selects another decoding method; choose one of msd's with drafter=… instead",
-    "assistant_tokenizer": "belongs to assistant_model, which is another decoding method; choose one of msd's with drafter=…",
+    "assistant_tokenizer": "belongs to assistant_model, another decoding method; choose one of msd's with drafter=…",
     "custom_generate": "selects another decoding method; choose one of msd's with drafter=… instead",
     "inputs_embeds": "cannot be drafted from: drafts read token ids; give input_ids",
     "past_key_values": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,7 @@ def depth_map(seed: int) -> Depth:
 def depth_frames(depth: Depth, count: int) -> list[Image.Image]:
     """Slices of equal depth."""
     edges = np.linspace(0, 1, count + 1)
-    slices = [(depth >= low) & (depth < high) for low, high in zip(edges, edges[1:], strict=False)]
+    slices = [(depth >= low) & (depth < high) for low, high in pairwise(edges)]
     return [Image.fromarray(np.asarray(part, np.uint8) * 255).convert("RGB") for part in slices]
 
 

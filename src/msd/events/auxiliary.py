@@ -1,6 +1,6 @@
-"""Events for models: the auxiliary source "events" of drafters, and the costs by which answers about events are labelled.
+"""Connects events to the rest of the library: auxiliary tokens for drafters, and label costs for answers.
 
-`SpeculativeVLM.generate(events=…)` takes recordings of event cameras because this module registers the source.
+This module registers the source "events", so `SpeculativeVLM.generate(events=…)` accepts recordings of event cameras.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from msd.targets.base import Target
 
 
 def opened(recording: Events | str | os.PathLike[str]) -> Events:
-    """Opens an event file; returns a stream or a recording as it is. UserError if the file holds no events' format."""
+    """Opens an event file; returns a stream or a recording as it is. UserError if its format is unknown."""
     return open_chunks(recording) if isinstance(recording, str | os.PathLike) else recording
 
 

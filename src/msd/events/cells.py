@@ -84,7 +84,7 @@ def cells(
 
 
 def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
-    """Returns the modality ids [frames, tokens] of the cells that a frame's image tokens cover, row by row; -1: no cell.
+    """Returns the modality ids [frames, tokens] of the cells that image tokens cover, row by row; -1: no cell.
 
     Frames divide the recording's time equally. tokens: the image tokens of a frame, a square grid, or one more, whose
     first is a class token without a cell. UserError for another number.

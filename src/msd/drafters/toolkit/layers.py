@@ -352,8 +352,8 @@ class AuxiliaryAdaptor(nn.Module):
         """tokens [B, E, H] -> (kept [B, K, H], global [B, 1, H]). UserError for another number of tokens."""
         if tokens.shape[1:] != self.places.shape:
             raise UserError(
-                f"the drafter was trained with {list(self.places.shape)} auxiliary tokens, not {list(tokens.shape[1:])}; "
-                "encode them as for its training"
+                f"the drafter was trained with auxiliary tokens of shape {list(self.places.shape)}, not "
+                f"{list(tokens.shape[1:])}; encode them as for its training"
             )
         normed = self.norm(tokens.to(self.places.dtype)) + self.places
         seen = attended(self.queries, self.k_proj(normed), self.v_proj(normed), self.heads, self.mask)

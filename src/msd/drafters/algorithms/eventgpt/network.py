@@ -112,7 +112,7 @@ class EventGPT(nn.Module):
 
     @classmethod
     def for_text(cls, text_config: Any, **changes: Any) -> Self:
-        """Creates a small model with random weights and the text sizes of a `transformers` config; `changes` override."""
+        """Creates a small random model with the text sizes of a `transformers` config; `changes` override fields."""
         vision = {
             "vision_hidden": 16, "vision_intermediate": 32, "vision_layers": 2, "vision_heads": 2, "image_size": 16,
             "patch_size": 8,
