@@ -121,8 +121,8 @@ def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
             raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
         if model_type:  # such as "qwen", the first Qwen-VL
             raise UserError(
-                f"target '{target}' has architecture '{model_type}', which transformers {transformers.__version__} does "
-                "not have, so no adapter can be written; docs/targets.md lists what it can be"
+                f"target '{target}' has architecture '{model_type}', which transformers {transformers.__version__} "
+                "does not have, so no adapter can be written; docs/targets.md lists what it can be"
             ) from error
         raise UserError(
             f"unknown target '{target}': neither 'reference' nor 'reference-video', nor a checkpoint folder, nor a "

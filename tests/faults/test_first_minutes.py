@@ -23,10 +23,10 @@ from msd.cli import app, demo, verify
 from msd.config import SpeculativeConfig
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import Drafter
+from msd.drafters.algorithms import eventgpt as eventgpt_memory
 from msd.drafters.algorithms import prompt_lookup
 from msd.drafters.algorithms.combined import Combined
 from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, VocabularyMap
-from msd.drafters.algorithms.eventgpt import drafter as eventgpt_memory
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.drafters.toolkit import context as toolkit_memory

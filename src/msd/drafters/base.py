@@ -19,21 +19,23 @@ from msd.targets.state import State
 class Drafter(Protocol):
     """Proposes trees below the newest token. All data of a request lives in `State.memory`, none in the drafter.
 
+    A subclass inherits methods that do nothing, except `twin` and `propose`.
+
     name: the method's name in tables. taps: indices of the target's hidden states that it reads (`msd.targets.taps`).
     sampled: whether it samples its candidates. Sampled output is then exact in distribution, but differs from
     `generate()` with the same seed.
     """
 
     name: str
-    taps: tuple[int, ...]
-    sampled: bool
+    taps: tuple[int, ...] = ()
+    sampled: bool = False
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Binds the drafter to its target; UserError when the two do not fit. Called again when embeddings change.
 
         backend: the name of the backend that computes the target's passes; the drafter may use the same one.
         """
-        ...
+        return
 
     def twin(self, model: PreTrainedModel) -> Drafter:
         """Returns a drafter of the same kind with any weights for a tiny model, on which its sampling is tested."""
@@ -45,7 +47,7 @@ class Drafter(Protocol):
         It runs no pass. The first `propose` that may draft reads the prompt, so a request that ends before, or one
         whose governor allows no drafts, costs nothing.
         """
-        ...
+        return
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Returns a tree for each row, within the budget; node 0 is `state.layout.newest()`.
@@ -59,11 +61,11 @@ class Drafter(Protocol):
 
         Called between scoring and accepting, if the verifier needs it. It does not read the prompt.
         """
-        ...
+        return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Receives what a step accepted. Called after each step, before the next `propose`."""
-        ...
+        return
 
 
 @runtime_checkable

@@ -232,7 +232,7 @@ def _known() -> dict[str, Method]:
 
 @cache
 def _discover() -> None:
-    """Imports every file of `msd.drafters.algorithms`, which register their methods."""
+    """Imports the files of `msd.drafters.algorithms`, which register their methods."""
     for module in pkgutil.iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
 

@@ -51,17 +51,12 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Looks up the last `max_ngram` to `min_ngram` tokens; a longer match has more weight."""
-
-    taps: tuple[int, ...] = ()
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False, branches: int = 2) -> None:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
         self.max_ngram, self.min_ngram, self.sampled, self.branches = max_ngram, min_ngram, sampled, branches
-
-    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
-        """Accepts any target."""
 
     def twin(self, model: PreTrainedModel) -> PromptLookup:
         """Returns another one with the same settings."""
@@ -70,13 +65,6 @@ class PromptLookup:
     def begin(self, state: State, scores: Scores) -> None:
         """Creates an empty index for each row; `propose` fills it."""
         state.memory = [_Index() for _ in range(state.layout.batch)]
-
-    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """Returns None: no router."""
-        return None
-
-    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Stores nothing: the layout holds the emitted tokens."""
 
     def _read(self, state: State) -> None:
         """Adds the new tokens of each row to its index."""
@@ -210,16 +198,11 @@ def _sample_tree(root: _Node, budget: int, branches: int, draw: Callable[[Tensor
     return draft
 
 
-@dataclass
-class _Memories:
-    drafter: Any
-    lookup: Any
+class Repeats(Drafter):
+    """Drafts by lookup in rows whose last `least` tokens occurred before, and with `drafter` in all others.
 
-
-class Repeats:
-    """Drafts by lookup in rows whose last `least` tokens occurred before, and with `drafter` in all others."""
-
-    sampled = False
+    `State.memory` holds two views of the state, each with the memory of one of the two.
+    """
 
     def __init__(self, drafter: Drafter, least: int = LEAST) -> None:
         self.drafter, self.lookup, self.least = drafter, PromptLookup(least, least), least
@@ -253,41 +236,32 @@ class Repeats:
         return self.drafter.thresholds(epsilon) if isinstance(self.drafter, Calibrated) else {}
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Starts both drafters, each with its own memory."""
-        parts = []
-        for part in (self.drafter, self.lookup):
-            view = copy.copy(state)
+        """See `Drafter`."""
+        views = copy.copy(state), copy.copy(state)
+        for part, view in zip((self.drafter, self.lookup), views, strict=True):
             part.begin(view, scores)
-            parts.append(view.memory)
-        state.memory = _Memories(*parts)
+        state.memory = views
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts by lookup where the last tokens match, and with the drafter in the other rows."""
-        matched = self.lookup.propose(_as(state, state.memory.lookup), budget, sampler)
+        drafter_state, lookup_state = state.memory
+        matched = self.lookup.propose(lookup_state, budget, sampler)
         rows = (matched.valid.sum(1) > 1).nonzero()[:, 0].tolist()
         depth = [0 if row in rows else depth for row, depth in enumerate(budget.depth)]
         if rows and not any(depth):
             return matched
-        drafted = self.drafter.propose(_as(state, state.memory.drafter), replace(budget, depth=depth), sampler)
+        drafted = self.drafter.propose(drafter_state, replace(budget, depth=depth), sampler)
         if not rows or drafted.size == 1:
             return matched if rows else drafted
         return drafted.replaced(rows, matched)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """See `Drafter`."""
-        return self.drafter.route(_as(state, state.memory.drafter), tree, scores)
+        return self.drafter.route(state.memory[0], tree, scores)
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """See `Drafter`."""
-        self.drafter.observe(_as(state, state.memory.drafter), tree, scores, accepted)
-        self.lookup.observe(_as(state, state.memory.lookup), tree, scores, accepted)
-
-
-def _as(state: State, memory: Any) -> State:
-    """Returns a view of the state with the memory of one of the two drafters."""
-    view = copy.copy(state)
-    view.memory = memory
-    return view
+        self.drafter.observe(state.memory[0], tree, scores, accepted)
 
 
 def _with_lookup(name: str, network: DraftNetwork) -> Repeats:
