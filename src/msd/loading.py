@@ -30,18 +30,11 @@ from msd.errors import UserError
 from msd.system.files import damage
 from msd.targets import family
 
-FAULTS = (  # exceptions that the library raises for damaged checkpoints and incomplete installations
+FAULTS = (  # raised by the library for damaged checkpoints and missing packages
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, EOFError,
     SafetensorError, UnpicklingError,
 )  # fmt: skip
-PACKAGES = (
-    "torchvision",
-    "mistral-common",
-    "librosa",
-    "soundfile",
-    "sentencepiece",
-    "num2words",
-)  # that processors need
+PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")
 
 
 def load_target(
@@ -59,10 +52,8 @@ def load_target(
     config = _config(target, path)
     with _named(target):
         family(config)
-    has_images = type(config) in AutoModelForImageTextToText._model_mapping
-    auto = (
-        AutoModelForImageTextToText if has_images else AutoModelForMultimodalLM
-    )  # others take sounds only, such as Qwen2-Audio
+    with_images = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if with_images else AutoModelForMultimodalLM
     processor = _processor(target, path)  # before the model: it fails more often, and quickly
     try:
         model, report = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -75,10 +66,10 @@ def load_target(
 
 def _refuse_damaged(target: str | Path, path: str | Path) -> None:
     """Raises UserError that names a damaged file in a checkpoint folder; the library misses or misreports some."""
-    fault_found = damage(Path(path)) if Path(path).is_dir() else None
-    if fault_found is not None:
-        again = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
-        raise UserError(f"target '{target}' cannot be loaded: {fault_found}; {again}")
+    problem = damage(Path(path)) if Path(path).is_dir() else None
+    if problem is not None:
+        remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
+        raise UserError(f"target '{target}' cannot be loaded: {problem}; {remedy}")
 
 
 @contextmanager
@@ -144,7 +135,7 @@ def _processor(target: str | Path, path: str | Path) -> Any:
     except FAULTS as error:
         message = str(error).lower().replace("_", "-")
         missing = " and ".join(name for name in PACKAGES if name in message)
-        if missing and not (Path(path).is_dir() and fault(Path(path))):
+        if missing and not _no_tokenizer(path):
             raise UserError(
                 f"the processor of target '{target}' needs {missing}, which is not installed; install it"
             ) from error
@@ -153,7 +144,7 @@ def _processor(target: str | Path, path: str | Path) -> Any:
 
 def _reason(path: str | Path, error: Exception) -> str:
     """Explains why a part of a checkpoint cannot be loaded: by the state of its files, else by the library's error."""
-    if Path(path).is_dir() and (missing := fault(Path(path))):
+    if missing := _no_tokenizer(path):
         return missing
     if isinstance(error, OSError | ValueError | ImportError):
         return _first_line(error)
@@ -172,11 +163,11 @@ UNUSED = re.compile(r"vision_(tower|model)\.(.+\.)?head\.")  # SigLIP's pooling 
 SHOWN = 3  # tensors that a message names
 
 
-def fault(folder: Path) -> str | None:
-    """Describes what is missing in a checkpoint folder that `_refuse_damaged` does not check: a tokenizer."""
-    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
-        return f"it has no tokenizer ({', '.join(TOKENIZERS)}); copy the tokenizer's files into the folder"
-    return None
+def _no_tokenizer(path: str | Path) -> str | None:
+    """Returns a message if `path` is a folder without a tokenizer, which `_refuse_damaged` does not check."""
+    if not Path(path).is_dir() or any(next(Path(path).glob(pattern), None) for pattern in TOKENIZERS):
+        return None
+    return f"it has no tokenizer ({', '.join(TOKENIZERS)}); copy the tokenizer's files into the folder"
 
 
 def check_tensors(model: nn.Module, report: Mapping[str, Iterable[Any]]) -> None:
@@ -194,11 +185,9 @@ def check_tensors(model: nn.Module, report: Mapping[str, Iterable[Any]]) -> None
         (extra, "its weights have {} that its config leaves out"),
     ):
         if names:
+            listed = ", ".join(sorted(names)[:SHOWN]) + (", …" if len(names) > SHOWN else "")
             problem = what.format(f"{len(names)} tensor(s)")
-            more = ", …" if len(names) > SHOWN else ""
-            raise UserError(
-                f"{problem} ({', '.join(sorted(names)[:SHOWN])}{more}); give weights and config of one model"
-            )
+            raise UserError(f"{problem} ({listed}); give weights and config of one model")
 
 
 def _has_its_module(model: nn.Module, name: str) -> bool:

@@ -245,7 +245,7 @@ def test_the_newest_state_is_known_after_it_was_read() -> None:
         patch.setattr(DecodedStates, "observe", noting)
         patch.setattr(Combined, "_router_states", routing)
         answer(made, 16, adaptive=False)
-    part = made._part(made.msd.taps)
+    part = made._select(made.msd.taps)
     later = [(n, found) for n, found in asked if n]
     assert len(later) > 4
     for n, found in later:
