@@ -8,15 +8,16 @@ a street. Cells without events have no logarithm: they are sparse and do not inf
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msd.core import modality
 from msd.errors import UserError
 from msd.events.recording import By, Events, edges, extent, frame_chunks
 from msd.events.stream import EventStream
+from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Rates:
         rates = self.counts.reshape(-1, *self.shape) / self.area / seconds[:, None, None]
         threshold = otsu(np.log(rates[rates > 0])) if threshold is None else threshold
         dense = (rates > 0) & (rates >= threshold)
-        kinds = np.where(dense, modality.EVENT_DENSE.id, modality.EVENT_SPARSE.id).astype(np.int64)
+        kinds = np.where(dense, EVENT_DENSE.id, EVENT_SPARSE.id).astype(np.int64)
         return Cells(rates, kinds, float(threshold))
 
 
@@ -82,6 +83,22 @@ def cells(
         spans[frame, 1] = chunk.t[-1]
         rates.add(frame, chunk)
     return rates.cells(np.diff(frame_edges) if by == "time" else spans[:, 1] - spans[:, 0], threshold)
+
+
+def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
+    """Returns the modality id of each image token's cell, [frames, tokens], row by row; -1 for a class token.
+
+    The frames divide the recording into equal time spans; a frame's cells count the events of its span.
+
+    tokens: image tokens per frame: a square grid, or one more, whose first is a class token without a cell. UserError
+    for other numbers.
+    """
+    side = math.isqrt(tokens)
+    first = tokens - side * side
+    if first > 1:
+        raise UserError(f"{tokens} image tokens per frame are no square grid, so they match no cells of events")
+    kinds = cells(recording, (side, side), frames, "time").kinds.reshape(frames, -1)
+    return np.pad(kinds, ((0, 0), (first, 0)), constant_values=-1)
 
 
 def otsu(logarithms: NDArray[np.float64]) -> float:

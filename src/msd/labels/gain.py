@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.events import cells
-from msd.events.recording import Events
-from msd.labels.label_thresholds import CELL_KINDS
+from msd.labels import CELL_KINDS
 from msd.targets.base import Target
 from msd.targets.teacher import teach
 
@@ -120,22 +118,6 @@ def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequen
             )
 
 
-def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
-    """Returns the modality id of each image token's cell, [frames, tokens], row by row; -1 for a class token.
-
-    The frames divide the recording into equal time spans; a frame's cells count the events of its span.
-
-    tokens: image tokens per frame: a square grid, or one more, whose first is a class token without a cell. UserError
-    for other numbers.
-    """
-    side = math.isqrt(tokens)
-    first = tokens - side * side
-    if first > 1:
-        raise UserError(f"{tokens} image tokens per frame are no square grid, so they match no cells of events")
-    kinds = cells(recording, (side, side), frames, "time").kinds.reshape(frames, -1)
-    return np.pad(kinds, ((0, 0), (first, 0)), constant_values=-1)
-
-
 @torch.no_grad()
 def event_costs(
     target: Target,
@@ -147,7 +129,7 @@ def event_costs(
     """Returns per row float64 [T_i, 2 + F] nats: the cost of masking the sparse cells, the dense cells, each frame.
 
     inputs, answers, logits: as for `image_gain`. kinds: per row the [F, C] kinds of its image columns, frame by frame
-    (`cell_kinds`). UserError if a row does not have F·C image columns.
+    (`msd.events.cells.cell_kinds`). UserError if a row does not have F·C image columns.
     """
     inputs = target.encode_images(dict(inputs))
     columns = image_columns(target, inputs["input_ids"])
@@ -158,20 +140,6 @@ def event_costs(
         logits = answer_logits(target, inputs, answers)
     costs = [masking_cost(target, inputs, answers, group, logits) for group in masked]
     return [torch.stack(of_row, -1) for of_row in zip(*costs, strict=True)]
-
-
-def costs_of_recordings(
-    target: Target,
-    inputs: dict[str, Any],
-    answers: Sequence[Sequence[int]],
-    recordings: Sequence[Events],
-    frames: Sequence[int],
-    logits: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """Returns `event_costs` of rows that show `frames[row]` frames of the scene in `recordings[row]`."""
-    columns = image_columns(target, inputs["input_ids"]).sum(1).tolist()
-    kinds = [cell_kinds(r, count, n // count) for r, count, n in zip(recordings, frames, columns, strict=True)]
-    return event_costs(target, inputs, answers, kinds, logits)
 
 
 def _groups(columns: Tensor, kinds: Tensor) -> Tensor:

@@ -16,14 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VIDEO_REASONING, VISION
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.errors import UserError
+from msd.labels import CELL_KINDS, EVENT_MODALITIES, IMAGE_MODALITIES, VIDEO_REASONING
 from msd.system.files import read_bytes, write_whole
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
-IMAGE_MODALITIES = (LANGUAGE, VISION, FUSION)
-EVENT_MODALITIES = (LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING)
-CELL_KINDS = (EVENT_SPARSE, EVENT_DENSE)
 REMEDY = "thresholds from 'msd capture' are fitted again when the file is deleted and the same capture runs again"
 
 Costs = Sequence[Sequence[float]] | Tensor  # [T, 2 + F]: cost of masking the sparse cells, the dense cells, each frame
