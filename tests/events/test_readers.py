@@ -249,7 +249,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         assert done.returncode == 2 and "msd-decoding[events]" in done.stderr and done.stderr.count("\n") == 1
 
 
-FACTS = {  # file: events, first and last time (µs), sensor; as second readers tell (docs/events.md)
+FACTS = {  # file: events, first and last time (µs), sensor; other readers agree (recipes/events/README.md)
     "eventgpt_sample1.npy": (132_268, 0, 49_595, (640, 480)),
     "evt2_sample.raw": (539_481, 1_317_888, 1_367_888, (640, 480)),
     "evt3_sample.raw": (219_596, 11_718_656, 11_727_457, (1280, 720)),
