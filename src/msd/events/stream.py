@@ -27,7 +27,7 @@ class EventStream:
     """Events in the order of time; several may have the same time.
 
     Attributes:
-        t: int64 [N], microseconds, never decreasing. Zero is wherever the recording puts it.
+        t: int64 [N], microseconds, never decreasing. The recording defines time zero.
         x, y: uint16 [N], pixels from the upper left corner, below the width and the height.
         p: uint8 [N], 1 for brighter, 0 for darker.
         size: (width, height) of the sensor in pixels.

@@ -201,7 +201,7 @@ def _with_supported_media(supported: set[str], chat: Messages, media: Sequence[A
         source = next(remaining)
         as_images = part["type"] == "video" and "video" not in supported and "image" in supported
         if part["type"] not in supported and not as_images:
-            raise UserError(f"this model takes {' and '.join(sorted(supported)) or 'text'}, not {part['type']}")
+            raise UserError(f"this model supports {' and '.join(sorted(supported)) or 'text'}, not {part['type']}")
         replaced.extend(source.frames if as_images else [source])
         return [{"type": "image"}] * len(source.frames) if as_images else [part]
 
@@ -253,7 +253,7 @@ def _samples(processor: Any, sound: Audio, rate: int) -> Any:
     samples, most = sound.load(rate), processor.feature_extractor.n_samples
     if len(samples) > most:
         name = shortened(os.fsdecode(sound.path))
-        raise UserError(f"'{name}' is {len(samples) / rate:.0f} s long; this model hears {most // rate} s: cut it")
+        raise UserError(f"'{name}' is {len(samples) / rate:.0f} s long; the model accepts {most // rate} s: cut it")
     return samples
 
 

@@ -22,7 +22,7 @@ CLOCK_STEP = 1 << 13  # µs
 
 
 def read(file: File) -> Source:
-    """Reads N-MNIST, 34x34; if an event lies outside, N-Caltech101, whose size follows from its events."""
+    """Reads N-MNIST, 34x34, or if any event is outside, N-Caltech101, whose size follows from its events."""
     length = file.path.stat().st_size
     if length % EVENT:
         raise UserError(f"{length} bytes are no whole number of events of {EVENT}; it is truncated or no N-MNIST file")
