@@ -217,7 +217,9 @@ def test_bench_measures_acceptance_by_modality(folder: Path) -> None:
     assert "coverage" not in report.markdown(plain)
 
 
-def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_refuses_thresholds_it_cannot_use(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     thresholds, data = tmp_path / "cuts.json", tmp_path / "data.jsonl"
     data.write_text('{"prompt": "What is it?"}\n')
     thresholds.write_text("{}")
@@ -237,7 +239,7 @@ def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: 
         assert captured.err.startswith("msd: ") and captured.err.count("\n") == 1 and part in captured.err
 
 
-def test_shipped_cuts_belong_to_the_reference_model(reference_model: tuple[Any, Any]) -> None:
+def test_shipped_thresholds_belong_to_the_reference_model(reference_model: tuple[Any, Any]) -> None:
     thresholds = modality.find_label_thresholds("reference", None)
     if thresholds is not None:
         thresholds.check_target(fingerprint(reference_model[0]))

@@ -1,4 +1,4 @@
-"""`msd capture` on a tiny target: goes on where it stopped, freezes its cuts, and names the line that is wrong."""
+"""`msd capture` on a tiny target: resumes, freezes its label thresholds, and names the line that is wrong."""
 
 from __future__ import annotations
 
@@ -69,18 +69,20 @@ def test_an_interrupted_capture_ends_as_an_uninterrupted_one(
     assert json.loads(out)["written"] == 5
     assert records(parts) == records(whole)
     assert parts.read_bytes() == whole.read_bytes()
-    cuts = [Path(f"{p}.cuts.json").read_text() for p in (whole, parts)]
-    assert cuts[0] == cuts[1]
+    thresholds = [Path(f"{p}.cuts.json").read_text() for p in (whole, parts)]
+    assert thresholds[0] == thresholds[1]
     found = records(whole)
     assert found["0.png", "Is it?"]["split"] == "val" and found["", "Say something."]["gain"] == [0.0] * 5
     gains = [r["gain"] for r in found.values() if r["image"] and r["split"] == "train"]
     assert ModalityThresholds.load(Path(f"{whole}.cuts.json")) == ModalityThresholds.fit(gains, summary["target"])
 
 
-def test_a_part_decides_no_cuts_and_cuts_stay(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_a_part_fits_no_thresholds_and_thresholds_stay(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     frozen = Path(f"{out}.cuts.json")
-    assert "no modality cuts" in run(capsys, folder, out, "--limit", "2")[1]
+    assert "no label thresholds" in run(capsys, folder, out, "--limit", "2")[1]
     assert len(records(out)) == 2 and not frozen.exists()
     run(capsys, folder, out)
     chosen = ModalityThresholds.load(frozen).model_copy(update={"vision_min": 99.0})

@@ -13,11 +13,12 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd.drafters import registry
-from msd.drafters.recordings import FRAMES, event_tokens
+from msd.drafters.auxiliary import FRAMES, pooled
 from msd.events import events_of_photo, frames, read
-from msd.events.pooling import pooled
+from msd.events.auxiliary import event_tokens
+from msd.events.cells import cell_kinds
 from msd.inputs.prompts import prepare
-from msd.labels.gain import cell_kinds, event_costs
+from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt

@@ -115,14 +115,14 @@ def test_batches_of_unequal_prompts(made: Any) -> None:
         assert result.tokens == plain(prompts(("video",)), seed, **SAMPLED)[0][: len(result.tokens)]
 
 
-def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, beside: Tensor | None) -> Tensor:
+def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, auxiliary: Tensor | None) -> Tensor:
     """The drafter's inputs [1, n, H] of a row, word by word."""
-    net, words, out, placed = made.network, made.words, [], beside is None or not bool(beside[row].any())
+    net, words, out, placed = made.network, made.mapping, [], auxiliary is None or not bool(auxiliary[row].any())
     shown = [c for c in range(layout.start[row], prompt) if layout.modality[row, c] != LANGUAGE.id]
     where = shown[0] if shown else layout.start[row] + 1
     for column in range(layout.start[row], layout.end[row]):
-        if column == where and not placed and beside is not None:
-            out += list(beside[row])
+        if column == where and not placed and auxiliary is not None:
+            out += list(auxiliary[row])
         if column not in shown:
             token = int(layout.tokens[row, column])
             own = int(words.to_drafter[token])
@@ -132,11 +132,11 @@ def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, besid
 
 def law(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
     """[V] over target ids after drafted target tokens `path`, with nothing remembered."""
-    net, words = made.network, made.words
+    net, words = made.network, made.mapping
     drafted = [net.embed(words.to_drafter[token])[None, None] for token in path]
     logits = net.llama(inputs_embeds=torch.cat([text, *drafted], 1)).logits[0, -1]
     out = torch.zeros(VOCABULARY)
-    out[words.ids] = logits[words.own].softmax(-1)
+    out[words.ids] = logits[words.drafter_ids].softmax(-1)
     return out
 
 
@@ -165,7 +165,7 @@ def test_drafts_are_those_of_the_model_without_a_cache(
     def watched(made: EventGPTDrafter, state: Any, budget: Any, sampler: Any) -> DraftTree:
         tree = propose(made, state, budget, sampler)
         for row in [r for r, depth in enumerate(budget.depth) if depth]:
-            text, paths = own_text(made, state.layout, row, L, state.beside), [[]]
+            text, paths = own_text(made, state.layout, row, L, state.auxiliary), [[]]
             for node in range(1, tree.size):
                 if not tree.valid[row, node]:
                     paths.append([])
@@ -207,7 +207,7 @@ def trees(engine: SpeculativeVLM, monkeypatch: pytest.MonkeyPatch, **arguments: 
 def test_events_change_drafts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     made = drafter()
     engine, inputs = SpeculativeVLM(MODEL, None, CONFIG, made), prompts(("video",))
-    one, other = made.beside(scene(0)), made.beside(scene(1))
+    one, other = made.encode(scene(0)), made.encode(scene(1))
     assert one.shape == (made.network.config.tokens, made.network.config.hidden) == (5 + 4, 32)
     assert (one - other).abs().max() > 1e-3
     found = [
@@ -216,8 +216,8 @@ def test_events_change_drafts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) 
             {},
             {"events": scene(0)},
             {"events": scene(1)},
-            {"beside": one[None]},
-            {"beside": lambda: one[None]},
+            {"auxiliary": one[None]},
+            {"auxiliary": lambda: one[None]},
         )
     ]
     assert all(answers == found[0][1] for _, answers in found)
@@ -256,7 +256,7 @@ def test_a_copy_of_the_target_is_believed() -> None:
     assert result.statistics.mean_acceptance_length > 4
 
 
-def test_the_first_token_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_token_is_read_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy's guess of the answer's first token is right, so its first step needs no pass for the root."""
     passes: list[int] = []
     states = EventGPT.states
@@ -275,10 +275,10 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
     """Prefill ends once the drafter has read the prompt, and then before the drafter's work, by 0.1 s each time."""
     made, inputs = drafter(), prompts(("video",))
     engine = SpeculativeVLM(MODEL, None, CONFIG, made)
-    prefill, ahead, read, filled = engine.target.prefill, made.ahead, Event(), Event()
+    prefill, read_prompt, read, filled = engine.target.prefill, made.read_prompt, Event(), Event()
 
     def reads(*arguments: Any) -> Any:
-        memory = ahead(*arguments)
+        memory = read_prompt(*arguments)
         read.set()
         return memory
 
@@ -287,7 +287,7 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.1)
         return prefill(*arguments)
 
-    monkeypatch.setattr(made, "ahead", reads)
+    monkeypatch.setattr(made, "read_prompt", reads)
     monkeypatch.setattr(engine.target, "prefill", slow)
     seconds = engine.generate(**inputs, events=scene(0), **GREEDY).statistics.seconds
     assert 0 < seconds["beside_overlap"] <= seconds["beside"] + 1e-6
@@ -302,10 +302,10 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
     def late() -> Tensor:
         assert filled.wait(60)
         time.sleep(0.1)
-        return made.beside(scene(0))[None]
+        return made.encode(scene(0))[None]
 
     monkeypatch.setattr(engine.target, "prefill", quick)
-    seconds = engine.generate(**inputs, beside=late, **GREEDY).statistics.seconds
+    seconds = engine.generate(**inputs, auxiliary=late, **GREEDY).statistics.seconds
     assert 0.1 <= seconds["beside_overlap"] < seconds["beside"] - 0.05
     assert 0.05 < seconds["beside_wait"] <= seconds["draft"]
     assert seconds["beside_overlap"] + seconds["beside_wait"] <= seconds["beside"] + 0.05
@@ -348,11 +348,11 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 prompts but 2 event recordings"):
         engine.generate(**inputs, events=[scene(0), None], **GREEDY)
     with pytest.raises(UserError, match="not both"):
-        engine.generate(**inputs, events=scene(0), beside=torch.zeros(1, 9, 32), **GREEDY)
+        engine.generate(**inputs, events=scene(0), auxiliary=torch.zeros(1, 9, 32), **GREEDY)
     with pytest.raises(UserError, match="there is no file"):
         engine.generate(**inputs, events=tmp_path / "none.csv", **GREEDY)
     with pytest.raises(UserError, match="9 event tokens of 32 numbers"):
-        engine.generate(**inputs, beside=torch.ones(1, 8, 32), **GREEDY)
+        engine.generate(**inputs, auxiliary=torch.ones(1, 8, 32), **GREEDY)
     with pytest.raises(UserError, match="vocabulary of its own"):
         SpeculativeVLM(MODEL, None, CONFIG, EventGPTDrafter(NETWORK, OWN))
 

@@ -10,6 +10,7 @@ import tiny
 from msd.config import SpeculativeConfig
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree
+from msd.drafters import auxiliary
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget
@@ -80,16 +81,17 @@ def test_trees_of_some_rows_replaced() -> None:
 
 def test_recordings_and_thresholds_are_the_drafters() -> None:
     class Seeing(RandomDrafter):
-        beside = None
+        auxiliary_source = None
 
-        def borrow(self, look: object) -> None:
-            self.beside = look  # type: ignore[assignment]
+        def share_vision_tower(self, encode: object) -> None:
+            self.auxiliary_source, self.encode = "events", encode  # type: ignore[assignment]
 
         def thresholds(self, epsilon: float) -> dict[str, float]:
             return {"vision": epsilon}
 
     blind, seeing = Repeats(RandomDrafter(1, 9)), Repeats(Seeing(1, 9))
     for each in (blind, seeing):
-        each.borrow(len)  # type: ignore[arg-type]
-    assert blind.beside is None and seeing.beside is len
+        each.share_vision_tower(len)  # type: ignore[arg-type]
+    assert blind.auxiliary_source is None and seeing.auxiliary_source == "events"
+    assert auxiliary.encoder(blind, "events") is None and seeing.encode([1, 2]) == 2
     assert blind.thresholds(0.1) == {} and seeing.thresholds(0.1) == {"vision": 0.1}

@@ -33,7 +33,7 @@ def test_pieces_decide_and_kinds_must_agree() -> None:
     drafter = Pieces(("c", "▁a", "<s>", "only", None, "</s>"), frozenset({2}), unknown=3)  # </s> is no mark here
     words = VocabularyMap.between(drafter, TARGET)
     assert words.to_target.tolist() == [5, 3, 1, -1, -1, -1]
-    assert words.own.tolist() == [0, 1, 2] and words.ids.tolist() == [5, 3, 1]
+    assert words.drafter_ids.tolist() == [0, 1, 2] and words.ids.tolist() == [5, 3, 1]
     assert words.read(torch.tensor([1, 2, 3, 5])).tolist() == [2, 3, 1, 0]
     assert words.shared(torch.arange(6.0)).tolist() == [0, 1, 2]
 

@@ -82,7 +82,9 @@ def test_what_is_given_is_what_is_used(tmp_path: Path) -> None:
 class _Sighted:
     name = "sighted"
 
-    def beside(self, recording: Any) -> None: ...
+    auxiliary_source = "events"
+
+    def encode(self, item: Any) -> None: ...
 
 
 def test_a_recording_without_events_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

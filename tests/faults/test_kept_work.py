@@ -24,7 +24,7 @@ from msd.certify import certificate
 from msd.drafters.algorithms.msd import DraftObjective
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
-from msd.system.files import BESIDE, check_place, exclusive, write_whole
+from msd.system.files import PARTIAL, check_place, exclusive, write_whole
 from msd.train.capture import Answer, Prompt, capture
 from msd.train.loop import Loop, LoopConfig
 from training_command import FLOAT32, run, train
@@ -397,11 +397,11 @@ def test_a_killed_training_run_is_resumed(place: Path, tmp_path: Path, capsys: p
             process.wait()
     assert log.exists(), (tmp_path / "said").read_text()
     assert code == 2 and "another process is writing" in one_line(err)
-    (out / f"{BESIDE}0").write_bytes(bytes(9))
+    (out / f"{PARTIAL}0").write_bytes(bytes(9))
     with log.open("ab") as file:
         file.write(b'{"step": 99, "lr"')
     output = train(capsys, place, out, *FLOAT32)
-    assert output["finished"] and not list(out.glob(f"{BESIDE}*"))
+    assert output["finished"] and not list(out.glob(f"{PARTIAL}*"))
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert max(steps) == output["steps"] and steps == sorted(steps)
 

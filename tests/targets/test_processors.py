@@ -153,7 +153,7 @@ def test_sounds(tmp_path: Path) -> None:
         assert vlm.generate(shown, "what is it", **settings, seed=7 + i).tokens == wanted[-1]
     together = vlm.generate(asked, ["what is it"] * 3, **settings, seed=7)
     assert [result.tokens for result in together] == wanted
-    with pytest.raises(UserError, match="2 s long; this model hears 1 s"):
+    with pytest.raises(UserError, match="2 s long; the model accepts 1 s"):
         vlm.generate(Audio(write_sound(tmp_path / "long.wav", 1.6)), "what is it")
 
 

@@ -30,7 +30,7 @@ from msd.bench.rows import row
 from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, outside_kernels, time_engine, time_library
 from msd.bench.unfinished import Unfinished
 from msd.config import SpeculativeConfig
-from msd.drafters import recordings
+from msd.drafters import auxiliary
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets.registry import fingerprint
@@ -185,7 +185,7 @@ class Bench:
         for name in [*list(self.timers)[turn:], *list(self.timers)[:turn]]:
             report(f"{progress}, {name}")
             try:
-                extra = recordings.argument(self.engines[name].drafter, events) if name in self.engines else {}
+                extra = auxiliary.argument(self.engines[name].drafter, "events", events) if name in self.engines else {}
                 runs[name] = self.timers[name]({**inputs, **extra}, seed=group[0])
             except REFUSALS as error:
                 if name not in LIBRARY or name == TRANSFORMERS:

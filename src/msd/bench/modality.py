@@ -26,9 +26,10 @@ from msd.bench.timing import PLAIN, Run, time_engine
 from msd.config import SpeculativeConfig
 from msd.core.modality import FUSION, LANGUAGE, VISION, Modality, known
 from msd.core.statistics import RowStep
-from msd.drafters import recordings
+from msd.drafters import auxiliary
 from msd.events import open_chunks
-from msd.labels.gain import costs_of_recordings, image_gain
+from msd.events.auxiliary import costs_of_recordings
+from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets import Target
@@ -162,7 +163,7 @@ class Labeller:
         words = kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer])
         chains, trees = {}, {}
         for name, engine in self.chains.items():
-            events = recordings.argument(engine.drafter, [sample.events])
+            events = auxiliary.argument(engine.drafter, "events", [sample.events])
             run = time_engine(engine, {**inputs, **events}, self.settings, 0)
             chains[name] = (run.statistics.steps, list(labels_of_common_prefix(labels, answer, run.answers[0])))
             trees[name] = list(labels_of_common_prefix(labels, answer, runs[name].answers[0]))

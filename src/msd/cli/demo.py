@@ -57,9 +57,9 @@ def demo(
 def _compare(vlm: SpeculativeVLM, sample: Sample, max_new_tokens: int, runs: int, console: Console) -> dict[str, Any]:
     """Streams the answer to `console`, then times the method, plain decoding and the library's `generate()`."""
     from msd.bench import measure
-    from msd.drafters import recordings
+    from msd.drafters import auxiliary
 
-    events = recordings.argument(vlm.drafter, [sample.events])
+    events = auxiliary.argument(vlm.drafter, "events", [sample.events])
     for piece in vlm.stream(list(sample.images), sample.prompt, max_new_tokens=max_new_tokens, **events):
         console.out(piece, end="", highlight=False)
         console.file.flush()

@@ -34,7 +34,7 @@ def events(
 ) -> None:
     """Print the number of events, the time span and the sensor of a file, and draw frames."""
     from msd.events import event_frames, open_chunks
-    from msd.events.frames import write_frames, write_html
+    from msd.events.frames import write_frames
     from msd.events.recording import edges, extent
 
     if out is not None and out.suffix.lower() not in ("", ".gif", ".html"):
@@ -60,12 +60,8 @@ def events(
     }
     if out is not None:
         drawn = event_frames(source, frames, by)  # type: ignore[arg-type]
-        if out.suffix.lower() == ".html":
-            captions = [f"{n} events, {a} to {b} µs" for n, (a, b) in zip(drawn.counts, drawn.spans, strict=True)]
-            paths = write_html(drawn.images(), captions, file.name, out)
-        else:
-            paths = write_frames(drawn.images(), out)
-        summary["written"] = [str(path) for path in paths]
+        captions = [f"{n} events, {a} to {b} µs" for n, (a, b) in zip(drawn.counts, drawn.spans, strict=True)]
+        summary["written"] = [str(path) for path in write_frames(drawn.images(), captions, file.name, out)]
     print(json.dumps(summary) if as_json else _text(summary))
 
 

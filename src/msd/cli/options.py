@@ -227,9 +227,9 @@ class LoadedInputs:
 
     def arguments(self, drafter: Drafter) -> dict[str, Any]:
         """Returns the argument `events` of `SpeculativeVLM.generate`; nothing if only the target uses the recording."""
-        from msd.drafters import recordings
+        from msd.drafters import auxiliary
 
-        unused = self.recording is None or (self.from_events and recordings.encoder(drafter) is None)
+        unused = self.recording is None or (self.from_events and auxiliary.encoder(drafter, "events") is None)
         return {} if unused else {"events": self.recording}
 
     def description(self, drafter: Drafter) -> str:

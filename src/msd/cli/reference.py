@@ -45,5 +45,5 @@ def path(cache: Cache = None, video: Video = False, as_json: Json = False) -> No
     from msd import reference
 
     with terminal.status(PREPARING):
-        folder = reference.video_path(cache) if video else reference.path(cache)
+        folder = reference.path(cache, video)
     print(json.dumps({"path": str(folder)}) if as_json else folder)

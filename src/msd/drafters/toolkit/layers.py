@@ -327,7 +327,7 @@ class VisionAdaptor(nn.Module):
 class AuxiliaryAdaptor(nn.Module):
     """[B, E, H] auxiliary tokens of all groups, one group after another -> K kept tokens and a global vector a row.
 
-    Auxiliary tokens are those that only the drafter sees, such as those of an event camera. They come in groups (frames
+    Auxiliary tokens are those that only the drafter sees, such as those of a second sensor. They come in groups (frames
     in time, cells in space), each with a fixed number of tokens. Learned queries read each group and leave a few
     context entries per group and one global vector over all of them. groups: (tokens given, tokens kept) of each.
     """
@@ -352,8 +352,8 @@ class AuxiliaryAdaptor(nn.Module):
         """tokens [B, E, H] -> (kept [B, K, H], global [B, 1, H]). UserError for another number of tokens."""
         if tokens.shape[1:] != self.places.shape:
             raise UserError(
-                f"the drafter was trained beside {list(self.places.shape)} tokens, not {list(tokens.shape[1:])}; "
-                "encode them as for its training"
+                f"the drafter was trained with auxiliary tokens of shape {list(self.places.shape)}, not "
+                f"{list(tokens.shape[1:])}; encode them as for its training"
             )
         normed = self.norm(tokens.to(self.places.dtype)) + self.places
         seen = attended(self.queries, self.k_proj(normed), self.v_proj(normed), self.heads, self.mask)

@@ -34,7 +34,7 @@ class SelfFed(DraftNetwork):
     def states(self, batch: TeacherBatch, first: Tensor, depth: int) -> Tensor:
         """See `DraftNetwork`: every root sees the true context above it and its own draft, as in decoding."""
         assert batch.taps is not None
-        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.beside)
+        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.auxiliary)
         anchors = found.anchors(first + batch.prompt - 1)
         return self.drafted_states(self.whole(found, found.x)[0], anchors, batch, first, depth)
 

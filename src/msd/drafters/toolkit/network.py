@@ -124,10 +124,10 @@ class DraftNetwork(nn.Module, ABC):
         return cls(NetworkConfig(**(checkpoint.sizes(text_config) | own | changes)))
 
     @classmethod
-    def trained_as(cls, settings: Any, recording: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
+    def trained_as(cls, settings: Any, auxiliary: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
         """Changes for `for_target` that follow from a run's settings (`msd.train.drafting.DraftTraining`).
 
-        recording: groups of auxiliary tokens of the training data, if any of it has event recordings.
+        auxiliary: the groups of auxiliary tokens in the training data (tokens given, tokens kept); None without any.
         """
         return {}
 

@@ -2,7 +2,7 @@
 
 Drafters of its kind under other names: `standard`, the control with every modality part off; `msd:ar`, the form that
 drafts level by level; `msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the
-drafter of the video target, which sees event recordings.
+drafter of the video target, which reads event recordings.
 """
 
 from functools import partial

@@ -38,8 +38,8 @@ class MSDConfig(checkpoint.Configuration):
     form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
     levels it is trained on. layers: decoder layers of the trunk. draft_vocabulary: ids the drafter can propose.
     rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token.
-    image_tokens: compressed tokens per image. beside: groups of tokens that only the drafter sees, each (tokens given,
-    tokens kept); see `AuxiliaryAdaptor`. shapes, shared: a subtree's shape by modality, and that of the one tree when
+    image_tokens: compressed tokens per image. beside: groups of auxiliary tokens, each (tokens given, tokens
+    kept); see `AuxiliaryAdaptor`. shapes, shared: a subtree's shape by modality, and that of the one tree when
     `subtrees` is off. active_from: the router probability from which a modality's subtree exists.
     The switches take one part each out, for controls and ablations: with all of them off the drafter is the
     `standard` control.

@@ -34,7 +34,7 @@ from msd.drafters.toolkit.context import Anchors, Entries, Images, left_aligned,
 from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Keys, Layer, TapNorm, VisionAdaptor
 from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
-from msd.labels.label_thresholds import EVENT_MODALITIES
+from msd.labels import EVENT_MODALITIES
 from msd.targets.teacher import TeacherBatch
 
 SURELY = 1.4  # logit of an ending from which a draft is not worth its time: a chance of 0.8
@@ -175,7 +175,7 @@ class MSDNetwork(SelfFed):
         self.ending = Probe(H, 1, c.eps)
         if c.vision:
             self.adaptor = VisionAdaptor(c, len(c.taps), c.image_tokens)
-        self.beside = AuxiliaryAdaptor(c, c.beside) if c.beside else None
+        self.beside = AuxiliaryAdaptor(c, c.beside) if c.beside else None  # its name in checkpoints
         self.image_fc = Linear(H, H, bias=False) if c.vision or c.beside else None
         if self.image_fc is not None:
             nn.init.zeros_(self.image_fc.weight)
@@ -197,12 +197,12 @@ class MSDNetwork(SelfFed):
         return cls(MSDConfig.for_target(text_config, size, **changes))
 
     @classmethod
-    def trained_as(cls, settings: Any, recording: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
+    def trained_as(cls, settings: Any, auxiliary: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
         """See `DraftNetwork`; answers about scenes with events make its modalities those of events."""
         changes: dict[str, Any] = dict.fromkeys(settings.off, False) | {"form": settings.form}
-        if recording is not None:
+        if auxiliary is not None:
             names = tuple(m.name for m in EVENT_MODALITIES)
-            changes |= {"modalities": names, "shapes": shapes_of(names), "beside": recording}
+            changes |= {"modalities": names, "shapes": shapes_of(names), "beside": auxiliary}
         return changes
 
     def _alike(self, text_config: Any) -> Self:
@@ -356,7 +356,7 @@ class MSDNetwork(SelfFed):
     def drafts(self, batch: TeacherBatch, first: Tensor, depth: int) -> tuple[Anchors, Tensor]:
         """(the anchors of the answer tokens `first` [B, A], the states [B, A, D, H] below them); see `states`."""
         assert batch.taps is not None
-        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.beside)
+        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.auxiliary)
         anchors = found.anchors(first + batch.prompt - 1)
         context = self.context(found.x, found.positions)
         if self.config.form == "block":
