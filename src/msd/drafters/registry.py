@@ -193,11 +193,11 @@ def trainable(name: str) -> type[DraftNetwork]:
 
 def default(target: str) -> str:
     """Returns the default method for a target's `fingerprint`: a drafter trained for it, or else prompt lookup."""
-    present = folders()
+    here = folders()
     for name in (DEFAULT, DEFAULT + FOR_VIDEO):
-        if name in present and name not in _METHODS:
-            cuts = checkpoint.training(present[name]).get("cuts")
-            if isinstance(cuts, dict) and cuts.get("target") == target:
+        if name in here and name not in _METHODS:
+            thresholds = checkpoint.training(here[name]).get("cuts")
+            if isinstance(thresholds, dict) and thresholds.get("target") == target:
                 return f"{name}+{FALLBACK}"
     return FALLBACK
 

@@ -84,15 +84,17 @@ def cells(
 
 
 def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
-    """Returns the modality ids [frames, tokens] of the cells that image tokens cover, row by row; -1: no cell.
+    """Returns the modality id of each image token's cell, [frames, tokens], row by row; -1 for a class token.
 
-    Frames divide the recording's time equally. tokens: the image tokens of a frame, a square grid, or one more, whose
-    first is a class token without a cell. UserError for another number.
+    The frames divide the recording into equal time spans; a frame's cells count the events of its span.
+
+    tokens: image tokens per frame: a square grid, or one more, whose first is a class token without a cell. UserError
+    for other numbers.
     """
     side = math.isqrt(tokens)
     first = tokens - side * side
     if first > 1:
-        raise UserError(f"{tokens} image tokens a frame are no square grid, so events have no cells there")
+        raise UserError(f"{tokens} image tokens per frame are no square grid, so they match no cells of events")
     kinds = cells(recording, (side, side), frames, "time").kinds.reshape(frames, -1)
     return np.pad(kinds, ((0, 0), (first, 0)), constant_values=-1)
 

@@ -1,4 +1,4 @@
-"""Labels the tokens of an answer with modalities, by what image and events contribute to them.
+"""Labels the tokens of an answer with modalities, by how much the image or the events influence each token.
 
 Answers about images are labelled with `IMAGE_MODALITIES`, answers about recordings of event cameras with
 `EVENT_MODALITIES`. `import msd` imports this module, so that these names are always registered.
@@ -12,4 +12,4 @@ VIDEO_REASONING = register("video_reasoning", 0.65)
 
 IMAGE_MODALITIES = (LANGUAGE, VISION, FUSION)
 EVENT_MODALITIES = (LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING)
-KINDS = (EVENT_SPARSE, EVENT_DENSE)  # of cells
+CELL_KINDS = (EVENT_SPARSE, EVENT_DENSE)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.labels import KINDS
+from msd.labels import CELL_KINDS
 from msd.targets.base import Target
 from msd.targets.teacher import teach
 
@@ -168,7 +168,7 @@ def _groups(columns: Tensor, kinds: Tensor) -> Tensor:
         raise UserError(f"{len(at)} image tokens for {kinds.numel()} cells of events; show the frames and nothing else")
     frame = torch.arange(len(kinds))[:, None].expand_as(kinds).flatten()
     flat = kinds.flatten()
-    groups = [flat == kind.id for kind in KINDS] + [frame == f for f in range(len(kinds))]
+    groups = [flat == kind.id for kind in CELL_KINDS] + [frame == f for f in range(len(kinds))]
     found = columns.new_zeros(len(groups), len(columns))
     for row, members in zip(found, groups, strict=True):
         row[at[members.to(at.device)]] = True
