@@ -182,6 +182,7 @@ def depth_frames(depth: Depth, count: int) -> list[Image.Image]:
 
 @pytest.fixture
 def depth(monkeypatch: pytest.MonkeyPatch) -> AuxiliarySource:
+    auxiliary.get("events")  # the package's own sources are registered first
     monkeypatch.setattr(auxiliary, "_SOURCES", dict(auxiliary._SOURCES))
     source = AuxiliarySource("depth", "depth maps", (Depth,), lambda d: d, depth_frames, "reads no depth maps")
     auxiliary.register(source)

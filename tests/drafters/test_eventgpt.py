@@ -1,4 +1,4 @@
-"""A model of its own drafts: whatever it sees, the output is the target's, and its drafts are what it says itself."""
+"""An independent model drafts: the output is always the target's, and the drafts are those of the model alone."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.errors import UserError
-from msd.labels import EVENT_MODALITIES, IMAGE_MODALITIES, CELL_KINDS, VIDEO_REASONING
+from msd.labels import CELL_KINDS, EVENT_MODALITIES, IMAGE_MODALITIES, VIDEO_REASONING
 from msd.system.files import read_bytes, write_whole
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains

@@ -137,7 +137,7 @@ class EventGPT(nn.Module):
         """Preprocesses frames for CLIP: crops the central square, resizes it to S pixels, normalises: [F, 3, S, S]."""
         side = (self.config.image_size, self.config.image_size)
         fitted = [np.asarray(ImageOps.fit(image, side, Image.Resampling.BICUBIC)) for image in images]
-        values = torch.from_numpy(np.stack(fitted)).to(self.projector[0].weight.device).float() / 255
+        values = torch.from_numpy(np.stack(fitted)).to(next(self.parameters()).device).float() / 255
         mean, spread = (torch.tensor(x, device=values.device) for x in (MEAN, SPREAD))
         return ((values - mean) / spread).permute(0, 3, 1, 2).to(self.dtype)
 
