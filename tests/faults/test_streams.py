@@ -201,7 +201,7 @@ def test_interrupted_commands_end_cleanly(tmp_path: Path) -> None:
     ]  # fmt: skip
 
     def broken_off(how: signal.Signals | None) -> tuple[int, str]:
-        """(exit code, stderr) of a command that gets a signal after its first output, or whose output pipe is closed."""
+        """(exit code, stderr) of a command that gets a signal after its first output, or whose output is closed."""
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None and process.stderr is not None
         os.read(process.stdout.fileno(), 1)
