@@ -27,7 +27,7 @@ from training_command import FLOAT32, run, train
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target, clips of two frames with events, a picture without, and a text."""
+    """A folder with a target, clips of two frames with events, an image without events, and a text prompt."""
     folder = tmp_path_factory.mktemp("events")
     tiny_checkpoint.write(folder)
     names = tiny_checkpoint.photos(folder / "images", 6)

@@ -33,7 +33,7 @@ GIVEN, KEPT = 7, 3
 
 
 def network(**changes: Any) -> MSDNetwork:
-    """Random in every part."""
+    """A network whose parameters are all random."""
     torch.manual_seed(1)
     config = MSDConfig.for_target(MODEL.config.text_config, 60, rank=4, parent_rank=8, beside=GROUPS, **changes)
     made = MSDNetwork(config)
@@ -69,7 +69,7 @@ def root_logits(made: MSDNetwork, taught: TeacherBatch, tokens: Tensor | None) -
 
 @pytest.mark.parametrize("form", ["block", "ar"])
 @pytest.mark.parametrize("vision", [True, False])
-def test_training_sees_what_decoding_does(form: str, vision: bool) -> None:
+def test_training_and_decoding_read_the_same_tokens(form: str, vision: bool) -> None:
     made = network(form=form, vision=vision)
     taught = replace(teacher_batch(made), auxiliary=some(3, without=1))
     objective = DraftObjective(made, LossConfig())
@@ -80,7 +80,7 @@ def test_training_sees_what_decoding_does(form: str, vision: bool) -> None:
         assert torch.allclose(root_logits(made, taught, taught.auxiliary), learnt[:, 0, 0], atol=1e-4)
 
 
-def test_rows_see_their_own_tokens_and_rows_without_any_none() -> None:
+def test_rows_read_only_their_own_tokens() -> None:
     made = network()
     taught = teacher_batch(made)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_rows_see_their_own_tokens_and_rows_without_any_none() -> None:
         assert torch.allclose(but_one[row], other[row], atol=1e-4)
 
 
-def test_kept_tokens_stand_before_the_text() -> None:
+def test_kept_tokens_come_before_the_text() -> None:
     made = network()
     taught = teacher_batch(made)
     assert taught.taps is not None
@@ -107,7 +107,7 @@ def test_kept_tokens_stand_before_the_text() -> None:
 
 
 def test_a_group_is_read_by_its_own_queries() -> None:
-    """The first group's tokens do not reach what is kept of the second, and all reach the global vector."""
+    """Tokens of the first group change its kept tokens and the global vector, not the second group's."""
     made = network()
     assert made.beside is not None
     one, two = some(1), some(1)
@@ -118,7 +118,7 @@ def test_a_group_is_read_by_its_own_queries() -> None:
     assert not torch.allclose(whole, changed)
 
 
-def test_config_survives_and_other_counts_are_refused() -> None:
+def test_the_config_is_restored_and_other_counts_are_refused() -> None:
     made = network()
     assert MSDConfig.from_json(made.config.as_json()) == made.config
     assert made.beside is not None
@@ -182,6 +182,7 @@ def depth_frames(depth: Depth, count: int) -> list[Image.Image]:
 
 @pytest.fixture
 def depth(monkeypatch: pytest.MonkeyPatch) -> AuxiliarySource:
+    auxiliary.get("events")  # the package's own sources are registered first
     monkeypatch.setattr(auxiliary, "_SOURCES", dict(auxiliary._SOURCES))
     source = AuxiliarySource("depth", "depth maps", (Depth,), lambda d: d, depth_frames, "reads no depth maps")
     auxiliary.register(source)

@@ -1,4 +1,4 @@
-"""A model of its own drafts: whatever it sees, the output is the target's, and its drafts are what it says itself."""
+"""An independent model drafts: the output is always the target's, and the drafts are those of the model alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LENGTH = 14
 CONFIG = SpeculativeConfig(nodes=9, depth=4, adaptive=False)
 MARKS = tuple(f"<{i}>" for i in range(WORDS))
 THEIRS = Pieces((*MARKS, *(f"w{i}" for i in range(WORDS, VOCABULARY))), frozenset(range(WORDS)))
-# the target's words in another order, between marks and words of the drafter's own
+# the target's tokens in reverse order, between special tokens and tokens that only the drafter has
 OWN = Pieces(
     ("<unk>", MARKS[1], MARKS[EOS], "<event>", *reversed(THEIRS.names[WORDS:]), "more", "words"),
     frozenset({0, 1, 2, 3}),
@@ -43,7 +43,7 @@ WORDS_MAP = VocabularyMap.between(OWN, THEIRS)
 
 
 def network(seed: int = 1, **changes: Any) -> EventGPT:
-    """Random, with larger weights than at the start of training, so that events matter and laws have shape."""
+    """A random network with large weights, so that events change its distributions and these are not uniform."""
     torch.manual_seed(seed)
     made = EventGPT.for_text(MODEL.config.text_config, **({"vocabulary": len(OWN.names)} | changes)).eval()
     with torch.no_grad():
@@ -57,7 +57,7 @@ NETWORK = network()
 
 
 def copied() -> EventGPTDrafter:
-    """The target's own language model."""
+    """A drafter that is a copy of the target's language model."""
     made = network(vocabulary=VOCABULARY)
     made.llama.model.load_state_dict(MODEL.get_decoder().state_dict())
     made.llama.lm_head.load_state_dict(MODEL.get_output_embeddings().state_dict())
@@ -75,7 +75,7 @@ def scene(seed: int, count: int = 400) -> EventStream:
 
 
 def prompts(*kinds: tuple[str, ...]) -> dict[str, Any]:
-    """A batch of unequal prompts, each with pictures of some kinds."""
+    """A batch of prompts of different lengths, each with these kinds of images."""
     return FAMILY.batch([FAMILY.parts(s, shown, words=6 + 3 * s) for s, shown in enumerate(kinds)])
 
 
@@ -116,7 +116,7 @@ def test_batches_of_unequal_prompts(made: Any) -> None:
 
 
 def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, auxiliary: Tensor | None) -> Tensor:
-    """The drafter's inputs [1, n, H] of a row, word by word."""
+    """The drafter's inputs [1, n, H] of a row, computed token by token."""
     net, words, out, placed = made.network, made.mapping, [], auxiliary is None or not bool(auxiliary[row].any())
     shown = [c for c in range(layout.start[row], prompt) if layout.modality[row, c] != LANGUAGE.id]
     where = shown[0] if shown else layout.start[row] + 1
@@ -130,8 +130,8 @@ def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, auxil
     return torch.stack(out)[None]
 
 
-def law(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
-    """[V] over target ids after drafted target tokens `path`, with nothing remembered."""
+def distribution(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
+    """The draft distribution [V] over target ids after drafted tokens `path`, computed without a cache."""
     net, words = made.network, made.mapping
     drafted = [net.embed(words.to_drafter[token])[None, None] for token in path]
     logits = net.llama(inputs_embeds=torch.cat([text, *drafted], 1)).logits[0, -1]
@@ -141,7 +141,7 @@ def law(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
 
 
 class Pausing(Plan):
-    """Drafts in every fourth step only, so that rows fall behind by unequal numbers of words."""
+    """Drafts only in every fourth step, so that rows have different numbers of unread tokens."""
 
     steps = 0
 
@@ -157,7 +157,7 @@ class Pausing(Plan):
 def test_drafts_are_those_of_the_model_without_a_cache(
     make: Any, seen: bool, pausing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every node's q, and which tokens stand below the root, by recomputing the whole text for every node."""
+    """Recomputes the whole text for every node, and compares its q and the children of the root."""
     inputs = prompts(("video",), (), ("image",))
     L, checked = inputs["input_ids"].shape[1], []
     propose = EventGPTDrafter.propose
@@ -173,10 +173,10 @@ def test_drafts_are_those_of_the_model_without_a_cache(
                 above = paths[int(tree.parents[row, node])]
                 token = int(tree.tokens[row, node])
                 assert tree.q is not None
-                assert abs(float(law(made, text, above)[token] - tree.q[row, node])) < 1e-4
+                assert abs(float(distribution(made, text, above)[token] - tree.q[row, node])) < 1e-4
                 paths.append([*above, token])
             first = tree.tokens[row][(tree.parents[row] == 0) & tree.valid[row]].tolist()
-            assert set(first) == set(law(made, text, []).topk(len(first)).indices.tolist())
+            assert set(first) == set(distribution(made, text, []).topk(len(first)).indices.tolist())
             checked.append(len(first))
         return tree
 
@@ -247,8 +247,8 @@ def test_a_recording_is_five_frames_of_equally_many_events(tmp_path: Path) -> No
         assert torch.equal(NETWORK.encode(path), NETWORK.encode(stream))
 
 
-def test_a_copy_of_the_target_is_believed() -> None:
-    """A chain is right where the drafter is the target, so that all but the last step go all the way."""
+def test_all_drafts_of_a_copy_of_the_target_are_accepted() -> None:
+    """Every step but the last accepts the whole chain."""
     inputs, chain = prompts(()), SpeculativeConfig(nodes=4, depth=4, width=1, adaptive=False)
     result = SpeculativeVLM(MODEL, None, chain, copied()).generate(**inputs, **GREEDY)
     assert result.tokens == plain(inputs, **GREEDY)[0][: len(result.tokens)]
@@ -257,7 +257,7 @@ def test_a_copy_of_the_target_is_believed() -> None:
 
 
 def test_the_first_token_is_read_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy's guess of the answer's first token is right, so its first step needs no pass for the root."""
+    """A copy predicts the answer's first token correctly, so its first step needs no pass for the root."""
     passes: list[int] = []
     states = EventGPT.states
 
@@ -271,8 +271,8 @@ def test_the_first_token_is_read_before_the_first_step(monkeypatch: pytest.Monke
     assert passes == [inputs["input_ids"].shape[1], 1], "prompt and guess; one level of drafts takes no more"
 
 
-def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill ends once the drafter has read the prompt, and then before the drafter's work, by 0.1 s each time."""
+def test_statistics_of_work_that_overlaps_with_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First prefill ends 0.1 s after the drafter's work, then 0.1 s before it."""
     made, inputs = drafter(), prompts(("video",))
     engine = SpeculativeVLM(MODEL, None, CONFIG, made)
     prefill, read_prompt, read, filled = engine.target.prefill, made.read_prompt, Event(), Event()
@@ -314,7 +314,7 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
 def test_targets_of_other_kinds(name: str) -> None:
-    """Three rotary positions a token, or layers that see a window: the drafter's text has positions of its own."""
+    """The drafter's positions do not depend on the target's: three rotary axes, or sliding-window layers."""
     family = BY_NAME[name]
     model, parts = family.make(), [family.parts(s, ["image"] * s, words=8 + s) for s in range(2)]
     inputs = family.batch(parts)
@@ -339,7 +339,7 @@ def test_chats_and_streams(tmp_path: Path) -> None:
     assert "".join(engine.stream(photo, "What?", events=scene(0), **GREEDY)) == first.text
 
 
-def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+def test_wrong_inputs_raise_user_errors(tmp_path: Path) -> None:
     inputs = prompts(("video",))
     engine = SpeculativeVLM(MODEL, None, CONFIG, drafter())
     with pytest.raises(UserError, match="'ar' sees no events; 'eventgpt' does"):

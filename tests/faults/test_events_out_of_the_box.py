@@ -1,4 +1,4 @@
-"""`--events` alone: the video target, its drafter, frames drawn from the events; one clear line where that fails."""
+"""`--events` alone selects the video target, its drafter and frames drawn from the events; failures are UserErrors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def look(file: Path, target: str | None = None, **given: Any) -> options.LoadedI
 
 
 @pytest.mark.parametrize("name", W.FORMATS)
-def test_a_file_of_every_format_is_looked_at(name: str, tmp_path: Path) -> None:
+def test_a_file_of_each_format_is_shown(name: str, tmp_path: Path) -> None:
     if name in W.NEEDS:
         pytest.importorskip(W.NEEDS[name])
     stream = W.scene()

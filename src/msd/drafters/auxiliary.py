@@ -31,10 +31,10 @@ FRAMES = 5  # pictures that an input is rendered as, for a drafter that shares t
 class AuxiliarySource:
     """One kind of auxiliary input.
 
-    name: the keyword argument of `generate`. plural: the noun for several inputs, in messages. types: Python types of
-    one input, which tell it from a list of inputs. open: checks and opens one input; an opened one is returned as it
-    is; UserError if it cannot be read. frames: renders an opened input as a number of pictures. unsupported: ends the
-    message "method 'x' …" for a drafter that does not read this source.
+    name: the keyword argument of `generate`. plural: the noun for several inputs, in messages. types: the Python types
+    of one input, to distinguish it from a list of inputs. open: checks and opens an input, and returns an opened one
+    unchanged; UserError if it cannot be read. frames: renders an opened input as this number of pictures. unsupported:
+    completes the message "method 'x' …" for a drafter that does not read this source.
     """
 
     name: str

@@ -53,7 +53,7 @@ def costs_of_recordings(
     counts: Sequence[int],
     logits: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Computes `event_costs` of rows that show `counts[row]` frames of the scene that `recordings[row]` recorded."""
+    """Returns `event_costs` of rows that show `counts[row]` frames of the scene in `recordings[row]`."""
     columns = image_columns(target, inputs["input_ids"]).sum(1).tolist()
     kinds = [cell_kinds(r, count, n // count) for r, count, n in zip(recordings, counts, columns, strict=True)]
     return event_costs(target, inputs, answers, kinds, logits)

@@ -299,6 +299,8 @@ def read_rows(path: Path, remedy: str) -> tuple[list[dict[str, Any]], int]:
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
     """Reads a safetensors file to the CPU. UserError as in `read_bytes`, for other formats, and for NaN or infinity."""
+    from safetensors.torch import load  # imports torch, which other users of this module do not need
+
     data = read_bytes(path, remedy)
     try:
         tensors = load(data)

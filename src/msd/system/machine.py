@@ -149,6 +149,8 @@ def _preemptions() -> int:
 
 def _free(threads: int) -> bool:
     """Runs small parallel operators on that many threads; returns whether none was preempted."""
+    import torch
+
     mine = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

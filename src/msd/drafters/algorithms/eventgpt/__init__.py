@@ -255,11 +255,12 @@ class EventGPTDrafter(Drafter):
 
     def read_prompt(self, layout: Layout, auxiliary: Tensor | None) -> Memory:
         """See `ReadsPrompt`."""
-        return self._read(layout, layout.end[0], auxiliary)
+        return Memory.begin(self.network, self.mapping, layout, layout.end[0], auxiliary)
 
     def begin(self, state: State, scores: Scores) -> None:
         """See `Drafter`. Without `read_prompt`, the first `propose` reads the prompt."""
-        begin = partial(self._read, columns=state.layout.end[0] - 1, auxiliary=state.auxiliary)
+        columns, auxiliary = state.layout.end[0] - 1, state.auxiliary
+        begin = partial(Memory.begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
         state.memory = LazyMemory(begin, state.memory)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
@@ -276,9 +277,6 @@ class EventGPTDrafter(Drafter):
         tree = grow(levels, self, whole, kinds, newest, budget, temperature(sampler), self.cost)
         levels.discard()
         return tree
-
-    def _read(self, layout: Layout, columns: int, auxiliary: Tensor | None) -> Memory:
-        return Memory.begin(self.network, self.mapping, layout, columns, auxiliary)
 
 
 def save(

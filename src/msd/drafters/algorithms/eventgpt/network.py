@@ -123,13 +123,7 @@ class EventGPT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        found: torch.dtype = self.projector[0].weight.dtype  # type: ignore[assignment]
-        return found
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.parameters()).device
+        return next(self.parameters()).dtype
 
     def encode(self, recording: Any) -> Tensor:
         """Encodes an `EventStream`, a `Recording` or an event file (docs/events.md) as event tokens [E, H].
@@ -143,7 +137,7 @@ class EventGPT(nn.Module):
         """Preprocesses frames for CLIP: crops the central square, resizes it to S pixels, normalises: [F, 3, S, S]."""
         side = (self.config.image_size, self.config.image_size)
         fitted = [np.asarray(ImageOps.fit(image, side, Image.Resampling.BICUBIC)) for image in images]
-        values = torch.from_numpy(np.stack(fitted)).to(self.device).float() / 255
+        values = torch.from_numpy(np.stack(fitted)).to(next(self.parameters()).device).float() / 255
         mean, spread = (torch.tensor(x, device=values.device) for x in (MEAN, SPREAD))
         return ((values - mean) / spread).permute(0, 3, 1, 2).to(self.dtype)
 

@@ -140,11 +140,6 @@ class VocabularyMap:
         """[n] int64: the target's id of each shared piece; only these can be drafted."""
         return self.pairs[:, 1].contiguous()
 
-    @cached_property
-    def complete(self) -> bool:
-        """Whether all ids of the drafter are shared."""
-        return len(self.drafter_ids) == len(self.to_target)
-
     def read(self, tokens: Tensor) -> Tensor:
         """Maps the target's tokens [...] to the drafter's ids [...], or to its unknown piece."""
         known = tokens < len(self.to_drafter)
@@ -153,7 +148,8 @@ class VocabularyMap:
 
     def shared(self, logits: Tensor) -> Tensor:
         """Selects the logits [..., n] of the shared pieces, in the order of `ids`, from [..., N or more]."""
-        return logits[..., : len(self.drafter_ids)] if self.complete else logits[..., self.drafter_ids]
+        all_shared = len(self.drafter_ids) == len(self.to_target)
+        return logits[..., : len(self.drafter_ids)] if all_shared else logits[..., self.drafter_ids]
 
     def save(self, path: Path) -> None:
         """Saves the hashes of the tables, and the pairs as runs (drafter's id, target's id, length)."""
