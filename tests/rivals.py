@@ -24,7 +24,7 @@ def network(model: Any, method: str, seed: int = 0, **changes: Any) -> DraftNetw
         changes = {"draft_vocabulary": 60} | changes
     made = RIVALS[method].for_target(model.config.text_config, **changes)
     if RIVALS[method].reduced:
-        made.choose_words(torch.arange(4, 64))
+        made.choose_draft_vocabulary(torch.arange(4, 64))
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.1)

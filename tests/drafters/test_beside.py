@@ -28,7 +28,7 @@ GIVEN, KEPT = 7, 3
 def network(**changes: Any) -> MSDNetwork:
     """Random in every part."""
     torch.manual_seed(1)
-    config = MSDConfig.for_target(MODEL.config.text_config, 60, rank=4, parent_rank=8, beside=GROUPS, **changes)
+    config = MSDConfig.for_target(MODEL.config.text_config, 60, rank=4, parent_rank=8, auxiliary=GROUPS, **changes)
     made = MSDNetwork(config)
     made.heads.ids = torch.arange(4, 64)
     for p in made.parameters():
@@ -55,7 +55,7 @@ def root_law(made: MSDNetwork, taught: TeacherBatch, beside: Tensor | None) -> T
     L = taught.prompt
     layout = replace(taught.layout, end=[L + 1] * taught.layout.batch)
     memory = Memory.begin(made, layout, taught.taps[:, :L], beside)
-    context, anchors = memory.upto(None)
+    context, anchors = memory.context()
     laws = made.levels(context, anchors, layout.newest())
     return laws.root(made.routed(memory.anchor)[:, None]).logits[:, 0]
 
@@ -102,11 +102,11 @@ def test_kept_tokens_stand_before_the_text() -> None:
 def test_a_group_is_read_by_its_own_queries() -> None:
     """The first group's tokens do not reach what is kept of the second, and all reach the global vector."""
     made = network()
-    assert made.beside is not None
+    assert made.auxiliary_adaptor is not None
     one, two = some(1), some(1)
     two[:, :3] += 1
     with torch.no_grad():
-        (kept, whole), (other, changed) = made.beside(one), made.beside(two)
+        (kept, whole), (other, changed) = made.auxiliary_adaptor(one), made.auxiliary_adaptor(two)
     assert torch.equal(kept[:, 2:], other[:, 2:]) and not torch.allclose(kept[:, :2], other[:, :2])
     assert not torch.allclose(whole, changed)
 
@@ -114,9 +114,9 @@ def test_a_group_is_read_by_its_own_queries() -> None:
 def test_config_survives_and_other_counts_are_refused() -> None:
     made = network()
     assert MSDConfig.from_json(made.config.as_json()) == made.config
-    assert made.beside is not None
-    with pytest.raises(UserError, match="beside"):
-        made.beside(torch.zeros(1, GIVEN + 1, made.config.hidden))
+    assert made.auxiliary_adaptor is not None
+    with pytest.raises(UserError, match="auxiliary tokens of shape"):
+        made.auxiliary_adaptor(torch.zeros(1, GIVEN + 1, made.config.hidden))
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])

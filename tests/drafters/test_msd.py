@@ -18,10 +18,10 @@ from msd.core.layout import Layout
 from msd.core.tree import DraftTree
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork, Shape
-from msd.drafters.algorithms.msd.drafter import choose
+from msd.drafters.algorithms.msd.drafter import choose_subtrees
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import Memory
-from msd.drafters.toolkit.growth import LevelCost, grow, reached
+from msd.drafters.toolkit.growth import LevelCost, expected_accepted, grow
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
@@ -65,11 +65,11 @@ def tree(
     temperature: float | None = None,
 ) -> DraftTree:
     remembered, layout = memory(made, len(route))
-    context, anchors = remembered.upto(None)
+    context, anchors = remembered.context()
     laws = made.levels(context, anchors, layout.newest())
     kinds = torch.tensor(made.config.modality_ids)
-    subtrees = choose(made.config, route, nodes, width)
-    return grow(laws, made.heads, subtrees, kinds, layout.newest(), Budget(nodes, depth), temperature)
+    subtrees = choose_subtrees(made.config, route, nodes, width)
+    return grow(laws, made, subtrees, kinds, layout.newest(), Budget(nodes, depth), temperature)
 
 
 def paths(drafted: DraftTree, row: int) -> list[tuple[int, ...]]:
@@ -118,18 +118,18 @@ def test_rows_of_a_batch_draft_as_if_alone(form: str) -> None:
 
 def test_dynamic_selection() -> None:
     made = network(active_from=0.2)
-    sure = choose(made.config, torch.tensor([[0.95, 0.03, 0.02]]), 10)
+    sure = choose_subtrees(made.config, torch.tensor([[0.95, 0.03, 0.02]]), 10)
     assert sure.shapes == [made.config.within(made.config.shapes["language"])]
     assert sure.budget.tolist() == [[10]]
-    torn = choose(made.config, torch.tensor([[0.5, 0.1, 0.4]]), 10)
+    torn = choose_subtrees(made.config, torch.tensor([[0.5, 0.1, 0.4]]), 10)
     assert torn.shapes == [made.config.within(made.config.shapes[n]) for n in ("language", "fusion")]
     assert torn.budget.sum() == 10
     assert torn.budget[0, 0] > torn.budget[0, 1] > 0
-    rows = choose(made.config, torch.tensor([[0.95, 0.03, 0.02], [0.03, 0.95, 0.02]]), 10)
+    rows = choose_subtrees(made.config, torch.tensor([[0.95, 0.03, 0.02], [0.03, 0.95, 0.02]]), 10)
     assert rows.budget.tolist() == [[10, 0], [0, 10]]
-    always = choose(network(dynamic=False).config, torch.tensor([[0.95, 0.03, 0.02]]), 10)
+    always = choose_subtrees(network(dynamic=False).config, torch.tensor([[0.95, 0.03, 0.02]]), 10)
     assert len(always.shapes) == 3
-    shared = choose(network(subtrees=False).config, torch.tensor([[0.5, 0.1, 0.4]]), 10)
+    shared = choose_subtrees(network(subtrees=False).config, torch.tensor([[0.5, 0.1, 0.4]]), 10)
     assert shared.budget.tolist() == [[10]]
     assert shared.weights[0, 0].tolist() == pytest.approx([0.5, 0.1, 0.4])
 
@@ -155,7 +155,7 @@ def test_scores_follow_the_draft_laws(form: str) -> None:
     drafted = tree(made, route, 8, [4])
     assert drafted.q is not None
     remembered, layout = memory(made, 1)
-    context, anchors = remembered.upto(None)
+    context, anchors = remembered.context()
     for n in range(1, drafted.size):
         path = []
         at = n
@@ -303,31 +303,32 @@ def test_levels_end_where_they_no_longer_pay(form: str) -> None:
     made = network(form)
     route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
     remembered, layout = memory(made, 2)
-    context, anchors = remembered.upto(None)
-    kinds, subtrees = torch.tensor(made.config.modality_ids), choose(made.config, route, 12)
+    context, anchors = remembered.context()
+    kinds, subtrees = torch.tensor(made.config.modality_ids), choose_subtrees(made.config, route, 12)
     heights = {}
-    for cost in (0.0, 1e-4, 1e9):
-        pace = LevelCost()
+    for seconds in (0.0, 1e-4, 1e9):
+        cost = LevelCost()
         for passes in (None, (1.0,) * 13):
-            pace.level = cost
-            laws, budget = made.levels(context, anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
+            cost.seconds = seconds
+            levels, budget = made.levels(context, anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
             with torch.inference_mode():
-                heights[cost, passes is None] = grow(
-                    laws, made.heads, subtrees, kinds, layout.newest(), budget, None, pace
+                heights[seconds, passes is None] = grow(
+                    levels, made, subtrees, kinds, layout.newest(), budget, None, cost
                 ).height
-            assert (pace.level == cost) == (passes is None or cost == 1e9)
+            assert (cost.seconds == seconds) == (passes is None or seconds == 1e9)
     assert heights[1e9, False] == 1 and heights[0.0, False] > 1
     assert len({h for (_, untimed), h in heights.items() if untimed}) == 1
 
 
 def test_a_level_pays_by_what_it_is_expected_to_give() -> None:
-    pace = LevelCost()
-    pace.level = 0.003
-    assert pace.pays(before=0.5, reach=0.25, token=0.03, node=0.0)  # 0.125 tokens, 3.75 ms
-    assert not pace.pays(before=0.5, reach=0.2, token=0.03, node=0.0)  # 0.08 tokens, 2.4 ms
-    assert not pace.pays(before=0.5, reach=0.25, token=0.03, node=0.002)  # a large batch: the pass is longer by 2 ms
+    cost = LevelCost()
+    cost.seconds = 0.003
+    assert cost.pays(before=0.5, expected=0.25, token_seconds=0.03, node_seconds=0.0)  # 0.125 tokens, 3.75 ms
+    assert not cost.pays(before=0.5, expected=0.2, token_seconds=0.03, node_seconds=0.0)  # 0.08 tokens, 2.4 ms
+    # a large batch: the pass takes 2 ms longer
+    assert not cost.pays(before=0.5, expected=0.25, token_seconds=0.03, node_seconds=0.002)
     score = torch.tensor([[0.5, 0.25, 0.5, 1e-30], [0.1, 0.1, 0.1, 0.1]]).log()
-    assert reached(score, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 2) == pytest.approx((0.75 + 0.3) / 2)
+    assert expected_accepted(score, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 2) == pytest.approx((0.75 + 0.3) / 2)
 
 
 def test_folders_that_ship_are_methods_for_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import rivals
 import tiny
 from msd.drafters.algorithms.eagle2 import Eagle2
 from msd.drafters.algorithms.specvlm import BRANCHES, Compressor
-from msd.drafters.algorithms.specvlm_video import SpecVLMVideo, chosen
-from msd.drafters.toolkit.context import columns
+from msd.drafters.algorithms.specvlm_video import SpecVLMVideo, kept_tokens
+from msd.drafters.toolkit.context import text_columns
 from msd.targets import adapt
 from msd.targets.teacher import teach
 
@@ -137,7 +137,9 @@ def test_attention_is_the_targets() -> None:
         layers = eager(**inputs, output_attentions=True, position_ids=_positions(inputs)).attentions
     teacher_batch = teach(adapt(MODEL, made.config.taps), inputs, [[5, 6, 7]] * 2)
     assert teacher_batch.taps is not None
-    c = columns(teacher_batch.layout, teacher_batch.taps[:, :-1], made.embed, made.config.hidden, teacher_batch.prompt)
+    c = text_columns(
+        teacher_batch.layout, teacher_batch.taps[:, :-1], made.embed, made.config.hidden, teacher_batch.prompt
+    )
     ours = made.attention(c)  # type: ignore[operator]
     for row in range(2):
         ids = inputs["input_ids"][row]
@@ -156,11 +158,11 @@ def test_two_stages_of_pruning() -> None:
     """The most attended to until they hold 40%, then evenly; a tenth in all."""
     scores = torch.full((40,), 0.01)
     scores[[7, 30]] = 0.2
-    assert chosen(scores).tolist() == [0, 7, 30, 39]  # 4 of 40: two hold 51%, two are spread over the rest
+    assert kept_tokens(scores).tolist() == [0, 7, 30, 39]  # 4 of 40: two hold 51%, two are spread over the rest
     scores[7] = 0.9
-    assert chosen(scores).tolist() == [0, 7, 20, 39]  # one holds 40% already
-    assert chosen(torch.full((50,), 0.02)).tolist() == [0, 1, 2, 3, 4]  # a tenth comes before 40%
-    assert chosen(torch.tensor([0.1, 0.5, 0.4])).tolist() == [1]
+    assert kept_tokens(scores).tolist() == [0, 7, 20, 39]  # one holds 40% already
+    assert kept_tokens(torch.full((50,), 0.02)).tolist() == [0, 1, 2, 3, 4]  # a tenth comes before 40%
+    assert kept_tokens(torch.tensor([0.1, 0.5, 0.4])).tolist() == [1]
 
 
 def test_it_drafts_with_eagle_2s_weights() -> None:

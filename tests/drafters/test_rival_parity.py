@@ -89,7 +89,7 @@ def drafted(made: DraftNetwork, images: int, first: list[int], second: tuple[int
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1])
     assert batch.taps is not None
     memory = Memory.begin(made, layout, batch.taps[:, : batch.prompt])
-    context, anchors = memory.upto(None)
+    context, anchors = memory.context()
     laws = made.levels(context, anchors, layout.newest())
     out = [laws.root(torch.ones(1, 1, 1)).logits[0, 0]]
     below = laws.below(torch.tensor([first]), torch.zeros(1, len(first), dtype=torch.long))
@@ -300,7 +300,7 @@ def test_eagle_3(images: int) -> None:
 def test_eagle_3_vocabulary() -> None:
     """target id = i + d2t[i], and t2d says which target ids are in it."""
     made = rivals.network(MODEL, "eagle3", draft_vocabulary=3)
-    made.choose_words(torch.tensor([4, 5, 40]))
+    made.choose_draft_vocabulary(torch.tensor([4, 5, 40]))
     assert made.d2t.tolist() == [4, 4, 38] and made.d2t.dtype == torch.int64
     assert [i for i, there in enumerate(made.t2d.tolist()) if there] == [4, 5, 40] and made.t2d.dtype == torch.bool
     assert made.ids.tolist() == [4, 5, 40]
@@ -338,7 +338,7 @@ def test_block_drafters(method: str, images: int) -> None:
     theirs = [HEAD @ states[d] + markov(t) for d, t in parents]
     assert_same(drafted(made, images, FIRST, SECOND), theirs)
     if method == "dspark":
-        sure = made.sure(torch.stack(states), torch.tensor([7] * 7))
+        sure = made.confidence_logits(torch.stack(states), torch.tensor([7] * 7))
         by_hand = [own["confidence.weight"][0] @ torch.cat([s, own["markov_in.weight"][7]]) for s in states]
         assert torch.allclose(sure, torch.stack(by_hand) + own["confidence.bias"], atol=TOLERANCE)
 

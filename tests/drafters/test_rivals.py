@@ -93,7 +93,7 @@ def decoded(made: Any, taught: TeacherBatch, steps: list[list[int]]) -> tuple[Me
         first, end = end, [e + n for e, n in zip(end, added, strict=True)]
         column = (torch.tensor(first)[:, None] - 1 + torch.arange(max(added))).clamp_max(whole.tokens.shape[1] - 2)
         rows = torch.arange(whole.batch)[:, None]
-        memory.take(made, at(end), taught.taps[rows, column], whole.tokens[rows, column + 1], added)
+        memory.append(made, at(end), taught.taps[rows, column], whole.tokens[rows, column + 1], added)
     return memory, end
 
 
@@ -109,7 +109,7 @@ def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -
     answers = taught.answers
     states = made.states(taught, first, 3)
     logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
-    context, anchors = memory.upto(None)
+    context, anchors = memory.context()
     newest = answers.gather(1, first)[:, 0]
     laws = made.levels(context, anchors, newest)
     found = [laws.root(torch.ones(4, 1, 1))]
@@ -125,7 +125,7 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
     made = rivals.network(MODEL, method)
     taught = rivals.teacher_batch(MODEL, made)
     memory, _ = decoded(made, taught, [])
-    context, anchors = memory.upto(None)
+    context, anchors = memory.context()
     laws = made.levels(context, anchors, taught.answers[:, 0])
     together = laws.root(torch.ones(4, 1, 1)).logits
     for row in range(4):
@@ -137,7 +137,7 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
         )  # fmt: skip
         assert taught.taps is not None
         alone = Memory.begin(made, layout, taught.taps[row : row + 1, start : taught.prompt])
-        keys, own = alone.upto(None)
+        keys, own = alone.context()
         law = made.levels(keys, own, taught.answers[row : row + 1, 0])
         assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
 
@@ -233,7 +233,7 @@ def test_trees_grow_as_eagle_2_says() -> None:
     made = rivals.network(MODEL, "eagle2", width=3, depth=3)
     taught = rivals.teacher_batch(MODEL, made)
     memory, _ = decoded(made, taught, [])
-    context, anchors = memory.upto(None)
+    context, anchors = memory.context()
 
     def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
         laws = made.levels(context, anchors, taught.answers[:, 0])

@@ -29,7 +29,7 @@ from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, Vocabula
 from msd.drafters.algorithms.eventgpt import drafter as eventgpt_memory
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
-from msd.drafters.toolkit import context as toolkit_memory
+from msd.drafters.toolkit import drafter as toolkit_memory
 from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Governor

@@ -10,7 +10,7 @@ import torch
 import rivals
 import tiny
 from msd.drafters.algorithms.vispec import ViSpec
-from msd.drafters.toolkit.training import Objective, Truth
+from msd.drafters.toolkit.training import Objective, TargetOutputs
 from msd.train.losses import terms as teaching
 from msd.train.losses.eagle import states_everywhere
 from msd.train.teacher_batches import PublishedStages
@@ -41,9 +41,9 @@ def test_terms_by_hand() -> None:
 
 def test_truth_is_the_targets_at_the_drafted_positions() -> None:
     made = rivals.network(MODEL, "eagle2")
-    batch = rivals.batch(MODEL, made)
+    batch = rivals.teacher_batch(MODEL, made)
     first = torch.tensor([[0, 3, rivals.LENGTH - 2]] * 4)
-    truth = Truth.of(batch, first, 2, made.config.hidden)
+    truth = TargetOutputs.of(batch, first, 2, made.config.hidden)
     assert batch.taps is not None
     for a, root in enumerate(first[0].tolist()):
         for d in range(2):
@@ -62,8 +62,8 @@ def test_truth_is_the_targets_at_the_drafted_positions() -> None:
 
 def test_eagle_3_weighs_levels_and_leaves_foreign_words_out() -> None:
     made = rivals.network(MODEL, "eagle3", draft_vocabulary=30)
-    made.choose_words(torch.arange(4, 34))
-    batch = rivals.batch(MODEL, made)
+    made.choose_draft_vocabulary(torch.arange(4, 34))
+    batch = rivals.teacher_batch(MODEL, made)
     first = torch.arange(rivals.LENGTH - 1).expand(4, -1)
     loss, _ = made.loss(batch, first)
     logits = made.logits(made.states(batch, first, 7), first)
@@ -82,7 +82,7 @@ def test_eagle_3_weighs_levels_and_leaves_foreign_words_out() -> None:
 
 def test_dspark_by_hand() -> None:
     made = rivals.network(MODEL, "dspark")
-    batch = rivals.batch(MODEL, made)
+    batch = rivals.teacher_batch(MODEL, made)
     first = torch.tensor([[2, 12]] * 4)
     loss, parts = made.loss(batch, first)
     states = made.states(batch, first, 7)
@@ -97,7 +97,7 @@ def test_dspark_by_hand() -> None:
                 q = made.logits(states[row, a, k], parent).softmax(-1)
                 p = batch.logits[row, at].exp()
                 apart = float((p - q).abs().sum().detach())
-                c = float(made.sure(states[row, a, k], parent).sigmoid().detach())
+                c = float(made.confidence_logits(states[row, a, k], parent).sigmoid().detach())
                 met, weight = 1 - apart / 2, math.exp(-k / 4)
                 entropy = -math.log(float(q[batch.answers[row, at]].detach()))
                 right = -met * math.log(c) - (1 - met) * math.log(1 - c)
@@ -121,7 +121,7 @@ def test_stages_are_those_published() -> None:
 @pytest.mark.parametrize("method", rivals.RIVALS)
 def test_half_precision_training_is_nearly_the_same(method: str) -> None:
     made = rivals.network(MODEL, method)
-    batch, first = rivals.batch(MODEL, made), torch.arange(rivals.LENGTH - 1).expand(4, -1)
+    batch, first = rivals.teacher_batch(MODEL, made), torch.arange(rivals.LENGTH - 1).expand(4, -1)
     objective = Objective(made)
     whole, _ = objective(batch, torch.zeros(4, rivals.LENGTH), first)
     with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +133,7 @@ def test_half_precision_training_is_nearly_the_same(method: str) -> None:
 def test_chains_count_what_is_drafted_right() -> None:
     """A network that is right by construction: it drafts what the answer says, then one that never is."""
     made = rivals.network(MODEL, "eagle2")
-    batch = rivals.batch(MODEL, made)
+    batch = rivals.teacher_batch(MODEL, made)
     answers = batch.answers
     labels = torch.arange(rivals.LENGTH).expand(4, -1) % 3
     for shift, right in ((0, True), (1, False)):
@@ -158,7 +158,7 @@ def test_chains_count_what_is_drafted_right() -> None:
 
 def test_eagles_loss_by_hand() -> None:
     made = rivals.network(MODEL, "msd-published")
-    batch = rivals.batch(MODEL, made)
+    batch = rivals.teacher_batch(MODEL, made)
     first = torch.tensor([[0, 6, rivals.LENGTH - 1]] * 4)  # below the last one there is nothing to draft
     loss, parts = made.loss(batch, first)
     states = made.states(batch, first, 1)[:, :, 0]
@@ -180,7 +180,7 @@ def test_vispecs_second_stage_by_hand() -> None:
     """A plain pass, and one in which every position's feature is what the plain pass drafted at the one before."""
     made = rivals.network(MODEL, "vispec")
     assert isinstance(made, ViSpec)
-    batch = rivals.batch(MODEL, made)
+    batch = rivals.teacher_batch(MODEL, made)
     first = torch.tensor([[1, 9]] * 4)
     assert batch.taps is not None
     found = made.select(batch.layout, batch.taps[:, :-1], batch.prompt)

@@ -247,7 +247,7 @@ class EventGPTDrafter:
         """[n] int64: the target's ids of what can be drafted."""
         return self.words.ids
 
-    def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
+    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
         """Log of the chance that a candidate is the target's choice: its log probability."""
         return log_q
 
