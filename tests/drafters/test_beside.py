@@ -55,8 +55,8 @@ def root_law(made: MSDNetwork, taught: TeacherBatch, beside: Tensor | None) -> T
     L = taught.prompt
     layout = replace(taught.layout, end=[L + 1] * taught.layout.batch)
     memory = Memory.begin(made, layout, taught.taps[:, :L], beside)
-    context, anchors = memory.context()
-    laws = made.levels(context, anchors, layout.newest())
+    anchors = memory.anchors()
+    laws = made.levels(anchors, layout.newest())
     return laws.root(made.routed(memory.anchor)[:, None]).logits[:, 0]
 
 

@@ -65,8 +65,8 @@ def tree(
     temperature: float | None = None,
 ) -> DraftTree:
     remembered, layout = memory(made, len(route))
-    context, anchors = remembered.context()
-    laws = made.levels(context, anchors, layout.newest())
+    anchors = remembered.anchors()
+    laws = made.levels(anchors, layout.newest())
     kinds = torch.tensor(made.config.modality_ids)
     subtrees = choose_subtrees(made.config, route, nodes, width)
     return grow(laws, made, subtrees, kinds, layout.newest(), Budget(nodes, depth), temperature)
@@ -155,14 +155,14 @@ def test_scores_follow_the_draft_laws(form: str) -> None:
     drafted = tree(made, route, 8, [4])
     assert drafted.q is not None
     remembered, layout = memory(made, 1)
-    context, anchors = remembered.context()
+    anchors = remembered.anchors()
     for n in range(1, drafted.size):
         path = []
         at = n
         while at:
             path.append(int(drafted.tokens[0, at]))
             at = int(drafted.parents[0, at])
-        laws = made.levels(context, anchors, layout.newest())
+        laws = made.levels(anchors, layout.newest())
         law = laws.root(route[:, None])
         for token in path[:0:-1]:
             law = laws.below(torch.tensor([[token]]), torch.zeros(1, 1, dtype=torch.long))
@@ -303,14 +303,14 @@ def test_levels_end_where_they_no_longer_pay(form: str) -> None:
     made = network(form)
     route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
     remembered, layout = memory(made, 2)
-    context, anchors = remembered.context()
+    anchors = remembered.anchors()
     kinds, subtrees = torch.tensor(made.config.modality_ids), choose_subtrees(made.config, route, 12)
     heights = {}
     for seconds in (0.0, 1e-4, 1e9):
         cost = LevelCost()
         for passes in (None, (1.0,) * 13):
             cost.seconds = seconds
-            levels, budget = made.levels(context, anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
+            levels, budget = made.levels(anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
             with torch.inference_mode():
                 heights[seconds, passes is None] = grow(
                     levels, made, subtrees, kinds, layout.newest(), budget, None, cost

@@ -89,8 +89,8 @@ def drafted(made: DraftNetwork, images: int, first: list[int], second: tuple[int
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1])
     assert batch.taps is not None
     memory = Memory.begin(made, layout, batch.taps[:, : batch.prompt])
-    context, anchors = memory.context()
-    laws = made.levels(context, anchors, layout.newest())
+    anchors = memory.anchors()
+    laws = made.levels(anchors, layout.newest())
     out = [laws.root(torch.ones(1, 1, 1)).logits[0, 0]]
     below = laws.below(torch.tensor([first]), torch.zeros(1, len(first), dtype=torch.long))
     out += list(below.logits[0])

@@ -109,9 +109,9 @@ def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -
     answers = taught.answers
     states = made.states(taught, first, 3)
     logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
-    context, anchors = memory.context()
+    anchors = memory.anchors()
     newest = answers.gather(1, first)[:, 0]
-    laws = made.levels(context, anchors, newest)
+    laws = made.levels(anchors, newest)
     found = [laws.root(torch.ones(4, 1, 1))]
     for d in range(1, 3):
         found.append(laws.below(answers.gather(1, first + d), torch.zeros(4, 1, dtype=torch.long)))
@@ -125,8 +125,8 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
     made = rivals.network(MODEL, method)
     taught = rivals.teacher_batch(MODEL, made)
     memory, _ = decoded(made, taught, [])
-    context, anchors = memory.context()
-    laws = made.levels(context, anchors, taught.answers[:, 0])
+    anchors = memory.anchors()
+    laws = made.levels(anchors, taught.answers[:, 0])
     together = laws.root(torch.ones(4, 1, 1)).logits
     for row in range(4):
         start = taught.layout.start[row]
@@ -137,8 +137,8 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
         )  # fmt: skip
         assert taught.taps is not None
         alone = Memory.begin(made, layout, taught.taps[row : row + 1, start : taught.prompt])
-        keys, own = alone.context()
-        law = made.levels(keys, own, taught.answers[row : row + 1, 0])
+        own = alone.anchors()
+        law = made.levels(own, taught.answers[row : row + 1, 0])
         assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
 
 
@@ -233,10 +233,10 @@ def test_trees_grow_as_eagle_2_says() -> None:
     made = rivals.network(MODEL, "eagle2", width=3, depth=3)
     taught = rivals.teacher_batch(MODEL, made)
     memory, _ = decoded(made, taught, [])
-    context, anchors = memory.context()
+    anchors = memory.anchors()
 
     def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
-        laws = made.levels(context, anchors, taught.answers[:, 0])
+        laws = made.levels(anchors, taught.answers[:, 0])
         z = laws.root(torch.ones(4, 1, 1))
         for token in path:
             z = laws.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))

@@ -126,8 +126,8 @@ def test_training_states_are_decodings_states(form: str) -> None:
     assert taught.taps is not None
     memory = Memory.begin(made, cut, taught.taps[:, :L])
     assert torch.allclose(made.routed(memory.anchor), routes[:, 0, 0].exp(), atol=1e-5)
-    context, anchors = memory.context()
-    laws = made.levels(context, anchors, cut.newest())
+    anchors = memory.anchors()
+    laws = made.levels(anchors, cut.newest())
     found = [laws.root(weights[:, 0, :1])]
     for d in range(1, 4):
         found.append(laws.below(taught.answers[:, at + d, None], torch.zeros(4, 1, dtype=torch.long)))

@@ -38,9 +38,9 @@ class Compressor(nn.Module):
         self.resampler = Adaptor(hidden, heads, tokens)
 
     def forward(self, states: Tensor, mask: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (tokens [I, K, H], the branch of each image [I]).
+        """Returns (tokens [I, K, H], the branch of each image [I]); an image with n < K positions uses n tokens.
 
-        mask: [I, n] bool, False at padding. question: [I, H]. Only the first n tokens of an image with n < K positions are used.
+        mask: [I, n] bool, False at padding. question: [I, H].
         """
         size = mask.sum(1)
         small = self._pooling(mask, size)

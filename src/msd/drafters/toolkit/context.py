@@ -15,14 +15,16 @@ from torch import Tensor
 
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
+from msd.drafters.toolkit.layers import KeyValues
 
 
 @dataclass
 class Anchors:
-    """A positions per row that drafts start from. B rows, S context entries.
+    """A positions per row that drafts start from, and their context. B rows, S context entries.
 
     x, feature: [B, A, H]. embedding: [B, A, H], of the token after the anchor (the root). positions: [B, A], rotary.
-    visible: [B, A, S] bool, the entries that an anchor sees. image: [B, A or 1, H], see `Selection`.
+    visible: [B, A, S] bool, the entries that an anchor sees. image: [B, A or 1, H], see `Selection`. context: keys and
+    values [B, S, K, D] of each layer.
     """
 
     x: Tensor
@@ -31,11 +33,13 @@ class Anchors:
     positions: Tensor
     visible: Tensor
     image: Tensor
+    context: list[KeyValues]
 
     def of(self, rows: list[int] | slice, used: int) -> Anchors:
         """Selects rows and the first `used` context entries."""
-        x, feature, embedding = self.x[rows], self.feature[rows], self.embedding[rows]
-        return Anchors(x, feature, embedding, self.positions[rows], self.visible[rows][..., :used], self.image[rows])
+        context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
+        x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
+        return Anchors(x, feature, embedding, positions, self.visible[rows][..., :used], self.image[rows], context)
 
 
 @dataclass
@@ -93,14 +97,14 @@ class Entries:
     image: Tensor
     shift: Tensor
 
-    def anchors(self, columns: Tensor) -> Anchors:
-        """Returns the anchors at text `columns` [B, A] int64."""
+    def anchors(self, columns: Tensor, context: list[KeyValues]) -> Anchors:
+        """Returns the anchors at text `columns` [B, A] int64; context: keys and values of these entries."""
         at = self.slot.gather(1, columns)
         entry = torch.arange(self.x.shape[1], device=at.device)
         visible = (entry <= at[:, :, None]) & self.present[:, None]
         image = self.image if self.image.shape[1] == 1 else pick(self.image, at)
         x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, self.embedding))
-        return Anchors(x, feature, embedding, self.positions.gather(1, at), visible, image)
+        return Anchors(x, feature, embedding, self.positions.gather(1, at), visible, image, context)
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:

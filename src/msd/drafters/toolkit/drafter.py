@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 class Memory:
     """The context of B rows in decoding.
 
-    keys: a buffer [B, C, K, D] per layer. length: used entries per row. shift: see `Selection`. anchor: the newest
-    entry of each row (A = 1).
+    length: used entries per row. shift: see `Selection`. anchor: the newest entry of each row (A = 1); its context is a
+    buffer [B, C, K, D] per layer.
     """
 
-    keys: list[KeyValues]
     length: list[int]
     shift: Tensor
     anchor: Anchors
@@ -49,7 +48,7 @@ class Memory:
         entries = network.read(layout, taps, L, auxiliary)
         last = torch.full((len(taps), 1), L - 1, device=taps.device)
         room = entries.x.shape[1] + layout.capacity - L
-        memory = cls([], [0] * len(taps), entries.shift, entries.anchors(last))
+        memory = cls([0] * len(taps), entries.shift, entries.anchors(last, []))
         memory._append(network, entries.x, entries.positions, entries.present.sum(1).tolist(), room)
         return memory
 
@@ -63,7 +62,7 @@ class Memory:
         positions = layout.line().gather(1, column) + self.shift
         feature, embedding, old = network.feature(taps), network.embed(token), self.anchor
         x = network.entry(feature, embedding, old.image, 0)
-        self._append(network, x, positions, added, self.keys[0].keys.shape[1])
+        self._append(network, x, positions, added, old.visible.shape[-1])
         last = torch.tensor(added, device=taps.device)[:, None] - 1
 
         def newest(new: Tensor, before: Tensor) -> Tensor:
@@ -82,10 +81,10 @@ class Memory:
         used = max(old + n for old, n in zip(self.length, added, strict=True))
 
         def store(layer: int, new: KeyValues) -> KeyValues:
-            if layer == len(self.keys):
+            if layer == len(self.anchor.context):
                 shape = (B, room, *new.keys.shape[2:])
-                self.keys.append(KeyValues(new.keys.new_zeros(shape), new.values.new_zeros(shape)))
-            buffer = self.keys[layer]
+                self.anchor.context.append(KeyValues(new.keys.new_zeros(shape), new.values.new_zeros(shape)))
+            buffer = self.anchor.context[layer]
             buffer.write(new, self.length, added)
             return KeyValues(buffer.keys[:, :used], buffer.values[:, :used])
 
@@ -98,15 +97,11 @@ class Memory:
         present = torch.arange(room) < torch.tensor(self.length)[:, None]
         self.anchor = replace(self.anchor, visible=present.to(x.device)[:, None])
 
-    def context(self, rows: list[int] | None = None) -> tuple[list[KeyValues], Anchors]:
-        """Returns (keys and values per layer [R, S, ...], the anchors) of some rows, by default of all."""
-        selected: list[int] | slice
+    def anchors(self, rows: list[int] | None = None) -> Anchors:
+        """Returns the anchors of some rows, by default of all, with the used part of their context."""
         if rows is None or rows == list(range(len(self.length))):
-            used, selected = max(self.length), slice(None)
-        else:
-            used, selected = max(self.length[row] for row in rows), rows
-        keys = [KeyValues(k.keys[selected, :used], k.values[selected, :used]) for k in self.keys]
-        return keys, self.anchor.of(selected, used)
+            return self.anchor.of(slice(None), max(self.length))
+        return self.anchor.of(rows, max(self.length[row] for row in rows))
 
 
 class DecodedStates:
@@ -197,8 +192,8 @@ class TrainedDrafter:
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
         """Grows the `subtrees` of `rows`."""
         newest = state.layout.newest()
-        context, anchors = state.memory.read(self.network, state.layout).context(rows)
-        levels, subtrees = self.levels(context, anchors, newest[rows]), self.subtrees(state, rows, budget)
+        anchors = state.memory.read(self.network, state.layout).anchors(rows)
+        levels, subtrees = self.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
         ids, heat = self.modality_ids.to(newest.device), temperature(sampler)
         tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.of(rows), heat, self.cost)
         return tree.among(rows, newest)
@@ -207,9 +202,9 @@ class TrainedDrafter:
         """Whether the answers of all `rows` most likely end with the token that the target's next pass emits."""
         return False
 
-    def levels(self, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> Levels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """Returns the draft distributions below the tokens `newest` [R]."""
-        return SharedLevels(self.network.levels(context, anchors, newest))
+        return SharedLevels(self.network.levels(anchors, newest))
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """Returns the subtrees of `rows`: one for each row, `config.width` wide."""

@@ -227,30 +227,28 @@ def grow(
     return _merge(_select(_Candidates.joined(growth.candidates), subtrees, nodes), newest, nodes, budget.seconds)
 
 
+@dataclass
 class _Growth:
-    """The growing subtrees of one step. Tensors [B, F] describe the frontier; at the root it has M entries."""
+    """The growing subtrees of one step; parameters as of `grow`. Tensors [B, F] describe the frontier (M at the root)."""
 
-    def __init__(
-        self,
-        vocabulary: DraftVocabulary,
-        subtrees: Subtrees,
-        modality_ids: Tensor,
-        budget: Budget,
-        temperature: float | None,
-        cost: LevelCost | None,
-        deepest: int,
-    ) -> None:
-        self.vocabulary, self.modality_ids, self.budget = vocabulary, modality_ids, budget
-        self.temperature, self.cost, self.deepest = temperature, cost, deepest
-        B, self.subtrees = subtrees.budget.shape
-        device, shapes = subtrees.budget.device, subtrees.shapes
-        self.limit = torch.tensor(budget.depth, device=device)
-        self.widths = torch.tensor([s.width for s in shapes], device=device)
-        self.depths = torch.tensor([s.depth for s in shapes], device=device)
-        self.children = min(max(s.width for s in shapes), len(vocabulary.ids))
-        self.widest = min(budget.nodes, sum(s.width for s in shapes))
-        self.subtree = torch.arange(self.subtrees, device=device).expand(B, -1)
-        self.score = torch.zeros(B, self.subtrees, device=device).masked_fill(subtrees.share == 0, NEVER)
+    vocabulary: DraftVocabulary
+    subtrees: Subtrees
+    modality_ids: Tensor
+    budget: Budget
+    temperature: float | None
+    cost: LevelCost | None
+    deepest: int
+
+    def __post_init__(self) -> None:
+        share, shapes = self.subtrees.share, self.subtrees.shapes
+        B, self.count = share.shape
+        self.limit = torch.tensor(self.budget.depth, device=share.device)
+        self.widths = torch.tensor([s.width for s in shapes], device=share.device)
+        self.depths = torch.tensor([s.depth for s in shapes], device=share.device)
+        self.children = min(max(s.width for s in shapes), len(self.vocabulary.ids))
+        self.widest = min(self.budget.nodes, sum(s.width for s in shapes))
+        self.subtree = torch.arange(self.count, device=share.device).expand(B, -1)
+        self.score = torch.zeros(B, self.count, device=share.device).masked_fill(share == 0, NEVER)
         self.parent, self.path = torch.full_like(self.subtree, -1), torch.zeros_like(self.subtree)
         self.candidates: list[_Candidates] = []  # of each level
         self.expected = 1.0  # accepted tokens per row of the last level
@@ -265,7 +263,7 @@ class _Growth:
         if self.cost is not None and self.budget.passes is not None:
             if level > 1:
                 self.cost.stop()
-            before, self.expected = self.expected, expected_accepted(self.score, self.subtree, self.subtrees)
+            before, self.expected = self.expected, expected_accepted(self.score, self.subtree, self.count)
             if not self.cost.pays(before, self.expected, self.budget.passes[0], self.budget.node_seconds):
                 return None
             self.cost.start()
@@ -294,7 +292,7 @@ class _Growth:
 
     def _advance(self, level: _Candidates) -> Tensor:
         """Makes the best candidates of the newest level the frontier; returns their indices in it [B, F]."""
-        order, rank = _ranked(level.score, level.subtree, self.subtrees)
+        order, rank = _ranked(level.score, level.subtree, self.count)
         out = rank >= self.widths[level.subtree.gather(-1, order)]
         order = order.gather(-1, out.long().argsort(dim=-1, stable=True))[:, : min(self.widest, order.shape[1])]
         self.score, self.subtree, self.path = (x.gather(-1, order) for x in (level.score, level.subtree, level.path))

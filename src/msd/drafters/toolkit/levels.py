@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,26 +26,24 @@ class SelfFed(DraftNetwork):
         """Predicts the target's feature from a draft state [..., H]; by default it is the state itself."""
         return state
 
-    def levels(self, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> Levels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """See `DraftNetwork`."""
-        return SelfFedLevels(self, context, anchors, newest)
+        return SelfFedLevels(self, anchors, newest)
 
-    def anchor_states(self, context: Sequence[KeyValues], anchors: Anchors) -> Tensor:
+    def anchor_states(self, anchors: Anchors) -> Tensor:
         """Computes the states [B, A, 1, H] at the anchors."""
-        return self.run_layers(anchors.x[:, :, None], anchors.positions[..., None], context, anchors.visible)[0]
+        return self.run_layers(anchors.x[:, :, None], anchors.positions[..., None], anchors.context, anchors.visible)[0]
 
-    def draft_states(
-        self, context: Sequence[KeyValues], anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int
-    ) -> Tensor:
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
         """See `DraftNetwork`."""
-        state = self.anchor_states(context, anchors)
+        state = self.anchor_states(anchors)
         out, draft = [state], None
         for d in range(1, depth):
             embedding = self.embed(parents(batch, roots[..., None] + d + 1))
             x = self.entry(self.drafted_feature(state), embedding, anchors.image[:, :, None], d)
             mask = torch.ones(*x.shape[:3], d, dtype=torch.bool, device=x.device)
             positions = anchors.positions[..., None] + d
-            state, draft = self.run_layers(x, positions, context, anchors.visible, draft, mask)
+            state, draft = self.run_layers(x, positions, anchors.context, anchors.visible, draft, mask)
             out.append(state)
         return torch.cat(out, 2)
 
@@ -54,9 +51,9 @@ class SelfFed(DraftNetwork):
 class SelfFedLevels:
     """The distributions of one step of a `SelfFed` network (see `Levels`)."""
 
-    def __init__(self, network: SelfFed, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> None:
-        self.network, self.context, self.anchors, self.level = network, context, anchors, 0
-        self.states = network.anchor_states(context, anchors)[:, 0]  # [B, F, H], of the newest frontier
+    def __init__(self, network: SelfFed, anchors: Anchors, newest: Tensor) -> None:
+        self.network, self.anchors, self.level = network, anchors, 0
+        self.states = network.anchor_states(anchors)[:, 0]  # [B, F, H], of the newest frontier
         self.newest = newest[:, None]  # [B, 1]
         self.draft: list[KeyValues] | None = None
         self.lineage = self.states.new_zeros(len(self.states), 1, 0, dtype=torch.bool)  # [B, F, m]: ancestors and self
@@ -80,7 +77,7 @@ class SelfFedLevels:
         self.lineage = torch.cat([pick(self.lineage, above), eye], -1)
         positions = (self.anchors.positions + self.level)[..., None].expand(-1, -1, F)
         state, self.draft = network.run_layers(
-            x[:, None], positions, self.context, self.anchors.visible, self.draft, self.lineage[:, None]
+            x[:, None], positions, self.anchors.context, self.anchors.visible, self.draft, self.lineage[:, None]
         )
         self.states = state[:, 0]
         return feature, embedding
@@ -141,26 +138,24 @@ class Block(DraftNetwork):
         """The feature alone."""
         return feature
 
-    def block(self, context: Sequence[KeyValues], anchors: Anchors, depth: int) -> Tensor:
+    def block(self, anchors: Anchors, depth: int) -> Tensor:
         """Computes normalised states [B, A, D, H] that draft the D = depth tokens below each root."""
         n = depth + 1 - self.offset
         masks = self.mask.expand(*anchors.embedding.shape[:2], n - 1, -1)
         x = torch.cat([anchors.embedding[:, :, None], masks], 2)
         positions = anchors.positions[..., None] + torch.arange(1, n + 1, device=x.device)
         visible = x.new_ones(*x.shape[:3], n).bool()
-        state, _ = self.run_layers(x, positions, context, anchors.visible, None, visible)
+        state, _ = self.run_layers(x, positions, anchors.context, anchors.visible, None, visible)
         out: Tensor = self.norm(state[:, :, n - depth :])
         return out
 
-    def levels(self, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> BlockLevels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> BlockLevels:
         """See `DraftNetwork`."""
-        return BlockLevels(self, self.block(context, anchors, self.config.depth)[:, 0], newest)
+        return BlockLevels(self, self.block(anchors, self.config.depth)[:, 0], newest)
 
-    def draft_states(
-        self, context: Sequence[KeyValues], anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int
-    ) -> Tensor:
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
         """See `DraftNetwork`; the block is as long as in decoding, whatever `depth`."""
-        return self.block(context, anchors, self.config.depth)[:, :, :depth]
+        return self.block(anchors, self.config.depth)[:, :, :depth]
 
 
 class BlockLevels:

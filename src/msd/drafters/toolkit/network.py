@@ -294,24 +294,22 @@ class DraftNetwork(nn.Module, ABC):
         return x, None if mask is None else extended
 
     @abstractmethod
-    def levels(self, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> Levels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """Returns the draft distributions of one decoding step, with one anchor per row; newest: [B], the roots."""
 
-    def anchors(self, batch: TeacherBatch, roots: Tensor) -> tuple[list[KeyValues], Anchors]:
-        """Reads a teacher batch; returns (its context, the anchors of the answer tokens `roots` [B, A])."""
+    def anchors(self, batch: TeacherBatch, roots: Tensor) -> Anchors:
+        """Reads a teacher batch; returns the anchors of the answer tokens `roots` [B, A]."""
         assert batch.taps is not None
         entries = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.beside)
-        return self.full_context(entries, entries.x)[0], entries.anchors(roots + batch.prompt - 1)
+        return entries.anchors(roots + batch.prompt - 1, self.full_context(entries, entries.x)[0])
 
     def states(self, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
         """Computes the states [B, A, depth, H] below the answer tokens `roots` [B, A], by teacher forcing."""
-        return self.draft_states(*self.anchors(batch, roots), batch, roots, depth)
+        return self.draft_states(self.anchors(batch, roots), batch, roots, depth)
 
     @abstractmethod
-    def draft_states(
-        self, context: Sequence[KeyValues], anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int
-    ) -> Tensor:
-        """Computes `states` from the result of `anchors`, as decoding would."""
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
+        """Computes `states` from the anchors of the `roots`, as in decoding."""
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """Computes draft logits [..., Vd] from states [..., H]; most methods ignore the parent tokens [...]."""

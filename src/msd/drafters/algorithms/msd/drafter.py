@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from msd.drafters.algorithms.msd.network import MSDNetwork
 from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.drafters.toolkit.growth import Levels, Subtrees, draw
-from msd.drafters.toolkit.layers import KeyValues
 from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
@@ -72,8 +71,7 @@ class MSD(TrainedDrafter):
             return super().draft(state, rows, budget, sampler)
         newest, config = state.layout.newest(), self.network.config
         memory = state.memory.read(self.network, state.layout)
-        context, anchors = memory.context()
-        levels = self.levels(context, anchors, newest)
+        levels = self.levels(memory.anchors(), newest)
         subtrees = self.choose(self.network.routed(memory.anchor), budget)
         ids, shape = self.modality_ids.to(newest.device), config.within(config.shared)
         return draw(levels, self.network, subtrees, ids, newest, budget, sampler, shape)
@@ -82,9 +80,9 @@ class MSD(TrainedDrafter):
         """See `TrainedDrafter`."""
         return self.network.all_end(state.memory.newest()[rows], state.layout.newest()[rows])
 
-    def levels(self, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> Levels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """See `TrainedDrafter`; the network's distributions depend on the modality."""
-        return self.network.levels(context, anchors, newest)
+        return self.network.levels(anchors, newest)
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """See `TrainedDrafter`; one for each active modality."""

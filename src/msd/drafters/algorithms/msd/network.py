@@ -14,7 +14,6 @@ of the other modalities correct the language expert's output instead of the bare
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -41,7 +40,7 @@ from msd.drafters.toolkit.context import (
     select_columns,
 )
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import AuxiliaryAdaptor, KeyValues, Layer, TapNorm, VisionAdaptor
+from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, TapNorm, VisionAdaptor
 from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
 from msd.labels.label_thresholds import EVENT_MODALITIES
 from msd.targets.teacher import TeacherBatch
@@ -336,27 +335,25 @@ class MSDNetwork(SelfFed):
         selection.image = vector * after.to(dtype)
         return selection
 
-    def block(self, context: Sequence[KeyValues], anchors: Anchors) -> Tensor:
+    def block(self, anchors: Anchors) -> Tensor:
         """Computes the states of all depths in one pass: [B, A, D, H]; state d-1 drafts the d-th token."""
         D = len(self.depths)
         h = anchors.x[:, :, None] + self.depths
         positions = anchors.positions[..., None] + torch.arange(D, device=h.device)
         mask = torch.ones(*h.shape[:3], D, dtype=torch.bool, device=h.device)
-        return self.run_layers(h, positions, context, anchors.visible, None, mask)[0]
+        return self.run_layers(h, positions, anchors.context, anchors.visible, None, mask)[0]
 
-    def levels(self, context: Sequence[KeyValues], anchors: Anchors, newest: Tensor) -> Levels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """See `DraftNetwork`."""
         if self.config.form == "block":
-            return BlockLevels(self, context, anchors)
-        return ArLevels(self, context, anchors, newest)
+            return BlockLevels(self, anchors)
+        return ArLevels(self, anchors, newest)
 
-    def draft_states(
-        self, context: Sequence[KeyValues], anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int
-    ) -> Tensor:
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
         """See `DraftNetwork`."""
         if self.config.form == "block":
-            return self.block(context, anchors)[:, :, :depth]
-        return super().draft_states(context, anchors, batch, roots, depth)
+            return self.block(anchors)[:, :, :depth]
+        return super().draft_states(anchors, batch, roots, depth)
 
 
 def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
@@ -382,10 +379,10 @@ def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
 class BlockLevels:
     """The distributions of one step in the block form: one pass, and a parent term per level (see `Levels`)."""
 
-    def __init__(self, network: MSDNetwork, context: Sequence[KeyValues], anchors: Anchors) -> None:
+    def __init__(self, network: MSDNetwork, anchors: Anchors) -> None:
         self.network, self.anchors, self.depth = network, anchors, 0
         heads = network.heads
-        self.states = network.block(context, anchors)[:, 0]  # [B, D, H]
+        self.states = network.block(anchors)[:, 0]  # [B, D, H]
         self.parts = heads.parts(self.states, anchors.image)  # [B, D, P, H]
         self.logits = heads.head(self.parts)  # [B, D, P, Vd]
         self.from_state = heads.from_state(self.parts)  # [B, D, P, R]

@@ -67,8 +67,8 @@ class DraftObjective(Objective):
 
     def states(self, batch: TeacherBatch, roots: Tensor) -> tuple[Drafts, Tensor]:
         """Computes the states [B, A, D, H] below the answer tokens `roots` [B, A], along the answer."""
-        context, anchors = self.network.anchors(batch, roots)
-        states = self.network.draft_states(context, anchors, batch, roots, self.depth)
+        anchors = self.network.anchors(batch, roots)
+        states = self.network.draft_states(anchors, batch, roots, self.depth)
         return Drafts(anchors, *drafted(batch, roots, self.depth)), states
 
     def all_states(self, batch: TeacherBatch) -> tuple[Drafts, Tensor]:
