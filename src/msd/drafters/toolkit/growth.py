@@ -229,7 +229,7 @@ def grow(
 
 @dataclass
 class _Growth:
-    """The growing subtrees of one step; parameters as of `grow`. Tensors [B, F] describe the frontier (M at the root)."""
+    """The growing subtrees of one step (see `grow`). Tensors [B, F] describe the frontier; at the root F = M."""
 
     vocabulary: DraftVocabulary
     subtrees: Subtrees
