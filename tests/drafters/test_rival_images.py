@@ -130,7 +130,7 @@ def test_number_of_tokens_kept_of_an_image(branch: str) -> None:
 def test_attention_is_the_targets() -> None:
     """Compares with the eager attention of `transformers`."""
     net = rivals.network(MODEL, "specvlm-video")
-    inputs = tiny.batch(tiny.llava_inputs(1, images=1), tiny.llava_inputs(2, images=2, embeddings=9))
+    inputs = tiny.batch(tiny.llava_inputs(1, images=1), tiny.llava_inputs(2, images=2, words=9))
     eager = copy.deepcopy(MODEL)
     eager.set_attn_implementation("eager")
     with torch.no_grad():

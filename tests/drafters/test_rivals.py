@@ -100,7 +100,7 @@ def decoded(net: Any, batch: TeacherBatch, steps: list[list[int]]) -> tuple[Memo
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("steps", [[], [[3, 1, 2, 3], [0, 2, 1, 4]]])
 def test_training_and_decoding_distributions_agree(method: str, steps: list[list[int]]) -> None:
-    """The levels below a root, as a loss sees them in a whole text and as decoding does, having read it in pieces."""
+    """Compares the distributions below a root: from a whole text in training, and from a text read step by step."""
     net = rivals.network(MODEL, method)
     batch = rivals.teacher_batch(MODEL, net)
     memory, end = decoded(net, batch, steps)

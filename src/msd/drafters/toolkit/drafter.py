@@ -16,7 +16,7 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.toolkit.context import Anchors, pick
-from msd.drafters.toolkit.growth import Distributions, LevelCost, Levels, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import LevelCost, Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
 from msd.errors import UserError
 from msd.planning.plan import Budget
@@ -193,7 +193,7 @@ class TrainedDrafter:
         """Grows the `subtrees` of `rows`."""
         newest = state.layout.newest()
         anchors = state.memory.read(self.network, state.layout).anchors(rows)
-        levels, subtrees = self.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
+        levels, subtrees = self.network.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
         ids, heat = self.modality_ids.to(newest.device), temperature(sampler)
         tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.of(rows), heat, self.cost)
         return tree.among(rows, newest)
@@ -201,10 +201,6 @@ class TrainedDrafter:
     def all_end(self, state: State, rows: list[int]) -> bool:
         """Whether the answers of all `rows` most likely end with the token that the target's next pass emits."""
         return False
-
-    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
-        """Returns the draft distributions below the tokens `newest` [R]."""
-        return SharedLevels(self.network.levels(anchors, newest))
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """Returns the subtrees of `rows`: one for each row, `config.width` wide."""
@@ -219,23 +215,3 @@ class TrainedDrafter:
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
-
-
-class SharedLevels:
-    """Uses one network's distributions for all subtrees; each keeps its modality weights down to the leaves."""
-
-    def __init__(self, levels: Levels) -> None:
-        self.inner, self.weights, self.at_root = levels, torch.empty(0), True
-
-    def root(self, weights: Tensor) -> Distributions:
-        """See `Levels`; the network has one distribution for all F subtrees."""
-        self.weights, F = weights, weights.shape[1]
-        shared = self.inner.root(weights[:, :1, :1])
-        return Distributions(shared.logits.expand(-1, F, -1), shared.confidence.expand(-1, F), weights)
-
-    def below(self, tokens: Tensor, above: Tensor) -> Distributions:
-        """See `Levels`."""
-        self.weights = pick(self.weights, above)
-        found = self.inner.below(tokens, torch.zeros_like(above) if self.at_root else above)
-        self.at_root = False
-        return Distributions(found.logits, found.confidence, self.weights)

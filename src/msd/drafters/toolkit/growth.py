@@ -43,11 +43,6 @@ class Distributions:
     confidence: Tensor
     weights: Tensor
 
-    @classmethod
-    def unweighted(cls, logits: Tensor, confidence: Tensor) -> Distributions:
-        """Those of a method that ignores modalities: M = 1."""
-        return cls(logits, confidence, torch.ones_like(logits[..., :1]))
-
 
 class Levels(Protocol):
     """The draft distributions of one step, from the root downwards.

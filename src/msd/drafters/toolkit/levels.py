@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -48,43 +49,63 @@ class SelfFed(DraftNetwork):
         return torch.cat(out, 2)
 
 
-class SelfFedLevels:
-    """The distributions of one step of a `SelfFed` network (see `Levels`)."""
+class StateLevels(ABC):
+    """Distributions that ignore modality, from states [B, F, H] of the frontier (see `Levels`).
 
-    def __init__(self, network: SelfFed, anchors: Anchors, newest: Tensor) -> None:
-        self.network, self.anchors, self.level = network, anchors, 0
-        self.states = network.anchor_states(anchors)[:, 0]  # [B, F, H], of the newest frontier
-        self.newest = newest[:, None]  # [B, 1]
-        self.draft: list[KeyValues] | None = None
-        self.lineage = self.states.new_zeros(len(self.states), 1, 0, dtype=torch.bool)  # [B, F, m]: ancestors and self
+    All subtrees share the distribution of the root; each keeps its modality weights down to the leaves.
+    """
+
+    def __init__(self, network: DraftNetwork, states: Tensor, newest: Tensor) -> None:
+        self.network, self.states, self.newest, self.level = network, states, newest, 0
+        self.weights = torch.empty(0)  # [B, F, M]
 
     def root(self, weights: Tensor) -> Distributions:
-        """See `Levels`; weights: [B, 1, 1]."""
-        return self._distributions(self.newest)
+        """See `Levels`."""
+        self.weights, F = weights, weights.shape[1]
+        shared = self._distributions(self.newest[:, None])
+        self.states = self.states.expand(-1, F, -1)
+        return Distributions(shared.logits.expand(-1, F, -1), shared.confidence.expand(-1, F), weights)
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
+        self.weights = pick(self.weights, above)
         self.descend(tokens, above)
         return self._distributions(tokens)
 
+    def _distributions(self, tokens: Tensor) -> Distributions:
+        network, states = self.network, self.states
+        return Distributions(network.logits(states, tokens), network.confidence_logits(states, tokens), self.weights)
+
+    @abstractmethod
+    def descend(self, tokens: Tensor, above: Tensor) -> Any:
+        """Sets `level` and `states` to those of the frontier `tokens` [B, F]; above: see `Levels.below`."""
+
+
+class SelfFedLevels(StateLevels):
+    """The distributions of one step of a `SelfFed` network."""
+
+    network: SelfFed
+
+    def __init__(self, network: SelfFed, anchors: Anchors, newest: Tensor) -> None:
+        super().__init__(network, network.anchor_states(anchors)[:, 0], newest)
+        self.anchors = anchors
+        self.draft: list[KeyValues] | None = None
+        self.lineage: Tensor | None = None  # [B, F, m] bool: the draft tokens that are ancestors, and itself
+
     def descend(self, tokens: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the states of the frontier `tokens`; returns their input features and embeddings, [B, F, H] each."""
+        """See `StateLevels`; returns the frontier's input features and embeddings, [B, F, H] each."""
         self.level += 1
         network, F = self.network, tokens.shape[1]
         feature, embedding = network.drafted_feature(pick(self.states, above)), network.embed(tokens)
         x = network.entry(feature, embedding, self.anchors.image, self.level)
         eye = torch.eye(F, dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
-        self.lineage = torch.cat([pick(self.lineage, above), eye], -1)
+        self.lineage = eye if self.lineage is None else torch.cat([pick(self.lineage, above), eye], -1)
         positions = (self.anchors.positions + self.level)[..., None].expand(-1, -1, F)
         state, self.draft = network.run_layers(
             x[:, None], positions, self.anchors.context, self.anchors.visible, self.draft, self.lineage[:, None]
         )
         self.states = state[:, 0]
         return feature, embedding
-
-    def _distributions(self, tokens: Tensor) -> Distributions:
-        network, states = self.network, self.states
-        return Distributions.unweighted(network.logits(states, tokens), network.confidence_logits(states, tokens))
 
 
 class EagleNetwork(SelfFed):
@@ -158,21 +179,14 @@ class Block(DraftNetwork):
         return self.block(anchors, self.config.depth)[:, :, :depth]
 
 
-class BlockLevels:
-    """The distributions of one step of a `Block` network, from states [B, D, H] (see `Levels`)."""
+class BlockLevels(StateLevels):
+    """The distributions of one step of a `Block` network, from the states [B, D, H] of all levels."""
 
     def __init__(self, network: Block, states: Tensor, newest: Tensor) -> None:
-        self.network, self.states, self.newest, self.level = network, states, newest, 0
+        super().__init__(network, states[:, :1], newest)
+        self.all_states = states
 
-    def root(self, weights: Tensor) -> Distributions:
-        """See `Levels`; weights: [B, 1, 1]."""
-        return self._distributions(self.newest[:, None])
-
-    def below(self, tokens: Tensor, above: Tensor) -> Distributions:
-        """See `Levels`."""
+    def descend(self, tokens: Tensor, above: Tensor) -> None:
+        """See `StateLevels`."""
         self.level += 1
-        return self._distributions(tokens)
-
-    def _distributions(self, tokens: Tensor) -> Distributions:
-        network, states = self.network, self.states[:, self.level, None].expand(-1, tokens.shape[1], -1)
-        return Distributions.unweighted(network.logits(states, tokens), network.confidence_logits(states, tokens))
+        self.states = self.all_states[:, self.level, None].expand(-1, tokens.shape[1], -1)

@@ -13,9 +13,8 @@ from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
-from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
-from msd.drafters.toolkit.growth import Levels, Subtrees, draw
+from msd.drafters.toolkit.growth import Subtrees, draw
 from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
@@ -71,7 +70,7 @@ class MSD(TrainedDrafter):
             return super().draft(state, rows, budget, sampler)
         newest, config = state.layout.newest(), self.network.config
         memory = state.memory.read(self.network, state.layout)
-        levels = self.levels(memory.anchors(), newest)
+        levels = self.network.levels(memory.anchors(), newest)
         subtrees = self.choose(self.network.routed(memory.anchor), budget)
         ids, shape = self.modality_ids.to(newest.device), config.within(config.shared)
         return draw(levels, self.network, subtrees, ids, newest, budget, sampler, shape)
@@ -79,10 +78,6 @@ class MSD(TrainedDrafter):
     def all_end(self, state: State, rows: list[int]) -> bool:
         """See `TrainedDrafter`."""
         return self.network.all_end(state.memory.newest()[rows], state.layout.newest()[rows])
-
-    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
-        """See `TrainedDrafter`; the network's distributions depend on the modality."""
-        return self.network.levels(anchors, newest)
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """See `TrainedDrafter`; one for each active modality."""

@@ -413,7 +413,7 @@ class ArLevels(SelfFedLevels):
     def root(self, weights: Tensor) -> Distributions:
         """See `Levels`."""
         F = weights.shape[1]
-        self.states, self.lineage = self.states.expand(-1, F, -1), self.lineage.expand(-1, F, -1)
+        self.states = self.states.expand(-1, F, -1)
         return self._weighted(self.anchors.embedding.expand(-1, F, -1), weights)
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
