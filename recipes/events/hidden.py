@@ -29,9 +29,9 @@ SIZE, FRAMES = (240, 180), 8
 
 
 class InTurn(EventGPTDrafter):
-    """Reads nothing ahead."""
+    """Reads the prompt after prefill."""
 
-    ahead: Any = None
+    read_prompt: Any = None
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def run(engine: SpeculativeVLM, clip: list[Image.Image], stream: EventStream) ->
     begin = time.perf_counter()
     hidden = not isinstance(engine.drafter, InTurn)
     assert isinstance(engine.drafter, EventGPTDrafter)
-    seen: dict[str, Any] = {"events": stream} if hidden else {"beside": engine.drafter.beside(stream)[None]}
+    seen: dict[str, Any] = {"events": stream} if hidden else {"auxiliary": engine.drafter.encode(stream)[None]}
     answer = engine.generate(clip, "What happens?", max_new_tokens=1, do_sample=False, **seen)
     parts = {"first token": time.perf_counter() - begin, **answer.statistics.seconds}
     names = ("first token", "prefill", *(("beside", "beside_overlap", "beside_wait") if hidden else ()))

@@ -207,8 +207,8 @@ def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
 class Hidden(MSD):
     """Drafts without the event recordings that it was trained to see."""
 
-    def borrow(self, look: Any) -> None:
-        """Takes no look."""
+    def share_vision_tower(self, encode: Any) -> None:
+        """Ignores it, so that no recording is encoded."""
 
 
 class WrongImage(MSD):

@@ -1,4 +1,4 @@
-"""Result: one answer, with what happened on the way."""
+"""`Result`: one answer with its statistics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from msd.core.statistics import Statistics
 
 @dataclass(frozen=True)
 class Result:
-    """One answer. tokens: emitted ids without the prompt. finish: "eos", "length" or "criteria".
+    """One answer. tokens: emitted ids without the prompt. finish: why it ended, "eos", "length" or "criteria".
 
-    predicted_modality: name per token as the router *predicts* it, None for the first token, or None without a router.
+    predicted_modality: the modality that the router predicts for each token, None for the first; None without a router.
     """
 
     text: str
@@ -24,16 +24,16 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the whole call, image encoding and prefill included."""
+        """Wall time of the whole call, including image encoding and prefill."""
         return self.statistics.seconds["total"]
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens per second of the whole call."""
+        """Emitted tokens divided by the wall time of the whole call."""
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the result as an object for JSON."""
         own = {"text": self.text, "tokens": self.tokens, "finish": self.finish, "method": self.method}
         if self.predicted_modality is not None:
             own["predicted_modality"] = self.predicted_modality

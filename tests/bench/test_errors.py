@@ -9,8 +9,9 @@ import pytest
 from msd.bench import errors, plots, report
 from msd.bench.errors import KINDS, kind_of, kinds_of
 from msd.bench.report import page
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VISION
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.core.statistics import RowStep
+from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Capture and training on clips that an event camera saw too: labels by cells and frames, tokens beside the text."""
+"""Capture and training on clips with event recordings: labels by cells and frames, and auxiliary tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd.drafters import registry
-from msd.drafters.recordings import FRAMES, event_tokens
+from msd.drafters.auxiliary import FRAMES, pooled
 from msd.events import events_of_photo, frames, read
-from msd.events.pooling import pooled
+from msd.events.auxiliary import event_tokens
+from msd.events.cells import cell_kinds
 from msd.inputs.prompts import prepare
-from msd.labels.gain import cell_kinds, event_costs
+from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
@@ -26,7 +27,7 @@ from training_command import FLOAT32, run, train
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target, clips of two frames with events, a picture without, and a text."""
+    """A folder with a target, clips of two frames with events, an image without events, and a text prompt."""
     folder = tmp_path_factory.mktemp("events")
     tiny_checkpoint.write(folder)
     names = tiny_checkpoint.photos(folder / "images", 6)
@@ -83,8 +84,8 @@ def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_drafter_learns_beside_events(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
-    """It has the modalities of events, reads their tokens, and learns something else without them."""
+def test_a_drafter_is_trained_with_events(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    """It has the event modalities and reads event tokens; without them its losses differ."""
     whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
     network = registry.load(tmp_path / "whole" / "drafter")
     assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
@@ -111,7 +112,7 @@ def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: 
 def test_events_reach_the_drafter_and_never_the_answer(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
 ) -> None:
-    """Learnt beside events, verified with them, and told apart from a drafter without."""
+    """A drafter trained with events passes verification with them; one trained without refuses them."""
     train(capsys, place, tmp_path / "with", *FLOAT32)
     train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
     data = ("--data", place / "data.jsonl", "--images", place / "images", "--target", place)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import tiny
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
+from msd.core.modality import LANGUAGE
 from msd.errors import UserError
 from msd.events import EventStream
-from msd.labels.gain import cell_kinds, event_costs
+from msd.events.cells import cell_kinds
+from msd.labels import EVENT_DENSE, EVENT_SPARSE, VIDEO_REASONING
+from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import EventThresholds
 from msd.targets import adapt
 

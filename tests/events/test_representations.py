@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writers import SIZE, rows, scene, write
 
-from msd.core import modality
 from msd.errors import UserError
 from msd.events import EventStream, cells, event_frames, frames, open_chunks, time_surface, voxel_grid
 from msd.events.cells import otsu
 from msd.events.recording import By
+from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 quick = settings(deadline=None, max_examples=30)
@@ -110,9 +110,9 @@ def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid
                 assert found.rates[frame, row, column] == pytest.approx(rate)
             if grid == SIZE:
                 break  # a row of so many is enough
-    dense = found.kinds == modality.EVENT_DENSE.id
+    dense = found.kinds == EVENT_DENSE.id
     np.testing.assert_array_equal(dense, found.rates >= found.cut)
-    assert set(np.unique(found.kinds)) <= {modality.EVENT_SPARSE.id, modality.EVENT_DENSE.id}
+    assert set(np.unique(found.kinds)) <= {EVENT_SPARSE.id, EVENT_DENSE.id}
     with_frames = event_frames(stream, count, by, grid).cells
     assert with_frames is not None
     np.testing.assert_array_equal(with_frames.kinds, found.kinds)
@@ -143,7 +143,7 @@ def test_a_stored_cut_is_used() -> None:
     found = cells(stream, (6, 4))
     again = cells(stream.part(0, 200), (6, 4), cut_at=found.cut)
     assert again.cut == found.cut
-    assert (cells(stream, (6, 4), cut_at=1e12).kinds == modality.EVENT_SPARSE.id).all()
+    assert (cells(stream, (6, 4), cut_at=1e12).kinds == EVENT_SPARSE.id).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 1000])
@@ -165,7 +165,7 @@ def test_frames_of_another_size_and_of_nothing() -> None:
     for image in frames(nothing, 2):
         assert (np.asarray(image) == 255).all()
     assert not voxel_grid(nothing).any() and not time_surface(nothing).any()
-    assert (cells(nothing, (2, 2)).kinds == modality.EVENT_SPARSE.id).all()
+    assert (cells(nothing, (2, 2)).kinds == EVENT_SPARSE.id).all()
 
 
 def test_parts_of_a_stream() -> None:

@@ -1,4 +1,4 @@
-"""`--events` alone: the video target, its drafter, frames drawn from the events; one clear line where that fails."""
+"""`--events` alone selects the video target, its drafter and frames drawn from the events; failures are UserErrors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def look(file: Path, target: str | None = None, **given: Any) -> options.Scene:
 
 
 @pytest.mark.parametrize("name", W.FORMATS)
-def test_a_file_of_every_format_is_looked_at(name: str, tmp_path: Path) -> None:
+def test_a_file_of_each_format_is_shown(name: str, tmp_path: Path) -> None:
     if name in W.NEEDS:
         pytest.importorskip(W.NEEDS[name])
     stream = W.scene()
@@ -73,7 +73,7 @@ def test_what_is_given_is_what_is_used(tmp_path: Path) -> None:
     assert other.target == "some/folder" and other.drawn and len(other.shown[0].frames) == 8
     assert len(look(file, frames=3).shown[0].frames) == 3
     assert options.scene(options.Shown(prompt=PROMPT), None).target == "reference"
-    # who sees events is given them, drawn or not; who sees none is where they would be lost without a word
+    # a drafter that reads events gets them; one that does not raises an error unless the target sees them drawn
     plain, sighted = drafters.create("ar"), _Sighted()
     assert look(file).of(plain) == {} and "events" in beside.of(plain)
     assert "events" in look(file).of(sighted) and "events" in beside.of(sighted)
@@ -82,7 +82,9 @@ def test_what_is_given_is_what_is_used(tmp_path: Path) -> None:
 class _Sighted:
     name = "sighted"
 
-    def beside(self, recording: Any) -> None: ...
+    auxiliary_source = "events"
+
+    def encode(self, item: Any) -> None: ...
 
 
 def test_a_recording_without_events_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,10 +23,10 @@ from msd.cli import app, demo, verify
 from msd.config import SpeculativeConfig
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import Drafter
+from msd.drafters.algorithms import eventgpt as eventgpt_memory
 from msd.drafters.algorithms import prompt_lookup
 from msd.drafters.algorithms.combined import Combined
 from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, VocabularyMap
-from msd.drafters.algorithms.eventgpt import drafter as eventgpt_memory
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.drafters.toolkit import drafter as toolkit_memory
@@ -228,7 +228,7 @@ def test_the_newest_state_is_known_after_it_was_read() -> None:
     """`msd+NAME` asks for it when the notes have been read already, and routed by the prompt's last state instead."""
     made = Combined(rivals.network(MODEL, "eagle3"), network())
     seen: list[torch.Tensor] = []
-    observe, routers = DecodedStates.observe, Combined._routers
+    observe, routers = DecodedStates.observe, Combined._router_states
     asked: list[tuple[int, torch.Tensor]] = []
 
     def noting(self: DecodedStates, scores: Scores, accepted: Any) -> None:
@@ -243,9 +243,9 @@ def test_the_newest_state_is_known_after_it_was_read() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodedStates, "observe", noting)
-        patch.setattr(Combined, "_routers", routing)
+        patch.setattr(Combined, "_router_states", routing)
         answer(made, 16, adaptive=False)
-    part = made._part(made.msd.taps)
+    part = made._select(made.msd.taps)
     later = [(n, found) for n, found in asked if n]
     assert len(later) > 4
     for n, found in later:

@@ -30,7 +30,7 @@ from msd.bench.rows import row
 from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, library, ours, outside_kernels
 from msd.bench.unfinished import Unfinished, made_of
 from msd.config import SpeculativeConfig
-from msd.drafters import recordings
+from msd.drafters import auxiliary
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets.registry import fingerprint
@@ -269,7 +269,7 @@ class Bench:
 
 def _seen(engine: SpeculativeVLM, samples: Sequence[Sample]) -> dict[str, Any]:
     """What only the engine's drafter sees of samples."""
-    return recordings.argument(engine.drafter, [sample.events for sample in samples])
+    return auxiliary.argument(engine.drafter, "events", [sample.events for sample in samples])
 
 
 def _config(config: SpeculativeConfig, folder: Path | None) -> SpeculativeConfig:

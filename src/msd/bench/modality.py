@@ -28,9 +28,10 @@ from msd.bench.timing import PLAIN, Run, ours
 from msd.config import SpeculativeConfig
 from msd.core.modality import FUSION, LANGUAGE, VISION, Modality, known
 from msd.core.statistics import RowStep
-from msd.drafters import recordings
+from msd.drafters import auxiliary
 from msd.events import open_chunks
-from msd.labels.gain import costs_of_recordings, image_gain
+from msd.events.auxiliary import costs_of_recordings
+from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets import Target
@@ -170,7 +171,7 @@ class Labeller:
         words = kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer])
         chains, trees = {}, {}
         for name, engine in self.chains.items():
-            seen = recordings.argument(engine.drafter, [sample.events])
+            seen = auxiliary.argument(engine.drafter, "events", [sample.events])
             found = ours(engine, {**inputs, **seen}, self.settings, 0)
             chains[name] = (found.statistics.steps, list(shared(labels, answer, found.answers[0])))
             trees[name] = list(shared(labels, answer, runs[name].answers[0]))

@@ -22,7 +22,7 @@ from msd.bench.conversation import Conversation, check_prompts
 from msd.bench.data import Sample
 from msd.certify.chi2 import end_to_end_p_values, holm
 from msd.config import SpeculativeConfig
-from msd.drafters import recordings
+from msd.drafters import auxiliary
 from msd.errors import UserError
 from msd.inputs import prompts
 from msd.model import SpeculativeVLM
@@ -110,7 +110,7 @@ def certify(
                     continue
                 if reference is None:
                     reference = _generate(model, inputs, seed, kwargs)
-                seen = recordings.argument(engine.drafter, [sample.events])
+                seen = auxiliary.argument(engine.drafter, "events", [sample.events])
                 tokens = engine.generate(**inputs, **seen, **kwargs, seed=seed).tokens
                 judge.compare(row, f"sample {seed} ({setting})", inputs, kwargs, seed, tokens, reference)
         if done is not None:

@@ -62,9 +62,9 @@ def demo(
 def _compared(vlm: SpeculativeVLM, sample: Sample, max_new_tokens: int, runs: int, console: Console) -> dict[str, Any]:
     """Streams the answer to `console`, then times every way of giving it."""
     from msd.bench import measure
-    from msd.drafters import recordings
+    from msd.drafters import auxiliary
 
-    seen = recordings.argument(vlm.drafter, [sample.events])
+    seen = auxiliary.argument(vlm.drafter, "events", [sample.events])
     for piece in vlm.stream(list(sample.images), sample.prompt, max_new_tokens=max_new_tokens, **seen):
         console.out(piece, end="", highlight=False)
         console.file.flush()

@@ -243,9 +243,9 @@ class Scene:
 
     def of(self, drafter: DrafterObject) -> dict[str, Any]:
         """The argument `events` of `SpeculativeVLM.generate`: left out where only the target sees the recording."""
-        from msd.drafters import recordings
+        from msd.drafters import auxiliary
 
-        hidden = self.recording is None or (self.drawn and recordings.encoder(drafter) is None)
+        hidden = self.recording is None or (self.drawn and auxiliary.encoder(drafter, "events") is None)
         return {} if hidden else {"events": self.recording}
 
     def told(self, drafter: DrafterObject) -> str:

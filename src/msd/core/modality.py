@@ -53,8 +53,5 @@ def known() -> tuple[Modality, ...]:
 LANGUAGE = register("language", 0.4)
 VISION = register("vision", 0.6)
 FUSION = register("fusion", 0.5)
-EVENT_SPARSE = register("event_sparse", 0.35)
-EVENT_DENSE = register("event_dense", 0.5)
-VIDEO_REASONING = register("video_reasoning", 0.65)
 AUDIO = register("audio", 0.5)
 DEPTH = register("depth", 0.5)

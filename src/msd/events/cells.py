@@ -8,15 +8,16 @@ dense, a noisy wall like a street. Cells without events have no logarithm; they 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msd.core import modality
 from msd.errors import UserError
 from msd.events.recording import By, Events, cut, edges, extent
 from msd.events.stream import EventStream
+from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Rates:
         rates = self.counts.reshape(-1, *self.shape) / self.area / seconds[:, None, None]
         cut_at = otsu(np.log(rates[rates > 0])) if cut_at is None else cut_at
         dense = (rates > 0) & (rates >= cut_at)
-        kinds = np.where(dense, modality.EVENT_DENSE.id, modality.EVENT_SPARSE.id).astype(np.int64)
+        kinds = np.where(dense, EVENT_DENSE.id, EVENT_SPARSE.id).astype(np.int64)
         return Cells(rates, kinds, float(cut_at))
 
 
@@ -80,6 +81,22 @@ def cells(
         spans[frame] = (spans.get(frame, piece.span)[0], piece.span[1])
     found = np.array([np.subtract(*spans.get(frame, (0, 0))[::-1]) for frame in range(count)])
     return rates.cells(np.diff(borders) if by == "time" else found, cut_at)
+
+
+def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
+    """Returns the modality id of each image token's cell, [frames, tokens], row by row; -1 for a class token.
+
+    The frames divide the recording into equal time spans; a frame's cells count the events of its span.
+
+    tokens: image tokens per frame: a square grid, or one more, whose first is a class token without a cell. UserError
+    for other numbers.
+    """
+    side = math.isqrt(tokens)
+    first = tokens - side * side
+    if first > 1:
+        raise UserError(f"{tokens} image tokens per frame are no square grid, so they match no cells of events")
+    kinds = cells(recording, (side, side), frames, "time").kinds.reshape(frames, -1)
+    return np.pad(kinds, ((0, 0), (first, 0)), constant_values=-1)
 
 
 def otsu(logarithms: NDArray[np.float64]) -> float:

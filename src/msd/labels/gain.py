@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.events import cells
-from msd.events.recording import Events
-from msd.labels.label_thresholds import KINDS
+from msd.labels import CELL_KINDS
 from msd.targets.base import Target
 from msd.targets.teacher import teach
 
@@ -139,20 +137,6 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp_min(0.0).cpu()
 
 
-def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
-    """[frames, tokens] modality ids of the cells that `tokens` image tokens a frame stand for, rows first; -1 for none.
-
-    Frames share the recording's time equally, each being its part's middle. tokens: a square grid, or one more, whose
-    first is a class token that stands for no cell. UserError for another number.
-    """
-    side = math.isqrt(tokens)
-    first = tokens - side * side
-    if first > 1:
-        raise UserError(f"{tokens} image tokens a frame are no square grid, so events have no cells there")
-    kinds = cells(recording, (side, side), frames, "time").kinds.reshape(frames, -1)
-    return np.pad(kinds, ((0, 0), (first, 0)), constant_values=-1)
-
-
 @torch.no_grad()
 def event_costs(
     target: Target,
@@ -164,7 +148,7 @@ def event_costs(
     """Costs of every answer token in nats, [T_i, 2 + F] float64 for each row: sparse cells, dense cells, each frame.
 
     inputs, answers, seeing: as for `image_gain`. kinds: [F, C] of each row's image columns, frame after frame (see
-    `cell_kinds`). UserError where a row's image columns are not F·C.
+    `msd.events.cells.cell_kinds`). UserError where a row's image columns are not F·C.
     """
     inputs = target.encode_images(dict(inputs))
     columns = image_columns(target, inputs["input_ids"])
@@ -177,20 +161,6 @@ def event_costs(
     return [torch.stack(parts, -1) for parts in zip(*costs, strict=True)]
 
 
-def costs_of_recordings(
-    target: Target,
-    inputs: dict[str, Any],
-    answers: Sequence[Sequence[int]],
-    recordings: Sequence[Events],
-    frames: Sequence[int],
-    seeing: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """`event_costs` of rows whose images are the `frames[row]` frames of a scene that `recordings[row]` saw too."""
-    columns = image_columns(target, inputs["input_ids"]).sum(1).tolist()
-    kinds = [cell_kinds(r, count, n // count) for r, count, n in zip(recordings, frames, columns, strict=True)]
-    return event_costs(target, inputs, answers, kinds, seeing)
-
-
 def _groups(columns: Tensor, kinds: Tensor) -> Tensor:
     """[2 + F, L] bool: which columns of a row [L] are sparse cells, dense cells, and of each frame."""
     at = columns.nonzero()[:, 0]
@@ -198,7 +168,7 @@ def _groups(columns: Tensor, kinds: Tensor) -> Tensor:
         raise UserError(f"{len(at)} image tokens for {kinds.numel()} cells of events; show the frames and nothing else")
     frame = torch.arange(len(kinds))[:, None].expand_as(kinds).flatten()
     flat = kinds.flatten()
-    groups = [flat == kind.id for kind in KINDS] + [frame == f for f in range(len(kinds))]
+    groups = [flat == kind.id for kind in CELL_KINDS] + [frame == f for f in range(len(kinds))]
     found = columns.new_zeros(len(groups), len(columns))
     for row, members in zip(found, groups, strict=True):
         row[at[members.to(at.device)]] = True

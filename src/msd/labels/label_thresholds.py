@@ -16,14 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VIDEO_REASONING, VISION
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.errors import UserError
+from msd.labels import CELL_KINDS, EVENT_MODALITIES, IMAGE_MODALITIES, VIDEO_REASONING
 from msd.system.files import read_bytes, write_whole
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
-IMAGE_MODALITIES = (LANGUAGE, VISION, FUSION)
-EVENT_MODALITIES = (LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING)
-KINDS = (EVENT_SPARSE, EVENT_DENSE)  # of cells
 AGAIN = "cuts that 'msd capture' fitted are fitted anew when the file is deleted and the same capture runs again"
 
 Costs = Sequence[Sequence[float]] | Tensor  # [T, 2 + F]: sparse cells, dense cells, each frame
@@ -46,7 +44,7 @@ class EventThresholds(BaseModel):
     @classmethod
     def fit(cls, costs: Iterable[Costs]) -> EventThresholds:
         """From the costs of train answers; UserError when there are none."""
-        dearest = [torch.as_tensor(c, dtype=torch.float64)[:, : len(KINDS)].amax(1) for c in costs]
+        dearest = [torch.as_tensor(c, dtype=torch.float64)[:, : len(CELL_KINDS)].amax(1) for c in costs]
         if not dearest:
             raise UserError("no answer about events to fit event cuts on; capture lines with events")
         values = torch.cat(dearest).numpy()
@@ -55,8 +53,8 @@ class EventThresholds(BaseModel):
     def labels(self, costs: Costs) -> Tensor:
         """Modality ids [T] int64 of costs [T, 2 + F]."""
         costs = torch.as_tensor(costs, dtype=torch.float64)
-        by_kind, by_frame = costs[:, : len(KINDS)], costs[:, len(KINDS) :]
-        ids = torch.tensor([kind.id for kind in KINDS])
+        by_kind, by_frame = costs[:, : len(CELL_KINDS)], costs[:, len(CELL_KINDS) :]
+        ids = torch.tensor([kind.id for kind in CELL_KINDS])
         labels = ids[by_kind.argmax(1)]
         if by_frame.shape[1] > 1:
             first, second = by_frame.topk(2, 1).values.unbind(1)

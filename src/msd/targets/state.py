@@ -43,7 +43,7 @@ class Source:
 class State:
     """One batch in flight: its text, its cache, and what the drafter remembers of it.
 
-    beside: [B, E, H] tokens that only the drafter sees, zero in rows without any.
+    auxiliary: [B, E, H] tokens that only the drafter sees, zero in rows without any.
     prefilled: rows that the target computed for the prompt, columns of the batch; those of an earlier turn left out.
     contents: what stands at the placeholders, kept for comparison where the state is to be continued.
     trail: [1, C, T*H] tap states of the committed slots, where the state is to be continued and there are taps.
@@ -52,7 +52,7 @@ class State:
     layout: Layout
     cache: KVCache
     memory: Any = field(default=None)
-    beside: Tensor | None = None
+    auxiliary: Tensor | None = None
     source: Source | None = None
     prefilled: int = 0
     contents: Contents = field(default_factory=dict)

@@ -30,7 +30,7 @@ class TeacherBatch:
 
     layout: prompt and answer of every row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
     taps: [B, L+A, T*H], or None without taps. logits: [B, A, V] float32; entry t predicts answer token t.
-    beside: [B, E, H] tokens that only a drafter sees, zero in rows without any.
+    auxiliary: [B, E, H] tokens that only a drafter sees, zero in rows without any.
     """
 
     layout: Layout
@@ -38,7 +38,7 @@ class TeacherBatch:
     lengths: list[int]
     taps: Tensor | None
     logits: Tensor
-    beside: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     @property
     def answers(self) -> Tensor:

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from msd.backends.packed import faster_in_bf16
 from msd.drafters import registry
-from msd.drafters.recordings import FRAMES, event_tokens
+from msd.drafters.auxiliary import FRAMES
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.training import frequent
 from msd.errors import UserError
-from msd.events import open_chunks
+from msd.events.auxiliary import event_tokens
 from msd.inputs.prompts import prepare
 from msd.labels.gain import assert_images_matter
 from msd.labels.label_thresholds import ModalityThresholds
@@ -235,7 +235,7 @@ def untrained(
 ) -> DraftNetwork:
     """The network that a run begins with; a draft vocabulary of its own is what the target writes most.
 
-    processor: the target's, for a drafter that looks at event recordings.
+    processor: the target's; it encodes event recordings for a drafter that reads them.
     """
     kind, config = registry.trainable(settings.method), target.text_config
     if settings.start is not None:
@@ -243,10 +243,10 @@ def untrained(
         if not isinstance(network, kind):
             raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to go on from")
         return network.attach(target.model).to(target.model.device).train()
-    recording = None
+    auxiliary = None
     if any(c.events for c in captured):
-        recording = _event_groups(target, processor, captured) if processor and settings.events else ()
-    changes = kind.trained_as(settings, recording)
+        auxiliary = _event_groups(target, processor, captured) if processor and settings.events else ()
+    changes = kind.trained_as(settings, auxiliary)
     if settings.layers is not None:
         changes["layers"] = settings.layers
     if kind.reduced:
@@ -264,7 +264,7 @@ def _event_groups(target: Target, processor: Any, captured: Sequence[Captured]) 
     """Groups of tokens that a recording gives, temporal and spatial, with what is kept of each."""
     recording = next(c.events for c in captured if c.events)
     assert recording is not None
-    given = len(event_tokens(target, processor, open_chunks(recording)))
+    given = len(event_tokens(target, processor, recording))
     return (FRAMES, KEPT), (given - FRAMES, KEPT)
 
 

@@ -15,8 +15,9 @@ from msd.core.tree import Step
 from msd.drafters.algorithms.plain import Plain
 from msd.errors import UserError
 from msd.events import open_chunks
+from msd.events.auxiliary import costs_of_recordings
 from msd.inputs.prompts import prepare
-from msd.labels.gain import assert_images_matter, costs_of_recordings, image_gain
+from msd.labels.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.system.files import named_in

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msd.drafters.recordings import event_tokens
+from msd.drafters.auxiliary import stacked
 from msd.errors import UserError
-from msd.events import open_chunks
+from msd.events.auxiliary import event_tokens
 from msd.inputs import prompts
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import Target
@@ -126,7 +126,7 @@ class TeacherCache:
                 taps=taught.taps.to(self.dtype),
                 logits=taught.logits.logsumexp(-1, keepdim=True),
             )
-            parts = (noted.taps, noted.logits, noted.beside, labels)
+            parts = (noted.taps, noted.logits, noted.auxiliary, labels)
             size = sum(t.numel() * t.element_size() for t in parts if t is not None)
             if size > self.left:
                 return self._read(noted), labels
@@ -254,22 +254,22 @@ class TeacherBatches:
 
     def teach(self, answers: Sequence[Captured]) -> tuple[TeacherBatch, Tensor]:
         """The target's pass over some captured answers, whole, and their labels."""
-        beside = self._beside(answers)
+        auxiliary = self._auxiliary(answers)
         inputs = prompts.prepare(self.processor, [list(a.images) for a in answers], [a.prompt for a in answers])
         inputs = {k: v.to(self.target.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         taught = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
         labels = torch.zeros_like(taught.answers)
         for row, answer in enumerate(answers):
             labels[row, : len(answer.ids)] = answer.labels(self.cuts).to(labels.device)
-        taught.beside = beside
+        taught.auxiliary = auxiliary
         return taught, labels
 
-    def _beside(self, answers: Sequence[Captured]) -> Tensor | None:
-        """[B, E, H] tokens of the answers' event recordings, zero in rows without; None where none has one."""
+    def _auxiliary(self, answers: Sequence[Captured]) -> Tensor | None:
+        """Encodes the answers' event recordings as tokens [B, E, H], zero in rows without; None if no row has one."""
         files = [a.events for a in answers]
-        found = [None if f is None else event_tokens(self.target, self.processor, open_chunks(f)) for f in files]
-        some = next((tokens for tokens in found if tokens is not None), None)
-        return None if some is None else torch.stack([torch.zeros_like(some) if t is None else t for t in found])
+        if not any(files):
+            return None
+        return stacked([None if f is None else event_tokens(self.target, self.processor, f) for f in files])
 
     def roots(self, taught: TeacherBatch, count: int) -> Tensor:
         """Up to `count` different answer tokens per row to draft from, [B, A], drawn with torch's generator.

@@ -300,7 +300,7 @@ class DraftNetwork(nn.Module, ABC):
     def anchors(self, batch: TeacherBatch, roots: Tensor) -> Anchors:
         """Reads a teacher batch; returns the anchors of the answer tokens `roots` [B, A]."""
         assert batch.taps is not None
-        entries = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.beside)
+        entries = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.auxiliary)
         return entries.anchors(roots + batch.prompt - 1, self.full_context(entries, entries.x)[0])
 
     def states(self, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:

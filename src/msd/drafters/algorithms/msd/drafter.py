@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
+from msd.drafters import auxiliary
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
 from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.drafters.toolkit.growth import Subtrees, draw
-from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -28,6 +30,7 @@ class MSD(TrainedDrafter):
     """
 
     network: MSDNetwork
+    source: ClassVar[str] = "events"  # of the auxiliary tokens that networks are trained with
 
     def __init__(
         self,
@@ -39,17 +42,21 @@ class MSD(TrainedDrafter):
         super().__init__(network, name)
         self.sampled, self.calibrated = sampled, calibrated or {}
         self.modality_ids = torch.tensor(network.config.modality_ids)
-        self.beside: Callable[[Events], Tensor] | None = None  # see `msd.drafters.recordings`
+        self.auxiliary_source: str | None = None
 
     @classmethod
     def trained(cls, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> MSD:
         """Creates a drafter with the thresholds that were calibrated for the network."""
         return cls(network, name or network.method, sampled, network.provenance.get("thresholds"))
 
-    def borrow(self, look: Callable[[Events], Tensor]) -> None:
-        """See `BorrowsEye`; ignored by a network that was trained without events."""
+    def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
+        """See `SharesVisionTower`; ignored by a network that was trained without auxiliary tokens."""
         if self.network.auxiliary_adaptor is not None:
-            self.beside = look
+            self.auxiliary_source, self._encode = self.source, encode
+
+    def encode(self, item: Any) -> Tensor:
+        """Encodes `FRAMES` frames of an auxiliary input with the target's vision tower; see `ReadsAuxiliary`."""
+        return self._encode(auxiliary.get(self.source).frames(item, auxiliary.FRAMES))
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """See `Drafter`; the twin has the same form and switches, and drafts the model's whole vocabulary."""
@@ -62,7 +69,7 @@ class MSD(TrainedDrafter):
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
         """See `TrainedDrafter`; adds the request's auxiliary tokens."""
-        return DecodedStates(taps, state.beside)
+        return DecodedStates(taps, state.auxiliary)
 
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
         """Grows the subtrees of the active modalities and merges them, or draws chains from their distributions."""

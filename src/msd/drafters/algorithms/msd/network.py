@@ -42,7 +42,7 @@ from msd.drafters.toolkit.context import (
 from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, TapNorm, VisionAdaptor
 from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
-from msd.labels.label_thresholds import EVENT_MODALITIES
+from msd.labels import EVENT_MODALITIES
 from msd.targets.teacher import TeacherBatch
 
 END_LOGIT = 1.4  # of an ending (probability 0.8); above it a draft is not worth its time
