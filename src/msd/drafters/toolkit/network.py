@@ -115,7 +115,7 @@ class DraftNetwork(nn.Module, ABC):
     def trained_as(cls, settings: Any, auxiliary: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
         """Returns the changes for `for_target` that a run's settings imply (`msd.train.drafting.DraftTraining`).
 
-        auxiliary: groups of auxiliary tokens (`AuxiliaryAdaptor`), if the training data has event recordings.
+        auxiliary: groups of auxiliary tokens in the training data (`AuxiliaryAdaptor`); None without any.
         """
         return {}
 
