@@ -284,9 +284,9 @@ class VisionAdaptor(nn.Module):
 class AuxiliaryAdaptor(nn.Module):
     """Compresses auxiliary tokens [B, E, H] to K tokens and one global vector per row.
 
-    Auxiliary tokens are tokens that only the drafter sees, for example those of a second sensor. They form groups of fixed
-    size (frames in time, cells in space), concatenated along E. Each group has its own learned queries; the query of
-    the global vector reads all groups. groups: (tokens of the group, tokens kept of it) for each group.
+    Only the drafter sees auxiliary tokens, for example those of a second sensor. They form groups of fixed size (frames
+    in time, cells in space), concatenated along E. Each group has its own learned queries; the query of the global
+    vector reads all groups. groups: (tokens of the group, tokens kept of it) for each group.
     """
 
     mask: Tensor  # [K+1, E] bool: the tokens that each query reads
