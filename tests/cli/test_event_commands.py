@@ -94,13 +94,13 @@ def test_a_drafter_trains_with_event_tokens(capsys: pytest.CaptureFixture[str], 
     whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
     network = registry.load(tmp_path / "whole" / "drafter")
     assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
-    assert network.config.beside == ((FRAMES, 3), (4, 3))
+    assert network.config.auxiliary == ((FRAMES, 3), (4, 3))
     again = train(capsys, place, tmp_path / "again", *FLOAT32, "--remember", 0)
     without = train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
     same, other = (registry.load(tmp_path / name / "drafter") for name in ("again", "without"))
     assert whole["losses"]["loss"] == again["losses"]["loss"] != without["losses"]["loss"]
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), same.parameters(), strict=True))
-    assert other.config.beside == () and other.config.modalities == network.config.modalities
+    assert other.config.auxiliary == () and other.config.modalities == network.config.modalities
 
 
 def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:

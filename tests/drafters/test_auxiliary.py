@@ -35,7 +35,7 @@ GIVEN, KEPT = 7, 3
 def network(**changes: Any) -> MSDNetwork:
     """A network whose parameters are all random."""
     torch.manual_seed(1)
-    config = MSDConfig.for_target(MODEL.config.text_config, 60, rank=4, parent_rank=8, beside=GROUPS, **changes)
+    config = MSDConfig.for_target(MODEL.config.text_config, 60, rank=4, parent_rank=8, auxiliary=GROUPS, **changes)
     made = MSDNetwork(config)
     made.heads.ids = torch.arange(4, 64)
     for p in made.parameters():
@@ -62,8 +62,8 @@ def root_logits(made: MSDNetwork, taught: TeacherBatch, tokens: Tensor | None) -
     L = taught.prompt
     layout = replace(taught.layout, end=[L + 1] * taught.layout.batch)
     memory = Memory.begin(made, layout, taught.taps[:, :L], tokens)
-    context, anchors = memory.upto(None)
-    levels = made.levels(context, anchors, layout.newest())
+    anchors = memory.anchors()
+    levels = made.levels(anchors, layout.newest())
     return levels.root(made.routed(memory.anchor)[:, None]).logits[:, 0]
 
 
@@ -109,11 +109,11 @@ def test_kept_tokens_come_before_the_text() -> None:
 def test_a_group_is_read_by_its_own_queries() -> None:
     """Tokens of the first group change its kept tokens and the global vector, not the second group's."""
     made = network()
-    assert made.beside is not None
+    assert made.auxiliary_adaptor is not None
     one, two = some(1), some(1)
     two[:, :3] += 1
     with torch.no_grad():
-        (kept, whole), (other, changed) = made.beside(one), made.beside(two)
+        (kept, whole), (other, changed) = made.auxiliary_adaptor(one), made.auxiliary_adaptor(two)
     assert torch.equal(kept[:, 2:], other[:, 2:]) and not torch.allclose(kept[:, :2], other[:, :2])
     assert not torch.allclose(whole, changed)
 
@@ -121,9 +121,9 @@ def test_a_group_is_read_by_its_own_queries() -> None:
 def test_the_config_is_restored_and_other_counts_are_refused() -> None:
     made = network()
     assert MSDConfig.from_json(made.config.as_json()) == made.config
-    assert made.beside is not None
+    assert made.auxiliary_adaptor is not None
     with pytest.raises(UserError, match="auxiliary tokens"):
-        made.beside(torch.zeros(1, GIVEN + 1, made.config.hidden))
+        made.auxiliary_adaptor(torch.zeros(1, GIVEN + 1, made.config.hidden))
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
@@ -198,7 +198,9 @@ def test_another_source_is_a_keyword_of_its_own(
     model = tiny.llava(len(tiny_checkpoint.SPECIAL) + 256)
     torch.manual_seed(1)
     text = model.config.text_config
-    made = MSDNetwork(MSDConfig.for_target(text, text.vocab_size, rank=4, parent_rank=8, beside=((FRAMES, 2), (4, 2))))
+    made = MSDNetwork(
+        MSDConfig.for_target(text, text.vocab_size, rank=4, parent_rank=8, auxiliary=((FRAMES, 2), (4, 2)))
+    )
     made.heads.ids = torch.arange(text.vocab_size)
     for p in made.parameters():
         if not p.any():

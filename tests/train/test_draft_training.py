@@ -126,14 +126,14 @@ def test_training_states_are_decodings_states(form: str) -> None:
     assert taught.taps is not None
     memory = Memory.begin(made, cut, taught.taps[:, :L])
     assert torch.allclose(made.routed(memory.anchor), routes[:, 0, 0].exp(), atol=1e-5)
-    context, anchors = memory.upto(None)
-    laws = made.levels(context, anchors, cut.newest())
+    anchors = memory.anchors()
+    laws = made.levels(anchors, cut.newest())
     found = [laws.root(weights[:, 0, :1])]
     for d in range(1, 4):
         found.append(laws.below(taught.answers[:, at + d, None], torch.zeros(4, 1, dtype=torch.long)))
     for d, law in enumerate(found):
         assert torch.allclose(law.logits[:, 0], logits[:, 0, d], atol=1e-4), d
-        assert torch.allclose(law.sure[:, 0], sure[:, 0, d], atol=1e-4)
+        assert torch.allclose(law.confidence[:, 0], sure[:, 0, d], atol=1e-4)
 
 
 def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
@@ -160,7 +160,7 @@ def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) ->
     _, _, taught, labels = teacher_batch(model, made)
     end = int(taught.answers[0, -1])
     _, objective = overfit(made, taught, labels)
-    drafts, _ = objective.everywhere(taught)
+    drafts, _ = objective.all_states(taught)
     said, last = objective.endings(taught, drafts)
     expected = (taught.answers[:, 1:] == end) & (torch.arange(LENGTH - 1) < LENGTH - 1)
     assert torch.equal(last, expected) and last.any()
@@ -266,7 +266,7 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
     made = network(model, "block")
     _, _, taught, labels = teacher_batch(model, made)
     log_q = torch.log(torch.tensor([0.9, 0.3, 0.01]))
-    assert torch.allclose(made.heads.hit(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
+    assert torch.allclose(made.log_acceptance(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
     _, objective = overfit(made, taught, labels)
     report = calibrate(objective, [(taught, labels)])
     assert report["candidates"] > 100

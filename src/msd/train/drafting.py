@@ -163,7 +163,7 @@ def _train(
     shared = accelerator.prepare_model(objective)  # the objective itself, when this is the only process
     begun = time.monotonic()
     step_loss = _step_loss(
-        shared, teacher_batches, min(settings.anchors, network.roots or settings.anchors), model, dtype
+        shared, teacher_batches, min(settings.anchors, network.max_roots or settings.anchors), model, dtype
     )
     params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(params, settings.lr), lr=settings.lr, betas=(0.9, 0.95))
@@ -257,7 +257,7 @@ def untrained(
     network = kind.for_target(config, **changes)
     if kind.reduced:
         counts = token_counts(captured, config.vocab_size)
-        network.choose_words(frequent(counts, network.config.draft_vocabulary))
+        network.choose_draft_vocabulary(frequent(counts, network.config.draft_vocabulary))
     network.begin_from(target.model)
     return network.attach(target.model)
 

@@ -245,7 +245,7 @@ class EventGPTDrafter(Drafter):
         """[n] int64: the target's ids of the tokens that can be drafted."""
         return self.mapping.ids
 
-    def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
+    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
         """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
         return log_q
 
