@@ -193,7 +193,7 @@ def trainable(name: str) -> type[DraftNetwork]:
 
 def default(target: str) -> str:
     """Returns the default method for a target's `fingerprint`: a drafter trained for it, or else prompt lookup."""
-    here = folders()
+    present = folders()
     for name in (DEFAULT, DEFAULT + FOR_VIDEO):
         if name in present and name not in _METHODS:
             thresholds = checkpoint.training(present[name]).get("cuts")
