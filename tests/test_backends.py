@@ -1,4 +1,4 @@
-"""Fused passes say what the model's own say, and leave the model as it is."""
+"""Fused passes compute what the model's own code computes, and do not change the model."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ FAMILIES = {
 }
 
 
-def made(family: str) -> Any:
+def build(family: str) -> Any:
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():  # biases and norms that matter
+        for name, p in model.named_parameters():  # biases and norms that change the output
             if name.endswith("bias") or "norm" in name:
                 p.add_(torch.randn_like(p) * 0.5)
     return model
@@ -56,12 +56,12 @@ def made(family: str) -> Any:
 
 @pytest.fixture(params=FAMILIES)
 def decoder(request: pytest.FixtureRequest) -> Any:
-    return made(request.param)
+    return build(request.param)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [3, 600])
-def test_prompts_and_trees_as_the_model_has_them(decoder: Any, rows: int) -> None:
+def test_prompts_and_trees_equal_the_models_own(decoder: Any, rows: int) -> None:
     fused = FusedDecoder(decoder)
     ids = torch.randint(40, (2, rows))
     padded = torch.ones(2, rows, dtype=torch.long)
@@ -71,23 +71,23 @@ def test_prompts_and_trees_as_the_model_has_them(decoder: Any, rows: int) -> Non
     for mask in (None, padded):
         own_cache, cache = DynamicCache(config=decoder.config), DynamicCache(config=decoder.config)
         own = decoder(input_ids=ids, attention_mask=mask, past_key_values=own_cache, use_cache=True)
-        said = fused.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        output = fused.forward(input_ids=ids, attention_mask=mask, past_key_values=cache)
         seen = padded.bool() if mask is not None else torch.ones_like(padded).bool()
-        torch.testing.assert_close(said.last_hidden_state[seen], own.last_hidden_state[seen], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(output.last_hidden_state[seen], own.last_hidden_state[seen], atol=1e-5, rtol=1e-4)
         new = {
             "input_ids": torch.randint(40, (2, 4)),
             "position_ids": torch.tensor([[rows, rows + 1, rows + 1, rows + 2]]),
         }
         own = decoder(**new, attention_mask=tree, past_key_values=own_cache, use_cache=True)
-        said = fused.forward(**new, attention_mask=tree, past_key_values=cache)
-        torch.testing.assert_close(said.last_hidden_state, own.last_hidden_state, atol=1e-5, rtol=1e-4)
+        output = fused.forward(**new, attention_mask=tree, past_key_values=cache)
+        torch.testing.assert_close(output.last_hidden_state, own.last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_taps_are_the_hidden_states_of_transformers(decoder: Any) -> None:
     kept: dict[int, torch.Tensor] = {}
     ids = torch.randint(40, (1, 5))
-    FusedDecoder(decoder).forward(input_ids=ids, keep=kept.__setitem__)
+    FusedDecoder(decoder).forward(input_ids=ids, record=kept.__setitem__)
     own = decoder(input_ids=ids, output_hidden_states=True).hidden_states
     for index, states in enumerate(own):
         torch.testing.assert_close(kept[index], states, atol=1e-5, rtol=1e-4)
@@ -103,12 +103,12 @@ def test_taps_are_the_hidden_states_of_transformers(decoder: Any) -> None:
         (lambda: LlamaModel(LlamaConfig(**SIZES)).bfloat16(), "no float32 layer"),
     ],
 )
-def test_what_is_not_fused_says_why(model: Any, reason: str) -> None:
+def test_an_unsupported_decoder_gives_the_reason(model: Any, reason: str) -> None:
     with pytest.raises(UnsupportedDecoderError, match=reason):
         FusedDecoder(model())
 
 
-def test_names_and_refusals() -> None:
+def test_names_and_errors() -> None:
     model = tiny.llava()
     assert backends.choose(model, "plain").name == "plain"
     assert backends.choose(model, "fused").name == "fused"
@@ -122,7 +122,7 @@ def test_names_and_refusals() -> None:
         backends.choose(half, "fused")
 
 
-def test_bf16_is_lossy_and_only_used_when_asked_for() -> None:
+def test_bf16_is_lossy_and_used_only_on_request() -> None:
     model, inputs = tiny.llava(), tiny.llava_inputs()
     rough = backends.choose(model, "bf16")
     assert rough.lossy and rough is backends.choose(model, "bf16")
@@ -131,11 +131,11 @@ def test_bf16_is_lossy_and_only_used_when_asked_for() -> None:
     with torch.no_grad():
         own = model(**inputs).logits
         with rough.running():
-            said = model(**inputs).logits
-    apart = (said - own).abs().max() / own.abs().max()
-    assert 1e-4 < apart < 0.1, "rounded to bfloat16"
+            rounded = model(**inputs).logits
+    difference = (rounded - own).abs().max() / own.abs().max()
+    assert 1e-4 < difference < 0.1, "rounded to bfloat16"
     vlm = SpeculativeVLM(model, None, SpeculativeConfig(backend="bf16"), "prompt-lookup")
-    assert vlm.plan.costs is None, "rounding depends on how much is drafted: not by the clock"
+    assert vlm.plan.costs is None, "rounding depends on the number of drafts, so measured costs must not set it"
     assert vlm.generate(**inputs, max_new_tokens=6).tokens
     assert SpeculativeVLM(model, None, drafter="prompt-lookup").plan.costs is not None
 
@@ -152,7 +152,7 @@ def test_a_fused_pass_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert backends.choose(tiny.llava()).name == "plain"
 
 
-def test_the_model_is_its_own_outside() -> None:
+def test_the_model_runs_its_own_code_outside() -> None:
     model = tiny.llava()
     backend = backends.choose(model, "fused")
     ids = {"input_ids": torch.arange(4, 12)[None]}
@@ -202,17 +202,17 @@ def test_tokens_are_those_of_generate(backend: str, do_sample: bool, method: str
             assert result.tokens == expected[0, given["input_ids"].shape[1] :].tolist()
 
 
-def test_rows_of_a_batch_and_lessons_agree_in_both() -> None:
+def test_batches_and_teacher_passes_agree_on_both_backends() -> None:
     model = tiny.llava()
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + 3 * s) for s in range(4)))
-    told, taught = [], []
+    answers, taught = [], []
     for name in ("plain", "fused"):
         engine = SpeculativeVLM(model, None, SpeculativeConfig(backend=name), "prompt-lookup")
-        told.append(
+        answers.append(
             [r.tokens for r in engine.generate(**inputs, max_new_tokens=20, do_sample=False, suppress_tokens=[3])]
         )
-        teacher_batch = teach(adapt(model, (1, 3), backend=name), dict(inputs), told[0])
-        taught.append((teacher_batch.logits[teacher_batch.spoken()], teacher_batch.taps[:, teacher_batch.prompt :]))
-    assert told[0] == told[1]
+        batch = teach(adapt(model, (1, 3), backend=name), dict(inputs), answers[0])
+        taught.append((batch.logits[batch.answer_mask()], batch.taps[:, batch.prompt :]))
+    assert answers[0] == answers[1]
     torch.testing.assert_close(taught[0][0], taught[1][0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(taught[0][1], taught[1][1], atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""VisionCache: an image is encoded once, and never mistaken for another."""
+"""VisionCache: encodes each image once, and never returns features of a different image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Inputs = dict[str, Tensor]
 
 
 def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of images at each pass of the vision encoder."""
+    """A list to which each encoder pass appends its number of images."""
     seen: list[int] = []
     encode = model.base_model.get_image_features
 
@@ -59,7 +59,7 @@ def test_only_new_images_are_encoded_and_order_is_kept(monkeypatch: pytest.Monke
     a, b, c = torch.randn(3, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     single = [features(model, cache, {"pixel_values": x})[0] for x in (a, b)]
     mixed = features(model, cache, {"pixel_values": torch.cat([c, b, c, a])})
-    assert seen == [1, 1, 1], "c once, though it is shown twice"
+    assert seen == [1, 1, 1], "c is encoded once although it occurs twice"
     torch.testing.assert_close(mixed[1], single[1])
     torch.testing.assert_close(mixed[3], single[0])
     torch.testing.assert_close(mixed[0], mixed[2])
@@ -72,15 +72,15 @@ def test_inputs_without_images_pass_unchanged() -> None:
     assert VisionCache().encode(tiny.llava(), inputs) is inputs
 
 
-def test_pixels_leave_and_the_rest_stays() -> None:
+def test_only_pixel_tensors_are_replaced() -> None:
     inputs = tiny.llava_next_inputs()
     out = VisionCache().encode(tiny.llava_next(), inputs)
     assert set(out) == {"input_ids", "attention_mask", "mm_encoder_outputs"}
-    assert "pixel_values" in inputs, "the caller's dictionary stays as it was"
+    assert "pixel_values" in inputs, "the caller's dictionary is unchanged"
 
 
 def test_the_same_bytes_in_another_shape_are_another_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CVE-2025-46722: a key of bytes alone takes one image for the other."""
+    """CVE-2025-46722: with a key of bytes only, the two would share features."""
     model, cache = tiny.llava_next(), VisionCache()
     seen = counted(model, monkeypatch)
     inputs = tiny.llava_next_inputs()
@@ -98,7 +98,7 @@ def test_the_same_bytes_in_another_shape_are_another_image(monkeypatch: pytest.M
 
 
 def _sizes(pixels: Tensor) -> Any:
-    """Stands in for an encoder that takes any size: its features are the image's height and width."""
+    """Replaces an encoder for any size: the features are the image's height and width."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=[torch.tensor(p.shape[-2:]) for p in pixels])  # type: ignore
@@ -112,10 +112,10 @@ def test_dtype_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cache.misses, cache.hits) == (3, 0)
 
 
-def test_the_least_recently_used_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_are_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = tiny.llava(), VisionCache(limit=2)
     a, b, c = ({"pixel_values": torch.full((1, 3, 16, 16), float(i))} for i in range(3))
-    for image in (a, b, a, c):  # b goes when c comes
+    for image in (a, b, a, c):  # c replaces b
         features(model, cache, image)
     assert (cache.misses, cache.hits) == (3, 1)
     features(model, cache, a)
@@ -132,7 +132,7 @@ def test_more_images_at_once_than_the_cache_holds() -> None:
     assert (cache.misses, cache.hits) == (5, 2)
 
 
-def test_clear_forgets_everything() -> None:
+def test_clear() -> None:
     model, cache = tiny.llava(), VisionCache()
     inputs = tiny.llava_inputs()
     features(model, cache, inputs)

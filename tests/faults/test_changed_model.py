@@ -1,4 +1,4 @@
-"""A model that is changed after it was wrapped answers as it is now, whatever was changed, and by whatever way."""
+"""After any change to a wrapped model, answers are those of the changed model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEW = 16
 
 
 class Added(nn.Module):
-    """A Linear with a low-rank part beside it, as adapters have it."""
+    """A linear layer with a low-rank adapter (LoRA)."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Added(nn.Module):
 
 
 class Doubled(LlamaRMSNorm):
-    """A norm that does more."""
+    """A norm with another output."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return 2 * super().forward(hidden_states).flip(-1)
@@ -49,7 +49,7 @@ class Scale(nn.Module):
 
 
 def llava() -> Any:
-    """A tiny model whose layers have a say in what comes out."""
+    """A tiny model with weights large enough that each layer changes the answer."""
     model = tiny.llava()
     with torch.no_grad():
         for p in [*model.get_decoder().layers.parameters(), *model.model.multi_modal_projector.parameters()]:
@@ -63,7 +63,7 @@ def layer(model: Any, index: int = 1) -> Any:
 
 
 def flipped(*given: Any) -> Any:
-    """A hook that turns what goes in or comes out around."""
+    """A hook that reverses the input or the output."""
     last = given[-1]
     if isinstance(last, dict):
         return given[1], {k: v.flip(-1) if k == "hidden_states" else v for k, v in last.items()}
@@ -103,13 +103,13 @@ def other_head(model: Any) -> None:
 
 
 def every_other(model: Any) -> None:
-    """Weights that are every other number of a larger tensor."""
+    """A weight that is a strided view of a larger tensor."""
     torch.manual_seed(5)
     layer(model).mlp.gate_proj.weight = nn.Parameter((torch.randn(64, 64) * 3)[:, ::2])
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "weights that lie apart": every_other,
+    "strided weights": every_other,
     "hook on a layer": lambda m: layer(m).register_forward_hook(flipped),
     "pre-hook on a layer": lambda m: layer(m).register_forward_pre_hook(flipped),
     "pre-hook with kwargs on attention": lambda m: layer(m).self_attn.register_forward_pre_hook(
@@ -125,7 +125,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     ),
     "hook on the word embedding": lambda m: m.get_input_embeddings().register_forward_hook(flipped),
     "hook on the output layer": lambda m: m.lm_head.register_forward_hook(flipped),
-    "weights written behind the counters": lambda m: layer(m).mlp.up_proj.weight.data.copy_(torch.eye(64, 32)),
+    "weights written without a version change": lambda m: layer(m).mlp.up_proj.weight.data.copy_(torch.eye(64, 32)),
     "two columns swapped": lambda m: layer(m).self_attn.o_proj.weight.data.copy_(
         layer(m).self_attn.o_proj.weight.data.roll(2, 1)
     ),
@@ -133,7 +133,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a sign": lambda m: layer(m, 0).mlp.gate_proj.weight.data.mul_(-1),
     "a norm's weight": lambda m: layer(m).input_layernorm.weight.data.copy_(torch.linspace(-9, 9, 32)),
     "pruned": lambda m: prune.random_unstructured(layer(m).mlp.down_proj, "weight", 0.7),
-    "pruned for good": lambda m: prune.remove(
+    "pruned permanently": lambda m: prune.remove(
         prune.random_unstructured(layer(m).mlp.down_proj, "weight", 0.7), "weight"
     ),
     "parametrized": lambda m: nn.utils.parametrize.register_parametrization(layer(m).mlp.up_proj, "weight", Scale()),
@@ -141,7 +141,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "an adapter": lambda m: setattr(layer(m).self_attn, "v_proj", Added(layer(m).self_attn.v_proj)),
     "another norm": lambda m: setattr(layer(m), "input_layernorm", Doubled(32)),
     "another activation": lambda m: setattr(layer(m).mlp, "act_fn", nn.Tanh()),
-    "a forward of an instance": patched,
+    "an instance's forward": patched,
     "attention's scale": lambda m: setattr(layer(m).self_attn, "scaling", 9.0),
     "a norm's epsilon": lambda m: setattr(layer(m).input_layernorm, "variance_epsilon", 9.0),
     "rotary frequencies": lambda m: m.get_decoder().rotary_emb.inv_freq.data.mul_(9),
@@ -149,17 +149,17 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "bfloat16": lambda m: m.to(torch.bfloat16),
     "other weights assigned": other_weights,
     "fewer layers": fewer,
-    "layers in part exchanged": swapped,
-    "more words": resized,
+    "parts of layers exchanged": swapped,
+    "a larger vocabulary": resized,
     "another output layer": other_head,
 }
-SAME = {"double", "bfloat16"}  # may well leave the answer as it is
+SAME = {"double", "bfloat16"}  # may leave the answer unchanged
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which way is faster is soon told."""
-    monkeypatch.setattr("msd.backends.trial.SECONDS", 0.0)
+    """Shortens the choice of the faster pass."""
+    monkeypatch.setattr("msd.backends.comparison.SECONDS", 0.0)
     torch.manual_seed(0)
 
 
@@ -182,7 +182,7 @@ def wrapped(model: Any, backend: str = "fused", taps: tuple[int, ...] = ()) -> S
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_answer_is_that_of_the_model_as_it_is(name: str) -> None:
+def test_the_answer_is_that_of_the_changed_model(name: str) -> None:
     model = llava()
     engine = wrapped(model)
     before = ours(engine)
@@ -190,13 +190,13 @@ def test_the_answer_is_that_of_the_model_as_it_is(name: str) -> None:
     with torch.no_grad():
         CHANGES[name](model)
     now = own(model)
-    assert now != before or name in SAME, "the change is one"
+    assert now != before or name in SAME, "the change has an effect"
     assert ours(engine) == now
-    assert ours(wrapped(model, "measure")) == now, "wrapped when it had been changed already"
+    assert ours(wrapped(model, "measure")) == now, "wrapped after the change"
 
 
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
-def test_a_hook_on_all_modules_sees_all_of_them(register: Any) -> None:
+def test_a_global_hook_runs_for_all_modules(register: Any) -> None:
     model = llava()
     engine = wrapped(model)
     ours(engine)
@@ -209,7 +209,7 @@ def test_a_hook_on_all_modules_sees_all_of_them(register: Any) -> None:
     assert {layer(model).self_attn.k_proj, layer(model).mlp.act_fn, model.get_decoder().norm} <= seen
 
 
-def test_hooks_are_called_as_often_as_passes_are_made_and_gone_when_they_are_removed() -> None:
+def test_hooks_run_once_per_pass_until_they_are_removed() -> None:
     model = llava()
     engine, calls = wrapped(model, taps=(1, 3)), []
     backend = engine.target.backend
@@ -217,14 +217,14 @@ def test_hooks_are_called_as_often_as_passes_are_made_and_gone_when_they_are_rem
     result = engine.generate(**INPUTS, max_new_tokens=NEW, do_sample=False)
     assert len(calls) == 1 + result.statistics.num_spec_steps
     wrapped(model, "measure")
-    assert len(calls) == 1 + result.statistics.num_spec_steps, "wrapping makes no pass that a hook could see"
+    assert len(calls) == 1 + result.statistics.num_spec_steps, "wrapping runs no pass of the hooked model"
     handle.remove()
     with backend.running() as fused:
         assert fused
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.get_decoder().modules())
 
 
-def test_hooks_of_ours_and_of_the_library_are_no_strangers() -> None:
+def test_recording_hooks_do_not_disable_the_fused_pass() -> None:
     model = llava()
     engine = wrapped(model, taps=(0, 2, 3))
     model(**INPUTS, output_hidden_states=True)
@@ -235,7 +235,7 @@ def test_hooks_of_ours_and_of_the_library_are_no_strangers() -> None:
     assert recorded.take() is not None
 
 
-def test_a_class_whose_code_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_whose_forward_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava()
     engine = wrapped(model)
     before = ours(engine)
@@ -244,7 +244,7 @@ def test_a_class_whose_code_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
     assert ours(engine) == ours(wrapped(model, "measure")) == own(model) != before
 
 
-def test_attention_of_ones_own() -> None:
+def test_a_custom_attention_function() -> None:
     from transformers import AttentionInterface
 
     def reversed_keys(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **rest: Any) -> tuple[Tensor, None]:
@@ -258,14 +258,14 @@ def test_attention_of_ones_own() -> None:
     assert ours(engine) == own(model) != before
 
 
-def test_autocast_is_the_models_own() -> None:
+def test_autocast_runs_the_models_own_code() -> None:
     model = llava()
     engine = wrapped(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(engine) == own(model)
 
 
-class Meddles:
+class ChangesModel:
     """A logits processor that changes the model at its fourth token."""
 
     def __init__(self, change: Callable[[], Any]) -> None:
@@ -291,7 +291,7 @@ def test_a_change_in_the_middle_of_an_answer(change: Any) -> None:
     answers = []
     for engine in (None, True):
         model = llava()
-        processors = [Meddles(lambda model=model: change(model))]
+        processors = [ChangesModel(lambda model=model: change(model))]
         if engine is None:
             answers.append(own(model, logits_processor=processors))
         else:
@@ -302,7 +302,7 @@ def test_a_change_in_the_middle_of_an_answer(change: Any) -> None:
     assert answers[0] == answers[1]
 
 
-def test_the_fused_pass_comes_back() -> None:
+def test_the_fused_pass_is_restored() -> None:
     model = llava()
     engine = wrapped(model)
     backend, linear = engine.target.backend, layer(model).self_attn.v_proj
@@ -323,7 +323,7 @@ def test_the_fused_pass_comes_back() -> None:
     assert backends.choose(model, "fused") is backend
 
 
-def test_features_are_made_again_by_a_changed_encoder() -> None:
+def test_a_changed_encoder_encodes_again() -> None:
     for change in (
         lambda m: m.model.multi_modal_projector.linear_1.weight.data.mul_(-3),
         lambda m: m.model.multi_modal_projector.register_forward_hook(flipped),
@@ -338,10 +338,10 @@ def test_features_are_made_again_by_a_changed_encoder() -> None:
         assert ours(engine) == ours(engine) == now != before
         if hasattr(handle, "remove"):
             handle.remove()
-            assert ours(engine) == before, "nothing a hook made is kept"
+            assert ours(engine) == before, "features from a hooked encoder are not cached"
 
 
-def test_a_hook_on_the_encoder_sees_every_picture() -> None:
+def test_a_hook_on_the_encoder_runs_for_each_request() -> None:
     model = llava()
     engine, seen = wrapped(model), []
     ours(engine)
@@ -353,8 +353,8 @@ def test_a_hook_on_the_encoder_sees_every_picture() -> None:
 
 @pytest.mark.parametrize("turns", [0, 1])
 @pytest.mark.parametrize("backend", ["plain", "fused"])
-@pytest.mark.parametrize("change", ["weights written behind the counters", "hook on a layer", "an adapter"])
-def test_a_conversation_is_not_gone_on_with_by_another_model(turns: int, backend: str, change: str) -> None:
+@pytest.mark.parametrize("change", ["weights written without a version change", "hook on a layer", "an adapter"])
+def test_a_changed_model_reuses_nothing_of_a_conversation(turns: int, backend: str, change: str) -> None:
     from msd.targets import Past
 
     model = llava()
@@ -373,7 +373,7 @@ def test_a_conversation_is_not_gone_on_with_by_another_model(turns: int, backend
     assert rows() == whole
 
 
-def test_a_conversation_goes_on_with_another_backend() -> None:
+def test_a_conversation_continues_on_another_backend() -> None:
     from msd.targets import Past
 
     model, past = llava(), Past()
@@ -384,7 +384,7 @@ def test_a_conversation_goes_on_with_another_backend() -> None:
 
 
 @pytest.mark.parametrize("backend", ["plain", "fused"])
-def test_a_drafter_that_does_not_fit_any_more_says_so(backend: str) -> None:
+def test_a_drafter_that_no_longer_fits_is_an_error(backend: str) -> None:
     model = llava()
     engine = wrapped(model, backend, taps=(1, 3))
     ours(engine)
@@ -398,4 +398,4 @@ def test_a_drafter_that_does_not_fit_any_more_says_so(backend: str) -> None:
     resized(model)
     ours(engine)
     ours(engine)
-    assert len(attached) == 1, "a drafter meets the new words once"
+    assert len(attached) == 1, "the drafter is attached once to the new vocabulary"

@@ -452,7 +452,7 @@ def test_a_resumed_bench_keeps_its_backend(
     command = [a if a != "plain" else "measure" for a in bench(place, tmp_path)]
     for fused, call in ((True, 8), (False, None)):
         with monkeypatch.context() as patch:
-            patch.setattr("msd.backends.trial.faster", lambda model, calls, fused=fused: fused)
+            patch.setattr("msd.backends.comparison.faster", lambda model, calls, fused=fused: fused)
             if call is not None:
                 stop_at(patch, call, KeyboardInterrupt())
             code, output, err = run(capsys, *command)

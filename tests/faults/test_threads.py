@@ -34,7 +34,7 @@ PROMPTS = [tiny.llava_inputs(seed, images=seed % 2, words=6 + seed) for seed in 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which way is faster is soon told."""
-    monkeypatch.setattr("msd.backends.trial.SECONDS", 0.0)
+    monkeypatch.setattr("msd.backends.comparison.SECONDS", 0.0)
 
 
 def at_once(*work: Callable[[], Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Real processors that need torchvision, at the sizes of the tiny families; `make test-full` has it."""
+"""Real processors that need torchvision, with the sizes of the tiny families (`make test-full`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
 
 
 def _qwen(kind: type, video: type = Qwen2VLVideoProcessor, place: str = "<start><video><end>", most: int = 1) -> Any:
-    """most: frames that the limit of a video's pixels counts together."""
+    """most: the number of frames to which the pixel limit of a video applies."""
     bounds = {"shortest_edge": 64, "longest_edge": 512}
     images = Qwen2VLImageProcessor(**PATCHES, size=bounds)
     more = {"cap_pixels_per_frame": False} if video is Qwen2VLVideoProcessor else {}

@@ -1,4 +1,4 @@
-"""A real tokenizer with the ids of the tiny families: a token for each letter."""
+"""A real tokenizer with the ids of the tiny families: one token per letter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokenizer(
     audio: str = "<audio>",
     **more: Any,
 ) -> Any:
-    """Ids as in the tiny families; then `extra` special tokens, and letters as far as the vocabulary goes."""
+    """Ids as in the tiny families, then `extra` special tokens, then letters up to the vocabulary size."""
     special = ["<pad>", "<s>", "</s>", image, "<video>", audio, start, end, "<break>", *extra]
     letters = ["Ġ", "Ċ", *"abcdefghijklmnopqrstuvwxyz.?"]
     vocabulary = {token: i for i, token in enumerate((special + letters)[:VOCABULARY])}

@@ -1,6 +1,6 @@
-"""Every family: token for token what the model's own `generate()` answers, greedy and sampled with the same seed.
+"""Every family: the tokens of the model's own `generate()`, greedy and sampled with the same seed.
 
-Float32, no ties allowed for: an answer that differs fails, whatever the gap between the two best tokens.
+In float32, without a tolerance for ties: any difference fails, however close the two best tokens are.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def model(name: str) -> Any:
 
 
 def contents(family: Family) -> list[list[str]]:
-    """What prompts show: nothing, one picture, two, and where there are videos one alone and one after an image."""
+    """The media of each prompt: none, one image, two, and for video families a video alone and one after an image."""
     kind = family.kinds[0]
     return [[], [kind], [kind, kind], *([["video"], ["image", "video"]] if "video" in family.kinds else [])]
 
 
 @cache
 def alone(name: str, kinds: tuple[str, ...], setting: int, seed: int, words: int = 12) -> list[int]:
-    """What `transformers` answers to one prompt."""
+    """The answer of `transformers` to one prompt."""
     target, row = model(name), prompt(name, kinds, words)
     torch.manual_seed(seed)
     out = target.generate(**row, **SETTINGS[setting], max_new_tokens=NEW, eos_token_id=None)
@@ -58,7 +58,7 @@ def prompt(name: str, kinds: tuple[str, ...], words: int = 12) -> dict[str, Any]
 
 
 def drafter(method: str, target: Any, answers: list[list[int]]) -> str | Drafter:
-    """prompt-lookup, the `msd` network with random weights, or random trees that are often right."""
+    """prompt-lookup, an `msd` network with random weights, or random trees with a high acceptance rate."""
     if method == "random":
         return RandomDrafter(1, 64, answers)
     if method == "msd":
@@ -86,13 +86,13 @@ def test_one_prompt(name: str, method: str) -> None:
             assert isinstance(result, Result)
             assert result.tokens == wanted, (kinds, settings)
             accepted += result.statistics.num_accepted_draft_tokens
-    assert accepted > 0 or method != "random", "no draft was accepted, so nothing was tested"
+    assert accepted > 0 or method != "random", "no draft was accepted, so the test shows nothing"
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_left_padded_batch_of_unequal_prompts(name: str, method: str) -> None:
-    """Different numbers of pictures, from none to as many as there are kinds of prompts for."""
+    """Rows with different media."""
     family = BY_NAME[name]
     rows = [(tuple(kinds), words) for kinds, words in zip(contents(family)[-3:], (12, 8, 10), strict=True)]
     for setting, settings in enumerate(SETTINGS):
@@ -105,8 +105,8 @@ def test_a_left_padded_batch_of_unequal_prompts(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_pictures_give_another_answer(name: str) -> None:
-    """Drawn with the same seed. So pictures and sounds really reach the model, and none is taken for another."""
+def test_different_media_give_different_answers(name: str) -> None:
+    """With the same seed: images and sounds reach the model, and none is confused with another."""
     family = BY_NAME[name]
     vlm = engine(name, "prompt-lookup", [])
     for kinds in contents(family)[1:]:
@@ -121,25 +121,25 @@ def test_other_pictures_give_another_answer(name: str) -> None:
 
 
 def _noise(picture: Picture, seed: int) -> Picture:
-    """Other content, brighter, of the same kind and size."""
+    """Other content of the same kind and size."""
     noise = torch.randn(picture.data.shape, generator=torch.Generator().manual_seed(seed))
     return Picture(picture.kind, 2 * noise + 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_is_encoded_once(name: str) -> None:
-    """Counted, whatever it comes with later; audio is encoded at prefill."""
+def test_an_image_is_encoded_once(name: str) -> None:
+    """Also when it occurs later with other images. Not for audio: prefill encodes it."""
     family = BY_NAME[name]
     vlm = engine(name, "prompt-lookup", [])
     if not vlm.target.pictures:
-        pytest.skip("this family's models take no features that were made before")
+        pytest.skip("this family's models have no argument for cached features")
     for kind in family.kinds:
         first, second = family.picture(1, kind), family.picture(2, kind)
         vision = vlm.target.vision
         words: list[Part] = [20, 21, 22, 23]
 
         def encoded(*shown: Part, words: list[Part] = words) -> int:
-            """How many pieces are encoded for a prompt."""
+            """The number of items that a prompt encodes."""
             before = vlm.target.vision.misses
             vlm.generate(**family.row([*shown, *words]), max_new_tokens=2, do_sample=False)
             return vlm.target.vision.misses - before
@@ -148,7 +148,7 @@ def test_a_picture_is_encoded_once(name: str) -> None:
         alone = encoded(second)
         vision.clear()
         assert encoded(first) > 0 and encoded(first) == 0
-        if name == "llava_onevision" and kind == "image":  # cut into tiles when alone, else not: other features
+        if name == "llava_onevision" and kind == "image":  # tiles only without other images: different features
             assert encoded(first, second) == 2
         else:
             assert encoded(first, second) == alone
@@ -157,7 +157,7 @@ def test_a_picture_is_encoded_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_fused_backend_says_the_same_where_there_is_one(name: str) -> None:
+def test_the_fused_backend_gives_the_same_tokens(name: str) -> None:
     try:
         choose(model(name), "fused")
     except UserError as reason:

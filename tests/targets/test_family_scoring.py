@@ -1,6 +1,6 @@
-"""Every family: a tree scored in one pass, and a whole answer taught in one, say what each path says alone.
+"""Every family: tree scores and teacher passes equal the logits of each path alone.
 
-Alone means `transformers`' own forward pass of one unpadded prompt and what followed it, without a cache.
+Alone means `transformers`' own forward pass over one unpadded prompt and the tokens after it, without a cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def model(name: str) -> Any:
 
 
 def prompts(family: Family) -> list[list[Part]]:
-    """Three of unequal length and different numbers of pictures, a video among them where the family takes any."""
+    """Three of unequal length and with different numbers of images, and a video where the family supports it."""
     kind = family.kinds[0]
     last = ["video", "image"] if "video" in family.kinds else []
     return [family.parts(1, [kind]), family.parts(2, [kind, kind], words=8), family.parts(3, last, words=10)]
@@ -44,13 +44,13 @@ def alone(family: Family, parts: list[Part], emitted: list[int]) -> Any:
     more = torch.tensor([emitted], dtype=torch.long)
     row["input_ids"] = torch.cat([row["input_ids"], more], 1)
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    if family.types is not None:  # an answer is of the causal type
+    if family.types is not None:  # answer tokens have the causal type
         row[family.types] = torch.cat([row[family.types], torch.full_like(more, int(family.opens))], 1)
     return model(family.name)(**row, use_cache=False, output_hidden_states=True)
 
 
 def start(family: Family, target: Target, rows: list[list[Part]]) -> State:
-    """A prefilled batch whose newest token is not in the cache yet; the prompts' scores are checked."""
+    """A prefilled batch whose newest token is not in the cache yet. Checks the scores of the prompts."""
     inputs = target.encode_images(family.batch(rows))
     with torch.no_grad():
         state, scores = target.prefill(inputs.pop("input_ids"), inputs, 128)
@@ -63,13 +63,13 @@ def start(family: Family, target: Target, rows: list[list[Part]]) -> State:
 
 
 def check_taps(target: Target, taps: Tensor, expected: Any) -> None:
-    """Against the hidden states of the last position."""
+    """Compares them with the hidden states of the last position."""
     states = torch.cat([expected.hidden_states[i][0, -1] for i in target.taps.indices])
     assert (taps - states).abs().max() <= TOLERANCE * states.abs().max()
 
 
 def path_to(parents: list[int], node: int) -> list[int]:
-    """Drafted nodes from the root (left out) down to `node`."""
+    """Drafted nodes from the root (excluded) to `node`."""
     path: list[int] = []
     while node:
         path.insert(0, node)
@@ -78,7 +78,7 @@ def path_to(parents: list[int], node: int) -> list[int]:
 
 
 def check_tree(family: Family, target: Target, rows: list[list[Part]], state: State, seed: int) -> DraftTree:
-    """Scores random trees, of 6, 5 and 4 drafted nodes, and compares every node with its path alone."""
+    """Scores random trees of 6, 5 and 4 drafted nodes and compares each node with its path alone."""
     rng = random.Random(seed)
     sizes = [6 - row for row in range(len(rows))]
     tokens = [[rng.randrange(WORDS, VOCABULARY) for _ in range(n)] for n in sizes]
@@ -100,7 +100,7 @@ def check_tree(family: Family, target: Target, rows: list[list[Part]], state: St
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trees_of_a_padded_batch_before_and_after_commits(name: str) -> None:
-    """Each row goes on along a path of its own, twice."""
+    """Each row accepts its own path, twice."""
     family = BY_NAME[name]
     rows = prompts(family)
     target = adapt(model(name), TAPS, backend="plain")
@@ -110,15 +110,15 @@ def test_trees_of_a_padded_batch_before_and_after_commits(name: str) -> None:
         tree = check_tree(family, target, rows, state, seed=step)
         paths = [path_to(tree.parents[r, 1:].tolist(), rng.randint(0, 6 - r)) for r in range(len(rows))]
         emitted = [[*tree.tokens[r, p].tolist(), rng.randrange(WORDS, VOCABULARY)] for r, p in enumerate(paths)]
-        for row, said in enumerate(emitted):
-            state.layout.append(row, said)
+        for row, tokens in enumerate(emitted):
+            state.layout.append(row, tokens)
         target.commit(state, Accepted(paths, emitted))
-    assert len(set(state.layout.end)) > 1, "the rows should have gone apart"
+    assert len(set(state.layout.end)) > 1, "the rows should differ in length"
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3_window"])
 def test_a_tree_deeper_than_a_window(name: str) -> None:
-    """Two chains, their nodes in turn: a node's ancestors are twice as many slots back as they are columns."""
+    """Two interleaved chains: the distance to an ancestor in slots is twice the distance in columns."""
     family = BY_NAME[name]
     rows = [family.parts(1, ["image"])]
     target = adapt(model(name), TAPS, backend="plain")
@@ -145,8 +145,8 @@ def test_eager_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_taught_answer_is_what_each_prefix_says_alone(name: str) -> None:
-    """What `msd train` and `msd capture` see is what decoding sees; without the picture it is something else."""
+def test_a_teacher_pass_equals_each_prefix_alone(name: str) -> None:
+    """Training and labelling use the logits of decoding; with the image masked they differ."""
     family = BY_NAME[name]
     rows = prompts(family)
     target = adapt(model(name), TAPS, backend="plain")

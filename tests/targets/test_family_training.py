@@ -1,4 +1,4 @@
-"""Every family: a drafter is trained for some steps, saved, loaded strictly and used; answers stay the model's own."""
+"""Every family: a drafter is trained, saved, loaded and used; answers remain those of the target."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = DraftTraining(
 
 
 def answers(name: str, folder: Path) -> list[Captured]:
-    """About one image, about two, and about none; only those where the family takes no images."""
+    """Answers about one image, two and none; only about none where the family does not support images."""
     family = BY_NAME[name]
     paths = photos(family, folder, 4) if "image" in family.kinds else []
     shown = [tuple(paths[:1]), tuple(paths[1:3]), (), tuple(paths[3:]), (), tuple(paths[2:4])]
@@ -64,8 +64,8 @@ def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
-def test_the_first_guess_is_the_targets_own_law(name: str) -> None:
-    """The draft head reads states of the scale of the target's last one, whatever its norm calls a weight."""
+def test_an_untrained_head_gives_the_targets_logits(name: str) -> None:
+    """The draft head's norm and weights are those of the target, for each family's kind of norm."""
     model = BY_NAME[name].make()
     some = [Captured((), "", tuple(range(WORDS, 40)), (0.0,) * 31, "text", "train")]
     network = untrained(adapt(model, backend="plain"), some, SETTINGS)
@@ -78,7 +78,7 @@ def test_the_first_guess_is_the_targets_own_law(name: str) -> None:
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_image_gain(name: str) -> None:
-    """What `msd capture` keeps: zero without a picture, else not."""
+    """The label of `msd capture`: zero without an image, positive with one."""
     family = BY_NAME[name]
     kind = family.kinds[0]
     target = adapt(family.make(), backend="plain")

@@ -1,4 +1,4 @@
-"""Prompts of more than 8k tokens: one axis, three axes, and sliding layers whose window is long past."""
+"""Prompts of more than 8k tokens: one rotary axis, three axes, and sliding-window layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_more_than_eight_thousand_tokens(name: str) -> None:
-    """A picture, thousands of words, another picture; then a second turn."""
+    """An image, thousands of text tokens, another image; then a second turn."""
     family, model = BY_NAME[name], BY_NAME[name].make()
     model.config.get_text_config().max_position_embeddings = 2 * LONG
     words: list[Part] = list(torch.randint(WORDS, 64, (LONG,), generator=torch.Generator().manual_seed(0)).tolist())

@@ -1,4 +1,4 @@
-"""M-RoPE: cache slot, three rotary axes and rope delta are different things, at prefill, in trees and in drafts."""
+"""M-RoPE: cache slots, three rotary axes and the rope delta in prefill, trees and drafts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model(name: str) -> Any:
 
 @torch.no_grad()
 def prefilled(name: str) -> tuple[Target, State, Scores]:
-    """A padded batch with an image, two images, a video and nothing, its newest tokens not in the cache yet."""
+    """A padded batch with an image, two images, a video and text only; its newest tokens are not in the cache yet."""
     family, target = BY_NAME[name], adapt(model(name), (1, 3), backend="plain")
     inputs = target.encode_images(family.batch([family.parts(i, kinds) for i, kinds in enumerate(SHOWN)]))
     state, scores = target.prefill(inputs.pop("input_ids"), inputs, 96)
@@ -39,7 +39,7 @@ def prefilled(name: str) -> tuple[Target, State, Scores]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_positions_of_the_prompt_are_the_models_own_and_no_slots(name: str) -> None:
+def test_prompt_positions_are_those_of_the_model(name: str) -> None:
     _, state, _ = prefilled(name)
     layout = state.layout
     for row, kinds in enumerate(SHOWN):
@@ -54,16 +54,16 @@ def test_positions_of_the_prompt_are_the_models_own_and_no_slots(name: str) -> N
             continue
         positions, delta = model(name).model.get_rope_index(ids, **alone)
         assert torch.equal(ours, positions[:, 0])
-        assert int(delta[0, 0]) < 0 or name == "qwen3_vl", "pictures take fewer positions than columns"
+        assert int(delta[0, 0]) < 0 or name == "qwen3_vl", "images occupy fewer positions than columns"
         text = (ids[0] != IMAGE) & (ids[0] != VIDEO)
-        assert bool((ours[:, text] == ours[0, text]).all()), "text stands at the same place on every axis"
-        assert not bool((ours[:, ~text] == ours[0, ~text]).all()), "pictures do not"
-        assert not torch.equal(ours[0], torch.arange(end - start)), "and positions are no columns"
+        assert bool((ours[:, text] == ours[0, text]).all()), "text has one position on all axes"
+        assert not bool((ours[:, ~text] == ours[0, ~text]).all()), "images do not"
+        assert not torch.equal(ours[0], torch.arange(end - start)), "positions differ from columns"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tree_goes_on_along_every_axis_whatever_delta_the_model_remembers(name: str) -> None:
-    """The model keeps the delta of its last prompt, of whomever; no pass of ours may read it."""
+def test_a_tree_continues_every_axis_for_any_stored_rope_delta(name: str) -> None:
+    """The model stores the delta of its last prompt, perhaps of another request; scoring must not read it."""
     target, state, _ = prefilled(name)
     nodes = len(SHOWN)
     tree = DraftTree.from_lists(state.layout.newest(), [[20, 21, 22]] * nodes, [[0, 1, 0]] * nodes)
@@ -75,19 +75,19 @@ def test_a_tree_goes_on_along_every_axis_whatever_delta_the_model_remembers(name
     hook = model(name).model.language_model.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
-    said = []
+    logits = []
     with torch.no_grad():
         for stale in (None, torch.full((nodes, 1), 999), torch.zeros(1, 1, dtype=torch.long)):
             model(name).model.rope_deltas = stale
-            said.append(target.score(state, tree).logits)
+            logits.append(target.score(state, tree).logits)
     hook.remove()
     assert all(torch.equal(positions, expected) for positions in seen)
-    assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2])
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_axis_counts(name: str) -> None:
-    """Or the tests here would pass with any positions."""
+def test_each_axis_has_an_effect(name: str) -> None:
+    """Otherwise these tests would pass with any positions."""
     target, state, _ = prefilled(name)
     tree = DraftTree.from_lists(state.layout.newest(), [[20, 21, 22]] * len(SHOWN), [[0, 1, 0]] * len(SHOWN))
     with torch.no_grad():
@@ -100,9 +100,10 @@ def test_each_axis_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
-def test_text_after_a_video_goes_on_from_the_newest_token_as_generate_does(name: str) -> None:
-    """The time axis of this video runs ahead of the words that follow it, so the rope delta would put an answer's
-    tokens elsewhere. `generate()` adds one to every axis; so do trees.
+def test_text_after_a_video_continues_from_the_newest_token_as_in_generate(name: str) -> None:
+    """This video's time axis ends after the position that the rope delta gives the next column.
+
+    `generate()` adds one to each axis instead, and so do trees.
     """
     family = BY_NAME[name]
     row = family.row([20, family.picture(1, "video")])
@@ -110,7 +111,7 @@ def test_text_after_a_video_goes_on_from_the_newest_token_as_generate_does(name:
     positions, delta = model(name).model.get_rope_index(ids, **arguments)
     newest = int(positions[0, 0, -1])
     assert int(positions.max()) > newest
-    assert ids.shape[1] + int(delta[0, 0]) > newest + 1, "what the delta would make of the next column"
+    assert ids.shape[1] + int(delta[0, 0]) > newest + 1, "the position of the next column by the delta"
     settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "top_k": 0, "eos_token_id": None}
     torch.manual_seed(2)
     wanted = model(name).generate(**row, **settings)[0, ids.shape[1] :].tolist()
@@ -120,8 +121,8 @@ def test_text_after_a_video_goes_on_from_the_newest_token_as_generate_does(name:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_drafter_stands_where_text_stands(name: str) -> None:
-    """Its one axis is the one that text shares; pictures end right before the text that follows them."""
+def test_a_drafter_uses_the_positions_of_text(name: str) -> None:
+    """The drafter has one axis, equal to all three for text; images end directly before the text after them."""
     _, state, scores = prefilled(name)
     layout: Layout = state.layout
     line, text = layout.line(), layout.modality == LANGUAGE.id
@@ -143,7 +144,7 @@ def test_a_drafter_stands_where_text_stands(name: str) -> None:
         assert int(positions.max()) < layout.end[row] - layout.start[row] - 1 or not shown
 
 
-def test_1_d_families_have_one_axis_and_its_positions_are_the_line() -> None:
+def test_families_with_1_d_positions_have_one_axis() -> None:
     family = BY_NAME["llava"]
     target = adapt(family.make(), backend="plain")
     row = family.row(family.parts(1, ["image"]))

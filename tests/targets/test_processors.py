@@ -1,5 +1,6 @@
-"""From images, videos, sounds and words to answers through the real processors; and what is said where one needs a
-package that is missing. Those that need torchvision run where it is installed (`make test-full`).
+"""Answers through the real processors, and the errors for processors that need a missing package.
+
+Processors that need torchvision are tested where it is installed (`make test-full`).
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def paligemma() -> Any:
 
 
 def qwen2_audio() -> Any:
-    """Of a second and 16 mel frames."""
-    ears = WhisperFeatureExtractor(feature_size=8, sampling_rate=1600, hop_length=100, chunk_length=1, n_fft=200)
-    return Qwen2AudioProcessor(ears, tokenizer("<image>", "<|audio_bos|>", "<|audio_eos|>", audio="<|AUDIO|>"))
+    """For sounds of one second, 16 mel frames."""
+    extractor = WhisperFeatureExtractor(feature_size=8, sampling_rate=1600, hop_length=100, chunk_length=1, n_fft=200)
+    return Qwen2AudioProcessor(extractor, tokenizer("<image>", "<|audio_bos|>", "<|audio_eos|>", audio="<|AUDIO|>"))
 
 
 PROCESSORS: dict[str, Callable[[], Any]] = {
@@ -91,7 +92,7 @@ if find_spec("torchvision") is not None:
 
 
 def images(count: int, seed: int = 0) -> list[Image.Image]:
-    """Noise, wide and tall in turn."""
+    """Noise images, alternately wide and tall."""
     rng = np.random.default_rng(seed)
     shapes = [(16, 32, 3), (32, 16, 3)]
     return [Image.fromarray(rng.integers(0, 256, shapes[i % 2], dtype=np.uint8)) for i in range(count)]
@@ -99,7 +100,7 @@ def images(count: int, seed: int = 0) -> list[Image.Image]:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_one_two_and_no_image(name: str) -> None:
-    """Alone and as a batch."""
+    """Each alone, and all as a batch."""
     model, processor = BY_NAME[name].make(), PROCESSORS[name]()
     asked = [("what is it?", images(1)), ("and these two", images(2, 1)), ("none", [])]
     if name == "paligemma":
@@ -121,7 +122,7 @@ def test_one_two_and_no_image(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "paligemma"])
 def test_videos(name: str, tmp_path: Path) -> None:
-    """Of 4 and of 8 frames, alone and behind an image; as images where the model takes no videos."""
+    """Videos of 4 and of 8 frames, alone and after an image; as images for image models."""
     model, processor = BY_NAME[name].make(), PROCESSORS[name]()
     path = write_clip(tmp_path / "a.mp4", range(1, 18))
     settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": True, "top_k": 0}
@@ -138,7 +139,7 @@ def test_videos(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter")
 def test_sounds(tmp_path: Path) -> None:
-    """None, one, two of unequal lengths, and all as a batch."""
+    """No sound, one, two of unequal lengths, and all as a batch."""
     model, processor = BY_NAME["qwen2_audio"].make(), qwen2_audio()
     long, short = (Audio(write_sound(tmp_path / f"{s}.wav", s, 8000, 90 / s)) for s in (1.0, 0.4))
     settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": True, "top_k": 0}
@@ -188,7 +189,7 @@ def test_training(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, processor", [("qwen2_vl", "Qwen2VLProcessor"), ("mistral3", "PixtralProcessor")])
-def test_a_processor_that_cannot_be_loaded_is_one_line(name: str, processor: str, tmp_path: Path) -> None:
+def test_a_processor_that_cannot_be_loaded_is_a_one_line_error(name: str, processor: str, tmp_path: Path) -> None:
     if find_spec("torchvision") is not None:
         pytest.skip("torchvision is installed")
     _checkpoint(name, processor, tmp_path)
@@ -197,8 +198,8 @@ def test_a_processor_that_cannot_be_loaded_is_one_line(name: str, processor: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_the_hearing_family_is_loaded(tmp_path: Path) -> None:
-    """Its model, that is: AutoModelForImageTextToText does not know it."""
+def test_a_voxtral_checkpoint_is_loaded(tmp_path: Path) -> None:
+    """Only its model is loaded: AutoModelForImageTextToText does not support it."""
     _checkpoint("voxtral", "LlavaProcessor", tmp_path)
     llava().save_pretrained(tmp_path)
     model, _ = load_target(tmp_path)
@@ -206,20 +207,20 @@ def test_a_checkpoint_of_the_hearing_family_is_loaded(tmp_path: Path) -> None:
     assert model.dtype == torch.float32
 
 
-def test_an_architecture_that_transformers_does_not_have(tmp_path: Path) -> None:
+def test_an_architecture_that_transformers_does_not_include(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen", "architectures": ["QWenLMHeadModel"]}))
     with pytest.raises(UserError, match=r"architecture 'qwen', which transformers .* does not have"):
         load_target(tmp_path)
 
 
-def test_an_architecture_without_adapter_names_the_one_to_write(tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_architecture_names_the_file_to_write(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
     with pytest.raises(UserError, match=r"no adapter for architecture 'blip-2'.*write msd/targets/blip_2.py"):
         load_target(tmp_path)
 
 
 def _checkpoint(name: str, processor: str, folder: Path) -> None:
-    """A tiny model's, whose files name `processor`."""
+    """A tiny model's checkpoint whose configuration names `processor`."""
     BY_NAME[name].make().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     for file in ("processor_config", "preprocessor_config"):

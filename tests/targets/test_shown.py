@@ -1,4 +1,4 @@
-"""Videos and sounds by the front door: a file reaches the model as it takes it, and the answer is the model's own."""
+"""Video and sound files through `generate`: the answer is that of the model's own `generate()`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def engine(name: str) -> SpeculativeVLM:
     )
 
 
-def said(vlm: SpeculativeVLM, inputs: dict[str, Any]) -> list[int]:
-    """What the model itself answers."""
+def expected(vlm: SpeculativeVLM, inputs: dict[str, Any]) -> list[int]:
+    """Answer tokens of the model's own `generate()`."""
     torch.manual_seed(3)
     return vlm.model.generate(**inputs, **SETTINGS)[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -41,7 +41,7 @@ def said(vlm: SpeculativeVLM, inputs: dict[str, Any]) -> list[int]:
 def test_a_video(name: str, tmp_path: Path) -> None:
     vlm, video = engine(name), Video(write_clip(tmp_path / "a.mp4", range(1, 18)), 4)
     answer = vlm.generate(video, "what", **SETTINGS, seed=3)
-    assert answer.tokens == said(vlm, prepare(vlm.processor, [[video]], ["what"]))
+    assert answer.tokens == expected(vlm, prepare(vlm.processor, [[video]], ["what"]))
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "video_llava", "qwen3_vl", "smolvlm"])
@@ -50,12 +50,14 @@ def test_photos_and_videos_in_a_batch(name: str, tmp_path: Path) -> None:
     video, photo = Video(write_clip(tmp_path / "a.mp4", range(1, 18)), 4), photos(BY_NAME[name], tmp_path, 1)[0]
     shown = [[photo, video], [video], []]
     together = vlm.generate(shown, ["what"] * 3, **SETTINGS, seed=[3, 3, 3])
-    assert [result.tokens for result in together] == [said(vlm, prepare(vlm.processor, [s], ["what"])) for s in shown]
+    assert [result.tokens for result in together] == [
+        expected(vlm, prepare(vlm.processor, [s], ["what"])) for s in shown
+    ]
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_a_video_is_what_the_model_takes_it_for(name: str, tmp_path: Path) -> None:
-    """One video, or as many images as it has frames."""
+def test_a_video_enters_as_video_or_as_frames(name: str, tmp_path: Path) -> None:
+    """One video, or one image per frame."""
     family, processor = BY_NAME[name], FamilyProcessor(BY_NAME[name])
     clip = Video(write_clip(tmp_path / "a.mp4", range(9)), 4).load()
     given = prepare(processor, [[clip]], ["what"])
@@ -74,14 +76,14 @@ def test_a_sound(name: str, tmp_path: Path) -> None:
     answers = []
     for shown in ([low], [loud], [low, loud]):
         answers.append(vlm.generate(shown, "what", **SETTINGS, seed=3).tokens)
-        assert answers[-1] == said(vlm, prepare(vlm.processor, [shown], ["what"]))
+        assert answers[-1] == expected(vlm, prepare(vlm.processor, [shown], ["what"]))
     assert answers[0] != answers[1]
     with pytest.raises(UserError, match=r"is 3 s long; the model accepts 1 s"):
         vlm.generate(Audio(write_sound(tmp_path / "long.wav", 3.0)), "what")
 
 
 def test_a_chat_about_a_video(tmp_path: Path) -> None:
-    """Its second turn encodes nothing again, whether the model takes the video or its frames."""
+    """The second turn encodes nothing again, for video models and for image models."""
     clip = Video(write_clip(tmp_path / "a.mp4", range(1, 10)))
     for name in ("llava", "video_llava", "qwen2_5_vl"):
         vlm = engine(name)
@@ -97,12 +99,12 @@ def test_a_chat_about_a_video(tmp_path: Path) -> None:
 
 def test_unsupported_media_are_refused(tmp_path: Path) -> None:
     sound, video = Audio(write_sound(tmp_path / "a.wav")), Video(write_clip(tmp_path / "a.mp4", range(3)))
-    for name, shown, said in (
+    for name, shown, message in (
         ("llava", sound, "supports image, not audio"),
         ("qwen2_vl", sound, "supports image and video, not audio"),
         ("voxtral", video, "supports audio, not video"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             engine(name).generate(shown, "what")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
     with pytest.raises(UserError, match=r"place 1 image\(s\) but 0 image\(s\) and 1 video\(s\) were given"):
@@ -111,8 +113,8 @@ def test_unsupported_media_are_refused(tmp_path: Path) -> None:
         engine("qwen2_vl").generate(None, "what is <video>")
 
 
-def test_pixels_of_video_llava_by_the_name_that_its_processor_gives_them() -> None:
-    """They are encoded once and remembered, as under the model's own name."""
+def test_pixels_of_video_llava_under_its_processors_name() -> None:
+    """They are encoded once and cached, as under the model's own name."""
     family, vlm = BY_NAME["video_llava"], engine("video_llava")
     row = family.row(family.parts(3, ["image"]))
     answer = vlm.generate(**row, **SETTINGS, seed=3)

@@ -1,4 +1,4 @@
-"""Turns of a conversation: what was computed is not computed again, and answers are those of fresh requests."""
+"""Turns of a conversation reuse the common prefix, and their answers equal those of fresh requests."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def engine(name: str, method: str = "prompt-lookup") -> SpeculativeVLM:
 
 
 def shared(before: list[int], now: list[int]) -> int:
-    """Columns that need not be computed again: as far as the ids agree, the last one left out, whole runs of
-    placeholders only.
-    """
+    """Reusable columns: the common prefix without the last column, with whole runs of placeholders only."""
     n = 0
     while n < min(len(before), len(now) - 1) and before[n] == now[n]:
         n += 1
@@ -62,16 +60,16 @@ def fresh(name: str, row: dict[str, Any], **settings: Any) -> list[int]:
     return out[0, row["input_ids"].shape[1] :].tolist()
 
 
-def say(vlm: SpeculativeVLM, row: dict[str, Any], past: Past | None, **settings: Any) -> Result:
+def generate(vlm: SpeculativeVLM, row: dict[str, Any], past: Past | None, **settings: Any) -> Result:
     result = vlm.generate(**row, **(WORDS_ONLY | settings), past=past)
     assert isinstance(result, Result)
     return result
 
 
 def conversation(family: Family) -> list[list[Part]]:
-    """What each of four turns adds: a picture, words, another picture, words."""
+    """The parts that each of four turns adds: an image, text, another image, text."""
     kind = family.kinds[0]
-    if family.opens:  # pictures stand before all words
+    if family.opens:  # images precede the text
         return [family.parts(1, [kind]), [20, 21, 22], [30, 31, 32, 33], [40, 41]]
     return [family.parts(1, [kind]), [20, 21, 22], [family.picture(8, kind), 30, 31], [40, 41]]
 
@@ -88,15 +86,15 @@ def test_four_turns(name: str, method: str) -> None:
         row = family.row(parts)
         ids = row["input_ids"][0].tolist()
         seen = vision.misses
-        result = say(vlm, row, past)
+        result = generate(vlm, row, past)
         assert result.tokens == fresh(name, row), f"turn {turn}"
         expected = 0 if family.opens else shared(before, ids)
-        if name == "llava_onevision" and turn == 2:  # no longer alone, the first image is not cut into tiles any more
+        if name == "llava_onevision" and turn == 2:  # with a second image the first is no longer cut into tiles
             expected = ids.index(IMAGE)
         assert result.statistics.num_prefill_rows == len(ids) - expected
         if turn in (1, 3):
             assert vision.misses == seen, "nothing is encoded again"
-            assert family.opens or result.statistics.num_prefill_rows == 1 + len(more), "the new tokens, and one"
+            assert family.opens or result.statistics.num_prefill_rows == 1 + len(more), "the new tokens, and one more"
         before = [*ids, *result.tokens[:-1]]
         parts = [*parts, *result.tokens]
 
@@ -104,13 +102,13 @@ def test_four_turns(name: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["prompt-lookup", "msd"])
 @pytest.mark.parametrize("name", NAMES)
 def test_drafts_of_a_later_turn_are_those_of_a_fresh_request(name: str, method: str) -> None:
-    """So the drafter, too, knows all of the conversation: as many drafts are accepted."""
+    """The drafter has the whole conversation, too: equally many drafts are accepted."""
     family, past = BY_NAME[name], Past()
     parts = family.parts(1, [family.kinds[0]])
     vlm = engine(name, method)
-    answer = say(vlm, family.row(parts), past)
+    answer = generate(vlm, family.row(parts), past)
     row = family.row([*parts, *answer.tokens, 20, 21, 22])
-    later, new = say(vlm, row, past), say(vlm, row, None)
+    later, new = generate(vlm, row, past), generate(vlm, row, None)
     assert later.tokens == new.tokens
     assert later.statistics.steps == new.statistics.steps
     assert later.statistics.num_draft_tokens == new.statistics.num_draft_tokens
@@ -119,8 +117,8 @@ def test_drafts_of_a_later_turn_are_those_of_a_fresh_request(name: str, method: 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", NAMES)
-def test_another_picture_in_its_place_is_noticed(name: str) -> None:
-    """The ids are the same; all from the changed picture on is computed again."""
+def test_a_changed_image_is_detected(name: str) -> None:
+    """The ids are equal; all columns from the changed image on are computed again."""
     family, target = BY_NAME[name], engine(name).target
     kind = family.kinds[0]
     parts = family.parts(1, [kind, kind])
@@ -135,10 +133,10 @@ def test_another_picture_in_its_place_is_noticed(name: str) -> None:
         return state, scores.logits[0, -1]
 
     first, before = prefill(parts, None)
-    later, said = prefill(changed, first)
+    later, logits = prefill(changed, first)
     anew, wanted = prefill(changed, None)
-    assert (said - wanted).abs().max() <= 1e-4
-    assert (said - before).abs().max() > 1e-3
+    assert (logits - wanted).abs().max() <= 1e-4
+    assert (logits - before).abs().max() > 1e-3
     ids = family.row(changed)["input_ids"][0].tolist()
     runs = [i for i, t in enumerate(ids) if t in PLACEHOLDERS and (i == 0 or ids[i - 1] not in PLACEHOLDERS)]
     kept = 0 if family.opens else runs[_first_run(family, other, len(runs))]
@@ -147,14 +145,14 @@ def test_another_picture_in_its_place_is_noticed(name: str) -> None:
 
 
 def _first_run(family: Family, picture: Picture, runs: int) -> int:
-    """Which of all runs of placeholders is the first of the last picture."""
+    """Index of the first run of placeholders that belongs to the last image."""
     own = family.place(picture, False)
     return runs - sum(t in PLACEHOLDERS and (i == 0 or own[i - 1] not in PLACEHOLDERS) for i, t in enumerate(own))
 
 
 @torch.inference_mode()
-def test_a_run_of_placeholders_is_never_cut() -> None:
-    """A picture that comes to stand right behind one shown before: a model may let the two see each other."""
+def test_a_run_of_placeholders_is_reused_whole_or_not_at_all() -> None:
+    """A new image directly after an old one: in some models the two attend to each other."""
     family, target = BY_NAME["llava"], engine("llava").target
     one, two = family.picture(1), family.picture(2)
 
@@ -164,31 +162,31 @@ def test_a_run_of_placeholders_is_never_cut() -> None:
         return state, scores.logits
 
     first, _ = prefill([20, 21, one, 22, 23], None)
-    later, said = prefill([20, 21, one, two, 24], first)
+    later, logits = prefill([20, 21, one, two, 24], first)
     assert later.prefilled == 4 + 4 + 1
-    assert (said - prefill([20, 21, one, two, 24], None)[1]).abs().max() <= 1e-4
+    assert (logits - prefill([20, 21, one, two, 24], None)[1]).abs().max() <= 1e-4
 
 
 def test_a_shorter_prompt_and_the_same_prompt() -> None:
     name = "qwen2_vl"
     family, past, vlm = BY_NAME[name], Past(), engine(name, "msd")
     row = family.row(family.parts(1, ["image"]))
-    first = say(vlm, row, past)
-    again = say(vlm, row, past)
+    first = generate(vlm, row, past)
+    again = generate(vlm, row, past)
     assert again.tokens == first.tokens
     assert again.statistics.num_prefill_rows == 1
     other = family.row(family.parts(1, ["image"])[:-4])
-    assert say(vlm, other, past).tokens == fresh(name, other)
+    assert generate(vlm, other, past).tokens == fresh(name, other)
 
 
-def test_a_state_of_another_drafter_or_model_is_not_gone_on_from() -> None:
+def test_the_state_of_another_drafter_or_model_is_not_reused() -> None:
     family, past = BY_NAME["llava"], Past()
     row = family.row(family.parts(1, ["image"]))
     length = row["input_ids"].shape[1]
-    say(engine("llava"), row, past)
-    assert say(engine("llava", "msd"), row, past).statistics.num_prefill_rows == length
-    assert say(engine("llava", "msd"), row, past).statistics.num_prefill_rows == 1
-    assert say(engine("video_llava", "msd"), row, past).statistics.num_prefill_rows == length
+    generate(engine("llava"), row, past)
+    assert generate(engine("llava", "msd"), row, past).statistics.num_prefill_rows == length
+    assert generate(engine("llava", "msd"), row, past).statistics.num_prefill_rows == 1
+    assert generate(engine("video_llava", "msd"), row, past).statistics.num_prefill_rows == length
 
 
 def test_a_conversation_is_one_prompt_at_a_time() -> None:
@@ -200,7 +198,7 @@ def test_a_conversation_is_one_prompt_at_a_time() -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "paligemma"])
 def test_chat(name: str, tmp_path: Path) -> None:
-    """Three turns by the front door: an answer, a question about it, another image."""
+    """Three turns through `vlm.chat()`: an answer, a question about it, another image."""
     family, vlm = BY_NAME[name], engine(name, "msd")
     one, two = photos(family, tmp_path, 2)
     chat = vlm.chat()
@@ -219,7 +217,7 @@ def test_chat(name: str, tmp_path: Path) -> None:
     assert [m["content"][0]["text"] for m in chat.messages[1::2]] == texts
 
 
-def test_a_failed_turn_leaves_the_chat_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_turn_does_not_change_the_chat(tmp_path: Path) -> None:
     family = BY_NAME["llava"]
     chat = engine("llava").chat()
     first = chat.say("what", photos(family, tmp_path, 1), **WORDS_ONLY)
@@ -238,7 +236,7 @@ def test_a_failed_turn_leaves_the_chat_as_it_was(tmp_path: Path) -> None:
     assert chat.say("what", photos(family, tmp_path, 1), **WORDS_ONLY).tokens == first.tokens
 
 
-def test_a_turn_in_pieces(tmp_path: Path) -> None:
+def test_a_streamed_turn(tmp_path: Path) -> None:
     family = BY_NAME["llava"]
     chat, other = engine("llava").chat(), engine("llava").chat()
     for prompt, images in (("what", photos(family, tmp_path, 1)), ("why", None)):

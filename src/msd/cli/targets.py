@@ -30,10 +30,10 @@ def targets(as_json: Json = False) -> None:
             {
                 "architecture": name,
                 "models": family.models,
-                "takes": list(family.takes),
+                "takes": list(family.modalities),
                 "adapter": family.adapter.__name__,
                 "remembers": bool(family.pictures),
-                "processor_needs": list(family.needs),
+                "processor_needs": list(family.packages),
                 "note": family.note,
                 "tested": list(TESTED),
             }
@@ -43,7 +43,7 @@ def targets(as_json: Json = False) -> None:
         return
     shown = table("architecture", "models", "takes", "processor\nneeds", "note", wrapped=("note",))
     for name, family in supported.items():
-        shown.add_row(name, family.models, ", ".join(family.takes), ", ".join(family.needs), family.note)
+        shown.add_row(name, family.models, ", ".join(family.modalities), ", ".join(family.packages), family.note)
     console = Console()
     console.print(shown)
     console.print("Tested for each, on tiny random models:")

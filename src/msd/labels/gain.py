@@ -105,11 +105,11 @@ def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequen
 
     inputs: processor output with pixels, not encoded yet. answers: as in `image_gain`.
     """
-    other = {name: _negative(inputs[name]) for name in target.raw if inputs.get(name) is not None}
+    other = {name: _negative(inputs[name]) for name in target.media_tensors if inputs.get(name) is not None}
     if not other:
         raise UserError("there are no pixels to change; give prompts with images, as the processor prepares them")
     one, two = teach(target, inputs, answers), teach(target, {**inputs, **other}, answers)
-    change = ((one.logits - two.logits).abs().amax(-1) * one.spoken()).amax(-1)  # [B]
+    change = ((one.logits - two.logits).abs().amax(-1) * one.answer_mask()).amax(-1)  # [B]
     for row, has_image in enumerate(image_columns(target, inputs["input_ids"]).any(1).tolist()):
         if has_image and change[row] <= 1e-5:
             raise UserError(

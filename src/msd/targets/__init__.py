@@ -1,4 +1,4 @@
-"""Targets: the models whose output counts, one adapter per family."""
+"""Targets: adapters of the models that drafters accelerate, one per family."""
 
 from msd.targets.base import Target
 from msd.targets.registry import Family, adapt, families, family, supported

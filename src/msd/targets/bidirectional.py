@@ -1,4 +1,4 @@
-"""Decoders in which tokens of an image see each other in both directions: Gemma 3 and PaliGemma."""
+"""Gemma 3 and PaliGemma: some prompt columns attend to each other in both directions."""
 
 from __future__ import annotations
 
@@ -9,48 +9,41 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.targets.base import Target
 from msd.targets.masks import Windows
-from msd.targets.state import Contents, State
 
 
 class Gemma3(Target):
-    """See the module."""
+    """Columns of one image attend to each other."""
 
-    def both_ways(self, layout: Layout, prompt: int) -> Tensor:
-        """Columns of the same image."""
-        shown = layout.modality != LANGUAGE.id
-        before = torch.nn.functional.pad(shown, (1, 0))[:, :-1]
-        number = (shown & ~before).cumsum(1)
-        return shown[:, :, None] & shown[:, None] & (number[:, :, None] == number[:, None])
-
-
-FIRST = 1  # position of the first token
+    def bidirectional_mask(self, layout: Layout, prompt: int) -> Tensor:
+        """[B, S, S] bool: True between columns of the same image."""
+        image = layout.modality != LANGUAGE.id
+        before = torch.nn.functional.pad(image, (1, 0))[:, :-1]
+        number = (image & ~before).cumsum(1)  # images that begin up to each column
+        return image[:, :, None] & image[:, None] & (number[:, :, None] == number[:, None])
 
 
 class PaliGemma(Target):
-    """See the module."""
+    """All columns of the prompt attend to each other."""
 
-    def attention_kinds(self) -> Windows:
-        """One, within the context."""
+    reuses_prefix = False  # a longer prompt changes the states of all its columns
+
+    def attention_windows(self) -> Windows:
+        """No window: the context ends where the sliding layers would begin to forget."""
         return {None: None}
 
     @property
     def context_length(self) -> int | None:
-        """As far as all layers see everything."""
+        """The smaller of the model's positions and its sliding window."""
         limits = [super().context_length, getattr(self.text_config, "sliding_window", None)]
-        known = [limit for limit in limits if limit is not None]
-        return min(known) if known else None
+        return min((limit for limit in limits if limit is not None), default=None)
 
-    def positions(self, positions: Tensor) -> Tensor:
-        """[B, N]."""
-        return positions[0] + FIRST
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """[B, N]; PaliGemma's `forward` counts positions from 1."""
+        return positions[0] + 1
 
-    def both_ways(self, layout: Layout, prompt: int) -> Tensor:
-        """Columns of the prompt."""
+    def bidirectional_mask(self, layout: Layout, prompt: int) -> Tensor:
+        """[B, S, S] bool: True between columns of the prompt."""
         column = torch.arange(layout.capacity, device=layout.tokens.device)
         first = torch.tensor(layout.start, device=column.device)[:, None]
         inside = (column >= first) & (column < prompt)
         return inside[:, :, None] & inside[:, None]
-
-    def shared(self, layout: Layout, held: Contents, past: State) -> tuple[int, dict[str, int]]:
-        """Nothing."""
-        return 0, {}

@@ -1,8 +1,8 @@
-"""Who sees whom: attention masks of trees and of whole rows, for every kind of decoder layer.
+"""Attention masks of trees and of whole rows, for full and sliding-window decoder layers.
 
-A mask starts as two tables: `seen`, whether a query may see a key, and `back`, how many columns before the query the
-key stands. Full layers use the first; sliding layers also forget keys that are a window or more back. Distances are
-counted in text columns, so a tree node stands as far behind the prefix as it is deep, wherever its cache slot is.
+A mask is built from two tables: `visible`, whether a query may attend to a key, and `distance`, how many text columns
+the key is before the query. Full layers use the first; sliding layers also exclude keys at a distance of the window or
+more. A tree node of depth d is d columns after the prefix, whatever its cache slot is.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from msd.core.tree import DraftTree
 from msd.errors import UserError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-Windows = dict[str | None, int | None]
+Windows = dict[str | None, int | None]  # layer type -> columns that such a layer attends to, None: all
 Mask = Tensor | dict[str | None, Tensor]
 
 
-def windows(text_config: Any) -> Windows:
-    """The kinds of attention layers of a text model, with the columns each sees (None: all).
+def attention_windows(text_config: Any) -> Windows:
+    """The layer types of a text model with their windows.
 
-    The only kind is None where the model takes one mask for all layers. UserError for a kind unknown here.
+    The only key is None where the model expects one mask for all layers. UserError for an unknown layer type.
     """
     kinds = set(getattr(text_config, "layer_types", None) or ())
     window = getattr(text_config, "sliding_window", None)
@@ -38,41 +38,45 @@ def windows(text_config: Any) -> Windows:
     return {None: None if kinds else window}
 
 
-def tree_view(tree: DraftTree, start: list[int], committed: list[int]) -> tuple[Tensor, Tensor]:
-    """(seen [B, N, S] bool, back [B, N, S]) of trees over the S slots in use: the prefix of a row and ancestors."""
+def tree_tables(tree: DraftTree, start: list[int], committed: list[int]) -> tuple[Tensor, Tensor]:
+    """(visible [B, N, S] bool, distance [B, N, S]) of trees over the S slots in use.
+
+    A node attends to its row's prefix, the columns from `start` to `committed`, to its ancestors and to itself.
+    """
     device = tree.tokens.device
     slots = torch.arange(max(committed) + tree.size, device=device)  # [S]
     first = torch.tensor(start, device=device)[:, None]
     base = torch.tensor(committed, device=device)[:, None]
     prefix = (slots >= first) & (slots < base)  # [B, S]
-    index = (slots - base).clamp(0, tree.size - 1)  # node written at each slot, [B, S]
-    inside = (slots >= base) & (slots < base + tree.size)
-    above = tree.ancestors().gather(2, index[:, None].expand(-1, tree.size, -1))  # [B, N, S]
-    column = torch.where(inside, base + tree.depths.gather(1, index), slots)
-    back = (base + tree.depths)[:, :, None] - column[:, None]
-    return prefix[:, None] | (above & inside[:, None]), back
+    node = (slots - base).clamp(0, tree.size - 1)  # the node in each slot, [B, S]
+    in_tree = (slots >= base) & (slots < base + tree.size)
+    ancestor = tree.ancestors().gather(2, node[:, None].expand(-1, tree.size, -1))  # [B, N, S]
+    column = torch.where(in_tree, base + tree.depths.gather(1, node), slots)
+    distance = (base + tree.depths)[:, :, None] - column[:, None]
+    return prefix[:, None] | (ancestor & in_tree[:, None]), distance
 
 
-def row_view(start: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(seen [B, S, S] bool, back [1, S, S]) of whole left-padded rows: causal, padding unseen."""
+def row_tables(start: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(visible [B, S, S] bool, distance [1, S, S]) of whole left-padded rows: causal, without padding columns."""
     column = torch.arange(columns, device=device)
     first = torch.tensor(start, device=device)[:, None, None]
-    back = column[:, None] - column[None, :]
-    return (back >= 0) & (column >= first), back[None]
+    distance = column[:, None] - column[None, :]
+    return (distance >= 0) & (column >= first), distance[None]
 
 
-def masks(seen: Tensor, back: Tensor, kinds: Windows, dtype: torch.dtype) -> Mask:
-    """Additive float masks [B, 1, N, S] of those tables, by kind of layer; one alone where that is how it is taken.
+def masks(visible: Tensor, distance: Tensor, windows: Windows, dtype: torch.dtype) -> Mask:
+    """Additive masks [B, 1, N, S], one per layer type, or a single tensor where the model expects one.
 
-    Additive, because a boolean mask is silently wrong under `eager` attention.
+    Additive, because `eager` attention adds a boolean mask without an error.
     """
     found = {
-        kind: additive(seen if window is None else seen & (back < window), dtype) for kind, window in kinds.items()
+        kind: additive(visible if window is None else visible & (distance < window), dtype)
+        for kind, window in windows.items()
     }
     return found.get(None, found)
 
 
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where seen, the type's least value elsewhere: [B, N, S] -> [B, 1, N, S]."""
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, the dtype's minimum elsewhere: [B, N, S] -> [B, 1, N, S]."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

@@ -1,8 +1,8 @@
-"""Pictures: where the images or videos of a prompt lie in processor output, and how a model takes their features.
+"""Pictures: how a family's images or videos lie in processor output, and how its model encodes them.
 
-Families differ in three things only: which tensors describe one picture, how several are handed to the model's
-`get_image_features` (or `get_video_features`), and in which container `forward` expects the results. A *piece* is what
-is encoded, and remembered, by itself: an image, a video, or a tile where processors cut images into tiles of one size.
+Families differ in which tensors describe one image, how the model's `get_image_features` (or `get_video_features`)
+takes several, and in which container `forward` expects the features. An *item* is what the cache stores separately: an
+image, a video, or a tile where the processor cuts images into tiles of one size.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-Piece = dict[str, Tensor]
+VisionItem = dict[str, Tensor]  # name in processor output -> this item's part of the tensor
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the encoder says of a piece. states: [tokens, H] as a rule. deep: more of them, for deeper layers."""
+    """Encoder output for one item. states: usually [tokens, H]. deep: deepstack features, one tensor per layer."""
 
     states: Tensor
     deep: tuple[Tensor, ...] = ()
@@ -31,56 +31,56 @@ class Features:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures whose tensors all count them in their first dimension.
+    """The layout in which the first dimension of each tensor is the number of items.
 
-    modality: "image" or "video". pixels: name of the tensor with the pixels. beside: further tensors that the encoder
-    takes. join: how `forward` wants the features of several: a "list", or one tensor of a "stack" or a "cat".
-    limit: how many pieces are worth remembering.
+    modality: "image" or "video". pixels: name of the pixel tensor. extra_tensors: names of the encoder's other tensors.
+    join: the form in which `forward` expects the features: a "list", or one tensor by "stack" or "cat".
+    limit: default number of items in the cache.
     """
 
     modality: str = "image"
     pixels: str = "pixel_values"
-    beside: tuple[str, ...] = ("image_sizes",)
+    extra_tensors: tuple[str, ...] = ("image_sizes",)
     join: str = "list"
     limit: int = 32
 
     @property
-    def spent(self) -> tuple[str, ...]:
-        """Names of tensors that leave the inputs once their pictures are encoded."""
-        return (self.pixels, *self.beside)
+    def consumed(self) -> tuple[str, ...]:
+        """Names of the tensors that the features replace."""
+        return (self.pixels, *self.extra_tensors)
 
-    def pieces(self, inputs: dict[str, Any]) -> list[Piece]:
-        """The pieces in reading order."""
-        tensors = {name: inputs[name] for name in self.spent if inputs.get(name) is not None}
+    def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
+        """The items in reading order."""
+        tensors = {name: inputs[name] for name in self.consumed if inputs.get(name) is not None}
         return [{name: t[i] for name, t in tensors.items()} for i in range(len(inputs[self.pixels]))]
 
-    def identity(self, piece: Piece) -> Piece:
-        """What makes a piece itself: all of it, but for the padding that other pictures of its batch brought."""
-        size, pixels = piece.get("image_sizes"), piece[self.pixels]
+    def unpadded(self, item: VisionItem) -> VisionItem:
+        """The item without the padding that depends on the other items of its batch."""
+        size, pixels = item.get("image_sizes"), item[self.pixels]
         if size is None:
-            return piece
+            return item
         if pixels.dim() == 3:  # padded to the largest image of the batch
             height, width = size.tolist()
-            return {**piece, self.pixels: pixels[:, :height, :width]}
-        if pixels.dim() == 4:  # padded to the largest number of tiles: the size says how many are its own
+            return {**item, self.pixels: pixels[:, :height, :width]}
+        if pixels.dim() == 4:  # padded with zero tiles to the largest number of tiles
             real = pixels.flatten(1).any(1).nonzero()
-            return {**piece, self.pixels: pixels[: int(real[-1]) + 1 if len(real) else 1]}
-        return piece
+            return {**item, self.pixels: pixels[: int(real[-1]) + 1 if len(real) else 1]}
+        return item
 
-    def settings(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What else of `inputs` the model's encoder takes, such as `vision_feature_layer`; as `generate()` hands it."""
-        tensors = {self.pixels, *self.beside, *self.spent}
+    def options(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The encoder's arguments in `inputs` that are no picture tensors, such as `vision_feature_layer`."""
+        tensors = {self.pixels, *self.extra_tensors, *self.consumed}
         names = inspect.signature(self._encoder(model)).parameters
         return {name: inputs[name] for name in names if name in inputs and name not in tensors}
 
     def encode(
-        self, model: PreTrainedModel, pieces: Sequence[Piece], settings: dict[str, Any] | None = None
+        self, model: PreTrainedModel, items: Sequence[VisionItem], options: dict[str, Any] | None = None
     ) -> list[Features]:
-        """The model's own features of pieces that came in one batch. settings: further arguments of its encoder."""
-        return self._divided(self._run(model, {**(settings or {}), **self._together(pieces)}), len(pieces))
+        """The model's own features of items of one batch. options: further arguments of its encoder."""
+        return self._unbatch(self._run(model, {**(options or {}), **self._batch(items)}), len(items))
 
-    def joined(self, features: Sequence[Features]) -> BaseModelOutputWithPooling:
-        """Features of all pieces as `forward` takes them."""
+    def join_features(self, features: Sequence[Features]) -> BaseModelOutputWithPooling:
+        """The features of all items in the container that `forward` expects."""
         states: Any = [f.states for f in features]
         if self.join != "list":
             states = torch.stack(states) if self.join == "stack" else torch.cat(states)
@@ -89,25 +89,21 @@ class Pictures:
         deep = [list(layer) for layer in zip(*(f.deep for f in features), strict=True)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=states, deepstack_features=deep)
 
-    def tokens(self, features: Features) -> int:
-        """Placeholders that a piece fills."""
-        return features.states.shape[:-1].numel()
-
-    def _together(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Arguments of the encoder for several pieces."""
-        return {name: torch.stack([p[name] for p in pieces]) for name in pieces[0]}
+    def _batch(self, items: Sequence[VisionItem]) -> dict[str, Any]:
+        """The encoder's tensor arguments for several items."""
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
     @torch.no_grad()
     def _run(self, model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
-        """The model's own encoder."""
+        """Output of the model's own encoder."""
         moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
         return self._encoder(model)(**moved, return_dict=True)
 
     def _encoder(self, model: PreTrainedModel) -> Callable[..., Any]:
         return getattr(model.base_model, f"get_{self.modality}_features")
 
-    def _divided(self, output: Any, count: int) -> list[Features]:
-        """An encoder's output by piece. Where it does not tell them apart, they are equally long."""
+    def _unbatch(self, output: Any, count: int) -> list[Features]:
+        """The encoder's output by item. Where the output has one tensor for all, items have equal lengths."""
         states = output.pooler_output
         if len(states) != count:
             states = (states if isinstance(states, Tensor) else torch.cat(list(states))).chunk(count)
@@ -117,79 +113,81 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Patches(Pictures):
-    """Pictures of any size as rows of patches, one behind the other, with a grid of [frames, rows, columns] for each.
+    """Images of any size as concatenated rows of patches, with a grid of [frames, rows, columns] per image.
 
-    The grids stay among the inputs: rotary positions follow from them.
+    The grids remain in the inputs, because rotary positions depend on them.
     """
 
-    beside: tuple[str, ...] = ("image_grid_thw",)
+    extra_tensors: tuple[str, ...] = ("image_grid_thw",)
 
     @property
-    def spent(self) -> tuple[str, ...]:
-        """See `Pictures`."""
+    def consumed(self) -> tuple[str, ...]:
+        """The pixels only."""
         return (self.pixels,)
 
-    def pieces(self, inputs: dict[str, Any]) -> list[Piece]:
+    def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
         """See `Pictures`."""
-        (name,) = self.beside
+        (name,) = self.extra_tensors
         grids = inputs[name]
         parts = inputs[self.pixels].split(grids.prod(-1).tolist())
         return [{self.pixels: part, name: grid} for part, grid in zip(parts, grids, strict=True)]
 
-    def _together(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        (name,) = self.beside
-        grids = torch.stack([p[name] for p in pieces])
-        return {self.pixels: torch.cat([p[self.pixels] for p in pieces]), name: grids}
+    def _batch(self, items: Sequence[VisionItem]) -> dict[str, Any]:
+        (name,) = self.extra_tensors
+        return {
+            self.pixels: torch.cat([item[self.pixels] for item in items]),
+            name: torch.stack([item[name] for item in items]),
+        }
 
 
 @dataclass(frozen=True)
 class NestedTiles(Pictures):
-    """Tiles by row of the batch, [B, tiles, 3, h, w], filled up with tiles of zeros where a row has fewer."""
+    """Tiles [B, tiles, 3, h, w] by row of the batch, padded with zero tiles. Each tile is an item."""
 
-    beside: tuple[str, ...] = ("pixel_attention_mask",)
+    extra_tensors: tuple[str, ...] = ("pixel_attention_mask",)
     limit: int = 512
 
-    def pieces(self, inputs: dict[str, Any]) -> list[Piece]:
+    def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
         """See `Pictures`."""
-        tensors = {name: inputs[name].flatten(0, 1) for name in self.spent if inputs.get(name) is not None}
+        tensors = {name: inputs[name].flatten(0, 1) for name in self.consumed if inputs.get(name) is not None}
         real = tensors[self.pixels].flatten(1).any(1).nonzero()[:, 0].tolist()
         return [{name: t[i] for name, t in tensors.items()} for i in real]
 
-    def _together(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return {name: t[None] for name, t in super()._together(pieces).items()}
+    def _batch(self, items: Sequence[VisionItem]) -> dict[str, Any]:
+        return {name: t[None] for name, t in super()._batch(items).items()}
 
 
 @dataclass(frozen=True)
 class AnyResolution(Pictures):
-    """LLaVA-OneVision's images: cut into tiles only where an image is its prompt's only one.
+    """LLaVA-OneVision's images: an image is cut into tiles only where its prompt has no other image.
 
-    A piece knows that of itself ("alone", a bool), from the number of images of every prompt that has any.
+    Each item has this as a bool tensor "alone", from the number of images of each prompt that has any.
     """
 
     groups: str = "batch_num_images"
 
     @property
-    def spent(self) -> tuple[str, ...]:
-        """See `Pictures`."""
-        return (*super().spent, self.groups)
+    def consumed(self) -> tuple[str, ...]:
+        """See `Pictures`; also the numbers of images."""
+        return (*super().consumed, self.groups)
 
-    def pieces(self, inputs: dict[str, Any]) -> list[Piece]:
+    def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
         """See `Pictures`."""
-        pieces = super().pieces({k: v for k, v in inputs.items() if k != self.groups})
-        sizes = inputs.get(self.groups)
-        alone = [True] * len(pieces) if sizes is None else [int(n) == 1 for n in sizes for _ in range(int(n))]
-        return [{**piece, "alone": torch.tensor(a)} for piece, a in zip(pieces, alone, strict=True)]
+        items = super().split({k: v for k, v in inputs.items() if k != self.groups})
+        counts = inputs.get(self.groups)
+        alone = [True] * len(items) if counts is None else [int(n) == 1 for n in counts for _ in range(int(n))]
+        return [{**item, "alone": torch.tensor(a)} for item, a in zip(items, alone, strict=True)]
 
     def encode(
-        self, model: PreTrainedModel, pieces: Sequence[Piece], settings: dict[str, Any] | None = None
+        self, model: PreTrainedModel, items: Sequence[VisionItem], options: dict[str, Any] | None = None
     ) -> list[Features]:
-        """See `Pictures`; those that are cut apart from those that are not."""
+        """See `Pictures`. Encodes images with tiles and images without in separate batches."""
         found: dict[int, Features] = {}
         for alone in (True, False):
-            some = [i for i, piece in enumerate(pieces) if bool(piece["alone"]) is alone]
+            some = [i for i, item in enumerate(items) if bool(item["alone"]) is alone]
             if some:
-                together = self._together([{k: v for k, v in pieces[i].items() if k != "alone"} for i in some])
-                arguments = {**(settings or {}), **together}
-                arguments[self.groups] = torch.tensor([1] * len(some) if alone else [max(2, len(some))])
-                found.update(zip(some, self._divided(self._run(model, arguments), len(some)), strict=True))
-        return [found[i] for i in range(len(pieces))]
+                batch = self._batch([{k: v for k, v in items[i].items() if k != "alone"} for i in some])
+                batch[self.groups] = torch.tensor([1] * len(some) if alone else [max(2, len(some))])
+                output = self._run(model, {**(options or {}), **batch})
+                found.update(zip(some, self._unbatch(output, len(some)), strict=True))
+        return [found[i] for i in range(len(items))]

@@ -1,6 +1,6 @@
-"""Qwen2-Audio: each sound fills as many placeholders as it is long, which its mask of mel frames tells.
+"""Qwen2-Audio: the number of placeholders of a sound follows from its mask of mel frames.
 
-Sounds are encoded at every prefill: the model's `forward` takes no features that were made before.
+Every prefill encodes its sounds: the model's `forward` has no argument for audio features.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from msd.targets.base import Target
-from msd.targets.state import AUDIO_TENSORS, Piece
+from msd.targets.state import AUDIO_TENSORS, MediaItem
 
 
 class Qwen2Audio(Target):
-    """See the module."""
+    """Counts the placeholders of each sound separately."""
 
-    def heard(self, model_kwargs: dict[str, Any]) -> list[Piece]:
+    def audio_items(self, model_kwargs: dict[str, Any]) -> list[MediaItem]:
         """Mel frames [bins, n] of each sound, without padding."""
         features, mask = (model_kwargs.get(name) for name in AUDIO_TENSORS)
         if features is None or mask is None:
@@ -22,6 +22,6 @@ class Qwen2Audio(Target):
         frames = mask.sum(-1)
         _, columns = self.model.base_model.audio_tower._get_feat_extract_output_lengths(frames)
         return [
-            Piece(sound[:, :n], count)
+            MediaItem(sound[:, :n], count)
             for sound, n, count in zip(features, frames.tolist(), columns.tolist(), strict=True)
         ]

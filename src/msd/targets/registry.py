@@ -1,4 +1,4 @@
-"""Which target something was measured on: its architecture and a hash of samples of its weights."""
+"""Supported architectures, the adapter of each, and fingerprints that identify a target by its weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.backends.revision import plain_tensors
 from msd.errors import UserError
 from msd.targets.base import Target
 from msd.targets.bidirectional import Gemma3, PaliGemma
@@ -22,42 +22,19 @@ from msd.targets.vision import VisionCache
 _SAMPLES = 64  # elements of each weight
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Such as "llava-3f9a0c12b7d4": names, shapes and evenly spaced elements of all weights, at bfloat16 precision.
-
-    The same for a checkpoint loaded in float32 and in bfloat16; another one after any training that moves the weights,
-    and when they are quantised.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name}|{tuple(weight.shape)}|".encode())
-        for part in _parts(weight.detach()):
-            flat = part.reshape(-1)
-            taken = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
-            digest.update(taken.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{model.config.model_type}-{digest.hexdigest()[:12]}"
-
-
-def _parts(weight: Tensor) -> list[Tensor]:
-    """The weight, or the plain tensors (numbers, scales) that a quantised one is made of."""
-    if not hasattr(weight, "__tensor_flatten__"):
-        return [weight]
-    names, _ = weight.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(weight, name))]
-
-
 @dataclass(frozen=True)
 class Family:
-    """One architecture. models: released models of it. takes: what may stand in a prompt beside text.
+    """One architecture.
 
-    needs: packages that its processor asks for beyond ours. note: a limit or a peculiarity, if there is one.
+    models: released models. modalities: what a prompt may contain besides text. packages: what its processor requires
+    beyond this package's dependencies. note: a limitation.
     """
 
     models: str
-    takes: tuple[str, ...]
+    modalities: tuple[str, ...]
     adapter: type[Target] = Target
     pictures: tuple[Pictures, ...] = ()
-    needs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -81,29 +58,29 @@ _FAMILIES: dict[str, Family] = {
     "llava_next": Family("LLaVA-NeXT (1.6)", _VISION, Target, (_IMAGES,)),
     "llava_onevision": Family("LLaVA-OneVision", _VIDEO, Target, _ONE_VISION, _TORCHVISION),
     "mistral3": Family("Mistral Small 3.1", _VISION, Target, (_IMAGES,), _TORCHVISION),
-    "paligemma": Family("PaliGemma 1 and 2", _VISION, PaliGemma, (_STACK,), (), "turns of a chat share nothing"),
-    "qwen2_audio": Family("Qwen2-Audio", ("audio",), Qwen2Audio, (), (), "sounds are encoded at every prefill"),
+    "paligemma": Family("PaliGemma 1 and 2", _VISION, PaliGemma, (_STACK,), (), "turns of a chat reuse nothing"),
+    "qwen2_audio": Family("Qwen2-Audio", ("audio",), Qwen2Audio, (), (), "every prefill encodes its sounds"),
     "qwen2_5_vl": Family("Qwen2.5-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "qwen2_vl": Family("Qwen2-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "qwen3_vl": Family("Qwen3-VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "smolvlm": Family("SmolVLM", _VIDEO, Target, (NestedTiles(),), _TORCHVISION, "frames enter as images"),
     "video_llava": Family("Video-LLaVA", _VIDEO, VideoLlava, (_STACK, _FRAMES), _TORCHVISION),
-    "voxtral": Family("Voxtral", ("audio",), Target, (), ("mistral-common",), "sounds are encoded at every prefill"),
+    "voxtral": Family("Voxtral", ("audio",), Target, (), ("mistral-common",), "every prefill encodes its sounds"),
 }
 
 
 def supported() -> list[str]:
-    """`model_type`s with an adapter."""
+    """Each `model_type` with an adapter, sorted."""
     return sorted(_FAMILIES)
 
 
 def families() -> dict[str, Family]:
-    """All of them, by `model_type`."""
+    """`model_type` -> family, sorted."""
     return dict(sorted(_FAMILIES.items()))
 
 
 def family(config: Any) -> Family:
-    """The family of a model's config; UserError names the adapter to write."""
+    """The family of a model's config. UserError for an unsupported architecture."""
     kind = config.model_type
     if kind not in _FAMILIES:
         raise UserError(
@@ -119,6 +96,22 @@ def adapt(
     vision_cache: VisionCache | None = None,
     backend: str = "measure",
 ) -> Target:
-    """The adapter of `model`; UserError names the missing one."""
+    """The adapter of `model`; the other arguments are those of `Target`. UserError for an unsupported architecture."""
     found = family(model.config)
     return found.adapter(model, taps, vision_cache, backend, found.pictures)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Model type and weight hash, such as "llava-3f9a0c12b7d4".
+
+    Hashes names, shapes and evenly spaced elements of all weights, rounded to bfloat16: a checkpoint loaded in float32
+    and in bfloat16 has one fingerprint; training and quantisation change it.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}|{tuple(weight.shape)}|".encode())
+        for tensor in plain_tensors(weight.detach()):
+            flat = tensor.reshape(-1)
+            samples = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
+            digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{model.config.model_type}-{digest.hexdigest()[:12]}"

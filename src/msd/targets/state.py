@@ -1,8 +1,14 @@
-"""State: one batch in flight, and what of it a later turn of the same conversation can use again."""
+"""The state of one batch during generation, and the part of it that a later turn of the same conversation reuses.
+
+A prompt reuses the cache of the previous turn up to the first column in which tokens, modalities, positions or media
+content differ.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,39 +20,47 @@ from msd.core.cache import KVCache
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 
+AUDIO_FEATURES = "input_features"
+AUDIO_TENSORS = (AUDIO_FEATURES, "feature_attention_mask")  # the first dimension of each is the number of sounds
+
 
 @dataclass(frozen=True)
-class Piece:
-    """What fills some placeholders. columns: how many; None where all pieces of a prompt fill equally many."""
+class MediaItem:
+    """The content of one image, video, tile or sound of a prompt.
+
+    columns: the number of placeholder tokens it fills; None where all items of a modality fill equally many.
+    """
 
     data: Tensor
     columns: int | None
 
 
-Contents = dict[str, list[Piece]]  # by modality: "image", "video" or "audio"
+Media = dict[str, list[MediaItem]]  # "image", "video" or "audio" -> items in reading order
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a state was computed by: a model, the indices of its taps, and what the model was then."""
+    """The model that computed a state, its tap indices, and the revision of its modules at that time."""
 
     model: PreTrainedModel
     taps: tuple[int, ...]
     revision: Revision
 
     def same(self, other: Source) -> bool:
-        """Whether the one goes on where the other ended, as if it had computed all of it."""
+        """Whether both would compute the same state."""
         return self.model is other.model and self.taps == other.taps and self.revision.same(other.revision)
 
 
 @dataclass
 class State:
-    """One batch in flight: its text, its cache, and what the drafter remembers of it.
+    """One batch during generation: its layout, its key/value cache and the drafter's memory of it.
 
-    auxiliary: [B, E, H] tokens that only the drafter sees, zero in rows without any.
-    prefilled: rows that the target computed for the prompt, columns of the batch; those of an earlier turn left out.
-    contents: what stands at the placeholders, kept for comparison where the state is to be continued.
-    trail: [1, C, T*H] tap states of the committed slots, where the state is to be continued and there are taps.
+    auxiliary: [B, E, H] auxiliary tokens of the drafter, zero in rows without any.
+    prefilled: columns that the prefill computed, without those reused from an earlier turn.
+
+    Set only where a later turn may reuse the state:
+    media: the content of the placeholders. tap_history: [1, C, T*H] tap states of the committed slots.
+    tree_taps: [1, N, T*H] tap states of the tree that was scored last.
     """
 
     layout: Layout
@@ -55,80 +69,68 @@ class State:
     auxiliary: Tensor | None = None
     source: Source | None = None
     prefilled: int = 0
-    contents: Contents = field(default_factory=dict)
-    trail: Tensor | None = None
-    scored: Tensor | None = None  # [1, N, T*H] tap states of the tree scored last, where there is a trail
+    media: Media = field(default_factory=dict)
+    tap_history: Tensor | None = None
+    tree_taps: Tensor | None = None
 
-    def follow(self, nodes: list[int]) -> None:
-        """Adds the states of the committed `nodes` of the tree scored last to the trail; before the cache commits."""
-        if self.trail is not None and self.scored is not None:
-            at = self.cache.committed[0]
-            self.trail[0, at : at + len(nodes)] = self.scored[0, nodes]
+    def append_taps(self, nodes: list[int]) -> None:
+        """Appends the tap states of the accepted `nodes` to the history. Call it before the cache commits."""
+        if self.tap_history is not None and self.tree_taps is not None:
+            end = self.cache.committed[0]
+            self.tap_history[0, end : end + len(nodes)] = self.tree_taps[0, nodes]
 
 
 @dataclass
 class Past:
-    """What a conversation has computed so far: the state after its last answer, or None before the first.
+    """The state after the last answer of a conversation, or None before the first.
 
-    Given to one generation after another, which begin where their prompt parts from it and leave their own state here.
+    Pass the same object to each generation of the conversation: it reuses the common prefix, then stores its own state.
     """
 
     state: State | None = None
 
     def renew(self, state: State) -> None:
-        """Takes the state of a finished generation, without what only a running one needs."""
-        state.memory = state.scored = None
+        """Stores the state of a finished generation, without the tensors that only decoding needs."""
+        state.memory = state.tree_taps = None
         self.state = state
 
 
-AUDIO_FEATURES = "input_features"
-AUDIO_TENSORS = (AUDIO_FEATURES, "feature_attention_mask")  # that count sounds in their first dimension
-
-
-def contents(model_kwargs: dict[str, Any], sounds: list[Piece]) -> Contents:
-    """What fills the placeholders of a prompt, by modality and in reading order, from the arguments of its prefill."""
+def media_items(model_kwargs: dict[str, Any], sounds: list[MediaItem]) -> Media:
+    """The media of a prompt, from the arguments of its prefill and its `sounds`."""
     outputs = model_kwargs.get("mm_encoder_outputs") or {}
-    found = {k: [Piece(x, x.shape[:-1].numel()) for x in v.pooler_output] for k, v in outputs.items()}
-    if sounds:
-        found["audio"] = sounds
-    return found
+    media = {k: [MediaItem(x, x.shape[:-1].numel()) for x in v.pooler_output] for k, v in outputs.items()}
+    return {**media, "audio": sounds} if sounds else media
 
 
-def shared(layout: Layout, held: Contents, past: State, tokens: dict[str, int]) -> tuple[int, dict[str, int]]:
-    """(columns of a single row that `past` holds already, pieces among them by modality).
+def reusable_prefix(
+    layout: Layout, media: Media, past: State, placeholder_ids: dict[str, int]
+) -> tuple[int, dict[str, int]]:
+    """(columns of a single prompt that `past` has in its cache, number of media items in them by modality).
 
-    At least the last column is left to compute. tokens: modality -> its placeholder token.
+    At least the last column is never reused. placeholder_ids: modality -> id of its placeholder token.
     """
-    end = min(past.cache.committed[0], layout.end[0] - 1)
-    old = past.layout
-    same = (old.tokens[0, :end] == layout.tokens[0, :end]) & (old.modality[0, :end] == layout.modality[0, :end])
-    same &= (old.positions[:, 0, :end] == layout.positions[:, 0, :end]).all(0)
-    cut = _run_start(layout, int(same.long().cumprod(0).sum()))
-    pieces: dict[str, int] = {}
-    for kind, token in tokens.items():
-        columns = (layout.tokens[0, : layout.end[0]] == token).nonzero()[:, 0].tolist()
-        lengths = _lengths(held.get(kind, []), len(columns))
-        first = 0
-        for new, before, length in zip(held.get(kind, []), past.contents.get(kind, []), lengths, strict=False):
-            if first >= len(columns) or columns[first] >= cut:
+    end, old = min(past.cache.committed[0], layout.end[0] - 1), past.layout
+    equal = (old.tokens[0, :end] == layout.tokens[0, :end]) & (old.modality[0, :end] == layout.modality[0, :end])
+    equal &= (old.positions[:, 0, :end] == layout.positions[:, 0, :end]).all(0)
+    length = _run_start(layout, int(equal.long().cumprod(0).sum()))
+    placed = {kind: _placed(layout, media.get(kind, []), token) for kind, token in placeholder_ids.items()}
+    for kind, (columns, ends) in placed.items():
+        for new, before, first in zip(media.get(kind, []), past.media.get(kind, []), [0, *ends], strict=False):
+            if first >= len(columns) or columns[first] >= length:
                 break
-            if not _same(new, before):
-                cut = _run_start(layout, columns[first])
-            first += length
-    for kind, token in tokens.items():
-        filled = int((layout.tokens[0, :cut] == token).sum())
-        total = int((layout.tokens[0, : layout.end[0]] == token).sum())
-        ends = torch.tensor(_lengths(held.get(kind, []), total)).cumsum(0)
-        pieces[kind] = int((ends <= filled).sum())
-    return cut, pieces
+            if not _equal(new, before):
+                length = _run_start(layout, columns[first])
+    return length, {
+        kind: sum(end <= bisect_left(columns, length) for end in ends) for kind, (columns, ends) in placed.items()
+    }
 
 
-def remaining(model_kwargs: dict[str, Any], pieces: dict[str, int]) -> dict[str, Any]:
-    """The arguments of a prefill without the first `pieces` of every modality, which stand in the shared columns."""
+def without_reused(model_kwargs: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+    """The arguments of a prefill without the first `counts[kind]` media items of each modality."""
     left = dict(model_kwargs)
     outputs = {}
     for kind, output in (left.pop("mm_encoder_outputs", None) or {}).items():
-        n = pieces.get(kind, 0)
+        n = counts.get(kind, 0)
         if n < len(output.pooler_output):
             parts: dict[str, Any] = {"pooler_output": output.pooler_output[n:]}
             if getattr(output, "deepstack_features", None):
@@ -136,28 +138,29 @@ def remaining(model_kwargs: dict[str, Any], pieces: dict[str, int]) -> dict[str,
             outputs[kind] = type(output)(**parts)
     if outputs:
         left["mm_encoder_outputs"] = outputs
-    heard = pieces.get("audio", 0)
+    reused = counts.get("audio", 0)
     for name in AUDIO_TENSORS:
         sounds = left.pop(name, None)
-        if sounds is not None and len(sounds) > heard:
-            left[name] = sounds[heard:]
+        if sounds is not None and len(sounds) > reused:
+            left[name] = sounds[reused:]
     return left
 
 
-def _run_start(layout: Layout, cut: int) -> int:
-    """`cut`, or the first column of the run of placeholders that it would cut through."""
-    while 0 < cut < layout.end[0] and layout.modality[0, cut] != LANGUAGE.id != layout.modality[0, cut - 1]:
-        cut -= 1
-    return cut
+def _run_start(layout: Layout, column: int) -> int:
+    """`column`, or the first column of the run of placeholders that contains both it and the column before."""
+    while 0 < column < layout.end[0] and layout.modality[0, column] != LANGUAGE.id != layout.modality[0, column - 1]:
+        column -= 1
+    return column
 
 
-def _lengths(pieces: list[Piece], placeholders: int) -> list[int]:
-    """Placeholders that each piece fills."""
-    counts = [piece.columns for piece in pieces if piece.columns is not None]
-    if len(counts) == len(pieces) and sum(counts) == placeholders:
-        return counts
-    return [placeholders // len(pieces)] * len(pieces) if pieces else []
+def _placed(layout: Layout, items: list[MediaItem], token: int) -> tuple[list[int], list[int]]:
+    """(columns of the placeholder `token`, the number of them that is filled once each item is)."""
+    columns = (layout.tokens[0, : layout.end[0]] == token).nonzero()[:, 0].tolist()
+    counts = [item.columns for item in items if item.columns is not None]
+    if len(counts) < len(items) or sum(counts) != len(columns):
+        counts = [len(columns) // len(items)] * len(items) if items else []
+    return columns, list(accumulate(counts))
 
 
-def _same(one: Piece, other: Piece) -> bool:
+def _equal(one: MediaItem, other: MediaItem) -> bool:
     return one.data is other.data or (one.data.shape == other.data.shape and torch.equal(one.data, other.data))

@@ -1,7 +1,7 @@
-"""Taps: hidden states of chosen layers, recorded in passing for drafters.
+"""Taps: hidden states of chosen layers, recorded during a pass for the drafter.
 
 Index i means `hidden_states[i]` of `transformers`: 0 is the embedding, i the input of layer i, and the number of layers
-the final, normalised state. The model is as it was outside `recording()`, and inside for all other contexts.
+the final, normalised state. Hooks exist only inside `recording()` and record only passes of the same context.
 """
 
 from __future__ import annotations
@@ -16,89 +16,85 @@ from torch import Tensor, nn
 
 from msd.errors import UserError
 
-Places = dict[int, tuple[nn.Module | None, nn.Module]]  # index -> (layer whose input it is, or None; the final norm)
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 
 class Recording:
-    """What one pass leaves."""
+    """Hidden states `indices` of the latest pass."""
 
     def __init__(self, indices: tuple[int, ...]) -> None:
         self.indices = indices
-        self._seen: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}
 
-    def keep(self, index: int, hidden: Tensor) -> None:
-        """Takes hidden state `index`, if it is wanted."""
+    def record(self, index: int, states: Tensor) -> None:
+        """Stores hidden states `index` [B, N, H] if it is one of the indices."""
         if index in self.indices:
-            self._seen[index] = hidden
+            self._states[index] = states
 
     def take(self) -> Tensor | None:
-        """The last pass's states, concatenated in tap order: [B, N, T*H]; None without taps."""
+        """Removes and returns the states, concatenated in tap order: [B, N, T*H]; None without taps."""
         if not self.indices:
             return None
-        seen, self._seen = self._seen, {}
-        return torch.cat([seen[i] for i in self.indices], dim=-1)
+        states, self._states = self._states, {}
+        return torch.cat([states[i] for i in self.indices], dim=-1)
 
 
-_recorded: ContextVar[Recording | None] = ContextVar("msd_recorded", default=None)
+_current: ContextVar[Recording | None] = ContextVar("msd_recording", default=None)
 
 
 class Taps:
-    """Records the hidden states `indices` of what `decoder()` gives: a module with `.layers` and `.norm`.
+    """Records hidden states `indices` of `decoder()`, a module with `.layers` and `.norm`.
 
-    UserError for an index that it has not.
+    UserError for an index that the decoder does not have.
     """
 
     def __init__(self, decoder: Callable[[], nn.Module], indices: tuple[int, ...] = ()) -> None:
         self.indices, self._decoder = tuple(indices), decoder
-        self._places()
+        self._modules()
 
     @contextmanager
     def recording(self, running: Running | None = None) -> Iterator[Recording]:
-        """Records the pass made inside. running: the backend's that computes it; by default the model's own code."""
-        recorded, places = Recording(self.indices), self._places()
-        begun = nullcontext(False) if running is None else running(recorded.keep if self.indices else None)
-        with begun as kept, ExitStack() as hooks:
-            if not kept:
-                _hook(recorded, places, hooks)
-            yield recorded
+        """Records the passes inside.
 
-    def _places(self) -> Places:
-        """Where the states are now; UserError for an index that the model has not, or not any more."""
+        running: `running` of the backend that computes them; without it, or where it yields False, hooks on the model
+        record the states.
+        """
+        recording, (layers, norm) = Recording(self.indices), self._modules()
+        backend = nullcontext(False) if running is None else running(recording.record if self.indices else None)
+        with backend as recorded, ExitStack() as hooks:
+            if not recorded:
+                _hook(recording, layers, norm, hooks)
+            yield recording
+
+    def _modules(self) -> tuple[list[nn.Module], nn.Module | None]:
+        """(layers, final norm) of the decoder as it is now. UserError for an index outside its layers."""
         if not self.indices:
-            return {}
-        decoder = self._decoder()
-        layers, norm = decoder.layers, decoder.norm
-        assert isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module)
-        layers = layers[: getattr(decoder.config, "num_hidden_layers", None)]  # as the model's own code does
+            return [], None
+        decoder: Any = self._decoder()
+        layers = list(decoder.layers[: getattr(decoder.config, "num_hidden_layers", None)])  # those that `forward` runs
         for index in self.indices:
             if not 0 <= index <= len(layers):
                 raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
-        return {index: (layers[index] if index < len(layers) else None, norm) for index in self.indices}
+        return layers, decoder.norm
 
 
-def _hook(recorded: Recording, places: Places, hooks: ExitStack) -> None:
-    """Has the model's own code keep its states, as long as `hooks` lasts."""
-    token = _recorded.set(recorded)
-    hooks.callback(_recorded.reset, token)
+def _hook(recording: Recording, layers: list[nn.Module], norm: nn.Module | None, hooks: ExitStack) -> None:
+    """Adds hooks that record the states of this context's passes, and removes them when `hooks` closes."""
+    token = _current.set(recording)
+    hooks.callback(_current.reset, token)
 
-    def before(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            if _recorded.get() is recorded:  # another thread's pass may come by
-                recorded.keep(index, args[0] if args else (kwargs or {})["hidden_states"])
+    def record(index: int, states: Tensor) -> None:
+        if _current.get() is recording:  # another thread may run the same modules
+            recording.record(index, states)
 
-        return hook
+    for index in recording.indices:
+        if index < len(layers):
 
-    def after(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if _recorded.get() is recorded:
-                recorded.keep(index, output)
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                record(index, args[0] if args else kwargs["hidden_states"])
 
-        return hook
-
-    for index, (layer, norm) in places.items():
-        if layer is None:
-            handle = norm.register_forward_hook(after(index))
+            handle = layers[index].register_forward_pre_hook(before, with_kwargs=True)
         else:
-            handle = layer.register_forward_pre_hook(before(index), with_kwargs=True)
+            assert norm is not None
+            handle = norm.register_forward_hook(lambda _module, _args, output, index=index: record(index, output))
         hooks.callback(handle.remove)

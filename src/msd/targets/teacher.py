@@ -1,8 +1,8 @@
-"""The target as a teacher: one pass over prompts with their answers, as training and labelling need it.
+"""Teacher passes: one target pass over prompts with their answers, for training and labelling.
 
-Gives what the decode loop would have seen position by position: hidden states at the tap layers and the logits that
-predict each answer token. With columns *hidden* it is the same but for one thing: no other column sees their keys
-(positions unchanged). Hiding all image columns gives the target's law without the picture.
+The pass gives, for each position, what decoding would give: hidden states of the tap layers and the logits that predict
+each answer token. Prompt columns can be masked: no other column attends to them, and positions do not change. With all
+image columns masked the logits are those of the target without the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from msd.targets import masks
 from msd.targets.base import Target
 
 _TYPES = "token_type_ids"
-# of processor output, by those of whole rows, or by none
+# tensors of processor output that cover the prompt only; `teach` replaces or drops them
 _REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "labels")
 
 
@@ -28,7 +28,7 @@ _REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "lab
 class TeacherBatch:
     """B prompts of L columns (left-padded) with answers of up to A tokens (right-padded).
 
-    layout: prompt and answer of every row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
+    layout: prompt and answer of each row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
     taps: [B, L+A, T*H], or None without taps. logits: [B, A, V] float32; entry t predicts answer token t.
     auxiliary: [B, E, H] tokens that only a drafter sees, zero in rows without any.
     """
@@ -42,14 +42,14 @@ class TeacherBatch:
 
     @property
     def answers(self) -> Tensor:
-        """[B, A] int64 answer tokens; what is beyond a row's length has no meaning."""
+        """[B, A] int64 answer tokens; columns beyond a row's length are padding."""
         return self.layout.tokens[:, self.prompt :]
 
-    def spoken(self) -> Tensor:
-        """[B, A] bool: which answer columns are real."""
-        device = self.layout.tokens.device
-        width = self.layout.tokens.shape[1] - self.prompt
-        return torch.arange(width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+    def answer_mask(self) -> Tensor:
+        """[B, A] bool: True at answer tokens, False at padding."""
+        tokens = self.answers
+        lengths = torch.tensor(self.lengths, device=tokens.device)
+        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
 @torch.no_grad()
@@ -57,41 +57,43 @@ def teach(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],
-    hidden: Tensor | None = None,
+    masked: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> TeacherBatch:
     """Runs the target over prompts (processor output, images encoded or not) followed by `answers` (token ids).
 
-    hidden: [B, L] bool, prompt columns that no other column sees. dtype: of the language model's matrix products where
-    it is not the weights' own (autocast).
+    masked: [B, L] bool, prompt columns that no other column attends to. dtype: autocast the pass to it.
 
-    UserError when an answer is empty, or holds a token that stands for image features, which a whole row at once
-    cannot tell from an image.
+    UserError for an empty answer, and for one with an image placeholder, which the model would replace by features.
     """
     if any(len(a) == 0 for a in answers):
-        raise UserError("an answer without tokens teaches nothing; leave its prompt out")
-    spelled = target.placeholders.keys() & {t for a in answers for t in a}
-    if spelled:
-        raise UserError(f"an answer holds token {min(spelled)}, which stands for image features; leave its prompt out")
+        raise UserError("an answer without tokens cannot be taught; remove its prompt")
+    reserved = target.placeholders.keys() & {t for a in answers for t in a}
+    if reserved:
+        raise UserError(
+            f"an answer contains token {min(reserved)}, the placeholder of image features; remove its prompt"
+        )
     device = target.model.device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.encode_images(dict(inputs)).items()}
     ids = inputs.pop("input_ids")
     L = ids.shape[1]
     A = max(map(len, answers))
     layout, _ = target.lay_out(ids, inputs, L + A)
-    typed = inputs.get(_TYPES) is not None  # without token types no model sees both ways
+    typed = inputs.get(_TYPES) is not None  # without token types every model is causal
     inputs = {k: v for k, v in inputs.items() if k not in _REPLACED}
     for row, answer in enumerate(answers):
         layout.append(row, list(answer))
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
         layout.positions[:, row, layout.end[row] :] = layout.positions[:, row, layout.end[row] - 1, None] + rest
     cast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    recording = target.recording() if dtype is None else target.taps.recording()  # a backend has its own dtype
+    recording = target.recording() if dtype is None else target.taps.recording()  # no backend runs under autocast
     with recording as taps, cast:
         output = target.model(
-            input_ids=torch.cat([ids, layout.tokens[:, L:]], 1),  # a layout pads with the first token, maybe an image
-            attention_mask=_mask(target, layout, L, typed, hidden),
-            position_ids=target.positions(layout.positions),
+            input_ids=torch.cat(
+                [ids, layout.tokens[:, L:]], 1
+            ),  # not the layout's padding, which may be an image token
+            attention_mask=_mask(target, layout, L, typed, masked),
+            position_ids=target.position_ids(layout.positions),
             use_cache=False,
             logits_to_keep=A + 1,
             return_dict=True,
@@ -100,14 +102,14 @@ def teach(
     return TeacherBatch(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
 
 
-def _mask(target: Target, layout: Layout, prompt: int, typed: bool, hidden: Tensor | None) -> masks.Mask:
-    """Additive masks [B, 1, S, S] of whole rows; padding columns see themselves: no row of them is empty."""
+def _mask(target: Target, layout: Layout, prompt: int, typed: bool, masked: Tensor | None) -> masks.Mask:
+    """Additive masks [B, 1, S, S] of whole rows. Padding columns attend to themselves, so that no softmax is empty."""
     S, device = layout.capacity, layout.tokens.device
-    seen, back = masks.row_view(layout.start, S, device)
-    both = target.both_ways(layout, prompt) if typed else None
-    if both is not None:
-        seen = seen | both
-    if hidden is not None:
-        seen = seen & ~torch.nn.functional.pad(hidden.to(device), (0, S - prompt))[:, None, :]
-    seen = seen | torch.eye(S, dtype=torch.bool, device=device)
-    return masks.masks(seen, back, target.windows, target.model.dtype)
+    visible, distance = masks.row_tables(layout.start, S, device)
+    bidirectional = target.bidirectional_mask(layout, prompt) if typed else None
+    if bidirectional is not None:
+        visible = visible | bidirectional
+    if masked is not None:
+        visible = visible & ~torch.nn.functional.pad(masked.to(device), (0, S - prompt))[:, None, :]
+    visible = visible | torch.eye(S, dtype=torch.bool, device=device)
+    return masks.masks(visible, distance, target.windows, target.model.dtype)

@@ -1,4 +1,4 @@
-"""Video-LLaVA: its image processor names the pixels as the model does not, `pixel_values_images`."""
+"""Video-LLaVA: its processor calls image pixels `pixel_values_images`, its model `pixel_values`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 from msd.targets.base import Target
 
-THEIRS, OURS = "pixel_values_images", "pixel_values"
+PROCESSOR_NAME, MODEL_NAME = "pixel_values_images", "pixel_values"
 
 
 class VideoLlava(Target):
-    """See the module."""
+    """Accepts image pixels under either name."""
 
     @property
-    def raw(self) -> tuple[str, ...]:
-        """See `Target`; under either name."""
-        return (*super().raw, THEIRS)
+    def media_tensors(self) -> tuple[str, ...]:
+        """Those of `Target`, and the processor's name of image pixels."""
+        return (*super().media_tensors, PROCESSOR_NAME)
 
     def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """See `Target`."""
-        return super().encode_images({OURS if name == THEIRS else name: value for name, value in inputs.items()})
+        """As in `Target`, after renaming the processor's tensor."""
+        return super().encode_images({MODEL_NAME if k == PROCESSOR_NAME else k: v for k, v in inputs.items()})

@@ -1,9 +1,9 @@
-"""VisionCache: a picture is encoded once, whatever request or turn it comes in.
+"""VisionCache: encodes each image or video once, in whatever request or turn it appears.
 
-The key is the content: bytes, shape and dtype of every tensor that describes the picture (pixels, tile sizes), and the
-settings that a request gives the encoder; never a name, and never bytes without their shape (CVE-2025-46722). Least
-recently used features leave first. All leave when the modules that make them have changed, or another model's come in;
-where these have hooks nothing is remembered, since hooks are to see every picture.
+The key is a hash of the content: bytes, shape and dtype of each tensor that describes the item (pixels, tile sizes),
+and the request's encoder options; never a name, and never bytes without their shape (CVE-2025-46722). The least
+recently used features are dropped first. All are dropped when the encoder's modules change or another model is used.
+An encoder with hooks is not cached, because its hooks must run for each image.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, uint8
+from torch import uint8
 from transformers import PreTrainedModel
 
 from msd.backends.revision import Revision, inside
-from msd.targets.pictures import Features, Pictures
+from msd.targets.pictures import Features, Pictures, VisionItem
 
 
 class VisionCache:
-    """Features of up to `limit` pieces (see `msd.targets.pictures`); `hits` and `misses` count pieces.
-
-    For several threads.
-    """
+    """Features of up to `limit` items (see `msd.targets.pictures`). `hits` and `misses` count items. Thread-safe."""
 
     def __init__(self, limit: int = 32) -> None:
         self.limit, self.hits, self.misses = limit, 0, 0
         self._features: OrderedDict[str, Features] = OrderedDict()
-        self._made_by: Revision | None = None
+        self._revision: Revision | None = None  # of the encoder that computed them
         self._lock = threading.RLock()
 
     def clear(self) -> None:
-        """Forgets all features and counts."""
+        """Drops all features and resets the counts."""
         with self._lock:
             self._features.clear()
             self.hits = self.misses = 0
@@ -42,65 +39,60 @@ class VisionCache:
     def encode(
         self, model: PreTrainedModel, inputs: dict[str, Any], kinds: Sequence[Pictures] = (Pictures(),)
     ) -> dict[str, Any]:
-        """Processor output with `mm_encoder_outputs` in the place of its pixel tensors; unchanged without pictures.
+        """Processor output with `mm_encoder_outputs` instead of its pixel tensors; unchanged without pixels.
 
-        kinds: how the model's family lays out its images, and its videos.
+        kinds: the tensor layouts of the family's images and videos.
         """
         rest, outputs = inputs, {}
         for kind in kinds:
             if inputs.get(kind.pixels) is None:
                 continue
-            pieces = kind.pieces(inputs)
-            rest = {k: v for k, v in rest.items() if k not in kind.spent}
-            if pieces:
-                features = self._features_of(model, kind, pieces, kind.settings(model, inputs))
-                outputs[kind.modality] = kind.joined(features)
+            items = kind.split(inputs)
+            rest = {k: v for k, v in rest.items() if k not in kind.consumed}
+            if items:
+                features = self._encode(model, kind, items, kind.options(model, inputs))
+                outputs[kind.modality] = kind.join_features(features)
         return {**rest, "mm_encoder_outputs": outputs} if outputs else rest
 
-    def _features_of(
-        self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]], settings: dict[str, Any]
+    def _encode(
+        self, model: PreTrainedModel, kind: Pictures, items: list[VisionItem], options: dict[str, Any]
     ) -> list[Features]:
-        maker = _maker(model)
-        if maker.hooked():
-            return kind.encode(model, pieces, settings)
+        """Features of the items, from the cache where the encoder is unchanged."""
+        revision = _encoder_revision(model)
+        if revision.hooked():
+            return kind.encode(model, items, options)
+        keys = [_key(f"{kind.modality}{options or ''}", kind.unpadded(item)) for item in items]
         with self._lock:
-            if self._made_by is None or not maker.same(self._made_by):
+            if self._revision is None or not revision.same(self._revision):
                 self._features.clear()
-                self._made_by = maker
-                maker.read()
-            return self._remembered(model, kind, pieces, settings)
-
-    def _remembered(
-        self, model: PreTrainedModel, kind: Pictures, pieces: list[dict[str, Tensor]], settings: dict[str, Any]
-    ) -> list[Features]:
-        way = f"{kind.modality}{settings or ''}"
-        keys = [_key(way, kind.identity(piece)) for piece in pieces]
-        fresh = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
-        self.misses += len(fresh)
-        self.hits += len(pieces) - len(fresh)
-        found = {key: self._features[key] for key in keys if key in self._features}
-        if fresh:
-            order = sorted(fresh.values())
-            encoded = kind.encode(model, [pieces[i] for i in order], settings)
-            found.update({keys[i]: f for i, f in zip(order, encoded, strict=True)})
-        for key in keys:
-            self._features[key] = found[key]
-            self._features.move_to_end(key)
-        while len(self._features) > self.limit:
-            self._features.popitem(last=False)
+                self._revision = revision
+                revision.read()
+            missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
+            self.misses += len(missing)
+            self.hits += len(items) - len(missing)
+            found = {key: self._features[key] for key in keys if key in self._features}
+            if missing:
+                order = sorted(missing.values())
+                encoded = kind.encode(model, [items[i] for i in order], options)
+                found.update({keys[i]: f for i, f in zip(order, encoded, strict=True)})
+            for key in keys:
+                self._features[key] = found[key]
+                self._features.move_to_end(key)
+            while len(self._features) > self.limit:
+                self._features.popitem(last=False)
         return [found[key] for key in keys]
 
 
-def _maker(model: PreTrainedModel) -> Revision:
-    """All of a model that features may come from: what does not belong to its language model."""
+def _encoder_revision(model: PreTrainedModel) -> Revision:
+    """The revision of all modules outside the language model: those that vision features may depend on."""
     text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
-    modules, around = inside(model, text)
-    return Revision(modules, unhooked=around)
+    modules, parents = inside(model, text)
+    return Revision(modules, unhooked=parents)
 
 
-def _key(way: str, tensors: dict[str, Tensor]) -> str:
-    """Content hash of named tensors: name, dtype, shape and bytes of each. way: how they are encoded."""
-    digest = hashlib.sha256(way.encode())
+def _key(encoding: str, tensors: VisionItem) -> str:
+    """Hash of `encoding` (modality and encoder options) and of name, dtype, shape and bytes of each tensor."""
+    digest = hashlib.sha256(encoding.encode())
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().contiguous().cpu()
         digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())

@@ -82,7 +82,7 @@ class TargetWriter:
         results = self.engine.generate(**inputs, **settings, on_step=said)
         results = [results] if isinstance(results, Result) else results
         answers = [r.tokens for r in results]
-        if not self._sees and any(raw.get(name) is not None for name in target.raw):
+        if not self._sees and any(raw.get(name) is not None for name in target.media_tensors):
             assert_images_matter(target, raw, answers)
             self._sees = True
         seeing = [torch.stack(logits) for logits in said.rows]

@@ -153,7 +153,7 @@ class TeacherCache:
         """Whether the head's logits follow from the last tap; looked at once."""
         if self.plain is None:
             assert taught.taps is not None
-            gap = (self._logits(taught, taught.taps.float()) - taught.logits[..., self.ids])[taught.spoken()]
+            gap = (self._logits(taught, taught.taps.float()) - taught.logits[..., self.ids])[taught.answer_mask()]
             self.plain = bool(gap.abs().max() < 0.02 * taught.logits.abs().max())
         return self.plain
 

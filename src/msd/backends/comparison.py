@@ -1,4 +1,7 @@
-"""Dispatch of module calls by context: to other code in one thread, to the module's own in all others."""
+"""Replaces module calls by other functions in one context, and compares outputs and speed of both.
+
+All other threads and contexts keep the modules' own code.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Calls = Mapping[nn.Module, Callable[..., Any]]
+Calls = Mapping[nn.Module, Callable[..., Any]]  # module -> the function that replaces its `forward`
+SECONDS = 0.25  # approximate duration of `faster`
 
 _calls: ContextVar[Calls | None] = ContextVar("msd_calls", default=None)
 _lock = threading.Lock()
 
 
 class Dispatcher:
-    """Takes the place of a module's `forward` while a context redirects it."""
+    """Replaces a module's `forward` while some context redirects it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.own, self.users = module, module.forward, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls what this context has set for the module, or its own forward."""
+        """Calls this context's function for the module, or the module's own forward."""
         return (_calls.get() or {}).get(self.module, self.own)(*args, **kwargs)
 
 
 @contextmanager
 def redirected(calls: Calls) -> Iterator[None]:
-    """Inside, in this context, calls of these modules go to the functions given, and of all others to their own code.
+    """Inside, in this context, the functions `calls` replace their modules; all other modules run their own code.
 
-    Not for modules whose `forward` somebody else has replaced.
+    A module whose `forward` has been replaced by other code must not be among them.
     """
     with _lock:
         dispatchers = [_dispatcher(module) for module in calls]
@@ -50,44 +54,41 @@ def redirected(calls: Calls) -> Iterator[None]:
                     del vars(dispatcher.module)["forward"]
 
 
-def _dispatcher(module: nn.Module) -> Dispatcher:
-    """The module's dispatcher, with one more user."""
-    found = vars(module).get("forward")
-    dispatcher = found if isinstance(found, Dispatcher) else Dispatcher(module)
-    vars(module)["forward"] = dispatcher
-    dispatcher.users += 1
-    return dispatcher
-
-
-SECONDS = 0.25  # of measuring, about
-
-
 def difference(model: PreTrainedModel, calls: Calls) -> float:
-    """The largest between the logits of both, as a share of the largest logit."""
+    """The largest difference between the logits with and without `calls`, relative to the largest logit."""
     own, other = _logits(model, {}, 5), _logits(model, calls, 5)
     return float((own - other).abs().max() / own.abs().max().clamp_min(1e-30))
 
 
 def faster(model: PreTrainedModel, calls: Calls) -> bool:
-    """Whether passes over one row and over a tree of nine are faster so, both ways measured in turn."""
-    ways: tuple[Calls, Calls] = ({}, calls)
+    """Whether `calls` make passes over one row and over nine rows faster. Alternates both and compares the minima."""
+    variants: tuple[Calls, Calls] = ({}, calls)
     seconds: list[list[float]] = [[], []]
-    begun = time.perf_counter()
-    while len(seconds[0]) < 3 or time.perf_counter() - begun < SECONDS:
-        for way, taken in zip(ways, seconds, strict=True):
+    begin = time.perf_counter()
+    while len(seconds[0]) < 3 or time.perf_counter() - begin < SECONDS:
+        for variant, times in zip(variants, seconds, strict=True):
             start = time.perf_counter()
-            _logits(model, way, 1)
-            _logits(model, way, 9)
-            taken.append(time.perf_counter() - start)
+            _logits(model, variant, 1)
+            _logits(model, variant, 9)
+            times.append(time.perf_counter() - start)
     return min(seconds[1]) < min(seconds[0])
+
+
+def _dispatcher(module: nn.Module) -> Dispatcher:
+    """The module's dispatcher, with one more user."""
+    forward = vars(module).get("forward")
+    dispatcher = forward if isinstance(forward, Dispatcher) else Dispatcher(module)
+    vars(module)["forward"] = dispatcher
+    dispatcher.users += 1
+    return dispatcher
 
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, calls: Calls, rows: int) -> Tensor:
-    """Logits of a pass over a few arbitrary tokens: [1, rows, V]."""
+    """Logits [1, rows, V] of a pass over a few arbitrary tokens."""
     tokens = torch.arange(rows)[None] * 7 % model.config.get_text_config(decoder=True).vocab_size
     with redirected(calls), torch.autocast("cpu", enabled=False):
         embeddings = model.get_input_embeddings()(tokens.to(model.device))
         states = model.get_decoder()(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        out: Tensor = model.get_output_embeddings()(states)
-    return out
+        logits: Tensor = model.get_output_embeddings()(states)
+    return logits
