@@ -10,7 +10,7 @@ import tiny
 from msd.drafters import registry
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
-from msd.targets.teacher import TeacherBatch, teach
+from msd.targets.teacher import TeacherBatch, run_teacher
 from msd.train.teacher_batches import TeacherCache
 
 LENGTH = 16
@@ -43,6 +43,6 @@ def teacher_batch(model: Any, made: DraftNetwork, rows: int = 4) -> TeacherBatch
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
     )
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
-    notes = TeacherCache(model.get_output_embeddings(), made.ids, made.config.taps, 1.0, torch.float32)
+    cache = TeacherCache(model.get_output_embeddings(), made.ids, made.config.taps, 1.0, torch.float32)
     target = adapt(model, made.config.taps)
-    return notes.recall(0, lambda: (teach(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]
+    return cache.get(0, lambda: (run_teacher(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]

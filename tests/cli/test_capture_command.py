@@ -80,7 +80,7 @@ def test_an_interrupted_capture_ends_as_an_uninterrupted_one(
 def test_a_part_decides_no_cuts_and_cuts_stay(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     frozen = Path(f"{out}.cuts.json")
-    assert "no modality cuts" in run(capsys, folder, out, "--limit", "2")[1]
+    assert "no label thresholds" in run(capsys, folder, out, "--limit", "2")[1]
     assert len(records(out)) == 2 and not frozen.exists()
     run(capsys, folder, out)
     chosen = ModalityThresholds.load(frozen).model_copy(update={"vision_min": 99.0})

@@ -38,7 +38,7 @@ def test_a_run_goes_on_from_a_drafter(capsys: pytest.CaptureFixture[str], place:
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
         "--out", tmp_path / "no", "--start", first, "--form", "ar",
     )  # fmt: skip
-    assert code == 2 and "brings its method, form" in err
+    assert code == 2 and "fixes the method, form" in err
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
@@ -148,7 +148,7 @@ def test_tensorboard_gets_the_log(capsys: pytest.CaptureFixture[str], place: Pat
         (["--form", "tree"], "form 'tree' is unknown; choose one of ar, block"),
         (["--off", "router,hands"], "--off 'hands' is no part of the drafter"),
         (["--weighting", "wild"], "loss weighting 'wild' is unknown"),
-        (["--cuts", "none.json"], "no modality cuts at 'none.json'"),
+        (["--cuts", "none.json"], "no label thresholds at 'none.json'"),
         (["--captured", "none.jsonl"], "cannot read data 'none.jsonl'"),
     ],
 )

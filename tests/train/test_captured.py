@@ -16,7 +16,7 @@ from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
-from msd.train.capture import Captured, Prompt, capture, fit_cuts, pending, read_captured
+from msd.train.capture import Captured, Prompt, capture, fit_label_thresholds, pending, read_captured
 from msd.train.target_writer import TargetWriter
 
 NEW = 7
@@ -106,9 +106,9 @@ def test_read_captured(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) ->
             images, prompt.text, (*record["ids"], *end), tuple(record["gain"]), prompt.task, prompt.split
         )
         assert captured[images, prompt.text] == expected
-    cuts = fit_cuts(records, "t")
+    cuts = fit_label_thresholds(records, "t")
     assert cuts == ModalityThresholds.fit([r["gain"] for r in records if r["image"] and r["split"] == "train"], "t")
-    assert fit_cuts([r for r in records if not r["image"]], "t") is None
+    assert fit_label_thresholds([r for r in records if not r["image"]], "t") is None
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from msd.labels.gain import costs_of_recordings, image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets import Target
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
@@ -204,7 +204,7 @@ def top_mass(target: Target, inputs: dict[str, Any], tokens: Sequence[int], temp
     said = list(takewhile(lambda token: token not in target.placeholders, tokens))
     if not said:
         return torch.zeros(0, len(SIZES))
-    logits = teach(target, dict(inputs), [said]).logits[0] / (temperature or 1.0)
+    logits = run_teacher(target, dict(inputs), [said]).logits[0] / (temperature or 1.0)
     return logits.softmax(-1).topk(max(SIZES), -1).values.cumsum(-1)[:, [n - 1 for n in SIZES]]
 
 

@@ -1,7 +1,7 @@
 """Image gain: how much the picture says about each answer token.
 
 The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target; the law without the
-image comes from a pass of `teach` with all image columns hidden, positions unchanged.
+image comes from a pass of `run_teacher` with all image columns hidden, positions unchanged.
 `msd.labels.label_thresholds` makes labels of gains.
 This module knows nothing of drafters or of how answers are decoded.
 """
@@ -22,7 +22,7 @@ from msd.events import cells
 from msd.events.recording import Events
 from msd.labels.label_thresholds import KINDS
 from msd.targets.base import Target
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def cost_of_hiding(
         return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
     if seeing is None:
         seeing = whole_laws(target, inputs, answers)
-    less = teach(target, inputs, answers, hidden)
+    less = run_teacher(target, inputs, answers, hidden)
     return [
         _divergence(p, less.logits[row, : len(p)]) if some[row] else torch.zeros(len(p)).double()
         for row, p in enumerate(seeing)
@@ -93,7 +93,7 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
 
 def whole_laws(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """The logits [T_i, V] of each answer's tokens with nothing hidden."""
-    teacher_batch = teach(target, inputs, answers)
+    teacher_batch = run_teacher(target, inputs, answers)
     return [teacher_batch.logits[row, :n] for row, n in enumerate(teacher_batch.lengths)]
 
 
@@ -110,7 +110,7 @@ def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequen
     other = {name: _negative(inputs[name]) for name in target.raw if inputs.get(name) is not None}
     if not other:
         raise UserError("there are no pixels to change; give prompts with images, as the processor prepares them")
-    one, two = teach(target, inputs, answers), teach(target, {**inputs, **other}, answers)
+    one, two = run_teacher(target, inputs, answers), run_teacher(target, {**inputs, **other}, answers)
     change = ((one.logits - two.logits).abs().amax(-1) * one.spoken()).amax(-1)  # [B]
     for row, shown in enumerate(_shows_images(target, inputs["input_ids"])):
         if shown and change[row] <= 1e-5:

@@ -53,7 +53,7 @@ class TeacherBatch:
 
 
 @torch.no_grad()
-def teach(
+def run_teacher(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],
