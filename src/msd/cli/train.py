@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from msd.labels.label_thresholds import ModalityThresholds
     from msd.train.capture import Captured
     from msd.train.drafting import DraftTraining
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,10 @@ class Answers:
     ] = None
 
     def read(self) -> tuple[list[Captured], list[Captured]]:
-        """Returns (training, held-out) answers. Raises UserError if there are none to train on."""
+        """Returns (training, held-out) answers; without held-out ones, every twentieth training answer is held out.
+
+        Raises UserError if there are no training answers.
+        """
         from msd.train.capture import read_captured
 
         answers = read_captured(self.captured, self.images)
@@ -51,7 +52,7 @@ class Answers:
         if not training:
             raise UserError(f'\'{self.captured}\' has no training answers; capture lines without "split": "val"')
         if not testing:
-            testing, training = _split(training)
+            testing, training = training[::20], [a for i, a in enumerate(training) if i % 20]
         return training, testing
 
     def label_thresholds(self) -> ModalityThresholds:
@@ -87,11 +88,6 @@ class Network:
     events: Annotated[
         bool, typer.Option(help="Give the drafter the event recordings of the answers.", show_default=False)
     ] = True
-
-    @property
-    def parts_off(self) -> tuple[str, ...]:
-        """Names of the parts to leave out."""
-        return tuple(name.strip() for name in self.off.split(",") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,8 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     from msd.train.losses.msd import LossConfig
 
     kind = registry.trainable(network.method)
-    unknown = sorted(set(network.parts_off) - set(kind.parts))
+    off = tuple(name.strip() for name in network.off.split(",") if name.strip())
+    unknown = sorted(set(off) - set(kind.parts))
     if unknown and kind.parts:
         raise UserError(f"--off '{unknown[0]}' is no part of the drafter; known: {', '.join(kind.parts)}")
     if calibrate and not kind.routes:
@@ -181,7 +178,7 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     options = asdict(network) | asdict(training)
     start = None if network.start is None else str(network.start)
     loss = LossConfig(weighting=options.pop("weighting"))
-    return DraftTraining(**(options | {"start": start, "off": network.parts_off, "loss": loss}))
+    return DraftTraining(**(options | {"start": start, "off": off, "loss": loss}))
 
 
 def _calibration(folder: Path, model: Any, processor: Any, held_out: list[Captured], count: int) -> dict[str, Any]:
@@ -194,8 +191,3 @@ def _calibration(folder: Path, model: Any, processor: Any, held_out: list[Captur
     prompts = [(a.images, a.prompt) for a in mixed(held_out, count)]
     masses = record(model, processor, type(network).drafter(network), prompts)
     return {"thresholds": solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
-
-
-def _split(answers: list[T]) -> tuple[list[T], list[T]]:
-    """Returns (held out, train): every twentieth answer is held out."""
-    return answers[::20], [a for i, a in enumerate(answers) if i % 20]

@@ -60,12 +60,7 @@ class Answer:
     costs: tuple[tuple[float, ...], ...] | None = None
 
 
-class Writer(Protocol):
-    """Generates one answer per prompt."""
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Returns the answers in the order of the prompts."""
-        ...
+Writer = Callable[[Sequence[Prompt]], list[Answer]]  # generates one answer per prompt, in order
 
 
 def capture(

@@ -122,28 +122,28 @@ def train(
         earlier = _read_record(out / "drafter")
         if earlier.get("finished") == settings.steps and checkpoint.is_whole(out / "drafter"):
             return True
-        target = adapt(model, network.config.taps)
+        head, ids, taps = model.get_output_embeddings(), network.ids, network.config.taps
+        target, cache = adapt(model, taps), cache or TeacherCache(head, ids, taps, settings.remember)
         _check_images_matter(target, processor, captured)
-        share = (accelerator.process_index, accelerator.num_processes)
-        batches = _training_batches(model, processor, captured, thresholds, network, settings, cache, share)
+        batches = TeacherBatches(
+            adapt(model, cache.layers), processor, captured, thresholds, cache.view(ids, taps), settings.batch,
+            _stages(network, settings), settings.seed, (accelerator.process_index, accelerator.num_processes),
+            torch.bfloat16 if settings.precision == "bf16" else None,
+        )  # fmt: skip
+        exact = TeacherCache(head, ids, taps, 0.1 * settings.remember, torch.float32)
         objective = network.objective(settings.loss, _end_tokens(model)).to(model.device)
-        exact = TeacherCache(
-            batches.cache.head, network.ids, network.config.taps, 0.1 * settings.remember, torch.float32
-        )
         test_batches = TeacherBatches(target, processor, held_out, thresholds, exact, settings.batch)
         evaluate = HeldOutAcceptance(objective, test_batches, held_out)
         shared = accelerator.prepare_model(objective)  # the objective itself if this is the only process
         begun = time.monotonic()
         step_loss = _step_loss(shared, batches, min(settings.anchors, network.roots or settings.anchors))
         params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(_parameter_groups(params, settings.lr), lr=settings.lr, betas=(0.9, 0.95))
         warmup = min(20, 1 + settings.steps // 10)
         config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
+        optimizer = _optimizer(params, settings.lr)
         loop = Loop(params, optimizer, step_loss, config, out, evaluate, accelerator.backward, main, sink)
         finished = loop.run()
         if main:
-            if finished and not evaluate.last:  # a resumed run was at its end, but its record is lost
-                evaluate()
             source = {"cuts": thresholds.model_dump(), "answers": len(captured)}
             record = _record(settings, loop, source, evaluate, earlier, time.monotonic() - begun)
             checkpoint.save(network, out / "drafter", record)
@@ -251,31 +251,13 @@ def _check_images_matter(target: Target, processor: Any, captured: Sequence[Capt
         assert_images_matter(target, inputs, [c.ids for c in some])
 
 
-def _training_batches(
-    model: Any,
-    processor: Any,
-    captured: Sequence[Captured],
-    thresholds: ModalityThresholds,
-    network: DraftNetwork,
-    settings: DraftTraining,
-    cache: TeacherCache | None,
-    share: tuple[int, int],
-) -> TeacherBatches:
-    """Returns the batches of one process, in the stages of the method, or else of the settings."""
-    stages = settings.stages
-    if network.stages is not None:
-        stages = PublishedStages.for_run(network.stages, settings.steps)
-    if settings.start is not None:  # stage 1 is done
-        stages = Stages(0, 1, stages.keep)
+def _stages(network: DraftNetwork, settings: DraftTraining) -> Stages:
+    """Returns the stages of the method, or else of the settings."""
     if settings.text_only:
-        stages = Stages(settings.steps, 1, 1.0)
-    ids, taps = network.ids, network.config.taps
-    cache = cache or TeacherCache(model.get_output_embeddings(), ids, taps, settings.remember)
-    teacher, dtype = adapt(model, cache.layers), torch.bfloat16 if settings.precision == "bf16" else None
-    return TeacherBatches(
-        teacher, processor, captured, thresholds, cache.view(ids, taps), settings.batch, stages, settings.seed, share,
-        dtype,
-    )  # fmt: skip
+        return Stages(settings.steps, 1, 1.0)
+    published = network.stages
+    stages = settings.stages if published is None else PublishedStages.for_run(published, settings.steps)
+    return stages if settings.start is None else Stages(0, 1, stages.keep)  # a start drafter has finished stage 1
 
 
 def _end_tokens(model: Any) -> list[int]:
@@ -302,8 +284,8 @@ def _step_loss(
     return step_loss
 
 
-def _parameter_groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
-    """Returns matrices with weight decay, other parameters without, and those behind λ with a 30 times higher rate."""
+def _optimizer(params: Mapping[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """Returns AdamW with weight decay for matrices only, and a 30 times higher rate for the parameters of λ."""
     task = {n: p for n, p in params.items() if n.startswith("weights.")}
     matrices = {n: p for n, p in params.items() if n not in task and p.dim() >= 2}
     rest = {n: p for n, p in params.items() if n not in task and p.dim() < 2}
@@ -312,7 +294,7 @@ def _parameter_groups(params: Mapping[str, nn.Parameter], lr: float) -> list[dic
         {"params": list(rest.values()), "lr": lr, "weight_decay": 0.0},
         {"params": list(task.values()), "lr": 30 * lr, "weight_decay": 0.0},
     ]
-    return [g for g in groups if g["params"]]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 
 
 def _record(
@@ -328,6 +310,8 @@ def _record(
     "before" is the history of the start drafter.
     """
     finished, before = loop.step >= loop.schedule.steps, None
+    if finished and not evaluate.last:  # the run was at its end already, but its record is lost
+        evaluate()
     reports = evaluate.reports() if finished else {}
     if settings.start is not None:
         start = checkpoint.training(settings.start)

@@ -207,12 +207,12 @@ class Loop:
         write_whole(self.checkpoint, write, self.previous)
 
     def _restore(self) -> None:
-        """Loads the newest intact checkpoint. Raises UserError if there is none, or if it belongs to another model."""
+        """Loads the newest intact checkpoint. Raises UserError if neither is intact, or if it is of another model."""
         problems = []
         for path in (self.checkpoint, self.previous):
             try:
                 state = read_checkpoint(path)
-            except CheckpointError as error:
+            except UserError as error:
                 problems.append(str(error))
                 continue
             self._load_state(state, path)
@@ -267,26 +267,22 @@ def on_signals(handler: Callable[..., None]) -> Iterator[None]:
             signal.signal(kind, old)
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be resumed; the message names the file and the reason."""
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint onto the CPU. Raises CheckpointError if it is missing, damaged, or not finite."""
+    """Loads a checkpoint onto the CPU. Raises UserError if it is missing, damaged, or not finite."""
     if not path.is_file():
-        raise CheckpointError(f"there is no '{path}'")
+        raise UserError(f"there is no '{path}'")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes may raise any exception
-        raise CheckpointError(f"'{path}' is damaged: {_damage(path, error)}") from error
+        raise UserError(f"'{path}' is damaged: {_damage(path, error)}") from error
     if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in CHECKPOINT_FIELDS.items()):
-        raise CheckpointError(f"'{path}' is damaged: it is no checkpoint of a run")
+        raise UserError(f"'{path}' is damaged: it is no checkpoint of a run")
     if state["schedule"].keys() != {f.name for f in fields(Schedule)}:
-        raise CheckpointError(f"'{path}' has a schedule of other fields; was it written by another version of msd?")
+        raise UserError(f"'{path}' has a schedule of other fields; was it written by another version of msd?")
     moments = [value for each in state["optimizer"].get("state", {}).values() for value in each.values()]
     tensors = [*state["params"].values(), *state.get("averaged", {}).values(), *moments]
     if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
-        raise CheckpointError(f"'{path}' is damaged: its weights are not finite")
+        raise UserError(f"'{path}' is damaged: its weights are not finite")
     return state
 
 
