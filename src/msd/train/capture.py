@@ -247,7 +247,7 @@ def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
         return captured
     costs, events = line["costs"], line.get("events")
     if not isinstance(events, str) or not isinstance(costs, list):
-        raise UserError(f"{where}: 'costs' needs a list, and 'events' a file name; {RECAPTURE}")
+        raise UserError(f"{where}: 'costs' without 'events', or not a list; {RECAPTURE}")
     numeric = all(isinstance(each, list) and _are_numbers(each) and len(each) == len(costs[0]) for each in costs)
     require(numeric, f"'costs' must be lists of finite numbers of one length; {RECAPTURE}")
     require(len(costs) == len(ids), f"{len(costs)} costs for {len(ids)} answer tokens")
