@@ -1,12 +1,12 @@
 # ruff: noqa: E501  (tables of words)
-"""Questions with one-word answers out of a caption, in the way of COCO-QA (Ren et al. 2015): a noun gives way to "what".
+"""Derives questions with one-word answers from captions, as COCO-QA does (Ren et al. 2015): "what" replaces a noun.
 
     A brown dog is chasing a red ball through tall grass.
       What is the brown dog chasing through tall grass?   ball
       What is chasing a red ball through tall grass?      dog
       What is the color of the ball?                      red
 
-The nouns asked for are those that COCO-QA's own train answers hold, so the words a caption cannot spare stay.
+Only nouns that are answers in COCO-QA's train split are replaced.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Cloze = tuple[str, str]
 
 
 def answer_words(answers: Iterable[str]) -> set[str]:
-    """The single nouns among one-word answers: what is neither a colour nor a number."""
+    """Returns the one-word answers that are neither a colour nor a number."""
     return {a for a in answers if a.isalpha() and a not in COLOURS and a not in _UNASKED}
 
 
 def clozes(caption: str, nouns: set[str]) -> list[Cloze]:
-    """(question, answer) of every phrase of the caption whose noun is one of `nouns`."""
+    """Returns (question, answer) for every noun phrase of the caption whose noun is in `nouns`."""
     said = re.sub(r"[^a-z\- ,']", " ", caption.lower()).replace(",", " , ").split()
     found: list[Cloze] = []
     for at, noun in enumerate(said):
@@ -64,7 +64,7 @@ def clozes(caption: str, nouns: set[str]) -> list[Cloze]:
 
 
 def _phrase_start(said: list[str], at: int) -> int | None:
-    """Where the noun phrase that ends at `at` begins: a determiner at most four words before; None without one."""
+    """Returns the start of the noun phrase that ends at `at`: a determiner at most four words before, or None."""
     for start in range(at - 1, max(-1, at - 5), -1):
         if said[start] in _DETERMINERS:
             return start
@@ -74,7 +74,7 @@ def _phrase_start(said: list[str], at: int) -> int | None:
 
 
 def _about_object(before: list[str], rest: list[str]) -> str:
-    """ "What is the dog chasing …?" where the words before the noun allow it, else "The dog leaps over what?"."""
+    """Returns "What is the dog chasing …?" if the words before the noun allow it, else "The dog leaps over what?"."""
     m = _RIDDEN.match(" ".join(before))
     if not m:
         return _ended([*before, "what"])
@@ -88,13 +88,13 @@ def _ended(said: list[str]) -> str:
 
 
 def balanced(found: Mapping[str, list[Cloze]]) -> dict[str, float]:
-    """How often an answer is to be drawn, by the answer: the more photos give it, the less for each."""
+    """Returns a sampling weight for each answer, lower for frequent answers."""
     counts = Counter(answer for of in found.values() for _, answer in of)
     return {answer: count**-0.5 for answer, count in counts.items()}
 
 
 def draw(found: list[Cloze], weights: Mapping[str, float], count: int, rng: random.Random) -> list[Cloze]:
-    """Up to `count` of a photo's questions, rare answers preferred, no question twice."""
+    """Draws up to `count` distinct questions of a photo; rare answers are preferred."""
     keyed = sorted(set(found), key=lambda c: (rng.random() ** (1 / weights[c[1]]), c), reverse=True)
     out: dict[str, Cloze] = {}
     for question, answer in keyed:
