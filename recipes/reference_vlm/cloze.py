@@ -36,16 +36,16 @@ def answer_words(answers: Iterable[str]) -> set[str]:
 
 def clozes(caption: str, nouns: set[str]) -> list[Cloze]:
     """Returns (question, answer) for every noun phrase of the caption whose noun is in `nouns`."""
-    said = re.sub(r"[^a-z\- ,']", " ", caption.lower()).replace(",", " , ").split()
+    words = re.sub(r"[^a-z\- ,']", " ", caption.lower()).replace(",", " , ").split()
     found: list[Cloze] = []
-    for at, noun in enumerate(said):
-        after = said[at + 1] if at + 1 < len(said) else None
+    for at, noun in enumerate(words):
+        after = words[at + 1] if at + 1 < len(words) else None
         if noun not in nouns or not (after is None or after in _FOLLOWS or after.endswith("ing")):
             continue
-        start = _phrase_start(said, at)
+        start = _phrase_start(words, at)
         if start is None:
             continue
-        phrase, rest = said[start:at], said[at + 1 :]
+        phrase, rest = words[start:at], words[at + 1 :]
         many = noun.endswith("s") and noun not in ("grass", "dress")
         colour = [w for w in phrase if w in COLOURS]
         if len(colour) == 1:
@@ -58,18 +58,18 @@ def clozes(caption: str, nouns: set[str]) -> list[Cloze]:
             if noun not in _PEOPLE and len(rest) > 1 and rest[0] not in (",", "and", "with"):
                 verb = [] if rest[0] in ("is", "are", "has", "have", "that") else ["are" if many else "is"]
                 found.append((_ended(["what", *verb, *rest]), noun))
-        elif start > 1 and said[start - 1] != "and":
-            found.append((_about_object(said[:start], rest), noun))
+        elif start > 1 and words[start - 1] != "and":
+            found.append((_about_object(words[:start], rest), noun))
     return found
 
 
-def _phrase_start(said: list[str], at: int) -> int | None:
+def _phrase_start(words: list[str], at: int) -> int | None:
     """Returns the start of the noun phrase that ends at `at`: a determiner at most four words before, or None."""
     for start in range(at - 1, max(-1, at - 5), -1):
-        if said[start] in _DETERMINERS:
+        if words[start] in _DETERMINERS:
             return start
-        if said[start] in _BREAKS or said[start] == ",":
-            return start + 1 if at - start > 1 and said[start + 1] in COLOURS else None
+        if words[start] in _BREAKS or words[start] == ",":
+            return start + 1 if at - start > 1 and words[start + 1] in COLOURS else None
     return 0 if at == 0 else None
 
 
@@ -82,8 +82,8 @@ def _about_object(before: list[str], rest: list[str]) -> str:
     return _ended(["what", (m[2] or "is").strip(), who, m[3], *m[4].split(), *(rest[:6] if rest[:1] != [","] else [])])
 
 
-def _ended(said: list[str]) -> str:
-    text = " ".join(said).replace(" ,", ",").strip(" ,")
+def _ended(words: list[str]) -> str:
+    text = " ".join(words).replace(" ,", ",").strip(" ,")
     return f"{text[:1].upper()}{text[1:]}?"
 
 

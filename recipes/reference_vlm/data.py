@@ -145,13 +145,13 @@ def absence_weights(facts: Sequence[Facts]) -> dict[str, float]:
 
     A weight is the number of questions with the answer yes, divided by the number of photos without the thing.
     """
-    asked: Counter[str] = Counter()
+    positive: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
     for f in facts:
         for t in f.present:
-            asked[t.name] += 1 / len(f.present)
+            positive[t.name] += 1 / len(f.present)
         lacking.update(t.name for t in f.absent)
-    return {t.name: asked[t.name] / (lacking[t.name] + 1) for t in THINGS}
+    return {t.name: positive[t.name] / (lacking[t.name] + 1) for t in THINGS}
 
 
 class Mix:
@@ -242,8 +242,8 @@ class Mix:
 
     def branch(self, question: str, answer: str, task: str, phase: Phase, longest: int = 110) -> Branch:
         """Returns a question and its answer; an answer truncated to `longest` tokens has no end token."""
-        asked = self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
-        return Branch(asked, (*self.ids(answer), END)[:longest], task, phase.weights[task])
+        question_ids = self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+        return Branch(question_ids, (*self.ids(answer), END)[:longest], task, phase.weights[task])
 
     def _sample(self, source: str, row: int, branches: list[Branch]) -> Sample:
         return Sample(self.prefix(self.sets[source].frames), tuple(branches), ((source, row),))
@@ -253,29 +253,29 @@ class Mix:
         image = self.sets[source].rows[row]["image"]
         captions, facts = self.captions[image], self._facts(image)
         if phase.cloze and self.clozes.get(image) and rng.random() < phase.cloze:
-            asked_words = draw(self.clozes[image], self.rarity, 5, rng)
-            return self._sample(source, row, [self._one_word(q, a, rng, phase) for q, a in asked_words])
+            questions = draw(self.clozes[image], self.rarity, 5, rng)
+            return self._sample(source, row, [self._one_word(q, a, rng, phase) for q, a in questions])
         if phase.all_captions and rng.random() < phase.all_captions:
-            asked = self.branch(rng.choice(CAPTION_PROMPTS), "", "caption", phase).question
+            question = self.branch(rng.choice(CAPTION_PROMPTS), "", "caption", phase).question
             answers = [self.branch("", tidy(c), "caption", phase) for c in rng.sample(captions, len(captions))]
-            prefix = self.prefix(self.sets[source].frames) + asked
+            prefix = self.prefix(self.sets[source].frames) + question
             return Sample(prefix, tuple(replace(b, question=()) for b in answers), ((source, row),))
         detail = None
         if rng.random() < phase.detail:
-            asked_for, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)
-            detail = self.branch(asked_for, answer, "detail", phase)
+            detail_prompt, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)
+            detail = self.branch(detail_prompt, answer, "detail", phase)
             detail = detail if len(detail.answer) >= SHORTEST_DETAIL else None
         short = rng.sample(captions, min(len(captions), phase.captions * (1 if detail else 2)))
         branches = [self.branch(rng.choice(CAPTION_PROMPTS), tidy(c), "caption", phase) for c in short]
         branches += [detail] if detail else []
-        asked = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
-        if asked:
-            branches.append(self.branch(*asked, "yesno", phase))
+        presence = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
+        if presence:
+            branches.append(self.branch(*presence, "yesno", phase))
         branches += [
             self.branch(q, a, "question", phase) for q, a in open_questions(facts, rng)[: rng.choice((1, 1, 2))]
         ]
         if detail and phase.avoid and row % 2:
-            branches.append(self._repetition(asked_for, answer, row, phase))
+            branches.append(self._repetition(detail_prompt, answer, row, phase))
         return self._sample(source, row, branches)
 
     def _repetition(self, question: str, answer: str, row: int, phase: Phase) -> Branch:
@@ -285,9 +285,9 @@ class Mix:
         """
         sentences = [f"{s}." for s in answer.rstrip(".").split(". ")]
         last = 0 if row % 3 else row // 3 % len(sentences)
-        told, again = sentences[: last + 1], sentences[row // 7 % (last + 1)]
-        copied = again.split(" ")
-        opening = f"{question}<|im_end|>\n<|im_start|>assistant\n" + " ".join([*told, *copied[:3]])
+        before, repeated = sentences[: last + 1], sentences[row // 7 % (last + 1)]
+        copied = repeated.split(" ")
+        opening = f"{question}<|im_end|>\n<|im_start|>assistant\n" + " ".join([*before, *copied[:3]])
         return Branch(
             self.ids(opening), self.ids(" " + " ".join(copied[3:])), "avoid", phase.weights["avoid"], avoid=True
         )
@@ -347,6 +347,6 @@ class Mix:
 
     def _text(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         turn = self.texts[row]
-        asked = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        question = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answer = (*turn["ids"], END) if turn["finished"] else tuple(turn["ids"])
-        return Sample(self.prefix(0), (Branch(asked, answer, "text", phase.weights["text"]),))
+        return Sample(self.prefix(0), (Branch(question, answer, "text", phase.weights["text"]),))

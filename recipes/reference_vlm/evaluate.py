@@ -87,8 +87,8 @@ def questions(seeing: Seeing, data: Path, limit: int, report: Results) -> None:
         answers = [a.text for a in seeing.answers(prompts, 10)]
         report[f"vqa_{key}"] = {"accuracy": exact_match(answers, truths), "questions": len(rows)}
         for source in sorted({r["source"] for r in rows}):
-            of = [i for i, r in enumerate(rows) if r["source"] == source]
-            report[f"vqa_{key}"][source] = exact_match([answers[i] for i in of], [truths[i] for i in of])
+            indices = [i for i, r in enumerate(rows) if r["source"] == source]
+            report[f"vqa_{key}"][source] = exact_match([answers[i] for i in indices], [truths[i] for i in indices])
         report[f"vqa_{key}"]["yes_no"] = yes_no_scores([answers[i] for i in polar], [truths[i] for i in polar])
         report[f"vqa_{key}"]["loss"], _ = seeing.teacher_forced(prompts, [f"{t}<|im_end|>" for t in truths])
         if key == "right":
@@ -99,11 +99,11 @@ def questions(seeing: Seeing, data: Path, limit: int, report: Results) -> None:
 
 
 def presence(seeing: Seeing, captions: dict[str, list[str]], photos: Sequence[str], report: Results) -> None:
-    asked, wrong = presence_questions(captions, photos), shifted(photos)
+    items, wrong = presence_questions(captions, photos), shifted(photos)
     for key in ("right", "wrong"):
-        prompts = [Prompt(q, (f"flickr8k/images/{n if key == 'right' else wrong[n]}",)) for n, q, _ in asked]
-        report[f"presence_{key}"] = yes_no_scores([a.text for a in seeing.answers(prompts, 3)], [t for *_, t in asked])
-        report[f"presence_{key}"]["questions"] = len(asked)
+        prompts = [Prompt(q, (f"flickr8k/images/{n if key == 'right' else wrong[n]}",)) for n, q, _ in items]
+        report[f"presence_{key}"] = yes_no_scores([a.text for a in seeing.answers(prompts, 3)], [t for *_, t in items])
+        report[f"presence_{key}"]["questions"] = len(items)
 
 
 def text_only(seeing: Seeing, texts: Path, report: Results) -> None:

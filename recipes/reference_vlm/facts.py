@@ -136,7 +136,7 @@ def tidy(caption: str) -> str:
 
 def extract(captions: list[str]) -> Facts:
     """Extracts the facts of a photo from its captions."""
-    said = words(captions)
+    tokens = words(captions)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     colours: dict[str, Counter[str]] = defaultdict(Counter)
     actions: dict[tuple[str, str], None] = {}
@@ -156,9 +156,9 @@ def extract(captions: list[str]) -> Facts:
         tuple((k, n.most_common(1)[0][0]) for k, n in colours.items()),
         tuple(actions),
         tuple(clothes),
-        setting(said),
-        tuple(present(said)),
-        tuple(absent(said)),
+        setting(tokens),
+        tuple(present(tokens)),
+        tuple(absent(tokens)),
     )
 
 

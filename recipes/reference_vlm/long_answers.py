@@ -106,7 +106,7 @@ def _adds(meaning: set[str], known: set[str], chosen: int) -> bool:
     return new >= 2 + chosen and 2 * new >= len(meaning)
 
 
-def _fact_sentences(facts: Facts, said: str, rng: random.Random) -> list[tuple[str, str]]:
+def _fact_sentences(facts: Facts, text: str, rng: random.Random) -> list[tuple[str, str]]:
     """Returns (kind, sentence) of the facts that could be added, nearly always in the same order."""
     out: list[tuple[str, str]] = []
     if facts.clothes:
@@ -118,9 +118,9 @@ def _fact_sentences(facts: Facts, said: str, rng: random.Random) -> list[tuple[s
     if facts.counts:
         n, noun = rng.choice(facts.counts)
         out.append(("count", rng.choice(_COUNTS).format(n=n, noun=noun)))
-    unsaid = [t for t in facts.present if t not in present(words([said]))]
-    if unsaid:
-        it = rng.choice(unsaid).noun
+    unmentioned = [t for t in facts.present if t not in present(words([text]))]
+    if unmentioned:
+        it = rng.choice(unmentioned).noun
         out.append(("seen", rng.choice(_SEEN).format(it=it, It=it[0].upper() + it[1:])))
     if facts.place:
         where, outdoors = facts.place

@@ -57,18 +57,18 @@ def yes_no(answer: str) -> str | None:
 
 def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
     """Returns the accuracy, also for each truth, the share of "yes", and the share of other answers."""
-    said = [yes_no(a) for a in answers]
-    pairs = list(zip(said, truths, strict=True))
+    predicted = [yes_no(a) for a in answers]
+    pairs = list(zip(predicted, truths, strict=True))
 
-    def accuracy(of: list[tuple[str | None, str]]) -> float:
-        return sum(s == t for s, t in of) / max(1, len(of))
+    def accuracy(pairs: list[tuple[str | None, str]]) -> float:
+        return sum(s == t for s, t in pairs) / max(1, len(pairs))
 
     return {
         "accuracy": accuracy(pairs),
         "accuracy_yes": accuracy([p for p in pairs if p[1] == "yes"]),
         "accuracy_no": accuracy([p for p in pairs if p[1] == "no"]),
-        "said_yes": sum(s == "yes" for s in said) / max(1, len(said)),
-        "neither": sum(s is None for s in said) / max(1, len(said)),
+        "said_yes": sum(s == "yes" for s in predicted) / max(1, len(predicted)),
+        "neither": sum(s is None for s in predicted) / max(1, len(predicted)),
     }
 
 

@@ -84,7 +84,7 @@ class TrainableVLM(nn.Module):
         tokens: Tensor = self.linear_2(F.gelu(self.linear_1(self.tower(features.float()))))
         return tokens
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch) -> Tensor:
         """Returns the last hidden states [B, L, 576] of a packed batch."""
         x = self.lm.model.embed_tokens(batch.ids)
         if len(batch.features):
@@ -100,7 +100,7 @@ class TrainableVLM(nn.Module):
 
         It is cross entropy -log p, or unlikelihood -log(1 - p) for a token to avoid (Welleck et al. 2020).
         """
-        h = self.hidden(batch)[batch.rows, batch.columns]
+        h = self.hidden_states(batch)[batch.rows, batch.columns]
         logits = self.lm.lm_head(h).float()
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         some = logits[batch.avoid]

@@ -113,20 +113,20 @@ _STATED = {t.name: _pattern(t.stated) for t in THINGS}
 _OPEN = {t.name: _pattern(f"{t.stated} {t.open}") for t in THINGS}
 
 
-def present(said: set[str]) -> list[Thing]:
+def present(tokens: set[str]) -> list[Thing]:
     """Returns the things that the words state."""
-    return [t for t in THINGS if any(_STATED[t.name].fullmatch(w) for w in said)]
+    return [t for t in THINGS if any(_STATED[t.name].fullmatch(w) for w in tokens)]
 
 
-def absent(said: set[str]) -> list[Thing]:
+def absent(tokens: set[str]) -> list[Thing]:
     """Returns the things that no word states or leaves open."""
-    return [t for t in THINGS if not any(_OPEN[t.name].fullmatch(w) for w in said)]
+    return [t for t in THINGS if not any(_OPEN[t.name].fullmatch(w) for w in tokens)]
 
 
-def setting(said: set[str]) -> tuple[str, bool | None] | None:
+def setting(tokens: set[str]) -> tuple[str, bool | None] | None:
     """Returns (place, whether it is outdoors or None if unknown); None if no word states a place."""
     for where, listing, outdoors in _SETTINGS:
-        if said & set(listing.split()):
+        if tokens & set(listing.split()):
             return where, outdoors
     return None
 

@@ -1,4 +1,4 @@
-"""Draft networks learn, and what training counts as accepted is what decoding accepts."""
+"""Training: draft networks learn, and acceptance in training equals acceptance in decoding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def network(model: Any, form: str, **changes: Any) -> MSDNetwork:
 
 
 def teacher_batch(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], TeacherBatch, torch.Tensor]:
-    """Greedy answers of a batch of unequal prompts, with labels in turn."""
+    """Greedy answers to prompts of different lengths, with alternating labels."""
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(4)))
     out = model.generate(
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
@@ -137,7 +137,7 @@ def test_training_states_are_decodings_states(form: str) -> None:
 
 
 def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
-    """With the vision path off image positions are entries of their own; on, a few compressed tokens stand for them."""
+    """Without the vision path, image positions are context entries; with it, a few compressed tokens replace them."""
     model = tiny.llava()
     for vision, kept in ((True, 2), (False, 4)):
         made = network(model, "block", vision=vision, image_tokens=2)
@@ -150,8 +150,8 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
         assert found.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
 
 
-def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the next token surely ends the answer, a plan that counts seconds drafts nothing; others draft always."""
+def test_endings_are_learnt_and_save_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the answer is predicted to end, a plan with measured costs drafts nothing; without costs it always drafts."""
     from msd.planning.costs import Costs
     from msd.planning.plan import Plan
 
@@ -259,7 +259,7 @@ def test_msd_draft_loss_by_hand() -> None:
         msd.msd_draft_loss(draft[:5], target, h, t, kinds, weights)
 
 
-def test_confidence_is_calibrated_on_held_out_hits() -> None:
+def test_confidence_is_calibrated_on_held_out_answers() -> None:
     from msd.drafters.algorithms.msd.objective import calibrate
 
     model = tiny.llava()
@@ -274,7 +274,7 @@ def test_confidence_is_calibrated_on_held_out_hits() -> None:
     assert made.heads.calibration.tolist() == pytest.approx(report["fit"], abs=1e-3)
 
 
-def test_lessons_take_every_answer_once_a_pass() -> None:
+def test_each_epoch_trains_on_every_answer_once() -> None:
     from pathlib import Path
 
     from msd.labels.label_thresholds import ModalityThresholds
@@ -288,9 +288,9 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
         )
         for i, n in enumerate(lengths)
     ]
-    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
+    thresholds = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
     cache: Any = None
-    make = lambda: TeacherBatches(None, None, answers, cuts, cache, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
+    make = lambda: TeacherBatches(None, None, answers, thresholds, cache, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
     teacher_batches = make()
     steps = [teacher_batches.answers_at(s) for s in range(40)]
     assert all(not a.images for step in steps[:3] for a in step)  # stage 1
@@ -309,7 +309,7 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
     assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59
 
 
-def test_a_half_precision_teacher_says_nearly_the_same() -> None:
+def test_a_half_precision_teacher_has_nearly_the_same_logits() -> None:
     model, made = tiny.llava(), network(tiny.llava(), "block")
     target, inputs, batch, _ = teacher_batch(model, made)
     answers = batch.answers.tolist()
@@ -329,7 +329,7 @@ def test_a_measured_precision_stays_for_the_whole_run(tmp_path: Path) -> None:
         drafting.resolve_precision(drafting.DraftTraining(precision="half"), tmp_path, torch.device("cpu"))
 
 
-def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
+def test_a_cached_batch_equals_the_computed_one() -> None:
     model = tiny.llava()
     made = network(model, "block")
     target, inputs, batch, labels = teacher_batch(model, made)
@@ -337,7 +337,7 @@ def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
     whole = run_teacher(target, inputs, answers)
     calls = []
 
-    def teaching() -> tuple[TeacherBatch, torch.Tensor]:
+    def compute() -> tuple[TeacherBatch, torch.Tensor]:
         calls.append(1)
         return run_teacher(target, inputs, answers), labels
 
@@ -345,17 +345,17 @@ def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
         cache, uncached = (TeacherCache(head, ids, made.config.taps, room, dtype) for room in (1.0, 0.0))
         calls.clear()
-        first, again = cache.get(1, teaching)[0], cache.get(1, teaching)[0]
+        first, again = cache.get(1, compute)[0], cache.get(1, compute)[0]
         assert len(calls) == 1
-        anew = [uncached.get(1, teaching)[0] for _ in range(2)]
+        recomputed = [uncached.get(1, compute)[0] for _ in range(2)]
         assert len(calls) == 3
-        for other in (again, *anew):  # the same bits, remembered or not: runs can be continued
+        for other in (again, *recomputed):  # bit-identical, cached or not, so that runs can be resumed
             assert torch.equal(other.logits, first.logits) and torch.equal(other.taps, first.taps)  # type: ignore[arg-type]
         law = whole.logits.softmax(-1)[..., ids]
         assert (first.logits.exp() - law)[said].abs().max() < near * law.max()
 
 
-def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
+def test_a_view_of_a_cache_equals_a_cache_of_its_own_layers() -> None:
     model = tiny.llava()
     made = network(model, "block")
     head, ids, layers = model.get_output_embeddings(), made.heads.ids, made.config.taps
@@ -363,7 +363,7 @@ def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
     assert every != layers
     target, inputs, batch, labels = teacher_batch(model, made)
     answers = batch.answers.tolist()
-    for room in (1.0, 0.0):  # noted and batch each time
+    for room in (1.0, 0.0):  # cached, and recomputed each time
         shared = TeacherCache(head, fewer, every, room)
         shared.get(0, lambda: (run_teacher(adapt(model, every), inputs, answers), labels))
         read = shared.view(ids, layers).get(0, lambda: (run_teacher(adapt(model, every), inputs, answers), labels))[0]
@@ -374,7 +374,7 @@ def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
         shared.view(ids, (99, layers[-1]))
 
 
-def test_a_head_that_is_more_than_its_matrix_is_taught_each_time() -> None:
+def test_a_nonlinear_head_is_recomputed_each_time() -> None:
     model = tiny.llava()
     made = network(model, "block")
     target, inputs, batch, labels = teacher_batch(model, made)
