@@ -19,7 +19,6 @@ from msd.system.files import as_text, check_place
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
-    from msd.labels.label_thresholds import ModalityThresholds
     from msd.train.capture import Prompt
 
 
@@ -69,8 +68,13 @@ def capture(
         thresholds = fit_label_thresholds(records, name)
         if thresholds is not None:
             thresholds.save(path)
-    summary = _summary(records, out, len(todo), name, None if thresholds is None else (path, thresholds))
-    summary["seconds"] = round(time.perf_counter() - begin, 3)
+    summary = {
+        "out": str(out), "records": len(records), "written": len(todo),
+        "tokens": sum(len(r["gain"]) for r in records),
+        "finished": sum(r["finished"] for r in records) / len(records), "target": name,
+        "cuts": None if thresholds is None else {"path": str(path), **thresholds.model_dump()},
+        "seconds": round(time.perf_counter() - begin, 3),
+    }  # fmt: skip
     print(json.dumps(summary) if as_json else _text(summary))
 
 
@@ -122,25 +126,6 @@ def _write(
             raise InterruptedRunError(
                 f"interrupted; finished answers are kept in {out}, and the same command resumes"
             ) from stop
-
-
-def _summary(
-    records: list[dict[str, Any]],
-    out: Path,
-    written: int,
-    target: str,
-    thresholds: tuple[Path, ModalityThresholds] | None,
-) -> dict[str, Any]:
-    """Summarises the captured answers, JSON-ready."""
-    return {
-        "out": str(out),
-        "records": len(records),
-        "written": written,
-        "tokens": sum(len(r["gain"]) for r in records),
-        "finished": sum(r["finished"] for r in records) / len(records),
-        "target": target,
-        "cuts": None if thresholds is None else {"path": str(thresholds[0]), **thresholds[1].model_dump()},
-    }
 
 
 def _text(summary: dict[str, object]) -> str:

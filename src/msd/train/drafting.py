@@ -287,11 +287,10 @@ def _step_loss(
 def _optimizer(params: Mapping[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
     """Returns AdamW with weight decay for matrices only, and a 30 times higher rate for the parameters of λ."""
     task = {n: p for n, p in params.items() if n.startswith("weights.")}
-    matrices = {n: p for n, p in params.items() if n not in task and p.dim() >= 2}
-    rest = {n: p for n, p in params.items() if n not in task and p.dim() < 2}
+    others = [p for n, p in params.items() if n not in task]
     groups = [
-        {"params": list(matrices.values()), "lr": lr, "weight_decay": 0.01},
-        {"params": list(rest.values()), "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "lr": lr, "weight_decay": 0.01},
+        {"params": [p for p in others if p.dim() < 2], "lr": lr, "weight_decay": 0.0},
         {"params": list(task.values()), "lr": 30 * lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
