@@ -189,5 +189,5 @@ def _calibration(folder: Path, model: Any, processor: Any, held_out: list[Captur
 
     network = registry.load(folder)
     prompts = [(a.images, a.prompt) for a in mixed(held_out, count)]
-    masses = record(model, processor, type(network).drafter(network), prompts)
-    return {"thresholds": solve(masses), "calibrated_on": {k: len(v) for k, v in masses.items()}}
+    probabilities = record(model, processor, type(network).drafter(network), prompts)
+    return {"thresholds": solve(probabilities), "calibrated_on": {k: len(v) for k, v in probabilities.items()}}
