@@ -10,7 +10,7 @@ import tiny
 from msd.drafters import registry
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
-from msd.targets.teacher import TeacherBatch, teach
+from msd.targets.teacher import TeacherBatch, run_teacher
 from msd.train.teacher_batches import TeacherCache
 
 LENGTH = 16
@@ -45,4 +45,4 @@ def teacher_batch(model: Any, net: DraftNetwork, rows: int = 4) -> TeacherBatch:
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
     cache = TeacherCache(model.get_output_embeddings(), net.ids, net.config.taps, 1.0, torch.float32)
     target = adapt(model, net.config.taps)
-    return cache.recall(0, lambda: (teach(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]
+    return cache.get(0, lambda: (run_teacher(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]

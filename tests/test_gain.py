@@ -17,7 +17,7 @@ from msd.labels.gain import assert_images_matter, image_columns, image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import Target, adapt
 from msd.targets.registry import fingerprint
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 PROMPTS = [
     tiny.llava_inputs(seed=1, images=1, words=6),
@@ -56,7 +56,7 @@ def gain_by_hand(model: Any, inputs: dict[str, Tensor], answer: list[int]) -> Te
 def test_hidden_images_leave_the_text_without_its_picture() -> None:
     teacher = target()
     inputs = tiny.batch(*PROMPTS)
-    teacher_batch = teach(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
+    teacher_batch = run_teacher(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
     for row, (inputs, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         expected = without_picture(teacher.model, inputs, answer)
         torch.testing.assert_close(teacher_batch.logits[row, : len(answer)], expected, atol=1e-4, rtol=1e-4)

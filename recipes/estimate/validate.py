@@ -1,9 +1,9 @@
-"""The estimate against measured passes: `python -m recipes.estimate.validate --out results/estimate.json`.
+"""Compares estimated with measured pass times: `python -m recipes.estimate.validate --out results/estimate.json`.
 
-On an idle machine: probes it as a card, measures passes of the reference model (or another target) over chains of
-1 to 65 nodes after 64 and 512 tokens, and prompts of some lengths, and compares. Probe and measurement take turns,
-and medians count, since a machine that is shared is now faster and now slower. Exit code 1 where any error is above the
-limit.
+Run it on an idle machine. It probes the machine's speed, measures passes of the reference model (or another target)
+over chains of 1 to 65 nodes after 64 and 512 tokens, and prefills of several lengths, and compares them with the
+estimate. Probe and measurement alternate, and medians are compared, because the speed of a shared machine varies. The
+exit code is 1 if any error is above the limit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _row(kind: str, rows: int, context: int, measured: float, estimated: float) 
 
 @torch.inference_mode()
 def _prefill(target: Target, length: int) -> float:
-    """Seconds of a prompt of words."""
+    """Measures the seconds of a text prefill of `length` tokens."""
     ids = costs.words(length, target)[None]
     times = []
     for _ in range(TIMES + 1):

@@ -24,7 +24,7 @@ from msd.drafters.toolkit.drafter import Memory
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import adapt
-from msd.targets.teacher import TeacherBatch, teach
+from msd.targets.teacher import TeacherBatch, run_teacher
 from msd.train.losses.msd import LossConfig
 
 MODEL = tiny.llava()
@@ -46,7 +46,7 @@ def network(**changes: Any) -> MSDNetwork:
 
 def teacher_batch(made: MSDNetwork, rows: int = 3) -> TeacherBatch:
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 2, words=5 + s) for s in range(rows)))
-    return teach(adapt(MODEL, made.config.taps), inputs, [[5, 6, 7, 8]] * rows)
+    return run_teacher(adapt(MODEL, made.config.taps), inputs, [[5, 6, 7, 8]] * rows)
 
 
 def some(rows: int, without: int | None = None) -> Tensor:

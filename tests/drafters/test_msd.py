@@ -26,7 +26,7 @@ from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
 from msd.targets import adapt
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 FORMS = ["block", "ar"]
 MODEL = tiny.llava()
@@ -49,7 +49,7 @@ def network(form: str = "block", seed: int = 0, **changes: Any) -> MSDNetwork:
 def memory(net: MSDNetwork, rows: int = 3) -> tuple[Memory, Layout]:
     """The memory that decoding has after some prompts and one emitted token."""
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 2, words=5 + s) for s in range(rows)))
-    teacher_batch = teach(adapt(MODEL, net.config.taps), inputs, [[5, 6]] * rows)
+    teacher_batch = run_teacher(adapt(MODEL, net.config.taps), inputs, [[5, 6]] * rows)
     assert teacher_batch.taps is not None
     L = teacher_batch.prompt
     layout = replace(teacher_batch.layout, end=[L + 1] * rows)

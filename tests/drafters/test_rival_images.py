@@ -15,7 +15,7 @@ from msd.drafters.algorithms.specvlm import BRANCHES, Compressor
 from msd.drafters.algorithms.specvlm_video import SpecVLMVideo, kept_tokens
 from msd.drafters.toolkit.context import text_columns
 from msd.targets import adapt
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 MODEL = tiny.llava()
 
@@ -135,7 +135,7 @@ def test_attention_is_the_targets() -> None:
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         layers = eager(**inputs, output_attentions=True, position_ids=_positions(inputs)).attentions
-    teacher_batch = teach(adapt(MODEL, net.config.taps), inputs, [[5, 6, 7]] * 2)
+    teacher_batch = run_teacher(adapt(MODEL, net.config.taps), inputs, [[5, 6, 7]] * 2)
     assert teacher_batch.taps is not None
     c = text_columns(
         teacher_batch.layout, teacher_batch.taps[:, :-1], net.embed, net.config.hidden, teacher_batch.prompt

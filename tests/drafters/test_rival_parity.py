@@ -21,7 +21,7 @@ from msd.core.layout import Layout
 from msd.drafters.toolkit.drafter import Memory
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 LAYERS = 8  # so that layers 2, L//2 and L-3 are three
 TOLERANCE = 1e-5
@@ -84,7 +84,7 @@ def drafted(net: DraftNetwork, images: int, first: list[int], second: tuple[int,
     """Returns logits below the root, its children `first`, and a grandchild `second` = (child index, token)."""
     inputs = inputs_of(images)
     reference = prompt(images)
-    batch = teach(adapt(MODEL, net.config.taps), inputs, [[reference.ids[-1]]])
+    batch = run_teacher(adapt(MODEL, net.config.taps), inputs, [[reference.ids[-1]]])
     whole = batch.layout
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1])
     assert batch.taps is not None

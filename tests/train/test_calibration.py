@@ -1,4 +1,4 @@
-"""θ for a budget, from what a drafter's trees met."""
+"""Thresholds θ for a budget, fitted on recorded draft trees."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_solved_thresholds_keep_the_budget_on_the_records() -> None:
     assert table["0.05"]["vision"] < table["0.01"]["vision"]
 
 
-def test_a_drafter_brings_its_thresholds() -> None:
+def test_a_drafters_own_thresholds_are_used() -> None:
     vlm = engine("budget", epsilon=0.03)
     vlm.drafter.calibrated = {"0.01": {"vision": 0.9}, "0.05": {"vision": 0.7}}  # type: ignore[attr-defined]
     again = vlm.with_method(vlm.drafter)
@@ -61,7 +61,7 @@ def test_a_drafter_brings_its_thresholds() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_budget_with_solved_thresholds_spends_within_it(temperature: float) -> None:
+def test_solved_thresholds_stay_within_the_budget(temperature: float) -> None:
     vlm = engine("budget", epsilon=0.05)
     result = vlm.generate(
         **tiny.llava_inputs(1), max_new_tokens=40, do_sample=True, temperature=temperature, top_k=0, seed=1

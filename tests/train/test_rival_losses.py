@@ -109,7 +109,7 @@ def test_dspark_by_hand() -> None:
 
 
 def test_stages_are_those_published() -> None:
-    share = {m: PublishedStages.of(rivals.network(MODEL, m).stages, 1000) for m in rivals.RIVALS}
+    share = {m: PublishedStages.for_run(rivals.network(MODEL, m).stages, 1000) for m in rivals.RIVALS}
     msd = [share["msd-published"].share(s) for s in (0, 499, 500, 750, 1000)]
     assert msd == pytest.approx([0, 0, 0, 0.5, 1])
     assert [share["vispec"].share(s) for s in (0, 299, 300, 999)] == [0, 0, 1, 1]

@@ -33,7 +33,7 @@ from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets import Target
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
@@ -194,7 +194,7 @@ def top_probabilities(target: Target, inputs: dict[str, Any], tokens: Sequence[i
     answer = list(takewhile(lambda token: token not in target.placeholders, tokens))
     if not answer:
         return torch.zeros(0, len(TOP))
-    logits = teach(target, dict(inputs), [answer]).logits[0] / (temperature or 1.0)
+    logits = run_teacher(target, dict(inputs), [answer]).logits[0] / (temperature or 1.0)
     return logits.softmax(-1).topk(max(TOP), -1).values.cumsum(-1)[:, [n - 1 for n in TOP]]
 
 

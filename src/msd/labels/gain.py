@@ -1,7 +1,7 @@
 """Measures how much the image, or the events, influence the target's prediction of each answer token.
 
 The image gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target. The distribution
-without the image comes from one pass of `teach` that masks all image columns and leaves positions unchanged.
+without the image comes from one pass of `run_teacher` that masks all image columns and leaves positions unchanged.
 `msd.labels.label_thresholds` turns gains into labels.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from msd.errors import UserError
 from msd.labels import CELL_KINDS
 from msd.targets.base import Target
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def masking_cost(
         return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
     if logits is None:
         logits = answer_logits(target, inputs, answers)
-    without = teach(target, inputs, answers, masked).logits
+    without = run_teacher(target, inputs, answers, masked).logits
     return [
         _divergence(p, without[row, : len(p)]) if rows[row] else torch.zeros(len(p)).double()
         for row, p in enumerate(logits)
@@ -91,7 +91,7 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
 
 def answer_logits(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """Returns the logits [T_i, V] that predict each answer's tokens, with no column masked."""
-    teacher_batch = teach(target, inputs, answers)
+    teacher_batch = run_teacher(target, inputs, answers)
     return [teacher_batch.logits[row, :n] for row, n in enumerate(teacher_batch.lengths)]
 
 
@@ -108,7 +108,7 @@ def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequen
     other = {name: _negative(inputs[name]) for name in target.media_tensors if inputs.get(name) is not None}
     if not other:
         raise UserError("there are no pixels to change; give prompts with images, as the processor prepares them")
-    one, two = teach(target, inputs, answers), teach(target, {**inputs, **other}, answers)
+    one, two = run_teacher(target, inputs, answers), run_teacher(target, {**inputs, **other}, answers)
     change = ((one.logits - two.logits).abs().amax(-1) * one.answer_mask()).amax(-1)  # [B]
     for row, has_image in enumerate(image_columns(target, inputs["input_ids"]).any(1).tolist()):
         if has_image and change[row] <= 1e-5:

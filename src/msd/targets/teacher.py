@@ -20,7 +20,7 @@ from msd.targets import masks
 from msd.targets.base import Target
 
 _TYPES = "token_type_ids"
-# tensors of processor output that cover the prompt only; `teach` replaces or drops them
+# tensors of processor output that cover the prompt only; `run_teacher` replaces or drops them
 _REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "labels")
 
 
@@ -53,7 +53,7 @@ class TeacherBatch:
 
 
 @torch.no_grad()
-def teach(
+def run_teacher(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],

@@ -1,13 +1,12 @@
-"""What a drafter is worth on answers it does not learn from, and the thresholds that are fitted on them."""
+"""Measures a drafter on held-out answers: chain acceptance, and the verification thresholds that meet a budget."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msd.config import SpeculativeConfig
 from msd.core.modality import known
@@ -15,7 +14,6 @@ from msd.core.sampling import Sampler
 from msd.drafters import Drafter
 from msd.drafters.toolkit.training import Objective
 from msd.model import SpeculativeVLM
-from msd.targets.teacher import TeacherBatch
 from msd.train.capture import Captured
 from msd.train.teacher_batches import TeacherBatches
 from msd.verify import Budget, calibrate
@@ -24,43 +22,42 @@ from msd.verify.lossy import Position
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-class HeldOut:
-    """Held-out chain acceptance: by modality in answers about images, and of all answers without one ("text")."""
+class HeldOutAcceptance:
+    """Measures the acceptance of chain drafts on held-out answers.
+
+    Answers about images are counted per modality of the token; text-only answers are counted together ("text").
+    """
 
     def __init__(self, objective: Objective, batches: TeacherBatches, held_out: Sequence[Captured]) -> None:
         self.objective, self.batches = objective, batches
-        some = [c for c in held_out if len(c.ids) > 1]
-        self.about_images, self.text = ([c for c in some if bool(c.images) == images] for images in (True, False))
+        self.with_images = [c for c in held_out if len(c.ids) > 1 and c.images]
+        self.text_only = [c for c in held_out if len(c.ids) > 1 and not c.images]
         self.last: dict[str, float] = {}
 
     def __call__(self) -> dict[str, float]:
-        """The rates, by name; "acceptance" is that of all answers about images."""
+        """Returns the acceptance rates by name; "acceptance" is the rate over all answers about images."""
         self.objective.eval()
-        seen, text = self._counts(self.about_images), self._counts(self.text)
+        by_modality, text = self._counts(self.with_images), self._counts(self.text_only)
         self.objective.train()
-        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in seen.items()}
-        for name, counts in (("text", text), ("acceptance", seen or text)):
+        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in by_modality.items()}
+        for name, counts in (("text", text), ("acceptance", by_modality or text)):
             accepted, drafted = (sum(c[i] for c in counts.values()) for i in (0, 1))
             if drafted:
                 self.last[name] = accepted / drafted
         return self.last
 
     def _counts(self, answers: Sequence[Captured]) -> dict[str, list[int]]:
-        """Modality name -> [accepted, drafted]."""
+        """Returns modality name -> [accepted, drafted]."""
         counts: dict[str, list[int]] = {}
-        for batch, labels in self.batches.in_turn(answers):
+        for batch, labels in self.batches.in_order(answers):
             for name, (accepted, drafted) in self.objective.acceptance(batch, labels).items():
                 old = counts.setdefault(name, [0, 0])
                 counts[name] = [old[0] + accepted, old[1] + drafted]
         return counts
 
     def reports(self) -> dict[str, Any]:
-        """Of a trained network; see `Objective.reports`."""
-        return self.objective.reports(self._taught)
-
-    def _taught(self) -> Iterator[tuple[TeacherBatch, Tensor]]:
-        """The held-out answers about images, in batches; those without where there are no others."""
-        return self.batches.in_turn(self.about_images or self.text)
+        """Returns the objective's reports on the answers about images, or on the text-only ones if there are none."""
+        return self.objective.reports(lambda: self.batches.in_order(self.with_images or self.text_only))
 
 
 class Recorder(Budget):
@@ -103,9 +100,10 @@ def record(
 
 
 def solve(masses: dict[str, list[float]], budgets: Iterable[float] = BUDGETS) -> dict[str, dict[str, float]]:
-    """str(ε) -> modality name -> least θ that keeps the mean total variation within ε on the recorded positions.
+    """Returns str(ε) -> modality name -> smallest θ with a mean total variation of at most ε on recorded positions.
 
-    A position's cost depends on P alone (docs/modality_verification.md), so it is solved as one of two tokens.
+    The cost of a position depends on P alone (docs/modality_verification.md), so each is solved as a distribution over
+    two tokens.
     """
     records = {}
     for name, found in masses.items():
