@@ -117,7 +117,7 @@ def test_a_larger_cache_goes_on_from_the_first_slots_of_another() -> None:
     old, new = KVCache(3, B, 8), KVCache(3, B, C)
     write(old, 0, 6, heads)
     old.advance(6)
-    new.take(old, 4)
+    new.copy_prefix(old, 4)
     write(new, 50, 3, heads)
     new.advance(3)
     for layer in range(3):

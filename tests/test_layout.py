@@ -51,7 +51,7 @@ def test_whoever_has_one_axis_stands_where_text_stands() -> None:
     positions = torch.tensor([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[0, 2, 1, 3]]])
     layout = Layout.from_prompt(torch.tensor([[4, 3, 3, 5]]), 8, position_ids=positions)
     layout.append(0, [6])
-    assert layout.line()[0, :5].tolist() == [0, 2, 2, 3, 4]
+    assert layout.positions_1d()[0, :5].tolist() == [0, 2, 2, 3, 4]
 
 
 def test_given_positions_need_not_be_slots() -> None:

@@ -24,17 +24,17 @@ FLAT = Costs((1, 9, 33), (100, 200), ((1.0, 1.0, 4.0), (1.0, 1.0, 6.0)))
 
 
 def test_costs_between_and_beyond_what_was_measured() -> None:
-    assert FLAT.of(9, 100) == [1.0] * 9
-    assert FLAT.of(33, 100)[20] == pytest.approx(1.0 + 3.0 * 12 / 24)
-    assert FLAT.of(33, 150)[-1] == pytest.approx(5.0)
-    assert FLAT.of(33, 300)[-1] == pytest.approx(8.0)
-    assert FLAT.of(65, 100)[-1] == pytest.approx(4.0 + 3.0 * 32 / 24)  # large batches: more rows than were measured
+    assert FLAT.curve(9, 100) == [1.0] * 9
+    assert FLAT.curve(33, 100)[20] == pytest.approx(1.0 + 3.0 * 12 / 24)
+    assert FLAT.curve(33, 150)[-1] == pytest.approx(5.0)
+    assert FLAT.curve(33, 300)[-1] == pytest.approx(8.0)
+    assert FLAT.curve(65, 100)[-1] == pytest.approx(4.0 + 3.0 * 32 / 24)  # large batches: more rows than were measured
 
 
 def test_rows_beyond_what_was_measured_are_not_free() -> None:
     """A batch of 16 with trees of 9 nodes has 144 rows; taken for 65, drafting seemed to cost nothing."""
     known = Costs((1, 9, 65), (64, 512), ((0.030, 0.034, 0.124), (0.030, 0.038, 0.147)))
-    curve = known.of(144, 64)
+    curve = known.curve(144, 64)
     slope = curve[63] - curve[62]
     assert all(b - a == pytest.approx(slope) for a, b in pairwise(curve[64:]))
 
@@ -96,7 +96,7 @@ def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:
 
 def fake(batch: int = 1, end: int = 100) -> Any:
     return SimpleNamespace(
-        alive=list(range(batch)), room=lambda row: 50, layout=SimpleNamespace(batch=batch, end=[end] * batch)
+        alive=list(range(batch)), tokens_left=lambda row: 50, layout=SimpleNamespace(batch=batch, end=[end] * batch)
     )
 
 
@@ -106,7 +106,7 @@ def test_budgets_tell_the_seconds_of_a_step() -> None:
     plan.learn(plan.budget(fake()), 4, 3.0, 0.5, 1.0)
     assert plan.budget(fake()).seconds == (1.5,) * 5
     assert plan.budget(fake(batch=8)).seconds == pytest.approx(
-        (0.5 + 1.0, *(0.5 + FLAT.of(40, 100)[8 * n + 7] for n in (1, 2, 3, 4)))
+        (0.5 + 1.0, *(0.5 + FLAT.curve(40, 100)[8 * n + 7] for n in (1, 2, 3, 4)))
     )
     assert Plan(nodes=4).budget(fake()).seconds is None
 

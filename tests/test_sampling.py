@@ -1,4 +1,4 @@
-"""Sampler: processed laws of each row's own text, draws as `generate()` makes them, and stops."""
+"""Sampler: processed distributions of each row's own text, draws as `generate()` makes them, and stops."""
 
 from __future__ import annotations
 
@@ -74,25 +74,25 @@ def processors(ids: Tensor) -> dict[str, list[LogitsProcessor]]:
 
 
 @pytest.mark.parametrize("name", processors(PADDED))
-def test_a_padded_row_has_the_law_it_has_alone(name: str) -> None:
+def test_a_padded_row_has_the_distribution_it_has_alone(name: str) -> None:
     together = sampler(PADDED, MASK, *processors(PADDED)[name])
     raw = logits(2)
     untouched = raw.clone()
     for step in range(5):
-        law = together.logits(raw, [0, 1])
+        distribution = together.logits(raw, [0, 1])
         for row, text in enumerate([LONG, SHORT]):
             ids = torch.tensor([text])
             alone = sampler(ids, None, *processors(ids)[name])
             for token in EMITTED[:step]:
                 alone.emit(0, token)
-            assert torch.equal(law[row], alone.logits(raw[row, None], [0])[0]), (row, step)
+            assert torch.equal(distribution[row], alone.logits(raw[row, None], [0])[0]), (row, step)
         for row in (0, 1):
             together.emit(row, (*EMITTED, 0)[step])
     assert torch.equal(raw, untouched), "the target's logits stay as they are"
 
 
 @pytest.mark.parametrize("name", processors(PADDED))
-def test_the_processors_above_do_change_the_law(name: str) -> None:
+def test_the_processors_above_do_change_the_distribution(name: str) -> None:
     alone = sampler(PADDED[:1], None, *processors(PADDED[:1])[name])
     changed = False
     for token in (9, 6, 7):
@@ -131,13 +131,13 @@ def test_a_processor_with_a_memory_remembers_each_row_by_itself() -> None:
 def test_prefix_constraints_know_their_row() -> None:
     allowed = [[3, 4], [5]]
     both = sampler(PADDED, MASK, PrefixConstrainedLogitsProcessor(lambda row, tokens: allowed[row], num_beams=1))
-    law = both.logits(logits(2), [0, 1])
-    assert [row.isfinite().nonzero().flatten().tolist() for row in law] == allowed
+    distribution = both.logits(logits(2), [0, 1])
+    assert [row.isfinite().nonzero().flatten().tolist() for row in distribution] == allowed
     assert both.logits(logits(1), [1])[0].isfinite().nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)]])
-def test_pointwise_laws_of_all_rows_at_once(warpers: list[LogitsProcessor]) -> None:
+def test_pointwise_distributions_of_all_rows_at_once(warpers: list[LogitsProcessor]) -> None:
     both = sampler(PADDED, MASK, *warpers)
     raw = logits(2)
     expected = LogitsProcessorList(warpers)(PADDED, raw.clone())
@@ -193,13 +193,13 @@ def test_greedy_draws_the_argmax_and_uses_no_randomness() -> None:
 def test_rows_stop_by_themselves() -> None:
     criteria = [MaxLengthCriteria(8), EosTokenCriteria(torch.tensor([2, 3]))]
     both = sampler(PADDED, MASK, criteria=criteria)
-    assert (both.room(0), both.alive) == (3, [0, 1])
+    assert (both.tokens_left(0), both.alive) == (3, [0, 1])
     assert both.emit(0, 9)
     assert not both.emit(1, 3)
     assert (both.alive, both.finish) == ([0], [None, "eos"])
     assert both.emit(0, 9)
     assert not both.emit(0, 9)
-    assert (both.alive, both.finish, both.room(0)) == ([], ["length", "eos"], 0)
+    assert (both.alive, both.finish, both.tokens_left(0)) == ([], ["length", "eos"], 0)
 
 
 def test_a_plan_never_drafts_what_could_not_be_emitted() -> None:

@@ -73,7 +73,8 @@ def test_rows_of_unequal_size_are_padded_with_invalid_nodes(parents: list[list[i
     assert tree.valid.sum(1).tolist() == [1 + len(p) for p in parents]
     for row, above in enumerate(parents):
         assert tree.parents[row].tolist() == [-1, *above] + [-1] * (tree.size - 1 - len(above))
-        assert tree.fixed[row].tolist() == [False] + [True] * len(above) + [False] * (tree.size - 1 - len(above))
+        padding = tree.size - 1 - len(above)
+        assert tree.deterministic[row].tolist() == [False] + [True] * len(above) + [False] * padding
 
 
 @settings(deadline=None, derandomize=True)
@@ -136,24 +137,28 @@ def test_follow_finds_the_child_that_carries_the_token(parents: list[int], data:
     assert tree.follow(torch.tensor([node]), torch.tensor([token]), nobody).tolist() == [-1]
 
 
-def test_modality_and_fixed_are_kept() -> None:
+def test_modality_and_deterministic_are_kept() -> None:
     tree = DraftTree.from_lists(
-        torch.tensor([1, 2]), [[5, 6], [7]], [[0, 0], [0]], modality=[[1, 2], [1]], fixed=[[True, False], [False]]
+        torch.tensor([1, 2]),
+        [[5, 6], [7]],
+        [[0, 0], [0]],
+        modality=[[1, 2], [1]],
+        deterministic=[[True, False], [False]],
     )
     assert tree.modality.tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert tree.fixed.tolist() == [[False, True, False], [False, False, False]]
+    assert tree.deterministic.tolist() == [[False, True, False], [False, False, False]]
     assert tree.tokens.tolist() == [[1, 5, 6], [2, 7, 0]]
     assert (tree.batch, tree.size, tree.height) == (2, 3, 1)
 
 
-def test_trees_of_some_rows_and_the_batch_they_came_from() -> None:
+def test_select_rows_and_scatter_them_back() -> None:
     tree = make([[0, 1, 0], [], [0]])
     tree.q = torch.rand(tree.tokens.shape)
-    assert tree.of([0, 1, 2]) is tree
-    part = tree.of([2, 0])
+    assert tree.select([0, 1, 2]) is tree
+    part = tree.select([2, 0])
     assert part.parents.tolist() == [tree.parents[2].tolist(), tree.parents[0].tolist()]
-    back = part.among([2, 0], tree.tokens[:, 0])
-    for name in ("tokens", "parents", "depths", "valid", "modality", "fixed"):
+    back = part.scatter([2, 0], tree.tokens[:, 0])
+    for name in ("tokens", "parents", "depths", "valid", "modality", "deterministic"):
         assert torch.equal(getattr(back, name), getattr(tree, name)), name
     assert back.q is not None
     assert back.q[[0, 2]].tolist() == tree.q[[0, 2]].tolist()

@@ -20,17 +20,17 @@ from torch import Tensor
 from msd.core import modality
 from msd.system.files import write_whole
 from msd.verify import calibrate
-from msd.verify.divergence import budget_law, sampled_law, threshold_law, total_variation
+from msd.verify.divergence import budget_distribution, sampled_distribution, threshold_distribution, total_variation
 from msd.verify.rejection import hard, soft
 
 OUT = Path(__file__).parents[1] / "docs" / "images"
 NOISE = {"language": 0.5, "fusion": 0.8, "vision": 1.2}
 COLOURS = {"language": "tab:blue", "fusion": "tab:green", "vision": "tab:red"}
-THETAS = [i / 50 for i in range(51)]
+THRESHOLDS = [i / 50 for i in range(51)]
 POSITIONS, VOCABULARY, CHILDREN = 2000, 64, 3
 
 
-def laws(name: str, temperature: float) -> tuple[Tensor, Tensor]:
+def distributions(name: str, temperature: float) -> tuple[Tensor, Tensor]:
     """(p, q) [n, V] float64 at a temperature."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64) * 2.5
@@ -43,11 +43,11 @@ def curves(temperature: float, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row", layout="constrained")
     for column, (policy, rule) in enumerate((("threshold", hard), ("budget", soft))):
         for name, colour in COLOURS.items():
-            p, q = laws(name, temperature)
-            tv = [float(total_variation(sampled_law(p, q[:, None], at, rule), p).mean()) for at in THETAS]
-            rate = [float((q * rule(p, q, at)).sum(-1).mean()) for at in THETAS]
-            axes[0, column].plot(THETAS, tv, colour, label=name)
-            axes[1, column].plot(THETAS, rate, colour)
+            p, q = distributions(name, temperature)
+            tv = [float(total_variation(sampled_distribution(p, q[:, None], at, rule), p).mean()) for at in THRESHOLDS]
+            rate = [float((q * rule(p, q, at)).sum(-1).mean()) for at in THRESHOLDS]
+            axes[0, column].plot(THRESHOLDS, tv, colour, label=name)
+            axes[1, column].plot(THRESHOLDS, rate, colour)
             lossless = float(torch.minimum(p, q).sum(-1).mean())
             axes[1, column].axhline(lossless, color=colour, linestyle=":", linewidth=1)
             if policy == "threshold":
@@ -61,8 +61,8 @@ def curves(temperature: float, path: Path) -> None:
 
 
 def candidates(path: Path) -> None:
-    """TV by kind of candidate, vision laws at T = 1."""
-    p, q = laws("vision", 1.0)
+    """TV by kind of candidate, vision distributions at T = 1."""
+    p, q = distributions("vision", 1.0)
     drafted = torch.zeros_like(p, dtype=torch.bool).scatter(1, q.topk(CHILDREN).indices, True)
     kinds = {"1 sampled": 1, f"{CHILDREN} sampled": CHILDREN}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
@@ -71,15 +71,18 @@ def candidates(path: Path) -> None:
             rule = hard if policy == "threshold" else soft
             repeated = q[:, None].expand(-1, k, -1)
             axes[column].plot(
-                THETAS,
-                [float(total_variation(sampled_law(p, repeated, at, rule), p).mean()) for at in THETAS],
+                THRESHOLDS,
+                [float(total_variation(sampled_distribution(p, repeated, at, rule), p).mean()) for at in THRESHOLDS],
                 label=label,
             )
         fixed = [
-            threshold_law(p, at, drafted, q) if policy == "threshold" else budget_law(p, at, drafted) for at in THETAS
+            threshold_distribution(p, at, drafted, q) if policy == "threshold" else budget_distribution(p, at, drafted)
+            for at in THRESHOLDS
         ]
         axes[column].plot(
-            THETAS, [float(total_variation(out, p).mean()) for out in fixed], label=f"best {CHILDREN}, deterministic"
+            THRESHOLDS,
+            [float(total_variation(out, p).mean()) for out in fixed],
+            label=f"best {CHILDREN}, deterministic",
         )
         axes[column].set_title(f"{policy}, by kind of candidate")
         axes[column].set_xlabel("θ")
@@ -104,9 +107,9 @@ def main() -> None:
     candidates(OUT / "thresholds_candidates.png")
     for temperature in (1.0, 0.7):
         for name in NOISE:
-            p, q = laws(name, temperature)
+            p, q = distributions(name, temperature)
             theta = modality.get(name).threshold
-            tv = total_variation(sampled_law(p, q[:, None], theta, hard), p).mean()
+            tv = total_variation(sampled_distribution(p, q[:, None], theta, hard), p).mean()
             rate, lossless = (q * hard(p, q, theta)).sum(-1).mean(), torch.minimum(p, q).sum(-1).mean()
             solved = [calibrate({name: (p, q)}, e)[name] for e in (0.01, 0.05)]
             print(

@@ -32,7 +32,7 @@ from msd.errors import UserError
 from msd.inputs import prompts
 from msd.planning.costs import costs
 from msd.planning.plan import Plan
-from msd.result import Result
+from msd.result import Outputs, Result
 from msd.streaming import Steps, Stream, finished, request_lock
 from msd.system.machine import Cores, watched
 from msd.targets import Past, adapt
@@ -136,6 +136,9 @@ class SpeculativeVLM:
         on_step: is given every step with its trees, scores and choices (`msd.core.tree.Step`), as it is made.
         kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
+        With return_dict_in_generate=True, the result also has `sequences`, and `scores` and `logits` if output_scores
+        and output_logits are set: the tensors of `GenerateDecoderOnlyOutput` for the whole batch (see `Outputs`).
+        output_attentions and output_hidden_states are refused.
         """
         with self._lock:
             steps = self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs)
@@ -236,14 +239,16 @@ class SpeculativeVLM:
         padding = generation_config._pad_token_tensor
         sampler = Sampler(
             state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness, input_ids,
-            None if padding is None else int(padding),
+            None if padding is None else int(padding), Outputs.need_logits(generation_config),
         )  # fmt: skip
+        outputs = Outputs(input_ids, generation_config)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt)
         answers: list[list[int]] = [[] for _ in range(B)]
         for step in decode(*parts, label=self.config.label):
             statistics.read(step)
+            outputs.read(step)
             for row, tokens in enumerate(step.accepted.tokens):
                 answers[row] += [] if row in step.accepted.padded else tokens
             if streamer is not None:
@@ -257,7 +262,8 @@ class SpeculativeVLM:
             streamer.end()
         if past is not None:
             past.renew(state)
-        return [self._result(tokens, sampler.finish[row], row, statistics) for row, tokens in enumerate(answers)]
+        fields = outputs.fields()
+        return [self._result(tokens, sampler.finish[i], i, statistics, fields) for i, tokens in enumerate(answers)]
 
     def _embedding(self) -> tuple[Any, ...]:
         """What a drafter takes of its target."""
@@ -305,11 +311,13 @@ class SpeculativeVLM:
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}
 
-    def _result(self, tokens: list[int], finish: str | None, row: int, statistics: Statistics) -> Result:
-        """What `row` emitted, and why it ended."""
+    def _result(
+        self, tokens: list[int], finish: str | None, row: int, statistics: Statistics, fields: dict[str, Any]
+    ) -> Result:
+        """The result of `row`. fields: those of `return_dict_in_generate`."""
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
-        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels)
+        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels, **fields)
 
 
 def _as_decoding_method(run: Any) -> Any:

@@ -41,7 +41,7 @@ def test_the_policy_of_the_page_answers(registered: str) -> None:
 
 
 def test_its_divergence_is_that_of_what_it_emits(registered: str) -> None:
-    tree = draft(20_000, fixed=[4, 2, 1])  # of these, 1 and 2 are among the three likeliest
+    tree = draft(20_000, deterministic=[4, 2, 1])  # of these, 1 and 2 are among the three likeliest
     accepted = accept(create(registered), tree, kind=modality.VISION.id)
     share = counts(accepted) / 20_000
     assert accepted.divergence is not None

@@ -21,7 +21,7 @@ from msd.model import SpeculativeVLM
 
 
 @pytest.mark.parametrize("policy", ["lossless", "threshold", "budget"])
-def test_a_chain_follows_its_law(policy: str) -> None:
+def test_a_chain_follows_its_distribution(policy: str) -> None:
     """The first position of each chain; budget has means for any wish."""
     generator = torch.Generator().manual_seed(0)
     p, q = torch.tensor([P, P]), torch.tensor(Q[:1])
@@ -54,12 +54,12 @@ def test_all_accepted_gives_a_bonus_token_where_p_is_known() -> None:
 
 
 @pytest.mark.parametrize("policy", ["lossless", "threshold", "budget"])
-@pytest.mark.parametrize("theta", [0.0, 0.5, 1.0])
-def test_one_hot_targets_give_the_argmax(policy: str, theta: float) -> None:
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_one_hot_targets_give_the_argmax(policy: str, threshold: float) -> None:
     p = torch.eye(4)[[2, 1, 3]]
     q = torch.full((2, 4), 0.25)
     for drafts, tokens in (([2, 1], [2, 1, 3]), ([2, 0], [2, 1]), ([0, 1], [2])):
-        chain = msd.MSDVerification(policy, dict.fromkeys(["language", "vision"], theta), 1.0)
+        chain = msd.MSDVerification(policy, dict.fromkeys(["language", "vision"], threshold), 1.0)
         result = chain.verify(drafts, p, q, ["vision", "language"])
         assert result.tokens == tokens
         assert result.divergence == [0.0] * len(tokens)

@@ -91,7 +91,7 @@ def end_to_end_p_values(drafter: Drafter, draws: int) -> list[float]:
     values = []
     for temperature, top_k in SETTINGS:
         counts, _ = count_answers(engine, draws, temperature, top_k)
-        values.append(chi2_p_value(counts.numpy(), exact_law(model, temperature, top_k).numpy()))
+        values.append(chi2_p_value(counts.numpy(), exact_distribution(model, temperature, top_k).numpy()))
     return values
 
 
@@ -141,7 +141,7 @@ def count_answers(
 
 
 @torch.no_grad()
-def exact_law(model: LlavaForConditionalGeneration, temperature: float, top_k: int) -> Tensor:
+def exact_distribution(model: LlavaForConditionalGeneration, temperature: float, top_k: int) -> Tensor:
     """The joint law of the answer, [V]·4 float64; after EOS the rest counts as token 0."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:

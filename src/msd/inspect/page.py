@@ -71,7 +71,7 @@ class Trace:
             Node(tokens[n], index[parents[n]], depths[n], names[kinds[n]].name, p[n], q[n], n in taken) for n in drafted
         )
         emitted = tuple(step.accepted.tokens[row])
-        self.passes.append(Pass(tokens[0], nodes, emitted, step.draft_seconds, step.verify_seconds))
+        self.passes.append(Pass(tokens[0], nodes, emitted, step.draft_seconds, step.score_seconds))
 
 
 COLOURS = {
@@ -175,7 +175,7 @@ def _step(number: int, step: Pass, word: Word) -> str:
     own = html.escape(word(step.emitted[-1]))
     root = f"<li><span>{html.escape(word(step.root))}</span>{_below(0, step.nodes, word)}</li>"
     then = f"<li><small>the target then says</small> <span>{own}</span></li>"
-    took = f"draft {1000 * step.draft_seconds:.0f} ms, pass {1000 * step.verify_seconds:.0f} ms"
+    took = f"draft {1000 * step.draft_seconds:.0f} ms, pass {1000 * step.score_seconds:.0f} ms"
     return f'<div class="step"><b>{number}</b><ul>{root}{then}</ul><small>{took}</small></div>\n'
 
 

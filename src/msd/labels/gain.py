@@ -61,7 +61,7 @@ def cost_of_hiding(
     if not any(some):
         return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
     if seeing is None:
-        seeing = whole_laws(target, inputs, answers)
+        seeing = answer_logits(target, inputs, answers)
     less = teach(target, inputs, answers, hidden)
     return [
         _divergence(p, less.logits[row, : len(p)]) if some[row] else torch.zeros(len(p)).double()
@@ -83,7 +83,7 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
         return None
     block = torch.arange(grid, device=at.device) * side // grid
     blocks = block[:, None] * side + block[None]  # [grid, grid]
-    seeing, gains = whole_laws(target, inputs, [answer]), []
+    seeing, gains = answer_logits(target, inputs, [answer]), []
     for number in range(side * side):
         hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         hidden[0, at[blocks.flatten() == number]] = True
@@ -91,7 +91,7 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
     return torch.stack(gains, -1).view(-1, side, side)
 
 
-def whole_laws(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+def answer_logits(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """The logits [T_i, V] of each answer's tokens with nothing hidden."""
     teacher_batch = teach(target, inputs, answers)
     return [teacher_batch.logits[row, :n] for row, n in enumerate(teacher_batch.lengths)]
@@ -172,7 +172,7 @@ def event_costs(
         raise UserError("clips of a batch differ in their number of frames; take those alike together")
     hidden = torch.stack([_groups(row, torch.as_tensor(some)) for row, some in zip(columns, kinds, strict=True)], 1)
     if seeing is None:
-        seeing = whole_laws(target, inputs, answers)
+        seeing = answer_logits(target, inputs, answers)
     costs = [cost_of_hiding(target, inputs, answers, some, seeing) for some in hidden]
     return [torch.stack(parts, -1) for parts in zip(*costs, strict=True)]
 

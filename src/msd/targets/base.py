@@ -122,7 +122,7 @@ class Target:
         arguments = remaining(model_kwargs, pieces) if cut else model_kwargs
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
         if past is not None and cut:
-            cache.take(past.cache, cut)
+            cache.copy_prefix(past.cache, cut)
         arguments = {**arguments, "position_ids": positions, "past_key_values": cache}
         inputs = self.model.prepare_inputs_for_generation(
             input_ids, is_first_iteration=True, next_sequence_length=L - cut, use_cache=True, logits_to_keep=1,
@@ -147,7 +147,7 @@ class Target:
         Rows that the cache has let go are left out.
         """
         rows, batch = state.cache.rows, tree.batch
-        tree = tree.of(rows)
+        tree = tree.select(rows)
         positions = state.layout.next_positions(tree.depths, rows)  # [A, R, N]
         with self.recording(check=False) as recorded:
             output = self.model(
@@ -161,7 +161,7 @@ class Target:
         taps = recorded.take()
         if state.trail is not None:
             state.scored = taps
-        return Scores(output.logits, taps).among(rows, batch)
+        return Scores(output.logits, taps).scatter(rows, batch)
 
     @contextmanager
     def recording(self, check: bool = True) -> Iterator[Recording]:

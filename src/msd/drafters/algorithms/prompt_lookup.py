@@ -264,7 +264,7 @@ class Repeats:
         drafted = self.drafter.propose(_as(state, state.memory.drafter), replace(budget, depth=left), sampler)
         if not rows or drafted.size == 1:
             return found if rows else drafted
-        return drafted.replaced(rows, found)
+        return drafted.replace_rows(rows, found)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """The drafter's."""

@@ -120,7 +120,7 @@ def columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hid
     if L > 1:  # token L has been emitted: it is text
         shown = torch.cat([taps[:, 1:, :hidden], taps[:, -1:, :hidden]], 1)
         word = torch.where(visual[..., None], shown.to(word.dtype), word)
-    return Columns(taps, word, real, visual, tokens, layout.line()[:, :L], prompt)
+    return Columns(taps, word, real, visual, tokens, layout.positions_1d()[:, :L], prompt)
 
 
 def real_columns(layout: Layout, count: int) -> Tensor:

@@ -64,7 +64,7 @@ class Memory:
         """
         first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
         column = (first[:, None] + torch.arange(token.shape[1])).clamp_min(0).to(taps.device)
-        positions = layout.line().gather(1, column) + self.shift
+        positions = layout.positions_1d().gather(1, column) + self.shift
         feature, word, old = network.feature(taps), network.embed(token), self.anchor
         x = network.entry(feature, word, old.image, 0)
         self._append(network, x, positions, added, self.keys[0].keys.shape[1])
@@ -214,8 +214,8 @@ class TrainedDrafter:
         context, anchors = state.memory.read(self.network, state.layout).upto(rows)
         levels, subtrees = self.levels(context, anchors, newest[rows]), self.subtrees(state, rows, budget)
         kinds, warmth = self.modality_ids.to(newest.device), temperature(sampler)
-        tree = grow(levels, self.network, subtrees, kinds, newest[rows], budget.of(rows), warmth, self.cost)
-        return tree.among(rows, newest)
+        tree = grow(levels, self.network, subtrees, kinds, newest[rows], budget.select(rows), warmth, self.cost)
+        return tree.scatter(rows, newest)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
         """Whether the answers of all `rows` most likely end with the token that the target's pass gives anyway."""

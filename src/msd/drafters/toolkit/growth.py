@@ -346,7 +346,7 @@ def _merge(selected: tuple[_Pool, Tensor], newest: Tensor, nodes: int, seconds: 
         depths=column(pool.depth, 0, 0),
         valid=torch.cat([torch.ones_like(keep[:, :1]), there], 1),
         modality=column(pool.kind, LANGUAGE.id, LANGUAGE.id),
-        fixed=torch.cat([torch.zeros_like(keep[:, :1]), there], 1),
+        deterministic=torch.cat([torch.zeros_like(keep[:, :1]), there], 1),
         height=int(height),
         q=column(pool.q, 1.0, 0.0),
     )
@@ -436,7 +436,7 @@ def _chains(
         depths=depths.masked_fill(~valid, 0),
         valid=valid,
         modality=torch.cat([torch.full_like(newest, LANGUAGE.id)[:, None], *kinds], 1),
-        fixed=torch.zeros_like(valid),
+        deterministic=torch.zeros_like(valid),
         height=depth,
         candidates=SampledCandidates(child, (child - 1).clamp_min(0), torch.cat(drawn, 1)),
         q=torch.cat([torch.ones_like(chosen[0][:, :1]), *chosen], 1),

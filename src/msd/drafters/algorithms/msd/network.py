@@ -310,7 +310,7 @@ class MSDNetwork(SelfFed):
             source = of_column.gather(1, order)
             x = torch.where((source >= 0)[..., None], compressed[source.clamp_min(0)].to(x.dtype), x)
         found = Entries(
-            x, feature, embedding, layout.line()[:, :L].gather(1, order), present.gather(1, order),
+            x, feature, embedding, layout.positions_1d()[:, :L].gather(1, order), present.gather(1, order),
             (present.cumsum(1) - 1).clamp_min(0), image + whole, torch.zeros_like(given, dtype=torch.long),
         )  # fmt: skip
         return found if kept is None else _preceded(found, kept, given)
