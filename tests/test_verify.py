@@ -99,7 +99,7 @@ def test_a_finished_row_emits_nothing() -> None:
 
 
 def with_candidates(tokens: list[int], distributions: Tensor, deterministic: int = 0) -> DraftTree:
-    """A root with children `tokens`: the first `deterministic` are deterministic, then one per row of `distributions`."""
+    """A root with children `tokens`: `deterministic` deterministic ones, then one per row of `distributions`."""
     n, sampled = len(tokens), len(tokens) - deterministic
     child, distribution = torch.full((1, 1 + n, sampled), -1), torch.zeros(1, 1 + n, sampled, dtype=torch.long)
     child[0, 0], distribution[0, 0] = torch.arange(1 + deterministic, 1 + n), torch.arange(sampled)

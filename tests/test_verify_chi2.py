@@ -1,10 +1,11 @@
 """Sampled candidates: emitted tokens follow the target's distribution, whatever was drafted. χ², 10⁵ draws a cell.
 
-The target is a table: six tokens, and the distribution of the next one depends on the last one (with a history-dependent
-processor also on earlier ones). Every cell compares the joint distribution of two or three emitted tokens, which covers
-accepted, recovered and bonus tokens, with the exact product of the processed distributions. Holm's correction covers
-all cells: with random seeds, a correct verifier would fail once in a thousand runs; the seeds are fixed, so the result
-is always the same. The planted bugs show that the statistic detects a wrong verifier, even with fewer draws.
+The target is a table: six tokens, and the distribution of the next one depends on the last one (with a
+history-dependent processor also on earlier ones). Every cell compares the joint distribution of two or three emitted
+tokens, which covers accepted, recovered and bonus tokens, with the exact product of the processed distributions. Holm's
+correction covers all cells: with random seeds, a correct verifier would fail once in a thousand runs; the seeds are
+fixed, so the result is always the same. The planted bugs show that the statistic detects a wrong verifier, even with
+fewer draws.
 """
 
 from __future__ import annotations

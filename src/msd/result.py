@@ -83,6 +83,7 @@ class Outputs:
             if step.accepted.logits is not None:
                 self.rows[row] += step.accepted.logits[row]
 
+    @torch.inference_mode(False)  # ordinary tensors, as those of `generate()`
     def fields(self) -> dict[str, Any]:
         """The fields of `Result`; none without `return_dict_in_generate`."""
         if not self.config.return_dict_in_generate:

@@ -41,7 +41,7 @@ def draft(
     q: Sequence[float] = (),
     seed: int = 1,
 ) -> DraftTree:
-    """Trees with the tokens `deterministic` (with draft probabilities q), then one draw from each of `distributions`."""
+    """Trees with the tokens `deterministic` (draft probabilities q), then one draw from each of `distributions`."""
     F, K = len(deterministic), len(distributions)
     N = 1 + F + K
     generator = torch.Generator().manual_seed(seed)

@@ -115,7 +115,7 @@ def test_at_temperature_zero_every_threshold_gives_the_argmax(seed: int, thresho
 
 
 def joint(budget: float) -> dict[tuple[int, ...], float]:
-    """The exact joint distribution of N emitted tokens, for one draw from DRAFT per step and a bonus token if accepted."""
+    """The exact joint distribution of N tokens, for one draw from DRAFT per step and a bonus token if accepted."""
     distribution: dict[tuple[int, ...], float] = defaultdict(float)
 
     def go(text: tuple[int, ...], ledger: Ledger, chance: float, bonus: bool) -> None:

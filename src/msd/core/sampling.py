@@ -94,8 +94,9 @@ class Sampler:
         self.hides_padding = independent and isinstance(randomness, list)
         self.row_processors = [self._copy_processors(r) for r in range(B)] if independent else [processors]
         self.pointwise = all(type(p) in _POINTWISE for p in processors)
-        shared = do_sample and B > 1 and not isinstance(randomness, list)
-        self.noise = SharedNoise(B, randomness) if shared else None
+        self.noise = None
+        if do_sample and B > 1 and not isinstance(randomness, list):
+            self.noise = SharedNoise(B, randomness)
         self.max_length = min([c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)] + [layout.capacity])
         self.eos = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id}
         native = (MaxLengthCriteria, EosTokenCriteria)

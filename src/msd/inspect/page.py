@@ -44,7 +44,7 @@ class Pass:
     nodes: tuple[Node, ...]
     emitted: tuple[int, ...]
     draft_seconds: float
-    verify_seconds: float
+    score_seconds: float
 
 
 @dataclass
