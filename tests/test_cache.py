@@ -14,14 +14,14 @@ B, H, D, C = 2, 2, 3, 24
 
 
 def block(first: int, count: int, heads: int = H) -> Tensor:
-    """Keys [B, heads, count, D] whose values name row and slot: 1000 * row + number."""
+    """Keys [B, heads, count, D] with the values 1000 * row + number."""
     number = torch.arange(first, first + count).float()
     rows = 1000.0 * torch.arange(B)
     return (rows[:, None, None, None] + number[None, None, :, None]).expand(B, heads, count, D).clone()
 
 
 def written(cache: KVCache, layer: int, row: int) -> list[int]:
-    """The numbers in the committed slots of a row, its thousands left out."""
+    """The numbers in the committed slots of a row, without 1000 * row."""
     keys, values = cache.layers[layer].keys, cache.layers[layer].values
     assert keys is not None and values is not None
     committed = cache.committed[row]
@@ -38,7 +38,7 @@ def write(cache: KVCache, first: int, count: int, heads: tuple[int, ...] = (H,))
 
 @st.composite
 def paths(draw: st.DrawFn) -> list[list[list[int]]]:
-    """Some steps of 4 nodes; per step and row, an increasing path that may be empty."""
+    """Steps of 4 nodes each: for each row, a path of increasing nodes, which may be empty."""
     steps = draw(st.integers(1, 4))
     path = st.lists(st.integers(0, 3), unique=True, max_size=4).map(sorted)
     return [[draw(path) for _ in range(B)] for _ in range(steps)]
@@ -47,7 +47,7 @@ def paths(draw: st.DrawFn) -> list[list[list[int]]]:
 @settings(deadline=None, derandomize=True)
 @given(paths())
 @pytest.mark.parametrize("heads", [(H, H), (H, 1, H)])
-def test_commit_keeps_the_paths_in_order_and_forgets_the_rest(
+def test_commit_keeps_the_paths_in_order_and_discards_the_rest(
     heads: tuple[int, ...], steps: list[list[list[int]]]
 ) -> None:
     cache = KVCache(len(heads), B, C)
@@ -80,7 +80,7 @@ def test_update_returns_all_slots_up_to_the_last_written_one() -> None:
     assert cache.get_seq_length() == 7
 
 
-def test_capacity_is_taken_once_and_no_more_can_be_written() -> None:
+def test_capacity_is_allocated_once_and_cannot_be_exceeded() -> None:
     cache = KVCache(1, B, 6)
     write(cache, 0, 5)
     keys = cache.layers[0].keys
@@ -112,7 +112,7 @@ def test_keys_and_values_of_different_width_move_together() -> None:
     assert [written(cache, layer, 0) for layer in (0, 2)] == [[0, 1, 2, 3, 4, 10, 13]] * 2
 
 
-def test_a_larger_cache_goes_on_from_the_first_slots_of_another() -> None:
+def test_a_larger_cache_copies_a_prefix_of_another() -> None:
     heads = (H, 1, H)
     old, new = KVCache(3, B, 8), KVCache(3, B, C)
     write(old, 0, 6, heads)
@@ -122,11 +122,11 @@ def test_a_larger_cache_goes_on_from_the_first_slots_of_another() -> None:
     new.advance(3)
     for layer in range(3):
         assert written(new, layer, 1) == [0, 1, 2, 3, 50, 51, 52]
-        assert written(old, layer, 1) == [0, 1, 2, 3, 4, 5], "the old cache stays as it was"
+        assert written(old, layer, 1) == [0, 1, 2, 3, 4, 5], "the old cache is unchanged"
 
 
 def test_slots_never_written_hold_zeros() -> None:
-    """A masked slot still meets 0 * value, and 0 * NaN is NaN."""
+    """Attention multiplies masked slots by 0, and 0 * NaN is NaN."""
     cache = KVCache(1, B, 6)
     write(cache, 1, 2)
     assert cache.layers[0].keys is not None
@@ -134,8 +134,8 @@ def test_slots_never_written_hold_zeros() -> None:
 
 
 @pytest.mark.parametrize("kept", [[0], [1], [2], [0, 2], [1, 2], [0, 1]])
-def test_rows_let_go_leave_the_others_as_they_were(kept: list[int]) -> None:
-    """Rows of unequal length; afterwards passes write the rows held alone, wherever these stand now."""
+def test_dropping_rows_keeps_the_others_unchanged(kept: list[int]) -> None:
+    """Rows have unequal lengths; later passes write the stored rows only, at their new indices."""
     cache, heads = KVCache(3, 3, C), (H, 1, H)
 
     def keys(first: int, count: int, layer: int, rows: list[int]) -> Tensor:

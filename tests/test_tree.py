@@ -1,4 +1,4 @@
-"""DraftTree and the tree mask: every node sees the committed prefix of its row, its ancestors and itself; no more."""
+"""DraftTree and the tree mask: a node attends to the committed prefix of its row, its ancestors and itself only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(parents: list[list[int]]) -> DraftTree:
 
 
 def walk(parents: list[int], node: int) -> set[int]:
-    """`node` and what is above it, one step at a time."""
+    """`node` and all its ancestors, by a loop."""
     seen = {node}
     while node:
         node = parents[node - 1]
@@ -55,7 +55,7 @@ def target() -> Target:
 
 @settings(deadline=None, derandomize=True)
 @given(st.lists(parent_lists(), min_size=1, max_size=3))
-def test_ancestors_are_those_of_a_plain_walk(parents: list[list[int]]) -> None:
+def test_ancestors_equal_those_of_a_loop(parents: list[list[int]]) -> None:
     tree = make(parents)
     reach = tree.ancestors()
     for row, above in enumerate(parents):
@@ -79,7 +79,7 @@ def test_rows_of_unequal_size_are_padded_with_invalid_nodes(parents: list[list[i
 
 @settings(deadline=None, derandomize=True)
 @given(batches())
-def test_every_node_sees_its_prefix_its_ancestors_and_itself_only(
+def test_a_node_attends_to_its_prefix_its_ancestors_and_itself_only(
     target: Target, case: tuple[list[list[int]], list[int], list[int]]
 ) -> None:
     parents, start, committed = case
@@ -101,7 +101,7 @@ def test_every_node_sees_its_prefix_its_ancestors_and_itself_only(
             assert seen == prefix | {committed[row] + n for n in walk(above, node)}
 
 
-def test_padding_nodes_see_something_so_that_attention_stays_finite(target: Target) -> None:
+def test_padding_nodes_attend_to_some_slot_so_that_attention_is_finite(target: Target) -> None:
     tree = make([[], [0, 1, 1]])
     layout = Layout.from_prompt(torch.full((2, 4), 5), 16)
     state = State(layout, KVCache(1, 2, 16))
@@ -124,8 +124,8 @@ def test_plain_decoding_needs_no_mask_unless_rows_differ(target: Target) -> None
 
 @settings(deadline=None, derandomize=True)
 @given(parent_lists(), st.data())
-def test_follow_finds_the_child_that_carries_the_token(parents: list[int], data: st.DataObject) -> None:
-    # children of one parent carry distinct tokens, as drafters make them
+def test_follow_finds_the_child_with_the_token(parents: list[int], data: st.DataObject) -> None:
+    # children of one parent have different tokens, as drafters make them
     tokens = [10 + parents[:i].count(p) for i, p in enumerate(parents)]
     tree = DraftTree.from_lists(torch.tensor([1]), [tokens], [parents])
     node = data.draw(st.integers(0, len(parents)))

@@ -1,4 +1,4 @@
-"""Sampled candidates: emitted tokens follow the target's distribution, whatever was drafted. χ², 10⁵ draws a cell.
+"""Emitted tokens follow the target's distribution for any sampled candidates: χ² tests with 10⁵ draws per cell.
 
 The target is a table: six tokens, and the distribution of the next one depends on the last one (with a
 history-dependent processor also on earlier ones). Every cell compares the joint distribution of two or three emitted
@@ -81,7 +81,7 @@ class Drafter:
             found, where = same.max(dim=1) if n > 1 else (torch.zeros(B, dtype=torch.bool), torch.zeros(B).long())
             valid[:, n] = ~found
             if n > F:
-                child[:, 0, n - 1 - F] = torch.where(found, where + 1, n)  # the same token again: the same node
+                child[:, 0, n - 1 - F] = torch.where(found, where + 1, n)  # a repeated token shares its node
                 distribution[:, 0, n - 1 - F] = n - 1 - F
         parents[:, 1 : 1 + first] = 0
         if self.deep:
@@ -134,7 +134,7 @@ class Cell:
     processors: list[LogitsProcessor] = field(default_factory=list)
 
     def counts(self, verifier: Verifier, seed: int, draws: int) -> tuple[Tensor, int]:
-        """(counts [V]·emitted of `draws` answers, number of accepted drafts)."""
+        """(counts [V, V, …] of `draws` answers, number of accepted drafts)."""
         generator = torch.Generator().manual_seed(seed)
         counts, drafts = torch.zeros((V,) * self.emitted, dtype=torch.long), 0
         for _ in range(draws // ROWS):
@@ -151,7 +151,7 @@ class Cell:
         return counts, drafts
 
     def distribution(self) -> Tensor:
-        """The exact joint distribution, [V]·emitted."""
+        """The exact joint distribution, [V, V, …]."""
         prefixes = torch.tensor(list(product(range(V), repeat=self.emitted)))
         text = torch.cat([torch.zeros(len(prefixes), 1, dtype=torch.long), prefixes], dim=1)
         chance = torch.ones(len(prefixes), dtype=torch.float64)
@@ -163,7 +163,7 @@ class Cell:
     def p_value(self, seed: int = 0, verifier: Verifier | None = None, draws: int = DRAWS) -> float:
         counts, drafts = self.counts(verifier or Lossless(), seed, draws)
         assert int(counts.sum()) == draws
-        assert drafts > counts.sum() / 10, "too few drafts were accepted for this to be a test"
+        assert drafts > counts.sum() / 10, "too few drafts were accepted to test anything"
         return chi2_p_value(counts.numpy(), self.distribution().numpy())
 
 
@@ -194,7 +194,7 @@ def test_a_stale_draft_distribution_is_caught() -> None:
 
 def test_a_bonus_token_from_unprocessed_logits_is_caught() -> None:
     assert Cell(Drafter(2), processors=COLD).p_value(0, UnprocessedBonus(), FEW) < CAUGHT
-    warm: list[LogitsProcessor] = [TemperatureLogitsWarper(0.7)]  # here no impossible token gives it away
+    warm: list[LogitsProcessor] = [TemperatureLogitsWarper(0.7)]  # without top-k, no token has probability 0
     assert Cell(Drafter(2), processors=warm).p_value(0, UnprocessedBonus(), FEW) < CAUGHT
 
 
@@ -222,14 +222,14 @@ def test_drawing_from_p_instead_of_the_residual_is_caught(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("method", ["ar", "prompt-lookup", "prompt-lookup:sampled"])
 def test_the_whole_loop_follows_the_targets_distribution(method: str) -> None:
-    """3,000 answers a setting here; `msd verify` takes 10⁵. Lies once in a thousand for each method."""
+    """3,000 answers per setting; `msd verify` uses 10⁵. False alarms: once in a thousand per method."""
     assert not any(holm(chi2.end_to_end_p_values(drafters.create(method), 3_000), FALSE_ALARM))
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
 @pytest.mark.parametrize("subtrees", [True, False])
 def test_modality_subtrees_follow_the_targets_distribution(form: str, subtrees: bool) -> None:
-    """Draws from several subtrees below one root, their number decided by the router."""
+    """Sampled candidates from several subtrees of one root; the router decides their number."""
     model = chi2.tiny_model()
     config = MSDConfig.for_target(model.config.text_config, V, form=form, subtrees=subtrees, active_from=0.0)
     drafter = MSD(MSDNetwork(config), sampled=True)
@@ -253,8 +253,8 @@ def test_the_whole_loop_is_caught_with_an_unnormalised_residual(monkeypatch: pyt
     assert min(chi2.end_to_end_p_values(drafters.create("prompt-lookup:sampled"), 10_000)) < CAUGHT
 
 
-def test_p_values_of_a_right_distribution_are_uniform() -> None:
-    """The statistic itself: of 400 right samples about 5% fall below 0.05, with rare cells pooled."""
+def test_p_values_of_the_expected_distribution_are_uniform() -> None:
+    """Of 400 samples from the expected distribution, about 5% have p < 0.05, with rare cells pooled."""
     generator = np.random.default_rng(0)
     distribution = np.array([0.5, 0.3, 0.15, 0.045, 0.004, 0.001, 0.0])
     values = [chi2_p_value(generator.multinomial(1000, distribution), distribution) for _ in range(400)]
@@ -266,7 +266,7 @@ def test_wrong_counts_have_small_p_values() -> None:
     distribution = [0.5, 0.3, 0.2]
     assert chi2_p_value([5000, 3000, 2000], distribution) == pytest.approx(1.0)
     assert chi2_p_value([5300, 2700, 2000], distribution) < 1e-6
-    assert chi2_p_value([1, 999, 0], [0.0, 1.0, 0.0]) == 0.0, "what cannot happen has happened"
+    assert chi2_p_value([1, 999, 0], [0.0, 1.0, 0.0]) == 0.0, "an outcome of probability 0 occurred"
 
 
 def test_rare_outcomes_are_pooled_and_still_count() -> None:

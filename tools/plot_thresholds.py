@@ -1,8 +1,8 @@
 """Plots of docs/modality_verification.md: total variation and acceptance against θ. Writes docs/images/*.png.
 
-Laws are made up, close to what a good draft is to its target: logits of 64 tokens, the draft's being the target's plus
-noise (standard deviation 0.5 for language, 0.8 for fusion, 1.2 for vision, whose drafts are worse). 2,000 positions a
-modality, the same for both policies; every number is exact given the position (`msd.verify.divergence`).
+The distributions are synthetic: random logits of 64 tokens for the target, and the same plus noise for the draft
+(standard deviation 0.5 for language, 0.8 for fusion, 1.2 for vision, whose drafts are worse). Both policies use the
+same 2,000 positions per modality. The values at each position are exact (`msd.verify.divergence`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def distributions(name: str, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def curves(temperature: float, path: Path) -> None:
-    """TV and acceptance rate of one sampled candidate, `threshold` beside `budget`."""
+    """TV and acceptance rate of one sampled candidate, `threshold` next to `budget`."""
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row", layout="constrained")
     for column, (policy, rule) in enumerate((("threshold", hard), ("budget", soft))):
         for name, colour in COLOURS.items():
@@ -75,13 +75,13 @@ def candidates(path: Path) -> None:
                 [float(total_variation(sampled_distribution(p, repeated, at, rule), p).mean()) for at in THRESHOLDS],
                 label=label,
             )
-        fixed = [
+        outputs = [
             threshold_distribution(p, at, drafted, q) if policy == "threshold" else budget_distribution(p, at, drafted)
             for at in THRESHOLDS
         ]
         axes[column].plot(
             THRESHOLDS,
-            [float(total_variation(out, p).mean()) for out in fixed],
+            [float(total_variation(out, p).mean()) for out in outputs],
             label=f"best {CHILDREN}, deterministic",
         )
         axes[column].set_title(f"{policy}, by kind of candidate")
@@ -92,15 +92,15 @@ def candidates(path: Path) -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a small PNG."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=80, metadata={"Software": None})
-    write_whole(path, drawn.getvalue())
+    """Writes a figure as a small PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80, metadata={"Software": None})
+    write_whole(path, buffer.getvalue())
     plt.close(figure)
 
 
 def main() -> None:
-    """All plots, and the calibrated thresholds that the page quotes."""
+    """Writes all plots and prints the table of the page."""
     OUT.mkdir(parents=True, exist_ok=True)
     curves(1.0, OUT / "thresholds_t1.png")
     curves(0.7, OUT / "thresholds_t07.png")
@@ -108,12 +108,12 @@ def main() -> None:
     for temperature in (1.0, 0.7):
         for name in NOISE:
             p, q = distributions(name, temperature)
-            theta = modality.get(name).threshold
-            tv = total_variation(sampled_distribution(p, q[:, None], theta, hard), p).mean()
-            rate, lossless = (q * hard(p, q, theta)).sum(-1).mean(), torch.minimum(p, q).sum(-1).mean()
+            threshold = modality.get(name).threshold
+            tv = total_variation(sampled_distribution(p, q[:, None], threshold, hard), p).mean()
+            rate, lossless = (q * hard(p, q, threshold)).sum(-1).mean(), torch.minimum(p, q).sum(-1).mean()
             solved = [calibrate({name: (p, q)}, e)[name] for e in (0.01, 0.05)]
             print(
-                f"| {temperature} | {name} | {theta} | {tv:.3f} | {rate:.3f} | {lossless:.3f} | "
+                f"| {temperature} | {name} | {threshold} | {tv:.3f} | {rate:.3f} | {lossless:.3f} | "
                 f"{solved[0]:.3f} | {solved[1]:.3f} |"
             )
 

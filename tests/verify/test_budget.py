@@ -1,4 +1,4 @@
-"""`budget` over whole answers: ε = 0, temperature 0, and the bound nε, exact on a chain over a tiny vocabulary."""
+"""`budget` on complete answers: ε = 0, greedy decoding, and the exact bound nε with a tiny vocabulary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def sampler(rows: int, room: int, do_sample: bool = True, seed: int | None = None) -> Sampler:
-    """seed: each row gets its own generator; None: one for all."""
+    """With a seed each row has its own generator, otherwise all rows share one."""
     layout = Layout.from_prompt(torch.zeros(rows, 1, dtype=torch.long), room + 8)
     one = torch.Generator().manual_seed(0)
     each = [torch.Generator().manual_seed(seed + row) for row in range(rows)] if seed is not None else one
@@ -50,7 +50,7 @@ def sampled(newest: torch.Tensor, generator: torch.Generator) -> DraftTree:
 
 
 def ranked(seed: int, newest: torch.Tensor) -> DraftTree:
-    """Random deterministic trees with random q, siblings differing."""
+    """Random deterministic trees with random q; siblings have different tokens."""
     rng = random.Random(seed)
     rows: list[tuple[list[int], list[int]]] = []
     for _ in newest:
@@ -77,20 +77,20 @@ def answers(verifier: Verifier, tree: Callable[[torch.Tensor, int], DraftTree], 
 
 @quick
 @given(st.integers(0, 10**6), st.booleans())
-def test_no_budget_is_lossless_seed_for_seed(seed: int, draws: bool) -> None:
+def test_a_budget_of_zero_is_lossless_seed_for_seed(seed: int, draws: bool) -> None:
     def tree(newest: torch.Tensor, step: int) -> DraftTree:
         if draws:
             return sampled(newest, torch.Generator().manual_seed(seed + step))
         return ranked(seed + step, newest)
 
-    bold = dict.fromkeys(["language", "vision", "fusion"], 0.0)
-    assert answers(Budget(0.0, bold), tree, sampler(3, 6, seed=seed)) == answers(
+    lowest = dict.fromkeys(["language", "vision", "fusion"], 0.0)
+    assert answers(Budget(0.0, lowest), tree, sampler(3, 6, seed=seed)) == answers(
         Lossless(), tree, sampler(3, 6, seed=seed)
     )
 
 
 def test_a_budget_does_change_the_answers() -> None:
-    """Or the test above would pass for a policy that ignores θ."""
+    """Control for the test above: a policy that ignores θ would pass it."""
 
     def tree(newest: torch.Tensor, step: int) -> DraftTree:
         return ranked(step, newest)
@@ -101,7 +101,7 @@ def test_a_budget_does_change_the_answers() -> None:
 
 @quick
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
-def test_at_temperature_zero_every_threshold_gives_the_argmax(seed: int, threshold: float, draws: bool) -> None:
+def test_greedy_decoding_gives_the_argmax_at_every_threshold(seed: int, threshold: float, draws: bool) -> None:
     greedy, newest = [], 0
     for _ in range(6):
         newest = int(TARGET[newest].argmax())
@@ -118,9 +118,9 @@ def joint(budget: float) -> dict[tuple[int, ...], float]:
     """The exact joint distribution of N tokens, for one draw from DRAFT per step and a bonus token if accepted."""
     distribution: dict[tuple[int, ...], float] = defaultdict(float)
 
-    def go(text: tuple[int, ...], ledger: Ledger, chance: float, bonus: bool) -> None:
-        if len(text) == N or chance == 0.0:
-            distribution[text] += chance
+    def extend(text: tuple[int, ...], ledger: Ledger, probability: float, bonus: bool) -> None:
+        if len(text) == N or probability == 0.0:
+            distribution[text] += probability
             return
         last = text[-1] if text else 0
         p, q = TARGET[last].double().softmax(-1), DRAFT[last].double()
@@ -132,10 +132,10 @@ def joint(budget: float) -> dict[tuple[int, ...], float]:
         after = replace(ledger)
         after.spend(float(total_variation(out, p)))
         for y in range(V):
-            go((*text, y), after, chance * float(accepted[y]), True)
-            go((*text, y), after, chance * float(out[y] - accepted[y]), False)
+            extend((*text, y), after, probability * float(accepted[y]), True)
+            extend((*text, y), after, probability * float(out[y] - accepted[y]), False)
 
-    go((), Ledger(budget, 0.0), 1.0, False)
+    extend((), Ledger(budget, 0.0), 1.0, False)
     return distribution
 
 
@@ -151,12 +151,12 @@ def target() -> dict[tuple[int, ...], float]:
 def test_n_tokens_are_at_most_n_epsilon_away(budget: float) -> None:
     distribution, p = joint(budget), target()
     assert sum(distribution.values()) == pytest.approx(1.0)
-    away = sum(abs(distribution[text] - p[text]) for text in p) / 2
-    assert away <= N * budget + 1e-12
-    assert away > 0.1 * N * budget or budget == 0.0, "and it does spend"
+    distance = sum(abs(distribution[text] - p[text]) for text in p) / 2
+    assert distance <= N * budget + 1e-12
+    assert distance > 0.1 * N * budget or budget == 0.0, "some of the budget is spent"
 
 
-def test_the_walk_follows_that_joint_distribution_and_accounts_for_it() -> None:
+def test_sampled_answers_follow_the_joint_distribution_and_report_their_divergence() -> None:
     rows = 15_000
     own, generator = sampler(rows, N), torch.Generator().manual_seed(1)
     verifier = Budget(EPSILON, {"language": 0.0})
@@ -199,7 +199,7 @@ def test_the_ledger_does_not_leave_the_budget_unspent() -> None:
         assert 0.8 * 0.05 < ledger.spent / ledger.count <= 0.05
 
 
-def test_each_modality_of_each_answer_has_its_own_account() -> None:
+def test_each_modality_of_each_answer_has_its_own_ledger() -> None:
     verifier, own = Budget(0.3, {"vision": 0.0, "fusion": 0.0}), sampler(2, 40, seed=0)
     paid: dict[tuple[int, int], list[float]] = defaultdict(list)
     step = 0
@@ -215,4 +215,6 @@ def test_each_modality_of_each_answer_has_its_own_account() -> None:
         step += 1
     assert {kind for _, kind in paid} == {m.id for m in (modality.LANGUAGE, modality.VISION, modality.FUSION)}
     again = sampler(1, 1)
-    assert verifier._ledger(again, 0, 0).count == 0, "another request begins anew, so that seeds keep their meaning"
+    assert verifier._ledger(again, 0, 0).count == 0, (
+        "another request starts with a new ledger, so a seed always gives the same answer"
+    )

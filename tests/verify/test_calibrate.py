@@ -1,4 +1,4 @@
-"""θ for a divergence budget, on recorded positions."""
+"""`calibrate`: the smallest θ for a divergence budget, on recorded positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msd.verify.divergence import budget_distribution, total_variation
 
 
 def records(n: int = 400, vocabulary: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, q, drafted), [n, V]: a draft that is close to the target, and its three best tokens."""
+    """(p, q, drafted), each [n, V]: a draft distribution close to the target's, and its three most probable tokens."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(n, vocabulary, generator=generator) * 2
     q = (logits + torch.randn(n, vocabulary, generator=generator) * 0.7).softmax(-1)
@@ -21,7 +21,7 @@ def records(n: int = 400, vocabulary: int = 12) -> tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.8, 1.0])
-def test_mean_divergence_is_that_of_the_output_distributions(threshold: float) -> None:
+def test_mean_divergence_equals_that_of_the_output_distributions(threshold: float) -> None:
     p, q, drafted = records()
     p = p.double()
     sampled = total_variation(budget_distribution(p, threshold, distributions=q.double()[:, None]), p).mean()
@@ -31,7 +31,7 @@ def test_mean_divergence_is_that_of_the_output_distributions(threshold: float) -
 
 
 @pytest.mark.parametrize("epsilon", [0.001, 0.01, 0.05])
-def test_the_least_threshold_within_epsilon_is_found(epsilon: float) -> None:
+def test_the_smallest_threshold_within_epsilon_is_found(epsilon: float) -> None:
     p, q, drafted = records()
     for kind in (q, drafted):
         threshold = calibrate({"vision": (p, kind)}, epsilon)["vision"]

@@ -19,7 +19,7 @@ DRAWS = {
     "one sampled": 100_000,
     "three i.i.d.": 100_000,
     "deterministic without q, P above θ": 100_000,
-}  # else 20,000
+}  # all others: 20,000
 THRESHOLD = 0.7
 CASES: dict[str, dict[str, Any]] = {
     "one sampled": {"distributions": Q[:1]},
@@ -38,7 +38,7 @@ POLICIES: dict[str, Callable[[float], Verifier]] = {
 
 
 def reported(case: dict[str, Any], policy: str, threshold: float = THRESHOLD) -> torch.Tensor:
-    """The package's own distribution [V]."""
+    """The output distribution [V] from `divergence.py`."""
     p = torch.tensor(P, dtype=torch.float64)
     distributions = torch.tensor(case["distributions"], dtype=torch.float64) if "distributions" in case else None
     drafted, q = torch.zeros(V, dtype=torch.bool), torch.ones(V, dtype=torch.float64)
@@ -54,7 +54,7 @@ def reported(case: dict[str, Any], policy: str, threshold: float = THRESHOLD) ->
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("case", CASES)
-def test_draws_follow_the_distribution_and_its_divergence_is_reported(policy: str, case: str) -> None:
+def test_draws_follow_the_distribution_and_report_its_divergence(policy: str, case: str) -> None:
     wanted, draws = by_enumeration(policy, THRESHOLD, **CASES[case]), DRAWS.get(case, 20_000)
     accepted = accept(POLICIES[policy](THRESHOLD), draft(draws, **CASES[case]), kind=modality.VISION.id)
     if max(wanted) == 1.0:
@@ -69,19 +69,19 @@ def test_draws_follow_the_distribution_and_its_divergence_is_reported(policy: st
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_closed_form_is_the_rule_over_every_draw(policy: str, case: str, threshold: float) -> None:
+def test_the_closed_form_equals_the_enumeration(policy: str, case: str, threshold: float) -> None:
     wanted = by_enumeration(policy, threshold, **CASES[case])
     assert reported(CASES[case], policy, threshold).tolist() == pytest.approx(wanted, abs=1e-12)
 
 
-def test_a_wrong_threshold_is_told_by_the_counts() -> None:
-    """Or the χ² above would prove nothing: the distribution of another θ does not fit."""
+def test_a_wrong_threshold_is_detected() -> None:
+    """Control for the χ² test above: the counts of another θ do not fit."""
     accepted = accept(Threshold({"vision": 0.85}), draft(20_000, Q[:1]), kind=modality.VISION.id)
     assert chi2_p_value(counts(accepted).numpy(), by_enumeration("threshold", THRESHOLD, Q[:1])) < 1e-6
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_candidates_that_a_row_lacks_are_left_out(policy: str) -> None:
+def test_absent_candidates_are_skipped(policy: str) -> None:
     rule = hard if policy == "threshold" else soft
     p, distributions = torch.tensor([P, P], dtype=torch.float64), torch.tensor([Q[:2], Q[:2]], dtype=torch.float64)
     out = sampled_distribution(p, distributions, THRESHOLD, rule, torch.tensor([[True, True], [False, True]]))
@@ -89,8 +89,8 @@ def test_candidates_that_a_row_lacks_are_left_out(policy: str) -> None:
     assert out[1].tolist() == pytest.approx(by_enumeration(policy, THRESHOLD, Q[1:2]))
 
 
-def test_threshold_is_that_of_the_modality_below_the_parent() -> None:
-    """α = 0.6: more than language asks for, less than a vision threshold of 0.61."""
+def test_the_threshold_is_that_of_the_modality_below_the_parent() -> None:
+    """α = 0.6 is above the threshold of language and below the vision threshold of 0.61."""
     p, q = [0.3, 0.7, 0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
     verifier = Threshold({"vision": 0.61})
     tree = draft(400, [q])
@@ -99,11 +99,11 @@ def test_threshold_is_that_of_the_modality_below_the_parent() -> None:
         for kind in (modality.VISION, modality.LANGUAGE)
     }
     assert tokens == {"vision": {1}, "language": {0, 1}}
-    assert {t[0] for t in accept(verifier, tree, p).tokens} == {0, 1}, "without a router all is language"
+    assert {t[0] for t in accept(verifier, tree, p).tokens} == {0, 1}, "without a router every position is language"
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
-def test_what_is_forbidden_is_never_emitted(threshold: float) -> None:
+def test_a_token_with_p_zero_is_never_emitted(threshold: float) -> None:
     p, q = [0.0, 0.5, 0.5, 0.0, 0.0, 0.0], [0.8, 0.2, 0.0, 0.0, 0.0, 0.0]
     for make in POLICIES.values():
         for case in ({"distributions": [q, q]}, {"deterministic": [0, 3]}, {"deterministic": [0, 3], "q": [0.9, 0.1]}):

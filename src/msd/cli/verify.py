@@ -92,8 +92,10 @@ def _show(rows: list[Any], as_json: bool, dtype: str = "float32") -> None:
     """Prints the certificate as a table or as JSON."""
     yardstick = rows[0].yardstick if rows else None
     if as_json:
-        more = {} if yardstick is None else {"yardstick": yardstick.as_dict()}
-        print(json.dumps({"rows": [row.as_dict() for row in rows], "dtype": dtype, **more}))
+        report = {"rows": [row.as_dict() for row in rows], "dtype": dtype}
+        if yardstick is not None:
+            report["yardstick"] = {k: v for k, v in yardstick.as_dict().items() if k != "passed"}
+        print(json.dumps(report))
         return
     Console().print(_table(rows) if yardstick is None else _half_precision_table(rows, yardstick))
     for row in rows:

@@ -1,7 +1,7 @@
 """Image gain: how much the picture says about each answer token.
 
-The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target; the law without the
-image comes from a pass of `teach` with all image columns hidden, positions unchanged.
+The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target. A pass of
+`teach` with all image columns masked, positions unchanged, gives the distribution without the image.
 `msd.labels.label_thresholds` makes labels of gains.
 This module knows nothing of drafters or of how answers are decoded.
 """
@@ -34,7 +34,7 @@ def image_gain(
 ) -> list[Tensor]:
     """Gains in nats of every answer token, one [T_i] float64 tensor per row, ≥ 0; exactly 0 in rows without an image.
 
-    inputs: processor output of B prompts, images encoded or not. answers: B lists of token ids. Laws are softmaxes of
+    inputs: processor output of B prompts, images encoded or not. answers: B lists of token ids. p is the softmax of
     the raw logits, without processors. seeing: the logits [T_i, V] of each answer's tokens with the image, where they
     are known already, as they are to whoever wrote the answers. UserError when an answer is empty or holds an image
     placeholder, whose place the model would fill with features.
@@ -92,7 +92,7 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
 
 
 def answer_logits(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The logits [T_i, V] of each answer's tokens with nothing hidden."""
+    """The logits [T_i, V] of each answer's tokens, without masked columns."""
     teacher_batch = teach(target, inputs, answers)
     return [teacher_batch.logits[row, :n] for row, n in enumerate(teacher_batch.lengths)]
 

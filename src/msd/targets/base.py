@@ -3,7 +3,7 @@
 Wraps any `transformers` model of pictures or sounds and text whose text has 1-D positions, without touching its code:
 the prompt goes through the model's own `prepare_inputs_for_generation`, a tree through an additive float 4-D mask.
 Families that differ override what differs: positions (`mrope`), who sees whom (`gemma3`, `paligemma`).
-This module knows nothing of drafters, laws or randomness.
+This module knows nothing of drafters, distributions or randomness.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Gives what the decode loop would have seen position by position: hidden states at the tap layers and the logits that
 predict each answer token. With columns *hidden* it is the same but for one thing: no other column sees their keys
-(positions unchanged). Hiding all image columns gives the target's law without the picture.
+(positions unchanged). Hiding all image columns gives the target's distribution without the picture.
 """
 
 from __future__ import annotations
