@@ -92,7 +92,7 @@ def _show(rows: list[Any], as_json: bool, dtype: str = "float32") -> None:
     """Prints the certificate as a table or as JSON."""
     yardstick = rows[0].yardstick if rows else None
     if as_json:
-        report = {"rows": [row.as_dict() for row in rows], "dtype": dtype}
+        report: dict[str, Any] = {"rows": [row.as_dict() for row in rows], "dtype": dtype}
         if yardstick is not None:
             report["yardstick"] = {k: v for k, v in yardstick.as_dict().items() if k != "passed"}
         print(json.dumps(report))
