@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msd.errors import UserError
 from msd.verify import Budget, Threshold, calibrate, create, policies
-from msd.verify.builtin.budget import mean_divergence
+from msd.verify.builtin.budget import _costs, _mean
 from msd.verify.divergence import budget_distribution, total_variation
 
 
@@ -18,6 +18,11 @@ def records(n: int = 400, vocabulary: int = 12) -> tuple[Tensor, Tensor, Tensor]
     logits = torch.randn(n, vocabulary, generator=generator) * 2
     q = (logits + torch.randn(n, vocabulary, generator=generator) * 0.7).softmax(-1)
     return logits.softmax(-1), q, torch.zeros(n, vocabulary, dtype=torch.bool).scatter(1, q.topk(3).indices, True)
+
+
+def mean_divergence(p: Tensor, q: Tensor, threshold: float) -> float:
+    """The mean TV that `calibrate` bounds."""
+    return _mean(*_costs("records", p, q), threshold)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.8, 1.0])

@@ -92,7 +92,10 @@ class Sampler:
         self.lockstep = any(_may_compare_rows(part) for part in (*processors, *criteria))
         independent = B > 1 and not self.lockstep
         self.hides_padding = independent and isinstance(randomness, list)
-        self.row_processors = [self._copy_processors(r) for r in range(B)] if independent else [processors]
+        starts = layout.start if self.hides_padding else [0] * B
+        self.row_processors = [processors]
+        if independent:
+            self.row_processors = [_copy_processors(processors, r, self._history(r), starts[r]) for r in range(B)]
         self.pointwise = all(type(p) in _POINTWISE for p in processors)
         self.noise = None
         if do_sample and B > 1 and not isinstance(randomness, list):
@@ -206,11 +209,6 @@ class Sampler:
                 self.finish[row] = "criteria"
         return self.finish[row] is None
 
-    def _copy_processors(self, row: int) -> LogitsProcessorList:
-        """The processors of `row`; see `_copy_processors`."""
-        start = self.layout.start[row] if self.hides_padding else 0
-        return _copy_processors(self.processors, row, self._history(row)[None, start:], start)
-
     def _history(self, row: int) -> Tensor:
         """The tokens of `row` that processors and criteria see, [end]; the padding is the prompt's own."""
         history = self.layout.history(row)
@@ -249,10 +247,11 @@ def _may_compare_rows(part: object) -> bool:
 
 
 def _copy_processors(processors: LogitsProcessorList, row: int, prompt: Tensor, start: int) -> LogitsProcessorList:
-    """Copies of the processors for one row. Those that depend on the prompt get the row's own prompt [1, L'].
+    """Copies of the processors for one row, with its own prompt [L].
 
-    start: the number of padding columns that the n-gram and sequence-bias processors skip.
+    start: the number of padding columns that the processors of prompts, n-grams and sequence biases skip.
     """
+    prompt = prompt[None, start:]
     copies = LogitsProcessorList(copy.copy(p) for p in processors)
     for i, mine in enumerate(copies):
         if isinstance(mine, RepetitionPenaltyLogitsProcessor):

@@ -9,13 +9,19 @@ one node. See docs/verification.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from msd.core.modality import LANGUAGE
+
+# the value of each tensor of a tree at padding nodes
+_PADDING = {
+    "tokens": 0, "parents": -1, "depths": 0, "valid": 0, "modality": LANGUAGE.id, "deterministic": 0, "q": 0.0,
+}  # fmt: skip
 
 
 @dataclass
@@ -107,36 +113,30 @@ class DraftTree:
         """N, the root included."""
         return self.tokens.shape[1]
 
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors [B, N] of these trees by field name."""
+        return {name: getattr(self, name) for name in _PADDING if getattr(self, name) is not None}
+
     def select(self, rows: list[int]) -> DraftTree:
         """The trees of `rows`, in that order."""
         if rows == list(range(self.batch)):
             return self
         c = self.candidates
         candidates = c and SampledCandidates(c.child[rows], c.distribution[rows], c.distributions[rows])
-        return DraftTree(
-            self.tokens[rows], self.parents[rows], self.depths[rows], self.valid[rows], self.modality[rows],
-            self.deterministic[rows], self.height, candidates, None if self.q is None else self.q[rows],
-        )  # fmt: skip
+        return replace(self, candidates=candidates, **{name: x[rows] for name, x in self._tensors().items()})
 
     def replace_rows(self, rows: list[int], other: DraftTree) -> DraftTree:
         """Replaces the trees of `rows` by those of `other`, cut to the N nodes of these trees.
 
         Neither may have sampled candidates. Nodes of a tree without draft probabilities get q = 1.
         """
-        N = self.size
-
-        def merge(mine: Tensor, theirs: Tensor, padding: float) -> Tensor:
-            out, part = mine.clone(), theirs[rows, :N]
-            out[rows] = F.pad(part, (0, N - part.shape[1]), value=padding).to(out.dtype)
-            return out
-
-        q = None if self.q is None else merge(self.q, other.valid if other.q is None else other.q, 0.0)
-        depths = merge(self.depths, other.depths, 0)
-        return DraftTree(
-            merge(self.tokens, other.tokens, 0), merge(self.parents, other.parents, -1), depths,
-            merge(self.valid, other.valid, 0), merge(self.modality, other.modality, LANGUAGE.id),
-            merge(self.deterministic, other.deterministic, 0), int(depths.max()), q=q,
-        )  # fmt: skip
+        out: dict[str, Any] = {}
+        for name, mine in self._tensors().items():
+            theirs = other.valid if name == "q" and other.q is None else getattr(other, name)
+            part = theirs[rows, : self.size]
+            out[name] = mine.clone()
+            out[name][rows] = F.pad(part, (0, self.size - part.shape[1]), value=_PADDING[name]).to(mine.dtype)
+        return replace(self, height=int(out["depths"].max()), **out)
 
     def scatter(self, rows: list[int], newest: Tensor) -> DraftTree:
         """Puts these trees into a batch with the roots `newest` [B], as the trees of `rows`.
@@ -145,18 +145,13 @@ class DraftTree:
         """
         if rows == list(range(len(newest))):
             return self
-
-        def spread(x: Tensor, root: Tensor | float, padding: float) -> Tensor:
-            out = x.new_full((len(newest), self.size), padding)
-            out[:, 0] = root
-            out[rows] = x
-            return out
-
-        return DraftTree(
-            spread(self.tokens, newest, 0), spread(self.parents, -1, -1), spread(self.depths, 0, 0),
-            spread(self.valid, 1, 0), spread(self.modality, LANGUAGE.id, LANGUAGE.id), spread(self.deterministic, 0, 0),
-            self.height, q=None if self.q is None else spread(self.q, 1.0, 0.0),
-        )  # fmt: skip
+        root: dict[str, Any] = {"tokens": newest, "valid": 1, "q": 1.0}
+        out: dict[str, Any] = {}
+        for name, x in self._tensors().items():
+            out[name] = x.new_full((len(newest), self.size), _PADDING[name])
+            out[name][:, 0] = root.get(name, _PADDING[name])
+            out[name][rows] = x
+        return replace(self, **out)
 
     def ancestors(self) -> Tensor:
         """[B, N, N] bool: entry (i, j) is True if node j is node i or one of its ancestors."""

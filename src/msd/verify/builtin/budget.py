@@ -131,19 +131,11 @@ def calibrate(records: Mapping[str, tuple[Tensor, Tensor]], epsilon: float) -> d
     Raises UserError for invalid records.
     """
     checked_epsilon(epsilon)
-    return {name: _bisect(*_costs(name, p, q), epsilon) for name, (p, q) in records.items()}
-
-
-def mean_divergence(p: Tensor, q: Tensor, threshold: float) -> float:
-    """Mean TV between `budget`'s output and p over records (p, q) as in `calibrate`."""
-    alpha, cost = _costs("records", p, q)
-    return _mean(alpha, cost, threshold)
+    return {modality.get(name).name: _bisect(*_costs(name, p, q), epsilon) for name, (p, q) in records.items()}
 
 
 def _costs(name: str, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """(α, TV if θ ≤ α), float64: both [n, V] for sampled candidates and [n, 1] for deterministic ones."""
-    if name != "records":
-        modality.get(name)
     if p.dim() != 2 or p.shape != q.shape or not len(p):
         raise UserError(f"calibration records of '{name}': p {list(p.shape)} and q {list(q.shape)} must both be [n, V]")
     p = p.double()

@@ -1,4 +1,4 @@
-"""`lossless`: the output has exactly the target's distribution, whatever was drafted; proof in docs/verification.md."""
+"""`lossless`: the output has exactly the target's distribution, for any draft; docs/verification.md proves it."""
 
 from __future__ import annotations
 
