@@ -63,7 +63,8 @@ class Outputs:
     Every `Result` of the batch gets the same tensors, with the values of `transformers`' `GenerateDecoderOnlyOutput`:
     sequences: [B, L + T] int64, prompts and answers. scores (with `output_scores`) and logits (with `output_logits`):
     T tensors [B, V] float32, the processed and the raw logits before each new token. After the end of a row, sequences
-    hold the padding token; scores and logits hold 0, where `generate()` has the logits of padding tokens.
+    hold the padding token. There scores and logits are 0, not the logits of padding tokens as from `generate()`, unless
+    rows advance in lockstep. Stopping criteria get no scores, and the key/value cache is not returned.
     """
 
     def __init__(self, input_ids: Tensor, config: GenerationConfig) -> None:

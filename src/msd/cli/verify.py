@@ -97,7 +97,7 @@ def _show(rows: list[Any], as_json: bool, dtype: str = "float32") -> None:
             report["yardstick"] = {k: v for k, v in yardstick.as_dict().items() if k != "passed"}
         print(json.dumps(report))
         return
-    Console().print(_table(rows) if yardstick is None else _half_precision_table(rows, yardstick))
+    Console().print(_table(rows, yardstick))
     for row in rows:
         for difference in row.differences:
             print(f"{row.method}: {difference}")
@@ -108,22 +108,19 @@ def _show(rows: list[Any], as_json: bool, dtype: str = "float32") -> None:
         )
 
 
-def _table(rows: list[Any]) -> Any:
-    shown = table("method", "compared", "identical", "ties", "largest\ntie gap", "smallest\np", "passed")
-    for row in rows:
-        gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
-        p = f"{min(row.p_values):.3f}" if row.p_values else "-"
+def _table(rows: list[Any], yardstick: Any) -> Any:
+    """One line per method; in half precision the yardstick comes first."""
+    half = yardstick is not None
+    columns = ("agreeing\ntokens", "largest gap\n(roundings)") if half else ("largest\ntie gap", "smallest\np")
+    shown = table("method", "compared", "identical", "ties", *columns, "passed")
+    for row in [yardstick, *rows] if half else rows:
+        if half:
+            cells = f"{row.agreeing_share:.0%}", f"{max(row.relative_gaps, default=0.0):.1f}"
+        else:
+            gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
+            cells = gap, f"{min(row.p_values):.3f}" if row.p_values else "-"
         counts = (str(row.compared), str(row.identical), str(len(row.tie_gaps)))
-        shown.add_row(row.method, *counts, gap, p, _passed(row))
-    return shown
-
-
-def _half_precision_table(rows: list[Any], yardstick: Any) -> Any:
-    shown = table("method", "compared", "identical", "agreeing\ntokens", "ties", "largest gap\n(roundings)", "passed")
-    for row in (yardstick, *rows):
-        gap = f"{max(row.relative_gaps):.1f}" if row.relative_gaps else "-"
-        counts = (str(row.compared), str(row.identical), f"{row.agreeing_share:.0%}", str(len(row.tie_gaps)))
-        shown.add_row(row.method, *counts, gap, "-" if row is yardstick else _passed(row))
+        shown.add_row(row.method, *counts, *cells, "-" if row is yardstick else _passed(row))
     return shown
 
 

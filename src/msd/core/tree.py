@@ -110,7 +110,7 @@ class DraftTree:
 
     @property
     def size(self) -> int:
-        """N, the root included."""
+        """N, the number of nodes with the root and padding."""
         return self.tokens.shape[1]
 
     def _tensors(self) -> dict[str, Any]:
