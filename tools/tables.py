@@ -40,8 +40,10 @@ COMPARED = {
     "text": "text",
 }
 COMPARISON = "msd bench --data runs/comparison/val.jsonl --method"
+VERIFY_HALF = "msd verify --method ar,msd,prompt-lookup --limit 8"
 COMMANDS = {
     "results/verify.json": "`msd verify --method all --limit 3 --json`",
+    **{f"results/verify_{d}.json": f"`{VERIFY_HALF} --dtype {d} --json`" for d in ("bfloat16", "float16")},
     "results/val/results.json": "`make floors`",
     "results/val-T1/results.json": "`make floors`",
     **{f"results/batch-{n}/results.json": "`make floors`" for n in (2, 4, 8, 16)},
@@ -132,6 +134,22 @@ def certificate(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def half_precision_table(certificates: dict[str, dict[str, Any]]) -> str:
+    """The certificates in half precision: dtype -> JSON of `msd verify`."""
+    lines = [
+        "| dtype | method | compared | identical | agreeing tokens | ties | largest gap (roundings) | passed |",
+        "|---" * 8 + "|",
+    ]
+    for dtype, certificate in certificates.items():
+        for row in (certificate["yardstick"], *certificate["rows"]):
+            gap = f"{max(row['relative_gaps']):.2f}" if row["relative_gaps"] else "–"
+            shares = f"{row['identical']} | {row['agreeing_share']:.0%} | {row['ties']}"
+            passed = "–" if "passed" not in row else "yes" if row["passed"] else "no"
+            name = f"`{row['method']}`" if "passed" in row else row["method"]
+            lines.append(f"| {dtype} | {name} | {row['compared']} | {shares} | {gap} | {passed} |")
+    return "\n".join(lines)
+
+
 def policies_table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Speed and divergence of every verification policy, by temperature."""
     lines = []
@@ -219,6 +237,11 @@ def tables() -> dict[str, dict[str, str]]:
             "methods": methods_table(compared),
             "repeats": methods_table(read("results/repeats/results.json")),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),
+        },
+        "docs/verification.md": {
+            "half precision": half_precision_table(
+                {dtype: read(f"results/verify_{dtype}.json") for dtype in ("bfloat16", "float16")}
+            )
         },
         "docs/modality_verification.md": {"policies": policies_table(read("recipes/msd/results/policies.json"))},
         "docs/events.md": {

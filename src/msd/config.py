@@ -86,8 +86,11 @@ def checked(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
     _check_cache(config)
     if config.token_healing:
         raise UserError("token_healing changes the prompt, including its placeholders; heal the prompt before the call")
-    if config.return_dict_in_generate:
-        raise UserError("return_dict_in_generate is not supported; the result's statistics and tokens take its place")
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise UserError(
+                f"{name} is not supported: one pass scores many drafts; ask for output_scores or output_logits"
+            )
     for name in ("max_new_tokens", "max_length"):
         value = getattr(config, name)
         if isinstance(value, float):

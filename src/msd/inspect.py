@@ -74,7 +74,7 @@ class Trace:
             for n in drafted
         )
         emitted = tuple(step.accepted.tokens[row])
-        self.passes.append(Pass(tokens[0], nodes, emitted, step.draft_seconds, step.verify_seconds))
+        self.passes.append(Pass(tokens[0], nodes, emitted, step.draft_seconds, step.score_seconds))
 
 
 COLOURS = {

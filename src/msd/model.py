@@ -30,7 +30,7 @@ from msd.errors import UserError
 from msd.inputs import prompts
 from msd.planning.costs import costs
 from msd.planning.plan import Plan
-from msd.result import Result
+from msd.result import Outputs, Result
 from msd.streaming import Steps, Stream, request_lock, run_to_end
 from msd.system.machine import Cores, watched
 from msd.targets import Past, adapt
@@ -131,6 +131,9 @@ class SpeculativeVLM:
         on_step: called with each `msd.core.tree.Step`: its tree, scores and accepted tokens.
         kwargs: any option of `transformers`' `generate()` with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
+        With return_dict_in_generate=True, the result also has `sequences`, and `scores` and `logits` if output_scores
+        and output_logits are set: the tensors of `GenerateDecoderOnlyOutput` for the whole batch (see `Outputs`).
+        output_attentions and output_hidden_states are refused.
         """
         with self._lock:
             return run_to_end(self._answers(images, prompt, **kwargs), on_step)
@@ -233,14 +236,16 @@ class SpeculativeVLM:
         padding = generation_config._pad_token_tensor
         sampler = Sampler(
             state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness, input_ids,
-            None if padding is None else int(padding),
+            None if padding is None else int(padding), Outputs.need_logits(generation_config),
         )  # fmt: skip
+        outputs = Outputs(input_ids, generation_config)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt)
         answers: list[list[int]] = [[] for _ in range(B)]
         for step in decode(*parts, label=self.config.label):
             statistics.read(step)
+            outputs.read(step)
             for row, tokens in enumerate(step.accepted.tokens):
                 answers[row] += [] if row in step.accepted.padded else tokens
             if streamer is not None:
@@ -254,7 +259,8 @@ class SpeculativeVLM:
             streamer.end()
         if past is not None:
             past.renew(state)
-        return [self._result(tokens, sampler.finish[row], row, statistics) for row, tokens in enumerate(answers)]
+        fields = outputs.fields()
+        return [self._result(tokens, sampler.finish[i], i, statistics, fields) for i, tokens in enumerate(answers)]
 
     def _embedding(self) -> tuple[Any, ...]:
         """Returns what the drafter is attached to: the embedding layer, the shape of its weights, and the device."""
@@ -293,11 +299,13 @@ class SpeculativeVLM:
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}
 
-    def _result(self, tokens: list[int], finish: str | None, row: int, statistics: Statistics) -> Result:
-        """Builds the result of a row from its emitted tokens and the reason it stopped."""
+    def _result(
+        self, tokens: list[int], finish: str | None, row: int, statistics: Statistics, fields: dict[str, Any]
+    ) -> Result:
+        """Builds the result of a row. finish: why it stopped. fields: those of `return_dict_in_generate`."""
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
-        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels)
+        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels, **fields)
 
 
 def _as_decoding_method(run: Any) -> Any:

@@ -72,7 +72,7 @@ def test_trees_of_some_rows_replaced() -> None:
     newest = torch.tensor([1, 2, 3])
     mine = DraftTree.from_lists(newest, [[5, 6], [7], []], [[0, 1], [0], []])
     other = DraftTree.from_lists(newest, [[], [8, 9, 4], [11]], [[], [0, 1, 2], [0]])
-    mixed = mine.replaced([1, 2], other)
+    mixed = mine.replace_rows([1, 2], other)
     assert mixed.tokens.tolist() == [[1, 5, 6], [2, 8, 9], [3, 11, 0]]
     assert mixed.parents.tolist() == [[-1, 0, 1], [-1, 0, 1], [-1, 0, -1]]
     assert mixed.valid.tolist() == [[True] * 3, [True] * 3, [True, True, False]]

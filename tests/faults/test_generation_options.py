@@ -30,7 +30,6 @@ OTHER: dict[str, Any] = {
     "use_cache": False,
     "prefill_chunk_size": 8,
     "cache_implementation": "quantized",
-    "return_dict_in_generate": True,
 }
 
 

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from msd.core.statistics import RowStep, Statistics
 from msd.model import SpeculativeVLM
-from msd.planning.costs import chain, words
+from msd.planning.costs import arbitrary_tokens, chain
 from msd.targets.base import Target
 
 TRANSFORMERS, PLAIN = "transformers", "ar"  # decoding without drafts: the library's, and ours
@@ -156,7 +156,7 @@ def outside_kernels(target: Target) -> dict[str, float] | None:
         from torch.autograd.profiler_legacy import profile
     except ImportError:
         return None
-    state, _ = target.prefill(words(CONTEXT, target)[None], {}, CONTEXT + max(NODES) + 1)
+    state, _ = target.prefill(arbitrary_tokens(CONTEXT, target)[None], {}, CONTEXT + max(NODES) + 1)
     shares = {}
     for nodes in NODES:
         tree = chain(nodes, target)

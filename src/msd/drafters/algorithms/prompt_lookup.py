@@ -253,7 +253,7 @@ class Repeats(Drafter):
         drafted = self.drafter.propose(drafter_state, replace(budget, depth=depth), sampler)
         if not rows or drafted.size == 1:
             return matched if rows else drafted
-        return drafted.replaced(rows, matched)
+        return drafted.replace_rows(rows, matched)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """See `Drafter`."""

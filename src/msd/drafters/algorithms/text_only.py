@@ -62,7 +62,7 @@ class TextOnly(SelfFed):
         embedding = self.embed(layout.tokens.gather(1, order))
         return Selection(
             pick(taps, (order - 1).clamp_min(0)), embedding, place.clamp_min(0).gather(1, order), kept.gather(1, order),
-            place.clamp_min(0)[:, 1:], 1 + place[:, -1:] - layout.line()[:, L : L + 1],
+            place.clamp_min(0)[:, 1:], 1 + place[:, -1:] - layout.positions_1d()[:, L : L + 1],
             embedding.new_zeros(len(embedding), 1, 1),
         )  # fmt: skip
 

@@ -121,7 +121,7 @@ def text_columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor]
     if L > 1:  # token L has been emitted: it is text
         projected = torch.cat([taps[:, 1:, :hidden], taps[:, -1:, :hidden]], 1)
         embedding = torch.where(visual[..., None], projected.to(embedding.dtype), embedding)
-    return Columns(taps, embedding, real, visual, layout.line()[:, :L], prompt)
+    return Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
 
 
 def real_columns(layout: Layout, count: int) -> Tensor:

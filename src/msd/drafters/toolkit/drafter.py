@@ -59,7 +59,7 @@ class Memory:
         """
         first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
         column = (first[:, None] + torch.arange(token.shape[1])).clamp_min(0).to(taps.device)
-        positions = layout.line().gather(1, column) + self.shift
+        positions = layout.positions_1d().gather(1, column) + self.shift
         feature, embedding, old = network.feature(taps), network.embed(token), self.anchor
         x = network.entry(feature, embedding, old.image, 0)
         self._append(network, x, positions, added, old.visible.shape[-1])
@@ -195,8 +195,8 @@ class TrainedDrafter:
         anchors = state.memory.read(self.network, state.layout).anchors(rows)
         levels, subtrees = self.network.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
         ids, heat = self.modality_ids.to(newest.device), temperature(sampler)
-        tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.of(rows), heat, self.cost)
-        return tree.among(rows, newest)
+        tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.select(rows), heat, self.cost)
+        return tree.scatter(rows, newest)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
         """Whether the answers of all `rows` most likely end with the token that the target's next pass emits."""

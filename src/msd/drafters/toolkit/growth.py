@@ -357,7 +357,7 @@ def _merge(
         depths=column(candidates.depth, 0, 0),
         valid=column(kept, True, False),
         modality=column(candidates.modality, LANGUAGE.id, LANGUAGE.id),
-        fixed=column(kept, False, False),
+        deterministic=column(kept, False, False),
         height=int(height),
         q=column(candidates.q, 1.0, 0.0),
     )
@@ -448,7 +448,7 @@ def _chains(
         depths=depths.masked_fill(~valid, 0),
         valid=valid,
         modality=torch.cat([torch.full_like(newest, LANGUAGE.id)[:, None], *modalities], 1),
-        fixed=torch.zeros_like(valid),
+        deterministic=torch.zeros_like(valid),
         height=depth,
         candidates=SampledCandidates(child, (child - 1).clamp_min(0), torch.cat(distributions, 1)),
         q=torch.cat([torch.ones_like(chosen[0][:, :1]), *chosen], 1),

@@ -319,7 +319,7 @@ class MSDNetwork(SelfFed):
         c, L, dtype = self.config, taps.shape[1], self.fc.weight.dtype
         real, embedding = real_columns(layout, L), self.embed(layout.tokens[:, 1 : L + 1])
         visual = (layout.modality[:, :L] != LANGUAGE.id) & real
-        columns = Columns(taps, embedding, real, visual, layout.line()[:, :L], prompt)
+        columns = Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
         vector = taps.new_zeros(len(taps), 1, c.hidden, dtype=dtype)
         images = Images.of(visual, taps) if c.vision else None
         if images is None or not images.spans:
