@@ -1,4 +1,4 @@
-"""Rival drafters on tiny targets: random in every part, with teacher_batches to compare with."""
+"""Rival drafters with random weights on tiny targets, and teacher batches for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tiny
 from msd.drafters import registry
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.targets import adapt
-from msd.targets.teacher import TeacherBatch, teach
+from msd.targets.teacher import TeacherBatch, run_teacher
 from msd.train.teacher_batches import TeacherCache
 
 LENGTH = 16
@@ -18,31 +18,31 @@ RIVALS = {m.name: m.network for m in registry.catalogue() if m.network is not No
 
 
 def network(model: Any, method: str, seed: int = 0, **changes: Any) -> DraftNetwork:
-    """Of a method, for a tiny target."""
+    """Creates a random network of a method for a tiny target."""
     torch.manual_seed(seed)
     if RIVALS[method].reduced:
         changes = {"draft_vocabulary": 60} | changes
-    made = RIVALS[method].for_target(model.config.text_config, **changes)
+    net = RIVALS[method].for_target(model.config.text_config, **changes)
     if RIVALS[method].reduced:
-        made.choose_words(torch.arange(4, 64))
+        net.choose_draft_vocabulary(torch.arange(4, 64))
     with torch.no_grad():
-        for p in made.parameters():
+        for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    return made.attach(model).eval()
+    return net.attach(model).eval()
 
 
 def prompts(rows: int = 4) -> dict[str, torch.Tensor]:
-    """Of unequal lengths, row s with s modulo 3 images."""
+    """Returns prompts of unequal lengths; row s has s modulo 3 images."""
     return tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(rows)))
 
 
-def teacher_batch(model: Any, made: DraftNetwork, rows: int = 4) -> TeacherBatch:
-    """Greedy answers of `LENGTH` tokens, the target's word on them being over the network's vocabulary."""
+def teacher_batch(model: Any, net: DraftNetwork, rows: int = 4) -> TeacherBatch:
+    """Returns greedy answers of `LENGTH` tokens with the target's log p over the network's vocabulary."""
     inputs = prompts(rows)
     out = model.generate(
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
     )
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
-    notes = TeacherCache(model.get_output_embeddings(), made.ids, made.config.taps, 1.0, torch.float32)
-    target = adapt(model, made.config.taps)
-    return notes.recall(0, lambda: (teach(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]
+    cache = TeacherCache(model.get_output_embeddings(), net.ids, net.config.taps, 1.0, torch.float32)
+    target = adapt(model, net.config.taps)
+    return cache.get(0, lambda: (run_teacher(target, inputs, answers), torch.zeros(rows, LENGTH)))[0]

@@ -28,7 +28,7 @@ from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import adapt
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -211,7 +211,7 @@ def test_batches_and_teacher_passes_agree_on_both_backends() -> None:
         answers.append(
             [r.tokens for r in engine.generate(**inputs, max_new_tokens=20, do_sample=False, suppress_tokens=[3])]
         )
-        batch = teach(adapt(model, (1, 3), backend=name), dict(inputs), answers[0])
+        batch = run_teacher(adapt(model, (1, 3), backend=name), dict(inputs), answers[0])
         taught.append((batch.logits[batch.answer_mask()], batch.taps[:, batch.prompt :]))
     assert answers[0] == answers[1]
     torch.testing.assert_close(taught[0][0], taught[1][0], atol=1e-4, rtol=1e-4)

@@ -14,7 +14,7 @@ B, H, D, C = 2, 2, 3, 24
 
 
 def block(first: int, count: int, heads: int = H) -> Tensor:
-    """Keys [B, heads, count, D] with the value 1000 * row + number."""
+    """Keys [B, heads, count, D] with the values 1000 * row + number."""
     number = torch.arange(first, first + count).float()
     rows = 1000.0 * torch.arange(B)
     return (rows[:, None, None, None] + number[None, None, :, None]).expand(B, heads, count, D).clone()
@@ -38,7 +38,7 @@ def write(cache: KVCache, first: int, count: int, heads: tuple[int, ...] = (H,))
 
 @st.composite
 def paths(draw: st.DrawFn) -> list[list[list[int]]]:
-    """One to four steps of 4 nodes; per step and row, an increasing, possibly empty path."""
+    """Steps of 4 nodes each: for each row, a path of increasing nodes, which may be empty."""
     steps = draw(st.integers(1, 4))
     path = st.lists(st.integers(0, 3), unique=True, max_size=4).map(sorted)
     return [[draw(path) for _ in range(B)] for _ in range(steps)]
@@ -47,7 +47,9 @@ def paths(draw: st.DrawFn) -> list[list[list[int]]]:
 @settings(deadline=None, derandomize=True)
 @given(paths())
 @pytest.mark.parametrize("heads", [(H, H), (H, 1, H)])
-def test_commit_keeps_only_the_paths_in_order(heads: tuple[int, ...], steps: list[list[list[int]]]) -> None:
+def test_commit_keeps_the_paths_in_order_and_discards_the_rest(
+    heads: tuple[int, ...], steps: list[list[list[int]]]
+) -> None:
     cache = KVCache(len(heads), B, C)
     write(cache, 0, 5, heads)
     cache.advance(5)
@@ -78,7 +80,7 @@ def test_update_returns_all_slots_up_to_the_last_written_one() -> None:
     assert cache.get_seq_length() == 7
 
 
-def test_storage_is_allocated_once_and_cannot_grow() -> None:
+def test_capacity_is_allocated_once_and_cannot_be_exceeded() -> None:
     cache = KVCache(1, B, 6)
     write(cache, 0, 5)
     keys = cache.layers[0].keys
@@ -110,12 +112,12 @@ def test_keys_and_values_of_different_width_move_together() -> None:
     assert [written(cache, layer, 0) for layer in (0, 2)] == [[0, 1, 2, 3, 4, 10, 13]] * 2
 
 
-def test_a_larger_cache_starts_with_the_first_slots_of_another() -> None:
+def test_a_larger_cache_copies_a_prefix_of_another() -> None:
     heads = (H, 1, H)
     old, new = KVCache(3, B, 8), KVCache(3, B, C)
     write(old, 0, 6, heads)
     old.advance(6)
-    new.take(old, 4)
+    new.copy_prefix(old, 4)
     write(new, 50, 3, heads)
     new.advance(3)
     for layer in range(3):
@@ -124,7 +126,7 @@ def test_a_larger_cache_starts_with_the_first_slots_of_another() -> None:
 
 
 def test_slots_never_written_hold_zeros() -> None:
-    """Attention multiplies a masked slot's value by 0, and 0 * NaN is NaN."""
+    """Attention multiplies masked slots by 0, and 0 * NaN is NaN."""
     cache = KVCache(1, B, 6)
     write(cache, 1, 2)
     assert cache.layers[0].keys is not None
@@ -132,8 +134,8 @@ def test_slots_never_written_hold_zeros() -> None:
 
 
 @pytest.mark.parametrize("kept", [[0], [1], [2], [0, 2], [1, 2], [0, 1]])
-def test_dropped_rows_do_not_change_the_others(kept: list[int]) -> None:
-    """Rows of unequal length. Later passes write only the kept rows, at their new indices."""
+def test_dropping_rows_keeps_the_others_unchanged(kept: list[int]) -> None:
+    """Rows have unequal lengths; later passes write the stored rows only, at their new indices."""
     cache, heads = KVCache(3, 3, C), (H, 1, H)
 
     def keys(first: int, count: int, layer: int, rows: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where an answer ends, who hears of it, and what is refused: exactly as `transformers` `generate()` has it."""
+"""The end of an answer, streamers, criteria and refused options: the same as in `transformers` `generate()`."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ def expected(seed: int = 0, **kwargs: Any) -> list[int]:
 
 
 def spelled(*indices: int) -> str:
-    """Some tokens of the long answer in letters."""
+    """Some tokens of the long answer, as letters."""
     return "".join(LETTERS[long_answer()[i]] for i in indices)
 
 
 @cache
 def long_answer(seed: int = 0, /) -> tuple[int, ...]:
-    """A sampled answer that nothing ends early: what drafts know, so that they run past every end."""
+    """A sampled answer without an early end. Drafts follow it, so they continue past every end."""
     return tuple(expected(seed, **SAMPLED, max_new_tokens=NEW, eos_token_id=None))
 
 
 def engine(seed: int = 0, method: str | None = None) -> SpeculativeVLM:
-    """With drafts that are often right, or with a named method."""
+    """An engine whose drafts are often correct, or one with a named method."""
     drafter = method or RandomDrafter(seed, 64, [long_answer(seed)])
     return SpeculativeVLM(model(), processor(), SpeculativeConfig(nodes=12), drafter)
 
 
 def check(seed: int = 0, needs_accepted: bool = True, **kwargs: Any) -> Result:
-    """Runs `kwargs` with every kind of drafter and returns the last result, all being those of `transformers`."""
+    """Runs `kwargs` with each kind of drafter, compares with `transformers`, and returns the last result."""
     wanted = expected(seed, **({} if "stop_strings" not in kwargs else {"tokenizer": processor().tokenizer}), **kwargs)
     accepted = 0
     result = None
@@ -154,13 +154,13 @@ def test_stop_strings_without_a_tokenizer_are_refused() -> None:
         SpeculativeVLM(model(), None).generate(**INPUTS, max_new_tokens=NEW, stop_strings="a")
 
 
-def test_max_time_ends_after_the_token_in_hand() -> None:
+def test_max_time_ends_after_the_current_token() -> None:
     result = check(max_time=0.0, max_new_tokens=NEW, needs_accepted=False)
     assert (len(result.tokens), result.finish) == (1, "criteria")
 
 
 class StopsAfter(StoppingCriteria):
-    """Stops on a token, and keeps the lengths it was asked about."""
+    """Stops on a token, and records the length at each call."""
 
     def __init__(self, token: int) -> None:
         self.token = token
@@ -171,7 +171,7 @@ class StopsAfter(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
-def test_stopping_criteria_are_asked_after_every_token() -> None:
+def test_stopping_criteria_are_called_after_each_token() -> None:
     token = long_answer()[8]
     theirs, ours = StopsAfter(token), StopsAfter(token)
     kwargs = {**SAMPLED, "max_new_tokens": NEW, "eos_token_id": None}
@@ -185,7 +185,7 @@ def test_stopping_criteria_are_asked_after_every_token() -> None:
 
 
 class Recorder(BaseStreamer):
-    """Keeps everything it is given."""
+    """Records all its calls."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -198,7 +198,7 @@ class Recorder(BaseStreamer):
 
 
 @pytest.mark.parametrize("method", [None, "ar"])
-def test_a_streamer_hears_what_generate_would_tell_it(method: str | None) -> None:
+def test_a_streamer_gets_the_same_calls_as_in_generate(method: str | None) -> None:
     theirs, ours = Recorder(), Recorder()
     kwargs = {**SAMPLED, "max_new_tokens": NEW, "eos_token_id": long_answer()[13]}
     expected(**kwargs, streamer=theirs)
@@ -207,7 +207,7 @@ def test_a_streamer_hears_what_generate_would_tell_it(method: str | None) -> Non
     assert ours.seen[0] == INPUTS["input_ids"].tolist()
 
 
-def test_stream_gives_the_text_of_the_result_and_can_be_closed() -> None:
+def test_a_stream_yields_the_text_of_the_result_and_can_be_closed() -> None:
     kwargs = {**SAMPLED, "max_new_tokens": NEW, "eos_token_id": None}
     stream = engine().stream(**INPUTS, seed=0, **kwargs)
     text = "".join(stream)
@@ -241,14 +241,15 @@ def test_seeds() -> None:
         ({"assistant_model": object()}, "assistant_model"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"custom_generate": "some/repository"}, "custom_generate"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
         ({"max_new_tokens": 10_000}, f"context of 512; lower max_new_tokens to at most {512 - LENGTH}"),
         ({"seed": [1, 2]}, "2 seeds for 1"),
         ({"prompt": "hello"}, "not both"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
-def test_what_cannot_be_done_is_refused_in_one_line(kwargs: dict[str, Any], said: str) -> None:
+def test_unsupported_options_raise_user_errors(kwargs: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
         engine().generate(**INPUTS, **kwargs)
     assert said in str(caught.value)
@@ -264,7 +265,7 @@ def test_a_refusal_leaves_the_engine_usable() -> None:
     assert result.tokens == list(long_answer())
 
 
-def test_the_context_may_be_filled_to_the_brim() -> None:
+def test_the_whole_context_can_be_used() -> None:
     result = SpeculativeVLM(model(), None).generate(**INPUTS, max_length=512, eos_token_id=None)
     assert isinstance(result, Result)
     assert len(result.tokens) == 512 - LENGTH

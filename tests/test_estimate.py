@@ -1,4 +1,4 @@
-"""The roofline's arithmetic by hand, its limits, and what the command says."""
+"""The roofline computed by hand, its limits, and the command's output."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ def test_a_pass_by_hand() -> None:
     )
 
 
-def test_a_prompt_needs_the_output_layer_once_and_its_images_the_encoder() -> None:
+def test_prefill_uses_the_output_layer_once_and_the_vision_tower_per_image() -> None:
     products = hypot(0.210, (2 * 100e6 * 50 + 2 * 5e6) / 1e12)
     attention = hypot(2 * 50 * 20_000 / 1e9, 4 * 10 * 1000 * 50 * 25.5 / 1e12)
     assert prefill_seconds(TOY, CARD, 50, 0) == pytest.approx(products + attention)
-    seeing = replace(TOY, image_tokens=16, eye_layers=2, eye_hidden=100, eye_intermediate=200, eye_patches=64)
-    assert seeing.eye == 2 * (4 * 100 * 100 + 2 * 100 * 200)
-    eye = hypot(2 * 160_000 / 1e9, (2 * 160_000 * 128 + 4 * 2 * 100 * 128 * 64) / 1e12)
-    assert prefill_seconds(seeing, CARD, 50, 2) == pytest.approx(prefill_seconds(TOY, CARD, 50, 0) + eye)
+    seeing = replace(
+        TOY, image_tokens=16, vision_layers=2, vision_hidden=100, vision_intermediate=200, vision_patches=64
+    )
+    assert seeing.vision == 2 * (4 * 100 * 100 + 2 * 100 * 200)
+    encoding = hypot(2 * 160_000 / 1e9, (2 * 160_000 * 128 + 4 * 2 * 100 * 128 * 64) / 1e12)
+    assert prefill_seconds(seeing, CARD, 50, 2) == pytest.approx(prefill_seconds(TOY, CARD, 50, 0) + encoding)
 
 
 def test_a_plan_by_hand() -> None:
@@ -100,17 +102,19 @@ def test_acceptance() -> None:
             Acceptance.parse(text)
 
 
-def test_published_models_have_the_size_that_is_known_of_them() -> None:
-    """Weights of decoder, embedding and eye, in billions."""
+def test_built_in_models_have_their_published_size() -> None:
+    """Weights of decoder, embedding and vision tower, in billions."""
     for name, billions in (("llava-1.5-7b", 7.0), ("llava-1.5-13b", 13.3), ("qwen2.5-vl-7b", 8.2)):
         found = sizes(name)
-        assert (found.decoder + found.hidden * found.vocabulary + found.eye) / 1e9 == pytest.approx(billions, rel=0.02)
+        assert (found.decoder + found.hidden * found.vocabulary + found.vision) / 1e9 == pytest.approx(
+            billions, rel=0.02
+        )
     assert sizes("llava-hf/llava-1.5-7b-hf") is sizes("LLaVA-1.5-7B")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_sizes_follow_from_a_config(family: Any) -> None:
-    """A layer counts what the model's own layer holds but for norms, biases and the like."""
+    """The size of a layer counts its weight matrices, not norms and biases."""
     model = family.make()
     found, decoder = of_config("tiny", model.config), model.get_decoder()
     own = sum(p.numel() for name, p in decoder.layers[0].named_parameters() if p.dim() == 2)
@@ -128,17 +132,17 @@ def test_cards() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    def said(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
             main(["estimate", *arguments])
         captured = capsys.readouterr()
         return int(stop.value.code or 0), captured.out, captured.err
 
-    found = json.loads(said("--target", "llava-1.5-13b", "--gpu", "A100-80", "--acceptance", "60=4.7", "--json")[1])
+    found = json.loads(run("--target", "llava-1.5-13b", "--gpu", "A100-80", "--acceptance", "60=4.7", "--json")[1])
     assert [row["nodes"] for row in found["rows"]] == [60] * 6
     assert found["card"]["name"] == "A100-80" and found["target"]["layers"] == 40
     FAMILIES[0].make().save_pretrained(tmp_path)
-    code, out, _ = said("--target", str(tmp_path))
+    code, out, _ = run("--target", str(tmp_path))
     assert code == 0 and "H100" in out and "whole answer" in out
     for arguments, part in (
         (["--gpu", "abacus"], "unknown card"),
@@ -147,5 +151,5 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--drafter-kind", "x"], "levels, block"),
         (["--target", "no/such/target"], "known without their files: llava-1.5-7b"),
     ):
-        code, out, err = said(*arguments)
+        code, out, err = run(*arguments)
         assert (code, out) == (2, "") and part in err and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Image gain: batched and padded as one by one, hidden images as a text without its picture, cuts as percentiles."""
+"""Image gain: a padded batch equals single rows, masked images equal text alone, thresholds are percentiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msd.labels.gain import assert_images_matter, image_columns, image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import Target, adapt
 from msd.targets.registry import fingerprint
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 PROMPTS = [
     tiny.llava_inputs(seed=1, images=1, words=6),
@@ -56,7 +56,7 @@ def gain_by_hand(model: Any, inputs: dict[str, Tensor], answer: list[int]) -> Te
 def test_hidden_images_leave_the_text_without_its_picture() -> None:
     teacher = target()
     inputs = tiny.batch(*PROMPTS)
-    teacher_batch = teach(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
+    teacher_batch = run_teacher(teacher, inputs, ANSWERS, image_columns(teacher, inputs["input_ids"]))
     for row, (inputs, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         expected = without_picture(teacher.model, inputs, answer)
         torch.testing.assert_close(teacher_batch.logits[row, : len(answer)], expected, atol=1e-4, rtol=1e-4)
@@ -95,10 +95,10 @@ def test_a_target_that_its_images_do_not_reach_is_refused() -> None:
         assert_images_matter(teacher, tiny.batch(*PROMPTS), ANSWERS)
 
 
-def test_cuts_are_the_percentiles_and_ties_are_decided() -> None:
-    cuts = ModalityThresholds.fit([torch.arange(6.0), [6.0, 7.0, 8.0, 9.0, 10.0]], "t")
-    assert (cuts.language_max, cuts.vision_min, cuts.tokens) == (5.0, 8.0, 11)
-    labels = cuts.labels([0.0, 5.0, 5.0001, 7.9999, 8.0, 20.0])
+def test_thresholds_are_the_percentiles_and_ties_are_decided() -> None:
+    thresholds = ModalityThresholds.fit([torch.arange(6.0), [6.0, 7.0, 8.0, 9.0, 10.0]], "t")
+    assert (thresholds.language_max, thresholds.vision_min, thresholds.tokens) == (5.0, 8.0, 11)
+    labels = thresholds.labels([0.0, 5.0, 5.0001, 7.9999, 8.0, 20.0])
     assert labels.dtype == torch.int64
     assert labels.tolist() == [LANGUAGE.id, LANGUAGE.id, FUSION.id, FUSION.id, VISION.id, VISION.id]
     same = ModalityThresholds.fit([[0.0, 1.0, 1.0, 1.0, 1.0]], "t")
@@ -108,13 +108,13 @@ def test_cuts_are_the_percentiles_and_ties_are_decided() -> None:
         ModalityThresholds.fit([[], []], "t")
 
 
-def test_cuts_come_back_from_their_file(tmp_path: Path) -> None:
-    cuts = ModalityThresholds.fit([[0.1, 0.25, 3.0]], "llava-1")
-    cuts.save(tmp_path / "cuts.json")
-    assert ModalityThresholds.load(tmp_path / "cuts.json") == cuts
-    cuts.check_target("llava-1")
+def test_thresholds_come_back_from_their_file(tmp_path: Path) -> None:
+    thresholds = ModalityThresholds.fit([[0.1, 0.25, 3.0]], "llava-1")
+    thresholds.save(tmp_path / "cuts.json")
+    assert ModalityThresholds.load(tmp_path / "cuts.json") == thresholds
+    thresholds.check_target("llava-1")
     with pytest.raises(UserError, match="llava-2"):
-        cuts.check_target("llava-2")
+        thresholds.check_target("llava-2")
 
 
 GOOD = {"language_max": 0.1, "vision_min": 0.5, "tokens": 10, "target": "t"}
@@ -131,7 +131,7 @@ GOOD = {"language_max": 0.1, "vision_min": 0.5, "tokens": 10, "target": "t"}
         (json.dumps({**GOOD, "vision_min": float("nan")}), "vision_min"),
     ],
 )
-def test_bad_cuts_are_one_clear_line(tmp_path: Path, content: str, part: str) -> None:
+def test_bad_thresholds_are_one_clear_line(tmp_path: Path, content: str, part: str) -> None:
     (tmp_path / "cuts.json").write_text(content)
     with pytest.raises(UserError, match=part):
         ModalityThresholds.load(tmp_path / "cuts.json")

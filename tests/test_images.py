@@ -1,4 +1,4 @@
-"""`load_image`: every accepted kind of source gives upright 8-bit RGB, and everything else one clear line."""
+"""`load_image` turns every accepted source into upright 8-bit RGB, and refuses others in one clear line."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds ten bytes of pixels."""
+    """Returns a PNG with this size in its header and ten bytes of pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -42,7 +42,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def refusal(source: object) -> str:
-    """The one line with which a source is refused."""
+    """Returns the one line of the error for a source."""
     with pytest.raises(UserError) as caught:
         load_image(source)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -77,7 +77,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_transparency_is_laid_on_white(mode: str) -> None:
+def test_transparent_pixels_become_white(mode: str) -> None:
     image = Image.new(mode, (4, 4))
     source = encoded(image, "PNG", transparency=0) if mode == "P" else image
     assert np.asarray(load_image(source)).min() == 255
@@ -100,7 +100,7 @@ def test_sixteen_bit_grey_uses_the_full_range(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "TIFF", "PNG"])
-def test_the_first_picture_of_several_is_taken(format: str) -> None:
+def test_the_first_picture_of_several_is_used(format: str) -> None:
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     image = load_image(encoded(red, format, save_all=True, append_images=[blue]))
     np.testing.assert_allclose(image.getpixel((8, 8)), (255, 0, 0), atol=8)
@@ -176,7 +176,7 @@ def test_the_result_shares_nothing_with_the_source() -> None:
         (png_header(50, 50), "broken or truncated"),
     ],
 )
-def test_what_is_no_image_is_refused_in_one_line(source: object, said: str) -> None:
+def test_invalid_sources_are_refused_in_one_line(source: object, said: str) -> None:
     assert said in refusal(source)
 
 
@@ -206,7 +206,7 @@ def test_truncated_files_are_refused(format: str) -> None:
     format=st.sampled_from(FORMATS),
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=8),
 )
-def test_damaged_files_never_raise_anything_else(format: str, changes: list[tuple[int, int]]) -> None:
+def test_damaged_files_raise_only_user_errors(format: str, changes: list[tuple[int, int]]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if format in ("JPEG", "PNG", "TIFF", "WEBP") else {}

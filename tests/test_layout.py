@@ -1,4 +1,4 @@
-"""Layout and modalities: tokens, kinds, rotary positions and slots of a left-padded batch."""
+"""Layout: tokens, modalities, rotary positions and slots of a left-padded batch; the registry of modalities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_left_padded_prompt() -> None:
     assert layout.newest().tolist() == [6, 4]
 
 
-def test_appending_moves_one_row_only() -> None:
+def test_append_changes_one_row_only() -> None:
     layout = two_rows()
     layout.append(0, [11, 12])
     assert layout.end == [7, 5]
@@ -39,7 +39,7 @@ def test_appending_moves_one_row_only() -> None:
     assert layout.next_positions(torch.tensor([[0, 1, 2], [0, 1, 1]])).tolist() == [[[4, 5, 6], [4, 5, 5]]]
 
 
-def test_every_rotary_axis_goes_on_from_the_newest_token() -> None:
+def test_every_rotary_axis_continues_from_the_newest_token() -> None:
     positions = torch.tensor([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[0, 2, 1, 3]]])  # [3, 1, 4], as M-RoPE gives them
     layout = Layout.from_prompt(torch.tensor([[4, 3, 3, 5]]), 8, position_ids=positions)
     layout.append(0, [6])
@@ -47,14 +47,14 @@ def test_every_rotary_axis_goes_on_from_the_newest_token() -> None:
     assert layout.next_positions(torch.tensor([[0, 1]])).tolist() == [[[4, 5]]] * 3
 
 
-def test_whoever_has_one_axis_stands_where_text_stands() -> None:
+def test_positions_on_a_single_axis() -> None:
     positions = torch.tensor([[[0, 1, 1, 3]], [[0, 1, 2, 3]], [[0, 2, 1, 3]]])
     layout = Layout.from_prompt(torch.tensor([[4, 3, 3, 5]]), 8, position_ids=positions)
     layout.append(0, [6])
-    assert layout.line()[0, :5].tolist() == [0, 2, 2, 3, 4]
+    assert layout.positions_1d()[0, :5].tolist() == [0, 2, 2, 3, 4]
 
 
-def test_given_positions_need_not_be_slots() -> None:
+def test_positions_may_differ_from_slots() -> None:
     layout = Layout.from_prompt(torch.tensor([[4, 3, 3, 5]]), 8, position_ids=torch.tensor([0, 1, 1, 2]))
     assert layout.next_positions(torch.tensor([[0, 1]])).tolist() == [[[2, 3]]]
 

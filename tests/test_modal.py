@@ -41,24 +41,24 @@ def test_counts_by_hand() -> None:
         RowStep(0, 6, 0, 0),  # nothing drafted
         RowStep(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
     ]
-    tally = modality.acceptance_by_modality([(steps, labels)])
+    tally = modality.Tally.of([(steps, labels)])
     assert tally.positions == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
     assert tally.by_depth() == {"vision": [1.0, 1.0, None], "language": [1.0, 1.0, 0.0], "fusion": [1.0, None, None]}
     assert tally.rates() == {"vision": 1.0, "language": 2 / 3, "fusion": 1.0}
     assert tally.counts() == {"vision": 2, "language": 3, "fusion": 1}
-    short = modality.coverage_by_modality([(steps, labels[:3]), (steps, [])])
+    short = modality.Tally.of([(steps, labels[:3]), (steps, [])])
     assert short.rates() == {"vision": 1.0, "language": None, "fusion": None}
 
 
-def test_labels_hold_as_far_as_two_answers_agree() -> None:
-    assert modality.shared([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
-    assert modality.shared([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
-    assert modality.shared([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
-    assert modality.shared([V, L, F], [5, 6, 7], [5]) == [V]
+def test_labels_end_at_the_first_difference() -> None:
+    assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5, 6, 7]) == [V, L, F]
+    assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5, 9, 7]) == [V]
+    assert modality.labels_of_common_prefix([V, L], [5, 6, 7], [5, 6, 7]) == [V, L], "labels may end before the answer"
+    assert modality.labels_of_common_prefix([V, L, F], [5, 6, 7], [5]) == [V]
 
 
 class Guesses(RandomDrafter):
-    """Chains of guesses that are a function of the position in the answer alone: right at two of three positions."""
+    """Drafts chains of guesses that depend only on the position: correct at two of three positions."""
 
     def guess(self, at: int, answer: Sequence[int]) -> int:
         return answer[at] if at % 3 and at < len(answer) else 63
@@ -97,8 +97,8 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
             at += 1
             if not right:
                 break
-    tally = modality.acceptance_by_modality([(result.statistics.steps, labels)])
-    assert (+tally.positions, +tally.hits) == (+positions, +hits)
+    tally = modality.Tally.of([(result.statistics.steps, labels)])
+    assert (+tally.positions, +tally.accepted) == (+positions, +hits)
     assert sum(tally.positions.values()) >= len(answer) // 2
 
 
@@ -123,7 +123,7 @@ def looked_up(text: list[int], depth: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_prompt_lookup_drafts_the_chain_it_is_asked_for(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_lookup_drafts_the_requested_chain(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava(vocab=12, seed=seed, sharpness=10.0)  # few words, many repetitions
     inputs = tiny.llava_inputs(seed=seed, vocab=12)
     chains: list[tuple[list[int], list[int]]] = []
@@ -191,12 +191,12 @@ def samples(folder: Path) -> list[Sample]:
     ]
 
 
-def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
+def test_bench_measures_acceptance_by_modality(folder: Path) -> None:
     model, processor = load_target(folder)
     model.generation_config.eos_token_id = 2
-    cuts = ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))
+    thresholds = ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target=fingerprint(model))
     methods = ["prompt-lookup"]
-    results = measure.run(model, processor, samples(folder), methods, NEW, 0.0, lambda _: None, cuts)
+    results = measure.run(model, processor, samples(folder), methods, NEW, 0.0, lambda _: None, thresholds)
     rows = {(row["method"], row["task"]): row for row in results["rows"]}
     assert rows["ar", "all"]["acceptance_by_modality"] is None is rows["transformers", "all"]["coverage_by_modality"]
     for kind in ("acceptance", "coverage"):
@@ -209,7 +209,7 @@ def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
     assert sum(rows["prompt-lookup", "all"]["positions_by_modality"]["acceptance"].values()) > 0
     table = report.markdown(results)
     assert "coverage, vision / language / fusion" in table
-    assert json.loads(json.dumps(results))["environment"]["modality_cuts"] == cuts.model_dump()
+    assert json.loads(json.dumps(results))["environment"]["modality_cuts"] == thresholds.model_dump()
     plain = measure.run(model, processor, samples(folder)[:1], methods, 4, 0.0, lambda _: None, warm=True)
     for row in plain["rows"]:
         assert (row["speedup_warm_vs_ar"] is None) == row["method"].startswith("transformers")
@@ -217,15 +217,17 @@ def test_bench_measures_by_modality_beside_the_clock(folder: Path) -> None:
     assert "coverage" not in report.markdown(plain)
 
 
-def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cuts, data = tmp_path / "cuts.json", tmp_path / "data.jsonl"
+def test_bench_refuses_thresholds_it_cannot_use(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thresholds, data = tmp_path / "cuts.json", tmp_path / "data.jsonl"
     data.write_text('{"prompt": "What is it?"}\n')
-    cuts.write_text("{}")
+    thresholds.write_text("{}")
     other = tmp_path / "other.json"
     ModalityThresholds(language_max=0.2, vision_min=0.9, tokens=9, target="another").save(other)
     common = ["bench", "--target", str(folder), "--data", str(data), "--max-new-tokens", "2", "--cuts"]
     for more, part in [
-        ([str(cuts)], "language_max"),
+        ([str(thresholds)], "language_max"),
         ([str(tmp_path / "none.json")], "none.json"),
         ([str(other)], "another"),
         ([str(other), "--temperature", "1"], "--temperature"),
@@ -237,8 +239,8 @@ def test_bench_refuses_cuts_it_cannot_use(folder: Path, tmp_path: Path, capsys: 
         assert captured.err.startswith("msd: ") and captured.err.count("\n") == 1 and part in captured.err
 
 
-def test_shipped_cuts_belong_to_the_reference_model(reference_model: tuple[Any, Any]) -> None:
-    cuts = modality.find_cuts("reference", None)
-    if cuts is not None:
-        cuts.check_target(fingerprint(reference_model[0]))
-    assert modality.find_cuts("some/folder", None) is None
+def test_shipped_thresholds_belong_to_the_reference_model(reference_model: tuple[Any, Any]) -> None:
+    thresholds = modality.find_label_thresholds("reference", None)
+    if thresholds is not None:
+        thresholds.check_target(fingerprint(reference_model[0]))
+    assert modality.find_label_thresholds("some/folder", None) is None

@@ -1,4 +1,4 @@
-"""The plan drafts what pays, and stops where drafting loses."""
+"""Plan: it drafts the number of nodes that saves time, and pauses when drafting loses time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from msd.targets import adapt
 FLAT = Costs((1, 9, 33), (100, 200), ((1.0, 1.0, 4.0), (1.0, 1.0, 6.0)))
 
 
-def test_costs_between_and_beyond_what_was_measured() -> None:
-    assert FLAT.of(9, 100) == [1.0] * 9
-    assert FLAT.of(33, 100)[20] == pytest.approx(1.0 + 3.0 * 12 / 24)
-    assert FLAT.of(33, 150)[-1] == pytest.approx(5.0)
-    assert FLAT.of(33, 300)[-1] == pytest.approx(8.0)
-    assert FLAT.of(65, 100)[-1] == pytest.approx(4.0 + 3.0 * 32 / 24)  # large batches: more rows than were measured
+def test_costs_are_interpolated_and_extrapolated() -> None:
+    assert FLAT.curve(9, 100) == [1.0] * 9
+    assert FLAT.curve(33, 100)[20] == pytest.approx(1.0 + 3.0 * 12 / 24)
+    assert FLAT.curve(33, 150)[-1] == pytest.approx(5.0)
+    assert FLAT.curve(33, 300)[-1] == pytest.approx(8.0)
+    assert FLAT.curve(65, 100)[-1] == pytest.approx(4.0 + 3.0 * 32 / 24)  # more rows than measured, as in large batches
 
 
-def test_rows_beyond_what_was_measured_are_not_free() -> None:
-    """A batch of 16 with trees of 9 nodes has 144 rows; taken for 65, drafting seemed to cost nothing."""
+def test_extrapolated_rows_are_not_free() -> None:
+    """A batch of 16 with trees of 9 nodes has 144 rows; if clamped to 65, drafting would cost nothing."""
     known = Costs((1, 9, 65), (64, 512), ((0.030, 0.034, 0.124), (0.030, 0.038, 0.147)))
-    curve = known.of(144, 64)
+    curve = known.curve(144, 64)
     slope = curve[63] - curve[62]
     assert all(b - a == pytest.approx(slope) for a, b in pairwise(curve[64:]))
 
@@ -72,7 +72,7 @@ def test_measuring_fits_a_short_context() -> None:
     st.lists(st.lists(st.floats(0.001, 1.0), min_size=6, max_size=6), min_size=1, max_size=3),
     st.lists(st.floats(0.1, 3.0), min_size=7, max_size=7),
 )
-def test_the_best_size_is_that_of_trying_all(chances: list[list[float]], seconds: list[float]) -> None:
+def test_the_best_size_equals_that_of_exhaustive_search(chances: list[list[float]], seconds: list[float]) -> None:
     worth = torch.tensor(chances, dtype=torch.float64).log()
     worth = torch.cat([worth, torch.full((len(chances), 2), NEVER, dtype=torch.float64)], 1)
     rates = [(len(chances) + sum(sum(sorted(row, reverse=True)[:n]) for row in chances)) / seconds[n] for n in range(7)]
@@ -88,7 +88,7 @@ def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:
             governor.learn(-0.5)
     assert all(drafted[:9]) and not any(drafted[9 : 9 + PAUSE])
     assert sum(drafted[-1000:]) <= 1000 / LONGEST * 5
-    for _ in range(LONGEST + 100):  # and drafts again when it pays
+    for _ in range(LONGEST + 100):  # it drafts again when that saves time
         if governor.drafts():
             governor.learn(+1.0)
     assert governor.drafts() and governor.pause == PAUSE
@@ -96,30 +96,30 @@ def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:
 
 def fake(batch: int = 1, end: int = 100) -> Any:
     return SimpleNamespace(
-        alive=list(range(batch)), room=lambda row: 50, layout=SimpleNamespace(batch=batch, end=[end] * batch)
+        alive=list(range(batch)), tokens_left=lambda row: 50, layout=SimpleNamespace(batch=batch, end=[end] * batch)
     )
 
 
-def test_budgets_tell_the_seconds_of_a_step() -> None:
+def test_budgets_have_the_seconds_of_a_step() -> None:
     plan = Plan(nodes=4, costs=FLAT)
     assert plan.budget(fake()).seconds == (1.0,) * 5
     plan.learn(plan.budget(fake()), 4, 3.0, 0.5, 1.0)
     assert plan.budget(fake()).seconds == (1.5,) * 5
     assert plan.budget(fake(batch=8)).seconds == pytest.approx(
-        (0.5 + 1.0, *(0.5 + FLAT.of(40, 100)[8 * n + 7] for n in (1, 2, 3, 4)))
+        (0.5 + 1.0, *(0.5 + FLAT.curve(40, 100)[8 * n + 7] for n in (1, 2, 3, 4)))
     )
     assert Plan(nodes=4).budget(fake()).seconds is None
 
 
-def test_a_slow_moment_is_not_blamed_on_drafting() -> None:
+def test_slow_passes_are_not_attributed_to_drafting() -> None:
     plan = Plan(nodes=4, costs=FLAT)
-    for _ in range(50):  # all passes take three times as long as when they were measured; drafting still gains
+    for _ in range(50):  # all passes are three times slower than measured; drafting still saves time
         plan.learn(plan.budget(fake()), 4, 2.0, 0.3, 3.0)
     assert plan.slowness == pytest.approx(3.0, rel=0.01)
     assert plan.budget(fake()).nodes == 4
 
 
-def test_a_drafter_that_is_never_right_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafter_that_is_never_right_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llava()
     engine = SpeculativeVLM(model, None, drafter="prompt-lookup")
     engine.plan = Plan(costs=FLAT)

@@ -1,4 +1,4 @@
-"""Sampler: processed laws of each row's own text, draws as `generate()` makes them, and stops."""
+"""Sampler: processed distributions of each row's own text, draws as `generate()` makes them, and stops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def logits(rows: int, seed: int = 0) -> Tensor:
 
 
 def processors(ids: Tensor) -> dict[str, list[LogitsProcessor]]:
-    """Processors that look at the history, as `generate()` would build them for the prompt `ids` [B, L]."""
+    """Processors that depend on the history, as `generate()` would build them for the prompt `ids` [B, L]."""
     L = ids.shape[1]
     return {
         "repetition": [RepetitionPenaltyLogitsProcessor(1.5)],
@@ -74,25 +74,25 @@ def processors(ids: Tensor) -> dict[str, list[LogitsProcessor]]:
 
 
 @pytest.mark.parametrize("name", processors(PADDED))
-def test_a_padded_row_has_the_law_it_has_alone(name: str) -> None:
+def test_a_padded_row_has_the_distribution_it_has_alone(name: str) -> None:
     together = sampler(PADDED, MASK, *processors(PADDED)[name])
     raw = logits(2)
     untouched = raw.clone()
     for step in range(5):
-        law = together.logits(raw, [0, 1])
+        distribution = together.logits(raw, [0, 1])
         for row, text in enumerate([LONG, SHORT]):
             ids = torch.tensor([text])
             alone = sampler(ids, None, *processors(ids)[name])
             for token in EMITTED[:step]:
                 alone.emit(0, token)
-            assert torch.equal(law[row], alone.logits(raw[row, None], [0])[0]), (row, step)
+            assert torch.equal(distribution[row], alone.logits(raw[row, None], [0])[0]), (row, step)
         for row in (0, 1):
             together.emit(row, (*EMITTED, 0)[step])
-    assert torch.equal(raw, untouched), "the target's logits stay as they are"
+    assert torch.equal(raw, untouched), "the raw logits are not modified"
 
 
 @pytest.mark.parametrize("name", processors(PADDED))
-def test_the_processors_above_do_change_the_law(name: str) -> None:
+def test_the_processors_above_do_change_the_distribution(name: str) -> None:
     alone = sampler(PADDED[:1], None, *processors(PADDED[:1])[name])
     changed = False
     for token in (9, 6, 7):
@@ -101,7 +101,7 @@ def test_the_processors_above_do_change_the_law(name: str) -> None:
     assert changed
 
 
-def test_the_prompt_of_one_row_does_not_speak_for_another() -> None:
+def test_each_row_uses_its_own_prompt() -> None:
     """Rows of `num_return_sequences` outnumber the prompts that `generate()` gives these processors."""
     ids = torch.tensor([LONG, LONG])
     for name in ("prompt-repetition", "prompt-ngram"):
@@ -112,7 +112,7 @@ def test_the_prompt_of_one_row_does_not_speak_for_another() -> None:
 
 
 class Memory(LogitsProcessor):
-    """Counts its calls and forbids that many tokens."""
+    """Forbids as many tokens as it had calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -122,22 +122,22 @@ class Memory(LogitsProcessor):
         return scores.index_fill(1, torch.arange(self.calls), -torch.inf)
 
 
-def test_a_processor_with_a_memory_remembers_each_row_by_itself() -> None:
+def test_a_stateful_processor_has_one_state_per_row() -> None:
     both = sampler(PADDED, MASK, Memory())
     for step in range(1, 4):
         assert both.logits(logits(2), [0, 1]).isinf().sum(1).tolist() == [step, step]
 
 
-def test_prefix_constraints_know_their_row() -> None:
+def test_prefix_constraints_get_their_row_index() -> None:
     allowed = [[3, 4], [5]]
     both = sampler(PADDED, MASK, PrefixConstrainedLogitsProcessor(lambda row, tokens: allowed[row], num_beams=1))
-    law = both.logits(logits(2), [0, 1])
-    assert [row.isfinite().nonzero().flatten().tolist() for row in law] == allowed
+    distribution = both.logits(logits(2), [0, 1])
+    assert [row.isfinite().nonzero().flatten().tolist() for row in distribution] == allowed
     assert both.logits(logits(1), [1])[0].isfinite().nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)]])
-def test_pointwise_laws_of_all_rows_at_once(warpers: list[LogitsProcessor]) -> None:
+def test_pointwise_distributions_of_all_rows_at_once(warpers: list[LogitsProcessor]) -> None:
     both = sampler(PADDED, MASK, *warpers)
     raw = logits(2)
     expected = LogitsProcessorList(warpers)(PADDED, raw.clone())
@@ -146,7 +146,7 @@ def test_pointwise_laws_of_all_rows_at_once(warpers: list[LogitsProcessor]) -> N
 
 
 class Spy(LogitsProcessor):
-    """Keeps the text it was shown."""
+    """Stores the tokens that it was given."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -156,12 +156,12 @@ class Spy(LogitsProcessor):
         return scores
 
 
-def test_processors_see_the_path_of_the_nodes_that_are_walked_and_no_others() -> None:
+def test_processors_run_only_on_nodes_of_the_walk_and_get_their_path() -> None:
     spy = Spy()
     one = sampler(torch.tensor([LONG]), None, spy, do_sample=False)
     tree = DraftTree.from_lists(one.layout.newest(), [[3, 4, 9, 10, 11]], [[0, 0, 2, 2, 3]])
     raw = torch.full((1, 6, V), -1.0)
-    raw[0, torch.arange(6), torch.tensor([4, 1, 9, 12, 1, 1])] = 1.0  # the target says 4, 9, 12
+    raw[0, torch.arange(6), torch.tensor([4, 1, 9, 12, 1, 1])] = 1.0  # the argmax is 4, 9, 12
     accepted = Lossless().accept(tree, Scores(raw), one)
     assert accepted.nodes == [[2, 3]]
     assert accepted.tokens == [[4, 9, 12]]
@@ -190,19 +190,19 @@ def test_greedy_draws_the_argmax_and_uses_no_randomness() -> None:
     assert greedy.probabilities(logits(2)).argmax(-1).tolist() == logits(2).argmax(-1).tolist()
 
 
-def test_rows_stop_by_themselves() -> None:
+def test_rows_finish_independently() -> None:
     criteria = [MaxLengthCriteria(8), EosTokenCriteria(torch.tensor([2, 3]))]
     both = sampler(PADDED, MASK, criteria=criteria)
-    assert (both.room(0), both.alive) == (3, [0, 1])
+    assert (both.tokens_left(0), both.alive) == (3, [0, 1])
     assert both.emit(0, 9)
     assert not both.emit(1, 3)
     assert (both.alive, both.finish) == ([0], [None, "eos"])
     assert both.emit(0, 9)
     assert not both.emit(0, 9)
-    assert (both.alive, both.finish, both.room(0)) == ([], ["length", "eos"], 0)
+    assert (both.alive, both.finish, both.tokens_left(0)) == ([], ["length", "eos"], 0)
 
 
-def test_a_plan_never_drafts_what_could_not_be_emitted() -> None:
+def test_a_plan_never_drafts_more_than_may_be_emitted() -> None:
     both = sampler(PADDED, MASK, criteria=[MaxLengthCriteria(9), EosTokenCriteria(torch.tensor([2]))])
     assert Plan(nodes=8, depth=6).budget(both).depth == [3, 3]
     assert Plan(nodes=8, depth=2).budget(both).depth == [2, 2]

@@ -1,4 +1,4 @@
-"""Sound files as a model hears them: one channel, at its rate."""
+"""Sound files become one channel at the sampling rate of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics: counts under vLLM's names, of what really happened."""
+"""Statistics: counts under vLLM's names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_counts_by_hand() -> None:
     assert other.acceptance_histogram == Counter({2: 2, 0: 2})
 
 
-def test_nothing_counted_is_zero_and_no_error() -> None:
+def test_empty_statistics_are_zero() -> None:
     empty = Statistics()
     assert (empty.mean_acceptance_length, empty.tau_without_bonus, empty.draft_acceptance_rate) == (0.0, 0.0, 0.0)
 
@@ -64,7 +64,7 @@ def test_counts_agree_with_the_target_passes_and_the_tokens(images: int, monkeyp
     assert statistics.num_spec_steps == len(passes) < NEW - 1
     assert statistics.num_draft_tokens == sum(passes)
     assert statistics.num_emitted_tokens == len(result.tokens) - 1, "the first token comes from prefill"
-    # every step emits its accepted drafts and one token more, but for a last one that ends on a draft
+    # every step emits its accepted drafts and one more token, unless the answer ends on a draft
     bonus = statistics.num_emitted_tokens - statistics.num_accepted_draft_tokens
     assert bonus in (len(passes), len(passes) - 1)
     assert sum(statistics.acceptance_histogram.values()) == len(passes)
@@ -78,7 +78,7 @@ def test_plain_decoding_has_a_mean_acceptance_length_of_one() -> None:
     assert result.statistics.num_draft_tokens == 0
 
 
-def test_a_result_is_ready_for_json_and_its_times_add_up() -> None:
+def test_a_result_is_json_ready_and_its_times_add_up() -> None:
     result = SpeculativeVLM(tiny.llava(), None).generate(**tiny.llava_inputs(), max_new_tokens=9, eos_token_id=None)
     assert isinstance(result, Result)
     data = json.loads(json.dumps(result.as_dict()))

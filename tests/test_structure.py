@@ -15,14 +15,13 @@ ROOT = Path(msd.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "system"},
     {"core", "backends", "inputs"},
-    {"events"},
     {"targets", "verify"},
     {"labels"},
     {"planning"},
     {"drafters.toolkit"},
     {"train.losses"},
     {"drafters"},
-    {"decode"},
+    {"decode", "events"},
     {"config", "result", "reference", "loading", "streaming", "chat", "model"},
     {"certify", "bench", "train", "estimate", "inspect", "msd"},
     {"cli", "__main__"},
@@ -139,6 +138,22 @@ def test_the_imports_are_seen() -> None:
     assert {"msd.drafters", "msd.decode", "msd.planning.plan", "msd.verify"} <= imports(texts["msd.model"], known)
     assert {"msd.model", "msd.core.modality"} <= imports(texts["msd"], known), "imports for type checkers count"
     assert "msd.certify.certificate" in imports(texts["msd.cli.verify"], known), "imports in functions count"
+
+
+# a second sensor of the scene is an auxiliary source, which these modules know only by that name
+WITHOUT_EVENTS = (
+    "core", "targets", "planning", "verify", "backends", "inputs", "decode", "drafters.toolkit", "drafters.base",
+    "drafters.auxiliary", "drafters.overlap", "drafters.registry", "streaming", "chat", "result",
+)  # fmt: skip
+
+
+def test_one_package_knows_events_and_plugs_into_drafters() -> None:
+    texts = modules()
+    below = {n: t for n, t in texts.items() if f"{n}.".startswith(tuple(f"msd.{part}." for part in WITHOUT_EVENTS))}
+    assert {part.split(".")[0] for part in WITHOUT_EVENTS} == {name.split(".")[1] for name in below}
+    assert [name for name, text in below.items() if "event" in text.lower()] == []
+    others = {n for n, text in texts.items() if any(m.startswith("msd.events") for m in imports(text, set(texts)))}
+    assert {name.split(".")[1] for name in others} <= {"events", "bench", "cli", "train"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DraftTree and the tree mask: every node sees the committed prefix of its row, its ancestors and itself; no more."""
+"""DraftTree and the tree mask: a node attends to the committed prefix of its row, its ancestors and itself only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(parents: list[list[int]]) -> DraftTree:
 
 
 def walk(parents: list[int], node: int) -> set[int]:
-    """`node` and what is above it, one step at a time."""
+    """`node` and all its ancestors, by a loop."""
     seen = {node}
     while node:
         node = parents[node - 1]
@@ -55,7 +55,7 @@ def target() -> Target:
 
 @settings(deadline=None, derandomize=True)
 @given(st.lists(parent_lists(), min_size=1, max_size=3))
-def test_ancestors_are_those_of_a_plain_walk(parents: list[list[int]]) -> None:
+def test_ancestors_equal_those_of_a_loop(parents: list[list[int]]) -> None:
     tree = make(parents)
     reach = tree.ancestors()
     for row, above in enumerate(parents):
@@ -73,12 +73,13 @@ def test_rows_of_unequal_size_are_padded_with_invalid_nodes(parents: list[list[i
     assert tree.valid.sum(1).tolist() == [1 + len(p) for p in parents]
     for row, above in enumerate(parents):
         assert tree.parents[row].tolist() == [-1, *above] + [-1] * (tree.size - 1 - len(above))
-        assert tree.fixed[row].tolist() == [False] + [True] * len(above) + [False] * (tree.size - 1 - len(above))
+        padding = tree.size - 1 - len(above)
+        assert tree.deterministic[row].tolist() == [False] + [True] * len(above) + [False] * padding
 
 
 @settings(deadline=None, derandomize=True)
 @given(batches())
-def test_every_node_sees_its_prefix_its_ancestors_and_itself_only(
+def test_a_node_attends_to_its_prefix_its_ancestors_and_itself_only(
     target: Target, case: tuple[list[list[int]], list[int], list[int]]
 ) -> None:
     parents, start, committed = case
@@ -100,7 +101,7 @@ def test_every_node_sees_its_prefix_its_ancestors_and_itself_only(
             assert seen == prefix | {committed[row] + n for n in walk(above, node)}
 
 
-def test_padding_nodes_see_something_so_that_attention_stays_finite(target: Target) -> None:
+def test_padding_nodes_attend_to_some_slot_so_that_attention_is_finite(target: Target) -> None:
     tree = make([[], [0, 1, 1]])
     layout = Layout.from_prompt(torch.full((2, 4), 5), 16)
     state = State(layout, KVCache(1, 2, 16))
@@ -123,8 +124,8 @@ def test_plain_decoding_needs_no_mask_unless_rows_differ(target: Target) -> None
 
 @settings(deadline=None, derandomize=True)
 @given(parent_lists(), st.data())
-def test_follow_finds_the_child_that_carries_the_token(parents: list[int], data: st.DataObject) -> None:
-    # children of one parent carry distinct tokens, as drafters make them
+def test_follow_finds_the_child_with_the_token(parents: list[int], data: st.DataObject) -> None:
+    # children of one parent have different tokens, as drafters make them
     tokens = [10 + parents[:i].count(p) for i, p in enumerate(parents)]
     tree = DraftTree.from_lists(torch.tensor([1]), [tokens], [parents])
     node = data.draw(st.integers(0, len(parents)))
@@ -136,24 +137,28 @@ def test_follow_finds_the_child_that_carries_the_token(parents: list[int], data:
     assert tree.follow(torch.tensor([node]), torch.tensor([token]), nobody).tolist() == [-1]
 
 
-def test_modality_and_fixed_are_kept() -> None:
+def test_modality_and_deterministic_are_kept() -> None:
     tree = DraftTree.from_lists(
-        torch.tensor([1, 2]), [[5, 6], [7]], [[0, 0], [0]], modality=[[1, 2], [1]], fixed=[[True, False], [False]]
+        torch.tensor([1, 2]),
+        [[5, 6], [7]],
+        [[0, 0], [0]],
+        modality=[[1, 2], [1]],
+        deterministic=[[True, False], [False]],
     )
     assert tree.modality.tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert tree.fixed.tolist() == [[False, True, False], [False, False, False]]
+    assert tree.deterministic.tolist() == [[False, True, False], [False, False, False]]
     assert tree.tokens.tolist() == [[1, 5, 6], [2, 7, 0]]
     assert (tree.batch, tree.size, tree.height) == (2, 3, 1)
 
 
-def test_trees_of_some_rows_and_the_batch_they_came_from() -> None:
+def test_select_rows_and_scatter_them_back() -> None:
     tree = make([[0, 1, 0], [], [0]])
     tree.q = torch.rand(tree.tokens.shape)
-    assert tree.of([0, 1, 2]) is tree
-    part = tree.of([2, 0])
+    assert tree.select([0, 1, 2]) is tree
+    part = tree.select([2, 0])
     assert part.parents.tolist() == [tree.parents[2].tolist(), tree.parents[0].tolist()]
-    back = part.among([2, 0], tree.tokens[:, 0])
-    for name in ("tokens", "parents", "depths", "valid", "modality", "fixed"):
+    back = part.scatter([2, 0], tree.tokens[:, 0])
+    for name in ("tokens", "parents", "depths", "valid", "modality", "deterministic"):
         assert torch.equal(getattr(back, name), getattr(tree, name)), name
     assert back.q is not None
     assert back.q[[0, 2]].tolist() == tree.q[[0, 2]].tolist()

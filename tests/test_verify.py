@@ -1,4 +1,4 @@
-"""Lossless, on trees whose right answer can be worked out by hand or by plain decoding. The laws: test_verify_chi2."""
+"""Lossless verification of trees whose correct answer is known by hand or from plain decoding; no statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAST = V - 1
 
 
 def make_sampler(rows: int = 1, do_sample: bool = False, room: int = 20, eos: int = -1, seed: int = 0) -> Sampler:
-    """Rows whose prompt is the token 1, with a processor that looks at the whole path."""
+    """Rows with the prompt [1] and a logits processor that depends on the whole path."""
     layout = Layout.from_prompt(torch.ones(rows, 1, dtype=torch.long), room + 8)
     criteria = StoppingCriteriaList([MaxLengthCriteria(1 + room), EosTokenCriteria(torch.tensor([eos]))])
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])
@@ -33,17 +33,17 @@ def make_sampler(rows: int = 1, do_sample: bool = False, room: int = 20, eos: in
 
 
 def plain(row: int, steps: int, **kwargs: Any) -> list[int]:
-    """One token after another, as `generate()` does it."""
+    """Plain decoding, one token at a time."""
     sampler = make_sampler(row + 1, **kwargs)
     for _ in range(steps):
-        law = sampler.logits(TARGET[sampler.layout.newest()[row]][None], [row])
-        if not sampler.emit(row, int(sampler.draw(law, [row])[0])):
+        distribution = sampler.logits(TARGET[sampler.layout.newest()[row]][None], [row])
+        if not sampler.emit(row, int(sampler.draw(distribution, [row])[0])):
             break
     return sampler.layout.history(row)[1:].tolist()
 
 
 def random_tree(rng: random.Random, size: int, depth: int = 6) -> tuple[list[int], list[int]]:
-    """(tokens, parents); siblings differ, as drafters make them."""
+    """(tokens, parents) of a random tree; siblings have different tokens, as drafters make them."""
     tokens: list[int] = []
     parents: list[int] = []
     level = [0]
@@ -57,7 +57,7 @@ def random_tree(rng: random.Random, size: int, depth: int = 6) -> tuple[list[int
 
 
 def longest(tokens: list[int], parents: list[int], answer: list[int]) -> list[int]:
-    """The nodes that spell the longest beginning of `answer` (which never counts its own last token)."""
+    """The path of the tree with the longest prefix of `answer`."""
     node, path = 0, []
     for token in answer:
         below = [i + 1 for i, (p, t) in enumerate(zip(parents, tokens, strict=True)) if p == node and t == token]
@@ -71,7 +71,7 @@ def longest(tokens: list[int], parents: list[int], answer: list[int]) -> list[in
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(seed=st.integers(0, 10**6), do_sample=st.booleans(), eos=st.sampled_from([-1, 0, 2]), room=st.integers(1, 8))
 def test_deterministic_trees_give_the_tokens_of_plain_decoding(seed: int, do_sample: bool, eos: int, room: int) -> None:
-    """Greedy and seed for seed, over a batch of three with trees of unequal size, EOS and little room."""
+    """Greedy and with the same seeds, for three rows with trees of unequal size, EOS and short length limits."""
     rng = random.Random(seed)
     sampler = make_sampler(3, do_sample, room, eos, seed)
     trees = [random_tree(rng, rng.randint(0, 40)) for _ in range(3)]
@@ -98,19 +98,19 @@ def test_a_finished_row_emits_nothing() -> None:
     assert sampler.layout.end[0] == 2
 
 
-def with_trials(tokens: list[int], laws: Tensor, fixed: int = 0) -> DraftTree:
-    """Children `tokens` of the root, the first `fixed` deterministic, the others drawn from `laws` [R, V] in turn."""
-    n, sampled = len(tokens), len(tokens) - fixed
-    child, law = torch.full((1, 1 + n, sampled), -1), torch.zeros(1, 1 + n, sampled, dtype=torch.long)
-    child[0, 0], law[0, 0] = torch.arange(1 + fixed, 1 + n), torch.arange(sampled)
-    marks = [[i < fixed for i in range(n)]]
+def with_candidates(tokens: list[int], distributions: Tensor, deterministic: int = 0) -> DraftTree:
+    """A root with children `tokens`: `deterministic` deterministic ones, then one per row of `distributions`."""
+    n, sampled = len(tokens), len(tokens) - deterministic
+    child, distribution = torch.full((1, 1 + n, sampled), -1), torch.zeros(1, 1 + n, sampled, dtype=torch.long)
+    child[0, 0], distribution[0, 0] = torch.arange(1 + deterministic, 1 + n), torch.arange(sampled)
+    marks = [[i < deterministic for i in range(n)]]
     return DraftTree.from_lists(
-        torch.tensor([1]), [tokens], [[0] * n], None, SampledCandidates(child, law, laws[None]), marks
+        torch.tensor([1]), [tokens], [[0] * n], None, SampledCandidates(child, distribution, distributions[None]), marks
     )
 
 
 class Fixed(Sampler):
-    """Its uniform numbers are all the same."""
+    """A sampler whose uniform numbers are all `number`."""
 
     number = 0.5
 
@@ -119,7 +119,7 @@ class Fixed(Sampler):
 
 
 def run(tree: DraftTree, p: Tensor, number: float, draws: int = 1) -> list[Accepted]:
-    """What is accepted when every uniform number is `number` and the target's law at each node is p [V]."""
+    """Accepts `tree` when every uniform number is `number` and the target's distribution at each node is p [V]."""
     out = []
     for seed in range(draws):
         layout = Layout.from_prompt(torch.ones(1, 1, dtype=torch.long), 8)
@@ -135,53 +135,53 @@ Q = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
 
 
 @pytest.mark.parametrize("number, accepted", [(0.2, True), (0.249, True), (0.251, False), (0.9, False)])
-def test_a_trial_is_accepted_with_probability_p_over_q(number: float, accepted: bool) -> None:
-    (result,) = run(with_trials([0], Q[None]), P, number)  # p/q = 0.25
+def test_a_candidate_is_accepted_with_probability_p_over_q(number: float, accepted: bool) -> None:
+    (result,) = run(with_candidates([0], Q[None]), P, number)  # p/q = 0.25
     assert (result.nodes == [[1]]) is accepted
     assert not accepted or result.tokens == [[0]]
 
 
 def test_the_recovered_token_comes_from_the_residual() -> None:
     """norm(max(p - q, 0)) = [0, 0, 1/4, 3/4, 0]."""
-    tokens = [r.tokens[0][0] for r in run(with_trials([0], Q[None]), P, 0.9, draws=400)]
+    tokens = [r.tokens[0][0] for r in run(with_candidates([0], Q[None]), P, 0.9, draws=400)]
     assert set(tokens) == {2, 3}
     assert 0.66 < tokens.count(3) / 400 < 0.84
 
 
 @pytest.mark.parametrize("number, node", [(0.2, 1), (0.3, 2), (0.99, 2)])
-def test_trials_are_tried_in_order_against_what_is_left(number: float, node: int) -> None:
+def test_candidates_are_tried_in_order_against_the_residual(number: float, node: int) -> None:
     """Token 0 is kept below u = 0.25; then token 3 has residual 3/4, far above its q of 0.1: always accepted."""
-    (result,) = run(with_trials([0, 3], Q.expand(2, V)), P, number)
+    (result,) = run(with_candidates([0, 3], Q.expand(2, V)), P, number)
     assert result.nodes == [[node]]
 
 
-def test_a_token_that_is_impossible_is_never_accepted() -> None:
+def test_a_token_with_p_zero_is_never_accepted() -> None:
     q = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
-    for result in run(with_trials([4], q[None]), P, 0.0, draws=5):
+    for result in run(with_candidates([4], q[None]), P, 0.0, draws=5):
         assert result.nodes == [[]]
         assert result.tokens[0][0] != 4
 
 
-def test_a_deterministic_trial_is_taken_out_before_the_sampled_ones() -> None:
+def test_deterministic_candidates_are_removed_from_p_before_the_sampled_ones() -> None:
     """Given that 3 was not drawn, p is [1/6, 1/3, 1/2, 0, 0]: token 2 against q = 0.2 is always accepted."""
-    nodes = [r.nodes[0] for r in run(with_trials([3, 2], Q[None], fixed=1), P, 0.99, draws=300)]
+    nodes = [r.nodes[0] for r in run(with_candidates([3, 2], Q[None], deterministic=1), P, 0.99, draws=300)]
     assert {tuple(n) for n in nodes} == {(1,), (2,)}
     assert 0.3 < nodes.count([1]) / 300 < 0.5
 
 
-def test_a_law_equal_to_the_targets_but_for_rounding_leaves_something_to_draw_from() -> None:
+def test_a_draft_distribution_equal_to_p_but_for_rounding_has_a_residual() -> None:
     """q's rounding error is above p's at every token, so max(p - q, 0) is zero everywhere after the rejection."""
-    (result,) = run(with_trials([0], (P * 1.000001)[None]), P, 1 - 1e-12)
+    (result,) = run(with_candidates([0], (P * 1.000001)[None]), P, 1 - 1e-12)
     assert result.nodes == [[]]
     assert 0 <= result.tokens[0][0] < LAST
 
 
-def test_sampled_trials_at_temperature_zero_are_just_drafts() -> None:
+def test_sampled_candidates_are_plain_drafts_in_greedy_decoding() -> None:
     sampler = make_sampler(do_sample=False)
     best = plain(0, 1)[0]
     wrong = (best + 1) % V
     result = Lossless().accept(
-        with_trials([wrong, best], Q.expand(2, V)), Scores(TARGET[torch.tensor([[1, wrong, best]])]), sampler
+        with_candidates([wrong, best], Q.expand(2, V)), Scores(TARGET[torch.tensor([[1, wrong, best]])]), sampler
     )
     assert result.nodes == [[2]]
     assert result.tokens == [[best, *plain(0, 2)[1:]]]

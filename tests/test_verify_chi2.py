@@ -1,10 +1,11 @@
-"""Sampled candidates: emitted tokens follow the target's law, whatever was drafted. χ², 10⁵ draws a cell.
+"""Emitted tokens follow the target's distribution for any sampled candidates: χ² tests with 10⁵ draws per cell.
 
-The target is a table: six tokens, the law of the next one depends on the last (and, with a history-dependent processor,
-on the ones before). Every cell compares the joint law of two or three emitted tokens, which covers accepted, recovered
-and bonus tokens, with the exact product of processed laws. Holm's correction over all cells: were the seeds drawn anew,
-a right verifier would fail once in a thousand runs; they are fixed, so it passes or fails for good. The planted bugs
-show that the same statistic does tell a wrong verifier, with fewer draws even.
+The target is a table: six tokens, and the distribution of the next one depends on the last one (with a
+history-dependent processor also on earlier ones). Every cell compares the joint distribution of two or three emitted
+tokens, which covers accepted, recovered and bonus tokens, with the exact product of the processed distributions. Holm's
+correction covers all cells: with random seeds, a correct verifier would fail once in a thousand runs; the seeds are
+fixed, so the result is always the same. The planted bugs show that the statistic detects a wrong verifier, even with
+fewer draws.
 """
 
 from __future__ import annotations
@@ -40,34 +41,36 @@ from msd.verify import Lossless, Verifier, rejection
 
 V, ROWS, DRAWS = 6, 10_000, 100_000
 FALSE_ALARM = 1e-3
-CAUGHT, FEW = 1e-6, 30_000  # wrong verifiers are told already by fewer draws
+CAUGHT, FEW = 1e-6, 30_000  # wrong verifiers are detected with fewer draws
 TARGET = torch.randn(V, V, generator=torch.Generator().manual_seed(0)) * 1.5  # logits after each token
 DRAFT = (TARGET + torch.randn(V, V, generator=torch.Generator().manual_seed(1)) * 1.2).softmax(-1)  # q after each token
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Trees below the newest tokens: `fixed` most likely tokens of q, then `sampled` draws from q; `deep`: below each
-    of those nodes one more draw. replacement=False: a draw cannot repeat an earlier one, its law being renormalised.
+    """Drafts the `deterministic` most probable tokens of q, then `sampled` draws from q, below each newest token.
+
+    deep: whether each of those nodes gets one more draw below it. replacement: whether a draw may repeat an earlier
+    one; if not, q is renormalised without it.
     """
 
     sampled: int
-    fixed: int = 0
+    deterministic: int = 0
     replacement: bool = True
     deep: bool = False
 
     def propose(self, newest: Tensor, generator: torch.Generator) -> DraftTree:
-        B, F, K = len(newest), self.fixed, self.sampled
+        B, F, K = len(newest), self.deterministic, self.sampled
         first = F + K
         N = 1 + first * (2 if self.deep else 1)
         tokens, parents = torch.zeros(B, N, dtype=torch.long), torch.full((B, N), -1)
         child = torch.full((B, N, max(K, 1)), -1)
-        law, laws = torch.zeros_like(child), torch.zeros(B, K + first, V)
+        distribution, distributions = torch.zeros_like(child), torch.zeros(B, K + first, V)
         tokens[:, 0] = newest
         q = DRAFT[newest]
         tokens[:, 1 : 1 + F] = q.topk(F).indices
         for k in range(K):
-            laws[:, k] = q
+            distributions[:, k] = q
             tokens[:, 1 + F + k] = torch.multinomial(q, 1, generator=generator)[:, 0]
             if not self.replacement:
                 q = q.scatter(1, tokens[:, 1 + F + k, None], 0.0)
@@ -78,30 +81,30 @@ class Drafter:
             found, where = same.max(dim=1) if n > 1 else (torch.zeros(B, dtype=torch.bool), torch.zeros(B).long())
             valid[:, n] = ~found
             if n > F:
-                child[:, 0, n - 1 - F] = torch.where(found, where + 1, n)  # the same token again: the same node
-                law[:, 0, n - 1 - F] = n - 1 - F
+                child[:, 0, n - 1 - F] = torch.where(found, where + 1, n)  # a repeated token shares its node
+                distribution[:, 0, n - 1 - F] = n - 1 - F
         parents[:, 1 : 1 + first] = 0
         if self.deep:
             for n in range(1, 1 + first):
                 below = DRAFT[tokens[:, n]]
-                laws[:, K + n - 1] = below
+                distributions[:, K + n - 1] = below
                 tokens[:, first + n] = torch.multinomial(below, 1, generator=generator)[:, 0]
                 parents[:, first + n] = n
                 valid[:, first + n] = valid[:, n]
                 child[:, n, 0] = torch.where(valid[:, n], first + n, -1)
-                law[:, n, 0] = K + n - 1
+                distribution[:, n, 0] = K + n - 1
         parents = parents.masked_fill(~valid, -1)
         depths = (parents >= 0).long() + (parents > 0).long()
-        fixed = torch.zeros(B, N, dtype=torch.bool)
-        fixed[:, 1 : 1 + F] = True
+        deterministic = torch.zeros(B, N, dtype=torch.bool)
+        deterministic[:, 1 : 1 + F] = True
         height = 2 if self.deep else 1
-        return DraftTree(
-            tokens, parents, depths, valid, torch.zeros_like(tokens), fixed, height, SampledCandidates(child, law, laws)
-        )
+        candidates = SampledCandidates(child, distribution, distributions)
+        modality = torch.zeros_like(tokens)
+        return DraftTree(tokens, parents, depths, valid, modality, deterministic, height, candidates)
 
 
-class StaleLaw(Drafter):
-    """Planted bug: q is the law of another node."""
+class StaleDistribution(Drafter):
+    """Planted bug: q is the distribution of another node."""
 
     def propose(self, newest: Tensor, generator: torch.Generator) -> DraftTree:
         tree = super().propose(newest, generator)
@@ -117,9 +120,11 @@ class UnprocessedBonus(Lossless):
         self.scores = scores
         return super().accept(tree, scores, sampler)
 
-    def _choose(self, tree: DraftTree, node: Tensor, law: Tensor, sampler: Sampler, rows: list[int]) -> Any:
+    def _choose(self, tree: DraftTree, node: Tensor, distribution: Tensor, sampler: Sampler, rows: list[int]) -> Any:
         raw = self.scores.logits[rows, node]
-        return super()._choose(tree, node, torch.where((tree.depths[rows, node] > 0)[:, None], raw, law), sampler, rows)
+        return super()._choose(
+            tree, node, torch.where((tree.depths[rows, node] > 0)[:, None], raw, distribution), sampler, rows
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Cell:
     processors: list[LogitsProcessor] = field(default_factory=list)
 
     def counts(self, verifier: Verifier, seed: int, draws: int) -> tuple[Tensor, int]:
-        """(counts [V]·emitted of `draws` answers, number of accepted drafts)."""
+        """(counts [V, V, …] of `draws` answers, number of accepted drafts)."""
         generator = torch.Generator().manual_seed(seed)
         counts, drafts = torch.zeros((V,) * self.emitted, dtype=torch.long), 0
         for _ in range(draws // ROWS):
@@ -145,8 +150,8 @@ class Cell:
             counts.index_put_(tuple(layout.tokens[:, 1:].T), ones, accumulate=True)
         return counts, drafts
 
-    def law(self) -> Tensor:
-        """The exact joint law, [V]·emitted."""
+    def distribution(self) -> Tensor:
+        """The exact joint distribution, [V, V, …]."""
         prefixes = torch.tensor(list(product(range(V), repeat=self.emitted)))
         text = torch.cat([torch.zeros(len(prefixes), 1, dtype=torch.long), prefixes], dim=1)
         chance = torch.ones(len(prefixes), dtype=torch.float64)
@@ -158,24 +163,24 @@ class Cell:
     def p_value(self, seed: int = 0, verifier: Verifier | None = None, draws: int = DRAWS) -> float:
         counts, drafts = self.counts(verifier or Lossless(), seed, draws)
         assert int(counts.sum()) == draws
-        assert drafts > counts.sum() / 10, "too few drafts were accepted for this to be a test"
-        return chi2_p_value(counts.numpy(), self.law().numpy())
+        assert drafts > counts.sum() / 10, "too few drafts were accepted to test anything"
+        return chi2_p_value(counts.numpy(), self.distribution().numpy())
 
 
 COLD: list[LogitsProcessor] = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(3)]
 CELLS = {
     "one trial": Cell(Drafter(1)),
-    "three trials, repeats on one node": Cell(Drafter(3)),
-    "three trials without replacement": Cell(Drafter(3, replacement=False)),
-    "fixed and sampled mixed": Cell(Drafter(2, fixed=2)),
-    "processed law": Cell(Drafter(2), processors=COLD),
-    "history-dependent law": Cell(Drafter(2), processors=[RepetitionPenaltyLogitsProcessor(1.5)]),
+    "three candidates, repeats on one node": Cell(Drafter(3)),
+    "three candidates without replacement": Cell(Drafter(3, replacement=False)),
+    "deterministic and sampled mixed": Cell(Drafter(2, deterministic=2)),
+    "processed distribution": Cell(Drafter(2), processors=COLD),
+    "history-dependent distribution": Cell(Drafter(2), processors=[RepetitionPenaltyLogitsProcessor(1.5)]),
     "two levels": Cell(Drafter(2, deep=True), emitted=3),
-    "two levels, mixed, processed": Cell(Drafter(2, fixed=1, deep=True), emitted=3, processors=COLD),
+    "two levels, mixed, processed": Cell(Drafter(2, deterministic=1, deep=True), emitted=3, processors=COLD),
 }
 
 
-def test_emitted_tokens_follow_the_targets_law() -> None:
+def test_emitted_tokens_follow_the_targets_distribution() -> None:
     values = [cell.p_value(seed) for seed, cell in enumerate(CELLS.values())]
     rejected = [
         f"{name}: p = {p:.1e}" for name, p, no in zip(CELLS, values, holm(values, FALSE_ALARM), strict=True) if no
@@ -183,48 +188,48 @@ def test_emitted_tokens_follow_the_targets_law() -> None:
     assert not rejected
 
 
-def test_a_stale_draft_law_is_caught() -> None:
-    assert Cell(StaleLaw(1)).p_value(draws=FEW) < CAUGHT
+def test_a_stale_draft_distribution_is_caught() -> None:
+    assert Cell(StaleDistribution(1)).p_value(draws=FEW) < CAUGHT
 
 
 def test_a_bonus_token_from_unprocessed_logits_is_caught() -> None:
     assert Cell(Drafter(2), processors=COLD).p_value(0, UnprocessedBonus(), FEW) < CAUGHT
-    warm: list[LogitsProcessor] = [TemperatureLogitsWarper(0.7)]  # here no impossible token gives it away
+    warm: list[LogitsProcessor] = [TemperatureLogitsWarper(0.7)]  # without top-k, no token has probability 0
     assert Cell(Drafter(2), processors=warm).p_value(0, UnprocessedBonus(), FEW) < CAUGHT
 
 
-def _left_as_it_is(p: Tensor) -> Tensor:
-    """No normalisation; the trifle keeps an empty residual drawable."""
+def _unnormalised(p: Tensor) -> Tensor:
+    """No normalisation; the small constant allows draws from an empty residual."""
     return p + 1e-12
 
 
 def test_an_unnormalised_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejection, "normalise", _left_as_it_is)
+    monkeypatch.setattr(rejection, "normalise", _unnormalised)
     assert Cell(Drafter(3)).p_value(draws=FEW) < CAUGHT
 
 
 def test_drawing_from_p_instead_of_the_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    first: Callable[..., Any] = rejection.sampled_trials
+    first: Callable[..., Any] = rejection.try_sampled_candidates
 
     def from_p(tree: DraftTree, node: Tensor, p: Tensor, sampler: Sampler, rows: list[int], *rule: Any) -> Any:
         token, child = first(tree, node, p, sampler, rows, *rule)
         again = sampler.multinomial(p, rows)
         return torch.where(child >= 0, token, again), child
 
-    monkeypatch.setattr(rejection, "sampled_trials", from_p)
+    monkeypatch.setattr(rejection, "try_sampled_candidates", from_p)
     assert Cell(Drafter(1)).p_value(draws=FEW) < CAUGHT
 
 
 @pytest.mark.parametrize("method", ["ar", "prompt-lookup", "prompt-lookup:sampled"])
-def test_the_whole_loop_follows_the_targets_law(method: str) -> None:
-    """3,000 answers a setting here; `msd verify` takes 10⁵. Lies once in a thousand for each method."""
+def test_the_whole_loop_follows_the_targets_distribution(method: str) -> None:
+    """3,000 answers per setting; `msd verify` uses 10⁵. False alarms: once in a thousand per method."""
     assert not any(holm(chi2.end_to_end_p_values(drafters.create(method), 3_000), FALSE_ALARM))
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
 @pytest.mark.parametrize("subtrees", [True, False])
-def test_modality_subtrees_follow_the_targets_law(form: str, subtrees: bool) -> None:
-    """Draws from several subtrees below one root, their number decided by the router."""
+def test_modality_subtrees_follow_the_targets_distribution(form: str, subtrees: bool) -> None:
+    """Sampled candidates from several subtrees of one root; the router decides their number."""
     model = chi2.tiny_model()
     config = MSDConfig.for_target(model.config.text_config, V, form=form, subtrees=subtrees, active_from=0.0)
     drafter = MSD(MSDNetwork(config), sampled=True)
@@ -244,38 +249,38 @@ def test_the_whole_loop_does_draft() -> None:
 
 
 def test_the_whole_loop_is_caught_with_an_unnormalised_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejection, "normalise", _left_as_it_is)
+    monkeypatch.setattr(rejection, "normalise", _unnormalised)
     assert min(chi2.end_to_end_p_values(drafters.create("prompt-lookup:sampled"), 10_000)) < CAUGHT
 
 
-def test_p_values_of_a_right_law_are_uniform() -> None:
-    """The statistic itself: of 400 right samples about 5% fall below 0.05, with rare cells pooled."""
+def test_p_values_of_the_expected_distribution_are_uniform() -> None:
+    """Of 400 samples from the expected distribution, about 5% have p < 0.05, with rare cells pooled."""
     generator = np.random.default_rng(0)
-    law = np.array([0.5, 0.3, 0.15, 0.045, 0.004, 0.001, 0.0])
-    values = [chi2_p_value(generator.multinomial(1000, law), law) for _ in range(400)]
+    distribution = np.array([0.5, 0.3, 0.15, 0.045, 0.004, 0.001, 0.0])
+    values = [chi2_p_value(generator.multinomial(1000, distribution), distribution) for _ in range(400)]
     assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
     assert 0.4 < np.mean(values) < 0.6
 
 
 def test_wrong_counts_have_small_p_values() -> None:
-    law = [0.5, 0.3, 0.2]
-    assert chi2_p_value([5000, 3000, 2000], law) == pytest.approx(1.0)
-    assert chi2_p_value([5300, 2700, 2000], law) < 1e-6
-    assert chi2_p_value([1, 999, 0], [0.0, 1.0, 0.0]) == 0.0, "what cannot happen has happened"
+    distribution = [0.5, 0.3, 0.2]
+    assert chi2_p_value([5000, 3000, 2000], distribution) == pytest.approx(1.0)
+    assert chi2_p_value([5300, 2700, 2000], distribution) < 1e-6
+    assert chi2_p_value([1, 999, 0], [0.0, 1.0, 0.0]) == 0.0, "an outcome of probability 0 occurred"
 
 
 def test_rare_outcomes_are_pooled_and_still_count() -> None:
-    law = [0.96] + [0.001] * 40
-    assert chi2_p_value([960] + [1] * 40, law) > 0.9
-    assert chi2_p_value([900] + [2] * 20 + [3] * 20, law) < 1e-6
+    distribution = [0.96] + [0.001] * 40
+    assert chi2_p_value([960] + [1] * 40, distribution) > 0.9
+    assert chi2_p_value([900] + [2] * 20 + [3] * 20, distribution) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "counts, law", [([1, 2], [1.0]), ([5, 5], [0.5, 0.6]), ([5, 5], [1.5, -0.5]), ([2, 2], [0.5, 0.5])]
+    "counts, distribution", [([1, 2], [1.0]), ([5, 5], [0.5, 0.6]), ([5, 5], [1.5, -0.5]), ([2, 2], [0.5, 0.5])]
 )
-def test_what_cannot_be_tested_is_an_error(counts: list[int], law: list[float]) -> None:
+def test_what_cannot_be_tested_is_an_error(counts: list[int], distribution: list[float]) -> None:
     with pytest.raises(ValueError):
-        chi2_p_value(counts, law)
+        chi2_p_value(counts, distribution)
 
 
 def test_holm_rejects_step_by_step() -> None:

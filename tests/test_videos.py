@@ -1,4 +1,4 @@
-"""Frames of video files: which are taken, when files are odd, and that the rest is refused in one line."""
+"""Frames of video files: their selection, odd files, and errors in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msd.inputs.prompts import kind, load
 
 
 def levels(clip: Clip) -> list[int]:
-    """The number of each frame, as its brightness tells."""
+    """Returns the number of each frame, which its brightness encodes."""
     return [round(float(np.asarray(frame).mean()) / LEVELS) for frame in clip.frames]
 
 
@@ -38,14 +38,14 @@ def test_a_short_video_shows_frames_twice(tmp_path: Path) -> None:
 
 
 def test_time_counts_not_frames(tmp_path: Path) -> None:
-    """A picture that stands still for long is there at most of the times."""
+    """A frame that is shown for a long time is selected at most of the times."""
     path = write_clip(tmp_path / "a.mkv", range(5), at=[0, 1, 2, 3, 43])
     assert levels(Video(path, 5).load()) == [0, 3, 3, 3, 4]
     assert evenly([0, 1, 2, 3, 43], 5) == [0, 3, 3, 3, 4]
 
 
-def test_a_turned_video_stands_upright(tmp_path: Path) -> None:
-    """As phones write them: the left half is dark and, turned by a quarter, lies below or above."""
+def test_a_rotated_video_becomes_upright(tmp_path: Path) -> None:
+    """As phones write them: the left half is dark; after a quarter turn it is the lower or upper half."""
     halves = np.zeros((32, 64, 3), np.uint8)
     halves[:, 32:] = 200
     for degrees, top in ((0, None), (90, 200), (-90, 0)):
@@ -56,7 +56,7 @@ def test_a_turned_video_stands_upright(tmp_path: Path) -> None:
             assert abs(float(np.asarray(frame)[:16].mean()) - top) < 20
 
 
-def test_a_video_whose_end_is_broken_goes_on_with_its_last_frame(tmp_path: Path) -> None:
+def test_a_video_with_a_broken_end_repeats_its_last_frame(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mkv", range(20))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])

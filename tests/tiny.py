@@ -34,7 +34,7 @@ def _vision() -> CLIPVisionConfig:
 
 
 def _finish(model: PreTrainedModel, sharpness: float) -> Any:
-    """Random weights give nearly flat laws; a sharper head gives them shape, as a trained model's have."""
+    """Random weights give nearly flat distributions; a sharper head gives them shape, as a trained model's have."""
     with torch.no_grad():
         model.lm_head.weight.mul_(sharpness)
     model.generation_config.eos_token_id = EOS

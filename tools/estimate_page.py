@@ -1,7 +1,7 @@
-"""Writes the tables of docs/estimate.md: the estimate beside published figures, and how far it was checked here.
+"""Writes the tables of docs/estimate.md: the estimate against published figures and against measured passes.
 
-Published figures are as the papers print them; where a paper's τ is without the bonus token, one is added. The card
-they were measured on is not always told, so the estimate is for an A100 of 80 GB throughout.
+Published figures are those of the papers; 1 is added to a τ without the bonus token. The estimate is always for an A100
+of 80 GB, because not every paper names its card.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ CARD = "A100-80"
 
 @dataclass(frozen=True)
 class Published:
-    """length: mean acceptance length with the bonus token, None where we could not source it. nodes: of its tree."""
+    """A published result.
+
+    length: mean acceptance length with the bonus token, None if we found no source. nodes, depth: of the draft tree.
+    """
 
     target: str
     method: str
@@ -41,13 +44,13 @@ FIGURES = (
 
 
 def estimated(model: Sizes, figure: Published, length: float) -> float:
-    """Speedup of a whole answer at batch 1."""
+    """Estimates the speedup of a whole answer at batch 1."""
     work = Workload(depth=figure.depth)
     return float(plans(model, card(CARD), Acceptance(lengths={figure.nodes: length}), work, batches=[1])[0]["speedup"])
 
 
 def needed(model: Sizes, figure: Published) -> float:
-    """The acceptance length at which the estimate gives the published speedup."""
+    """Returns the acceptance length at which the estimate equals the published speedup."""
     low, high = 1.0, float(figure.nodes)
     for _ in range(40):
         middle = (low + high) / 2
@@ -56,9 +59,10 @@ def needed(model: Sizes, figure: Published) -> float:
 
 
 def published() -> str:
-    """The table of published figures."""
+    """Returns the table of published figures."""
     lines = [
-        "| target | method | published τ | published speedup | estimate at that τ | τ the estimate needs | source |",
+        "| target | method | published τ | published speedup | estimated speedup at this τ | "
+        "τ for the published speedup | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for figure in FIGURES:
@@ -73,7 +77,7 @@ def published() -> str:
 
 
 def grid() -> str:
-    """Speedups of decoding by tree size and batch at τ = 3.5."""
+    """Returns the speedups of decoding by tree size and batch at τ = 3.5."""
     lines = []
     for name in ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"):
         rows = plans(sizes(name), card(CARD), Acceptance(length=3.5), Workload())
@@ -88,26 +92,28 @@ def grid() -> str:
 
 
 def checked() -> str:
-    """What `recipes/estimate/validate.py` found."""
+    """Returns the results of `recipes/estimate/validate.py`."""
     path = ROOT / "results/estimate.json"
     if not path.exists():
         return "Not measured yet: `python -m recipes.estimate.validate --out results/estimate.json` on an idle machine."
-    found = read_json(path, "write it again with recipes/estimate/validate.py", finite=False)
-    lines = [
-        f"{found['target']['name']}, {found['backend']} backend, {found['dtype']}, {found['threads']} threads: largest "
-        f"error {found['worst_error']:.0%} (limit {found['limit']:.0%}).", "",
-        "| pass | rows | after | measured | estimated | error |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['kind']} | {row['rows']} | {row['context']} | {row['measured_ms']:.1f} ms | "
-            f"{row['estimated_ms']:.1f} ms | {row['error']:.0%} |"
-        )
+    results = read_json(path, "write it again with recipes/estimate/validate.py", finite=False)
+    conditions = f"{results['backend']} backend, {results['dtype']}, {results['threads']} threads"
+    error = f"largest error {results['worst_error']:.0%} (limit {results['limit']:.0%})"
+    lines = [f"{results['target']['name']}, {conditions}: {error}. Cells: measured / estimated ms (error).", ""]
+    contexts = sorted({row["context"] for row in results["rows"]})
+    lines += ["| pass | " + " | ".join(f"context {c}" for c in contexts) + " |", "|---" * (len(contexts) + 1) + "|"]
+    cells = {
+        (r["kind"], r["rows"], r["context"]): f"{r['measured_ms']:.1f} / {r['estimated_ms']:.1f} ({r['error']:.0%})"
+        for r in results["rows"]
+    }
+    for kind, rows in dict.fromkeys((kind, rows) for kind, rows, _ in cells):
+        line = " | ".join(cells.get((kind, rows, context), "–") for context in contexts)
+        lines.append(f"| {kind}, {rows} rows | {line} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Replaces what stands between the page's marks."""
+    """Replaces the text between the marks of the page."""
     page = ROOT / "docs/estimate.md"
     text = page.read_text(encoding="utf-8")
     for name, table in {"published": published(), "grid": grid(), "checked": checked()}.items():

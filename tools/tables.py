@@ -1,4 +1,7 @@
-"""Writes tables of README and docs from the committed result files; `--check` only compares. Run by `make results`."""
+"""Writes the generated tables of README and docs from the committed result files: `python tools/tables.py`.
+
+With `--check` it writes nothing; the exit code is 1 if a page is out of date.
+"""
 
 from __future__ import annotations
 
@@ -14,91 +17,248 @@ from msd.system.files import read_json, write_whole
 ROOT = Path(__file__).parents[1]
 KINDS = ("vision", "language", "fusion")
 EVENT_KINDS = ("event_sparse", "event_dense", "video_reasoning", "language")
+TASKS = {
+    "detail": "long description",
+    "caption": "caption",
+    "yesno": "yes/no question",
+    "question": "open question",
+    "vqa": "one-word answer",
+    "all": "all of these",
+}
+MIXED = {  # folder of results/ -> what its run measured, on the first 60 of the same prompts
+    "val-T1": "T = 1, same seed",
+    "batch-4": "batches of 4",
+    "batch-16": "batches of 16",
+}
+COMPARED = {
+    "detail": "detail",
+    "caption": "caption",
+    "vqa": "VQA",
+    "cocoqa": "COCO-QA",
+    "chat": "chat",
+    "ocr": "OCR",
+    "text": "text",
+}
+COMPARISON = "msd bench --data runs/comparison/val.jsonl --method"
+VERIFY_HALF = "msd verify --method ar,msd,prompt-lookup --limit 8"
+COMMANDS = {
+    "results/verify.json": "`msd verify --method all --limit 3 --json`",
+    **{f"results/verify_{d}.json": f"`{VERIFY_HALF} --dtype {d} --json`" for d in ("bfloat16", "float16")},
+    "results/val/results.json": "`make floors`",
+    "results/val-T1/results.json": "`make floors`",
+    **{f"results/batch-{n}/results.json": "`make floors`" for n in (2, 4, 8, 16)},
+    **{f"results/noise-{n}/results.json": "`make floors`" for n in (1, 2, 4, 8, 16)},
+    "results/comparison/results.json": "`make comparison`",
+    "results/repeats/results.json": f"`{COMPARISON} prompt-lookup,msd,msd+prompt-lookup`",
+    "results/draft_tree.json": "`python tools/pictures.py --record`",
+    "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
+    "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
+    "recipes/reference_vlm/results/evaluation.json": "[recipes/reference_vlm](../recipes/reference_vlm/README.md)",
+    "recipes/msd/results/trained.json": "`python -m recipes.msd.rows tell`",
+    "recipes/msd/results/results.json": "`python -m recipes.msd.rows bench`",
+    "recipes/msd/results/policies.json": "`python -m recipes.msd.policies --drafter src/msd/weights/msd --photos 100`",
+    "recipes/events/results/trained.json": "[recipes/events](../recipes/events/README.md)",
+    "recipes/events/results/results.json": "[recipes/events](../recipes/events/README.md)",
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *others])
+
+
+def cells(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(method, task) -> row of a benchmark."""
+    return {(row["method"], row["task"]): row for row in results["rows"]}
+
+
+def interval(row: dict[str, Any]) -> str:
+    """The 95% interval of the speedup over `ar`."""
+    return "–".join(f"{edge:.2f}" for edge in row["speedup_vs_ar_interval"])
+
+
+def headline_table() -> str:
+    """Speedups of `msd`: by task, then sampled and in batches."""
+    runs = [("val", task, name) for task, name in TASKS.items()] + [(run, "all", name) for run, name in MIXED.items()]
+    rows = []
+    for run, task, name in runs:
+        row = cells(read(f"results/{run}/results.json"))["msd", task]
+        rows.append(
+            [
+                name,
+                str(row["samples"]),
+                f"{row['mean_answer_tokens']:.0f}",
+                f"{row['speedup_vs_transformers']:.2f}x",
+                f"{row['speedup_vs_ar']:.2f}x ({interval(row)})",
+                f"{row['mean_acceptance_length']:.2f}",
+                f"{row['identical']:.0%}",
+            ]
+        )
+    head = ["task", "prompts", "tokens per answer", "vs `generate()`", "vs no drafting (95%)", "τ", "identical"]
+    return table(head, rows)
+
+
+def methods_table(results: dict[str, Any]) -> str:
+    """Speedups over `ar` of every method of a benchmark, by task, the fastest first."""
+    found = cells(results)
+    tasks = {task: name for task, name in COMPARED.items() if ("ar", task) in found}
+    overall = [row for row in results["rows"] if row["task"] == "all"]
+    rows = [
+        [f"`{row['method']}`", f"**{row['speedup_vs_ar']:.2f}**", interval(row), f"{row['mean_acceptance_length']:.2f}"]
+        + [f"{found[row['method'], task]['speedup_vs_ar']:.2f}" for task in tasks]
+        for row in sorted(overall, key=lambda row: -row["speedup_vs_ar"])
+    ]
+    return table(["method", "all tasks", "95%", "τ", *tasks.values()], rows)
 
 
 def verify_table(rows: list[dict[str, Any]]) -> str:
     """The certificate, a row per method."""
-    lines = [
-        "| method | compared | identical | ties (largest gap) | smallest χ² p-value | passed |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         ties = f"{row['ties']} ({max(row['tie_gaps']):.0e})" if row["ties"] else "0"
         p = f"{min(row['p_values']):.2f}" if row["p_values"] else "–"
         passed = "yes" if row["passed"] else "no"
-        lines.append(f"| `{row['method']}` | {row['compared']} | {row['identical']} | {ties} | {p} | {passed} |")
+        lines.append([f"`{row['method']}`", str(row["compared"]), str(row["identical"]), ties, p, passed])
+    return table(["method", "compared", "identical", "ties (largest gap)", "smallest χ² p-value", "passed"], lines)
+
+
+def certificate(rows: list[dict[str, Any]]) -> str:
+    """The totals of the certificate, as a sentence."""
+    compared, identical, ties = (sum(row[key] for row in rows) for key in ("compared", "identical", "ties"))
+    differences = sum(len(row["differences"]) for row in rows)
+    passed = "all passed" if all(row["passed"] for row in rows) else "**not all passed**"
+    return (
+        f"> {len(rows)} methods and variants, {compared} answers compared: {identical} identical, {ties} ties, "
+        f"{differences} differences; {passed}."
+    )
+
+
+def half_precision_table(certificates: dict[str, dict[str, Any]]) -> str:
+    """The certificates in half precision: dtype -> JSON of `msd verify`."""
+    lines = [
+        "| dtype | method | compared | identical | agreeing tokens | ties | largest gap (roundings) | passed |",
+        "|---" * 8 + "|",
+    ]
+    for dtype, certificate in certificates.items():
+        for row in (certificate["yardstick"], *certificate["rows"]):
+            gap = f"{max(row['relative_gaps']):.2f}" if row["relative_gaps"] else "–"
+            shares = f"{row['identical']} | {row['agreeing_share']:.0%} | {row['ties']}"
+            passed = "–" if "passed" not in row else "yes" if row["passed"] else "no"
+            name = f"`{row['method']}`" if "passed" in row else row["method"]
+            lines.append(f"| {dtype} | {name} | {row['compared']} | {shares} | {gap} | {passed} |")
     return "\n".join(lines)
 
 
 def policies_table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What every policy bought and cost, by temperature."""
-    lines = [
-        "| T | policy | vs `ar` | τ | TV a token | by modality | same answer | same tokens | CIDEr |",
-        "|---" * 9 + "|",
-    ]
+    """Speed and divergence of every verification policy, by temperature."""
+    lines = []
     for temperature, policies in measured.items():
         for name, row in policies.items():
             spent = row["divergence"] or {}
             kinds = (spent.get("by_modality") or {}).items()
             each = ", ".join(f"{kind} {value['per_token']:.3f}" for kind, value in kinds) or "–"
-            told = f"{spent['per_token']:.4f} | {each}" if spent else "0 | –"
-            gained = f"{row['speedup_vs_ar']:.2f} | {row['mean_acceptance_length']:.2f}"
-            same = f"{row['answers_equal_to_lossless']:.0%} | {row['tokens_equal_to_lossless']:.0%}"
-            lines.append(f"| {temperature} | `{name}` | {gained} | {told} | {same} | {row['cider']:.2f} |")
-    return "\n".join(lines)
+            lines.append(
+                [
+                    temperature,
+                    f"`{name}`",
+                    f"{row['speedup_vs_ar']:.2f}",
+                    f"{row['mean_acceptance_length']:.2f}",
+                    *([f"{spent['per_token']:.4f}", each] if spent else ["0", "–"]),
+                    f"{row['answers_equal_to_lossless']:.0%}",
+                    f"{row['tokens_equal_to_lossless']:.0%}",
+                    f"{row['cider']:.2f}",
+                ]
+            )
+    head = ["T", "policy", "vs `ar`", "τ", "TV per token", "by modality", "same answer", "same tokens", "CIDEr"]
+    return table(head, lines)
 
 
 def trained_table(rows: dict[str, dict[str, Any]], modalities: tuple[str, ...]) -> str:
-    """What every row of equal training time reached on held-out answers, best first."""
+    """Held-out acceptance of drafters with equal training time, best first.
+
+    A drafter that was trained with other modalities has no figures for `modalities`.
+    """
     kinds = ("acceptance", *modalities)
-    lines = [f"| row | steps | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    lines = []
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["held_out"]["acceptance"]):
-        found = row["held_out"]
-        told = set(modalities) <= found.keys()  # else it knows other classes, and only theirs were counted
-        rates = " | ".join(f"{found[kind]:.3f}" if told else "–" for kind in kinds)
-        lines.append(f"| `{name}` | {row['steps']:,} | {rates} |")
-    return "\n".join(lines)
+        rates = row["held_out"]
+        complete = set(modalities) <= rates.keys()
+        lines.append([f"`{name}`", f"{row['steps']:,}", *(f"{rates[kind]:.3f}" if complete else "–" for kind in kinds)])
+    return table(["row", "steps", *kinds], lines)
+
+
+def clips_table(results: dict[str, Any]) -> str:
+    """Speed of every method on event clips, the fastest first, and acceptance by modality."""
+    rows = []
+    for row in sorted(results["rows"], key=lambda row: -row["speedup_vs_ar"]):
+        if row["task"] == "all":
+            rates = row["acceptance_by_modality"] or {}
+            figures = (row[key] for key in ("speedup_decode_only", "speedup_vs_transformers", "mean_acceptance_length"))
+            acceptance = (f"{rates[kind]:.2f}" if rates.get(kind) is not None else "–" for kind in EVENT_KINDS)
+            speed = [f"{row['speedup_vs_ar']:.2f}", interval(row), *(f"{figure:.2f}" for figure in figures)]
+            rows.append([f"`{row['method']}`", *speed, *acceptance])
+    head = ["method", "vs `ar`", "95%", "decode only, vs `ar`", "vs `transformers`", "τ", *EVENT_KINDS]
+    return table(head, rows)
+
+
+def files_table() -> str:
+    """Every result file, the command that makes it, and the machine it was made on."""
+    rows = []
+    for path, command in COMMANDS.items():
+        results = read(path)
+        made = results.get("environment", results)
+        threads, version = (str(made.get(name, "–")) for name in ("threads", "torch"))
+        instructions = f" ({made['cpu_capability']})" if "cpu_capability" in made else ""
+        cpu = made.get("cpu", "not recorded") + instructions
+        rows.append([f"[{path}](../{path})", command, cpu, threads, version])
+    return table(["file", "command", "CPU", "threads", "torch"], rows)
 
 
 def read(path: str) -> Any:
-    """A committed result file; None where there is none yet."""
-    file = ROOT / path
-    return read_json(file, "restore it, or make it again as the docs tell", finite=False) if file.exists() else None
+    """A committed result file."""
+    return read_json(ROOT / path, "restore it, or make it again with the command in docs/results.md", finite=False)
 
 
 def tables() -> dict[str, dict[str, str]]:
     """Page -> mark in it -> table."""
-    policies = read("recipes/msd/results/policies.json")
     compared = read("results/comparison/results.json")
-    clips, clips_trained = (read(f"recipes/events/results/{name}.json") for name in ("results", "trained"))
+    verified = read("results/verify.json")["rows"]
     return {
-        "README.md": {
-            "verify": verify_table(read("results/verify.json")["rows"]),
+        "README.md": {"headline": headline_table(), "certificate": certificate(verified)},
+        "docs/results.md": {
+            "files": files_table(),
+            "verify": verify_table(verified),
             "floors": (ROOT / "results/floors.md").read_text(encoding="utf-8"),
             "bench": report.markdown(read("results/val/results.json")),
+            "comparison": report.markdown(compared, ("all",)),
         },
-        "docs/modality_verification.md": {"policies": policies_table(policies)} if policies else {},
-        "docs/events.md": {
-            "trained": trained_table(clips_trained, EVENT_KINDS),
-            "clips": report.markdown(clips, ("all",)),
-        }
-        if clips
-        else {},
         "docs/comparison.md": {
+            "methods": methods_table(compared),
+            "repeats": methods_table(read("results/repeats/results.json")),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),
-            **({"comparison": report.markdown(compared, ("all",))} if compared else {}),
+        },
+        "docs/verification.md": {
+            "half precision": half_precision_table(
+                {dtype: read(f"results/verify_{dtype}.json") for dtype in ("bfloat16", "float16")}
+            )
+        },
+        "docs/modality_verification.md": {"policies": policies_table(read("recipes/msd/results/policies.json"))},
+        "docs/events.md": {
+            "trained": trained_table(read("recipes/events/results/trained.json"), EVENT_KINDS),
+            "clips": clips_table(read("recipes/events/results/results.json")),
         },
     }
 
 
 def main() -> int:
-    """0 when all pages agree with the files (after writing them, unless `--check`)."""
+    """Returns 0 when all pages agree with the files (after writing them, unless `--check`)."""
     stale = 0
-    for name, made in tables().items():
+    for name, blocks in tables().items():
         page = ROOT / name
         text = fresh = page.read_text(encoding="utf-8")
-        for mark, table in made.items():
-            block = f"<!-- {mark} -->\n{table.strip()}\n<!-- /{mark} -->"
+        for mark, content in blocks.items():
+            block = f"<!-- {mark} -->\n{content.strip()}\n<!-- /{mark} -->"
             fresh = re.sub(rf"<!-- {mark} -->(.*?<!-- /{mark} -->)?", lambda _, b=block: b, fresh, count=1, flags=re.S)
         stale += fresh != text
         if "--check" not in sys.argv and fresh != text:

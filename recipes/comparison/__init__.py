@@ -1,1 +1,1 @@
-"""Prompts of the comparison."""
+"""Prompts for the comparison of all methods."""

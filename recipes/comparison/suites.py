@@ -1,9 +1,11 @@
-"""Prompts for the comparison of all methods: `python -m recipes.comparison.suites --data DIR --out runs/comparison`.
+"""Writes the prompts for the comparison of all methods.
 
-Tasks as the description has them, on photos that nothing was trained on: long descriptions and captions (Flickr8k val),
-VQA v2 and COCO-QA questions (COCO val photos; COCO-QA stands in the place of GQA), conversations of three turns about
-one photo, crops of receipts with a line of text (a stress task: 64 image tokens hardly read them), and text alone.
-Every photo is shown once. Deterministic by seed, whatever the counts.
+python -m recipes.comparison.suites --data DIR --out runs/comparison
+
+Nothing was trained on the photos. Tasks: long descriptions and captions (Flickr8k val), VQA v2 and COCO-QA questions
+(COCO val photos; COCO-QA replaces GQA), conversations of three turns about one photo, receipt crops with one line of
+text (a stress task: 64 image tokens are hardly enough to read them), and text-only prompts. Each photo is used once.
+The prompts depend on the seed only.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Line = dict[str, Any]
 
 
 def questions(data: Path, source: str, task: str, rng: random.Random, seen: set[str]) -> Iterator[Line]:
-    """One question of a source about each val photo that was not asked about yet."""
+    """Yields one question of a source about each val photo that has no question yet."""
     rows = [r for r in read_jsonl(data / "coco_vqa" / "qa.jsonl") if (r["split"], r["source"]) == ("val", source)]
     for row in rng.sample(rows, len(rows)):
         if row["image"] not in seen:
@@ -40,13 +42,13 @@ def questions(data: Path, source: str, task: str, rng: random.Random, seen: set[
 
 
 def conversations(names: list[str], rng: random.Random) -> Iterator[Line]:
-    """Three turns about one photo."""
+    """Yields conversations of three turns about one photo each."""
     for name in names:
         yield {"image": f"flickr8k/images/{name}", "turns": list(rng.choice(TURNS)), "task": "chat"}
 
 
 def receipts(data: Path, rng: random.Random) -> Iterator[Line]:
-    """Lines of receipts with several words, to be read."""
+    """Yields prompts to read a receipt line of several words."""
     rows = [r for r in read_jsonl(data / "sroie_lines" / "captions.jsonl") if r.get("split") != "train"]
     for row in rng.sample(rows, len(rows)):
         if len(row["text"].split()) > 2:
@@ -54,21 +56,21 @@ def receipts(data: Path, rng: random.Random) -> Iterator[Line]:
 
 
 def build(data: Path, counts: dict[str, int], seed: int) -> list[Line]:
-    """The lines of all tasks. SystemExit where the data has fewer."""
+    """Returns the lines of all tasks. Raises SystemExit if the data has fewer."""
     rng = {kind: random.Random(f"{seed}-comparison-{kind}") for kind in ("photos", *counts)}
     names, seen = iter(photos(data, "val", rng["photos"])), set[str]()
-    mine = {kind: [next(names) for _ in range(counts[kind])] for kind in ("detail", "caption", "chat")}
-    found = {
-        "detail": about_photos(mine["detail"], DETAIL_PROMPTS, "detail", rng["detail"]),
-        "caption": about_photos(mine["caption"], CAPTION_PROMPTS, "caption", rng["caption"]),
+    images = {kind: [next(names) for _ in range(counts[kind])] for kind in ("detail", "caption", "chat")}
+    sources = {
+        "detail": about_photos(images["detail"], DETAIL_PROMPTS, "detail", rng["detail"]),
+        "caption": about_photos(images["caption"], CAPTION_PROMPTS, "caption", rng["caption"]),
         "vqa": questions(data, "vqa2", "vqa", rng["vqa"], seen),
         "cocoqa": questions(data, "cocoqa", "cocoqa", rng["cocoqa"], seen),
-        "chat": conversations(mine["chat"], rng["chat"]),
+        "chat": conversations(images["chat"], rng["chat"]),
         "ocr": receipts(data, rng["ocr"]),
         "text": texts(data, "val", rng["text"]),
     }
     lines: list[Line] = []
-    for kind, source in found.items():
+    for kind, source in sources.items():
         taken = [line for _, line in zip(range(counts[kind]), source, strict=False)]
         if len(taken) < counts[kind]:
             raise SystemExit(f"{counts[kind]} '{kind}' prompts wanted, the data gives {len(taken)}")

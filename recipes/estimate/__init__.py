@@ -1,1 +1,1 @@
-"""How far the planner is off."""
+"""Compares the estimator with measured passes."""

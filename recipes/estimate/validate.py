@@ -1,9 +1,9 @@
-"""The estimate against measured passes: `python -m recipes.estimate.validate --out results/estimate.json`.
+"""Compares estimated with measured pass times: `python -m recipes.estimate.validate --out results/estimate.json`.
 
-On an idle machine: probes it as a card, measures passes of the reference model (or another target) over chains of
-1 to 65 nodes after 64 and 512 tokens, and prompts of some lengths, and compares. Probe and measurement take turns,
-and medians count, since a machine that is shared is now faster and now slower. Exit code 1 where any error is above the
-limit.
+Run it on an idle machine. It probes the machine's speed, measures passes of the reference model (or another target)
+over chains of 1 to 65 nodes after 64 and 512 tokens, and prefills of several lengths, and compares them with the
+estimate. Probe and measurement alternate, and medians are compared, because the speed of a shared machine varies. The
+exit code is 1 if any error is above the limit.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
     ]
     worst = max(row["error"] for row in rows)
     found = {
-        "target": asdict(sizes), "card": asdict(device), "backend": target.backend.name, "dtype": str(model.dtype),
+        "target": sizes.as_dict(), "card": asdict(device), "backend": target.backend.name, "dtype": str(model.dtype),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "load_before": os.getloadavg()[0],
         "rounds": args.rounds, "limit": args.limit, "worst_error": worst, "passed": worst <= args.limit, "rows": rows,
     }  # fmt: skip
@@ -84,8 +84,8 @@ def _row(kind: str, rows: int, context: int, measured: float, estimated: float) 
 
 @torch.inference_mode()
 def _prefill(target: Target, length: int) -> float:
-    """Seconds of a prompt of words."""
-    ids = costs.words(length, target)[None]
+    """Measures the seconds of a text prefill of `length` tokens."""
+    ids = costs.arbitrary_tokens(length, target)[None]
     times = []
     for _ in range(TIMES + 1):
         start = time.perf_counter()

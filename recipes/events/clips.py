@@ -1,13 +1,12 @@
-"""Clips that an event camera saw too: a camera moves over a photo, thrice and each time another way.
+"""Generates clips with event recordings: a camera moves over a photo, three motions per clip.
 
 python -m recipes.events.clips --data ../shared/data --out runs/events/clips
 
-Four frames of a photo of Flickr8k, at the middle of each quarter of two seconds; between two frames the camera moves
-left, right, up or down, zooms in or out, or rests. The recording is simulated from the same path (`msd.events`), so
-what happens between the frames is in the events and only guessed from the frames. `train.jsonl` and `val.jsonl` have a
-line for each clip: its frames, its recording, a prompt, and as answer what a good description of 96 tokens and more
-says, made of the photo's captions and of how the camera moved. A clip is a function of its photo and number; it is not
-made twice.
+A clip has four frames of a Flickr8k photo, at the middle of each quarter of two seconds. Between two frames the camera
+moves left, right, up or down, zooms in or out, or rests. The recording is simulated from the same path (`msd.events`),
+so only the events show what happens between the frames. Each line of `train.jsonl` and `val.jsonl` has a clip's frames,
+its recording, a prompt, and an answer of at least 96 tokens, composed from the photo's captions and the camera's
+motions. A clip depends only on its photo and number, and existing files are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from recipes.reference_vlm.features import read_jsonl
 from recipes.reference_vlm.long_answers import least_overlapping, long_answer
 
 FRAMES, SENSOR, DURATION = 4, (96, 96), 2_000_000  # sensor pixels; µs
-SHOWN = tuple((2 * i + 1) * DURATION // (2 * FRAMES) for i in range(FRAMES))  # when a frame is on screen, µs
+SHOWN = tuple((2 * i + 1) * DURATION // (2 * FRAMES) for i in range(FRAMES))  # times of the frames, µs
 RATE = 80  # simulated frames a second
 PROMPTS = (
     "Describe the video in detail.",
@@ -42,11 +41,11 @@ PROMPTS = (
 OPENINGS = ("The clip begins with this: ", "At first, ", "The video opens here: ", "In the beginning, ")
 THEN = ("Then {m}", "After that, {m}", "Next, {m}", "In the second part, {m}", "Now {m}")
 LAST = ("At the end, {m}", "Finally, {m}", "In the last part, {m}", "To close, {m}")
-Window = tuple[float, float, float]  # x, y and side of what the camera sees, as shares of the photo
+Window = tuple[float, float, float]  # x, y and side of the visible square, as shares of the photo
 
 
 def journey(rng: random.Random) -> tuple[list[str], list[Window]]:
-    """Three motions, no two in a row alike, and the windows of the four frames."""
+    """Draws three motions, no two in a row alike, and the windows of the four frames."""
     side = rng.uniform(0.4, 0.7)
     windows: list[Window] = [(rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side)]
     motions: list[str] = []
@@ -60,7 +59,7 @@ def journey(rng: random.Random) -> tuple[list[str], list[Window]]:
 
 
 def _moved(window: Window, motion: str, rng: random.Random) -> Window | None:
-    """The window after a motion, or None where the photo has no room for it."""
+    """Returns the window after a motion, or None if it would leave the photo."""
     x, y, side = window
     if motion == "still":
         return window
@@ -82,7 +81,7 @@ def _clamp(start: float, side: float) -> float:
 
 
 def window_at(windows: Sequence[Window], time: int) -> Window:
-    """Where the camera looks at a time in µs: at rest before the first frame and after the last, eased between two."""
+    """Returns the window at a time in µs: constant before the first and after the last frame, eased in between."""
     at = (time - SHOWN[0]) / (SHOWN[1] - SHOWN[0])
     before = min(max(int(at), 0), FRAMES - 2)
     part = min(max(at - before, 0.0), 1.0)
@@ -93,29 +92,29 @@ def window_at(windows: Sequence[Window], time: int) -> Window:
 
 
 def view(photo: Image.Image, window: Window, size: tuple[int, int]) -> Image.Image:
-    """What a window of the photo shows, at a size in pixels."""
+    """Renders a window of the photo at a size in pixels."""
     (x, y, side), (w, h) = window, photo.size
     return photo.resize(size, Image.Resampling.BICUBIC, box=(x * w, y * h, (x + side) * w, (y + side) * h))
 
 
-def told(captions: Sequence[str], motions: Sequence[str], rng: random.Random) -> str:
-    """A description: what is seen, sentence by sentence, with the motions between."""
+def description(captions: Sequence[str], motions: Sequence[str], rng: random.Random) -> str:
+    """Composes a description: sentences about the photo, with the motions in between."""
     first = rng.choice(OPENINGS)
-    seen = least_overlapping(captions, rng)
-    rest = [s for s in map(tidy, captions) if s not in seen and len(s.split()) > 4]
-    seen += rest[: FRAMES - len(seen)]
-    facts = long_answer([seen[0]], extract(captions), rng, sentences=7).split(". ")[1:]
+    chosen = least_overlapping(captions, rng)
+    rest = [s for s in map(tidy, captions) if s not in chosen and len(s.split()) > 4]
+    chosen += rest[: FRAMES - len(chosen)]
+    facts = long_answer([chosen[0]], extract(captions), rng, sentences=7).split(". ")[1:]
     moves = [MOTION[m][0].lower() + MOTION[m][1:] for m in motions]
     links = [THEN[0], rng.choice(THEN[1:]), rng.choice(LAST)]
-    sentences = [first + seen[0][0].lower() + seen[0][1:]]
+    sentences = [first + chosen[0][0].lower() + chosen[0][1:]]
     for i, (link, move) in enumerate(zip(links, moves, strict=True), 1):
         sentences.append(link.format(m=move))
-        sentences += seen[i : i + 1]
+        sentences += chosen[i : i + 1]
     return " ".join([*sentences, *(f"{s.rstrip('.')}." for s in facts)])
 
 
 def make(photo: Path, captions: Sequence[str], number: int, split: str, out: Path) -> dict[str, object]:
-    """One clip's line; its files are written first."""
+    """Writes the files of one clip and returns its data line."""
     rng = random.Random(f"events-{number}")
     motions, windows = journey(rng)
     names = [f"{number:05d}_{i}.jpg" for i in range(FRAMES)]
@@ -125,17 +124,17 @@ def make(photo: Path, captions: Sequence[str], number: int, split: str, out: Pat
         for name, window in zip(names, windows, strict=True):
             view(image, window, (256, 256)).save(out / name, quality=92)
         grey = image.convert("F")
-        moments = [round(i * 1e6 / RATE) for i in range(DURATION * RATE // 1_000_000 + 1)]
-        levels = (np.clip(np.asarray(view(grey, window_at(windows, t), SENSOR)) / 255, 0, 1) for t in moments)
-        stream = simulate(levels, moments, SimulatorSettings(threshold_on=0.25, threshold_off=0.25), number)
-        beside = out / f"{recording}.tmp.npz"
-        np.savez_compressed(beside, t=stream.t, x=stream.x, y=stream.y, p=stream.p, size=SENSOR)
-        beside.replace(out / recording)
+        times = [round(i * 1e6 / RATE) for i in range(DURATION * RATE // 1_000_000 + 1)]
+        levels = (np.clip(np.asarray(view(grey, window_at(windows, t), SENSOR)) / 255, 0, 1) for t in times)
+        stream = simulate(levels, times, SimulatorSettings(threshold_on=0.25, threshold_off=0.25), number)
+        partial = out / f"{recording}.tmp.npz"
+        np.savez_compressed(partial, t=stream.t, x=stream.x, y=stream.y, p=stream.p, size=SENSOR)
+        partial.replace(out / recording)
     return {
         "image": names,
         "events": recording,
         "prompt": rng.choice(PROMPTS),
-        "answer": told(captions, motions, rng),
+        "answer": description(captions, motions, rng),
         "task": "events",
         "split": split,
         "photo": photo.name,

@@ -1,9 +1,9 @@
-"""Compares what `msd.events` reads with what other libraries read from the same files, event by event.
+"""Compares the events that `msd.events` reads with those of other libraries, event by event.
 
     python -m venv other && other/bin/pip install . faery evlib expelliarmus dv-processing aedat
     other/bin/python -m recipes.events.second_readers ../shared/data/events
 
-These libraries are no dependencies of this project; why is in docs/events.md.
+These libraries are not dependencies of this project; README.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 
 from msd.events import read
 
-Found = tuple[Any, Any, Any, Any]
+Columns = tuple[Any, Any, Any, Any]
 
 
-def faery(path: Path) -> Found:
+def faery(path: Path) -> Columns:
     import faery as library
 
     events = np.concatenate(list(library.events_stream_from_file(path)))
     return events["t"], events["x"], events["y"], events["p"]
 
 
-def evlib(path: Path) -> Found:
+def evlib(path: Path) -> Columns:
     import evlib as library
 
     table = library.load_events(str(path)).collect()
@@ -35,7 +35,7 @@ def evlib(path: Path) -> Found:
     return t.dt.total_microseconds().to_numpy(), x.to_numpy(), y.to_numpy(), p.to_numpy() > 0
 
 
-def expelliarmus(path: Path) -> Found:
+def expelliarmus(path: Path) -> Columns:
     import expelliarmus as library
 
     encoding = {".raw": "evt2" if "evt2" in path.name else "evt3", ".dat": "dat"}[path.suffix]
@@ -43,7 +43,7 @@ def expelliarmus(path: Path) -> Found:
     return events["t"], events["x"], events["y"], events["p"]
 
 
-def dv_processing(path: Path) -> Found:
+def dv_processing(path: Path) -> Columns:
     import dv_processing as library
 
     recording = library.io.MonoCameraRecording(str(path))
@@ -56,15 +56,15 @@ def dv_processing(path: Path) -> Found:
     return events["timestamp"], events["x"], events["y"], events["polarity"]
 
 
-def numpy_pickle(path: Path) -> Found:
-    """Runs the file's pickle, which `msd.events` never does: only for a file that is trusted."""
+def numpy_pickle(path: Path) -> Columns:
+    """Executes the file's pickle, which `msd.events` never does: use it only for trusted files."""
     found = np.load(path, allow_pickle=True).item()
     table = found[0] if isinstance(found, list) else found
     return table["t"], table["x"], table["y"], table["p"]
 
 
-def loop(path: Path) -> Found:
-    """N-MNIST, bit by bit."""
+def loop(path: Path) -> Columns:
+    """Decodes N-MNIST bit by bit."""
     data, events, clock = path.read_bytes(), [], 0
     for i in range(0, len(data), 5):
         number = int.from_bytes(data[i : i + 5], "big")
@@ -77,7 +77,7 @@ def loop(path: Path) -> Found:
     return t, x, y, p
 
 
-READERS: dict[str, tuple[Callable[[Path], Found], ...]] = {
+READERS: dict[str, tuple[Callable[[Path], Columns], ...]] = {
     "eventgpt_sample1.npy": (numpy_pickle,),
     "evt2_sample.raw": (faery, evlib, expelliarmus),
     "evt3_sample.raw": (evlib, faery, expelliarmus),

@@ -1,7 +1,7 @@
-"""How fast event frames are made, and how much memory a long recording takes.
+"""Measures the speed of event representations, and the peak memory for a long recording.
 
 python -m recipes.events.speed                      # events per second of each representation
-python -m recipes.events.speed --memory 100000000   # MB at the most, for an EVT 3.0 file of so many events
+python -m recipes.events.speed --memory 100000000   # peak MB, for an EVT 3.0 file of this many events
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZE = (640, 480)
 
 
 def synthetic(count: int, seed: int = 0) -> EventStream:
-    """Events of moving spots: places near each other, as a camera has them."""
+    """Generates events around a moving spot; as with a camera, events are close to each other."""
     draw = np.random.default_rng(seed)
     t = np.cumsum(draw.integers(0, 2, count))
     middle = np.stack([320 + 250 * np.sin(t / 2e5), 240 + 180 * np.cos(t / 3e5)])
@@ -34,7 +34,7 @@ def synthetic(count: int, seed: int = 0) -> EventStream:
 
 
 def rate(work: Callable[[], object], events: int, repeats: int = 9) -> float:
-    """Events per second of the run in the middle; the fastest would flatter, and on a busy machine says little."""
+    """Returns events per second of the median run; the fastest run says little on a busy machine."""
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -55,14 +55,14 @@ def speeds(count: int) -> dict[str, float]:
 
 
 def write_raw(path: Path, count: int) -> None:
-    """An EVT 3.0 file of about `count` events, written in blocks of a million."""
+    """Writes an EVT 3.0 file of `count` events, in blocks of a million."""
     block = 1 << 20
     with path.open("wb") as file:
         file.write(b"% format EVT3;height=480;width=640\n% end\n")
         for start in range(0, count, block):
             n = min(block, count - start)
             at = np.arange(start, start + n)
-            words = np.empty((n, 4), np.uint16)  # upper and lower time, y, x: the longest way to say an event
+            words = np.empty((n, 4), np.uint16)  # upper and lower time, y, x: the longest encoding of an event
             words[:, 0] = 8 << 12 | (at >> 12) % 4096
             words[:, 1] = 6 << 12 | at % 4096
             words[:, 2] = at // 7 % 480
@@ -71,7 +71,7 @@ def write_raw(path: Path, count: int) -> None:
 
 
 def process(path: Path) -> None:
-    """Frames, cells, voxel grid and time surface of a file; prints the most memory taken, MB, and the events."""
+    """Makes frames, cells, a voxel grid and a time surface of a file; prints the peak memory in MB and the events."""
     recording = open_chunks(path)
     made = event_frames(recording, 5, grid=(24, 24))
     voxel_grid(recording)
@@ -94,16 +94,8 @@ def main() -> None:
             print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     else:
         found = {name: round(value / 1e6, 1) for name, value in speeds(options.events).items()}
-        print(
-            json.dumps(
-                {
-                    "million events/s": found,
-                    "events": options.events,
-                    "numpy": np.__version__,
-                    "machine": platform.machine(),
-                }
-            )
-        )
+        about = {"events": options.events, "numpy": np.__version__, "machine": platform.machine()}
+        print(json.dumps({"million events/s": found, **about}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The reference model, taught to describe clips at length: the video target of the events suite.
+"""Trains the reference model to describe clips at length: the video target of the events suite.
 
 python -m recipes.events.target train                    # from the shipped weights; run again to continue
 python -m recipes.events.target export --weights weights/video/target.safetensors
 python -m recipes.events.target build --weights weights/video/target.safetensors --out runs/events/target
 
-The same parts learn as in `recipes/reference_vlm`: projector, positions, low-rank updates. `export` also records the
-checksum of the weights. `build` assembles a checkpoint folder, for `--target`; of the committed weights, `--target
-reference-video` does.
+It trains the same parts as `recipes/reference_vlm`: projector, positions, low-rank updates. `export` also records the
+checksum of the weights. `build` assembles a checkpoint folder for `--target`; for the committed weights, `--target
+reference-video` does the same.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from recipes.reference_vlm.train import optimizer, weighted_loss
 
 END = 2
 FRAMES = 4
-LENGTH = 448  # tokens of a clip with its answer, at most
+LENGTH = 448  # most tokens of a clip with its answer
 
 
 class Clips:
-    """Batches of clips with the answers they should get: `rows` a step, each of them once in a lap."""
+    """Batches of `rows` clips with their answers; each clip occurs once per epoch, in random order."""
 
     def __init__(self, features: Path, tokenizer: object, split: str, rows: int, seed: int = 0) -> None:
         self.set = FeatureSet(features, "clips")
@@ -48,30 +48,30 @@ class Clips:
         self.tokenizer, self.rows, self.seed = tokenizer, rows, seed
 
     def batch(self, step: int) -> Batch:
-        """The clips of a step."""
+        """Returns the clips of a step."""
         chosen = [self._row(step * self.rows + i) for i in range(self.rows)]
         batch = pack([[self._sample(i)] for i in chosen], LENGTH, END)
         features = torch.cat([self.set.features(i) for i in chosen]).reshape(-1, CELLS, 1328)
         return replace(batch, features=features)
 
-    def _row(self, visit: int) -> int:
-        lap, at = divmod(visit, len(self.pool))
-        return random.Random(f"{self.seed}-{lap}").sample(self.pool, len(self.pool))[at]
+    def _row(self, number: int) -> int:
+        epoch, at = divmod(number, len(self.pool))
+        return random.Random(f"{self.seed}-{epoch}").sample(self.pool, len(self.pool))[at]
 
     def _sample(self, row: int) -> Sample:
         line = self.set.rows[row]
         prefix = self._ids("<|im_start|>user\n") + (*([IMAGE] * CELLS), *self._ids("\n")) * FRAMES
-        asked = self._ids(f"{line['prompt']}<|im_end|>\n<|im_start|>assistant\n")
-        room = LENGTH - len(prefix) - len(asked)
+        prompt = self._ids(f"{line['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        room = LENGTH - len(prefix) - len(prompt)
         answer = (*self._ids(line["answer"]), END)[:room]
-        return Sample(prefix, (Branch(asked, answer, "clip"),), (("clips", row),))
+        return Sample(prefix, (Branch(prompt, answer, "clip"),), (("clips", row),))
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)  # type: ignore[operator]
 
 
 def make_features(clips: Path, out: Path) -> None:
-    """What the frozen encoder says of all frames, once."""
+    """Encodes all frames with the frozen encoder, unless the features exist."""
     if (out / "clips.json").exists():
         return
     out.mkdir(parents=True, exist_ok=True)

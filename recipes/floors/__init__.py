@@ -1,1 +1,1 @@
-"""The figures promised, and what was measured."""
+"""Compares measured figures with the project's targets."""

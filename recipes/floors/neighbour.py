@@ -1,7 +1,7 @@
-"""What a busy neighbour costs, and what `share_cores()` gives back: `python -m recipes.floors.neighbour results`.
+"""Measures decoding with and without a busy process and `share_cores()`: `python -m recipes.floors.neighbour results`.
 
-The default method describes the bundled photos, with torch's threads as they are and with `share_cores()`, on a quiet
-machine and beside one process that computes all the time. All four settings take turns.
+The default method describes the bundled photos with and without `share_cores()`, on an idle machine and next to one
+process that computes all the time. The four settings take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT = "Describe the image in detail."
 
 @contextmanager
 def neighbour(busy: bool) -> Iterator[None]:
-    """One process that computes all the time, if `busy`."""
+    """Runs a process that computes all the time inside the block, if `busy`."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         time.sleep(0.2)
@@ -40,7 +40,7 @@ def neighbour(busy: bool) -> Iterator[None]:
 
 
 def answers(vlm: msd.SpeculativeVLM, photos: list[Path]) -> tuple[int, float, list[list[int]], list[float]]:
-    """(tokens, seconds, the answers' tokens, τ of each) of one round over the photos."""
+    """Answers all photos once. Returns (tokens, seconds, the tokens of each answer, τ of each answer)."""
     results = [vlm.generate(p, PROMPT, max_new_tokens=96, do_sample=False) for p in photos]
     return (
         sum(len(r.tokens) for r in results), sum(r.seconds for r in results), [r.tokens for r in results],
@@ -57,15 +57,15 @@ def main() -> None:
     vlm = msd.SpeculativeVLM.from_pretrained("reference")
     photos = sample_photos()[: args.photos]
     answers(vlm, photos[:1])
-    seen: dict[tuple[bool, bool], list[tuple[int, float, list[list[int]], list[float]]]] = {}
+    measured: dict[tuple[bool, bool], list[tuple[int, float, list[list[int]], list[float]]]] = {}
     for _ in range(args.rounds):
         for share in (False, True):
             for busy in (False, True):
                 msd.share_cores(share)
                 with neighbour(busy):
                     vlm.target.vision.clear()
-                    seen.setdefault((share, busy), []).append(answers(vlm, photos))
-    first = seen[False, False][0][2]
+                    measured.setdefault((share, busy), []).append(answers(vlm, photos))
+    first = measured[False, False][0][2]
     rows: list[dict[str, Any]] = [
         {
             "share_cores": share, "busy_neighbour": busy,
@@ -74,7 +74,7 @@ def main() -> None:
             "tau": median(tau for *_, taus in rounds for tau in taus),
             "identical": all(tokens == first for _, _, tokens, _ in rounds),
         }
-        for (share, busy), rounds in seen.items()
+        for (share, busy), rounds in measured.items()
     ]  # fmt: skip
     found = {"cpu": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Pictures of nothing, for which drafting is hardest: `python -m recipes.floors.noise --out runs/val/noise`.
+"""Writes noise images, the hardest case for drafting: `python -m recipes.floors.noise --out runs/val/noise`.
 
-At a high temperature the target's answers to these follow no pattern; a plan that never loses has to leave drafting be.
+At a high temperature the target's answers to them are unpredictable; the best plan drafts nothing.
 """
 
 from __future__ import annotations

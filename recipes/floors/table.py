@@ -1,6 +1,6 @@
-"""What the benchmark folders say of the figures the project promises: `python -m recipes.floors.table results`.
+"""Compares benchmark results with the project's floors and aims: `python -m recipes.floors.table results`.
 
-Prints a table, and writes it to `floors.md` in that folder.
+Prints a table and writes it to `floors.md` in that folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Line = tuple[str, float | None, str, float, float]
 
 
 def row(folder: Path, method: str, task: str) -> dict[str, Any]:
-    """A row of a benchmark; empty when it was not run."""
+    """Returns a row of a benchmark; an empty one if it was not run."""
     path = folder / "results.json"
     if not path.exists():
         return {}
@@ -26,13 +26,13 @@ def row(folder: Path, method: str, task: str) -> dict[str, Any]:
 
 
 def interval(found: dict[str, Any]) -> str:
-    """The 95% interval of the speedup over `ar`."""
+    """Formats the 95% interval of the speedup over `ar`."""
     edges = found.get("speedup_vs_ar_interval")
     return f"{edges[0]:.2f}–{edges[1]:.2f}" if edges else ""
 
 
 def figures(results: Path) -> Iterator[Line]:
-    """(figure, measured, 95% interval, floor, aim)."""
+    """Yields (figure, measured, 95% interval, floor, aim)."""
     val = results / "val"
     plain = row(val, "transformers", "all").get("speedup_decode_only")
     yield "`ar` vs `transformers`, decode only", plain and 1 / plain, "", 1.7, 2.3
@@ -53,7 +53,7 @@ def figures(results: Path) -> Iterator[Line]:
 
 
 def verdict(value: float | None, floor: float, aim: float) -> str:
-    """Which of the two is reached; a floor above its aim is a ceiling."""
+    """Returns "aim", "floor" or "missed". A figure whose floor is above its aim has to be small."""
     if value is None:
         return ""
     sign = -1 if floor > aim else 1
@@ -61,17 +61,17 @@ def verdict(value: float | None, floor: float, aim: float) -> str:
 
 
 def lines(results: Path) -> Iterator[str]:
-    """The table."""
+    """Yields the lines of the table."""
     yield "| figure | measured | 95% | floor | aim | |"
     yield "|---|---|---|---|---|---|"
     for name, value, edges, floor, aim in figures(results):
-        told = "–" if value is None else f"{value:.2f}x"
-        yield f"| {name} | {told} | {edges} | {floor:.2f}x | {aim:.2f}x | {verdict(value, floor, aim)} |"
+        shown = "–" if value is None else f"{value:.2f}x"
+        yield f"| {name} | {shown} | {edges} | {floor:.2f}x | {aim:.2f}x | {verdict(value, floor, aim)} |"
     whole = row(results / "val", "msd", "all")
     for name, key, floor, aim in (("host share of `msd`", "host_share", 0.08, 0.05), ("identical", "identical", 1, 1)):
         value = whole.get(key)
-        told = "–" if value is None else f"{value:.1%}"
-        yield f"| {name} | {told} | | {floor:.0%} | {aim:.0%} | {verdict(value, floor, aim)} |"
+        shown = "–" if value is None else f"{value:.1%}"
+        yield f"| {name} | {shown} | | {floor:.0%} | {aim:.0%} | {verdict(value, floor, aim)} |"
 
 
 def main() -> None:

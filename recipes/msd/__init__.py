@@ -1,1 +1,1 @@
-"""The shipped drafter: its prompts, answers, ablations and policies."""
+"""The shipped drafter: prompts, captured answers, ablations and lossy policies."""

@@ -1,10 +1,10 @@
-"""The captured answers, small enough to keep: `answers.safetensors` beside this file spares the hour of capturing.
+"""Converts captured answers to a small file, `answers.safetensors`, and back, which saves an hour of capturing.
 
 python -m recipes.msd.answers pack      # runs/msd/{captured,val_captured}.jsonl -> recipes/msd/answers.safetensors
-python -m recipes.msd.answers unpack    # the other way, with the prompts of runs/msd/{prompts,val}.jsonl
+python -m recipes.msd.answers unpack    # back to jsonl, with the prompts of runs/msd/{prompts,val}.jsonl
 
-Kept are token ids and gains, which the target wrote; its prompts and photos are the data's and are not. An answer finds
-its prompt by a hash of both. The modality cuts are the shipped ones.
+The file holds token ids and gains. It holds no prompts and photos, which belong to the data sets; a hash of both
+identifies an answer's prompt. The label thresholds are the shipped ones.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import write_whole
 from msd.targets.registry import fingerprint
-from msd.train.capture import Answer, Prompt, capture, cuts_path
+from msd.train.capture import Answer, Prompt, capture, label_thresholds_path
 
 PARTS = (("prompts.jsonl", "captured.jsonl"), ("val.jsonl", "val_captured.jsonl"))
 Record = dict[str, Any]
 
 
 def key(images: Sequence[str], prompt: str) -> int:
-    """A question about images, as 63 bits."""
-    said = json.dumps([list(images), prompt], ensure_ascii=False).encode()
-    return int.from_bytes(hashlib.sha256(said).digest()[:8], "big") >> 1
+    """Returns a 63-bit hash of a prompt and the names of its images."""
+    text = json.dumps([list(images), prompt], ensure_ascii=False).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def packed(records: list[Record]) -> dict[str, Tensor]:
-    """Answers side by side. key [N] int64, length [N] int32 and ended [N] bool of each; ids, gain of all tokens."""
+    """Concatenates N answers: key [N] int64, length [N] int32, ended [N] bool; ids and gain of all tokens [T]."""
     ids = [r["ids"] + ([] if r["end"] is None else [r["end"]]) for r in records]
     return {
         "key": torch.tensor([key(r["image"], r["prompt"]) for r in records]),
@@ -53,7 +53,7 @@ def packed(records: list[Record]) -> dict[str, Tensor]:
 
 
 def answers(tensors: dict[str, Tensor]) -> dict[int, tuple[list[int], list[float], bool]]:
-    """Key -> ids (the end token included), gains, whether the last id is the end token."""
+    """Returns key -> (ids with the end token, gains, whether the last id is the end token)."""
     parts = tensors["length"].tolist()
     rows = zip(tensors["ids"].split(parts), tensors["gain"].split(parts), tensors["ended"].tolist(), strict=True)
     return {
@@ -63,14 +63,14 @@ def answers(tensors: dict[str, Tensor]) -> dict[int, tuple[list[int], list[float
 
 
 def pack(work: Path, kept: Path) -> None:
-    """All captured answers into one file."""
+    """Writes all captured answers to the file `kept`."""
     records = [line for _, name in PARTS for _, line in data_lines(work / name)]
     write_whole(kept, save(packed(records), {"target": records[0]["target"]}))
     print(f"{kept}: {len(records)} answers, {kept.stat().st_size / 1e6:.1f} MB")
 
 
-class Kept:
-    """A writer for `capture` that has every answer already. UserError for a prompt that was never asked."""
+class StoredAnswers:
+    """A writer for `capture` that returns stored answers. Raises UserError for a prompt without one."""
 
     def __init__(self, kept: Path, tokenizer: Any) -> None:
         with safe_open(kept, "pt") as file:
@@ -79,34 +79,36 @@ class Kept:
         self.tokenizer = tokenizer
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Answers in the order of the prompts."""
+        """Returns the answers in the order of the prompts."""
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, prompt: Prompt) -> Answer:
         found = self.known.get(key(prompt.images, prompt.text))
         if found is None:
-            raise UserError(f"no answer is kept to '{prompt.text[:60]}'; capture anew")
+            raise UserError(f"no stored answer to '{prompt.text[:60]}'; capture the answers again")
         ids, gain, ended = found
-        said, end = (ids[:-1], ids[-1]) if ended else (ids, None)
-        text = self.tokenizer.decode(said, skip_special_tokens=True)
-        return Answer(text, tuple(said), ended, end, tuple(gain))
+        ids, end = (ids[:-1], ids[-1]) if ended else (ids, None)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(text, tuple(ids), ended, end, tuple(gain))
 
 
 def unpack(work: Path, kept: Path) -> None:
-    """Files as `msd capture` writes them. UserError when another model gave the answers."""
+    """Writes files as `msd capture` does. Raises UserError if the answers are from another model."""
     model, processor = load_target("reference")
-    write, name = Kept(kept, processor.tokenizer), fingerprint(model)
+    write, name = StoredAnswers(kept, processor.tokenizer), fingerprint(model)
     if name != write.target:
-        raise UserError(f"'{kept}' was written by {write.target}, the reference model is {name}; capture anew")
-    cuts = ModalityThresholds.load(SHIPPED)
-    for asked, captured in PARTS:
-        lines = [line for _, line in data_lines(work / asked)]
+        raise UserError(
+            f"'{kept}' was written by {write.target}, the reference model is {name}; capture the answers again"
+        )
+    thresholds = ModalityThresholds.load(SHIPPED)
+    for source, captured in PARTS:
+        lines = [line for _, line in data_lines(work / source)]
         prompts = [
             Prompt(line["prompt"], (line["image"],) if "image" in line else (), line["task"], line["split"])
             for line in lines
         ]
-        records = capture(prompts, write, work / captured, marks={"target": name})
-        cuts.save(cuts_path(work / captured))
+        records = capture(prompts, write, work / captured, metadata={"target": name})
+        thresholds.save(label_thresholds_path(work / captured))
         print(f"{work / captured}: {len(records)} answers")
 
 

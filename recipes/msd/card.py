@@ -1,4 +1,4 @@
-"""The model card of shipped drafters, from what their training noted and a benchmark measured.
+"""Writes the model card of the shipped drafters, from their training records and a benchmark.
 
 python -m recipes.msd.card --weights src/msd/weights --results results/val/results.json
 """
@@ -18,22 +18,22 @@ NAMES = ("vision", "language", "fusion")
 
 
 def described(folder: Path) -> str:
-    """One drafter: what it is, how it was trained, what its training measured."""
-    told: dict[str, Any] = checkpoint.training(folder)
-    settings, held = told["settings"], told["held_out"]
+    """Describes one drafter: its form and size, its training, and the held-out measurements."""
+    record: dict[str, Any] = checkpoint.training(folder)
+    settings, held = record["settings"], record["held_out"]
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        numbers = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+        parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
     size = (folder / "model.safetensors").stat().st_size
-    losses, router = told["losses"], told.get("router")
+    losses, router = record["losses"], record.get("router")
     lines = [
         f"## `{folder.name.replace('-', ':')}`",
         "",
-        f"Form `{settings['form']}`, {numbers / 1e6:.1f} million numbers, {size / 1e6:.0f} MB in float16, for target "
-        f"`{told['cuts']['target']}`.",
+        f"Form `{settings['form']}`, {parameters / 1e6:.1f} million parameters, {size / 1e6:.0f} MB in float16, for "
+        f"target `{record['cuts']['target']}`.",
         "",
-        f"- Trained on {told['answers']:,} of the target's own answers, in batches of {settings['batch']}: "
-        f"{_runs(told)}; {told['peak_gigabytes']:.1f} GB at most and {losses['answer_tokens_per_second']:.0f} answer "
-        "tokens a second in the last run.",
+        f"- Trained on {record['answers']:,} of the target's own answers, in batches of {settings['batch']}: "
+        f"{_runs(record)}; peak memory {record['peak_gigabytes']:.1f} GB and "
+        f"{losses['answer_tokens_per_second']:.0f} answer tokens per second in the last run.",
         "- Loss at the end (running mean): " + ", ".join(f"{name} {losses[name]:.2f}" for name in NAMES) + "; λ "
         + ", ".join(f"{name} {losses[f'λ_{name}']:.2f}" for name in NAMES) + ".",
         "- Held-out chain acceptance, depth 5: " + ", ".join(f"{name} {held[name]:.3f}" for name in NAMES)
@@ -42,33 +42,33 @@ def described(folder: Path) -> str:
     if router:
         lines.append(
             f"- Router on {router['positions']:,} held-out positions: accuracy {router['accuracy']:.3f} (always the "
-            f"commonest class: {router['majority']:.3f}), expected calibration error {router['ece']:.3f}; below the "
-            f"first level {router['deeper']:.3f}. Confusion, true class by predicted class:"
+            f"most frequent class: {router['majority']:.3f}), expected calibration error {router['ece']:.3f}; accuracy "
+            f"below the first level {router['deeper']:.3f}. Confusion, true class by predicted class:"
         )
         table = router["confusion"]
         lines += ["", "  | | " + " | ".join(table) + " |", "  |---" * (len(table) + 1) + "|"]
         lines += [f"  | {a} | " + " | ".join(str(n) for n in row.values()) + " |" for a, row in table.items()]
         lines.append("")
-    fit = told["confidence"]
+    fit = record["confidence"]
     lines.append(
-        f"- Chance of a node, on {fit['candidates']:,} held-out candidates: expected calibration error "
-        f"{fit['ece']:.3f} ({fit['ece_of_q']:.3f} of the draft law alone)."
+        f"- Confidence of a node, on {fit['candidates']:,} held-out candidates: expected calibration error "
+        f"{fit['ece']:.3f} ({fit['ece_of_q']:.3f} for the draft distribution alone)."
     )
-    for epsilon, table in (told.get("thresholds") or {}).items():
+    for epsilon, table in (record.get("thresholds") or {}).items():
         shown = ", ".join(f"{name} {theta:.2f}" for name, theta in table.items())
         lines.append(f"- θ of `budget` at ε = {epsilon}: {shown}.")
     return "\n".join(lines) + "\n"
 
 
-def _runs(told: dict[str, Any]) -> str:
-    """Steps and minutes of every run, the first one first."""
-    before = told.get("before")
-    own = f"{told['steps']:,} steps in {told['seconds'] / 60:.0f} minutes"
+def _runs(record: dict[str, Any]) -> str:
+    """Lists the steps and minutes of every run, the first one first."""
+    before = record.get("before")
+    own = f"{record['steps']:,} steps in {record['seconds'] / 60:.0f} minutes"
     return f"{_runs(before)}, then {own}" if before else own
 
 
 def measured(results: dict[str, Any], methods: list[str]) -> str:
-    """A table of the drafters' rows of a benchmark."""
+    """Formats the benchmark rows of the drafters as a table."""
     head = ["method", "task", "vs `ar`", "95%", "τ", "τ outside repeats", "acceptance, vision / language / fusion"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results["rows"]:
@@ -86,20 +86,21 @@ def measured(results: dict[str, Any], methods: list[str]) -> str:
 
 INTRODUCTION = """# Draft heads for the reference model
 
-Trained with [`recipes/msd`](../../../recipes/msd/README.md) from answers that the reference model wrote itself about
-train photos of Flickr8k and COCO (images and captions are not part of the weights). They draft for that model alone;
-its output is the same with and without them ([proof](../../../docs/verification.md)). Apache-2.0.
+Trained with [`recipes/msd`](../../../recipes/msd/README.md) on the reference model's own answers about train photos of
+Flickr8k and COCO (the weights contain no images or captions). They draft only for that model; its output is the same
+with and without them ([proof](../../../docs/verification.md)). Apache-2.0.
 """
 
 LIMITS = """## Limits
 
-Two runs made it. The first had two cores, beside other work: a schedule of 7,000 steps, ended after 3,290 by a landing
-of 400. The second went on from its weights (`msd train --start`, curves in `recipes/msd/results/curves.png`) on one
-core, beside other work. Both went a little above the 6 GB meant for them, with 2.5 and 1.8 GB to remember the target's
-states in; the default is 1.2 GB now. The curves have not come to rest, vision's least. Held-out figures are of answers
-about photos but for those on texts without an image, of which the training saw few.
+The weights come from two runs. The first used two cores of a busy machine: a schedule of 7,000 steps, shortened to end
+400 steps after step 3,290. The second started from its weights (`msd train --start`, curves in
+`recipes/msd/results/curves.png`) and used one core of a busy machine. Both needed slightly more than the planned 6 GB,
+with caches of 2.5 and 1.8 GB for the target's outputs; the default is now 1.2 GB. The curves have not converged, the
+vision curve least. Held-out figures are for answers about photos, except those for texts without an image, of which
+there were few in training.
 
-What they learnt is how this small target speaks about everyday scenes. On texts without a picture, on other kinds of
+The drafters have learnt how this small target describes everyday scenes. On text-only prompts, on other kinds of
 pictures and at high temperatures far fewer drafts are accepted; the plan then drafts less, or not at all.
 """
 

@@ -1,10 +1,10 @@
-"""What the lossy policies buy and cost: speed, exact total variation, agreement with lossless, and caption quality.
+"""Measures the lossy policies: speed, exact total variation, agreement with lossless decoding, and caption quality.
 
 python -m recipes.msd.policies --drafter DIR --photos 100
 
-Every photo is captioned by every policy in turn with the same seed, at T = 1 and 0.7, in one interleaved run. CIDEr is
-against the photo's five captions; agreement is the share of answers equal to the lossless one of the same seed, and the
-mean share of their tokens up to the first difference.
+Every policy captions every photo with the same seed, at T = 1 and 0.7; the policies take turns. CIDEr compares with the
+photo's five captions. Agreement is the share of answers equal to the lossless one of the same seed, and the mean share
+of their tokens before the first difference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def captions(data: Path, photos: int) -> dict[str, list[str]]:
-    """The captions of the first val photos."""
+    """Returns the captions of the first val photos."""
     found: dict[str, list[str]] = defaultdict(list)
     for _, row in data_lines(data / "flickr8k" / "captions.jsonl"):
         if row["split"] == "val" and (row["image"] in found or len(found) < photos):
@@ -48,12 +48,13 @@ def captions(data: Path, photos: int) -> dict[str, list[str]]:
 
 
 def agreement(one: list[int], two: list[int]) -> tuple[float, float]:
-    """(whether equal, share of tokens up to the first difference)."""
+    """Returns (1 if equal, share of tokens before the first difference)."""
     same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     return float(one == two), same / max(len(one), len(two), 1)
 
 
 def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str, Any]]:
+    """Returns policy -> measurements, over all photos."""
     model, processor = load_target(args.target)
     drafter = MSD.trained(registry.load(args.drafter))
     engines = {name: SpeculativeVLM(model, processor, SpeculativeConfig(**s), drafter) for name, s in POLICIES.items()}
@@ -110,7 +111,7 @@ def main() -> None:
             spent = (row["divergence"] or {}).get("per_token", 0.0)
             print(
                 f"T={temperature} {policy}: {row['speedup_vs_ar']:.2f}x ar, τ {row['mean_acceptance_length']:.2f}, "
-                f"TV {spent:.4f} a token, CIDEr {row['cider']:.3f}, equal {row['answers_equal_to_lossless']:.2f}"
+                f"TV {spent:.4f} per token, CIDEr {row['cider']:.3f}, equal {row['answers_equal_to_lossless']:.2f}"
             )
 
 

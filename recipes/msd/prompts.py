@@ -1,11 +1,12 @@
-"""Prompts for the target to answer, which MSD is then trained on: `prompts.jsonl` (train splits) and `val.jsonl`.
+"""Writes the prompts for MSD's training data: `prompts.jsonl` (train splits) and `val.jsonl`.
 
 python -m recipes.msd.prompts --data ../shared/data --out runs/msd
 msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
 
-Image names start from the data folder. Every photo is asked for one long description at most. Half of the questions
-come from COCO photos, each with and without the request for one word; half are drawn from the captions of Flickr photos
-(yes/no and open). Deterministic by seed, whatever the counts: a smaller set of a kind is the beginning of a larger one.
+Image names are relative to the data folder. Each photo gets at most one prompt for a long description. Half of the
+questions are about COCO photos, each with and without a request for a one-word answer. The other half is derived from
+the captions of Flickr photos (yes/no and open questions). The prompts depend on the seed only: a smaller set of a kind
+is a prefix of a larger one.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ Line = dict[str, Any]
 
 
 def photos(data: Path, split: str, rng: random.Random) -> list[str]:
-    """All Flickr photos of a split, in random order."""
+    """Returns all Flickr photos of a split, in random order."""
     rows = read_jsonl(data / "flickr8k" / "captions.jsonl")
     names = sorted({row["image"] for row in rows if row["split"] == split})
     return rng.sample(names, len(names))
 
 
 def about_photos(names: list[str], prompts: tuple[str, ...], task: str, rng: random.Random) -> Iterator[Line]:
-    """One prompt about each photo."""
+    """Yields one prompt about each photo."""
     for name in names:
         yield {"image": f"flickr8k/images/{name}", "prompt": rng.choice(prompts), "task": task}
 
 
 def coco_questions(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
-    """One question about each photo, as it is and with the request for one word."""
+    """Yields one question about each photo, without and with a request for a one-word answer."""
     by_photo: dict[str, list[str]] = {}
     for row in read_jsonl(data / "coco_vqa" / "qa.jsonl"):
         if row["split"] == split:
@@ -53,36 +54,39 @@ def coco_questions(data: Path, split: str, rng: random.Random) -> Iterator[Line]
 
 
 def caption_questions(data: Path, names: list[str], rng: random.Random) -> Iterator[Line]:
-    """Yes/no and open questions in turn, one about each photo whose captions give one."""
+    """Yields yes/no and open questions alternately, one about each photo whose captions support one."""
     captions = load_captions(data)
     facts = {name: extract(captions[name]) for name in names}
     frequency = absence_weights(list(facts.values()))
     yes_no_next = True
     for name in names:
         if yes_no_next:
-            asked, task = yes_no(facts[name], frequency, rng, rng.random() < 0.5), "yesno"
+            question, task = yes_no(facts[name], frequency, rng, rng.random() < 0.5), "yesno"
         else:
-            asked, task = next(iter(open_questions(facts[name], rng)), None), "question"
-        if asked:
-            yield {"image": f"flickr8k/images/{name}", "prompt": asked[0], "task": task}
+            question, task = next(iter(open_questions(facts[name], rng)), None), "question"
+        if question:
+            yield {"image": f"flickr8k/images/{name}", "prompt": question[0], "task": task}
             yes_no_next = not yes_no_next
 
 
 def texts(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
-    """Instructions without a picture; for validation, first turns of the benchmark prompts."""
+    """Yields text-only instructions; for validation, the first turns of benchmark prompts."""
     rows = [r for name in (TRAIN_FILES if split == "train" else VAL_FILES) for r in read_jsonl(data / "text" / name)]
-    asked = [r["turns"][0] if "turns" in r else "\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
-    short = sorted({text for text in asked if text.strip() and len(text) <= LONGEST})
+    prompts = [r["turns"][0] if "turns" in r else "\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
+    short = sorted({text for text in prompts if text.strip() and len(text) <= LONGEST})
     for text in rng.sample(short, len(short)):
         yield {"prompt": text, "task": "text"}
 
 
 def build(data: Path, split: str, counts: dict[str, int], seed: int) -> list[Line]:
-    """Data lines of a split. counts: "detail", "caption", "questions", "text". SystemExit when the data has fewer."""
+    """Returns the data lines of a split. counts: of "detail", "caption", "questions", "text".
+
+    Raises SystemExit if the data has fewer.
+    """
     kinds = ("photos", "detail", "caption", "coco", "facts", "text")
     rng = {kind: random.Random(f"{seed}-{split}-{kind}") for kind in kinds}
     names = photos(data, split, rng["photos"])
-    sources = {  # captions and questions from the end, so that most photos are asked one thing
+    sources = {  # captions and questions start at the other end, so that most photos get one prompt
         "detail": (counts["detail"], about_photos(names, DETAIL_PROMPTS, "detail", rng["detail"])),
         "caption": (counts["caption"], about_photos(names[::-1], CAPTION_PROMPTS, "caption", rng["caption"])),
         "coco": (counts["questions"] // 2, coco_questions(data, split, rng["coco"])),

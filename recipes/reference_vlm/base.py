@@ -1,4 +1,4 @@
-"""The untouched parts that training starts from."""
+"""Loads the pretrained language model that training starts from."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from msd.reference.folder import locate
 
 
 def language_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct, float32, and its tokenizer: `msd.reference.language_model` without trained weights."""
+    """Returns SmolLM2-135M-Instruct in float32 and its tokenizer, without the reference model's trained weights."""
     return load_language_model(locate().gguf)

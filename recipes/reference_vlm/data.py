@@ -1,9 +1,8 @@
 # ruff: noqa: E501  (tables of words and phrases)
-"""The mix: which pictures and questions a step trains on, as a pure function of (seed, step).
+"""Selects the pictures and questions of each training step, as a pure function of (seed, step).
 
-Each source gives a fixed number of samples per step on average and is walked through in a new order each pass, so
-every photo is seen as often as any other. Only train splits are read, but for `Mix(..., split="val")`, which serves
-the validation loss.
+Each source contributes a fixed average number of samples per step. Each epoch visits a source in a new order, so all
+photos are used equally often. Only train splits are read, except by `Mix(..., split="val")` for the validation loss.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from recipes.reference_vlm.pack import CELLS, IMAGE, Batch, Branch, Sample, pack
 from recipes.reference_vlm.words import THINGS
 
 END = 2
-SHORTEST_DETAIL = 45  # tokens; captions that support less make no long answer
+SHORTEST_DETAIL = 45  # minimum tokens of a long answer
 CAPTION_PROMPTS = (
     "Describe the image.", "What is in the photo?", "Write a short caption for this picture.", "Give a brief description of the image.",
     "Caption this image.", "What does the image show?", "Describe this picture in one sentence.", "What is happening in this picture?",
@@ -77,14 +76,14 @@ LATE_WEIGHTS = WEIGHTS | {"caption": 2.0, "avoid": 4.0}
 
 @dataclass(frozen=True)
 class Phase:
-    """What is asked from step `start` on.
+    """Composition of the training data from step `start` on.
 
-    `rates` are samples by source and step of 1,536 tokens; `detail` is the share of photos asked for a long answer;
-    `captions` how many short ones a photo gives beside a long answer, and twice as many without; `avoid` whether
-    repeated sentences are trained against; `whole_first` which samples lose when a step has too many (see `place`);
-    `all_captions` is the share of photos that are only asked for a caption, once, and answer with all five; `cloze`
-    the share before that which are only asked for single words out of captions; `mirrored` the share of COCO photos
-    that are shown mirrored, where no question speaks of left and right.
+    rates: samples per source and step of 1,536 tokens. detail: share of photos with a long answer. captions: short
+    captions per photo with a long answer; twice as many without. avoid: whether repeated sentences get an
+    unlikelihood loss. whole_first: which samples are dropped when a step has too many (see `place`). all_captions:
+    share of photos with one caption prompt whose answers are all five captions. cloze: share of photos with only
+    cloze questions, drawn before all_captions. mirrored: share of COCO photos that are mirrored, if none of their
+    questions mentions left or right.
     """
 
     start: int
@@ -113,7 +112,10 @@ PHASES = (
 
 @dataclass(frozen=True)
 class MixConfig:
-    """The size of a step's rows and what photos are asked when; rates scale with the tokens."""
+    """Rows per step and tokens per row, and the phases; rates scale with the number of tokens.
+
+    blind: share of samples whose text does not see the image. one_word: share of questions that request one word.
+    """
 
     rows: int = 3
     length: int = 384
@@ -123,7 +125,7 @@ class MixConfig:
 
 
 def load_captions(data: Path) -> dict[str, list[str]]:
-    """The five captions of each photo."""
+    """Returns the five captions of each photo."""
     captions: dict[str, list[str]] = defaultdict(list)
     for row in read_jsonl(data / "flickr8k" / "captions.jsonl"):
         captions[row["image"]].append(row["text"])
@@ -131,7 +133,7 @@ def load_captions(data: Path) -> dict[str, list[str]]:
 
 
 def load_questions(data: Path) -> dict[str, list[tuple[str, str]]]:
-    """Questions and answers of each COCO photo."""
+    """Returns the questions and answers of each COCO photo."""
     questions: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in read_jsonl(data / "coco_vqa" / "qa.jsonl"):
         questions[row["image"]].append((row["question"], str(row["answer"])))
@@ -139,21 +141,21 @@ def load_questions(data: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def absence_weights(facts: Sequence[Facts]) -> dict[str, float]:
-    """Weights of absent things, so that each is asked for as often with "no" as with "yes".
+    """Returns sampling weights of absent things that balance "yes" and "no" questions about each thing.
 
-    A thing's weight is its yes-questions over the photos that lack it.
+    A weight is the number of questions with the answer yes, divided by the number of photos without the thing.
     """
-    asked: Counter[str] = Counter()
+    positive: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
     for f in facts:
         for t in f.present:
-            asked[t.name] += 1 / len(f.present)
+            positive[t.name] += 1 / len(f.present)
         lacking.update(t.name for t in f.absent)
-    return {t.name: asked[t.name] / (lacking[t.name] + 1) for t in THINGS}
+    return {t.name: positive[t.name] / (lacking[t.name] + 1) for t in THINGS}
 
 
 class Mix:
-    """Draws packed batches. `texts` are records of `msd.train.capture` for text-only turns."""
+    """Draws packed batches. texts: records of `msd.train.capture`, for text-only turns."""
 
     def __init__(
         self,
@@ -186,11 +188,11 @@ class Mix:
         self._orders: dict[tuple[str, int], list[int]] = {}
 
     def batch(self, step: int) -> Batch:
-        """The packed batch of a step, features included."""
+        """Returns the packed batch of a step, with image features."""
         return self.collate(self.samples(step), self._phase(step).whole_first)
 
     def samples(self, step: int) -> list[Sample]:
-        """The samples of a step before packing."""
+        """Returns the samples of a step before packing."""
         rng, phase = random.Random(f"{self.seed}-{step}"), self._phase(step)
         out = []
         for source in phase.rates:
@@ -200,11 +202,11 @@ class Mix:
         return out
 
     def _phase(self, step: int) -> Phase:
-        """The phase that a step falls in."""
+        """Returns the phase of a step."""
         return next(p for p in reversed(self.phases) if p.start <= step)
 
     def _visits(self, source: str, step: int) -> int:
-        """How many rows of a source all steps before `step` have drawn."""
+        """Returns how many rows of a source the steps before `step` have drawn."""
         drawn = 0.0
         for phase, end in zip(self.phases, (*(p.start for p in self.phases[1:]), step), strict=True):
             drawn += max(0, min(step, end) - phase.start) * phase.rates[source]
@@ -218,7 +220,7 @@ class Mix:
         return replace(batch, features=features)
 
     def _row(self, source: str, visit: int) -> int:
-        """The row that a source's `visit` falls on: a new order each pass."""
+        """Returns the row of a source's `visit`; each epoch has a new order."""
         pool = self.pools[source]
         lap, at = divmod(visit, len(pool))
         if (source, lap) not in self._orders:
@@ -235,57 +237,57 @@ class Mix:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def prefix(self, pictures: int) -> tuple[int, ...]:
-        """The turn's opening and the places of its image tokens, each picture closed by a line break."""
+        """Returns the start of a user turn with placeholders for its image tokens, a line break after each picture."""
         return self.ids("<|im_start|>user\n") + (*([IMAGE] * CELLS), *self.ids("\n")) * pictures
 
     def branch(self, question: str, answer: str, task: str, phase: Phase, longest: int = 110) -> Branch:
-        """A question and its answer; an answer cut at `longest` tokens has no end token."""
-        asked = self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
-        return Branch(asked, (*self.ids(answer), END)[:longest], task, phase.weights[task])
+        """Returns a question and its answer; an answer truncated to `longest` tokens has no end token."""
+        question_ids = self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+        return Branch(question_ids, (*self.ids(answer), END)[:longest], task, phase.weights[task])
 
     def _sample(self, source: str, row: int, branches: list[Branch]) -> Sample:
         return Sample(self.prefix(self.sets[source].frames), tuple(branches), ((source, row),))
 
     def _photo(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
-        """Captions first, so that they are the last to be cut for room."""
+        """Returns a photo's questions. Captions come first: the last branches are dropped when space is short."""
         image = self.sets[source].rows[row]["image"]
         captions, facts = self.captions[image], self._facts(image)
         if phase.cloze and self.clozes.get(image) and rng.random() < phase.cloze:
-            asked_words = draw(self.clozes[image], self.rarity, 5, rng)
-            return self._sample(source, row, [self._one_word(q, a, rng, phase) for q, a in asked_words])
+            questions = draw(self.clozes[image], self.rarity, 5, rng)
+            return self._sample(source, row, [self._one_word(q, a, rng, phase) for q, a in questions])
         if phase.all_captions and rng.random() < phase.all_captions:
-            asked = self.branch(rng.choice(CAPTION_PROMPTS), "", "caption", phase).question
+            question = self.branch(rng.choice(CAPTION_PROMPTS), "", "caption", phase).question
             answers = [self.branch("", tidy(c), "caption", phase) for c in rng.sample(captions, len(captions))]
-            prefix = self.prefix(self.sets[source].frames) + asked
+            prefix = self.prefix(self.sets[source].frames) + question
             return Sample(prefix, tuple(replace(b, question=()) for b in answers), ((source, row),))
         detail = None
         if rng.random() < phase.detail:
-            asked_for, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)
-            detail = self.branch(asked_for, answer, "detail", phase)
+            detail_prompt, answer = rng.choice(DETAIL_PROMPTS), long_answer(captions, facts, rng)
+            detail = self.branch(detail_prompt, answer, "detail", phase)
             detail = detail if len(detail.answer) >= SHORTEST_DETAIL else None
         short = rng.sample(captions, min(len(captions), phase.captions * (1 if detail else 2)))
         branches = [self.branch(rng.choice(CAPTION_PROMPTS), tidy(c), "caption", phase) for c in short]
         branches += [detail] if detail else []
-        asked = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
-        if asked:
-            branches.append(self.branch(*asked, "yesno", phase))
+        presence = yes_no(facts, self.frequency, rng, there=rng.random() < 0.5)
+        if presence:
+            branches.append(self.branch(*presence, "yesno", phase))
         branches += [
             self.branch(q, a, "question", phase) for q, a in open_questions(facts, rng)[: rng.choice((1, 1, 2))]
         ]
         if detail and phase.avoid and row % 2:
-            branches.append(self._repetition(asked_for, answer, row, phase))
+            branches.append(self._repetition(detail_prompt, answer, row, phase))
         return self._sample(source, row, branches)
 
     def _repetition(self, question: str, answer: str, row: int, phase: Phase) -> Branch:
-        """A long answer that falls into repeating a sentence: from its fourth word on, that is to be avoided.
+        """Returns a long answer that repeats a sentence, whose fourth and later words are trained against.
 
-        Mostly the first sentence is said twice in a row, for every third photo some earlier one is repeated later.
+        Usually the first sentence occurs twice in a row; for every third photo, an earlier sentence is repeated later.
         """
         sentences = [f"{s}." for s in answer.rstrip(".").split(". ")]
         last = 0 if row % 3 else row // 3 % len(sentences)
-        told, again = sentences[: last + 1], sentences[row // 7 % (last + 1)]
-        copied = again.split(" ")
-        opening = f"{question}<|im_end|>\n<|im_start|>assistant\n" + " ".join([*told, *copied[:3]])
+        before, repeated = sentences[: last + 1], sentences[row // 7 % (last + 1)]
+        copied = repeated.split(" ")
+        opening = f"{question}<|im_end|>\n<|im_start|>assistant\n" + " ".join([*before, *copied[:3]])
         return Branch(
             self.ids(opening), self.ids(" " + " ".join(copied[3:])), "avoid", phase.weights["avoid"], avoid=True
         )
@@ -308,7 +310,7 @@ class Mix:
         return self.branch(question + suffix, answer, "vqa", phase)
 
     def _all_clozes(self) -> dict[str, list[Cloze]]:
-        """Single words asked for by photo, of the train split of both data sets."""
+        """Returns the cloze questions of each train photo; the answers are nouns of COCO's train answers."""
         shown = [self.sets["coco"].rows[i]["image"] for i in self._train("coco")]
         nouns = answer_words(answer for image in shown for _, answer in self.questions[image])
         photos = [self.sets["flickr"].rows[i]["image"] for i in self._train("flickr")]
@@ -345,6 +347,6 @@ class Mix:
 
     def _text(self, source: str, row: int, rng: random.Random, phase: Phase) -> Sample:
         turn = self.texts[row]
-        asked = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        question = self.ids(f"{turn['prompt']}<|im_end|>\n<|im_start|>assistant\n")
         answer = (*turn["ids"], END) if turn["finished"] else tuple(turn["ids"])
-        return Sample(self.prefix(0), (Branch(asked, answer, "text", phase.weights["text"]),))
+        return Sample(self.prefix(0), (Branch(question, answer, "text", phase.weights["text"]),))

@@ -1,10 +1,10 @@
-"""Measure the reference model on the val splits: greedy, float32, no repetition penalty.
+"""Evaluates the reference model on the val splits: greedy, float32, no repetition penalty.
 
   python -m recipes.reference_vlm.evaluate --model runs/reference/train/checkpoint.pt
   python -m recipes.reference_vlm.evaluate --model FOLDER_OF_AN_ASSEMBLED_CHECKPOINT --out recipes/reference_vlm/results
 
-Writes evaluation.json and evaluation.md. A wrong-image run asks the same of another val photo: it shows how much the
-image matters.
+Writes evaluation.json and evaluation.md. The wrong-image results use another val photo for the same prompt; they show
+how much the image matters.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Results = dict[str, Any]
 
 
 def shifted(names: Sequence[str]) -> dict[str, str]:
-    """Each photo's wrong photo: another of the same list."""
+    """Assigns each photo another photo of the list, as the wrong image."""
     half = len(names) // 2
     return {name: names[(i + half) % len(names)] for i, name in enumerate(names)}
 
 
 def presence_questions(captions: dict[str, list[str]], photos: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(photo, question, "yes" or "no"): one of each per photo where the captions decide.
+    """Returns (photo, question, "yes" or "no"): one of each per photo, if its captions support both.
 
-    Things are asked for as often with either answer.
+    Each thing is in as many questions with the answer yes as with no.
     """
     facts = {name: extract(captions[name]) for name in photos}
     weights = absence_weights(list(facts.values()))
@@ -87,8 +87,8 @@ def questions(seeing: Seeing, data: Path, limit: int, report: Results) -> None:
         answers = [a.text for a in seeing.answers(prompts, 10)]
         report[f"vqa_{key}"] = {"accuracy": exact_match(answers, truths), "questions": len(rows)}
         for source in sorted({r["source"] for r in rows}):
-            of = [i for i, r in enumerate(rows) if r["source"] == source]
-            report[f"vqa_{key}"][source] = exact_match([answers[i] for i in of], [truths[i] for i in of])
+            indices = [i for i, r in enumerate(rows) if r["source"] == source]
+            report[f"vqa_{key}"][source] = exact_match([answers[i] for i in indices], [truths[i] for i in indices])
         report[f"vqa_{key}"]["yes_no"] = yes_no_scores([answers[i] for i in polar], [truths[i] for i in polar])
         report[f"vqa_{key}"]["loss"], _ = seeing.teacher_forced(prompts, [f"{t}<|im_end|>" for t in truths])
         if key == "right":
@@ -99,15 +99,15 @@ def questions(seeing: Seeing, data: Path, limit: int, report: Results) -> None:
 
 
 def presence(seeing: Seeing, captions: dict[str, list[str]], photos: Sequence[str], report: Results) -> None:
-    asked, wrong = presence_questions(captions, photos), shifted(photos)
+    items, wrong = presence_questions(captions, photos), shifted(photos)
     for key in ("right", "wrong"):
-        prompts = [Prompt(q, (f"flickr8k/images/{n if key == 'right' else wrong[n]}",)) for n, q, _ in asked]
-        report[f"presence_{key}"] = yes_no_scores([a.text for a in seeing.answers(prompts, 3)], [t for *_, t in asked])
-        report[f"presence_{key}"]["questions"] = len(asked)
+        prompts = [Prompt(q, (f"flickr8k/images/{n if key == 'right' else wrong[n]}",)) for n, q, _ in items]
+        report[f"presence_{key}"] = yes_no_scores([a.text for a in seeing.answers(prompts, 3)], [t for *_, t in items])
+        report[f"presence_{key}"]["questions"] = len(items)
 
 
 def text_only(seeing: Seeing, texts: Path, report: Results) -> None:
-    """Share of SmolLM2's own greedy tokens that are still the model's first choice."""
+    """Measures the share of SmolLM2's greedy tokens that are still the model's top token."""
     turns = [r for _, r in data_lines(texts) if r["task"] == "val"]
     answers = [r["answer"] + ("<|im_end|>" if r["finished"] else "") for r in turns]
     loss, agreement = seeing.teacher_forced([Prompt(r["prompt"]) for r in turns], answers)
@@ -142,7 +142,7 @@ def clips(
 
 
 def bundled(seeing: Seeing, report: Results) -> None:
-    """What the model says of the photos that ship with the package, for a human to judge."""
+    """Collects the answers about the photos that ship with the package, for human inspection."""
     lines = [line for _, line in data_lines(BUNDLED / "prompts.jsonl")]
     lines.sort(key=lambda line: line["image"])
     prompts = [Prompt(line["prompt"], (str(BUNDLED / line["image"]),)) for line in lines]
@@ -154,7 +154,7 @@ def bundled(seeing: Seeing, report: Results) -> None:
 
 
 def markdown(report: Results) -> str:
-    """The report to read: one table of figures, then samples."""
+    """Formats the report as Markdown: one table of figures, then samples."""
     figures = {k: v for k, v in report.items() if isinstance(v, dict) and k != "sizes"}
     lines = ["# The reference model on the val splits", "", "| part | figure | value |", "|---|---|---|"]
     for part, values in figures.items():

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (tables of words and phrases)
-"""What five captions of a photo state: counts, colours, actions, clothes, place, and what is there and what is not."""
+"""Extracts facts from the five captions of a photo: counts, colours, actions, clothes, place, present and absent things."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ _NOT_ACTIONS = ("wearing", "being", "having", "covering", "including")
 
 @dataclass(frozen=True)
 class Facts:
-    """What the captions state of a photo."""
+    """Facts that the captions state about a photo."""
 
     counts: tuple[tuple[str, str], ...]  # ("two", "dogs")
     colours: tuple[tuple[str, str], ...]  # ("dog", "black and white")
@@ -128,15 +128,15 @@ class Facts:
 
 
 def tidy(caption: str) -> str:
-    """A caption as a sentence."""
+    """Formats a caption as a sentence."""
     c = re.sub(r"\s+", " ", caption.strip().rstrip(" .").replace(" ,", ",").replace(" 's", "'s").replace(" n't", "n't"))
     c = re.sub(r'\s*"\s*', " ", c).strip()
     return c[:1].upper() + c[1:] + "."
 
 
 def extract(captions: list[str]) -> Facts:
-    """Facts of a photo from its captions."""
-    said = words(captions)
+    """Extracts the facts of a photo from its captions."""
+    tokens = words(captions)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     colours: dict[str, Counter[str]] = defaultdict(Counter)
     actions: dict[tuple[str, str], None] = {}
@@ -156,14 +156,14 @@ def extract(captions: list[str]) -> Facts:
         tuple((k, n.most_common(1)[0][0]) for k, n in colours.items()),
         tuple(actions),
         tuple(clothes),
-        setting(said),
-        tuple(present(said)),
-        tuple(absent(said)),
+        setting(tokens),
+        tuple(present(tokens)),
+        tuple(absent(tokens)),
     )
 
 
 def presence_question(thing: Thing, there: bool, rng: random.Random) -> tuple[str, str]:
-    """A yes/no question with its answer."""
+    """Returns a yes/no question and its answer."""
     ask = rng.choice(
         (
             "Is there {} in the image?",
@@ -178,9 +178,9 @@ def presence_question(thing: Thing, there: bool, rng: random.Random) -> tuple[st
 
 
 def yes_no(facts: Facts, frequency: dict[str, float], rng: random.Random, there: bool) -> tuple[str, str] | None:
-    """One presence question whose answer is yes (`there`) or no; None where the captions decide nothing.
+    """Returns a presence question whose answer is yes (`there`) or no; None if the captions leave it open.
 
-    An absent one is drawn by its `frequency`, so that things can be asked for as often with either answer.
+    Absent things are drawn with the weights `frequency`, which balance the two answers (see `absence_weights`).
     """
     pool = facts.present if there else facts.absent
     if not pool:
@@ -190,7 +190,7 @@ def yes_no(facts: Facts, frequency: dict[str, float], rng: random.Random, there:
 
 
 def open_questions(facts: Facts, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions about counts, colours, actions, clothes and place, with their answers, in random order."""
+    """Returns questions about counts, colours, actions, clothes and place, with answers, in random order."""
     out = [
         (rng.choice((f"How many {noun} are there?", f"How many {noun} can you see?")), f"{n.capitalize()}.")
         for n, noun in facts.counts

@@ -1,11 +1,11 @@
-"""Encode every picture once: the encoder is frozen, so training reads features from fp16 memory maps.
+"""Encodes every picture once: the encoder is frozen, so training reads features from fp16 memory maps.
 
   python -m recipes.reference_vlm.features --data ../shared/data --out runs/reference/features
 
 Sets: flickr, coco (train and val), mirrored (coco's train photos), receipts (train lines, squashed to a square as the
 processor does with any picture), words (rendered), clips (4 frames of a camera moving over a Flickr photo). A set's
-`.json` file lists its rows; it is written last, so an interrupted set is simply made again. Beside the encoder's
-features lie the colours of each cell.
+`.json` file lists its rows; it is written last, so an interrupted set is encoded again. The colours of each cell are
+stored next to the encoder's features.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from msd.system.files import write_whole
 from recipes.reference_vlm.pictures import FRAMES, MOTIONS, clip, word_picture
 
 SIDE, CELLS, WIDTH, COLOURS = 256, 64, 1280, 48
-Row = dict[str, Any]  # what one row shows: "image", "split" and, where made, "text", "motion", "ink", "ground"
+Row = dict[str, Any]  # "image", "split" and, for generated pictures, "text", "motion", "ink", "ground"
 Frames = Sequence[Image.Image]
 
 
@@ -84,7 +84,7 @@ def _clips(data: Path, n_train: int, n_val: int) -> Iterator[tuple[Row, Frames]]
 def sets(
     data: Path, words: int, lines: int, clips: int, val_clips: int
 ) -> dict[str, tuple[int, Callable[[], Iterator[tuple[Row, Frames]]]]]:
-    """Every set: frames per row, and a function that yields its rows with their pictures."""
+    """Returns, for every set, the frames per row and a function that yields rows with their pictures."""
     flickr = _unique(read_jsonl(data / "flickr8k" / "captions.jsonl"))
     coco = _unique(read_jsonl(data / "coco_vqa" / "qa.jsonl"))
     receipts = _unique(read_jsonl(data / "sroie_lines" / "captions.jsonl"), "text")
@@ -101,7 +101,7 @@ def sets(
 
 
 def pixels(pictures: Frames) -> torch.Tensor:
-    """Pictures -> [B, 3, 256, 256] float32: squashed, bicubic, (x - 127) / 128."""
+    """Converts pictures to [B, 3, 256, 256] float32: resized to a square (bicubic), (x - 127) / 128."""
     arrays = [np.asarray(p.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for p in pictures]
     return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() - 127) / 128
 
@@ -114,9 +114,9 @@ def encode_set(
     path: Path,
     batch: int,
 ) -> None:
-    """Write `path`.bin ([N, frames, 64, 1280] fp16), `path`.rgb ([N, frames, 64, 48] fp16) and `path`.json (its rows).
+    """Writes `path`.bin ([N, frames, 64, 1280] fp16), `path`.rgb ([N, frames, 64, 48] fp16) and `path`.json (rows).
 
-    Features that are there already, of an earlier version without colours, are kept.
+    Features of an earlier version without colours are kept.
     """
     done: list[Row] = []
     pending: list[Image.Image] = []
@@ -148,7 +148,7 @@ def encode_set(
 
 
 class FeatureSet:
-    """One set's features, memory-mapped: `features(i)` is [frames * 64, 1280 + 48] fp16, `rows[i]` what it shows."""
+    """The memory-mapped features of a set: `features(i)` is [frames * 64, 1280 + 48] fp16, `rows[i]` its row."""
 
     def __init__(self, folder: Path, name: str):
         listing = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=700)
     parser.add_argument("--val-clips", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--only", nargs="*", help="sets to make (all)")
+    parser.add_argument("--only", nargs="*", help="sets to encode (default: all)")
     args = parser.parse_args()
     encoder = load_encoder()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Long answers in which each sentence adds something.
+"""Composes long answers without repetition from captions and facts.
 
-Captions that overlap least, then what they leave unsaid: which clothes, which colour, how many, what else, where, and
-what is not there. A sentence that brings fewer than three new content words (one for a fact) is left
-out, so there is nothing to learn about saying a thing twice.
+An answer starts with the captions that overlap least. Facts that they do not mention follow: clothes, colours, counts,
+other things, the place, and absent things. A caption with fewer than three new content words is left out, and a fact
+without a new one, so the model does not learn to repeat itself.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ _ABSENT_ONE = (
 )
 
 
-_FRAME = content(" ".join((*_COUNTS, *_COLOURS, *_CLOTHES, *_SEEN, *_PLACES)))  # words that only frame a fact
+_FRAME = content(" ".join((*_COUNTS, *_COLOURS, *_CLOTHES, *_SEEN, *_PLACES)))  # words of the templates
 
 
 def _lower_start(sentence: str) -> str | None:
-    """The sentence as a continuation, where its first word allows it."""
+    """Returns the sentence with a lower-case start, or None if its first word may be a name."""
     first = sentence.split()[0]
     return (
         sentence[0].lower() + sentence[1:]
@@ -79,7 +79,7 @@ def _introduced(sentence: str, prefix: str) -> str:
 
 
 def least_overlapping(captions: Sequence[str], rng: random.Random) -> list[str]:
-    """A caption, the one that overlaps it least, then what still adds enough."""
+    """Returns a random caption, then up to two more that overlap least and add enough new words."""
     sentences = [s for s in dict.fromkeys(tidy(c) for c in captions) if len(s.split()) > 4] or [tidy(captions[0])]
     meaning = {s: content(s) for s in sentences}
     first = rng.choice(sentences)
@@ -95,19 +95,19 @@ def least_overlapping(captions: Sequence[str], rng: random.Random) -> list[str]:
 
 
 def _alike(sentence: str, chosen: Sequence[str]) -> bool:
-    """Whether a caption brings enough: half of its content words, and three of them (four if third), are new."""
+    """Returns whether a caption starts like a chosen one or repeats one of its phrases."""
     starts = [c.lower().split()[:3] for c in chosen]
     return sentence.lower().split()[:3] in starts or repeats(" ".join([*chosen, sentence]))
 
 
 def _adds(meaning: set[str], known: set[str], chosen: int) -> bool:
-    """Whether a caption brings enough: half of its content words, at least three (four if it is the third) are new."""
+    """Returns whether at least half of a caption's content words are new, and three of them (four for the third)."""
     new = len(meaning - known)
     return new >= 2 + chosen and 2 * new >= len(meaning)
 
 
-def _fact_sentences(facts: Facts, said: str, rng: random.Random) -> list[tuple[str, str]]:
-    """(kind, sentence) of what could be added, in much the same order always, so that what was told lies behind."""
+def _fact_sentences(facts: Facts, text: str, rng: random.Random) -> list[tuple[str, str]]:
+    """Returns (kind, sentence) of the facts that could be added, nearly always in the same order."""
     out: list[tuple[str, str]] = []
     if facts.clothes:
         out.append(("clothes", rng.choice(_CLOTHES).format(it=rng.choice(facts.clothes))))
@@ -118,9 +118,9 @@ def _fact_sentences(facts: Facts, said: str, rng: random.Random) -> list[tuple[s
     if facts.counts:
         n, noun = rng.choice(facts.counts)
         out.append(("count", rng.choice(_COUNTS).format(n=n, noun=noun)))
-    unsaid = [t for t in facts.present if t not in present(words([said]))]
-    if unsaid:
-        it = rng.choice(unsaid).noun
+    unmentioned = [t for t in facts.present if t not in present(words([text]))]
+    if unmentioned:
+        it = rng.choice(unmentioned).noun
         out.append(("seen", rng.choice(_SEEN).format(it=it, It=it[0].upper() + it[1:])))
     if facts.place:
         where, outdoors = facts.place
@@ -147,7 +147,7 @@ def _absence(missing: Sequence[Thing], rng: random.Random) -> str:
 
 
 def long_answer(captions: Sequence[str], facts: Facts, rng: random.Random, sentences: int = 8) -> str:
-    """A detailed description of at most `sentences` sentences, none of which repeats another."""
+    """Returns a detailed description of at most `sentences` sentences, none of which repeats another."""
     chosen = least_overlapping(captions, rng)
     text = [_introduced(chosen[0], rng.choice(_OPENINGS))]
     text += [_introduced(s, rng.choice(_LINKS)) for s in chosen[1:]]
@@ -161,7 +161,7 @@ def long_answer(captions: Sequence[str], facts: Facts, rng: random.Random, sente
 
 
 def repeats(text: str, n: int = 4) -> bool:
-    """Whether any run of `n` words occurs twice."""
+    """Returns whether any sequence of `n` words occurs twice."""
     w = re.findall(r"[a-z0-9']+", text.lower())
     grams = [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
     return len(set(grams)) < len(grams)

@@ -15,8 +15,8 @@ SCALE = 2.0
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus `scale · B · A`.
 
-    `A` is [rank, in] and `B` [out, rank], float32 masters that are cast to the input's dtype on the way; the frozen
-    layer keeps its own dtype. `B` starts at zero, so the update starts as nothing.
+    `A` is [rank, in] and `B` [out, rank], in float32; they are cast to the input's dtype. The frozen layer keeps its
+    dtype. `B` starts at zero, so the initial update is zero.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float = SCALE):
@@ -33,7 +33,7 @@ class LowRankLinear(nn.Module):
 
 
 def adapt(model: nn.Module, suffixes: Iterable[str], rank: int, scale: float = SCALE) -> list[str]:
-    """Replace every linear layer whose name ends in one of `suffixes` by its low-rank form. Returns the names."""
+    """Replaces every linear layer whose name ends in one of `suffixes` by its low-rank form. Returns the names."""
     wanted = tuple(suffixes)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(wanted)]
     if not names:
@@ -46,10 +46,10 @@ def adapt(model: nn.Module, suffixes: Iterable[str], rank: int, scale: float = S
 
 
 def load_factors(model: nn.Module, factors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copy saved factors (`{prefix}{layer}.A` and `.B`) into the first rows of `A` and columns of `B`.
+    """Copies saved factors (`{prefix}{layer}.A` and `.B`) into the first rows of `A` and columns of `B`.
 
-    A wider rank keeps the rest as initialised: fresh rows in `A`, zeros in `B`, so the sum is the saved update.
-    Raises ValueError for a factor without a layer, or one wider than its layer.
+    With a higher rank, the rest keeps its initial values (random in `A`, zero in `B`), so the update equals the saved
+    one. Raises ValueError for a factor without a layer, or one of a higher rank than its layer.
     """
     layers = {f"{prefix}{n}": m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     with torch.no_grad():
@@ -57,15 +57,15 @@ def load_factors(model: nn.Module, factors: Mapping[str, Tensor], prefix: str = 
             layer = layers.get(name[:-2])
             if layer is None or name[-2:] not in (".A", ".B"):
                 raise ValueError(f"{name}: no low-rank layer of that name")
-            ours = layer.A if name.endswith(".A") else layer.B.T
-            theirs = value if name.endswith(".A") else value.T
-            if len(theirs) > len(ours):
-                raise ValueError(f"{name}: rank {len(theirs)} does not fit into rank {len(ours)}")
-            ours[: len(theirs)] = theirs.to(ours)
+            factor = layer.A if name.endswith(".A") else layer.B.T
+            saved = value if name.endswith(".A") else value.T
+            if len(saved) > len(factor):
+                raise ValueError(f"{name}: rank {len(saved)} does not fit into rank {len(factor)}")
+            factor[: len(saved)] = saved.to(factor)
 
 
 def factors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """The factors by name, detached: `{prefix}{layer}.A` [rank, in] and `{prefix}{layer}.B` [out, rank]."""
+    """Returns the detached factors by name: `{prefix}{layer}.A` [rank, in] and `{prefix}{layer}.B` [out, rank]."""
     out: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):

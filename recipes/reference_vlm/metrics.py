@@ -1,7 +1,4 @@
-"""Scores of generated text: CIDEr and BLEU, exact match as VQA counts it, yes/no balance, repetition.
-
-Knows nothing of models: strings in, numbers out.
-"""
+"""Scores generated text: CIDEr and BLEU, VQA exact match, yes/no balance, repetition. Strings in, numbers out."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ _NUMBERS = {
 
 
 def plain_words(text: str) -> str:
-    """Lower-case words, everything but letters and digits dropped: the tokens CIDEr and BLEU compare here."""
+    """Returns lower-case words of letters and digits only: the tokens that CIDEr and BLEU compare."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def caption_scores(references: Mapping[str, Sequence[str]], answers: Mapping[str, str]) -> dict[str, float]:
-    """CIDEr (Vedantam et al. 2015) and BLEU-1..4 of one answer per picture against its references.
+    """Returns CIDEr (Vedantam et al. 2015) and BLEU-1..4 of one answer per picture against its references.
 
-    By pycocoevalcap on `plain_words`, without its Java tokenizer. CIDEr's document frequencies are those of the
-    references given. Raises ValueError where a picture has an answer but no reference.
+    Uses pycocoevalcap on `plain_words`, without its Java tokenizer. CIDEr's document frequencies come from the given
+    references. Raises ValueError if a picture has an answer but no reference.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -39,7 +36,7 @@ def caption_scores(references: Mapping[str, Sequence[str]], answers: Mapping[str
 
 
 def vqa_normalised(answer: str) -> str:
-    """An answer as VQA compares it: lower case, no punctuation or articles, number words as digits."""
+    """Normalises an answer as VQA does: lower case, no punctuation or articles, number words as digits."""
     text = re.sub(r"(?<=\d),(?=\d)", "", answer.lower().strip())
     text = re.sub(r"[^a-z0-9.' ]+", " ", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text).replace("'", "")
@@ -47,50 +44,52 @@ def vqa_normalised(answer: str) -> str:
 
 
 def exact_match(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """Share of answers equal to the truth after `vqa_normalised`."""
+    """Returns the share of answers equal to the truth after `vqa_normalised`."""
     pairs = list(zip(answers, truths, strict=True))
     return sum(vqa_normalised(a) == vqa_normalised(t) for a, t in pairs) / max(1, len(pairs))
 
 
 def yes_no(answer: str) -> str | None:
-    """The answer's first word where it is "yes" or "no"."""
+    """Returns the answer's first word if it is "yes" or "no", else None."""
     first = plain_words(answer).split()[:1]
     return first[0] if first and first[0] in ("yes", "no") else None
 
 
 def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
-    """Accuracy, its halves by truth, the share of "yes" said, and of answers that are neither."""
-    said = [yes_no(a) for a in answers]
-    pairs = list(zip(said, truths, strict=True))
+    """Returns the accuracy, also for each truth, the share of "yes", and the share of other answers."""
+    predicted = [yes_no(a) for a in answers]
+    pairs = list(zip(predicted, truths, strict=True))
 
-    def accuracy(of: list[tuple[str | None, str]]) -> float:
-        return sum(s == t for s, t in of) / max(1, len(of))
+    def accuracy(pairs: list[tuple[str | None, str]]) -> float:
+        return sum(s == t for s, t in pairs) / max(1, len(pairs))
 
     return {
         "accuracy": accuracy(pairs),
         "accuracy_yes": accuracy([p for p in pairs if p[1] == "yes"]),
         "accuracy_no": accuracy([p for p in pairs if p[1] == "no"]),
-        "said_yes": sum(s == "yes" for s in said) / max(1, len(said)),
-        "neither": sum(s is None for s in said) / max(1, len(said)),
+        "said_yes": sum(s == "yes" for s in predicted) / max(1, len(predicted)),
+        "neither": sum(s is None for s in predicted) / max(1, len(predicted)),
     }
 
 
 def ngram_repetition(text: str, n: int = 8) -> float:
-    """Share of the text's runs of `n` words that occurred earlier in it."""
+    """Returns the share of a text's word n-grams that occurred before in the text."""
     w = plain_words(text).split()
     grams = [tuple(w[i : i + n]) for i in range(len(w) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repeats_sentence(text: str) -> bool:
-    """Whether a sentence occurs twice."""
+    """Returns whether a sentence occurs twice."""
     sentences = [plain_words(s) for s in re.split(r"[.!?]+(?:\s|$)", text)]
     sentences = [s for s in sentences if s]
     return len(set(sentences)) < len(sentences)
 
 
 def repetition_scores(texts: Sequence[str], lengths: Sequence[int]) -> dict[str, float]:
-    """Of long answers: share of repeated 8-grams (pooled), of answers that repeat a sentence, mean tokens."""
+    """Returns, for long answers, the pooled share of repeated 8-grams, the share of answers with a repeated sentence,
+    the mean number of tokens, and the share of distinct answers.
+    """
     repeated, total = 0, 0
     for text in texts:
         count = max(0, len(plain_words(text).split()) - 7)

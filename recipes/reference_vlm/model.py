@@ -1,6 +1,6 @@
-"""The trainable half of the reference model: projector, positions, and low-rank updates of a frozen language model.
+"""The trainable parts of the reference model: projector, positions, and low-rank updates of a frozen language model.
 
-Knows nothing of pixels (features come from disk) nor of prompts (token ids come packed).
+Inputs are image features from disk and packed token ids.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALL = (*QVO, "k_proj", "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which layers learn, how wide, and in which number format the frozen weights compute."""
+    """Rank and layers of the low-rank updates, and whether the frozen weights are bf16."""
 
     rank: int = 32
     layers: tuple[str, ...] = ALL
@@ -34,7 +34,7 @@ class ModelConfig:
 
 
 class Tower(nn.Module):
-    """Encoder features -> LayerNorm'ed, plus learned positions and a map of each cell's colours."""
+    """Normalises encoder features, and adds learned positions and a linear map of each cell's colours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,19 +49,19 @@ class Tower(nn.Module):
 
 
 class TrainableVLM(nn.Module):
-    """A frozen `LlamaForCausalLM` with low-rank updates that reads image tokens among its word embeddings."""
+    """A frozen `LlamaForCausalLM` with low-rank updates that reads image tokens among its text embeddings."""
 
     def __init__(self, lm: Any, config: ModelConfig):
         super().__init__()
         self.config = config
         self.lm = lm.requires_grad_(False)
-        # faster here than sdpa with a mask (results/settings.md); a boolean mask would silently be wrong under it
+        # faster than sdpa with a mask (results/settings.md); it needs an additive mask, and silently misreads booleans
         self.lm.set_attn_implementation("eager")
         adapt(self.lm, config.layers, config.rank)
         if config.bf16:
             self._freeze_in(torch.bfloat16)
         self.tower, self.linear_1, self.linear_2 = Tower(), nn.Linear(VISION, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
-        nn.init.normal_(self.linear_2.weight, std=0.2 / HIDDEN**0.5)  # lands near the scale of word embeddings
+        nn.init.normal_(self.linear_2.weight, std=0.2 / HIDDEN**0.5)  # near the scale of text embeddings
         nn.init.zeros_(self.linear_2.bias)
 
     def _freeze_in(self, dtype: torch.dtype) -> None:
@@ -71,7 +71,7 @@ class TrainableVLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The format the language model computes in."""
+        """The dtype of the language model's frozen weights."""
         dtype: torch.dtype = self.lm.model.embed_tokens.weight.dtype
         return dtype
 
@@ -84,8 +84,8 @@ class TrainableVLM(nn.Module):
         tokens: Tensor = self.linear_2(F.gelu(self.linear_1(self.tower(features.float()))))
         return tokens
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states [B, L, 576] of a packed batch."""
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Returns the last hidden states [B, L, 576] of a packed batch."""
         x = self.lm.model.embed_tokens(batch.ids)
         if len(batch.features):
             tokens = self.image_tokens(batch.features).reshape(-1, HIDDEN).to(x.dtype)
@@ -96,11 +96,11 @@ class TrainableVLM(nn.Module):
         return states
 
     def losses(self, batch: Batch) -> Tensor:
-        """Loss [T] float32 of every answer token, in the order of `batch.targets`.
+        """Returns the loss [T] float32 of every answer token, in the order of `batch.targets`.
 
-        Cross entropy -log p, or -log(1 - p) for a token to avoid (unlikelihood, Welleck et al. 2020).
+        It is cross entropy -log p, or unlikelihood -log(1 - p) for a token to avoid (Welleck et al. 2020).
         """
-        h = self.hidden(batch)[batch.rows, batch.columns]
+        h = self.hidden_states(batch)[batch.rows, batch.columns]
         logits = self.lm.lm_head(h).float()
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         some = logits[batch.avoid]
@@ -109,12 +109,12 @@ class TrainableVLM(nn.Module):
         return losses.masked_scatter(batch.avoid, against)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is trained, by the names of the shipped file."""
+        """Returns the trained weights, with the names of the shipped file."""
         out = {n: p.detach() for n, p in self.named_parameters() if not n.startswith("lm.")}
         return out | factors(self.lm, "lm.")
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Start from saved weights; a narrower rank or fewer layers widen without changing the function."""
+        """Loads saved weights. A smaller rank or fewer layers are extended without changing the function."""
         ours = dict(self.named_parameters())
         low_rank = {k: v for k, v in weights.items() if k.startswith("lm.")}
         load_factors(self.lm, low_rank, "lm.")
@@ -124,13 +124,13 @@ class TrainableVLM(nn.Module):
                     ours[name].copy_(value)
 
     def compile_layers(self) -> None:
-        """Compile each decoder layer (they share one graph)."""
+        """Compiles each decoder layer (they share one graph)."""
         for layer in self.lm.model.layers:
             layer.compile(dynamic=False)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights from a shipped `.safetensors` file or a training checkpoint `.pt`, averaged where the run averages."""
+    """Loads weights from a shipped `.safetensors` file or a training checkpoint `.pt` (the averaged ones, if any)."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,12 +139,12 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """The shipped file: fp16."""
+    """Writes the shipped file, in fp16."""
     write_whole(path, save({k: v.half().contiguous().cpu() for k, v in weights.items()}))
 
 
 def widths(weights: Mapping[str, Tensor]) -> ModelConfig:
-    """The configuration that saved weights were trained with."""
+    """Returns the configuration that saved weights were trained with."""
     adapted = [k for k in weights if k.startswith("lm.") and k.endswith(".A")]
     layers = tuple(sorted({k.split(".")[-2] for k in adapted}))
     return ModelConfig(rank=len(weights[adapted[0]]), layers=layers)

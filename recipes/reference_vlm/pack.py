@@ -1,7 +1,7 @@
-"""Several samples in one row: each a shared prefix (perhaps with pictures) and branches of question and answer.
+"""Packs several samples into one row. A sample has a shared prefix (with or without pictures) and question branches.
 
-A branch sees its sample's prefix and itself, nothing else; positions continue from the prefix in every branch. So a
-picture is paid for once however many questions are asked about it, and no token is padding but the end of a row.
+A branch attends to the prefix of its sample and to itself; its positions continue from the prefix. So a picture is
+computed once for all questions about it, and only the end of a row is padding.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 CELLS = 64
-IMAGE = -1  # a place for an image token in a sample's prefix
+IMAGE = -1  # placeholder of an image token in a sample's prefix
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One question (ids, with the assistant's opening) and its answer (ids, with the end token if it ends).
+    """One question (ids, with the start of the assistant's turn) and its answer (ids, with the end token if complete).
 
-    Without a question of its own it answers the one that the sample's prefix ends with. The answer of an `avoid` branch
-    is what the model shall not write there.
+    With an empty question, the answer belongs to the question at the end of the sample's prefix. The answer of an
+    `avoid` branch is trained against.
     """
 
     question: tuple[int, ...]
@@ -36,7 +36,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prefix shared by branches. `pictures` are (feature set, row); `blind` hides image keys from all text."""
+    """A prefix shared by branches. pictures: (feature set, row) of each. blind: text does not see image tokens."""
 
     prefix: tuple[int, ...]
     branches: tuple[Branch, ...]
@@ -56,9 +56,9 @@ class Batch:
     sample: Tensor  # [B, L] int64, which sample; -1 is padding
     branch: Tensor  # [B, L] int64, 0 is the prefix
     is_image: Tensor  # [B, L] bool
-    blind: Tensor  # [B, L] bool, the sample's text may not see its pictures
+    blind: Tensor  # [B, L] bool, the sample's text does not attend to its pictures
     features: Tensor  # [N, 64, 1328]
-    rows: Tensor  # [T] where an answer token is predicted from
+    rows: Tensor  # [T] position that predicts an answer token
     columns: Tensor  # [T]
     targets: Tensor  # [T] the token predicted there
     weights: Tensor  # [T] float32
@@ -67,7 +67,7 @@ class Batch:
     pictures: list[tuple[str, int]] = field(default_factory=list)  # their feature rows, in order
 
     def mask(self) -> Tensor:
-        """Who sees whom: [B, 1, L, L] bool."""
+        """Returns the attention mask [B, 1, L, L] bool."""
         s, b = self.sample, self.branch
         seen = (s[:, :, None] == s[:, None, :]) & ((b[:, :, None] == b[:, None, :]) | (b[:, None, :] == 0))
         hidden = (self.blind & ~self.is_image)[:, :, None] & self.is_image[:, None, :]
@@ -80,11 +80,11 @@ class Batch:
 
 
 def place(samples: Sequence[Sample], rows: int, length: int, whole_first: bool = False) -> list[list[Sample]]:
-    """Samples into rows of `length`, longest first; one that fits nowhere loses its last branches, or is left out.
+    """Distributes samples over rows of `length`, longest first; one that does not fit loses branches or is left out.
 
-    whole_first: clips and samples of few branches come first, and those that share a question last, so that the loss of
-    room falls on those that have branches to spare; longest first leaves out short samples (a third of the COCO photos,
-    half of the text turns).
+    whole_first: clips and samples with few branches come first, and samples with a shared question last, so that
+    samples with many branches lose some. Longest first leaves out short samples (a third of the COCO photos, half of
+    the text turns).
     """
 
     def rank(sample: Sample) -> tuple[int, int, int]:
@@ -106,7 +106,7 @@ def place(samples: Sequence[Sample], rows: int, length: int, whole_first: bool =
 
 
 def pack(placed: Sequence[Sequence[Sample]], length: int, pad: int) -> Batch:
-    """Rows of samples -> tensors. `features` is left empty: its rows are named by `pictures`."""
+    """Converts rows of samples to tensors. `features` stays empty; `pictures` lists the rows to fill in."""
     B = len(placed)
     ids = torch.full((B, length), pad)
     positions, branch = torch.zeros(B, length, dtype=torch.long), torch.zeros(B, length, dtype=torch.long)

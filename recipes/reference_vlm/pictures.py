@@ -1,7 +1,6 @@
-"""Pictures that are made rather than found: rendered words, and clips of a moving camera cut from one photo.
+"""Generates pictures: rendered words, and clips of a camera that moves over a photo.
 
-Both are pure functions of a seed, so a feature file can be made again bit for bit and the training data can name what
-it shows.
+Both are pure functions of a seed, so feature files are reproducible and the training data knows the right answers.
 """
 
 from __future__ import annotations
@@ -20,15 +19,12 @@ _FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSer
 def _font(name: str, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(name, size)
-    except OSError:  # the font is not installed: Pillow's own
+    except OSError:  # the font is not installed: use Pillow's own
         return ImageFont.load_default(size)
 
 
 def word_picture(word: str, seed: int, size: int = 256) -> tuple[Image.Image, str, str]:
-    """A word in one colour on another, at a random place and size.
-
-    Returns the picture and the names of the ink's and the ground's colour.
-    """
+    """Renders a word at a random place and size. Returns the picture, the text colour and the background colour."""
     rng = random.Random(f"word-{seed}")
     ink, ground = rng.sample(_COLOURS, 2)
     picture = Image.new("RGB", (size, size), ground)
@@ -46,7 +42,7 @@ def word_picture(word: str, seed: int, size: int = 256) -> tuple[Image.Image, st
 
 
 def clip_windows(motion: str, seed: int, frames: int = FRAMES) -> list[tuple[float, float, float]]:
-    """The camera's windows (x, y, side), as shares of the photo's side, for one clip."""
+    """Returns the camera's window (x, y, side) in each frame, as fractions of the photo's side."""
     rng = random.Random(f"clip-{seed}")
     small, big = rng.uniform(0.5, 0.65), rng.uniform(0.9, 1.0)
     t = [i / (frames - 1) for i in range(frames)]
@@ -67,7 +63,7 @@ def _clamp(start: float, side: float) -> float:
 
 
 def clip(photo: Image.Image, motion: str, seed: int, frames: int = FRAMES) -> Sequence[Image.Image]:
-    """Frames of a camera that pans or zooms over a photo."""
+    """Returns the frames of a camera that pans or zooms over a photo."""
     w, h = photo.size
     boxes = [(x * w, y * h, (x + s) * w, (y + s) * h) for x, y, s in clip_windows(motion, seed, frames)]
     return [photo.resize((256, 256), Image.Resampling.BICUBIC, box=b) for b in boxes]

@@ -1,4 +1,4 @@
-"""The model under evaluation, assembled on disk or in memory, answers and scores prompts in batches."""
+"""Loads the model under evaluation, and generates and scores answers in batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OpenImage = Callable[[str], Image.Image]
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """A model and its processor from a folder, a `.safetensors` file of trained weights or a training `.pt`."""
+    """Loads a model and its processor from a folder, a `.safetensors` file of trained weights, or a training `.pt`."""
     if path.is_dir():
         import msd.reference  # noqa: F401  (registers the vision tower)
 
@@ -43,19 +43,19 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 class Seeing:
-    """Greedy answers and per-token log-probabilities of prompts with any number of images."""
+    """Computes greedy answers and token log-probabilities for prompts with any number of images."""
 
     def __init__(self, model: Any, processor: Any, open_image: OpenImage, batch: int = 32):
         self.model, self.processor, self.open_image, self.batch = model, processor, open_image, batch
         self.processor.tokenizer.padding_side = "left"
 
     def prompt(self, p: Prompt) -> str:
-        """The chat format: images first, each on a line of its own."""
+        """Returns the prompt in chat format: images first, one per line."""
         images = f"{IMAGE_TOKEN}\n" * len(p.images)
         return f"<|im_start|>user\n{images}{p.text}<|im_end|>\n<|im_start|>assistant\n"
 
     def encode(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Model inputs, padded on the left; answers are appended where given."""
+        """Returns left-padded model inputs; `answers` are appended to the prompts."""
         texts = [self.prompt(p) + (answers[i] if answers else "") for i, p in enumerate(prompts)]
         images = [self.open_image(name) for p in prompts for name in p.images]
         inputs = self.processor(
@@ -64,7 +64,7 @@ class Seeing:
         return {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")}
 
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """One greedy answer per prompt, in order."""
+        """Returns one greedy answer per prompt, in order."""
         write = GreedyWriter(self.model, self.processor.tokenizer, self.encode, max_new_tokens, END)
         out: list[Answer] = []
         for start in range(0, len(prompts), self.batch):
@@ -73,8 +73,8 @@ class Seeing:
 
     @torch.inference_mode()
     def teacher_forced(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> tuple[float, float]:
-        """Mean negative log-likelihood of the answers' tokens, and the share that is the model's own first choice."""
-        loss, hits, count = 0.0, 0, 0
+        """Returns the mean negative log-likelihood of the answer tokens, and the share that are the top token."""
+        loss, correct, count = 0.0, 0, 0
         size = max(1, self.batch // 2)
         for start in range(0, len(prompts), size):
             group, texts = prompts[start : start + size], answers[start : start + size]
@@ -87,6 +87,6 @@ class Seeing:
                 target = inputs["input_ids"][row, -n:]
                 predicted = logits[row, -n - 1 : -1]
                 loss += float(F.cross_entropy(predicted, target, reduction="sum"))
-                hits += int((predicted.argmax(-1) == target).sum())
+                correct += int((predicted.argmax(-1) == target).sum())
                 count += n
-        return loss / max(1, count), hits / max(1, count)
+        return loss / max(1, count), correct / max(1, count)

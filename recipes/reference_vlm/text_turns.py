@@ -1,4 +1,4 @@
-"""Text-only turns: instructions answered by the untouched language model, so that the model that sees can still chat.
+"""Writes text-only training data: instructions answered by the pretrained language model, to keep its chat ability.
 
 python -m recipes.reference_vlm.text_turns --data ../shared/data --out runs/reference/text.jsonl
 """
@@ -21,12 +21,12 @@ VAL_FILES = ("vicuna_bench_questions.jsonl", "mt_bench_questions.jsonl")
 
 
 def user_turn(question: str) -> str:
-    """The prompt of a text-only turn; with images, their tokens stand before the question."""
+    """Returns the prompt of a text-only turn."""
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def instructions(data: Path, n: int, longest: int = 240) -> list[str]:
-    """`n` distinct short instructions for training."""
+    """Returns `n` distinct short instructions for training."""
     rows = [r for name in TRAIN_FILES for r in read_jsonl(data / "text" / name)]
     texts = [r["instruction"] + (f"\n{r['input']}" if r["input"] else "") for r in rows]
     short = sorted({t for t in texts if len(t) <= longest})
@@ -34,13 +34,13 @@ def instructions(data: Path, n: int, longest: int = 240) -> list[str]:
 
 
 def benchmark_prompts(data: Path, n: int, longest: int = 240) -> list[str]:
-    """First turns of the benchmark prompts, for evaluation."""
+    """Returns the first turns of benchmark prompts, for evaluation."""
     turns = [r["turns"][0] for name in VAL_FILES for r in read_jsonl(data / "text" / name)]
     return [t for t in turns if len(t) <= longest][:n]
 
 
 def text_encoder(tokenizer: Any) -> Any:
-    """Prompts -> left-padded ids, in the model's chat format without a system turn."""
+    """Returns a function from prompts to left-padded ids, in the model's chat format without a system turn."""
 
     def encode(prompts: Sequence[Prompt]) -> Any:
         return left_padded([tokenizer(user_turn(p.text), add_special_tokens=False).input_ids for p in prompts], END)

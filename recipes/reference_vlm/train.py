@@ -1,8 +1,7 @@
-"""Train the reference model's projector, positions and low-rank updates. Run it again to continue after an
-interruption.
+"""Trains the reference model's projector, positions and low-rank updates. Run it again to resume.
 
 python -m recipes.reference_vlm.train --start ../shared/reference_vlm/weights.safetensors --steps 1500
-python -m recipes.reference_vlm.train --steps 1200        # continue, but land the schedule at step 1200
+python -m recipes.reference_vlm.train --steps 1200        # resume, with the end of the schedule at step 1200
 python -m recipes.reference_vlm.train --export weights.safetensors
 """
 
@@ -32,7 +31,7 @@ LAYERS = {"all": ALL, "qvo": QVO}
 
 
 def weighted_loss(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Mean over answer tokens by task weight, and the plain mean of each task."""
+    """Returns the mean over answer tokens, weighted by task, and the unweighted mean of each task."""
     loss = (losses * batch.weights).sum() / batch.weights.sum()
     by_task: dict[str, list[float]] = defaultdict(list)
     for task, value in zip(batch.tasks, losses.tolist(), strict=True):
@@ -42,7 +41,7 @@ def weighted_loss(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float
 
 @torch.no_grad()
 def validation(model: TrainableVLM, mix: Mix, steps: int) -> dict[str, float]:
-    """Loss per task over `steps` fixed batches of the val mix, pictures always visible; `all` is the weighted mean."""
+    """Returns the loss per task over `steps` fixed val batches, with visible images; "all" is the weighted mean."""
     totals: dict[str, list[float]] = defaultdict(list)
     weighted, weight = 0.0, 0.0
     for step in range(steps):
@@ -56,7 +55,7 @@ def validation(model: TrainableVLM, mix: Mix, steps: int) -> dict[str, float]:
 
 
 def optimizer(params: Mapping[str, torch.nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW; the projector, which starts trained, learns half as fast as the low-rank updates, colours from nothing."""
+    """Returns AdamW: half the rate for the projector, which starts trained, and 5 times the rate for the colour map."""
     low_rank = [p for n, p in params.items() if n.startswith("lm.")]
     rest = [p for n, p in params.items() if not n.startswith("lm.") and n != COLOUR]
     groups = [
@@ -74,7 +73,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, default=Path("runs/reference/text.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/reference/train"))
     parser.add_argument("--start", type=Path, help="weights to start from (fresh run only)")
-    parser.add_argument("--behind", type=int, default=0, help="steps those weights have behind them: the mix goes on")
+    parser.add_argument(
+        "--behind", type=int, default=0, help="steps of training in those weights; the data continues there"
+    )
     parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, default=32)
@@ -85,10 +86,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--evaluate-every", type=int, default=120)
     parser.add_argument("--validation-steps", type=int, default=6)
-    parser.add_argument("--average", type=float, default=0.995, help="share the averaged weights keep per step; 0: off")
+    parser.add_argument("--average", type=float, default=0.995, help="decay of the averaged weights per step; 0: off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--export", type=Path, help="write the checkpoint's weights as a shipped file, and stop")
+    parser.add_argument("--export", type=Path, help="write the checkpoint's weights as a shipped file, and exit")
     return parser.parse_args()
 
 
@@ -136,7 +137,7 @@ def main() -> None:
         flush=True,
     )
     finished = loop.run()
-    print("finished" if finished else "stopped; run again to continue", loop.step, flush=True)
+    print("finished" if finished else "stopped; run again to resume", loop.step, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 # ruff: noqa: E501  (tables of words and phrases)
-"""The words by which captions name the same thing, so that a question's answer is one that the captions really state.
+"""Lists the words that captions use for common things, to derive questions whose answers the captions support.
 
-A caption that is silent about a dog may show one; a caption that says "puppy" shows a dog; one that says "person" may
-show a man. So each thing has words that state it and words that leave it open, and it counts as absent only where
-neither occurs.
+A caption with "puppy" shows a dog; one with "person" may show a man. So each thing has words that state it and words
+that leave it open. A thing counts as absent only if neither occurs.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ NUMBERS = ("two", "three", "four", "five", "six")
 
 @dataclass(frozen=True)
 class Thing:
-    """`stated` words prove it, `open` words leave it undecided: whole words or, with a `*`, beginnings of words."""
+    """A thing. stated: words that imply it; open: words that leave it undecided. A `*` matches any ending."""
 
     name: str
     stated: str
     open: str
-    phrase: str = ""  # "a dog"; "water" for what isn't counted
+    phrase: str = ""  # with its article; for uncountable nouns without one
 
     @property
     def noun(self) -> str:
@@ -102,7 +101,7 @@ _SETTINGS = (
 
 
 def words(texts: list[str]) -> set[str]:
-    """Lower-case words of several texts."""
+    """Returns the lower-case words of several texts."""
     return set(re.findall(r"[a-z]+", " ".join(texts).lower()))
 
 
@@ -114,20 +113,20 @@ _STATED = {t.name: _pattern(t.stated) for t in THINGS}
 _OPEN = {t.name: _pattern(f"{t.stated} {t.open}") for t in THINGS}
 
 
-def present(said: set[str]) -> list[Thing]:
-    """Things that the words state."""
-    return [t for t in THINGS if any(_STATED[t.name].fullmatch(w) for w in said)]
+def present(tokens: set[str]) -> list[Thing]:
+    """Returns the things that the words state."""
+    return [t for t in THINGS if any(_STATED[t.name].fullmatch(w) for w in tokens)]
 
 
-def absent(said: set[str]) -> list[Thing]:
-    """Things that no word states or leaves open."""
-    return [t for t in THINGS if not any(_OPEN[t.name].fullmatch(w) for w in said)]
+def absent(tokens: set[str]) -> list[Thing]:
+    """Returns the things that no word states or leaves open."""
+    return [t for t in THINGS if not any(_OPEN[t.name].fullmatch(w) for w in tokens)]
 
 
-def setting(said: set[str]) -> tuple[str, bool | None] | None:
-    """Where it is, and whether outdoors (None: unsaid); None where no word tells."""
+def setting(tokens: set[str]) -> tuple[str, bool | None] | None:
+    """Returns (place, whether it is outdoors or None if unknown); None if no word states a place."""
     for where, listing, outdoors in _SETTINGS:
-        if said & set(listing.split()):
+        if tokens & set(listing.split()):
             return where, outdoors
     return None
 
@@ -222,7 +221,7 @@ _SAME = {
 
 
 def content(text: str) -> set[str]:
-    """Words that carry the meaning, roughly stemmed, synonyms made one."""
+    """Returns the content words of a text, roughly stemmed, with synonyms merged."""
     out = set()
     for w in re.findall(r"[a-z0-9]+", text.lower()):
         if w in STOP:

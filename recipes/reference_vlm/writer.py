@@ -1,7 +1,4 @@
-"""Greedy answers of any model with `generate`, for `msd.train.capture`.
-
-Knows nothing of a model's prompt format: `encode` turns prompts (with or without images) into what `generate` takes.
-"""
+"""Generates greedy answers with any model that has `generate`, for `msd.train.capture`."""
 
 from __future__ import annotations
 
@@ -18,10 +15,10 @@ Encode = Callable[[Sequence[Prompt]], Mapping[str, Tensor]]
 
 
 class GreedyWriter:
-    """Greedy answers of any model with `generate`.
+    """Generates greedy answers with any model that has `generate`.
 
-    `encode(prompts)` returns left-padded `input_ids` [B, T] and `attention_mask` [B, T], plus what the model needs to
-    see its images (`pixel_values`, ...).
+    `encode(prompts)` returns left-padded `input_ids` [B, T] and `attention_mask` [B, T], plus the model's image inputs
+    (`pixel_values`, ...).
     """
 
     def __init__(self, model: Any, tokenizer: Any, encode: Encode, max_new_tokens: int, end: int):
@@ -31,7 +28,7 @@ class GreedyWriter:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Greedy answers, each until the end token or `max_new_tokens`."""
+        """Returns the answers, each up to the end token or `max_new_tokens`."""
         inputs = {k: v.to(self.model.device) for k, v in self.encode(prompts).items()}
         ends = {"eos_token_id": self.end, "pad_token_id": self.end}
         with self.backend.running():
@@ -45,7 +42,7 @@ class GreedyWriter:
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """Token ids of several prompts -> `input_ids` and `attention_mask`, both [B, T] int64, padded on the left."""
+    """Pads token ids on the left. Returns `input_ids` and `attention_mask`, both [B, T] int64."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

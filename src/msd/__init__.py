@@ -4,13 +4,14 @@
     vlm = SpeculativeVLM.from_pretrained("reference")
     print(vlm.generate("photo.jpg", "Describe the image.").text)
 
-The heavy libraries are imported when a name that needs them is first used, so that `import msd` is quick.
+`import msd` is fast: it imports the modules of its public names, and torch, when a name is first used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msd import labels as _labels  # noqa: F401 -- registers the modalities of its labels
 from msd.errors import UserError
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
-"""Chat: a conversation whose turns compute only what is new.
+"""`Chat`: a conversation that reuses the state of its last turn.
 
-Every turn asks with the whole conversation, as the model's chat template writes it, so an answer is that of a fresh
-request, whatever was said or changed before. What it shares with the last turn is not computed again: the target's keys
-and values up to where the prompts part, and the features of pictures shown before.
+The prompt of each turn is the whole conversation in the model's chat template, so its answer equals that of a new
+request, even if earlier turns were edited. The target's keys and values for the common prefix of the last prompt and
+this one are reused, and so are the vision features of earlier images.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 from msd.errors import UserError
 from msd.inputs import prompts
 from msd.result import Result
-from msd.streaming import Steps, Stream, finished
+from msd.streaming import Steps, Stream, run_to_end
 from msd.targets import Past
 
 
 class Chat:
-    """One conversation; `SpeculativeVLM.chat()` makes it. Not for use by several threads at once.
+    """One conversation, created by `SpeculativeVLM.chat()`. Not thread-safe.
 
-    messages: all turns so far in `transformers`' format; may be changed between turns. images: those they place, in
-    order, with videos and sounds among them. A turn's `Result.statistics.num_prefill_rows` tells how many rows of its
-    prompt were computed.
+    messages: all turns so far in `transformers`' format; may be edited between turns. images: the images, videos and
+    sounds of all turns, in order. `Result.statistics.num_prefill_rows` counts the prompt rows that a turn computed.
     """
 
     def __init__(self, answer: Callable[..., Steps[Any]], lock: threading.RLock, processor: Any) -> None:
@@ -34,34 +33,34 @@ class Chat:
         self._past = Past()
 
     def say(self, prompt: str, images: Any = None, **kwargs: Any) -> Result:
-        """The answer to a turn, `images` (one source or a list) standing before its words.
+        """Answers a turn. images: one image or a list, placed before the prompt.
 
-        kwargs: as for `SpeculativeVLM.generate`. A turn that fails leaves the conversation as it was.
+        kwargs: as for `SpeculativeVLM.generate`. A turn that fails does not change the conversation.
         """
         with self._lock:
-            return finished(self._say(prompt, images, **kwargs))
+            return run_to_end(self._say(prompt, images, **kwargs))
 
     def stream(self, prompt: str, images: Any = None, **kwargs: Any) -> Stream:
-        """As `say`, in text pieces: iterate over it; the turn counts once it ended or was closed."""
+        """Answers a turn like `say`, in text pieces. The turn is added when the stream has ended or is closed."""
         return Stream(partial(self._say, prompt, images), self._lock, self._processor.tokenizer, kwargs)
 
     def _say(self, prompt: str, images: Any = None, **kwargs: Any) -> Steps[Result]:
-        """A turn, step by step."""
+        """Runs `say` as a generator of steps, without the lock."""
         prompts.check_text(prompt)
         if "messages" in kwargs or "input_ids" in kwargs:
             raise UserError("a chat writes its own messages; give the turn's prompt and images")
         if kwargs.get("num_return_sequences", 1) != 1:
-            raise UserError(f"num_return_sequences={kwargs['num_return_sequences']}: a chat goes on with one answer")
-        shown = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        loaded = [prompts.load(source) for source in shown]
+            raise UserError(f"num_return_sequences={kwargs['num_return_sequences']}: a chat continues with one answer")
+        sources = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+        loaded = [prompts.load(source) for source in sources]
         parts = [*({"type": prompts.kind(source)} for source in loaded), {"type": "text", "text": prompt}]
-        asked: prompts.Messages = [*self.messages, {"role": "user", "content": parts}]
+        messages: prompts.Messages = [*self.messages, {"role": "user", "content": parts}]
         pictures = [*self.images, *loaded]
-        result: Result = yield from self._answer(pictures, messages=asked, past=self._past, **kwargs)
+        result: Result = yield from self._answer(pictures, messages=messages, past=self._past, **kwargs)
         answer = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
-        self.messages, self.images = [*asked, answer], pictures
+        self.messages, self.images = [*messages, answer], pictures
         return result
 
     def reset(self) -> None:
-        """Forgets all turns."""
+        """Removes all turns."""
         self.messages, self.images, self._past = [], [], Past()

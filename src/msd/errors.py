@@ -1,11 +1,10 @@
-"""The exception that means "the input is wrong", as opposed to "the program is wrong"; and that of a broken-off run."""
+"""The exceptions for wrong input and for interrupted runs. Any other exception is an error of the program."""
 
 
 class UserError(Exception):
-    """Bad input or a missing piece the user can mend.
+    """Wrong input, or a missing file or package, which the user can correct.
 
-    The message is one line: what was wrong, with which value, and what to do. Command-line entry points print it
-    and exit with code 2; library users catch it as an ordinary exception.
+    The message is one line: what is wrong, with which value, and what to do. Commands print it and exit with code 2.
     """
 
     def __init__(self, message: str) -> None:
@@ -13,4 +12,4 @@ class UserError(Exception):
 
 
 class InterruptedRunError(UserError):
-    """The user broke off a run, which kept what it had. The message says what that is, and how to go on."""
+    """The user interrupted a run. The message names the partial results that were saved and how to continue."""

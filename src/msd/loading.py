@@ -1,4 +1,4 @@
-"""Targets by name: an embedded model ("reference", "reference-video"), a checkpoint folder, or a hub id."""
+"""Loads targets by name: "reference" or "reference-video", a checkpoint folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from msd.errors import UserError
 from msd.system.files import damage
 from msd.targets import family
 
-FAULTS = (  # of checkpoints and of installations, as the library shows them
+FAULTS = (  # raised by the library for damaged checkpoints and missing packages
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, EOFError,
     SafetensorError, UnpicklingError,
 )  # fmt: skip
-PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")  # processors' own
+PACKAGES = ("torchvision", "mistral-common", "librosa", "soundfile", "sentencepiece", "num2words")
 
 
 def load_target(
     target: str | Path = "reference", device: str | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, Any]:
-    """(model, processor) of `target`, on torch's `device` (a CPU by default); float32 on a CPU unless `dtype` is given.
+    """Loads (model, processor) of a target to a torch device (default: CPU); float32 on a CPU unless `dtype` is given.
 
-    UserError says what is missing. kwargs go to `from_pretrained`.
+    kwargs go to `from_pretrained`. UserError names what is missing or damaged.
     """
     place = _device(device)
     path = reference.resolve(target)
@@ -50,31 +50,31 @@ def load_target(
         kwargs["dtype"] = torch.float32
     _refuse_damaged(target, path)
     config = _config(target, path)
-    with _of(target):
+    with _named(target):
         family(config)
-    seeing = type(config) in AutoModelForImageTextToText._model_mapping
-    auto = AutoModelForImageTextToText if seeing else AutoModelForMultimodalLM  # such as those that hear
-    processor = _processor(target, path)  # first: it is what may be missing, and takes no time
+    with_images = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if with_images else AutoModelForMultimodalLM
+    processor = _processor(target, path)  # before the model: it fails more often, and quickly
     try:
-        model, found = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
     except FAULTS as error:
         raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
-    with _of(target):
-        check_tensors(model, found)
+    with _named(target):
+        check_tensors(model, report)
     return (model if device is None else model.to(place)), processor
 
 
 def _refuse_damaged(target: str | Path, path: str | Path) -> None:
-    """UserError that names the damaged file of a checkpoint folder; the library overlooks some, others it obscures."""
-    wrong = damage(Path(path)) if Path(path).is_dir() else None
-    if wrong is not None:
-        again = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
-        raise UserError(f"target '{target}' cannot be loaded: {wrong}; {again}")
+    """Raises UserError that names a damaged file in a checkpoint folder; the library misses or misreports some."""
+    problem = damage(Path(path)) if Path(path).is_dir() else None
+    if problem is not None:
+        remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
+        raise UserError(f"target '{target}' cannot be loaded: {problem}; {remedy}")
 
 
 @contextmanager
-def _of(target: str | Path) -> Iterator[None]:
-    """What is wrong with a target is said with its name."""
+def _named(target: str | Path) -> Iterator[None]:
+    """Adds the target's name to a UserError of the block."""
     try:
         yield
     except UserError as error:
@@ -82,13 +82,13 @@ def _of(target: str | Path) -> Iterator[None]:
 
 
 def _device(name: str | None) -> torch.device:
-    """The device called `name`, which must be there; "cuda" is a process's own card where several were launched."""
+    """Returns the device `name`; UserError if it is not available. "cuda" is the local rank's GPU under a launcher."""
     rank = os.environ.get("LOCAL_RANK")
     try:
         device = torch.device("cpu" if name is None else f"cuda:{rank}" if name == "cuda" and rank else name)
         torch.empty(0, device=device)
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it stores no values")
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
             f"device '{name}' cannot be used here ({_first_line(error)}); --device cpu always can"
@@ -97,7 +97,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def load_config(target: str | Path) -> PreTrainedConfig:
-    """The config of `target`, of which nothing else is read. UserError as in `load_target`."""
+    """Loads the config of a target, and nothing else. UserError as in `load_target`."""
     path = reference.resolve(target)
     _refuse_damaged(target, path)
     return _config(target, path)
@@ -107,13 +107,13 @@ def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except FAULTS as error:
-        kind = _model_type(path)
-        if kind in CONFIG_MAPPING:
+        model_type = _model_type(path)
+        if model_type in CONFIG_MAPPING:
             raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
-        if kind:  # such as "qwen", the first Qwen-VL
+        if model_type:  # such as "qwen", the first Qwen-VL
             raise UserError(
-                f"target '{target}' has architecture '{kind}', which transformers {transformers.__version__} does not "
-                "have, so no adapter can be written; docs/targets.md lists what it can be"
+                f"target '{target}' has architecture '{model_type}', which transformers {transformers.__version__} "
+                "does not have, so no adapter can be written; docs/targets.md lists what it can be"
             ) from error
         raise UserError(
             f"unknown target '{target}': neither 'reference' nor 'reference-video', nor a checkpoint folder, nor a "
@@ -122,7 +122,7 @@ def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
 
 
 def _model_type(path: str | Path) -> str | None:
-    """The architecture that a checkpoint folder's config names; None where there is no such folder or config."""
+    """Returns the architecture in a checkpoint folder's config; None without such a folder or config."""
     try:
         return json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
@@ -133,9 +133,9 @@ def _processor(target: str | Path, path: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(path)
     except FAULTS as error:
-        said = str(error).lower().replace("_", "-")
-        missing = " and ".join(name for name in PACKAGES if name in said)
-        if missing and not (Path(path).is_dir() and fault(Path(path))):
+        message = str(error).lower().replace("_", "-")
+        missing = " and ".join(name for name in PACKAGES if name in message)
+        if missing and not _no_tokenizer(path):
             raise UserError(
                 f"the processor of target '{target}' needs {missing}, which is not installed; install it"
             ) from error
@@ -143,55 +143,55 @@ def _processor(target: str | Path, path: str | Path) -> Any:
 
 
 def _reason(path: str | Path, error: Exception) -> str:
-    """Why something of a checkpoint cannot be loaded: what its files show, or else what the library says."""
-    if Path(path).is_dir() and (found := fault(Path(path))):
-        return found
+    """Explains why a part of a checkpoint cannot be loaded: by the state of its files, else by the library's error."""
+    if missing := _no_tokenizer(path):
+        return missing
     if isinstance(error, OSError | ValueError | ImportError):
         return _first_line(error)
     return f"{type(error).__name__}: {_first_line(error)}; one of its files may be damaged: copy or download it again"
 
 
 def _first_line(error: Exception) -> str:
-    """What a library's long message begins with."""
+    """Returns the first line of an error message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 TOKENIZERS = (
     "tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken",
 )  # fmt: skip
-UNUSED = re.compile(r"vision_(tower|model)\.(.+\.)?head\.")  # SigLIP's pooling, which no supported family asks for
-SHOWN = 3  # names of tensors in a message
+UNUSED = re.compile(r"vision_(tower|model)\.(.+\.)?head\.")  # SigLIP's pooling head, which no supported family uses
+SHOWN = 3  # tensors that a message names
 
 
-def fault(folder: Path) -> str | None:
-    """What the files in a folder lack, beyond what `_refuse_damaged` sees: a tokenizer."""
-    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZERS):
-        return f"it has no tokenizer ({', '.join(TOKENIZERS)}); copy the tokenizer's files into the folder"
-    return None
+def _no_tokenizer(path: str | Path) -> str | None:
+    """Returns a message if `path` is a folder without a tokenizer, which `_refuse_damaged` does not check."""
+    if not Path(path).is_dir() or any(next(Path(path).glob(pattern), None) for pattern in TOKENIZERS):
+        return None
+    return f"it has no tokenizer ({', '.join(TOKENIZERS)}); copy the tokenizer's files into the folder"
 
 
-def check_tensors(model: nn.Module, found: Mapping[str, Iterable[Any]]) -> None:
-    """UserError for weights that are not those that the config describes.
+def check_tensors(model: nn.Module, report: Mapping[str, Iterable[Any]]) -> None:
+    """Raises UserError if the weights do not match the config.
 
-    found: `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape in the model), as
-    `from_pretrained(output_loading_info=True)` tells them.
+    report: `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape in the model) from
+    `from_pretrained(output_loading_info=True)`.
     """
-    missing = [name for name in found["missing_keys"] if not UNUSED.search(name)]
-    shapes = [f"{name} {list(stored)} for {list(wanted)}" for name, stored, wanted in found["mismatched_keys"]]
-    left = [name for name in found["unexpected_keys"] if _has_its_module(model, name)]
+    missing = [name for name in report["missing_keys"] if not UNUSED.search(name)]
+    shapes = [f"{name} {list(stored)} for {list(wanted)}" for name, stored, wanted in report["mismatched_keys"]]
+    extra = [name for name in report["unexpected_keys"] if _has_its_module(model, name)]
     for names, what in (
-        (missing, "its weights lack {} that its config asks for"),
-        (shapes, "its weights have {} of another shape than its config says"),
-        (left, "its weights have {} that its config leaves out"),
+        (missing, "its weights lack {} that its config requires"),
+        (shapes, "its weights have {} of another shape than in its config"),
+        (extra, "its weights have {} that its config leaves out"),
     ):
         if names:
-            told = what.format(f"{len(names)} tensor(s)")
-            more = ", …" if len(names) > SHOWN else ""
-            raise UserError(f"{told} ({', '.join(sorted(names)[:SHOWN])}{more}); give weights and config of one model")
+            listed = ", ".join(sorted(names)[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+            problem = what.format(f"{len(names)} tensor(s)")
+            raise UserError(f"{problem} ({listed}); give weights and config of one model")
 
 
 def _has_its_module(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to a module of the model, or goes on a list of modules: one layer more, or a bias.
+    """Whether an unexpected tensor is the bias of a module, or a further layer in a list of layers.
 
     Others are buffers of older versions, or parts (heads, towers) that this architecture does not have.
     """

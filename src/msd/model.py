@@ -1,8 +1,7 @@
-"""SpeculativeVLM: the front door. Images and a prompt in; text, token ids and statistics out.
+"""`SpeculativeVLM`, the main class: takes images and a prompt, returns text, token ids and statistics.
 
-Preparation is `transformers` own: `generate()` builds the generation config, logits processors and stopping criteria,
-then hands over to the MSD loop through its `custom_generate` hook, so that everything a user can set there means here
-exactly what it means there.
+`transformers`' `generate()` builds the generation config, logits processors and stopping criteria, and then calls the
+MSD loop through its `custom_generate` hook. Every generation option therefore has the same meaning as in `generate()`.
 """
 
 from __future__ import annotations
@@ -25,25 +24,24 @@ from msd.core.sampling import Sampler, Seed, generators
 from msd.core.statistics import Statistics
 from msd.core.tree import Step
 from msd.decode import decode
-from msd.drafters import BorrowsEye, Calibrated, Drafter, Translates, recordings
-from msd.drafters.overlap import Ahead, Beside
-from msd.drafters.recordings import event_tokens
+from msd.drafters import Calibrated, Drafter, SharesVisionTower, Translates, auxiliary
+from msd.drafters.overlap import Prefetch
 from msd.errors import UserError
 from msd.inputs import prompts
 from msd.planning.costs import costs
 from msd.planning.plan import Plan
-from msd.result import Result
-from msd.streaming import Steps, Stream, finished, request_lock
+from msd.result import Outputs, Result
+from msd.streaming import Steps, Stream, request_lock, run_to_end
 from msd.system.machine import Cores, watched
 from msd.targets import Past, adapt
 from msd.targets.registry import fingerprint
 
 
 class SpeculativeVLM:
-    """A vision-language model that decodes speculatively; its output is that of the model alone.
+    """A vision-language model that decodes speculatively; its output is the same as without speculation.
 
     model: a `transformers` image-text-to-text model of a supported architecture. processor: its processor.
-    drafter: a method name or a drafter; by default the config's method, or what ships for this very model.
+    drafter: a method name or a drafter; by default the config's method, else the one that ships for this model.
     """
 
     def __init__(
@@ -60,18 +58,17 @@ class SpeculativeVLM:
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
         if processor is not None and isinstance(self.drafter, Translates):
             self.drafter.translate(processor.tokenizer)
-        if processor is not None and isinstance(self.drafter, BorrowsEye):
-            self.drafter.borrow(partial(event_tokens, self.target, processor))
+        if processor is not None and isinstance(self.drafter, SharesVisionTower):
+            self.drafter.share_vision_tower(partial(auxiliary.picture_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
         policy = verify.policy(self.config.verifier)
         if policy.calibrated and not thresholds and isinstance(self.drafter, Calibrated):
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
-        # where a draft has a say in what is drawn, the time that steps take must not: a seed gives one answer
+        # a plan that depends on measured times is used only if drafts cannot change the output: a seed gives one answer
         lossy = not policy.lossless or self.target.backend.lossy
-        silent = not self.drafter.sampled and not lossy
-        adaptive = self.config.adaptive and silent and self.drafter.name != "ar"
+        adaptive = self.config.adaptive and not self.drafter.sampled and not lossy and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
         self._lock = request_lock(model)
@@ -93,7 +90,7 @@ class SpeculativeVLM:
         return cls(model, processor, config, drafter)
 
     def with_method(self, drafter: str | Drafter) -> SpeculativeVLM:
-        """The same loaded model with another drafter; vision features are shared."""
+        """Returns the same loaded model with another drafter; both share the cache of vision features."""
         other = SpeculativeVLM(self.model, self.processor, self.config, drafter)
         other.target.vision = self.target.vision
         return other
@@ -114,32 +111,32 @@ class SpeculativeVLM:
         images: Any = None,
         prompt: str | Sequence[str] | None = None,
         *,
-        messages: prompts.Messages | None = None,
-        seed: Seed = None,
-        past: Past | None = None,
         on_step: Callable[[Step], None] | None = None,
         **kwargs: Any,
     ) -> Result | list[Result]:
-        """Answers a prompt about images; a list of prompts, or several answers to one, give a list of results.
+        """Answers a prompt about images. A list of prompts, or several answers to one prompt, return a list of results.
 
-        images: one source or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, one source
-        that all of them are about, or a list with a source, a list of sources or None for each.
-        messages: a chat in `transformers`' or OpenAI's format instead of a prompt; what it shows is carried by its
-        parts, or given as images. Or give processor output (`**inputs`) and neither.
+        images: one image or a list (path, bytes, PIL image, array, `Video`, `Audio`); with several prompts, one image
+        for all of them, or a list with an image, a list of images or None for each.
+        messages: a chat in `transformers`' or OpenAI's format instead of a prompt; its parts carry the images, or
+        `images` does. Processor output (`**inputs`) may be passed instead of both.
         seed: an int (row i of a batch uses seed + i and answers as if it were alone), one per row, or a
-        `torch.Generator` that the whole batch shares; without one, torch's global generator, as `generate()` has it.
-        events: an event recording (file, `EventStream`, `Recording`), or a list with one, or None, for each prompt, for
-        a drafter that sees events. What it makes of them is made while the target prefills.
-        beside: in their place, tokens [B, E, H] that only the drafter sees, zero in rows without any, or a function
-        that makes them (`statistics.seconds`: see `msd.drafters.overlap`).
-        past: what earlier turns of a conversation computed; renewed here (`chat` keeps one).
-        on_step: is given every step with its trees, scores and choices (`msd.core.tree.Step`), as it is made.
-        kwargs: anything `transformers` `generate()` takes with one beam: generation_config, do_sample, temperature,
+        `torch.Generator` that the whole batch shares; by default torch's global generator, as in `generate()`.
+        events: a recording of an event camera (file, `EventStream`, `Recording`) for a drafter that reads them, or a
+        list with a recording or None for each prompt. The drafter encodes them while the target prefills. Other
+        sources of auxiliary tokens register their own keyword (`msd.drafters.auxiliary`).
+        auxiliary: instead of a source, auxiliary tokens [B, E, H], zero in rows without any, or a function that
+        computes them (their times in `statistics.seconds`: see `msd.drafters.overlap`).
+        past: the state of a conversation (`Past`), which this method reuses and updates; `chat` keeps one.
+        on_step: called with each `msd.core.tree.Step`: its tree, scores and accepted tokens.
+        kwargs: any option of `transformers`' `generate()` with one beam: generation_config, do_sample, temperature,
         logits_processor, stopping_criteria, stop_strings, streamer, max_new_tokens …
+        With return_dict_in_generate=True, the result also has `sequences`, and `scores` and `logits` if output_scores
+        and output_logits are set: the tensors of `GenerateDecoderOnlyOutput` for the whole batch (see `Outputs`).
+        output_attentions and output_hidden_states are refused.
         """
         with self._lock:
-            steps = self._answers(images, prompt, messages=messages, seed=seed, past=past, **kwargs)
-            return finished(steps, on_step)
+            return run_to_end(self._answers(images, prompt, **kwargs), on_step)
 
     def _answers(
         self,
@@ -151,7 +148,7 @@ class SpeculativeVLM:
         past: Past | None = None,
         **kwargs: Any,
     ) -> Steps[Result | list[Result]]:
-        """What `generate` does, step by step."""
+        """Runs `generate` as a generator of steps, without the lock."""
         if isinstance(prompt, list | tuple) and not prompt:
             return []
         listed = prompt is not None and not isinstance(prompt, str)
@@ -163,15 +160,15 @@ class SpeculativeVLM:
         return results if listed or len(results) > 1 else results[0]
 
     def stream(self, images: Any = None, prompt: str | None = None, **kwargs: Any) -> Stream:
-        """As `generate` for one prompt, in text pieces: iterate over it; `.result` afterwards, `.close()` to stop."""
+        """Answers one prompt like `generate`, and yields the text in pieces; see `Stream`."""
         return Stream(partial(self._answers, images, prompt), self._lock, self.processor.tokenizer, kwargs)
 
     def chat(self) -> Chat:
-        """A new conversation; see `Chat`."""
+        """Starts a conversation; see `Chat`."""
         return Chat(self._answers, self._lock, self.processor)
 
     def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
-        """Processor output of either front-door form."""
+        """Returns the processor output for a prompt, a list of prompts, or messages."""
         if (prompt is None) == (messages is None):
             raise UserError("give a prompt or messages (one of the two), or processor output")
         if self.processor is None:
@@ -186,15 +183,16 @@ class SpeculativeVLM:
 
     @torch.inference_mode()
     def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> Steps[list[Result]]:
-        """Lets `generate()` prepare, and runs the loop in its place."""
+        """Calls the model's `generate()`, which prepares the generation and then calls `_run`."""
         begin = time.perf_counter()
         statistics = Statistics()
         self._reattach()
         kwargs = self._with_stop_strings(kwargs, config.checked(self.model, kwargs))
-        streamer, ahead = kwargs.pop("streamer", None), Ahead(self.drafter, self._beside(kwargs), statistics)
-        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, ahead=ahead)
+        streamer = kwargs.pop("streamer", None)
+        prefetch = Prefetch(self.drafter, auxiliary.take(self.drafter, kwargs), statistics)
+        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, prefetch=prefetch)
         with watched() as cores:
-            with ahead.prefill():
+            with prefetch.prefill():
                 kwargs = self.target.encode_images(kwargs)
             cores.check()
             decoding_method = _as_decoding_method(partial(run, cores=cores))
@@ -216,34 +214,38 @@ class SpeculativeVLM:
         streamer: Any,
         statistics: Statistics,
         past: Past | None,
-        ahead: Ahead,
+        prefetch: Prefetch,
         cores: Cores,
     ) -> Steps[list[Result]]:
-        """The decoding method `generate()` calls: prefill, then the loop."""
+        """Prefills the prompt and runs the decoding loop; `generate()` calls it as its decoding method."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        if generation_config.max_length > L + 2:  # neither an answer's first token is drafted nor the last that fits
-            ahead.read(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
-        with ahead.prefill():
+        if (
+            generation_config.max_length > L + 2
+        ):  # the first token of an answer and the last that fits are never drafted
+            prefetch.read_prompt(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
+        with prefetch.prefill():
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
         statistics.num_prefill_rows = B * state.prefilled
-        ahead.give(state)
+        prefetch.finish(state)
         vocabulary = prompt.logits.shape[-1]
         randomness = generators(seed, B, input_ids.device)
         do_sample = bool(generation_config.do_sample)
         padding = generation_config._pad_token_tensor
         sampler = Sampler(
             state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness, input_ids,
-            None if padding is None else int(padding),
+            None if padding is None else int(padding), Outputs.need_logits(generation_config),
         )  # fmt: skip
+        outputs = Outputs(input_ids, generation_config)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt)
         answers: list[list[int]] = [[] for _ in range(B)]
         for step in decode(*parts, label=self.config.label):
             statistics.read(step)
+            outputs.read(step)
             for row, tokens in enumerate(step.accepted.tokens):
                 answers[row] += [] if row in step.accepted.padded else tokens
             if streamer is not None:
@@ -257,30 +259,22 @@ class SpeculativeVLM:
             streamer.end()
         if past is not None:
             past.renew(state)
-        return [self._result(tokens, sampler.finish[row], row, statistics) for row, tokens in enumerate(answers)]
+        fields = outputs.fields()
+        return [self._result(tokens, sampler.finish[i], i, statistics, fields) for i, tokens in enumerate(answers)]
 
     def _embedding(self) -> tuple[Any, ...]:
-        """What a drafter takes of its target."""
+        """Returns what the drafter is attached to: the embedding layer, the shape of its weights, and the device."""
         embedding = self.model.get_input_embeddings()
         return embedding, getattr(getattr(embedding, "weight", None), "shape", None), self.model.device
 
     def _reattach(self) -> None:
-        """Where the model's embedding is another since; UserError where the drafter does not fit any more."""
+        """Attaches the drafter again if the model's embedding has changed; UserError if it does not fit any more."""
         if self._attached != self._embedding():
             self.drafter.attach(self.model, self.target.backend.name)
             self._attached = self._embedding()
 
-    def _beside(self, kwargs: dict[str, Any]) -> Beside:
-        """What only the drafter sees, taken out of the arguments of a generation."""
-        beside, seen = kwargs.pop("beside", None), kwargs.pop("events", None)
-        if seen is None:
-            return beside
-        if beside is not None:
-            raise UserError("give events or what stands beside, not both")
-        return recordings.work(self.drafter, seen, len(kwargs["input_ids"]))
-
     def _refuse(self, config: GenerationConfig, batch: int, length: int, streamer: Any) -> None:
-        """One clear line for what speculative decoding cannot do, or the model cannot hold."""
+        """Raises UserError for a batch with a streamer, or a length that exceeds the model's context."""
         if streamer is not None and batch > 1:
             raise UserError(f"a streamer takes one prompt at a time, got {batch}")
         context = self.target.context_length
@@ -291,9 +285,9 @@ class SpeculativeVLM:
             )
 
     def _with_stop_strings(self, kwargs: dict[str, Any], config: GenerationConfig) -> dict[str, Any]:
-        """Moves stop strings into a stopping criterion with our tokenizer, which `generate()` cannot hand to a loop.
+        """Turns stop strings into a stopping criterion; `generate()` does not pass the tokenizer to a decoding method.
 
-        config: of the generation, merged from all doors.
+        config: the merged options of the generation.
         """
         strings = config.stop_strings
         tokenizer = kwargs.pop("tokenizer", None) or (self.processor and self.processor.tokenizer)
@@ -305,15 +299,17 @@ class SpeculativeVLM:
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}
 
-    def _result(self, tokens: list[int], finish: str | None, row: int, statistics: Statistics) -> Result:
-        """What `row` emitted, and why it ended."""
+    def _result(
+        self, tokens: list[int], finish: str | None, row: int, statistics: Statistics, fields: dict[str, Any]
+    ) -> Result:
+        """Builds the result of a row. finish: why it stopped. fields: those of `return_dict_in_generate`."""
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
-        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels)
+        return Result(text, tokens, finish or "", self.drafter.name, statistics, labels, **fields)
 
 
 def _as_decoding_method(run: Any) -> Any:
-    """A callable with the signature that `generate(custom_generate=…)` expects."""
+    """Wraps `run` in the signature that `generate(custom_generate=…)` expects."""
 
     def decoding_method(
         model: PreTrainedModel,

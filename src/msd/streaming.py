@@ -1,7 +1,7 @@
-"""Requests in steps, and streams: whoever wants the next piece of an answer has the next step computed.
+"""Runs requests as generators of steps, and streams their text. Reading a stream computes its next step.
 
-Nothing runs between steps: a stream that is left alone holds up nobody and costs nothing. Requests of one model take
-turns, whichever engines they were made to, step by step for streams and whole otherwise.
+Nothing runs between two reads, so an unread stream blocks nothing and costs nothing. One lock for each model lets
+requests take turns, also across engines: `generate` holds it for the whole request, a stream for one step.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from msd.errors import UserError
 from msd.result import Result
 
 T = TypeVar("T")
-Steps = Generator[Step, None, T]  # a request that computes one step at a time and returns its answer
+Steps = Generator[Step, None, T]  # yields the steps of a request and returns its answer
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _creating = threading.Lock()
 
 
 def request_lock(model: nn.Module) -> threading.RLock:
-    """The lock of a model's requests. The thread that has it may make another, from a callback of the first one."""
+    """Returns the lock of a model's requests. It is reentrant, so a callback of a request can make another."""
     with _creating:
         return _locks.setdefault(model, threading.RLock())
 
 
-def finished(steps: Steps[T], read: Callable[[Step], None] | None = None) -> T:
-    """The answer of a request, all steps in one go, each of them shown to `read`."""
+def run_to_end(steps: Steps[T], on_step: Callable[[Step], None] | None = None) -> T:
+    """Runs all steps of a request, calls `on_step` with each, and returns the answer."""
     while True:
         try:
             step = next(steps)
-            if read is not None:
-                read(step)
+            if on_step is not None:
+                on_step(step)
         except StopIteration as end:
             answer: T = end.value
             return answer
 
 
 class _Stopped(StoppingCriteria):
-    """Stops the generation once `asked`."""
+    """Stops the generation once `requested` is set."""
 
-    asked = False
+    requested = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """[B] bool."""
-        return torch.full((input_ids.shape[0],), self.asked, dtype=torch.bool, device=input_ids.device)
+        """Returns whether to stop, [B] bool."""
+        return torch.full((input_ids.shape[0],), self.requested, dtype=torch.bool, device=input_ids.device)
 
 
 class _Pieces(TextStreamer):
-    """Keeps the text that can't change any more."""
+    """Collects the pieces of text that later tokens cannot change."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -69,10 +69,10 @@ class _Pieces(TextStreamer):
 
 
 class Stream:
-    """Iterate for text pieces; `result` is the whole answer afterwards. `close()` ends it within one step.
+    """Yields an answer's text in pieces. `result` is the whole answer afterwards; `close()` ends it within one step.
 
-    Every iteration begins with the first piece: those made already come again. One broken off can be gone on with, or
-    left as it is. For several threads: they read the same pieces. As a context manager it closes itself.
+    Each iteration starts with the first piece and repeats those that exist already, so an interrupted loop can be
+    started again. Several threads may iterate; all read the same pieces. As a context manager it closes itself.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Stream:
 
     @property
     def result(self) -> Result:
-        """The answer, as far as it was made; UserError while it is being made, or when making it failed."""
+        """The answer, shortened if the stream was closed; UserError while it is incomplete, or if generation failed."""
         if self._result is None:
             why = "failed; it has no result" if self._over else "has not ended; read it to its end or close() it first"
             raise UserError(f"the stream {why}")
         return self._result
 
     def __iter__(self) -> Iterator[str]:
-        """Yields text as soon as it cannot change any more; raises what the generation raises, once."""
+        """Yields text as soon as later tokens cannot change it; raises an error of the generation once."""
         read = 0
         while True:
             while read < len(self._pieces.texts):
@@ -104,37 +104,37 @@ class Stream:
             self._step(read)
 
     def close(self) -> None:
-        """Ends the generation within one step, also from another thread, or from a callback of its own."""
-        self._stop.asked = True
+        """Ends the generation within one step. Another thread or a callback of the generation may call it."""
+        self._stop.requested = True
         with self._lock:
-            while not self._over and not self._inside():
+            while not self._over and not self._running():
                 self._step(len(self._pieces.texts))
 
     def __enter__(self) -> Stream:
-        """Itself."""
+        """Returns the stream."""
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Closes it; where the block raised, nothing more is computed."""
+        """Closes the stream. After an exception in the block, no further step is computed."""
         if kind is None:
             self.close()
             return
         with self._lock:
-            if not self._inside():
+            if not self._running():
                 self._steps.close()
                 self._over = True
 
-    def _inside(self) -> bool:
-        """Whether whoever has the turn was called by a step of this stream."""
+    def _running(self) -> bool:
+        """Whether a step of this stream is running, so that the caller is one of its callbacks."""
         return inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING
 
     def _step(self, read: int) -> None:
-        """One step, unless another reader had more than `read` pieces made in the meantime."""
+        """Computes a step, unless the stream has ended or another reader has produced more than `read` pieces."""
         with self._lock:
             if self._over or len(self._pieces.texts) > read:
                 return
-            if self._inside():
-                raise UserError("a stream cannot be read by what its own generation calls; read its pieces elsewhere")
+            if self._running():
+                raise UserError("a callback of a generation cannot read its own stream; read the stream elsewhere")
             try:
                 next(self._steps)
             except StopIteration as end:

@@ -1,4 +1,4 @@
-"""Conversations as data lines: their history is the target's own, and every method gets the same."""
+"""Conversations in data lines: the target answers the earlier turns, and every method gets the same history."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lines(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def test_every_turn_is_a_sample_with_the_targets_own_history(
+def test_every_turn_is_a_sample_with_the_targets_answers_as_history(
     reference_model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = reference_model
@@ -36,8 +36,8 @@ def test_every_turn_is_a_sample_with_the_targets_own_history(
     engine, calls = SpeculativeVLM(model, processor, drafter="ar"), []
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda *a, **k: (calls.append(1), generate(*a, **k))[1])
-    ask = Conversation(engine)
-    found = [ask(s) for s in samples]
+    conversation = Conversation(engine)
+    prepared = [conversation(s) for s in samples]
     assert len(calls) == 2, "each earlier answer is decoded once"
     alone = processor(images=load_image(image), text=processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turns[0]}]}],
@@ -52,8 +52,8 @@ def test_every_turn_is_a_sample_with_the_targets_own_history(
     ]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     whole = processor(images=load_image(image), text=text, return_tensors="pt", add_special_tokens=False)
-    assert torch.equal(found[1]["input_ids"], whole["input_ids"])
-    assert "pixel_values" in found[2] and "pixel_values" not in found[3]
+    assert torch.equal(prepared[1]["input_ids"], whole["input_ids"])
+    assert "pixel_values" in prepared[2] and "pixel_values" not in prepared[3]
 
 
 def test_suites_are_tasks(tmp_path: Path) -> None:
@@ -68,6 +68,6 @@ def test_suites_are_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row", [{"turns": []}, {"turns": "Hello."}, {"turns": ["a", 3]}, {"turns": ["a"], "prompt": "b"}]
 )
-def test_bad_turns_are_told(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_bad_turns_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"d\.jsonl:1"):
         load_data(lines(tmp_path / "d.jsonl", row))

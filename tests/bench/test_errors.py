@@ -1,4 +1,4 @@
-"""Error patterns and the description's tables, on invented data."""
+"""Rejected drafts and the comparison of MSD with `standard`, on invented data."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from msd.bench import errors, plots, report
+from msd.bench import errors, pairwise, plots, report
 from msd.bench.errors import KINDS, kind_of, kinds_of
 from msd.bench.report import page
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VISION
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.core.statistics import RowStep
+from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 
 @pytest.mark.parametrize(
@@ -62,15 +63,22 @@ def row(method: str, task: str, speedup: float, rates: tuple[float, ...] | None 
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    told = {"threads": 2, "cpu_capability": "X", "dtype": "float32", "torch": "2", "transformers": "5", "settings": {}}
-    return {"environment": told, "rows": rows}
+    machine = {
+        "threads": 2,
+        "cpu_capability": "X",
+        "dtype": "float32",
+        "torch": "2",
+        "transformers": "5",
+        "settings": {},
+    }
+    return {"environment": machine, "rows": rows}
 
 
-def test_the_descriptions_tables() -> None:
+def test_msd_is_compared_with_standard() -> None:
     rows = [row("ar", "all", 1.0), row("ar", "vqa", 1.0), row("standard", "all", 1.5, (0.5, 0.8, 0.6))]
     rows += [row("msd", "all", 1.8, (0.7, 0.84, 0.66)), row("standard", "vqa", 1.2), row("msd", "vqa", 1.2)]
     rows += [row("standard", "coco-qa", 2.0), row("msd", "coco-qa", 1.9), row("msd:sampled", "all", 9.0)]
-    speed, accepted = report.summary(results(rows))
+    speed, accepted = pairwise.summary(results(rows))
     assert speed[2] == [
         ["all tasks", "1.50", "1.80", "+20%"], ["VQA", "1.20", "1.20", "+0%"],
         ["COCO-QA (in the place of GQA)", "2.00", "1.90", "-5%"],
@@ -86,16 +94,16 @@ def test_the_descriptions_tables() -> None:
 def test_seeds_are_averaged_and_one_method_makes_no_table() -> None:
     rows = [row(f"standard seed {s}", "all", 1.0 + s, (0.5, 0.5, 0.5)) for s in range(3)]
     rows += [row(f"msd:block seed {s}", "all", 2.0 + s, (0.75, 0.5, 0.5)) for s in range(3)]
-    speed, accepted = report.summary(results(rows))
+    speed, accepted = pairwise.summary(results(rows))
     assert speed[2] == [["all tasks", "2.00", "3.00", "+50%"]] and accepted[2][0] == ["vision", "0.50", "0.75", "+50%"]
     other = [*rows, row("msd:ar", "all", 9.0, (0.9, 0.9, 0.9))]  # another form is not MSD's
-    assert report.summary(results(other)) == [speed, accepted]
-    assert report.summary(results(rows[:3])) == []
+    assert pairwise.summary(results(other)) == [speed, accepted]
+    assert pairwise.summary(results(rows[:3])) == []
     longer = [row("standard", "all", 1.0), row("msd", "all", 3.0), row("msd:15min", "all", 2.0)]
-    ((_, head, cells),) = report.summary(results(longer))
+    ((_, head, cells),) = pairwise.summary(results(longer))
     assert "`msd:15min`" in head[2] and cells == [["all tasks", "1.00", "2.00", "+100%"]], "as much training as it had"
     bare = [row("standard", "all", 1.0), row("msd", "all", 2.0)]
-    assert [title for title, _, _ in report.summary(results(bare))] == ["Speedup per task, end to end over `ar`"]
+    assert [title for title, _, _ in pairwise.summary(results(bare))] == ["Speedup per task, end to end over `ar`"]
 
 
 def test_error_tables_and_plot() -> None:
@@ -111,11 +119,11 @@ def test_error_tables_and_plot() -> None:
     assert crossed[2][1] == ["msd, fusion", "100 (of 1)", "–", "–", "–", "–", "–"]
     svg = plots.rejections(results(rows))
     assert svg is not None and svg.startswith("<svg")
-    assert "Which drafts are rejected" in plots.all_of(results(rows))
+    assert "Rejected drafts" in plots.all_of(results(rows))
     assert plots.rejections(results(rows[:1])) is None and errors.tables(results(rows[:1])) == []
 
 
-def test_modalities_of_events_are_told_as_any_others() -> None:
+def test_event_modalities_are_reported_as_all_others() -> None:
     steps = [RowStep(0, 1, 2, 1)]
     seen = errors.pattern([(steps, [EVENT_DENSE.id, LANGUAGE.id, EVENT_SPARSE.id], ["object", "verb", "other"])])
     rows = [row("standard", "all", 1.0), row("msd", "all", 2.0)]
@@ -123,5 +131,5 @@ def test_modalities_of_events_are_told_as_any_others() -> None:
     rows = [r | {"acceptance_by_modality": rates, "errors": seen} for r in rows]
     first, _ = errors.tables(results(rows))
     assert first[1][:3] == ["method", "language", "event_sparse"]
-    _, accepted = report.summary(results(rows))
+    _, accepted = pairwise.summary(results(rows))
     assert [cells[0] for cells in accepted[2]] == ["language", "event_dense"]

@@ -1,4 +1,4 @@
-"""The paired bootstrap against what is known in closed form."""
+"""The paired bootstrap against closed forms."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from msd.bench.pairwise import ratio_interval
 
 
 def test_a_constant_ratio_has_no_width() -> None:
-    mine = [0.1, 0.4, 0.2, 0.9]
-    assert ratio_interval([2 * s for s in mine], mine) == pytest.approx([2.0, 2.0])
+    own = [0.1, 0.4, 0.2, 0.9]
+    assert ratio_interval([2 * s for s in own], own) == pytest.approx([2.0, 2.0])
     assert ratio_interval([1.0], [1.0]) is None
 
 
-def test_it_is_as_wide_as_the_delta_method_says_and_covers_the_truth() -> None:
+def test_its_width_matches_the_delta_method_and_it_covers_the_true_ratio() -> None:
     inside = 0
     for seed in range(40):
         noise = torch.Generator().manual_seed(seed)
-        mine = 1 + 0.2 * torch.rand(80, generator=noise)
-        base = 1.5 * mine * (1 + 0.1 * torch.randn(80, generator=noise))
-        low, high = ratio_interval(base.tolist(), mine.tolist()) or (0.0, 0.0)
-        spread = float((base - base.sum() / mine.sum() * mine).std() / (mine.mean() * 80**0.5))
+        own = 1 + 0.2 * torch.rand(80, generator=noise)
+        base = 1.5 * own * (1 + 0.1 * torch.randn(80, generator=noise))
+        low, high = ratio_interval(base.tolist(), own.tolist()) or (0.0, 0.0)
+        spread = float((base - base.sum() / own.sum() * own).std() / (own.mean() * 80**0.5))
         assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.2)
         inside += low <= 1.5 <= high
     assert inside >= 34  # 95% of 40 is 38; 34 or fewer has a chance below 3%

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: batches answer as single prompts do, and what is not known stays empty."""
+"""Rows of a benchmark: batches give the answers of single prompts, and unknown figures stay empty."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import tiny_checkpoint
 from msd.bench import measure, report
 from msd.bench.data import Sample
-from msd.bench.timing import LIBRARY, Run, _until, library, shallow
+from msd.bench.timing import LIBRARY, Run, _until, early_exit_assistant, time_library
 from msd.core.statistics import RowStep, Statistics
 from msd.loading import load_target
 
@@ -48,17 +48,17 @@ def test_a_sampled_batch_is_not_compared_with_the_library(samples: list[Sample])
         assert {row["identical"] is not None for row in results["rows"]} == {known}
 
 
-def test_a_way_of_the_library_that_refuses_the_model_is_named(
+def test_a_library_method_that_refuses_the_model_is_named(
     samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = load_target(samples[0].images[0].parents[1])
     monkeypatch.setitem(LIBRARY, "transformers:broken", lambda _: {"no_such_setting": 1})
     results = measure.run(model, processor, samples[:2], [], 4, 0.0, lambda _: None)
-    told = results["environment"]
-    assert "no_such_setting" in told["not_run"]["transformers:broken"]
+    environment = results["environment"]
+    assert "no_such_setting" in environment["not_run"]["transformers:broken"]
     assert "transformers:broken" not in {row["method"] for row in results["rows"]}
-    assert set(told["outside_kernels"]) == {"1", "9"}
-    assert all(0 <= share < 1 for share in told["outside_kernels"].values())
+    assert set(environment["outside_kernels"]) == {"1", "9"}
+    assert all(0 <= share < 1 for share in environment["outside_kernels"].values())
     assert "`transformers:broken` does not run here" in report.markdown(results)
 
 
@@ -72,7 +72,7 @@ def test_padding_is_no_answer(samples: list[Sample]) -> None:
     assert _until([5, 6], {2}) == [5, 6]
     model, _ = load_target(samples[0].images[0].parents[1])
     inputs = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
-    run = library(model, inputs, {"max_new_tokens": 4, "do_sample": False}, seed=0)
+    run = time_library(model, inputs, {"max_new_tokens": 4, "do_sample": False}, seed=0)
     assert len(run.answers) == 2 and run.prefill is None and run.tokens == sum(map(len, run.answers))
 
 
@@ -82,10 +82,10 @@ def test_steps_of_a_batch_go_to_their_rows() -> None:
     assert list(run.by_row()) == [([steps[0], steps[2]], [5, 6, 7]), ([steps[1]], [8])]
 
 
-def test_the_library_s_assistant_is_the_front_of_the_target(samples: list[Sample]) -> None:
+def test_the_assistant_has_the_first_layers_of_the_target(samples: list[Sample]) -> None:
     model, processor = load_target(samples[0].images[0].parents[1])
     layers = len(model.get_decoder().layers)
-    assistant = shallow(model)
+    assistant = early_exit_assistant(model)
     assert len(assistant.get_decoder().layers) == max(1, layers // 3)
     assert len(model.get_decoder().layers) == model.config.get_text_config().num_hidden_layers == layers
     own = dict(model.named_parameters())

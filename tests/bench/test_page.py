@@ -1,4 +1,4 @@
-"""The report as files: one page that stands alone, the same figures in all of them."""
+"""The report files: a self-contained page, and the same figures in every file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def results() -> dict[str, Any]:
     rows = [row(m, t, s) for t in ("all", "a<b") for m, s in (("transformers", 0.5), ("ar", 1.0))]
     rows += [row("msd", t, 2.0, acceptance_by_depth=depth) for t in ("all", "a<b")]
     costs = {"nodes": [1, 2, 4], "contexts": [64, 512], "seconds": [[0.03, 0.03, 0.04], [0.04, 0.04, 0.06]]}
-    told = {"threads": 2, "cpu_capability": "X", "dtype": "float32", "torch": "2", "transformers": "5"}
-    environment = {**told, "settings": {"max_new_tokens": 8}, "costs": costs}
+    machine = {"threads": 2, "cpu_capability": "X", "dtype": "float32", "torch": "2", "transformers": "5"}
+    environment = {**machine, "settings": {"max_new_tokens": 8}, "costs": costs}
     return {"environment": environment, "target_top_mass": {"all": {"1": 0.5, "4": 0.75, "8": 0.9}}, "rows": rows}
 
 
 class Reader(HTMLParser):
-    """Collects what must balance, and every cell."""
+    """Collects open tags, links and table cells."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Reader(HTMLParser):
             self.cells.append(data)
 
 
-def test_the_page_stands_alone_and_holds_every_cell(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_holds_every_cell(tmp_path: Path) -> None:
     report.write(results(), tmp_path)
     text = (tmp_path / "report.html").read_text()
     reader = Reader()
@@ -71,7 +71,7 @@ def test_the_page_stands_alone_and_holds_every_cell(tmp_path: Path) -> None:
     assert page(results()) == text, "the same figures give the same file"
 
 
-def test_pictures_are_drawn_where_there_are_figures() -> None:
+def test_plots_need_their_figures() -> None:
     bare = results()
     bare["environment"].pop("costs")
     for r in bare["rows"]:

@@ -1,4 +1,4 @@
-"""`msd capture` on a tiny target: goes on where it stopped, freezes its cuts, and names the line that is wrong."""
+"""`msd capture` on a tiny target: it resumes, keeps its label thresholds, and names a wrong line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def records(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {("".join(r["image"]), r["prompt"]): r for r in found}
 
 
-def test_an_interrupted_capture_ends_as_an_uninterrupted_one(
+def test_an_interrupted_capture_equals_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
@@ -69,18 +69,20 @@ def test_an_interrupted_capture_ends_as_an_uninterrupted_one(
     assert json.loads(out)["written"] == 5
     assert records(parts) == records(whole)
     assert parts.read_bytes() == whole.read_bytes()
-    cuts = [Path(f"{p}.cuts.json").read_text() for p in (whole, parts)]
-    assert cuts[0] == cuts[1]
+    thresholds = [Path(f"{p}.cuts.json").read_text() for p in (whole, parts)]
+    assert thresholds[0] == thresholds[1]
     found = records(whole)
     assert found["0.png", "Is it?"]["split"] == "val" and found["", "Say something."]["gain"] == [0.0] * 5
     gains = [r["gain"] for r in found.values() if r["image"] and r["split"] == "train"]
     assert ModalityThresholds.load(Path(f"{whole}.cuts.json")) == ModalityThresholds.fit(gains, summary["target"])
 
 
-def test_a_part_decides_no_cuts_and_cuts_stay(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_thresholds_need_all_lines_and_are_not_refitted(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     frozen = Path(f"{out}.cuts.json")
-    assert "no modality cuts" in run(capsys, folder, out, "--limit", "2")[1]
+    assert "no label thresholds" in run(capsys, folder, out, "--limit", "2")[1]
     assert len(records(out)) == 2 and not frozen.exists()
     run(capsys, folder, out)
     chosen = ModalityThresholds.load(frozen).model_copy(update={"vision_min": 99.0})
@@ -102,7 +104,7 @@ def test_a_part_decides_no_cuts_and_cuts_stay(capsys: pytest.CaptureFixture[str]
         ({"image": "9.png", "prompt": "What is it?"}, (), "bad.jsonl:2"),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_asked(
+def test_a_bad_line_is_named_before_any_answer(
     capsys: pytest.CaptureFixture[str],
     folder: Path,
     tmp_path: Path,
@@ -115,12 +117,14 @@ def test_a_bad_line_is_named_before_anything_is_asked(
     out = tmp_path / "out.jsonl"
     code, printed, err = run(capsys, folder, out, "--data", str(folder / "bad.jsonl"), *more)
     assert (code, printed) == (2, "")
-    told = [text for text in err.splitlines() if text.startswith("msd: ")]
-    assert len(told) == 1 and part in told[0] and "Traceback" not in err
+    messages = [text for text in err.splitlines() if text.startswith("msd: ")]
+    assert len(messages) == 1 and part in messages[0] and "Traceback" not in err
     assert not out.exists()
 
 
-def test_an_out_that_is_no_capture_is_kept(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_an_out_file_of_another_kind_is_unchanged(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
     data = (folder / "data.jsonl").read_text()
     for out in (folder / "data.jsonl", tmp_path, folder / "data.jsonl" / "x"):
         code, _, err = run(capsys, folder, out)

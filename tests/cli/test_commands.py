@@ -1,4 +1,4 @@
-"""The commands on the reference model: what they print is what the design promises."""
+"""The output of the commands on the reference model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import rivals
 from msd.bench.data import BUNDLED
 from msd.cli import main
-from msd.cli.options import chosen_methods
+from msd.cli.options import method_names
 
 PUPPY = str(BUNDLED / "puppy.jpg")
 pytestmark = pytest.mark.slow
@@ -93,10 +93,10 @@ def test_verify_audits_other_engines(capsys: pytest.CaptureFixture[str], tmp_pat
     assert not json.loads(captured.out)["rows"][0]["passed"]
 
 
-def test_all_methods_of_a_greedy_benchmark_are_told_once() -> None:
-    sampled, greedy = (chosen_methods("all", "reference", greedy) for greedy in (False, True))
+def test_a_greedy_benchmark_leaves_out_sampled_forms() -> None:
+    sampled, greedy = (method_names("all", "reference", greedy) for greedy in (False, True))
     assert set(sampled) - set(greedy) == {"msd:sampled", "prompt-lookup:sampled"}
-    assert chosen_methods("msd:sampled", "reference", greedy=True) == ["msd:sampled"]
+    assert method_names("msd:sampled", "reference", greedy=True) == ["msd:sampled"]
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

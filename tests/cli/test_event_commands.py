@@ -1,4 +1,4 @@
-"""Capture and training on clips that an event camera saw too: labels by cells and frames, tokens beside the text."""
+"""Capture and training on clips with event recordings: labels by cells and frames, auxiliary tokens for the drafter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd.drafters import registry
-from msd.drafters.recordings import FRAMES, event_tokens
+from msd.drafters.auxiliary import FRAMES, pooled
 from msd.events import events_of_photo, frames, read
-from msd.events.pooling import pooled
+from msd.events.auxiliary import event_tokens
+from msd.events.cells import cell_kinds
 from msd.inputs.prompts import prepare
-from msd.labels.gain import cell_kinds, event_costs
+from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
@@ -26,7 +27,7 @@ from training_command import FLOAT32, run, train
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target, clips of two frames with events, a picture without, and a text."""
+    """A folder with a target, clips of two frames with events, an image without events, and a text prompt."""
     folder = tmp_path_factory.mktemp("events")
     tiny_checkpoint.write(folder)
     names = tiny_checkpoint.photos(folder / "images", 6)
@@ -65,9 +66,14 @@ def test_captured_clips_have_the_costs_of_their_cells(place: Path, captured: lis
         ids = line["ids"] + ([] if line["end"] is None else [line["end"]])
         expected = event_costs(target, inputs, [ids], [kinds])[0]
         torch.testing.assert_close(torch.tensor(line["costs"], dtype=torch.float64), expected, atol=2e-4, rtol=0)
-    cuts = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
-    assert cuts.events is not None and cuts.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
-    assert cuts.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
+    thresholds = ModalityThresholds.load(place / "captured.jsonl.cuts.json")
+    assert thresholds.events is not None and thresholds.modalities == (
+        "language",
+        "event_sparse",
+        "event_dense",
+        "video_reasoning",
+    )
+    assert thresholds.events.tokens == sum(len(line["costs"]) for line in clips if line["split"] == "train")
 
 
 def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
@@ -83,44 +89,44 @@ def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_drafter_learns_beside_events(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
-    """It has the modalities of events, reads their tokens, and learns something else without them."""
+def test_a_drafter_trains_with_event_tokens(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    """The drafter has the event modalities, reads event tokens, and trains differently without them."""
     whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
     network = registry.load(tmp_path / "whole" / "drafter")
     assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
-    assert network.config.beside == ((FRAMES, 3), (4, 3))
+    assert network.config.auxiliary == ((FRAMES, 3), (4, 3))
     again = train(capsys, place, tmp_path / "again", *FLOAT32, "--remember", 0)
     without = train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
     same, other = (registry.load(tmp_path / name / "drafter") for name in ("again", "without"))
     assert whole["losses"]["loss"] == again["losses"]["loss"] != without["losses"]["loss"]
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), same.parameters(), strict=True))
-    assert other.config.beside == () and other.config.modalities == network.config.modalities
+    assert other.config.auxiliary == () and other.config.modalities == network.config.modalities
 
 
 def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    for line, said in (({"events": "none.raw"}, "does not exist"), ({"events": ["0.npz", "1.npz"]}, "a line has one")):
+    for line, part in (({"events": "none.raw"}, "does not exist"), ({"events": ["0.npz", "1.npz"]}, "a line has one")):
         bad.write_text(json.dumps({"prompt": "What?", "image": "0.png", **line}))
         code, _, err = run(
             capsys, "capture", "--data", bad, "--images", place / "images", "--target", place, "--out", tmp_path / "o"
         )
-        assert code == 2 and said in err and "bad.jsonl:1" in err
+        assert code == 2 and part in err and "bad.jsonl:1" in err
 
 
 @pytest.mark.usefixtures("captured")
 def test_events_reach_the_drafter_and_never_the_answer(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
 ) -> None:
-    """Learnt beside events, verified with them, and told apart from a drafter without."""
+    """A drafter trained with events is verified with them; one trained without events refuses them."""
     train(capsys, place, tmp_path / "with", *FLOAT32)
     train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
     data = ("--data", place / "data.jsonl", "--images", place / "images", "--target", place)
-    code, told, err = run(
+    code, out, err = run(
         capsys, "verify", *data, "--drafter", tmp_path / "with" / "drafter", "--method", "msd", "--limit", 3,
         "--max-new-tokens", 8, "--json",
     )  # fmt: skip
     assert code == 0, err
-    assert all(row["passed"] and row["identical"] == row["compared"] for row in json.loads(told)["rows"])
+    assert all(row["passed"] and row["identical"] == row["compared"] for row in json.loads(out)["rows"])
     ask = (
         "generate", place / "images" / "0.png", place / "images" / "1.png", "-p", "What?", "--target", place,
         "--max-new-tokens", 12, "--json",

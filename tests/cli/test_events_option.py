@@ -39,7 +39,7 @@ def recording(path: Path, seed: int = 0) -> Path:
 
 
 def folder(path: Path, theirs: Pieces, text_config: Any, tied: bool = False) -> Path:
-    """A random drafter that shares what pieces it can; tied: with its map."""
+    """Saves a random drafter with a vocabulary that overlaps the target's; tied: with its vocabulary map."""
     torch.manual_seed(1)
     own = Pieces((*theirs.names, "<ev_start>", "own"), theirs.special | {len(theirs.names)})
     network = EventGPT.for_text(text_config, vocabulary=len(own.names))
@@ -55,7 +55,7 @@ def data(path: Path, *lines: dict[str, str]) -> Path:
 def test_a_video_model_passes_verify(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Video-LLaVA's own processor needs torchvision; another stands in its place."""
+    """Another processor replaces Video-LLaVA's, which needs torchvision."""
     target = tmp_path / "target"
     FAMILY.make().save_pretrained(target)
     monkeypatch.setattr(loading, "_processor", lambda *_: FamilyProcessor(FAMILY))
@@ -75,7 +75,7 @@ def test_a_video_model_passes_verify(
         assert row["passed"] and row["compared"] == row["identical"] == 12, row
 
 
-def test_generate_sees_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_reads_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tiny_checkpoint.write(tmp_path / "target")
     config = loading.load_config(target).text_config
     drafter = folder(tmp_path / "drafter", Pieces.of(tiny_checkpoint.processor().tokenizer), config)
@@ -97,7 +97,9 @@ def test_generate_sees_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "2 'events'; a line has one recording" in refused
 
 
-def test_bench_shows_recordings_to_who_sees_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_gives_recordings_to_drafters_that_read_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tiny_checkpoint.write(tmp_path / "target")
     config = loading.load_config(target).text_config
     drafter = folder(tmp_path / "drafter", Pieces.of(tiny_checkpoint.processor().tokenizer), config)

@@ -1,4 +1,4 @@
-"""`msd inspect`: the page tells what the record tells, and the record is what was decoded."""
+"""`msd inspect`: the page shows the recorded steps, and these are the decoded ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INPUTS = tiny.llava_inputs(seed=1)
 
 
 def engine(tokens: int) -> SpeculativeVLM:
-    """With a drafter that is often right."""
+    """Returns an engine whose drafter is often correct."""
     plain = SpeculativeVLM(MODEL, None, drafter="ar").generate(**INPUTS, max_new_tokens=tokens, do_sample=False)
     drafter = RandomDrafter(3, 64, [plain.tokens])
     return SpeculativeVLM(MODEL, None, SpeculativeConfig(adaptive=False), drafter)
@@ -33,8 +33,8 @@ def test_the_record_is_what_was_decoded() -> None:
     steps = trace.passes
     count = len(steps)
     assert count == answer.statistics.num_spec_steps
-    told = [answer.tokens[0], *(token for step in steps for token in step.emitted)]
-    assert told == answer.tokens
+    emitted = [answer.tokens[0], *(token for step in steps for token in step.emitted)]
+    assert emitted == answer.tokens
     assert sum(len(step.nodes) for step in steps) == answer.statistics.num_draft_tokens
     at = 0
     for step in steps:
@@ -69,7 +69,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_every_step_and_escapes_words() -> None:
+def test_the_page_shows_every_step_and_escapes_tokens() -> None:
     vlm = engine(16)
     trace = Trace()
     answer = vlm.generate(**INPUTS, max_new_tokens=16, do_sample=False, on_step=trace)
@@ -91,9 +91,9 @@ def test_the_command_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path:
 
     out = tmp_path / "trace.html"
     ask = ("inspect", sample_photos()[0], "-p", "Describe the image.", "--max-new-tokens", 24)
-    code, told, err = run(capsys, *ask, "--out", out, "--json")
+    code, output, err = run(capsys, *ask, "--out", out, "--json")
     assert code == 0, err
-    answer, text = json.loads(told), out.read_text(encoding="utf-8")
+    answer, text = json.loads(output), out.read_text(encoding="utf-8")
     assert text.count('class="step"') == answer["steps"] and text.count("data:image/jpeg") == 1
     assert ">vision</i>" in text and answer["method"] == "msd+prompt-lookup"
     code, _, err = run(capsys, *ask, "--out", tmp_path / "none" / "trace.html")

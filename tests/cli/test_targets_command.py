@@ -1,4 +1,4 @@
-"""`msd targets` tells what the registry holds, and what it says is tested is."""
+"""`msd targets` lists the registry; every architecture it lists is tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`msd train` on a tiny target: resumes to the same drafter, which `generate`, `verify` and `bench` then take."""
+"""`msd train` on a tiny target: a resumed run gives the same drafter, and `generate`, `verify` and `bench` use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint.captured(tmp_path_factory.mktemp("train"))
 
 
-def test_a_run_goes_on_from_a_drafter(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_a_drafter(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
     train(capsys, place, tmp_path / "first", "--off", "vision", *FLOAT32)
     first = tmp_path / "first" / "drafter"
     train(capsys, place, tmp_path / "more", "--start", first, "--lr", 0, *FLOAT32)
@@ -29,8 +29,8 @@ def test_a_run_goes_on_from_a_drafter(capsys: pytest.CaptureFixture[str], place:
     assert one.keys() == two.keys(), "the parts are those of the first"
     same = {name for name in one if torch.equal(one[name], two[name])}
     assert one.keys() - same <= {"heads.calibration"}, "a learning rate of 0 changes no weight"
-    told = json.loads((tmp_path / "more" / "drafter" / "training.json").read_text())
-    assert told["before"]["steps"] == STEPS and told["before"]["before"] is None
+    record = json.loads((tmp_path / "more" / "drafter" / "training.json").read_text())
+    assert record["before"]["steps"] == STEPS and record["before"]["before"] is None
     train(capsys, place, tmp_path / "learnt", "--start", first, *FLOAT32)
     other = load_file(tmp_path / "learnt" / "drafter" / "model.safetensors")
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
@@ -38,11 +38,11 @@ def test_a_run_goes_on_from_a_drafter(capsys: pytest.CaptureFixture[str], place:
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
         "--out", tmp_path / "no", "--start", first, "--form", "ar",
     )  # fmt: skip
-    assert code == 2 and "brings its method, form" in err
+    assert code == 2 and "fixes the method, form" in err
 
 
 @pytest.mark.parametrize("form", ["block", "ar"])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+def test_an_interrupted_run_equals_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     monkeypatch.setattr(comparison, "faster", lambda model, calls: ())  # rounding must not depend on the clock
@@ -72,8 +72,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 def test_the_drafter_is_used_by_every_command(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
 
     drafter = train(capsys, place, tmp_path / "run", "--calibrate", 2)["drafter"]
-    told = json.loads((Path(drafter) / "training.json").read_text())
-    assert set(told["thresholds"]) == {"0.005", "0.01", "0.02", "0.05", "0.1"}
+    record = json.loads((Path(drafter) / "training.json").read_text())
+    assert set(record["thresholds"]) == {"0.005", "0.01", "0.02", "0.05", "0.1"}
     image = place / "images" / "0.png"
     common = ["--target", place, "--drafter", drafter, "--max-new-tokens", 10, "--json"]
     code, out, err = run(capsys, "generate", image, "-p", "Describe it.", *common)
@@ -107,8 +107,8 @@ def test_the_drafter_is_used_by_every_command(capsys: pytest.CaptureFixture[str]
     code, out, err = run(capsys, "verify", *common, *data)
     assert code == 0, err
     assert [r["passed"] for r in json.loads(out)["rows"]] == [True]
-    cuts = ["--cuts", place / "captured.jsonl.cuts.json"]
-    code, out, err = run(capsys, "bench", *common, *data, *cuts)
+    thresholds = ["--cuts", place / "captured.jsonl.cuts.json"]
+    code, out, err = run(capsys, "bench", *common, *data, *thresholds)
     assert code == 0, err
     row = next(r for r in json.loads(out)["rows"] if r["method"] == "msd")
     assert row["identical"] == 1.0
@@ -118,7 +118,7 @@ def test_the_drafter_is_used_by_every_command(capsys: pytest.CaptureFixture[str]
 
 
 def test_two_processes_share_a_step(place: Path, tmp_path: Path) -> None:
-    """`accelerate launch`: both take their part of each batch, one writes, and the run can be gone on with alone."""
+    """With `accelerate launch`, both processes train on parts of each batch, one writes, and one process can resume."""
     import subprocess
     import sys
 
@@ -131,8 +131,8 @@ def test_two_processes_share_a_step(place: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads((out / "drafter" / "training.json").read_text())
-    assert told["finished"] == 3
+    record = json.loads((out / "drafter" / "training.json").read_text())
+    assert record["finished"] == 3
     assert len([line for line in (out / "log.jsonl").read_text().splitlines() if "lr" in json.loads(line)]) == 1
 
 
@@ -143,28 +143,28 @@ def test_tensorboard_gets_the_log(capsys: pytest.CaptureFixture[str], place: Pat
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--form", "tree"], "form 'tree' is unknown; choose one of ar, block"),
         (["--off", "router,hands"], "--off 'hands' is no part of the drafter"),
         (["--weighting", "wild"], "loss weighting 'wild' is unknown"),
-        (["--cuts", "none.json"], "no modality cuts at 'none.json'"),
+        (["--cuts", "none.json"], "no label thresholds at 'none.json'"),
         (["--captured", "none.jsonl"], "cannot read data 'none.jsonl'"),
     ],
 )
 def test_bad_input_is_one_line(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, options: list[str], said: str
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     code, out, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
         "--out", tmp_path / "run", *options,
     )  # fmt: skip
     assert (code, out) == (2, "")
-    assert said in err.strip().splitlines()[-1]
+    assert message in err.strip().splitlines()[-1]
 
 
 def test_bad_policies_are_one_line(capsys: pytest.CaptureFixture[str], place: Path) -> None:
-    for options, said in (
+    for options, message in (
         (["--verifier", "brave"], "unknown verifier 'brave'"),
         (["--threshold", "vision"], "--threshold 'vision' is not NAME=NUMBER"),
         (["--verifier", "threshold", "--threshold", "smell=0.5"], "unknown modality 'smell'"),
@@ -173,4 +173,4 @@ def test_bad_policies_are_one_line(capsys: pytest.CaptureFixture[str], place: Pa
     ):
         code, out, err = run(capsys, "generate", "-p", "Hello", "--target", place, *options)
         assert (code, out) == (2, ""), options
-        assert said in err, options
+        assert message in err, options

@@ -1,4 +1,4 @@
-"""`msd train --method NAME`: every rival is trained, kept strictly, gone on with, and used by the other commands."""
+"""`msd train --method NAME`: every published method is trained, saved, resumed, and used by the other commands."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def test_trained_loaded_and_used(capsys: pytest.CaptureFixture[str], place: Path
     made = registry.load(summary["drafter"])
     assert type(made) is rivals.RIVALS[method] and made.config.method == method
     image = place / "images" / "0.png"
-    asked = ["generate", image, "-p", "Describe it.", "--target", place, "--max-new-tokens", 10, "--json"]
-    code, out, err = run(capsys, *asked, "--drafter", summary["drafter"])
+    command = ["generate", image, "-p", "Describe it.", "--target", place, "--max-new-tokens", 10, "--json"]
+    code, out, err = run(capsys, *command, "--drafter", summary["drafter"])
     assert code == 0, err
     answer = json.loads(out)
     assert answer["method"] == method
-    _, out, _ = run(capsys, *asked, "--method", "ar")
+    _, out, _ = run(capsys, *command, "--method", "ar")
     assert answer["tokens"] == json.loads(out)["tokens"]
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+def test_an_interrupted_run_equals_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "faster", lambda model, calls: ())  # rounding must not depend on the clock
@@ -77,7 +77,7 @@ def test_weights_in_the_repository_are_methods_for_the_reference_model(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--method", "eagle9"], "method 'eagle9' cannot be trained; choose msd or one of"),
         (["--method", "eagle2", "--off", "router"], "method 'eagle2' is trained as published"),
@@ -86,11 +86,11 @@ def test_weights_in_the_repository_are_methods_for_the_reference_model(
     ],
 )
 def test_bad_input_is_one_line(
-    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, options: list[str], said: str
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     code, out, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
         "--out", tmp_path / "run", *options,
     )  # fmt: skip
     assert (code, out) == (2, "")
-    assert said in err.strip().splitlines()[-1]
+    assert message in err.strip().splitlines()[-1]

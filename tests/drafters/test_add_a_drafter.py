@@ -1,4 +1,4 @@
-"""The drafter of docs/add_a_drafter.md, as it stands there, is trained, loaded, and drafts without loss."""
+"""The drafter in docs/add_a_drafter.md is trained and loaded, and its output is the target's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "add_a_drafter.md"
 
 @pytest.fixture
 def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The guide's file, imported as the package imports those of its own."""
+    """Imports the guide's file like a file of the package."""
     drafters.catalogue()
     monkeypatch.setattr(registry, "_BUILT_IN", dict(registry._BUILT_IN))
     found = re.search(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
@@ -50,7 +50,16 @@ def test_the_guides_drafter_is_trained_and_drafts(
     assert code == 0, err
     row = json.loads(out)["rows"][0]
     assert row["method"] == method and row["passed"] and row["compared"] == 12
-    asked = ["generate", place / "images" / "0.png", "-p", "Describe it.", "--target", place, "--max-new-tokens", 10]
-    code, out, err = run(capsys, *asked, "--drafter", summary["drafter"], "--json")
+    arguments = [
+        "generate",
+        place / "images" / "0.png",
+        "-p",
+        "Describe it.",
+        "--target",
+        place,
+        "--max-new-tokens",
+        10,
+    ]
+    code, out, err = run(capsys, *arguments, "--drafter", summary["drafter"], "--json")
     assert code == 0, err
     assert json.loads(out)["method"] == method

@@ -1,4 +1,4 @@
-"""MSD's router and trees over a rival's trunk: the output stays the target's, the tree is the router's."""
+"""MSD's router and subtrees over another method's trunk: the output is the target's, the tree the router's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODEL = tiny.llava()
 
 
 def router(model: object, **changes: object) -> MSDNetwork:
-    """Random in every part; it never says that an answer ends."""
+    """A network with random parameters that never predicts the end of an answer."""
     torch.manual_seed(3)
     made = MSDNetwork(MSDConfig.for_target(model.config.text_config, 60, rank=4, parent_rank=8, **changes))  # type: ignore[attr-defined]
     made.ending.requires_grad_(False)
@@ -68,7 +68,7 @@ def test_it_passes_verify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["eagle3", "dspark"])
 def test_the_router_shapes_the_tree(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one class surely ahead, the tree has that class's shape and marks its nodes so."""
+    """If one class has probability one, the tree has the shape of that class and its nodes its modality."""
     shapes = {"language": Shape(1, 4), "vision": Shape(3, 1), "fusion": Shape(2, 2)}
     made = Combined(rivals.network(MODEL, method), router(MODEL, shapes=shapes, active_from=0.5))
     trees: list[DraftTree] = []

@@ -1,4 +1,4 @@
-"""A model of its own drafts: whatever it sees, the output is the target's, and its drafts are what it says itself."""
+"""An independent model drafts: the output is always the target's, and the drafts are those of the model alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LENGTH = 14
 CONFIG = SpeculativeConfig(nodes=9, depth=4, adaptive=False)
 MARKS = tuple(f"<{i}>" for i in range(WORDS))
 THEIRS = Pieces((*MARKS, *(f"w{i}" for i in range(WORDS, VOCABULARY))), frozenset(range(WORDS)))
-# the target's words in another order, between marks and words of the drafter's own
+# the target's tokens in reverse order, between special tokens and tokens that only the drafter has
 OWN = Pieces(
     ("<unk>", MARKS[1], MARKS[EOS], "<event>", *reversed(THEIRS.names[WORDS:]), "more", "words"),
     frozenset({0, 1, 2, 3}),
@@ -43,7 +43,7 @@ WORDS_MAP = VocabularyMap.between(OWN, THEIRS)
 
 
 def network(seed: int = 1, **changes: Any) -> EventGPT:
-    """Random, with larger weights than at the start of training, so that events matter and laws have shape."""
+    """A random network with large weights, so that events change its distributions and these are not uniform."""
     torch.manual_seed(seed)
     made = EventGPT.for_text(MODEL.config.text_config, **({"vocabulary": len(OWN.names)} | changes)).eval()
     with torch.no_grad():
@@ -57,7 +57,7 @@ NETWORK = network()
 
 
 def copied() -> EventGPTDrafter:
-    """The target's own language model."""
+    """A drafter that is a copy of the target's language model."""
     made = network(vocabulary=VOCABULARY)
     made.llama.model.load_state_dict(MODEL.get_decoder().state_dict())
     made.llama.lm_head.load_state_dict(MODEL.get_output_embeddings().state_dict())
@@ -75,7 +75,7 @@ def scene(seed: int, count: int = 400) -> EventStream:
 
 
 def prompts(*kinds: tuple[str, ...]) -> dict[str, Any]:
-    """A batch of unequal prompts, each with pictures of some kinds."""
+    """A batch of prompts of different lengths, each with these kinds of images."""
     return FAMILY.batch([FAMILY.parts(s, shown, words=6 + 3 * s) for s, shown in enumerate(kinds)])
 
 
@@ -115,14 +115,14 @@ def test_batches_of_unequal_prompts(made: Any) -> None:
         assert result.tokens == plain(prompts(("video",)), seed, **SAMPLED)[0][: len(result.tokens)]
 
 
-def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, beside: Tensor | None) -> Tensor:
-    """The drafter's inputs [1, n, H] of a row, word by word."""
-    net, words, out, placed = made.network, made.words, [], beside is None or not bool(beside[row].any())
+def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, auxiliary: Tensor | None) -> Tensor:
+    """The drafter's inputs [1, n, H] of a row, computed token by token."""
+    net, words, out, placed = made.network, made.mapping, [], auxiliary is None or not bool(auxiliary[row].any())
     shown = [c for c in range(layout.start[row], prompt) if layout.modality[row, c] != LANGUAGE.id]
     where = shown[0] if shown else layout.start[row] + 1
     for column in range(layout.start[row], layout.end[row]):
-        if column == where and not placed and beside is not None:
-            out += list(beside[row])
+        if column == where and not placed and auxiliary is not None:
+            out += list(auxiliary[row])
         if column not in shown:
             token = int(layout.tokens[row, column])
             own = int(words.to_drafter[token])
@@ -130,18 +130,18 @@ def own_text(made: EventGPTDrafter, layout: Layout, row: int, prompt: int, besid
     return torch.stack(out)[None]
 
 
-def law(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
-    """[V] over target ids after drafted target tokens `path`, with nothing remembered."""
-    net, words = made.network, made.words
+def distribution(made: EventGPTDrafter, text: Tensor, path: list[int]) -> Tensor:
+    """The draft distribution [V] over target ids after drafted tokens `path`, computed without a cache."""
+    net, words = made.network, made.mapping
     drafted = [net.embed(words.to_drafter[token])[None, None] for token in path]
     logits = net.llama(inputs_embeds=torch.cat([text, *drafted], 1)).logits[0, -1]
     out = torch.zeros(VOCABULARY)
-    out[words.ids] = logits[words.own].softmax(-1)
+    out[words.ids] = logits[words.drafter_ids].softmax(-1)
     return out
 
 
 class Pausing(Plan):
-    """Drafts in every fourth step only, so that rows fall behind by unequal numbers of words."""
+    """Drafts only in every fourth step, so that rows have different numbers of unread tokens."""
 
     steps = 0
 
@@ -157,7 +157,7 @@ class Pausing(Plan):
 def test_drafts_are_those_of_the_model_without_a_cache(
     make: Any, seen: bool, pausing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every node's q, and which tokens stand below the root, by recomputing the whole text for every node."""
+    """Recomputes the whole text for every node, and compares its q and the children of the root."""
     inputs = prompts(("video",), (), ("image",))
     L, checked = inputs["input_ids"].shape[1], []
     propose = EventGPTDrafter.propose
@@ -165,7 +165,7 @@ def test_drafts_are_those_of_the_model_without_a_cache(
     def watched(made: EventGPTDrafter, state: Any, budget: Any, sampler: Any) -> DraftTree:
         tree = propose(made, state, budget, sampler)
         for row in [r for r, depth in enumerate(budget.depth) if depth]:
-            text, paths = own_text(made, state.layout, row, L, state.beside), [[]]
+            text, paths = own_text(made, state.layout, row, L, state.auxiliary), [[]]
             for node in range(1, tree.size):
                 if not tree.valid[row, node]:
                     paths.append([])
@@ -173,10 +173,10 @@ def test_drafts_are_those_of_the_model_without_a_cache(
                 above = paths[int(tree.parents[row, node])]
                 token = int(tree.tokens[row, node])
                 assert tree.q is not None
-                assert abs(float(law(made, text, above)[token] - tree.q[row, node])) < 1e-4
+                assert abs(float(distribution(made, text, above)[token] - tree.q[row, node])) < 1e-4
                 paths.append([*above, token])
             first = tree.tokens[row][(tree.parents[row] == 0) & tree.valid[row]].tolist()
-            assert set(first) == set(law(made, text, []).topk(len(first)).indices.tolist())
+            assert set(first) == set(distribution(made, text, []).topk(len(first)).indices.tolist())
             checked.append(len(first))
         return tree
 
@@ -207,7 +207,7 @@ def trees(engine: SpeculativeVLM, monkeypatch: pytest.MonkeyPatch, **arguments: 
 def test_events_change_drafts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     made = drafter()
     engine, inputs = SpeculativeVLM(MODEL, None, CONFIG, made), prompts(("video",))
-    one, other = made.beside(scene(0)), made.beside(scene(1))
+    one, other = made.encode(scene(0)), made.encode(scene(1))
     assert one.shape == (made.network.config.tokens, made.network.config.hidden) == (5 + 4, 32)
     assert (one - other).abs().max() > 1e-3
     found = [
@@ -216,8 +216,8 @@ def test_events_change_drafts_and_nothing_else(monkeypatch: pytest.MonkeyPatch) 
             {},
             {"events": scene(0)},
             {"events": scene(1)},
-            {"beside": one[None]},
-            {"beside": lambda: one[None]},
+            {"auxiliary": one[None]},
+            {"auxiliary": lambda: one[None]},
         )
     ]
     assert all(answers == found[0][1] for _, answers in found)
@@ -247,8 +247,8 @@ def test_a_recording_is_five_frames_of_equally_many_events(tmp_path: Path) -> No
         assert torch.equal(NETWORK.encode(path), NETWORK.encode(stream))
 
 
-def test_a_copy_of_the_target_is_believed() -> None:
-    """A chain is right where the drafter is the target, so that all but the last step go all the way."""
+def test_all_drafts_of_a_copy_of_the_target_are_accepted() -> None:
+    """Every step but the last accepts the whole chain."""
     inputs, chain = prompts(()), SpeculativeConfig(nodes=4, depth=4, width=1, adaptive=False)
     result = SpeculativeVLM(MODEL, None, chain, copied()).generate(**inputs, **GREEDY)
     assert result.tokens == plain(inputs, **GREEDY)[0][: len(result.tokens)]
@@ -256,8 +256,8 @@ def test_a_copy_of_the_target_is_believed() -> None:
     assert result.statistics.mean_acceptance_length > 4
 
 
-def test_the_first_token_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy's guess of the answer's first token is right, so its first step needs no pass for the root."""
+def test_the_first_token_is_read_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy predicts the answer's first token correctly, so its first step needs no pass for the root."""
     passes: list[int] = []
     states = EventGPT.states
 
@@ -271,14 +271,14 @@ def test_the_first_token_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes == [inputs["input_ids"].shape[1], 1], "prompt and guess; one level of drafts takes no more"
 
 
-def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill ends once the drafter has read the prompt, and then before the drafter's work, by 0.1 s each time."""
+def test_statistics_of_work_that_overlaps_with_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First prefill ends 0.1 s after the drafter's work, then 0.1 s before it."""
     made, inputs = drafter(), prompts(("video",))
     engine = SpeculativeVLM(MODEL, None, CONFIG, made)
-    prefill, ahead, read, filled = engine.target.prefill, made.ahead, Event(), Event()
+    prefill, read_prompt, read, filled = engine.target.prefill, made.read_prompt, Event(), Event()
 
     def reads(*arguments: Any) -> Any:
-        memory = ahead(*arguments)
+        memory = read_prompt(*arguments)
         read.set()
         return memory
 
@@ -287,7 +287,7 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.1)
         return prefill(*arguments)
 
-    monkeypatch.setattr(made, "ahead", reads)
+    monkeypatch.setattr(made, "read_prompt", reads)
     monkeypatch.setattr(engine.target, "prefill", slow)
     seconds = engine.generate(**inputs, events=scene(0), **GREEDY).statistics.seconds
     assert 0 < seconds["beside_overlap"] <= seconds["beside"] + 1e-6
@@ -302,10 +302,10 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
     def late() -> Tensor:
         assert filled.wait(60)
         time.sleep(0.1)
-        return made.beside(scene(0))[None]
+        return made.encode(scene(0))[None]
 
     monkeypatch.setattr(engine.target, "prefill", quick)
-    seconds = engine.generate(**inputs, beside=late, **GREEDY).statistics.seconds
+    seconds = engine.generate(**inputs, auxiliary=late, **GREEDY).statistics.seconds
     assert 0.1 <= seconds["beside_overlap"] < seconds["beside"] - 0.05
     assert 0.05 < seconds["beside_wait"] <= seconds["draft"]
     assert seconds["beside_overlap"] + seconds["beside_wait"] <= seconds["beside"] + 0.05
@@ -314,7 +314,7 @@ def test_work_that_is_hidden_by_the_prefill(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
 def test_targets_of_other_kinds(name: str) -> None:
-    """Three rotary positions a token, or layers that see a window: the drafter's text has positions of its own."""
+    """The drafter's positions do not depend on the target's: three rotary axes, or sliding-window layers."""
     family = BY_NAME[name]
     model, parts = family.make(), [family.parts(s, ["image"] * s, words=8 + s) for s in range(2)]
     inputs = family.batch(parts)
@@ -339,7 +339,7 @@ def test_chats_and_streams(tmp_path: Path) -> None:
     assert "".join(engine.stream(photo, "What?", events=scene(0), **GREEDY)) == first.text
 
 
-def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+def test_wrong_inputs_raise_user_errors(tmp_path: Path) -> None:
     inputs = prompts(("video",))
     engine = SpeculativeVLM(MODEL, None, CONFIG, drafter())
     with pytest.raises(UserError, match="'ar' sees no events; 'eventgpt' does"):
@@ -348,11 +348,11 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 prompts but 2 event recordings"):
         engine.generate(**inputs, events=[scene(0), None], **GREEDY)
     with pytest.raises(UserError, match="not both"):
-        engine.generate(**inputs, events=scene(0), beside=torch.zeros(1, 9, 32), **GREEDY)
+        engine.generate(**inputs, events=scene(0), auxiliary=torch.zeros(1, 9, 32), **GREEDY)
     with pytest.raises(UserError, match="there is no file"):
         engine.generate(**inputs, events=tmp_path / "none.csv", **GREEDY)
     with pytest.raises(UserError, match="9 event tokens of 32 numbers"):
-        engine.generate(**inputs, beside=torch.ones(1, 8, 32), **GREEDY)
+        engine.generate(**inputs, auxiliary=torch.ones(1, 8, 32), **GREEDY)
     with pytest.raises(UserError, match="vocabulary of its own"):
         SpeculativeVLM(MODEL, None, CONFIG, EventGPTDrafter(NETWORK, OWN))
 

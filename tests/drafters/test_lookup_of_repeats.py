@@ -1,4 +1,4 @@
-"""Long repeats are looked up in a drafter's place: the output stays the target's, and the text says what is drafted."""
+"""`Repeats` drafts the continuation of long repeats: the output is the target's, the drafts come from the text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tiny
 from msd.config import SpeculativeConfig
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree
+from msd.drafters import auxiliary
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget
@@ -21,7 +22,7 @@ VOCABULARY = MODEL.config.text_config.vocab_size
 
 
 class Noting(Repeats):
-    """Keeps its budgets and what it drafted."""
+    """Records its budgets and trees."""
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         tree = super().propose(state, budget, sampler)
@@ -47,8 +48,8 @@ def test_output_is_the_targets(rows: int, least: int) -> None:
         assert all(int(d[v].max()) <= limit for d, v, limit in zip(tree.depths, tree.valid, budget.depth, strict=True))
 
 
-def test_what_repeats_is_looked_up() -> None:
-    """A prompt whose end stood there before: the lookup drafts, the drafter only where nothing repeats."""
+def test_repeats_are_drafted_by_lookup() -> None:
+    """One row ends with a repeat and drafts by lookup; the other row drafts with the drafter."""
     phrase = [12, 30, 17, 25, 33, 19]
     repeating = [*phrase, 41, 42, 43, 44, *phrase]
     ids = torch.tensor([repeating, list(range(10, 10 + len(repeating)))])
@@ -56,13 +57,13 @@ def test_what_repeats_is_looked_up() -> None:
     engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(backend="plain", adaptive=False), made)
     state, scores = engine.target.prefill(ids, {"attention_mask": torch.ones_like(ids)}, ids.shape[1] + 8)
     made.begin(state, scores)
-    sampler = Sampler.__new__(Sampler)  # neither of the two draws
+    sampler = Sampler.__new__(Sampler)  # neither drafter samples
     seen = set()
     for _ in range(20):
         tree = made.propose(state, Budget(4, [4, 4]), sampler)
         drafted, other = (tree.valid.sum(1) - 1).tolist()
         assert tree.tokens[0, 1 : drafted + 1].tolist() == [41, 42, 43, 44][:drafted]
-        assert drafted == (min(4, tree.size - 1) if other else 4)  # no wider than what the other row needs
+        assert drafted == (min(4, tree.size - 1) if other else 4)  # as wide as the other row's tree
         seen.add(other > 0)
     assert seen == {True, False}
 
@@ -71,25 +72,26 @@ def test_trees_of_some_rows_replaced() -> None:
     newest = torch.tensor([1, 2, 3])
     mine = DraftTree.from_lists(newest, [[5, 6], [7], []], [[0, 1], [0], []])
     other = DraftTree.from_lists(newest, [[], [8, 9, 4], [11]], [[], [0, 1, 2], [0]])
-    mixed = mine.replaced([1, 2], other)
+    mixed = mine.replace_rows([1, 2], other)
     assert mixed.tokens.tolist() == [[1, 5, 6], [2, 8, 9], [3, 11, 0]]
     assert mixed.parents.tolist() == [[-1, 0, 1], [-1, 0, 1], [-1, 0, -1]]
     assert mixed.valid.tolist() == [[True] * 3, [True] * 3, [True, True, False]]
     assert mixed.height == 2
 
 
-def test_recordings_and_thresholds_are_the_drafters() -> None:
-    class Seeing(RandomDrafter):
-        beside = None
+def test_auxiliary_source_and_thresholds_are_the_drafters() -> None:
+    class Reading(RandomDrafter):
+        auxiliary_source = None
 
-        def borrow(self, look: object) -> None:
-            self.beside = look  # type: ignore[assignment]
+        def share_vision_tower(self, encode: object) -> None:
+            self.auxiliary_source, self.encode = "events", encode  # type: ignore[assignment]
 
         def thresholds(self, epsilon: float) -> dict[str, float]:
             return {"vision": epsilon}
 
-    blind, seeing = Repeats(RandomDrafter(1, 9)), Repeats(Seeing(1, 9))
-    for each in (blind, seeing):
-        each.borrow(len)  # type: ignore[arg-type]
-    assert blind.beside is None and seeing.beside is len
-    assert blind.thresholds(0.1) == {} and seeing.thresholds(0.1) == {"vision": 0.1}
+    without, reading = Repeats(RandomDrafter(1, 9)), Repeats(Reading(1, 9))
+    for each in (without, reading):
+        each.share_vision_tower(len)  # type: ignore[arg-type]
+    assert without.auxiliary_source is None and reading.auxiliary_source == "events"
+    assert auxiliary.encoder(without, "events") is None and reading.encode([1, 2]) == 2
+    assert without.thresholds(0.1) == {} and reading.thresholds(0.1) == {"vision": 0.1}

@@ -1,4 +1,4 @@
-"""Which methods there are is the same everywhere; only the weights may be missing."""
+"""Every installation lists the same methods; only weights can be missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msd.errors import UserError
 
 def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = [m.name for m in drafters.catalogue()]
-    monkeypatch.setattr(registry, "ROOTS", registry.ROOTS[:1])  # what the wheel carries
+    monkeypatch.setattr(registry, "ROOTS", registry.ROOTS[:1])  # the weights in the wheel
     assert [m.name for m in drafters.catalogue()] == checkout
     here = drafters.methods()
     assert here == [m.name for m in drafters.catalogue() if not m.hint]
@@ -33,10 +33,10 @@ def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch
         ("msd:video+prompt-lookup", "see recipes/events"),
     ],
 )
-def test_absent_weights_name_the_command_that_makes_them(
+def test_missing_weights_name_the_command_that_trains_them(
     name: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what to do then: a folder named with --drafter is the method it is of, which is not always the one asked."""
+    """The message also says how to use the trained folder, which can belong to another method than the named one."""
     monkeypatch.setattr(registry, "ROOTS", registry.ROOTS[:1])
     with pytest.raises(UserError, match=f"method '{re.escape(name)}': weights not here: (make them with `)?{command}"):
         drafters.create(name)
@@ -47,7 +47,7 @@ def test_absent_weights_name_the_command_that_makes_them(
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ("[1]", "it holds no JSON object but list"),
         ('{"method": ["eagle2"]}', "names the method ['eagle2']"),
@@ -56,14 +56,14 @@ def test_absent_weights_name_the_command_that_makes_them(
         ("{", "is damaged"),
     ],
 )
-def test_a_folder_of_another_kind_is_refused(config: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_folder_is_refused(config: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         drafters.register_folder(tmp_path)
 
 
-def test_what_is_registered_comes_first() -> None:
+def test_registered_methods_come_first() -> None:
     before = drafters.methods()
     drafters.register("ar", lambda: drafters.create("prompt-lookup"))
     drafters.register("mine", lambda: drafters.create("ar"))

@@ -1,4 +1,4 @@
-"""Every rival drafts what it was trained for, and whatever it drafts, the output is the target's."""
+"""Every rival drafts the same in training and decoding, and the output is always the target's."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MODEL = tiny.llava()
 
 @pytest.mark.parametrize("method", METHODS)
 def test_output_is_the_targets(method: str) -> None:
-    made = rivals.network(MODEL, method)
+    net = rivals.network(MODEL, method)
     for backend in ("plain", "fused"):
         config = SpeculativeConfig(nodes=9, depth=5, backend=backend)
-        engine = SpeculativeVLM(MODEL, None, config, TrainedDrafter(made))
+        engine = SpeculativeVLM(MODEL, None, config, TrainedDrafter(net))
         inputs = rivals.prompts(2)
         L = inputs["input_ids"].shape[1]
         plain = MODEL.generate(**inputs, max_new_tokens=20, do_sample=False)[:, L:].tolist()
@@ -62,8 +62,8 @@ def test_tiles_of_another_family(method: str) -> None:
     plain = model.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :].tolist()
     drafter = TrainedDrafter(rivals.network(MODEL, method)).twin(tiny.llava(vocab=90))
     assert drafter.name == method and drafter.network.config.vocabulary == 90
-    for made in (TrainedDrafter(rivals.network(model, method)), drafter.twin(model)):
-        engine = SpeculativeVLM(model, None, SpeculativeConfig(nodes=9, depth=5, adaptive=False), made)
+    for candidate in (TrainedDrafter(rivals.network(model, method)), drafter.twin(model)):
+        engine = SpeculativeVLM(model, None, SpeculativeConfig(nodes=9, depth=5, adaptive=False), candidate)
         result = engine.generate(**one, max_new_tokens=12, do_sample=False)
         assert result.tokens == plain and result.statistics.num_draft_tokens > 0
 
@@ -72,8 +72,8 @@ def test_every_rival_passes_verify(tmp_path: Path) -> None:
     """The certificate of `msd verify`: greedy, sampled, warped and penalised, with a photo and without."""
     model, processor = load_target(tiny_checkpoint.write(tmp_path / "target"))
     for method in METHODS:
-        made = rivals.network(model, method)
-        registry.register(method, lambda made=made: TrainedDrafter(made))  # type: ignore[misc]
+        net = rivals.network(model, method)
+        registry.register(method, lambda net=net: TrainedDrafter(net))  # type: ignore[misc]
     photo = tmp_path / tiny_checkpoint.photos(tmp_path, 1)[0]
     samples = [Sample((photo,), "What is it?", None, "see"), Sample((), "Say.", None, "say")]
     rows = certificate.certify(model, processor, samples, METHODS, 10, 1000, lambda _: None, "plain")
@@ -82,120 +82,120 @@ def test_every_rival_passes_verify(tmp_path: Path) -> None:
         assert row.passed and row.compared == 12, (row.method, row.differences)
 
 
-def decoded(made: Any, taught: TeacherBatch, steps: list[list[int]]) -> tuple[Memory, list[int]]:
-    """What decoding remembers after `steps`, each the number of tokens that every row emitted; and where rows end."""
-    assert taught.taps is not None
-    whole, L = taught.layout, taught.prompt
+def decoded(net: Any, batch: TeacherBatch, steps: list[list[int]]) -> tuple[Memory, list[int]]:
+    """Returns (the memory after decoding `steps`, the end of each row); a step lists the emitted tokens per row."""
+    assert batch.taps is not None
+    whole, L = batch.layout, batch.prompt
     at = lambda end: Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)  # noqa: E731
     end = [L + 1] * whole.batch
-    memory = Memory.begin(made, at(end), taught.taps[:, :L])
+    memory = Memory.begin(net, at(end), batch.taps[:, :L])
     for added in steps:
         first, end = end, [e + n for e, n in zip(end, added, strict=True)]
         column = (torch.tensor(first)[:, None] - 1 + torch.arange(max(added))).clamp_max(whole.tokens.shape[1] - 2)
         rows = torch.arange(whole.batch)[:, None]
-        memory.take(made, at(end), taught.taps[rows, column], whole.tokens[rows, column + 1], added)
+        memory.append(net, at(end), batch.taps[rows, column], whole.tokens[rows, column + 1], added)
     return memory, end
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("steps", [[], [[3, 1, 2, 3], [0, 2, 1, 4]]])
-def test_training_laws_are_decodings_laws(method: str, steps: list[list[int]]) -> None:
-    """The laws below a root, as a loss sees them in a whole text and as decoding does, having read it in pieces."""
-    made = rivals.network(MODEL, method)
-    taught = rivals.teacher_batch(MODEL, made)
-    memory, end = decoded(made, taught, steps)
-    first = torch.tensor([[e - 1 - taught.prompt] for e in end])
-    index = first[..., None] + torch.arange(1, 4)
-    answers = taught.answers
-    states = made.states(taught, first, 3)
-    logits = made.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
-    context, anchors = memory.upto(None)
-    newest = answers.gather(1, first)[:, 0]
-    laws = made.levels(context, anchors, newest)
-    found = [laws.root(torch.ones(4, 1, 1))]
+def test_training_and_decoding_distributions_agree(method: str, steps: list[list[int]]) -> None:
+    """Compares the distributions below a root: from a whole text in training, and from a text read step by step."""
+    net = rivals.network(MODEL, method)
+    batch = rivals.teacher_batch(MODEL, net)
+    memory, end = decoded(net, batch, steps)
+    roots = torch.tensor([[e - 1 - batch.prompt] for e in end])
+    index = roots[..., None] + torch.arange(1, 4)
+    answers = batch.answers
+    states = net.states(batch, roots, 3)
+    logits = net.logits(states, answers[torch.arange(4)[:, None, None], index - 1])
+    anchors = memory.anchors()
+    newest = answers.gather(1, roots)[:, 0]
+    levels = net.levels(anchors, newest)
+    found = [levels.root(torch.ones(4, 1, 1))]
     for d in range(1, 3):
-        found.append(laws.below(answers.gather(1, first + d), torch.zeros(4, 1, dtype=torch.long)))
-    for d, law in enumerate(found):
-        assert torch.allclose(law.logits[:, 0], logits[:, 0, d], atol=1e-4), d
-        assert law.logits.std() > 1e-3
+        found.append(levels.below(answers.gather(1, roots + d), torch.zeros(4, 1, dtype=torch.long)))
+    for d, distribution in enumerate(found):
+        assert torch.allclose(distribution.logits[:, 0], logits[:, 0, d], atol=1e-4), d
+        assert distribution.logits.std() > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
-    made = rivals.network(MODEL, method)
-    taught = rivals.teacher_batch(MODEL, made)
-    memory, _ = decoded(made, taught, [])
-    context, anchors = memory.upto(None)
-    laws = made.levels(context, anchors, taught.answers[:, 0])
-    together = laws.root(torch.ones(4, 1, 1)).logits
+    net = rivals.network(MODEL, method)
+    batch = rivals.teacher_batch(MODEL, net)
+    memory, _ = decoded(net, batch, [])
+    anchors = memory.anchors()
+    levels = net.levels(anchors, batch.answers[:, 0])
+    together = levels.root(torch.ones(4, 1, 1)).logits
     for row in range(4):
-        start = taught.layout.start[row]
+        start = batch.layout.start[row]
         cut = lambda x: x[row : row + 1, start:]  # noqa: B023, E731
         layout = Layout(
-            cut(taught.layout.tokens), cut(taught.layout.modality),
-            taught.layout.positions[:, row : row + 1, start:], [0], [taught.prompt + 1 - start],
+            cut(batch.layout.tokens), cut(batch.layout.modality),
+            batch.layout.positions[:, row : row + 1, start:], [0], [batch.prompt + 1 - start],
         )  # fmt: skip
-        assert taught.taps is not None
-        alone = Memory.begin(made, layout, taught.taps[row : row + 1, start : taught.prompt])
-        keys, own = alone.upto(None)
-        law = made.levels(keys, own, taught.answers[row : row + 1, 0])
-        assert torch.allclose(law.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
+        assert batch.taps is not None
+        alone = Memory.begin(net, layout, batch.taps[row : row + 1, start : batch.prompt])
+        own = alone.anchors()
+        distribution = net.levels(own, batch.answers[row : row + 1, 0])
+        assert torch.allclose(distribution.root(torch.ones(1, 1, 1)).logits[0], together[row], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_learnt(method: str) -> None:
-    """Every parameter moves, and the loss falls on a taught that is repeated."""
-    made = rivals.network(MODEL, method).train()
-    taught = rivals.teacher_batch(MODEL, made)
-    text = replace(taught, layout=replace(taught.layout, modality=torch.zeros_like(taught.layout.modality)))
-    first = torch.arange(rivals.LENGTH - 1).expand(4, -1)
-    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
-    losses, still = [], {n for n, p in made.named_parameters()}
+    """Every parameter gets a gradient, and the loss falls on a repeated batch."""
+    net = rivals.network(MODEL, method).train()
+    batch = rivals.teacher_batch(MODEL, net)
+    text = replace(batch, layout=replace(batch.layout, modality=torch.zeros_like(batch.layout.modality)))
+    roots = torch.arange(rivals.LENGTH - 1).expand(4, -1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    losses, still = [], {n for n, p in net.named_parameters()}
     for step in range(30):
         torch.manual_seed(step)
-        loss, parts = made.loss(taught, first)
+        loss, parts = net.loss(batch, roots)
         assert set(parts) and all(torch.isfinite(p) for p in parts.values())
         loss.backward()
-        still -= {n for n, p in made.named_parameters() if p.grad is not None and p.grad.any()}
+        still -= {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert still == set()
     assert losses[-1] < 0.8 * losses[0]
-    assert torch.isfinite(made.loss(text, first)[0])
+    assert torch.isfinite(net.loss(text, roots)[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_loaded_strictly(method: str, tmp_path: Path) -> None:
-    made = rivals.network(MODEL, method)
-    checkpoint.save(made, tmp_path, {"answers": 3})
+    net = rivals.network(MODEL, method)
+    checkpoint.save(net, tmp_path, {"answers": 3})
     again = registry.load(tmp_path)
-    assert type(again) is type(made) and again.config == made.config and checkpoint.method(tmp_path) == method
-    for name, value in made.state_dict().items():
+    assert type(again) is type(net) and again.config == net.config and checkpoint.method(tmp_path) == method
+    for name, value in net.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), value.float(), atol=1e-2), name
-    assert not any("embed" in name or name == "head" for name in made.state_dict())
+    assert not any("embed" in name or name == "head" for name in net.state_dict())
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tmp_path / "model.safetensors")
     name = sorted(tensors)[0]
-    for broken, said in (
+    for broken, message in (
         ({k: v for k, v in tensors.items() if k != name}, f"'{name}' is missing"),
         (tensors | {"more": torch.zeros(1)}, "'more' is unknown"),
     ):
         save_file(broken, tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             registry.load(tmp_path)
 
 
 def test_eight_bits_are_nearly_the_same(tmp_path: Path) -> None:
-    """Half as large, each weight within half a step of its row, drafts nearly the same, output the target's."""
-    made = rivals.network(MODEL, "dspark")
-    checkpoint.save(made, tmp_path / "whole")
-    checkpoint.save(made, tmp_path / "small", eight_bit=True)
+    """The file is half as large, each weight within half a quantisation step, and the output is the target's."""
+    net = rivals.network(MODEL, "dspark")
+    checkpoint.save(net, tmp_path / "whole")
+    checkpoint.save(net, tmp_path / "small", eight_bit=True)
     size = {n: (tmp_path / n / "model.safetensors").stat().st_size for n in ("whole", "small")}
     assert size["small"] < 0.62 * size["whole"]
     again = registry.load(tmp_path / "small")
-    for name, value in made.state_dict().items():
+    for name, value in net.state_dict().items():
         step = value.abs().amax(-1, keepdim=True) / 127 if value.dim() > 1 else value.abs() * 1e-3 + 1e-6
         assert ((again.state_dict()[name] - value).abs() <= 0.55 * step + 1e-4).all(), name
     engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), TrainedDrafter(again))
@@ -209,45 +209,45 @@ def test_a_foreign_target_is_refused() -> None:
         SpeculativeVLM(tiny.llava(vocab=70), None, None, TrainedDrafter(rivals.network(MODEL, "eagle2")))
 
 
-def test_a_tie_is_the_parents() -> None:
-    """Where a child is as likely as its parent, to the last digit, the nodes that are kept are still a tree."""
-    made = rivals.network(MODEL, "eagle2")
-    sure = torch.full((64,), -1e4)
-    sure[7] = 1e4  # q = 1: every node of this path has the same score
-    made.logits = lambda states, parents: sure.expand(*states.shape[:-1], -1)  # type: ignore[method-assign]
-    taught = rivals.teacher_batch(MODEL, made)
-    assert taught.taps is not None
-    whole = taught.layout
-    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [taught.prompt + 1] * 4)
+def test_a_parent_wins_a_tie() -> None:
+    """If a child is exactly as likely as its parent, the kept nodes still form a tree."""
+    net = rivals.network(MODEL, "eagle2")
+    logits = torch.full((64,), -1e4)
+    logits[7] = 1e4  # q = 1: every node of this path has the same score
+    net.logits = lambda states, parents: logits.expand(*states.shape[:-1], -1)  # type: ignore[method-assign]
+    batch = rivals.teacher_batch(MODEL, net)
+    assert batch.taps is not None
+    whole = batch.layout
+    layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1] * 4)
     state: Any = SimpleNamespace(layout=layout, memory=None)
-    drafter = TrainedDrafter(made)
-    drafter.begin(state, SimpleNamespace(taps=taught.taps[:, : taught.prompt]))  # type: ignore[arg-type]
+    drafter = TrainedDrafter(net)
+    drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
     for nodes in (1, 2, 4):
         tree = drafter.propose(state, Budget(nodes, [5] * 4), SimpleNamespace(do_sample=False))  # type: ignore[arg-type]
         assert tree.parents[0].tolist() == list(range(-1, nodes))
         assert tree.tokens[0, 1:].tolist() == [7] * nodes
 
 
-def test_trees_grow_as_eagle_2_says() -> None:
-    """k children of each of k frontier nodes a level, the k best go on, the best of all are kept: by brute force."""
-    made = rivals.network(MODEL, "eagle2", width=3, depth=3)
-    taught = rivals.teacher_batch(MODEL, made)
-    memory, _ = decoded(made, taught, [])
-    context, anchors = memory.upto(None)
+def test_trees_grow_as_in_eagle_2() -> None:
+    """Compares with brute force: k children of each of k frontier nodes, the k best expanded, the best of all kept."""
+    net = rivals.network(MODEL, "eagle2", width=3, depth=3)
+    batch = rivals.teacher_batch(MODEL, net)
+    memory, _ = decoded(net, batch, [])
+    anchors = memory.anchors()
 
-    def law(row: int, path: tuple[int, ...]) -> torch.Tensor:
-        laws = made.levels(context, anchors, taught.answers[:, 0])
-        z = laws.root(torch.ones(4, 1, 1))
+    def distribution(row: int, path: tuple[int, ...]) -> torch.Tensor:
+        levels = net.levels(anchors, batch.answers[:, 0])
+        z = levels.root(torch.ones(4, 1, 1))
         for token in path:
-            z = laws.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))
+            z = levels.below(torch.full((4, 1), token), torch.zeros(4, 1, dtype=torch.long))
         return z.logits[row, 0].detach().log_softmax(-1)
 
-    whole, end = taught.layout, [taught.prompt + 1] * 4
+    whole, end = batch.layout, [batch.prompt + 1] * 4
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)
     state: Any = SimpleNamespace(layout=layout, memory=None)
-    drafter = TrainedDrafter(made)
-    assert taught.taps is not None
-    drafter.begin(state, SimpleNamespace(taps=taught.taps[:, : taught.prompt]))  # type: ignore[arg-type]
+    drafter = TrainedDrafter(net)
+    assert batch.taps is not None
+    drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
     sampler: Any = SimpleNamespace(do_sample=False)
     tree = drafter.propose(state, Budget(7, [3] * 4), sampler)
     for row in range(4):
@@ -255,7 +255,7 @@ def test_trees_grow_as_eagle_2_says() -> None:
         for _ in range(3):
             children = []
             for path, score in frontier:
-                top = law(row, path).topk(3)
+                top = distribution(row, path).topk(3)
                 children += [((*path, int(t)), score + float(q)) for q, t in zip(*top, strict=True)]
             every += children
             frontier = sorted(children, key=lambda c: -c[1])[:3]
@@ -270,12 +270,12 @@ def test_trees_grow_as_eagle_2_says() -> None:
         assert found == best
 
 
-def test_sizes_are_read_as_msd_reads_them() -> None:
+def test_rivals_and_msd_read_the_same_sizes() -> None:
     config = Gemma3TextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
     theta = config.rope_parameters["full_attention"]["rope_theta"]
-    assert theta != 10000.0, "its layers turn in two ways"
+    assert theta != 10000.0, "its layers have two rotary bases"
     ours = MSDConfig.for_target(config, 64)
     assert rivals.RIVALS["eagle2"].for_target(config).config.rope_theta == ours.rope_theta == theta

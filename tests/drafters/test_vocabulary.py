@@ -23,17 +23,17 @@ def test_two_that_extend_the_same_pieces() -> None:
     assert words.to_drafter.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
     assert words.read(torch.tensor([[5, 6], [7, 90]])).tolist() == [[5, 0], [0, 0]], "unknown is the drafter's <unk>"
     logits = torch.arange(7.0)
-    logits[6] = 100.0  # a word that the target has not
+    logits[6] = 100.0  # a piece that the target does not have
     law = words.shared(logits).softmax(-1)
     assert words.ids.tolist() == [0, 1, 2, 3, 4, 5] and torch.isclose(law.sum(), torch.ones(()))
     assert torch.allclose(law, logits[:6].softmax(-1))
 
 
 def test_pieces_decide_and_kinds_must_agree() -> None:
-    drafter = Pieces(("c", "▁a", "<s>", "only", None, "</s>"), frozenset({2}), unknown=3)  # </s> is no mark here
+    drafter = Pieces(("c", "▁a", "<s>", "only", None, "</s>"), frozenset({2}), unknown=3)  # </s> is a normal piece here
     words = VocabularyMap.between(drafter, TARGET)
     assert words.to_target.tolist() == [5, 3, 1, -1, -1, -1]
-    assert words.own.tolist() == [0, 1, 2] and words.ids.tolist() == [5, 3, 1]
+    assert words.drafter_ids.tolist() == [0, 1, 2] and words.ids.tolist() == [5, 3, 1]
     assert words.read(torch.tensor([1, 2, 3, 5])).tolist() == [2, 3, 1, 0]
     assert words.shared(torch.arange(6.0)).tolist() == [0, 1, 2]
 
@@ -67,7 +67,7 @@ def test_a_saved_map_is_for_its_tables_alone(drafter: Pieces, tmp_path: Path) ->
         again.check(normal, TARGET)
 
 
-def test_what_is_no_map_is_refused(tmp_path: Path) -> None:
+def test_damaged_maps_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
     for text in ("", "[]", json.dumps({"format": 2}), json.dumps({"format": 1, "runs": [[0]]})):
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Clips that an event camera saw too: the camera's path, what is told of it, and files that are made once."""
+"""Clips of the events suite: the path of the camera, the description of it, and files that are written once."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_the_camera_stays_on_the_photo_and_passes_every_frame(seed: int) -> None
 
 
 def test_a_description_tells_the_motions_in_their_order() -> None:
-    told = clips.told(CAPTIONS, ["left", "in", "still"], random.Random(0)).lower()
-    said = [told.index(clips.MOTION[m].rstrip(".").lower()) for m in ("left", "in", "still")]
-    assert said == sorted(said) and "dog" in told
+    text = clips.description(CAPTIONS, ["left", "in", "still"], random.Random(0)).lower()
+    places = [text.index(clips.MOTION[m].rstrip(".").lower()) for m in ("left", "in", "still")]
+    assert places == sorted(places) and "dog" in text
 
 
 def test_a_clip_is_a_function_of_photo_and_number_and_made_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What answer tokens owe to cells and frames: against columns taken out by hand, and the labels that follow."""
+"""Costs of masking cells and frames equal runs without these columns; labels follow from costs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import tiny
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, LANGUAGE, VIDEO_REASONING
+from msd.core.modality import LANGUAGE
 from msd.errors import UserError
 from msd.events import EventStream
-from msd.labels.gain import cell_kinds, event_costs
+from msd.events.cells import cell_kinds
+from msd.labels import EVENT_DENSE, EVENT_SPARSE, VIDEO_REASONING
+from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import EventThresholds
 from msd.targets import adapt
 
@@ -29,7 +31,7 @@ KINDS = [
 
 @torch.no_grad()
 def law_without(inputs: dict[str, Tensor], answer: list[int], gone: list[int]) -> Tensor:
-    """[T, V]: the language model on what is left when image columns are taken out, at the positions they had."""
+    """Returns logits [T, V] of the language model without some image columns, at unchanged positions."""
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
     images = MODEL.model.get_image_features(inputs["pixel_values"])
     features: Any = getattr(images, "pooler_output", images)
@@ -41,7 +43,7 @@ def law_without(inputs: dict[str, Tensor], answer: list[int], gone: list[int]) -
     return MODEL.lm_head(hidden)[0, -len(answer) - 1 : -1].double().log_softmax(-1)
 
 
-def test_costs_are_those_of_taking_the_cells_out() -> None:
+def test_costs_equal_those_of_removed_cells() -> None:
     costs = event_costs(adapt(MODEL), tiny.batch(*PROMPTS), ANSWERS, KINDS)
     for inputs, answer, kinds, found in zip(PROMPTS, ANSWERS, KINDS, costs, strict=True):
         places = (inputs["input_ids"][0] == tiny.IMAGE).nonzero()[:, 0].tolist()
@@ -56,8 +58,8 @@ def test_costs_are_those_of_taking_the_cells_out() -> None:
     assert costs[1][:, 0].tolist() == [0.0] * 3 and costs[1][:, 1].min() > 1e-4
 
 
-def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
-    cuts = EventThresholds(least=0.1, tokens=1)
+def test_labels_follow_the_most_expensive_kind_and_the_spread_over_frames() -> None:
+    thresholds = EventThresholds(least=0.1, tokens=1)
     costs = [
         [0.05, 0.1, 9.0, 9.0],  # neither kind costs enough, whatever frames do
         [0.5, 0.2, 1.0, 0.4],  # sparse cells, one frame
@@ -66,20 +68,20 @@ def test_labels_follow_the_dearest_kind_and_the_spread_over_frames() -> None:
         [0.2, 0.5, 0.0, 0.0],  # no single frame is missed
     ]
     expected = [LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING, EVENT_DENSE]
-    assert cuts.labels(costs).tolist() == [kind.id for kind in expected]
-    assert cuts.labels([row[:3] for row in costs]).tolist()[3] == EVENT_DENSE.id  # one frame cannot be two
+    assert thresholds.labels(costs).tolist() == [kind.id for kind in expected]
+    assert thresholds.labels([row[:3] for row in costs]).tolist()[3] == EVENT_DENSE.id  # one frame cannot be two
 
 
-def test_half_of_the_tokens_that_cuts_were_fitted_on_are_language() -> None:
+def test_half_of_the_tokens_that_thresholds_were_fitted_on_are_language() -> None:
     costs = [torch.rand(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    cuts = EventThresholds.fit(costs)
-    labels = torch.cat([cuts.labels(c) for c in costs])
-    assert int((labels == LANGUAGE.id).sum()) == 100 and cuts.tokens == 200
+    thresholds = EventThresholds.fit(costs)
+    labels = torch.cat([thresholds.labels(c) for c in costs])
+    assert int((labels == LANGUAGE.id).sum()) == 100 and thresholds.tokens == 200
     with pytest.raises(UserError, match="lines with events"):
         EventThresholds.fit([])
 
 
-def test_cells_of_a_recording_stand_for_the_image_tokens_of_its_frames() -> None:
+def test_cells_of_a_recording_match_the_image_tokens_of_its_frames() -> None:
     """All events in the right half, in the last quarter of the time."""
     t = np.concatenate([[0], np.linspace(750_000, 999_999, 400).astype(np.int64)])
     x = np.concatenate([[0], np.tile(np.arange(8, 16), 50)]).astype(np.uint16)

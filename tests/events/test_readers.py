@@ -1,4 +1,4 @@
-"""Every event format: what was written is read, in any chunks; what is broken is one clear line."""
+"""Readers of every event format return the written events, for any chunk size; errors are one clear line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refusal(path: Path, **options: int) -> str:
     return str(caught.value)
 
 
-def test_what_was_written_is_read(tmp_path: Path, format: str) -> None:
+def test_written_events_are_read(tmp_path: Path, format: str) -> None:
     stream = scene()
     found = read(write(tmp_path, format, stream))
     same(found, stream, OFFSET.get(format, 0))
@@ -52,7 +52,7 @@ def test_what_was_written_is_read(tmp_path: Path, format: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
-def test_chunks_are_the_whole(tmp_path: Path, format: str, chunk: int) -> None:
+def test_chunks_join_to_the_whole(tmp_path: Path, format: str, chunk: int) -> None:
     stream = scene(200)
     recording = open_chunks(write(tmp_path, format, stream), chunk)
     for _ in range(2):  # every iteration is from the start
@@ -97,7 +97,7 @@ def test_truncated_files_are_a_prefix_or_one_line(tmp_path: Path, format: str, d
 
 @fixture_ok
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
-def test_damaged_files_never_raise_anything_else(tmp_path: Path, format: str, changes: list[tuple[float, int]]) -> None:
+def test_damaged_files_raise_only_user_errors(tmp_path: Path, format: str, changes: list[tuple[float, int]]) -> None:
     path = write(tmp_path, format, scene(120))
     data = bytearray(path.read_bytes())
     for place, value in changes:
@@ -140,15 +140,15 @@ def test_damaged_files_never_raise_anything_else(tmp_path: Path, format: str, ch
         ("a.aedat4", b"#!AER-DAT4.0\r\n", "header"),
     ],
 )
-def test_what_is_broken_is_told(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_broken_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     if name.endswith((".h5", ".aedat4")):
         pytest.importorskip({"h5": "h5py", "aedat4": "aedat"}[name.split(".")[-1]])
     (tmp_path / name).write_bytes(content)
     assert said in refusal(tmp_path / name)
 
 
-def test_damage_that_makes_the_aedat_package_panic_is_told(tmp_path: Path) -> None:
-    """In the header, where one such panic ends the process, and a packet of two bytes."""
+def test_panics_of_the_aedat_package_are_user_errors(tmp_path: Path) -> None:
+    """Damage of the header, where one panic ends the process, and a packet of two bytes."""
     pytest.importorskip("aedat")
     path = write(tmp_path, "aedat4", scene(120))
     whole = path.read_bytes()
@@ -163,12 +163,12 @@ def test_damage_that_makes_the_aedat_package_panic_is_told(tmp_path: Path) -> No
     assert "a packet cannot be read" in refusal(path)
 
 
-def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     assert "no file" in refusal(tmp_path / "none.raw")
     assert "a folder" in refusal(tmp_path)
 
 
-def test_a_file_under_another_name_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+def test_a_file_with_another_extension_is_recognised_by_its_first_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, "es", scene())
     same(read(path.rename(tmp_path / "a.raw")), scene())
     same(read((tmp_path / "a.raw").rename(tmp_path / "b")), scene())
@@ -237,7 +237,7 @@ def test_clocks_that_wrap(tmp_path: Path, format: str, wrap: int) -> None:
         same(open_chunks(path, chunk).read(), stream, shift)
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
     for name, magic in (("a.h5", b"\x89HDF\r\n\x1a\n"), ("a.aedat4", b"#!AER-DAT4.0\r\n")):
         path = tmp_path / name
         path.write_bytes(magic)
@@ -249,7 +249,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         assert done.returncode == 2 and "msd-decoding[events]" in done.stderr and done.stderr.count("\n") == 1
 
 
-FACTS = {  # file: events, first and last time (µs), sensor; as second readers tell (docs/events.md)
+FACTS = {  # file: events, first and last time (µs), sensor; other readers agree (recipes/events/README.md)
     "eventgpt_sample1.npy": (132_268, 0, 49_595, (640, 480)),
     "evt2_sample.raw": (539_481, 1_317_888, 1_367_888, (640, 480)),
     "evt3_sample.raw": (219_596, 11_718_656, 11_727_457, (1280, 720)),

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writers import SIZE, rows, scene, write
 
-from msd.core import modality
 from msd.errors import UserError
 from msd.events import EventStream, cells, event_frames, frames, open_chunks, time_surface, voxel_grid
 from msd.events.cells import otsu
 from msd.events.recording import By
+from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 quick = settings(deadline=None, max_examples=30)
@@ -25,7 +25,7 @@ streams = st.builds(scene, st.integers(1, 300), st.integers(0, 1000))
 
 
 def runs(stream: EventStream, count: int, by: str) -> list[list[tuple[int, int, int, int]]]:
-    """The events of each frame, one by one."""
+    """Returns the events of each frame, one by one."""
     found: list[list[tuple[int, int, int, int]]] = [[] for _ in range(count)]
     begin, end = stream.span
     edges = [begin + i * (end + 1 - begin) // count for i in range(count + 1)]
@@ -41,7 +41,7 @@ def runs(stream: EventStream, count: int, by: str) -> list[list[tuple[int, int, 
 
 @quick
 @given(stream=streams, count=st.integers(1, 9), by=st.sampled_from(["count", "time"]))
-def test_frames_are_those_of_a_loop(stream: EventStream, count: int, by: By) -> None:
+def test_frames_equal_a_loop(stream: EventStream, count: int, by: By) -> None:
     made = event_frames(stream, count, by)
     for frame, events in enumerate(runs(stream, count, by)):
         picture = [[WHITE] * SIZE[0] for _ in range(SIZE[1])]
@@ -55,7 +55,7 @@ def test_frames_are_those_of_a_loop(stream: EventStream, count: int, by: By) -> 
 
 @quick
 @given(stream=streams, bins=st.integers(1, 7))
-def test_voxel_grids_are_those_of_a_loop(stream: EventStream, bins: int) -> None:
+def test_voxel_grids_equal_a_loop(stream: EventStream, bins: int) -> None:
     wanted = np.zeros((bins, SIZE[1], SIZE[0]))
     begin, end = stream.span
     for t, x, y, p in rows(stream):
@@ -69,7 +69,7 @@ def test_voxel_grids_are_those_of_a_loop(stream: EventStream, bins: int) -> None
 
 @quick
 @given(stream=streams, tau=st.floats(10, 1e6), share=st.floats(-0.1, 1.1))
-def test_time_surfaces_are_those_of_a_loop(stream: EventStream, tau: float, share: float) -> None:
+def test_time_surfaces_equal_a_loop(stream: EventStream, tau: float, share: float) -> None:
     at = int(stream.span[0] + share * (stream.span[1] - stream.span[0]))
     wanted = np.zeros((2, SIZE[1], SIZE[0]))
     for t, x, y, p in rows(stream):
@@ -86,7 +86,7 @@ def test_time_surfaces_are_those_of_a_loop(stream: EventStream, tau: float, shar
     by=st.sampled_from(["count", "time"]),
     grid=st.sampled_from([(1, 1), (7, 5), SIZE]),
 )
-def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid: tuple[int, int]) -> None:
+def test_cells_equal_a_loop(stream: EventStream, count: int, by: By, grid: tuple[int, int]) -> None:
     found = cells(stream, grid, count, by)
     begin, end = stream.span
     edges = [begin + i * (end + 1 - begin) // count for i in range(count + 1)]
@@ -110,9 +110,9 @@ def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid
                 assert found.rates[frame, row, column] == pytest.approx(rate)
             if grid == SIZE:
                 break  # a row of so many is enough
-    dense = found.kinds == modality.EVENT_DENSE.id
-    np.testing.assert_array_equal(dense, found.rates >= found.cut)
-    assert set(np.unique(found.kinds)) <= {modality.EVENT_SPARSE.id, modality.EVENT_DENSE.id}
+    dense = found.kinds == EVENT_DENSE.id
+    np.testing.assert_array_equal(dense, found.rates >= found.threshold)
+    assert set(np.unique(found.kinds)) <= {EVENT_SPARSE.id, EVENT_DENSE.id}
     with_frames = event_frames(stream, count, by, grid).cells
     assert with_frames is not None
     np.testing.assert_array_equal(with_frames.kinds, found.kinds)
@@ -120,17 +120,17 @@ def test_cells_are_those_of_a_loop(stream: EventStream, count: int, by: By, grid
 
 @quick
 @given(values=st.lists(st.floats(-5, 5), min_size=2, max_size=30))
-def test_otsu_is_the_best_of_all_cuts(values: list[float]) -> None:
+def test_otsu_separates_best_of_all_thresholds(values: list[float]) -> None:
     log = np.array(values)
 
-    def apart(cut: float) -> float:
-        low, high = log[log < cut], log[log >= cut]
+    def apart(threshold: float) -> float:
+        low, high = log[log < threshold], log[log >= threshold]
         return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(low) and len(high) else 0.0
 
     assert apart(math.log(otsu(log))) == pytest.approx(max(map(apart, [*values, -9.0])), rel=1e-6, abs=1e-9)
 
 
-def test_two_populations_are_parted_and_one_is_dense() -> None:
+def test_otsu_separates_two_groups_and_keeps_one_group_whole() -> None:
     draw = np.random.default_rng(0)
     slow, fast = draw.normal(0, 0.3, 900), draw.normal(4, 0.3, 100)
     assert math.exp(1.2) < otsu(np.concatenate([slow, fast])) < math.exp(3.4)
@@ -138,16 +138,16 @@ def test_two_populations_are_parted_and_one_is_dense() -> None:
     assert otsu(np.empty(0)) == math.inf
 
 
-def test_a_stored_cut_is_used() -> None:
+def test_a_stored_threshold_is_used() -> None:
     stream = scene(300)
     found = cells(stream, (6, 4))
-    again = cells(stream.part(0, 200), (6, 4), cut_at=found.cut)
-    assert again.cut == found.cut
-    assert (cells(stream, (6, 4), cut_at=1e12).kinds == modality.EVENT_SPARSE.id).all()
+    again = cells(stream.part(0, 200), (6, 4), threshold=found.threshold)
+    assert again.threshold == found.threshold
+    assert (cells(stream, (6, 4), threshold=1e12).kinds == EVENT_SPARSE.id).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 1000])
-def test_a_recording_gives_what_its_stream_gives(tmp_path: Path, chunk: int) -> None:
+def test_a_recording_and_its_stream_have_the_same_representations(tmp_path: Path, chunk: int) -> None:
     recording = open_chunks(write(tmp_path, "es", scene(200)), chunk)
     stream = recording.read()
     for by in ("count", "time"):
@@ -159,13 +159,13 @@ def test_a_recording_gives_what_its_stream_gives(tmp_path: Path, chunk: int) -> 
     np.testing.assert_array_equal(time_surface(recording), time_surface(stream))
 
 
-def test_frames_of_another_size_and_of_nothing() -> None:
+def test_frames_of_another_size_and_of_no_events() -> None:
     assert [image.size for image in frames(scene(), 2, size=(20, 10))] == [(20, 10)] * 2
     nothing = scene().part(0, 0)
     for image in frames(nothing, 2):
         assert (np.asarray(image) == 255).all()
     assert not voxel_grid(nothing).any() and not time_surface(nothing).any()
-    assert (cells(nothing, (2, 2)).kinds == modality.EVENT_SPARSE.id).all()
+    assert (cells(nothing, (2, 2)).kinds == EVENT_SPARSE.id).all()
 
 
 def test_parts_of_a_stream() -> None:
@@ -195,14 +195,14 @@ def test_parts_of_a_stream() -> None:
         lambda s: EventStream(s.t, s.x, s.y, s.p, (0, 5)),
     ],
 )
-def test_what_makes_no_sense_is_refused(call: object) -> None:
+def test_invalid_arguments_are_refused(call: object) -> None:
     with pytest.raises(UserError):
         call(scene())  # type: ignore[operator]
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording() -> None:
-    """10 million events; recipes/events/speed.py does 100 million, within 1 GB."""
+    """With 10 million events; recipes/events/speed.py measures 100 million."""
     script = Path(__file__).parents[2] / "recipes" / "events" / "speed.py"
     code = subprocess.run(
         [sys.executable, str(script), "--memory", "10000000"], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The simulator against its definition: ramps whose crossings are known, a loop, statistics of noise."""
+"""The simulator against its definition: ramps with known crossings, a loop over events, statistics of noise."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ quick = settings(deadline=None, max_examples=40)
 
 
 def from_log(levels: np.ndarray) -> np.ndarray:
-    """Brightness whose logarithm, with the dark level, is this."""
+    """Returns brightness whose logarithm, with the dark level, equals `levels`."""
     return np.exp(levels) - DARK
 
 
 def ramp(rates: list[float], seconds: float, steps: int, start: float = -2.0) -> tuple[list[np.ndarray], list[int]]:
-    """Frames [1, W] in which pixel i's log brightness changes by rates[i] a second."""
+    """Returns frames [1, W] in which the log brightness of pixel i changes by rates[i] per second."""
     times = [round(i * seconds * 1e6 / steps) for i in range(steps + 1)]
     return [from_log(start + np.array([rates]) * t / 1e6) for t in times], times
 
@@ -31,7 +31,7 @@ def ramp(rates: list[float], seconds: float, steps: int, start: float = -2.0) ->
     rate=st.floats(0.3, 1.9), threshold=st.floats(0.05, 0.5), steps=st.integers(1, 50), sign=st.sampled_from([-1, 1])
 )
 def test_a_ramp_gives_evenly_spaced_events(rate: float, threshold: float, steps: int, sign: int) -> None:
-    """Log brightness of slope r meets threshold k·C at k·C/r, however many frames show it."""
+    """Log brightness of slope r crosses threshold k·C at time k·C/r, for any number of frames."""
     frames, times = ramp([sign * rate], 1.0, steps, start=-2.0 if sign > 0 else -0.1)
     stream = simulate(frames, times, SimulatorSettings.ideal(threshold, DARK))
     count = rate / threshold
@@ -61,7 +61,7 @@ def test_two_thresholds() -> None:
 
 
 def loop(levels: np.ndarray, times: np.ndarray, on: float, off: float, blind: float) -> list[tuple[int, int]]:
-    """(time, polarity) of one pixel: crossing after crossing, as ESIM tells it."""
+    """Returns (time, polarity) of one pixel, crossing by crossing, as in ESIM."""
     reference, last, events = levels[0], -np.inf, []
     for a, b, s, e in zip(levels, levels[1:], times, times[1:], strict=False):
         while True:
@@ -85,7 +85,7 @@ def loop(levels: np.ndarray, times: np.ndarray, on: float, off: float, blind: fl
     off=st.floats(0.05, 0.4),
     blind=st.sampled_from([0, 37.0, 400.0]),
 )
-def test_random_signals_are_those_of_a_loop(seed: int, on: float, off: float, blind: float) -> None:
+def test_random_signals_equal_a_loop(seed: int, on: float, off: float, blind: float) -> None:
     draw = np.random.default_rng(seed)
     levels = draw.uniform(-3.0, 0.0, 12)
     times = np.cumsum(draw.integers(200, 900, 12))
@@ -99,7 +99,7 @@ def test_random_signals_are_those_of_a_loop(seed: int, on: float, off: float, bl
     assert stream.p.tolist() == [p for _, p in wanted]
 
 
-def test_a_blind_time_thins_a_fast_ramp() -> None:
+def test_a_refractory_time_drops_events_of_a_fast_ramp() -> None:
     frames, times = ramp([1.9], 1.0, 7)
     settings = SimulatorSettings.ideal(0.01, DARK).model_copy(update={"refractory": 20_000.0})
     stream = simulate(frames, times, settings)  # a crossing each 5,263 µs: every fourth is seen
@@ -186,12 +186,12 @@ def test_motion_is_smooth() -> None:
         ([np.zeros(4)], [0]),
     ],
 )
-def test_what_is_no_video_is_refused(frames: list[np.ndarray], times: list[int]) -> None:
+def test_invalid_videos_are_refused(frames: list[np.ndarray], times: list[int]) -> None:
     with pytest.raises(UserError):
         simulate(frames, times)
 
 
-def test_what_is_no_motion_is_refused() -> None:
+def test_invalid_motions_are_refused() -> None:
     with pytest.raises(UserError, match="zoom"):
         Camera(Image.new("L", (9, 9)), (4, 4), Motion(zoom=(0.9, 0.2)))
     with pytest.raises(UserError, match="frames a second"):

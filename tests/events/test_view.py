@@ -1,4 +1,4 @@
-"""`msd events` and the pictures it writes."""
+"""`msd events`: its output, and the frames that it writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return int(stop.value.code or 0), captured.out, captured.err
 
 
-def test_the_command_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stream = scene()
     code, out, _ = run(capsys, write(tmp_path, "es", stream), "--json")
     told = json.loads(out)
@@ -34,7 +34,7 @@ def test_the_command_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 0 and "500 events" in out and "48x34" in out
 
 
-def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stream = scene()
     path = write(tmp_path, "evt3", stream)
     run(capsys, path, "--out", tmp_path / "view.gif", "--frames", 3)

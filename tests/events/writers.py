@@ -1,4 +1,4 @@
-"""Files of every event format, written event by event in plain Python: the readers' second opinion."""
+"""Writes files of every event format, event by event in plain Python, as reference for the readers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE = (48, 34)
 
 
 def scene(count: int = 500, seed: int = 0, size: tuple[int, int] = SIZE, step: int = 300) -> EventStream:
-    """Random events, with pauses of up to `step` µs, some at the same time, and corners of the sensor."""
+    """Returns random events up to `step` µs apart, some at the same time, some in corners of the sensor."""
     draw = np.random.default_rng(seed)
     t = np.cumsum(draw.choice([0, 1, 5, step], count))
     x, y = draw.integers(0, size[0], count), draw.integers(0, size[1], count)
@@ -45,7 +45,7 @@ def evt2(stream: EventStream) -> bytes:
 
 
 def evt3(stream: EventStream) -> bytes:
-    """Runs of events of one time, row and polarity as vectors, all else one by one."""
+    """Writes runs of events with the same time, row and polarity as vectors, all others one by one."""
     words: list[int] = []
     all_rows = rows(stream)
     high = low = row = None
@@ -114,7 +114,7 @@ def csv(stream: EventStream) -> bytes:
 
 
 def seconds(stream: EventStream) -> bytes:
-    """As the Event Camera Dataset: t in seconds, x, y, p, no names."""
+    """The format of the Event Camera Dataset: t in seconds, x, y, p, without names."""
     return "".join(f"{t / 1e6:.6f} {x} {y} {p}\n" for t, x, y, p in rows(stream)).encode()
 
 
@@ -125,7 +125,7 @@ def npy_dict(stream: EventStream) -> bytes:
 
 
 def npy_list(stream: EventStream, protocol: int = 3) -> bytes:
-    """A dict in a list in an array, with the pickle protocol that older numpy wrote."""
+    """A dict in a list in an array, with the pickle protocol of older numpy versions."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|O", "fortran_order": False, "shape": ()})
     pickle.dump([arrays(stream)], buffer, protocol=protocol)
@@ -205,7 +205,7 @@ NEEDS = {"hdf5": "h5py", "aedat4": "aedat"}
 
 
 def write(folder: Path, format: str, stream: EventStream) -> Path:
-    """A file of that format in `folder`."""
+    """Writes a file of that format in `folder`."""
     name, writer = FORMATS[format]
     path = folder / name
     path.write_bytes(writer(stream))

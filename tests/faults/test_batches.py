@@ -1,4 +1,4 @@
-"""A batch is what `generate()` makes of it: whatever looks at all rows, and whatever draws for all of them at once."""
+"""Batches equal those of `generate()`, with custom processors that compare rows and with shared random numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msd.result import Result
 from random_drafter import RandomDrafter
 
 NEW = 16
-ALWAYS = SpeculativeConfig(adaptive=False)  # how much is drafted must not depend on the clock
+ALWAYS = SpeculativeConfig(adaptive=False)  # the number of drafts must not depend on measured time
 ROWS = [tiny.llava_inputs(1, images=1), tiny.llava_inputs(2, images=2, words=8), tiny.llava_inputs(3, images=0)]
 BATCH = tiny.batch(*ROWS)
 L = BATCH["input_ids"].shape[1]
@@ -31,7 +31,7 @@ def model() -> Any:
 
 
 class BiasPerRow(LogitsProcessor):
-    """One bias [B, V], another for each row."""
+    """A bias [B, V] that differs between rows."""
 
     def __init__(self, rows: int) -> None:
         self.bias = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5)) * 2
@@ -41,7 +41,7 @@ class BiasPerRow(LogitsProcessor):
 
 
 class BansWhatARowSaid(LogitsProcessor):
-    """State for every row: what it was banned from, one token more each step."""
+    """Bans one more token in each step, with a state per row."""
 
     def __init__(self) -> None:
         self.banned: dict[int, list[int]] = {}
@@ -53,8 +53,8 @@ class BansWhatARowSaid(LogitsProcessor):
         return scores
 
 
-class BansWhatOthersSaid(LogitsProcessor):
-    """No row may say what another has just said."""
+class BansTokensOfOtherRows(LogitsProcessor):
+    """Bans the newest tokens of all rows in every row."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         last = input_ids[:, -1]
@@ -64,7 +64,7 @@ class BansWhatOthersSaid(LogitsProcessor):
 
 
 class CountsSteps(LogitsProcessor):
-    """The ban is the number of calls so far."""
+    """Bans the token whose id is the number of calls so far."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -76,7 +76,7 @@ class CountsSteps(LogitsProcessor):
 
 
 class AnyRowSays(StoppingCriteria):
-    """Stops all rows once one of them has said one of the tokens."""
+    """Stops all rows once one of them has emitted one of the tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -87,7 +87,7 @@ class AnyRowSays(StoppingCriteria):
 
 
 class StopsByPlace(StoppingCriteria):
-    """Row i stops after 3 + 4 i tokens."""
+    """Stops row i after 3 + 4 i tokens."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.tensor([input_ids.shape[1] - L >= 3 + 4 * row for row in range(len(input_ids))])
@@ -96,7 +96,7 @@ class StopsByPlace(StoppingCriteria):
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "bias per row": lambda rows: {"logits_processor": [BiasPerRow(rows)]},
     "ban per row": lambda rows: {"logits_processor": [BansWhatARowSaid()]},
-    "ban across rows": lambda rows: {"logits_processor": [BansWhatOthersSaid()]},
+    "ban across rows": lambda rows: {"logits_processor": [BansTokensOfOtherRows()]},
     "counter": lambda rows: {"logits_processor": [CountsSteps()], "repetition_penalty": 1.2},
     "plain function": lambda rows: {"logits_processor": [lambda ids, scores: scores.roll(len(ids) - 1, 1)]},
     "stop together": lambda rows: {"stopping_criteria": [AnyRowSays([9, 33, 41])]},
@@ -106,7 +106,7 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def options(part: str, rows: int, **more: Any) -> dict[str, Any]:
-    """Fresh processors and criteria: they have state."""
+    """New processors and criteria, because they have state."""
     made = PARTS[part](rows)
     if "logits_processor" in made:
         made["logits_processor"] = LogitsProcessorList(made["logits_processor"])
@@ -116,7 +116,7 @@ def options(part: str, rows: int, **more: Any) -> dict[str, Any]:
 
 
 def library(inputs: dict[str, Tensor], seed: int, **kwargs: Any) -> list[list[int]]:
-    """What `generate()` answers, each row up to its end-of-sequence token."""
+    """The answers of `generate()`, each up to its EOS token."""
     torch.manual_seed(seed)
     rows = model().generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: row.index(tiny.EOS) + 1] if tiny.EOS in row else row for row in rows]
@@ -137,7 +137,7 @@ def same(result: Result, wanted: list[int]) -> None:
 
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("part", PARTS)
-def test_parts_see_the_batch_that_generate_shows_them(part: str, do_sample: bool) -> None:
+def test_custom_parts_get_the_same_batch_as_from_generate(part: str, do_sample: bool) -> None:
     accepted = 0
     for seed in range(2):
         wanted = library(BATCH, seed, **options(part, 3, do_sample=do_sample))
@@ -150,7 +150,7 @@ def test_parts_see_the_batch_that_generate_shows_them(part: str, do_sample: bool
 
 
 @pytest.mark.parametrize("part", ["bias per row", "ban per row", "ban across rows", "stop by place"])
-def test_several_answers_to_one_prompt_are_a_batch_too(part: str) -> None:
+def test_num_return_sequences_is_a_batch(part: str) -> None:
     inputs, more = ROWS[0], {"do_sample": True, "num_return_sequences": 3}
     wanted = library(inputs, 4, **options(part, 3, **more))
     results = ours(RandomDrafter(1, 64, wanted), inputs, 4, **options(part, 3, **more))
@@ -159,9 +159,9 @@ def test_several_answers_to_one_prompt_are_a_batch_too(part: str) -> None:
         same(result, row)
 
 
-def test_a_model_without_an_end_goes_on_after_a_criterion() -> None:
+def test_rows_without_an_eos_token_end_at_a_criterion() -> None:
     """`generate()` pads no row where no end-of-sequence token is known; what stopped is cut where it stopped."""
-    made = {"logits_processor": LogitsProcessorList([BansWhatOthersSaid()]), "max_new_tokens": NEW}
+    made = {"logits_processor": LogitsProcessorList([BansTokensOfOtherRows()]), "max_new_tokens": NEW}
     criteria = StoppingCriteriaList([StopsByPlace()])
     endless = tiny.llava(sharpness=10.0)
     endless.generation_config.eos_token_id = None
@@ -177,7 +177,7 @@ def test_a_model_without_an_end_goes_on_after_a_criterion() -> None:
 @pytest.mark.parametrize("setting", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.2, "top_k": 0}])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_batch_with_one_generator_is_drawn_as_generate_draws_it(shared: bool, setting: dict[str, Any]) -> None:
-    """Rows accept unequal numbers of drafts and end at different tokens; the k-th draw stays the k-th token's."""
+    """Rows accept different numbers of drafts and end at different tokens; draw k still belongs to token k."""
     inputs, accepted, ends = tiny.batch(ROWS[0], ROWS[0], ROWS[0], ROWS[0]), set(), set()
     for seed in range(4):
         kwargs = {"do_sample": True, "max_new_tokens": 24, **setting}
@@ -188,13 +188,13 @@ def test_a_batch_with_one_generator_is_drawn_as_generate_draws_it(shared: bool, 
             results = ours(method, inputs, seed, seed=generator, **kwargs)
             assert [r.tokens for r in results] == wanted
             left = generator.get_state() if generator is not None else torch.get_rng_state()
-            assert torch.equal(left, state), "the generator is left as generate() leaves it"
+            assert torch.equal(left, state), "the generator has the same state as after generate()"
             accepted |= {step.accepted for step in results[0].statistics.steps}
         ends |= {len(row) for row in wanted}
-    assert len(accepted) > 2 and len(ends) > 2, "rows went on together, so nothing was tested"
+    assert len(accepted) > 2 and len(ends) > 2, "all rows advanced equally, so nothing was tested"
 
 
-def test_draws_from_what_is_no_distribution_are_refused_in_a_batch_too() -> None:
+def test_invalid_probabilities_raise_in_a_batch_too() -> None:
     def broken(input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores * torch.nan
 
@@ -212,7 +212,7 @@ class Recorder(StoppingCriteria):
 
 
 @pytest.mark.parametrize("inputs", [ROWS[0], BATCH])
-def test_criteria_are_asked_after_every_token_the_last_one_included(inputs: dict[str, Tensor]) -> None:
+def test_criteria_run_after_every_token(inputs: dict[str, Tensor]) -> None:
     theirs, mine = Recorder(), Recorder()
     wanted = library(inputs, 0, stopping_criteria=StoppingCriteriaList([theirs]), max_new_tokens=NEW)
     engine = SpeculativeVLM(model(), None, drafter=RandomDrafter(0, 64, wanted))
@@ -239,7 +239,7 @@ class KeepsWhatItSees(LogitsProcessor):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_padding_is_shown_as_generate_shows_it(rows: int) -> None:
+def test_padding_is_that_of_generate(rows: int) -> None:
     one = {"input_ids": torch.tensor([[0, 0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
     inputs = one if rows == 1 else BATCH
     theirs, mine = KeepsWhatItSees(), KeepsWhatItSees()
@@ -262,8 +262,8 @@ def padded_with(inputs: dict[str, Tensor], token: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("setting", SEES_PADDING)
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_penalties_of_a_batch_see_its_padding_as_in_generate(setting: dict[str, Any], do_sample: bool) -> None:
-    """Without seeds of their own, rows are those of generate(): what it repeats or must not repeat is padding too."""
+def test_penalties_read_padding_as_in_generate(setting: dict[str, Any], do_sample: bool) -> None:
+    """Without a seed per row, repetition penalties also count padding tokens, as in `generate()`."""
     kwargs, mattered = {"do_sample": do_sample, "max_new_tokens": 24, **setting}, False
     for seed in range(2):
         plain = library(BATCH, seed, **kwargs)
@@ -273,10 +273,10 @@ def test_penalties_of_a_batch_see_its_padding_as_in_generate(setting: dict[str, 
             results = ours(RandomDrafter(seed, 64, wanted), inputs, seed, **kwargs)
             assert [r.tokens for r in results] == wanted
             mattered |= wanted != plain
-    assert mattered, "no row had another answer for its padding"
+    assert mattered, "padding changed no answer, so nothing was tested"
 
 
-def test_a_padded_row_that_comes_alone_is_shown_its_padding() -> None:
+def test_a_single_padded_row_keeps_its_padding() -> None:
     kwargs = {"encoder_no_repeat_ngram_size": 1, "max_new_tokens": NEW}
     row = {k: torch.nn.functional.pad(v, (5, 0)) if v.dim() == 2 else v for k, v in ROWS[0].items()}
     plain = library(row, 0, **kwargs)
@@ -298,7 +298,7 @@ def test_scores_without_a_row_for_each_answer_are_refused(inputs: dict[str, Tens
 
 
 def test_parts_that_write_to_the_ids_are_refused() -> None:
-    """`generate()` goes on from what they wrote; a draft may have been accepted after what it was."""
+    """`generate()` would continue from the modified ids; drafts may have been accepted after the original ones."""
 
     def wrote(ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         if ids.shape[1] == inputs["input_ids"].shape[1] + 2:

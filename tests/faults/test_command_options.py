@@ -1,4 +1,4 @@
-"""What a library says of bad options or of the machine is one line and exit code 2; our bugs stay internal errors."""
+"""A library's error about options or the machine is one line and exit code 2; our bugs stay internal errors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint.write(tmp_path_factory.mktemp("target"))
 
 
-def asked(capsys: pytest.CaptureFixture[str], target: Path, *options: str) -> tuple[int, str]:
+def generate(capsys: pytest.CaptureFixture[str], target: Path, *options: str) -> tuple[int, str]:
     """(exit code, stderr) of `msd generate`."""
     with pytest.raises(SystemExit) as stop:
         main(["generate", "-p", "what", "--target", str(target), "--method", "ar", "--max-new-tokens", "2", *options])
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return int(stop.value.code or 0), told
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return int(stop.value.code or 0), err
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "part"),
     [
         (["--temperature", "-1"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
@@ -44,16 +44,16 @@ def asked(capsys: pytest.CaptureFixture[str], target: Path, *options: str) -> tu
         (["--device", "meta"], "device 'meta'"),
         (["--threshold", "vision=nan", "--verifier", "threshold"], "nan"),
         (["--threshold", "vision=0.1", "--threshold", "vision=0.2", "--verifier", "threshold"], "given twice"),
-        (["--top-p", "0.5"], "--top-p limits what is sampled"),
-        (["--top-k", "5"], "--top-k limits what is sampled"),
+        (["--top-p", "0.5"], "--top-p has no effect on greedy decoding"),
+        (["--top-k", "5"], "--top-k has no effect on greedy decoding"),
         (["--frames", "3"], "--frames is for a --video"),
         (["--method", ""], "unknown method ''"),
         (["--target", ""], "unknown target ''"),
     ],
 )
-def test_bad_options(capsys: pytest.CaptureFixture[str], target: Path, options: list[str], said: str) -> None:
-    code, told = asked(capsys, target, *options)
-    assert code == 2 and told.startswith("msd: ") and told.count("\n") == 1 and said in told
+def test_bad_options(capsys: pytest.CaptureFixture[str], target: Path, options: list[str], part: str) -> None:
+    code, err = generate(capsys, target, *options)
+    assert code == 2 and err.startswith("msd: ") and err.count("\n") == 1 and part in err
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], target: Path, options: 
 def test_bad_settings_of_a_model(
     capsys: pytest.CaptureFixture[str], target: Path, tmp_path: Path, setting: dict[str, Any], more: list[str]
 ) -> None:
-    """The library's ValueError or TypeError, also out of a stream."""
+    """The library's ValueError or TypeError, also from a stream."""
     folder = Path(shutil.copytree(target, tmp_path / "target"))
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
-    code, told = asked(capsys, folder, *more)
-    assert code == 2 and told.startswith("msd: ") and told.count("\n") == 1 and "internal error" not in told
+    code, err = generate(capsys, folder, *more)
+    assert code == 2 and err.startswith("msd: ") and err.count("\n") == 1 and "internal error" not in err
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "part"),
     [
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
@@ -86,17 +86,17 @@ def test_bad_settings_of_a_model(
         (TypeError("of our own"), 1, "internal error: TypeError: of our own"),
     ],
 )
-def test_what_else_goes_wrong(
+def test_other_errors(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     target: Path,
     error: Exception,
     code: int,
-    said: str,
+    part: str,
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(SpeculativeVLM, "generate", fails)
-    found, told = asked(capsys, target, "--json")
-    assert found == code and said in told and told.count("\n") == 1
+    found, err = generate(capsys, target, "--json")
+    assert found == code and part in err and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Files of ours that are empty, cut short, garbage or a git-lfs pointer: one line says which, and how to go on."""
+"""Empty, truncated, corrupted and git-lfs pointer files: one line names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of training."""
+    """The folder of a finished training run."""
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_METHODS", dict(registry._METHODS))
@@ -76,7 +76,7 @@ def out(trained: Path, tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a refused call."""
+    """Returns the one line of a refused call."""
     code, told, err = run(capsys, *arguments)
     lines = [line for line in err.splitlines() if line.startswith("msd: ")]
     assert (code, told, len(lines)) == (2, "", 1), err
@@ -146,7 +146,7 @@ def test_thresholds_of_another_form_are_refused(out: Path, thresholds: Any) -> N
 
 @pytest.mark.parametrize("where", ["eagle2", "msd-ar", "video/msd", "wrecked"])
 def test_one_damaged_rival_stops_no_other(out: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is named when it is asked for; whoever does not ask for it is not stopped by it."""
+    """Only a request for the damaged drafter fails, and names it."""
     root = out / "weights"
     shutil.copytree(out / "drafter", root / "msd")
     (root / where).mkdir(parents=True)
@@ -171,7 +171,7 @@ def loop(folder: Path, steps: int) -> Loop:
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_loop_goes_on_from_the_checkpoint_before(
+def test_a_loop_resumes_from_the_previous_checkpoint(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, how: str
 ) -> None:
     for steps in (3, 5):
@@ -195,7 +195,7 @@ def test_a_loop_goes_on_from_the_checkpoint_before(
     assert loop(tmp_path, 5).step == 0 and (tmp_path / "log.jsonl").read_bytes() == b"", "as it told to go on"
 
 
-def test_training_goes_on_from_the_checkpoint_before(
+def test_training_resumes_from_the_previous_checkpoint(
     capsys: pytest.CaptureFixture[str], place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "faster", lambda model, calls: ())  # rounding must not depend on the clock
@@ -244,7 +244,7 @@ def test_checkpoints_of_another_kind_are_no_checkpoints(
 
 
 @pytest.mark.parametrize("how", ["empty", "cut short", "pointer", "a list"])
-def test_a_damaged_run_json_says_what_to_delete(
+def test_a_damaged_run_json_names_what_to_delete(
     capsys: pytest.CaptureFixture[str], place: Path, out: Path, how: str
 ) -> None:
     path = out / "run.json"
@@ -258,7 +258,7 @@ def test_a_damaged_run_json_says_what_to_delete(
     assert path.read_bytes() == whole
 
 
-def test_a_finished_run_mends_its_drafter(capsys: pytest.CaptureFixture[str], place: Path, out: Path) -> None:
+def test_a_finished_run_restores_its_drafter(capsys: pytest.CaptureFixture[str], place: Path, out: Path) -> None:
     drafter = out / "drafter"
     before = {path.name: path.read_bytes() for path in drafter.iterdir()}
     for name in before:
@@ -270,7 +270,7 @@ def test_a_finished_run_mends_its_drafter(capsys: pytest.CaptureFixture[str], pl
         assert (drafter / "config.json").read_bytes() == before["config.json"]
 
 
-def test_logs_are_used_as_far_as_they_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_are_used_up_to_the_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"step": 1, "lr": 1.0, "loss": 2.0}\n\xff\xfe\n[1]\n{"step": 2, "val_all": 0.5}\n{"step": 3, "lr')
     training_rows, held_out = read_log(log)
@@ -283,29 +283,29 @@ def test_logs_are_used_as_far_as_they_are_whole(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "infinite", "newer"])
-def test_damaged_cuts_say_how_to_go_on(
+def test_damaged_thresholds_name_the_remedy(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, how: str
 ) -> None:
-    answers, cuts = tmp_path / "captured.jsonl", tmp_path / "captured.jsonl.cuts.json"
-    for path in (answers, cuts):
+    answers, thresholds = tmp_path / "captured.jsonl", tmp_path / "captured.jsonl.cuts.json"
+    for path in (answers, thresholds):
         path.write_bytes((place / path.name).read_bytes())
-    whole = cuts.read_text()
+    whole = thresholds.read_text()
     changes = {"infinite": {"vision_min": float("inf")}, "newer": {"of": "another version"}}
     spoilt = DAMAGE[how](whole.encode()) if how in DAMAGE else json.dumps(json.loads(whole) | changes[how]).encode()
-    cuts.write_bytes(spoilt)
+    thresholds.write_bytes(spoilt)
     capturing = ["capture", "--data", place / "data.jsonl", "--images", place / "images", "--target", place]
     for command in (
         [*capturing, "--out", answers, "--max-new-tokens", 12],
         [*training(place, tmp_path / "run"), "--captured", answers],
-        ["bench", "--target", place, "--data", place / "data.jsonl", "--cuts", cuts],
+        ["bench", "--target", place, "--data", place / "data.jsonl", "--cuts", thresholds],
     ):
         said = refused(capsys, *command)
-        assert str(cuts) in said and ("when the file is deleted" in said or "git lfs" in said)
-        assert cuts.read_bytes() == spoilt
-    cuts.unlink()
+        assert str(thresholds) in said and ("when the file is deleted" in said or "git lfs" in said)
+        assert thresholds.read_bytes() == spoilt
+    thresholds.unlink()
     code, _, err = run(capsys, *capturing, "--out", answers, "--max-new-tokens", 12)
     assert code == 0, err
-    assert ModalityThresholds.load(cuts) == ModalityThresholds.model_validate_json(whole)
+    assert ModalityThresholds.load(thresholds) == ModalityThresholds.model_validate_json(whole)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_damaged_costs_are_measured_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "other fields", "no files"])
-def test_a_damaged_manifest_means_to_build_again(tmp_path: Path, how: str) -> None:
+def test_a_damaged_manifest_causes_a_rebuild(tmp_path: Path, how: str) -> None:
     folder, built = tmp_path / "model", []
 
     def build(destination: Path) -> None:

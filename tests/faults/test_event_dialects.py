@@ -1,4 +1,4 @@
-"""Event files as other programs write them: spreadsheets, pandas and numpy as text; HDF5 and numpy in every type."""
+"""Event files of other programs: text of spreadsheets, pandas and numpy; HDF5 and numpy arrays of every type."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lines(form: str, rows: Any = ROWS, end: str = "\n", head: str = "") -> str:
 
 
 def numbered(path: Path) -> list[tuple[int, ...]]:
-    """The events of a file, the same in chunks of any size."""
+    """Returns the events of a file after checking that they are the same for every chunk size."""
     stream = read(path)
     for chunk in (1, 3):
         parts = [
@@ -144,7 +144,7 @@ def test_whole_seconds_with_a_unit(tmp_path: Path) -> None:
         ("99999999999999999999,1,1,1\n", "a time is no number, or too large"),
     ],
 )
-def test_what_is_ambiguous_or_broken_is_told(tmp_path: Path, text: str, said: str) -> None:
+def test_ambiguous_and_broken_texts_are_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -164,14 +164,14 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
 
 
 def columns(kind: dict[str, str], shape: str = "[N]", count: int = 4) -> dict[str, Any]:
-    """Arrays of some types, of the first `count` events."""
+    """Returns arrays of the given types with the first `count` events."""
     kinds = {"t": "<i8", "x": "<i8", "p": "<i8", **kind}
     table = {"t": (T, kinds["t"]), "x": (X, kinds["x"]), "y": (Y, kinds["x"]), "p": (P, kinds["p"])}
     return {name: SHAPES[shape](np.array(v[:count], np.dtype(k))) for name, (v, k) in table.items()}
 
 
 def write(path: Path, table: dict[str, Any], offset: Any = None) -> Path:
-    """As HDF5, `.npz` or `.npy`, by the suffix."""
+    """Writes HDF5, `.npz` or `.npy`, depending on the suffix."""
     if path.suffix == ".h5":
         h5py = pytest.importorskip("h5py")
         with h5py.File(path, "w") as root:
@@ -225,7 +225,7 @@ def test_offsets_of_time(tmp_path: Path, kind: str, offset: Any) -> None:
 
 
 def test_an_offset_of_many_digits(tmp_path: Path) -> None:
-    """A float of 64 bits would lose the last ones."""
+    """A 64-bit float would lose the last digits."""
     base = (1 << 62) + 1
     path = write(tmp_path / "a.h5", columns({"t": "<u8"}), np.uint64(base))
     assert numbered(path) == [(t + base, *row) for t, *row in ROWS]

@@ -1,4 +1,4 @@
-"""`--events` alone: the video target, its drafter, frames drawn from the events; one clear line where that fails."""
+"""`--events` alone selects the video target, its drafter and frames drawn from the events; failures are UserErrors."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def recording(path: Path, count: int = 400) -> Path:
     return path
 
 
-def look(file: Path, target: str | None = None, **given: Any) -> options.Scene:
+def look(file: Path, target: str | None = None, **given: Any) -> options.LoadedInputs:
     """The scene of `msd generate --events file`, with other options."""
-    return options.scene(options.Shown(events=file, prompt=PROMPT, **given), target)
+    return options.load_inputs(options.PromptInputs(events=file, prompt=PROMPT, **given), target)
 
 
 @pytest.mark.parametrize("name", W.FORMATS)
-def test_a_file_of_every_format_is_looked_at(name: str, tmp_path: Path) -> None:
+def test_a_file_of_each_format_is_shown(name: str, tmp_path: Path) -> None:
     if name in W.NEEDS:
         pytest.importorskip(W.NEEDS[name])
     stream = W.scene()
     seen = look(W.write(tmp_path, name, stream))
-    assert seen.target == "reference-video" and seen.drawn
-    (clip,) = seen.shown
+    assert seen.target == "reference-video" and seen.from_events
+    (clip,) = seen.media
     wanted = events.frames(stream, 4)
     assert len(clip.frames) == 4 and clip.fps > 0
     for got, right in zip(clip.frames, wanted, strict=True):
@@ -68,21 +68,23 @@ def test_what_is_given_is_what_is_used(tmp_path: Path) -> None:
     file = recording(tmp_path / "a.npz")
     (name,) = tiny_checkpoint.photos(tmp_path, 1)
     beside = look(file, images=[str(tmp_path / name)])
-    assert not beside.drawn and len(beside.shown) == 1 and beside.recording is not None
+    assert not beside.from_events and len(beside.media) == 1 and beside.recording is not None
     other = look(file, target="some/folder")
-    assert other.target == "some/folder" and other.drawn and len(other.shown[0].frames) == 8
-    assert len(look(file, frames=3).shown[0].frames) == 3
-    assert options.scene(options.Shown(prompt=PROMPT), None).target == "reference"
+    assert other.target == "some/folder" and other.from_events and len(other.media[0].frames) == 8
+    assert len(look(file, frames=3).media[0].frames) == 3
+    assert options.load_inputs(options.PromptInputs(prompt=PROMPT), None).target == "reference"
     # who sees events is given them, drawn or not; who sees none is where they would be lost without a word
     plain, sighted = drafters.create("ar"), _Sighted()
-    assert look(file).of(plain) == {} and "events" in beside.of(plain)
-    assert "events" in look(file).of(sighted) and "events" in beside.of(sighted)
+    assert look(file).arguments(plain) == {} and "events" in beside.arguments(plain)
+    assert "events" in look(file).arguments(sighted) and "events" in beside.arguments(sighted)
 
 
 class _Sighted:
     name = "sighted"
 
-    def beside(self, recording: Any) -> None: ...
+    auxiliary_source = "events"
+
+    def encode(self, item: Any) -> None: ...
 
 
 def test_a_recording_without_events_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +171,7 @@ def test_one_option_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert code == 0, err
     text, reader = page.read_text(encoding="utf-8"), _Images()
     reader.feed(text)
-    assert reader.shown == 4 + 5 and text.count('class="yes"') > 3 and "what the drafter sees beside" in text
+    assert reader.shown == 4 + 5 and text.count('class="yes"') > 3 and "seen by the drafter only" in text
 
 
 @pytest.mark.slow

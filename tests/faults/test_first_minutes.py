@@ -1,7 +1,8 @@
-"""What a newcomer meets: quiet commands, whole tables, pages with trees, and short answers that cost no drafting."""
+"""First use: quiet commands, uncut tables, pages with draft trees, and short answers that cost no drafting."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,17 +20,17 @@ import tiny_checkpoint
 from msd import drafters
 from msd.bench import timing
 from msd.certify.certificate import Row
-from msd.cli import app, demo, verify
+from msd.cli import app, bench, demo, verify
 from msd.config import SpeculativeConfig
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import Drafter
+from msd.drafters.algorithms import eventgpt as eventgpt_memory
 from msd.drafters.algorithms import prompt_lookup
 from msd.drafters.algorithms.combined import Combined
 from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, VocabularyMap
-from msd.drafters.algorithms.eventgpt import drafter as eventgpt_memory
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
-from msd.drafters.toolkit import context as toolkit_memory
+from msd.drafters.toolkit import drafter as toolkit_memory
 from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Governor
@@ -58,7 +59,7 @@ def eventgpt() -> EventGPTDrafter:
 
 
 def test_timing_the_kernels_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """torch's own profiler writes two lines a pass from C++, past `sys.stderr`."""
+    """`torch.profiler` would write two lines per pass from C++, past `sys.stderr`."""
     shares = timing.outside_kernels(adapt(MODEL, backend="plain"))
     assert shares is not None and set(shares) == {"1", "9"} and all(0 <= share < 1 for share in shares.values())
     captured = capfd.readouterr()
@@ -66,7 +67,7 @@ def test_timing_the_kernels_writes_nothing(capfd: pytest.CaptureFixture[str]) ->
 
 
 def whole(text: str, *words: str) -> None:
-    """Every word is in the text, which is not wider than a terminal, and nothing of it is cut."""
+    """Asserts that the text fits a terminal, is not cut, and holds every word."""
     assert "…" not in text and max(map(len, text.splitlines())) <= WIDE
     for word in words:
         assert word in text, word
@@ -83,6 +84,38 @@ def test_the_demos_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: No
     results = {"rows": [{"method": name, "task": "all", "identical": 1.0, **figures} for name in names]}
     demo._show(results, Console())
     whole(capsys.readouterr().out, *names, "mean acceptance", "12.34x")
+
+
+def test_the_benchmarks_table_is_whole(
+    capsys: pytest.CaptureFixture[str], narrow: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A terminal gets a table, a pipe Markdown, and `--json` gives JSON."""
+    names = ["transformers:prompt-lookup", *(method.name for method in drafters.catalogue())]
+    machine = {
+        "threads": 2,
+        "cpu_capability": "X",
+        "dtype": "float32",
+        "torch": "2",
+        "transformers": "5",
+        "settings": {},
+    }
+    figures = {
+        "samples": 9, "speedup_vs_ar": 1.23, "speedup_vs_ar_interval": [1.01, 1.45],
+        "speedup_vs_ar_paired_median": 1.18, "speedup_vs_transformers": 12.34, "tokens_per_second": 123.4,
+        "mean_acceptance_length": 2.34, "identical": 1.0,
+    }  # fmt: skip
+    rows = [{"method": name, "task": task, **figures} for task in ("all", "vqa") for name in names]
+    rows[1]["identical"] = 0.5
+    bench._print({"environment": machine, "rows": rows}, None, False)
+    assert "| method | vs `ar` |" in (piped := capsys.readouterr().out) and "1.18" in piped
+    monkeypatch.setenv("TERM", "dumb")  # without colours
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    bench._print({"environment": machine, "rows": rows}, tmp_path, False)
+    shown = capsys.readouterr().out
+    whole(shown.replace(str(tmp_path), "OUT"), *names, "1.01–1.45", "1.18", "123.40", "all, except", "OUT/report.md")
+    assert shown.count("msd+eagle3") == 1 and "|" not in shown
+    bench._print({"environment": machine, "rows": rows}, tmp_path, True)
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == len(rows)
 
 
 def test_the_certificates_table_is_whole(capsys: pytest.CaptureFixture[str], narrow: None) -> None:
@@ -132,7 +165,7 @@ def test_inspect_drafts_whatever_the_governor_says(
 
 
 def methods() -> dict[str, Drafter]:
-    """One of every kind of drafter that reads prompts."""
+    """One drafter of every kind that reads prompts."""
     made = network()
     found: dict[str, Drafter] = {
         "msd": MSD(made),
@@ -174,7 +207,7 @@ def answer(drafter: Drafter, tokens: int, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("name", methods())
 def test_a_drafter_reads_no_prompt_for_a_short_answer(name: str, readings: list[str]) -> None:
-    """Of one token there is nothing to draft, of two only the target's own; labels are told all the same."""
+    """One token needs no draft, and the second comes from the target; labels exist nevertheless."""
     drafter = methods()[name]
     for tokens in (1, 2):
         given = answer(drafter, tokens)
@@ -192,8 +225,8 @@ def test_a_paused_governor_costs_no_reading(name: str, readings: list[str], monk
     assert len(given.tokens) == 12 and given.statistics.num_draft_tokens == 0 and readings == []
 
 
-def test_an_unread_prompt_is_read_late_and_right() -> None:
-    """A drafter that begins to draft after some tokens drafts what it would have drafted."""
+def test_a_prompt_can_be_read_late() -> None:
+    """A drafter that starts late drafts the same trees as one that started at once."""
     for name, drafter in methods().items():
         trees: dict[bool, list[list[int]]] = {}
         for late in (False, True):
@@ -225,10 +258,10 @@ def test_an_unread_prompt_is_read_late_and_right() -> None:
 
 
 def test_the_newest_state_is_known_after_it_was_read() -> None:
-    """`msd+NAME` asks for it when the notes have been read already, and routed by the prompt's last state instead."""
+    """`msd+NAME` routes by the newest hidden state, not by the last one of the prompt."""
     made = Combined(rivals.network(MODEL, "eagle3"), network())
     seen: list[torch.Tensor] = []
-    observe, routers = DecodedStates.observe, Combined._routers
+    observe, routers = DecodedStates.observe, Combined._router_states
     asked: list[tuple[int, torch.Tensor]] = []
 
     def noting(self: DecodedStates, scores: Scores, accepted: Any) -> None:
@@ -243,9 +276,9 @@ def test_the_newest_state_is_known_after_it_was_read() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodedStates, "observe", noting)
-        patch.setattr(Combined, "_routers", routing)
+        patch.setattr(Combined, "_router_states", routing)
         answer(made, 16, adaptive=False)
-    part = made._part(made.msd.taps)
+    part = made._select(made.msd.taps)
     later = [(n, found) for n, found in asked if n]
     assert len(later) > 4
     for n, found in later:

@@ -1,4 +1,4 @@
-"""Every option of `generate()` is honoured or refused in one line, by whichever door it comes."""
+"""Each option of `generate()` is supported or raises UserError, as a keyword or in either config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msd.model import SpeculativeVLM
 from msd.result import Result
 
 INPUTS = tiny.llava_inputs(1)
-# an option that asks for another way of decoding, and what must be named
+# an option that selects another decoding method, and what the message names
 OTHER: dict[str, Any] = {
     "use_mtp": True,
     "assistant_early_exit": 2,
@@ -30,7 +30,6 @@ OTHER: dict[str, Any] = {
     "use_cache": False,
     "prefill_chunk_size": 8,
     "cache_implementation": "quantized",
-    "return_dict_in_generate": True,
 }
 
 
@@ -53,7 +52,7 @@ def test_as_a_keyword(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_in_a_generation_config(name: str) -> None:
-    more = {"num_beams": 2} if name == "force_words_ids" else {}  # the library refuses it by itself otherwise
+    more = {"num_beams": 2} if name == "force_words_ids" else {}  # without it the library itself raises an error
     config = GenerationConfig(max_new_tokens=4, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
     setattr(config, name, OTHER[name])
     for key, value in more.items():
@@ -78,7 +77,7 @@ def test_caches_of_other_kinds(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_caches_that_ours_is(kind: str) -> None:
+def test_caches_that_are_supported(kind: str) -> None:
     wanted = engine().generate(**INPUTS, max_new_tokens=4)
     result = engine().generate(**INPUTS, max_new_tokens=4, cache_implementation=kind)
     assert isinstance(wanted, Result) and isinstance(result, Result)
@@ -89,12 +88,12 @@ def test_caches_that_ours_is(kind: str) -> None:
     "name",
     ["past_key_values", "inputs_embeds", "assistant_model", "assistant_tokenizer", "custom_generate", "synced_gpus"],
 )
-def test_arguments_that_are_no_options(name: str) -> None:
+def test_arguments_that_are_not_options(name: str) -> None:
     values = {"past_key_values": DynamicCache(), "inputs_embeds": torch.zeros(1, 4, 32), "synced_gpus": True}
     assert name in refused(engine(), **{name: values.get(name, object())})
 
 
-def test_a_cache_that_holds_the_picture_is_not_dropped_in_silence() -> None:
+def test_a_cache_with_the_image_is_not_silently_dropped() -> None:
     model = engine().model
     cache_of_user = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
@@ -104,15 +103,15 @@ def test_a_cache_that_holds_the_picture_is_not_dropped_in_silence() -> None:
         engine().generate(**words, past_key_values=cache_of_user, max_new_tokens=4)
 
 
-def test_a_generate_of_the_models_own_is_not_gone_around() -> None:
+def test_a_custom_generate_of_the_model_is_refused() -> None:
     model = tiny.llava()
     vlm = SpeculativeVLM(model, None, drafter="ar")
     model.generate = lambda *args, **kwargs: torch.zeros(1, 1)  # as `trust_remote_code` installs one
     assert "generate()" in refused(vlm)
 
 
-def test_what_the_library_ignores_is_no_reason_to_refuse() -> None:
-    """Settings of the assistant, of beams and of outputs mean nothing without what they belong to."""
+def test_options_that_the_library_ignores_are_accepted() -> None:
+    """Options of assistants, beams and outputs have no effect without the option that enables these."""
     wanted = engine().generate(**INPUTS, max_new_tokens=6)
     idle = {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.2, "max_matching_ngram_size": 2}
     result = engine().generate(**INPUTS, max_new_tokens=6, output_scores=True, num_beams=1, length_penalty=1.0, **idle)
@@ -122,13 +121,13 @@ def test_what_the_library_ignores_is_no_reason_to_refuse() -> None:
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
 @pytest.mark.parametrize("more", [0.0, 0.5])
-def test_lengths_that_are_no_integers(name: str, more: float) -> None:
+def test_lengths_that_are_not_integers(name: str, more: float) -> None:
     with pytest.raises(UserError, match=f"{name}=.*integer"):
         engine().generate(**INPUTS, **{name: INPUTS["input_ids"].shape[1] + 4 + more})
 
 
-def test_a_cache_that_is_neither_used_nor_not() -> None:
-    """`generate()` takes a keyword of None for a no, and a config's for its default."""
+def test_use_cache_of_none() -> None:
+    """As in `generate()`, None is False as a keyword, and the default in a config."""
     assert "use_cache=None" in refused(engine(), use_cache=None)
     config = GenerationConfig(max_new_tokens=4, use_cache=None, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
     assert engine().generate(**INPUTS, generation_config=config).tokens
@@ -136,8 +135,8 @@ def test_a_cache_that_is_neither_used_nor_not() -> None:
 
 @pytest.mark.parametrize("own", [None, "says"])
 @pytest.mark.parametrize("given", [{}, {"stop_strings": None}, {"stop_strings": "again"}, {"stop_strings": ["says"]}])
-def test_stop_strings_of_the_door_that_counts(given: dict[str, Any], own: str | None) -> None:
-    """A keyword overrules the model's own config, and so does one of None."""
+def test_precedence_of_stop_strings(given: dict[str, Any], own: str | None) -> None:
+    """A keyword has precedence over the model's config, even if it is None."""
     model, processor = tiny.llava(len(tiny_checkpoint.SPECIAL) + 256), tiny_checkpoint.processor()
     vlm = SpeculativeVLM(model, processor, drafter="prompt-lookup")
     prompt = vlm._inputs(None, "What it says, it says again.", None)
@@ -151,8 +150,8 @@ def test_stop_strings_of_the_door_that_counts(given: dict[str, Any], own: str | 
 
 
 @pytest.mark.parametrize("backend", ["plain", "measure"])
-def test_what_the_encoder_is_told_is_told_to_it(backend: str) -> None:
-    """Also where the same picture is remembered, as it was encoded without."""
+def test_options_of_the_encoder_reach_it(backend: str) -> None:
+    """Also if the cache holds the same image, encoded without the option."""
     model = tiny.llava(sharpness=10.0)
     vlm, found = SpeculativeVLM(model, None, SpeculativeConfig(backend=backend), "prompt-lookup"), []
     for told in ({}, {"vision_feature_layer": -1}, {"vision_feature_layer": 1}, {}):

@@ -1,4 +1,4 @@
-"""A run that is broken off keeps what it has: by Ctrl-C, by a kill, by a full disk; and the same command goes on."""
+"""A run interrupted by Ctrl-C, a kill or a full disk keeps its work, and the same command resumes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from msd.certify import certificate
 from msd.drafters.algorithms.msd import DraftObjective
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
-from msd.system.files import BESIDE, check_place, exclusive, write_whole
+from msd.system.files import PARTIAL, check_place, exclusive, write_whole
 from msd.train.capture import Answer, Prompt, capture
 from msd.train.loop import Loop, LoopConfig
 from training_command import FLOAT32, run, train
@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports are quick to write."""
+    """Makes reports quick to write."""
     monkeypatch.setattr("msd.bench.plots.all_of", lambda results: {})
     monkeypatch.setattr("msd.bench.measure.outside_kernels", lambda target: None)
 
@@ -57,7 +57,7 @@ def bench(place: Path, out: Path, *more: object) -> list[object]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
-    """Has our loop raise `error` in its `call`-th answer from now on."""
+    """Makes our loop raise `error` in its `call`-th answer from now on."""
     generate, calls = SpeculativeVLM.generate, []
 
     def stopped(self: SpeculativeVLM, *args: Any, **kwargs: Any) -> Any:
@@ -81,13 +81,13 @@ def small_files(size: int) -> Iterator[None]:
 
 
 def one_line(err: str) -> str:
-    """The one line that is told to the user."""
-    told = [line for line in err.splitlines() if line.startswith("msd: ")]
-    assert len(told) == 1 and "internal error" not in err and "Traceback" not in err, err
-    return told[0]
+    """Returns the only line for the user."""
+    lines = [line for line in err.splitlines() if line.startswith("msd: ")]
+    assert len(lines) == 1 and "internal error" not in err and "Traceback" not in err, err
+    return lines[0]
 
 
-def test_pages_of_a_broken_off_bench_have_their_plots(
+def test_the_page_of_an_interrupted_bench_has_plots(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
@@ -97,7 +97,7 @@ def test_pages_of_a_broken_off_bench_have_their_plots(
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("out of luck"), UserError("a bad picture")])
-def test_a_broken_off_bench_has_results_and_goes_on(
+def test_an_interrupted_bench_has_results_and_is_resumed(
     capsys: pytest.CaptureFixture[str],
     place: Path,
     tmp_path: Path,
@@ -105,25 +105,25 @@ def test_a_broken_off_bench_has_results_and_goes_on(
     stop: BaseException,
 ) -> None:
     out = tmp_path / "out"
-    cuts = ("--cuts", place / "captured.jsonl.cuts.json")
+    thresholds = ("--cuts", place / "captured.jsonl.cuts.json")
     with monkeypatch.context() as patch:
         stop_at(patch, 8, stop)  # two of each to warm up and for two samples, then one
-        code, _, err = run(capsys, *bench(place, out, *cuts))
+        code, _, err = run(capsys, *bench(place, out, *thresholds))
     assert code == {KeyboardInterrupt: 130, RuntimeError: 1, UserError: 2}[type(stop)]
-    assert "2 of 4 samples" in err.splitlines()[-1] and "the same command goes on" in err
+    assert "2 of 4 samples" in err.splitlines()[-1] and "run the same command to resume" in err
     part = json.loads((out / "results.json").read_text())
     assert part["environment"]["broken_off"] == "2 of 4 samples"
     assert {row["samples"] for row in part["rows"]} == {2}
-    assert "Broken off: 2 of 4 samples" in (out / "report.md").read_text()
+    assert "Interrupted: 2 of 4 samples" in (out / "report.md").read_text()
 
     asked: list[int] = []
     ask_all = measure.Bench._ask_all
     monkeypatch.setattr(measure.Bench, "_ask_all", lambda self, n, *a: asked.append(n) or ask_all(self, n, *a))
-    code, told, err = run(capsys, *bench(place, out, *cuts))
-    assert code == 0 and "going on with the run" in err
+    code, output, err = run(capsys, *bench(place, out, *thresholds))
+    assert code == 0 and "resuming the run" in err
     assert asked == [2, 2, 3], "the first of those left warms up"
     whole = json.loads((out / "results.json").read_text())
-    assert json.loads(told) == whole
+    assert json.loads(output) == whole
     assert "broken_off" not in whole["environment"]
     assert {row["samples"] for row in whole["rows"]} == {4} and {row["identical"] for row in whole["rows"]} == {1.0}
     for way, seconds in part["sample_seconds"].items():
@@ -133,7 +133,7 @@ def test_a_broken_off_bench_has_results_and_goes_on(
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.md", "results.json"]
 
 
-def test_a_killed_bench_goes_on_and_other_settings_are_noticed(
+def test_a_killed_bench_is_resumed_only_with_equal_settings(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -159,27 +159,27 @@ def test_a_killed_bench_goes_on_and_other_settings_are_noticed(
     assert code == 2 and f"delete '{kept}'" in one_line(err)
 
 
-def test_a_bench_on_a_full_disk_goes_on(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+def test_a_bench_on_a_full_disk_is_resumed(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
     with small_files(6000):
         code, _, err = run(capsys, *bench(place, tmp_path))
     said = one_line(err)
     assert code == 2 and "unfinished.jsonl': File too large; free some space" in said and "of 4 samples" in said
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished.jsonl"]
-    code, told, err = run(capsys, *bench(place, tmp_path))
-    assert code == 0 and "going on with the run" in err and "broken_off" not in json.loads(told)["environment"]
+    code, output, err = run(capsys, *bench(place, tmp_path))
+    assert code == 0 and "resuming the run" in err and "broken_off" not in json.loads(output)["environment"]
 
 
-def test_a_bench_without_out_tells_what_it_has(
+def test_an_interrupted_bench_without_out_prints_its_results(
     capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_at(monkeypatch, 8, KeyboardInterrupt())
-    code, told, err = run(capsys, "bench", *options(place, "--backend", "plain", "--json"))
+    code, output, err = run(capsys, "bench", *options(place, "--backend", "plain", "--json"))
     assert code == 130 and "with --out" in one_line(err)
-    assert json.loads(told)["environment"]["broken_off"] == "2 of 4 samples"
+    assert json.loads(output)["environment"]["broken_off"] == "2 of 4 samples"
 
 
 @pytest.mark.parametrize("command", ["bench", "verify"])
-def test_sigterm_breaks_off_as_ctrl_c_does(
+def test_sigterm_interrupts_like_ctrl_c(
     capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     generate, calls = SpeculativeVLM.generate, []
@@ -193,29 +193,29 @@ def test_sigterm_breaks_off_as_ctrl_c_does(
     monkeypatch.setattr(SpeculativeVLM, "generate", stopped)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        code, told, err = run(capsys, command, *options(place, "--backend", "plain", "--json"))
+        code, output, err = run(capsys, command, *options(place, "--backend", "plain", "--json"))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert code == 130 and "interrupted" in one_line(err) and json.loads(told)
+    assert code == 130 and "interrupted" in one_line(err) and json.loads(output)
 
 
-def test_a_broken_off_certificate_has_not_passed(
+def test_an_interrupted_certificate_has_not_passed(
     capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(certificate, "SETTINGS", {"greedy": certificate.GREEDY})
     with monkeypatch.context() as patch:
         stop_at(patch, 3, KeyboardInterrupt())
-        code, told, err = run(capsys, "verify", *options(place, "--json"))
+        code, output, err = run(capsys, "verify", *options(place, "--json"))
     assert code == 130 and "interrupted after 2 comparisons" in one_line(err)
-    assert "2 of 4 samples: prompt-lookup 2 of 2 identical" in err.splitlines(), "told as they come"
-    (row,) = json.loads(told)["rows"]
+    assert "2 of 4 samples: prompt-lookup 2 of 2 identical" in err.splitlines(), "printed as they come"
+    (row,) = json.loads(output)["rows"]
     assert (row["compared"], row["identical"], row["passed"], row["finished"]) == (2, 2, False, False)
     with monkeypatch.context() as patch:
         stop_at(patch, 3, KeyboardInterrupt())
-        _, told, _ = run(capsys, "verify", *options(place))
-    assert "not yet" in told
-    code, told, _ = run(capsys, "verify", *options(place, "--json"))
-    (row,) = json.loads(told)["rows"]
+        _, output, _ = run(capsys, "verify", *options(place))
+    assert "not yet" in output
+    code, output, _ = run(capsys, "verify", *options(place, "--json"))
+    (row,) = json.loads(output)["rows"]
     assert code == 0 and row["passed"] and "finished" not in row
 
 
@@ -244,8 +244,8 @@ def test_a_bad_line_is_named_before_anything_is_answered(
     data, out = tmp_path / "bad.jsonl", tmp_path / "out"
     data.write_text(json.dumps({"image": "0.png", "prompt": "What is it?"}) + "\n\n" + json.dumps(line) + "\n")
     more = ["--data", data, "--images", place / "images", *(["--out", out] if command == "bench" else [])]
-    code, told, err = run(capsys, command, *options(place, *more))
-    assert (code, told) == (2, "")
+    code, output, err = run(capsys, command, *options(place, *more))
+    assert (code, output) == (2, "")
     assert "bad.jsonl:3: " in one_line(err) and part in err
     assert not list(out.glob("*"))
 
@@ -256,10 +256,10 @@ def test_outputs_are_checked_before_they_are_audited(
     outputs, good = tmp_path / "outputs.jsonl", {"image": "0.png", "prompt": "What is it?", "tokens": [5]}
     for bad, part in (({"tokens": [10**6]}, "token 1000000 is not one"), ({"text": 5, "tokens": None}, "must be text")):
         outputs.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
-        code, told, err = run(
+        code, output, err = run(
             capsys, "verify", "--target", place, "--outputs", outputs, "--images", place / "images"
         )  # fmt: skip
-        assert (code, told) == (2, "") and "outputs.jsonl:2: " in one_line(err) and part in err
+        assert (code, output) == (2, "") and "outputs.jsonl:2: " in one_line(err) and part in err
 
 
 def test_an_unwritable_out_is_found_before_any_work(
@@ -270,8 +270,8 @@ def test_an_unwritable_out_is_found_before_any_work(
     captured = ["--captured", place / "captured.jsonl", "--images", place / "images"]
     for out in (tmp_path / "file", tmp_path / "file" / "deep"):
         for command in (bench(place, out), ["train", *captured, "--target", place, "--out", out]):
-            code, told, err = run(capsys, *command)
-            assert (code, told) == (2, "") and f"cannot write '{out}'" in one_line(err)
+            code, output, err = run(capsys, *command)
+            assert (code, output) == (2, "") and f"cannot write '{out}'" in one_line(err)
     for out in (tmp_path, tmp_path / "file" / "deep.jsonl"):
         code, _, err = run(capsys, "capture", "--target", place, "--data", place / "ask.jsonl", "--out", out)
         assert code == 2 and f"cannot write '{out}'" in one_line(err)
@@ -361,7 +361,7 @@ def test_a_capture_on_a_full_disk_keeps_what_is_whole(tmp_path: Path) -> None:
     assert len({json.loads(line)["prompt"] for line in path.read_text().splitlines()}) == 8
 
 
-def test_looking_at_a_capture_changes_nothing(tmp_path: Path) -> None:
+def test_reading_a_capture_changes_nothing(tmp_path: Path) -> None:
     from msd.train.capture import pending
 
     path = tmp_path / "out.jsonl"
@@ -376,7 +376,7 @@ def test_looking_at_a_capture_changes_nothing(tmp_path: Path) -> None:
     assert [r["answer"] for r in records] == ["x", "y"] and path.read_bytes().startswith(whole)
 
 
-def test_a_killed_run_of_training_goes_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_training_run_is_resumed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, never = tmp_path / "run", 10**6
     command = [
         sys.executable, "-m", "msd", "train", "--captured", place / "captured.jsonl", "--images", place / "images",
@@ -397,13 +397,13 @@ def test_a_killed_run_of_training_goes_on(place: Path, tmp_path: Path, capsys: p
             process.wait()
     assert log.exists(), (tmp_path / "said").read_text()
     assert code == 2 and "another process is writing" in one_line(err)
-    (out / f"{BESIDE}0").write_bytes(bytes(9))
+    (out / f"{PARTIAL}0").write_bytes(bytes(9))
     with log.open("ab") as file:
         file.write(b'{"step": 99, "lr"')
-    told = train(capsys, place, out, *FLOAT32)
-    assert told["finished"] and not list(out.glob(f"{BESIDE}*"))
+    output = train(capsys, place, out, *FLOAT32)
+    assert output["finished"] and not list(out.glob(f"{PARTIAL}*"))
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert max(steps) == told["steps"] and steps == sorted(steps)
+    assert max(steps) == output["steps"] and steps == sorted(steps)
 
 
 def test_a_diverged_run_keeps_its_checkpoint(
@@ -431,7 +431,7 @@ def test_a_diverged_run_keeps_its_checkpoint(
     assert code == 2 and "cannot end at step 3" in one_line(err)
 
 
-def test_data_that_asks_again_is_the_same_data(place: Path, tmp_path: Path) -> None:
+def test_equal_prompts_and_files_have_equal_digests(place: Path, tmp_path: Path) -> None:
     from msd.bench.conversation import digest
 
     samples = load_data(place / "ask.jsonl")
@@ -445,22 +445,22 @@ def test_data_that_asks_again_is_the_same_data(place: Path, tmp_path: Path) -> N
     assert digest(load_data(place / "ask.jsonl", other)) != digest(samples)
 
 
-def test_a_bench_goes_on_with_the_backend_it_began_with(
+def test_a_resumed_bench_keeps_its_backend(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which backend is faster is measured anew by every process, and on a busy machine it may be either."""
+    """Every process measures which backend is faster, and on a busy machine the result varies."""
     command = [a if a != "plain" else "measure" for a in bench(place, tmp_path)]
     for fused, call in ((True, 8), (False, None)):
         with monkeypatch.context() as patch:
             patch.setattr("msd.backends.comparison.faster", lambda model, calls, fused=fused: (1,) if fused else ())
             if call is not None:
                 stop_at(patch, call, KeyboardInterrupt())
-            code, told, err = run(capsys, *command)
-    assert code == 0 and "going on with the run" in err
-    assert json.loads(told)["environment"]["backend"] == "fused"
+            code, output, err = run(capsys, *command)
+    assert code == 0 and "resuming the run" in err
+    assert json.loads(output)["environment"]["backend"] == "fused"
 
 
-def test_what_broke_off_a_bench_and_what_is_kept_is_one_line(
+def test_the_error_and_the_saved_work_are_one_line(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error, code in (
@@ -474,10 +474,10 @@ def test_what_broke_off_a_bench_and_what_is_kept_is_one_line(
         assert found == code and err.count("\n") == 1 and "2 of 4 samples are measured and kept in" in err, err
 
 
-def test_answers_cannot_go_on_in_a_device(
+def test_a_capture_cannot_be_resumed_in_a_device(
     capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading one never ends."""
+    """Reading a device never ends."""
     monkeypatch.setattr("msd.loading.load_target", None)
     code, _, err = run(capsys, "capture", "--target", place, "--data", place / "ask.jsonl", "--out", "/dev/null")
     assert code == 2 and "'/dev/null' is not a regular file" in one_line(err)

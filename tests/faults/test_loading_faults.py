@@ -1,4 +1,4 @@
-"""A checkpoint whose files do not belong together, or are damaged, is one line; never a model with random weights."""
+"""A checkpoint with damaged or mismatched files raises UserError; it never loads with random weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_tensors_that_are_missing(folder: Path, part: str) -> None:
     assert "its weights lack" in said and part in said
 
 
-def test_tensors_that_matter_to_no_answer(folder: Path) -> None:
+def test_tensors_that_no_answer_depends_on(folder: Path) -> None:
     """Buffers that older versions wrote, and parts that the architecture does not have."""
     extra = {
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -115,7 +115,7 @@ def test_every_family_loads_what_it_saved(family: Any, tmp_path: Path) -> None:
     check_tensors(loaded, found)
 
 
-def test_a_pooling_head_that_nothing_asks_for_may_be_missing() -> None:
+def test_an_unused_pooling_head_may_be_missing() -> None:
     found = {"missing_keys": {"model.vision_tower.head.probe"}, "unexpected_keys": set(), "mismatched_keys": set()}
     check_tensors(nn.Module(), found)
     with pytest.raises(UserError, match="lack 1 tensor"):
@@ -158,12 +158,12 @@ def test_files_that_are_missing(folder: Path, name: str, said: str) -> None:
 
 
 def test_a_pointer_that_is_not_needed(folder: Path) -> None:
-    """Such as the same weights in another form."""
+    """For example the same weights in another format."""
     for name in ("pytorch_model.bin", "photo.png", "consolidated.safetensors"):
         (folder / name).write_bytes(POINTER)
     load_target(folder)
 
 
 @pytest.mark.slow
-def test_the_reference_model_is_whole() -> None:
+def test_the_reference_model_is_complete() -> None:
     assert load_target("reference")[0].config.model_type == "llava"

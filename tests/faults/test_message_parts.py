@@ -1,4 +1,4 @@
-"""Chat messages: what they carry is shown, what is wrong is one line, and one image may have several prompts."""
+"""Chat messages: their media are used, errors are one line, and one image may have several prompts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def text(words: str = "what is it?") -> dict[str, str]:
 
 
 def carriers(path: Path) -> list[dict[str, Any]]:
-    """Every way in which a part carries the picture at `path`."""
+    """Returns every form of a message part that contains the image at `path`."""
     data = path.read_bytes()
     encoded = base64.b64encode(data).decode()
     uri = f"data:image/png;base64,{encoded}"
@@ -79,7 +79,7 @@ def carriers(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_picture_that_a_message_carries_is_shown(vlm: SpeculativeVLM, photo: Path) -> None:
+def test_an_image_in_a_message_is_used(vlm: SpeculativeVLM, photo: Path) -> None:
     given = vlm.generate(photo, messages=asked({"type": "image"}, text()), **SETTINGS)
     wanted = prepare(vlm.processor, [[photo]], chats=[asked({"type": "image"}, text())])
     for part in carriers(photo):
@@ -103,7 +103,7 @@ def test_pictures_of_several_turns_in_their_order(vlm: SpeculativeVLM, photo: Pa
     assert found["pixel_values"].shape[0] == 2
 
 
-def test_videos_and_sounds_that_messages_carry(tmp_path: Path) -> None:
+def test_videos_and_sounds_in_messages(tmp_path: Path) -> None:
     clip, sound = write_clip(tmp_path / "a.mp4", range(1, 9)), write_sound(tmp_path / "a.wav")
     for name, kind, path, source in (
         ("qwen2_5_vl", "video", clip, Video(clip)),
@@ -127,12 +127,12 @@ def test_videos_and_sounds_that_messages_carry(tmp_path: Path) -> None:
     )
 
 
-def test_a_chat_whose_earlier_turns_carry_their_pictures(vlm: SpeculativeVLM, photo: Path) -> None:
+def test_a_chat_whose_earlier_turns_contain_their_images(vlm: SpeculativeVLM, photo: Path) -> None:
     chat = vlm.chat()
     chat.messages = [*asked({"type": "image", "path": photo}, text()), {"role": "assistant", "content": "A thing."}]
     answer = chat.say("why?", **SETTINGS)
     assert answer.tokens == vlm.generate(messages=chat.messages[:-1], **SETTINGS).tokens
-    with pytest.raises(UserError, match="1 of the 2 places"):
+    with pytest.raises(UserError, match="1 of the 2 media parts"):
         chat.say("and this?", photo, **SETTINGS)
 
 
@@ -181,7 +181,7 @@ def test_a_chat_whose_earlier_turns_carry_their_pictures(vlm: SpeculativeVLM, ph
         (asked({"type": "image"}, text()), "place 1 image(s) but 0 image(s) were given"),
     ],
 )
-def test_what_is_wrong_with_a_chat_is_one_line(vlm: SpeculativeVLM, chat: Any, said: str) -> None:
+def test_errors_of_a_chat_are_one_line(vlm: SpeculativeVLM, chat: Any, said: str) -> None:
     if chat is None:
         with pytest.raises(UserError, match="None"):
             read(chat)
@@ -191,11 +191,11 @@ def test_what_is_wrong_with_a_chat_is_one_line(vlm: SpeculativeVLM, chat: Any, s
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_pictures_are_given_in_one_way(vlm: SpeculativeVLM, photo: Path) -> None:
+def test_images_are_given_in_one_way(vlm: SpeculativeVLM, photo: Path) -> None:
     carrying = {"type": "image", "path": photo}
-    with pytest.raises(UserError, match=r"carry 1 image.*1 were given beside them"):
+    with pytest.raises(UserError, match=r"carry 1 image.*1 were given separately"):
         vlm.generate(photo, messages=asked(carrying, text()), **SETTINGS)
-    with pytest.raises(UserError, match="1 of the 2 places in the messages carry"):
+    with pytest.raises(UserError, match="1 of the 2 media parts in the messages have a source"):
         vlm.generate(photo, messages=asked(carrying, {"type": "image"}, text()), **SETTINGS)
 
 
@@ -269,13 +269,13 @@ def test_seeds_of_every_integer_type(vlm: SpeculativeVLM, seed: Any) -> None:
         ({1}, "type set"),
     ],
 )
-def test_what_is_no_seed(vlm: SpeculativeVLM, seed: Any, said: str) -> None:
+def test_invalid_seeds_are_refused(vlm: SpeculativeVLM, seed: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         vlm.generate(None, "what", seed=seed, **SAMPLED)
 
 
-def test_a_picture_too_long_to_be_scaled(vlm: SpeculativeVLM) -> None:
-    """Whose short side the processor scales up before it crops."""
+def test_an_image_too_narrow_to_be_scaled(vlm: SpeculativeVLM) -> None:
+    """The processor scales the short side up before it crops."""
     assert vlm.generate(Image.new("RGB", (1, 2000)), "what", **SETTINGS).tokens
     with pytest.raises(UserError, match="1x2000000 pixels would be scaled"):
         vlm.generate(Image.new("RGB", (1, 2_000_000)), "what", **SETTINGS)

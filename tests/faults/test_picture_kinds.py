@@ -1,4 +1,4 @@
-"""Pictures of every kind keep what they show: transparency in each depth, and no source that is read wrongly."""
+"""Pictures of every kind keep their content: transparency at each depth, and every form of source."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_long_and_small_pictures(size: tuple[int, int]) -> None:
     assert load_image(Image.new("RGB", size)).size == size
 
 
-def test_every_way_to_give_one_file(tmp_path: Path) -> None:
+def test_every_form_of_source_for_one_file(tmp_path: Path) -> None:
     colour = (10, 200, 30)
     path = tmp_path / "a picture ü.png"
     Image.new("RGB", (2, 1), colour).save(path)
@@ -152,7 +152,7 @@ class Unreadable(io.RawIOBase):
         (Image.fromarray(np.array([[np.nan]], np.float32)), "nan"),
     ],
 )
-def test_what_is_no_picture(source: Any, said: str) -> None:
+def test_invalid_sources_are_refused(source: Any, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         load_image(source)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Streams that are broken off, left alone, read twice or slowly, and commands broken off: no hang, no abort."""
+"""Streams that are interrupted, unread, read twice or slowly, and interrupted commands never hang or abort."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPACE = tiny_checkpoint.processor().tokenizer.convert_tokens_to_ids("Ġ")
 
 
 def spaced(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """A logits processor that ends a word now and then, so that there are pieces."""
+    """A logits processor that ends a word from time to time, so that the stream has several pieces."""
     if input_ids.shape[1] % 3 == 0:
         scores = scores.index_fill(1, torch.tensor([SPACE]), 1e4)
     return scores
@@ -54,14 +54,14 @@ def vlm() -> SpeculativeVLM:
 
 
 def begun(vlm: SpeculativeVLM, **settings: Any) -> Stream:
-    """A stream of which one piece was read."""
+    """A stream after its first piece."""
     stream = vlm.stream(**INPUTS, **LONG, **settings)
     next(iter(stream))
     return stream
 
 
 def answers(vlm: SpeculativeVLM, seconds: float = 20) -> None:
-    """It does, and does not wait for anybody."""
+    """A new request is answered without waiting."""
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(vlm.generate(**INPUTS, **LONG)), daemon=True)
     thread.start()
@@ -69,7 +69,7 @@ def answers(vlm: SpeculativeVLM, seconds: float = 20) -> None:
     assert found and len(found[0].tokens) == 60
 
 
-def test_a_loop_left_by_break_or_error_holds_up_nobody(vlm: SpeculativeVLM) -> None:
+def test_a_loop_left_by_break_or_error_blocks_no_request(vlm: SpeculativeVLM) -> None:
     threads = threading.active_count()
     for _ in vlm.stream(**INPUTS, **LONG):
         break
@@ -177,7 +177,7 @@ def test_the_time_of_a_slow_reader_is_not_that_of_the_answer(vlm: SpeculativeVLM
     assert stream.result.seconds < slept
 
 
-def test_a_turn_that_is_left_does_not_count_and_one_that_is_closed_does(vlm: SpeculativeVLM) -> None:
+def test_a_closed_turn_is_added_and_an_unfinished_one_is_not(vlm: SpeculativeVLM) -> None:
     vlm.processor.chat_template = (
         "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}|{% endfor %}"
     )
@@ -192,7 +192,7 @@ def test_a_turn_that_is_left_does_not_count_and_one_that_is_closed_does(vlm: Spe
     assert chat.say("why", **LONG).text
 
 
-def test_commands_that_are_broken_off_end_cleanly(tmp_path: Path) -> None:
+def test_interrupted_commands_end_cleanly(tmp_path: Path) -> None:
     target = tiny_checkpoint.write(tmp_path / "target")
     photo = tiny_checkpoint.photos(tmp_path, 1)[0]
     command = [
@@ -201,7 +201,7 @@ def test_commands_that_are_broken_off_end_cleanly(tmp_path: Path) -> None:
     ]  # fmt: skip
 
     def broken_off(how: signal.Signals | None) -> tuple[int, str]:
-        """(exit code, stderr) of a command that gets a signal once it writes, or that nobody reads any more."""
+        """(exit code, stderr) of a command that gets a signal after its first output, or whose output is closed."""
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None and process.stderr is not None
         os.read(process.stdout.fileno(), 1)

@@ -20,7 +20,7 @@ LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target, and a data line about a photo with a name that ASCII has not."""
+    """A target, and a data line about a photo whose name is not ASCII."""
     folder = tiny_checkpoint.write(tmp_path_factory.mktemp("terminals"))
     tiny_checkpoint.photos(folder / "images", 1)
     (folder / "images" / "0.png").rename(folder / "images" / "höχ.png")
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command on a terminal of an encoding that takes nothing else."""
+    """Runs a command on a terminal with a strict encoding; returns (exit code, stdout, stderr)."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for name in ("stdout", "stderr")}
     with monkeypatch.context() as patch:
         for name, stream in streams.items():
@@ -69,7 +69,7 @@ def test_reports_tables_and_answers_are_spelled_out(
         assert code == 0 and "--help" in out
 
 
-def test_what_an_encoding_has_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_of_the_encoding_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     signs = "τ–…×²χ≤’é日\udce9"
     for encoding, expected in (
         ("ascii", "tau-...x2chi<='\\xe9\\u65e5\\udce9"),
@@ -86,7 +86,7 @@ def test_what_an_encoding_has_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_command_runs_in_a_locale_without_an_encoding(place: Path, tmp_path: Path) -> None:
-    """One process for all of them, since starting takes longest."""
+    """One process for all commands, since the start takes longest."""
     answers, run = tmp_path / "größe.jsonl", tmp_path / "läuft"
     common = ["--target", place, "--max-new-tokens", 3]
     data = [*common, "--data", place / "data.jsonl"]
@@ -130,7 +130,7 @@ def test_a_reader_that_leaves_and_a_full_disk_are_no_errors_of_ours(command: str
     assert (done.returncode, done.stderr) == (code, said if full else b"")
 
 
-def test_an_internal_error_is_told_where_nothing_can_be_written(
+def test_an_internal_error_is_reported_where_nothing_can_be_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:

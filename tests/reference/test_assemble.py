@@ -1,4 +1,4 @@
-"""The assembled checkpoint against its parts, run by hand: raw language model, adapters as added terms, projector."""
+"""The assembled checkpoint equals its parts applied by hand: language model, adapters as added terms, projector."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def tiny_language_model() -> LlamaForCausalLM:
 
 
 def trained_parts() -> dict[str, Tensor]:
-    """Random values for everything that training gives, adapters of different ranks on different matrices."""
+    """Returns random trained parts, with adapters of different ranks on different matrices."""
     generator = torch.Generator().manual_seed(1)
     shapes = {
         "tower.norm.weight": (24,),
@@ -90,7 +90,7 @@ def colours_by_hand(pixels: Tensor) -> Tensor:
 
 
 def logits_by_hand(trained: dict[str, Tensor], encoder: dict[str, Tensor], pixels: Tensor, ids: Tensor) -> Tensor:
-    """[L, V] from the untouched language model, adapters added to the outputs of its linears."""
+    """Returns logits [L, V] of the published language model, with adapters added to the outputs of its linears."""
     lm, values = tiny_language_model(), {name: value.float() for name, value in trained.items()}
     for name in (n.removesuffix(".A") for n in values if n.endswith(".A")):
         linear = lm.get_submodule(name.removeprefix("lm."))

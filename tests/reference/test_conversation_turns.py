@@ -1,4 +1,4 @@
-"""The second turn about a photo, on the reference model: nothing is encoded again, and prefill takes little."""
+"""The second turn about a photo, on the reference model: no image is encoded again, and prefill is short."""
 
 from __future__ import annotations
 

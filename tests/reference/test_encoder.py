@@ -1,4 +1,4 @@
-"""The folded encoder against the published architecture, written a second time with its batch norms in place."""
+"""The folded encoder equals a second implementation of the published architecture, with batch norms."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ EPS = 1e-3
 
 
 def published_state() -> dict[str, Tensor]:
-    """Random weights under the names of the published Lite0 checkpoint."""
+    """Returns random weights with the names of the published Lite0 checkpoint."""
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {"_fc.weight": torch.zeros(10, 1280), "_fc.bias": torch.zeros(10)}
 
@@ -43,7 +43,7 @@ def published_state() -> dict[str, Tensor]:
 
 
 def unfolded_features(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """[B, 3, S, S] -> [B, 1280, S / 32, S / 32], one published layer after the other."""
+    """Applies the published layers one by one: [B, 3, S, S] -> [B, 1280, S / 32, S / 32]."""
 
     def layer(x: Tensor, conv: str, norm: str, stride: int = 1, depthwise: bool = False, act: bool = True) -> Tensor:
         weight = state[f"{conv}.weight"]
@@ -77,7 +77,7 @@ def folded(state: dict[str, Tensor], size: int) -> EfficientNetLite:
     return model
 
 
-def test_folding_changes_nothing() -> None:
+def test_folding_preserves_the_outputs() -> None:
     torch.manual_seed(0)
     state, pixels = published_state(), torch.rand(2, 3, 96, 96) * 2 - 1
     ours, theirs = folded(state, 96).features(pixels), unfolded_features(state, pixels).flatten(2).transpose(1, 2)
@@ -115,7 +115,7 @@ def test_llava_finds_the_tokens_last_and_the_features_before() -> None:
     torch.testing.assert_close(encoder(pixels, return_dict=False)[0], output.last_hidden_state)
 
 
-def test_only_norm_positions_and_colours_learn() -> None:
+def test_only_norm_positions_and_colours_are_trainable() -> None:
     model = EfficientNetLite(EfficientNetLiteConfig(image_size=32)).train()
     model(torch.rand(1, 3, 32, 32)).last_hidden_state.square().sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {

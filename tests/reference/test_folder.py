@@ -1,4 +1,4 @@
-"""A folder is built once and whole, by however many processes, or not at all."""
+"""Any number of processes build a folder once and completely, or not at all."""
 
 import errno
 import json
@@ -36,14 +36,14 @@ def test_it_is_built_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in place.parent.iterdir()) == ["key", "key.lock"]
 
 
-def test_force_builds_anew(tmp_path: Path) -> None:
+def test_force_builds_again(tmp_path: Path) -> None:
     ensure(tmp_path / "key", writer("old"), needed_bytes=1)
     ensure(tmp_path / "key", writer("new"), needed_bytes=1, force=True)
     assert (tmp_path / "key" / "a.bin").read_text() == "new"
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "no manifest", "bad manifest"])
-def test_a_damaged_folder_is_mended(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_folder_is_rebuilt(tmp_path: Path, damage: str) -> None:
     place = tmp_path / "key"
     ensure(place, writer(), needed_bytes=1)
     if damage == "missing":
@@ -77,7 +77,7 @@ def fail_with(error: Exception) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_failed_build_leaves_things_as_they_were(tmp_path: Path, existing: bool) -> None:
+def test_a_failed_build_changes_nothing(tmp_path: Path, existing: bool) -> None:
     place = tmp_path / "key"
     if existing:
         ensure(place, writer("old"), needed_bytes=1)
@@ -139,7 +139,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "key" / folders.MANIFEST).read_text())) == 20
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     worker = context.Process(target=_ensure_slowly, args=(tmp_path / "key",))
     worker.start()

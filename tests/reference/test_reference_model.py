@@ -1,4 +1,4 @@
-"""The real reference model, assembled from the installed wheel: what users get."""
+"""The real reference model, assembled from the installed wheel."""
 
 import importlib.util
 from typing import Any
@@ -19,13 +19,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Any, Any]:
-    """Model and processor from the user's cache, assembled on the first run (half a minute)."""
+    """Loads model and processor from the user's cache; the first run assembles them (half a minute)."""
     folder = reference.path()
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
 def ask(parts: tuple[Any, Any], photos: list[str], prompt: str) -> list[str]:
-    """Greedy answers to one prompt about several photos, as one batch."""
+    """Returns greedy answers to one prompt about several photos, as one batch."""
     model, processor = parts
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -47,7 +47,7 @@ def test_it_is_a_tied_float32_llava(parts: tuple[Any, Any]) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_it_sees(parts: tuple[Any, Any]) -> None:
+def test_answers_depend_on_the_photo(parts: tuple[Any, Any]) -> None:
     skier, surfer = ask(parts, ["skier", "surfer"], "Write a short caption for this picture.")
     assert "surfer" in surfer and "surfer" not in skier
     for answer in (skier, surfer):

@@ -1,4 +1,4 @@
-"""Inputs are found without running foreign code, and whatever is wrong with them names its remedy."""
+"""Inputs are located without executing their package; every error names its remedy."""
 
 import importlib.util
 import re
@@ -24,7 +24,7 @@ def write_something(destination: Path) -> None:
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the installed wheel, whose code must not run; gives the path of its GGUF file."""
+    """Creates a package like the installed wheel, whose code must not run; returns the path of its GGUF file."""
     package = tmp_path / "stand_in_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('this code must not run')")
@@ -52,7 +52,9 @@ def test_a_wheel_without_its_file_counts_as_missing(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("full_size", [False, True])
-def test_a_broken_language_model_names_the_command_that_mends_it(wheel: Path, full_size: bool, tmp_path: Path) -> None:
+def test_a_broken_language_model_names_the_command_that_restores_it(
+    wheel: Path, full_size: bool, tmp_path: Path
+) -> None:
     if full_size:
         with wheel.open("wb") as file:
             file.truncate(int(folder.recorded()[folder.GGUF_NAME]["size"]))
@@ -65,7 +67,7 @@ def test_a_broken_language_model_names_the_command_that_mends_it(wheel: Path, fu
 
 
 @pytest.mark.parametrize("damage", ["missing", "altered"])
-def test_broken_bundled_weights_name_the_command_that_mends_them(tmp_path: Path, damage: str) -> None:
+def test_broken_bundled_weights_name_the_command_that_restores_them(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "vlm.safetensors"
     if damage == "altered":
         data = bytearray((folder.WEIGHTS / "vlm.safetensors").read_bytes())
@@ -102,7 +104,7 @@ def test_the_manifest_command_records_new_weights(tmp_path: Path, monkeypatch: p
     assert reference.location(tmp_path) != place  # new weights, new folder
 
 
-def test_the_trained_file_has_what_assembly_needs() -> None:
+def test_the_trained_file_has_all_parts_for_assembly() -> None:
     trained = load_file(folder.WEIGHTS / "vlm.safetensors")
     assert trained["tower.pos"].shape == (64, 1280)
     assert trained["tower.colour"].shape == (1280, 48)

@@ -19,7 +19,7 @@ from family_layouts import VOCABULARY, WORDS
 from msd.core.modality import LANGUAGE
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.targets import State, Target, adapt
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 TOLERANCE = 1e-4
 NAMES = [family.name for family in FAMILIES]
@@ -151,9 +151,9 @@ def test_a_teacher_pass_equals_each_prefix_alone(name: str) -> None:
     rows = prompts(family)
     target = adapt(model(name), TAPS, backend="plain")
     answers = [[20, 31, 12, 44, 50], [33, 10], [11, 60, 23]]
-    taught = teach(target, family.batch(rows), answers)
+    taught = run_teacher(target, family.batch(rows), answers)
     columns = taught.layout.modality[:, : taught.prompt] != LANGUAGE.id
-    blind = teach(target, family.batch(rows), answers, columns)
+    blind = run_teacher(target, family.batch(rows), answers, columns)
     for row, parts in enumerate(rows):
         shown = bool((taught.layout.modality[row] != LANGUAGE.id).any())
         for t in range(len(answers[row])):

@@ -21,7 +21,7 @@ from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.targets import adapt
 from msd.train.capture import Captured
-from msd.train.drafting import DraftTraining, train, untrained
+from msd.train.drafting import DraftTraining, initial_network, train
 from msd.train.teacher_batches import Stages
 
 SETTINGS = DraftTraining(
@@ -47,10 +47,10 @@ def answers(name: str, folder: Path) -> list[Captured]:
 def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     model, processor, captured = family.make(), FamilyProcessor(family), answers(name, tmp_path)
-    cuts = ModalityThresholds(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
-    assert train(model, processor, captured, captured[:3], cuts, tmp_path / "run", SETTINGS)
+    thresholds = ModalityThresholds(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
+    assert train(model, processor, captured, captured[:3], thresholds, tmp_path / "run", SETTINGS)
     network = registry.load(tmp_path / "run" / "drafter")
-    fresh = untrained(adapt(model, backend="plain"), captured, SETTINGS)
+    fresh = initial_network(adapt(model, backend="plain"), captured, SETTINGS)
     moved = [n for n, p in network.named_parameters() if not torch.equal(p, fresh.state_dict()[n])]
     assert "fuse.weight" in moved and ("image_fc.weight" in moved) == ("image" in family.kinds)
     vlm = SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain", adaptive=False), MSD(network))
@@ -68,7 +68,7 @@ def test_an_untrained_head_gives_the_targets_logits(name: str) -> None:
     """The draft head's norm and weights are those of the target, for each family's kind of norm."""
     model = BY_NAME[name].make()
     some = [Captured((), "", tuple(range(WORDS, 40)), (0.0,) * 31, "text", "train")]
-    network = untrained(adapt(model, backend="plain"), some, SETTINGS)
+    network = initial_network(adapt(model, backend="plain"), some, SETTINGS)
     state = torch.randn(3, 32)
     with torch.no_grad():
         own = model.get_output_embeddings()(model.get_decoder().norm(state))[:, network.heads.ids]

@@ -125,7 +125,7 @@ def test_a_drafter_uses_the_positions_of_text(name: str) -> None:
     """The drafter has one axis, equal to all three for text; images end directly before the text after them."""
     _, state, scores = prefilled(name)
     layout: Layout = state.layout
-    line, text = layout.line(), layout.modality == LANGUAGE.id
+    line, text = layout.positions_1d(), layout.modality == LANGUAGE.id
     for axis in range(3):
         assert torch.equal(line[text], layout.positions[axis][text])
     config = MSDConfig.for_target(model(name).config.text_config, 48, taps=(1, 3), image_tokens=2, rank=4)
@@ -150,4 +150,4 @@ def test_families_with_1_d_positions_have_one_axis() -> None:
     row = family.row(family.parts(1, ["image"]))
     layout, _ = target.lay_out(row["input_ids"], row, 64)
     assert layout.positions.shape[0] == 1
-    assert layout.line().data_ptr() == layout.positions.data_ptr()
+    assert layout.positions_1d().data_ptr() == layout.positions.data_ptr()

@@ -154,7 +154,7 @@ def test_sounds(tmp_path: Path) -> None:
         assert vlm.generate(shown, "what is it", **settings, seed=7 + i).tokens == wanted[-1]
     together = vlm.generate(asked, ["what is it"] * 3, **settings, seed=7)
     assert [result.tokens for result in together] == wanted
-    with pytest.raises(UserError, match="2 s long; this model hears 1 s"):
+    with pytest.raises(UserError, match="2 s long; the model accepts 1 s"):
         vlm.generate(Audio(write_sound(tmp_path / "long.wav", 1.6)), "what is it")
 
 
@@ -181,9 +181,11 @@ def test_training(name: str, tmp_path: Path) -> None:
     paths = [(tmp_path / "0.png",), (tmp_path / "0.png", tmp_path / "1.png"), *([()] if name != "paligemma" else [])]
     ids = tuple(range(WORDS, WORDS + 8))
     captured = [Captured(p, "what", ids, (0.1 * len(p),) * 8, "vqa", "train") for p in paths]
-    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=10, target="tiny-0")
+    thresholds = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=10, target="tiny-0")
     settings = DraftTraining(steps=2, batch=1, anchors=4, draft_vocabulary=32, precision="float32", evaluate_every=2)
-    assert train(BY_NAME[name].make(), PROCESSORS[name](), captured, captured[1:2], cuts, tmp_path / "run", settings)
+    assert train(
+        BY_NAME[name].make(), PROCESSORS[name](), captured, captured[1:2], thresholds, tmp_path / "run", settings
+    )
 
 
 @pytest.mark.parametrize("name, processor", [("qwen2_vl", "Qwen2VLProcessor"), ("mistral3", "PixtralProcessor")])

@@ -78,7 +78,7 @@ def test_a_sound(name: str, tmp_path: Path) -> None:
         answers.append(vlm.generate(shown, "what", **SETTINGS, seed=3).tokens)
         assert answers[-1] == expected(vlm, prepare(vlm.processor, [shown], ["what"]))
     assert answers[0] != answers[1]
-    with pytest.raises(UserError, match=r"is 3 s long; this model hears 1 s"):
+    with pytest.raises(UserError, match=r"is 3 s long; the model accepts 1 s"):
         vlm.generate(Audio(write_sound(tmp_path / "long.wav", 3.0)), "what")
 
 
@@ -97,12 +97,12 @@ def test_a_chat_about_a_video(tmp_path: Path) -> None:
         assert rows[1] < rows[0]
 
 
-def test_unsupported_media_are_errors(tmp_path: Path) -> None:
+def test_unsupported_media_are_refused(tmp_path: Path) -> None:
     sound, video = Audio(write_sound(tmp_path / "a.wav")), Video(write_clip(tmp_path / "a.mp4", range(3)))
     for name, shown, message in (
-        ("llava", sound, "takes image, not audio"),
-        ("qwen2_vl", sound, "takes image and video, not audio"),
-        ("voxtral", video, "takes audio, not video"),
+        ("llava", sound, "supports image, not audio"),
+        ("qwen2_vl", sound, "supports image and video, not audio"),
+        ("voxtral", video, "supports audio, not video"),
     ):
         with pytest.raises(UserError, match=message):
             engine(name).generate(shown, "what")

@@ -1,4 +1,4 @@
-"""The recipe's modules by name, and its mix over invented data."""
+"""A `Mix` of the reference model's recipe, over invented data."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from recipes.reference_vlm.data import Mix, MixConfig
 
 @pytest.fixture
 def mix(tmp_path: Path) -> Callable[..., Mix]:
-    """A mix over eight photos, two of them val."""
+    """Makes a mix over eight photos, two of them val."""
     rows = [{"image": f"{i}.jpg", "split": "val" if i < 2 else "train"} for i in range(8)]
     for name in ("flickr8k", "coco_vqa"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Invented captions and a tokenizer, enough to draw the reference model's mix without its data sets."""
+"""Invented captions and a tokenizer, so that tests of the data mix need no data sets."""
 
 from zlib import crc32
 
@@ -28,7 +28,7 @@ PHOTOS = [
 
 
 class Words:
-    """A tokenizer: two ids per word, so that long answers are long enough to be asked for."""
+    """A tokenizer: two ids per word, so that long answers have enough tokens."""
 
     def __call__(self, text: str, add_special_tokens: bool) -> "Words":
         self.input_ids = [3 + crc32(part.encode()) % 1000 for w in text.split() for part in (w[:3], w[3:])]

@@ -1,4 +1,4 @@
-"""Captured answers: each question once, continued after an interruption, greedy like `generate`."""
+"""Capture: each prompt is answered once, an interrupted run resumes, and batched answers equal single ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +13,20 @@ from msd.train.capture import Answer, Prompt, capture
 
 class Echo:
     def __init__(self, fail_after: int = 10**9):
-        self.asked: list[Prompt] = []
+        self.prompts: list[Prompt] = []
         self.fail_after = fail_after
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        if len(self.asked) >= self.fail_after:
+        if len(self.prompts) >= self.fail_after:
             raise KeyboardInterrupt
-        self.asked += prompts
+        self.prompts += prompts
         return [Answer(p.text.upper(), (len(p.text),), True) for p in prompts]
 
 
 PROMPTS = [Prompt("a"), Prompt("bb", ("x.jpg",)), Prompt("bb"), Prompt("a"), Prompt("ccc", ("x.jpg", "y.jpg"), "video")]
 
 
-def test_each_question_once_and_in_order(tmp_path: Path) -> None:
+def test_each_prompt_once_and_in_order(tmp_path: Path) -> None:
     write = Echo()
     records = capture(PROMPTS, write, tmp_path / "out.jsonl", batch=2)
     assert [(r["prompt"], r["image"]) for r in records] == [
@@ -35,12 +35,12 @@ def test_each_question_once_and_in_order(tmp_path: Path) -> None:
         ("bb", []),
         ("ccc", ["x.jpg", "y.jpg"]),
     ]
-    assert len(write.asked) == 4
+    assert len(write.prompts) == 4
     assert records[3]["task"] == "video"
     assert records[3]["answer"] == "CCC"
 
 
-def test_an_interrupted_capture_continues(tmp_path: Path) -> None:
+def test_an_interrupted_capture_resumes(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         capture(PROMPTS, Echo(fail_after=2), path, batch=2)
@@ -48,7 +48,7 @@ def test_an_interrupted_capture_continues(tmp_path: Path) -> None:
         f.write('{"prompt": "half')
     again = Echo()
     records = capture(PROMPTS, again, path, batch=2)
-    assert len(again.asked) == 2
+    assert len(again.prompts) == 2
     assert records == capture(PROMPTS, Echo(fail_after=0), path)
 
 

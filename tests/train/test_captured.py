@@ -1,4 +1,4 @@
-"""Answers of the target with their gains: greedy as one by one, gains as `image_gain`, and what readers get of them."""
+"""`TargetWriter`: batched answers equal single ones, gains equal `image_gain`, and `read_captured` returns both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
-from msd.train.capture import Captured, Prompt, capture, fit_cuts, pending, read_captured
+from msd.train.capture import Captured, Prompt, capture, fit_label_thresholds, pending, read_captured
 from msd.train.target_writer import TargetWriter
 
 NEW = 7
@@ -74,15 +74,15 @@ def test_an_image_is_encoded_once_in_a_batch(loaded: tuple[Any, Any], folder: Pa
     assert vision.misses == 2 + 2  # the two pictures, and the two that the check of the target changed
 
 
-def test_prompts_are_asked_by_task_and_image(tmp_path: Path) -> None:
-    asked = [(p.task, p.images) for p in pending([*PROMPTS, PROMPTS[0]], tmp_path / "none.jsonl")]
-    assert asked == [
+def test_prompts_are_sorted_by_task_and_image(tmp_path: Path) -> None:
+    order = [(p.task, p.images) for p in pending([*PROMPTS, PROMPTS[0]], tmp_path / "none.jsonl")]
+    assert order == [
         ("text", ()), ("text", ()), ("detail", ("0.png",)), ("detail", ("1.png",)), ("detail", ("2.png",)),
         ("vqa", ("0.png",)), ("vqa", ("0.png", "1.png")),
     ]  # fmt: skip
 
 
-def test_a_target_that_does_not_see_writes_nothing(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+def test_a_target_that_ignores_images_writes_nothing(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
     model, processor = load_target(folder)
     with torch.no_grad():
         for parameter in model.model.multi_modal_projector.parameters():
@@ -106,9 +106,11 @@ def test_read_captured(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) ->
             images, prompt.text, (*record["ids"], *end), tuple(record["gain"]), prompt.task, prompt.split
         )
         assert captured[images, prompt.text] == expected
-    cuts = fit_cuts(records, "t")
-    assert cuts == ModalityThresholds.fit([r["gain"] for r in records if r["image"] and r["split"] == "train"], "t")
-    assert fit_cuts([r for r in records if not r["image"]], "t") is None
+    thresholds = fit_label_thresholds(records, "t")
+    assert thresholds == ModalityThresholds.fit(
+        [r["gain"] for r in records if r["image"] and r["split"] == "train"], "t"
+    )
+    assert fit_label_thresholds([r for r in records if not r["image"]], "t") is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, change: dict[str, Any], part:
         read_captured(path)
 
 
-def test_a_file_of_another_kind_or_target_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_or_target_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     for content, part in [
         ("my notes", "not a file of captured"),

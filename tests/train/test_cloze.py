@@ -1,4 +1,4 @@
-"""One-word questions out of captions, and mirrored photos."""
+"""Cloze questions from captions, and mirrored photos."""
 
 import random
 from collections import Counter
@@ -38,7 +38,7 @@ NOUNS = {"dog", "ball", "grass", "dogs", "beach", "bike"}
         ("", set()),
     ],
 )
-def test_a_caption_is_asked_for_its_nouns_colours_and_numbers(caption: str, expected: set[tuple[str, str]]) -> None:
+def test_questions_about_nouns_colours_and_numbers(caption: str, expected: set[tuple[str, str]]) -> None:
     assert set(clozes(caption, NOUNS)) == expected
 
 
@@ -46,7 +46,7 @@ def test_answers_are_nouns_not_colours_numbers_or_phrases() -> None:
     assert answer_words(["dog", "red", "two", "10", "hot dog", "outside"]) == {"dog"}
 
 
-def test_rare_answers_are_drawn_more_often_than_their_share_and_no_question_twice() -> None:
+def test_rare_answers_are_preferred_and_no_question_is_drawn_twice() -> None:
     found = {str(i): [("What runs?", "dog"), ("What is it?", "cat" if i else "emu")] for i in range(100)}
     weights = balanced(found)
     assert weights["dog"] == pytest.approx(0.1)
@@ -57,19 +57,19 @@ def test_rare_answers_are_drawn_more_often_than_their_share_and_no_question_twic
     assert len(draw(twice, {"dog": 1.0, "cat": 1.0}, 5, random.Random(0))) == 1
 
 
-def test_late_photos_are_asked_for_single_words_and_shown_mirrored(mix: Callable[..., Mix]) -> None:
+def test_late_phases_have_cloze_questions_and_mirrored_photos(mix: Callable[..., Mix]) -> None:
     train = mix(MixConfig(rows=9))
     train.clozes = {name: [("What runs?", "dog")] for name in train.clozes}
     train.rarity = {"dog": 1.0}
     drawn = [s for step in range(2110, 2130) for s in train.samples(step)]
-    asked = [s for s in drawn if s.pictures and s.pictures[0][0] == "flickr"]
-    single = [s for s in asked if [b.task for b in s.branches] == ["vqa"]]
-    assert 0.2 < len(single) / len(asked) < 0.4
+    flickr = [s for s in drawn if s.pictures and s.pictures[0][0] == "flickr"]
+    single = [s for s in flickr if [b.task for b in s.branches] == ["vqa"]]
+    assert 0.2 < len(single) / len(flickr) < 0.4
     shown = Counter(s.pictures[0][0] for s in drawn if s.pictures)
     assert 0.4 < shown["mirrored"] / (shown["mirrored"] + shown["coco"]) < 0.6
 
 
-def test_a_photo_asked_about_left_and_right_is_never_mirrored(mix: Callable[..., Mix]) -> None:
+def test_a_photo_with_questions_about_left_and_right_is_never_mirrored(mix: Callable[..., Mix]) -> None:
     train = mix(MixConfig(rows=9))
     train.questions = {name: [("What is on the left?", "cat")] for name in train.questions}
     drawn = [s for step in range(2110, 2130) for s in train.samples(step)]

@@ -1,4 +1,4 @@
-"""Draft networks learn, and what training counts as accepted is what decoding accepts."""
+"""Training: draft networks learn, and acceptance in training equals acceptance in decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwo
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
-from msd.targets.teacher import TeacherBatch, teach
+from msd.targets.teacher import TeacherBatch, run_teacher
 from msd.train import drafting
 from msd.train.losses.msd import LossConfig, TaskWeights
 from msd.train.teacher_batches import TeacherCache
@@ -34,7 +34,7 @@ def network(model: Any, form: str, **changes: Any) -> MSDNetwork:
 
 
 def teacher_batch(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any], TeacherBatch, torch.Tensor]:
-    """Greedy answers of a batch of unequal prompts, with labels in turn."""
+    """Greedy answers to prompts of different lengths, with alternating labels."""
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(4)))
     out = model.generate(
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
@@ -42,21 +42,21 @@ def teacher_batch(model: Any, made: MSDNetwork) -> tuple[Target, dict[str, Any],
     answers = out[:, inputs["input_ids"].shape[1] :].tolist()
     target = adapt(model, made.config.taps)
     labels = torch.tensor([LANGUAGE.id, VISION.id, FUSION.id])[torch.arange(LENGTH) % 3].expand(4, -1)
-    notes = TeacherCache(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0, torch.float32)
-    taught, labels = notes.recall(0, lambda: (teach(target, inputs, answers), labels))
-    return target, inputs, taught, labels
+    cache = TeacherCache(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0, torch.float32)
+    batch, labels = cache.get(0, lambda: (run_teacher(target, inputs, answers), labels))
+    return target, inputs, batch, labels
 
 
 def overfit(
-    made: MSDNetwork, taught: TeacherBatch, labels: torch.Tensor, steps: int = 60
+    made: MSDNetwork, batch: TeacherBatch, labels: torch.Tensor, steps: int = 60
 ) -> tuple[list[float], DraftObjective]:
-    objective = DraftObjective(made, LossConfig(), ends=[int(taught.answers[0, -1])])
+    objective = DraftObjective(made, LossConfig(), ends=[int(batch.answers[0, -1])])
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
     roots = torch.arange(LENGTH - 1).expand(4, -1)
     losses = []
     for step in range(steps):
         torch.manual_seed(step)
-        loss, _ = objective(taught, labels, roots)
+        loss, _ = objective(batch, labels, roots)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -68,10 +68,10 @@ def overfit(
 def test_learns_and_counts_as_decoding_does(form: str) -> None:
     model = tiny.llava()
     made = network(model, form)
-    _, inputs, taught, labels = teacher_batch(model, made)
-    before = DraftObjective(made, LossConfig()).acceptance(taught, labels)
-    losses, objective = overfit(made, taught, labels)
-    after = objective.acceptance(taught, labels)
+    _, inputs, batch, labels = teacher_batch(model, made)
+    before = DraftObjective(made, LossConfig()).acceptance(batch, labels)
+    losses, objective = overfit(made, batch, labels)
+    after = objective.acceptance(batch, labels)
     assert losses[-1] < 0.6 * losses[0]
     rate = lambda counts: sum(a for a, _ in counts.values()) / sum(d for _, d in counts.values())  # noqa: E731
     assert rate(after) > rate(before) + 0.3
@@ -82,15 +82,15 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
     )
     for row, result in enumerate(results):
-        assert result.tokens == taught.answers[row].tolist()
+        assert result.tokens == batch.answers[row].tolist()
     decoded = results[0].statistics
     first = torch.arange(LENGTH - 1).expand(4, -1)
-    drafts, states = objective.states(taught, first)
-    logits, _ = objective.logits(taught, drafts, states, objective.routes(taught, drafts, states).exp())
+    drafts, states = objective.states(batch, first)
+    logits, _ = objective.logits(batch, drafts, states, objective.routes(batch, drafts, states).exp())
     guess = made.heads.ids[logits[:, :, :5].argmax(-1)]
     accepted = 0
     for row in range(4):
-        at, answer = 0, taught.answers[row].tolist()
+        at, answer = 0, batch.answers[row].tolist()
         while at < LENGTH - 1:
             n = 0
             while n < 5 and at + 1 + n < LENGTH - 1 and int(guess[row, at, n]) == answer[at + 1 + n]:
@@ -102,7 +102,7 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_states_are_decodings_states(form: str) -> None:
-    """The draft laws of a root are the same from a whole taught as from a prompt in decoding."""
+    """The draft laws of a root are the same from a whole batch as from a prompt in decoding."""
     from msd.core.layout import Layout
     from msd.drafters.toolkit.drafter import Memory
 
@@ -112,57 +112,57 @@ def test_training_states_are_decodings_states(form: str) -> None:
         for p in made.parameters():
             if not p.any():
                 torch.nn.init.normal_(p, std=0.2)
-    _, _, taught, _ = teacher_batch(model, made)
+    _, _, batch, _ = teacher_batch(model, made)
     objective = DraftObjective(made, LossConfig())
     at = 7
-    drafts, states = objective.states(taught, torch.full((4, 1), at))
+    drafts, states = objective.states(batch, torch.full((4, 1), at))
     weights = torch.rand(4, 1, objective.depth, 3)
     weights = weights / weights.sum(-1, keepdim=True)
-    routes = objective.routes(taught, drafts, states)
-    logits, sure = objective.logits(taught, drafts, states, torch.cat([weights[:, :, :1], routes[:, :, 1:].exp()], 2))
-    L = taught.prompt + at
-    whole = taught.layout
+    routes = objective.routes(batch, drafts, states)
+    logits, sure = objective.logits(batch, drafts, states, torch.cat([weights[:, :, :1], routes[:, :, 1:].exp()], 2))
+    L = batch.prompt + at
+    whole = batch.layout
     cut = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [L + 1] * 4)
-    assert taught.taps is not None
-    memory = Memory.begin(made, cut, taught.taps[:, :L])
+    assert batch.taps is not None
+    memory = Memory.begin(made, cut, batch.taps[:, :L])
     assert torch.allclose(made.routed(memory.anchor), routes[:, 0, 0].exp(), atol=1e-5)
-    context, anchors = memory.upto(None)
-    laws = made.levels(context, anchors, cut.newest())
+    anchors = memory.anchors()
+    laws = made.levels(anchors, cut.newest())
     found = [laws.root(weights[:, 0, :1])]
     for d in range(1, 4):
-        found.append(laws.below(taught.answers[:, at + d, None], torch.zeros(4, 1, dtype=torch.long)))
+        found.append(laws.below(batch.answers[:, at + d, None], torch.zeros(4, 1, dtype=torch.long)))
     for d, law in enumerate(found):
         assert torch.allclose(law.logits[:, 0], logits[:, 0, d], atol=1e-4), d
-        assert torch.allclose(law.sure[:, 0], sure[:, 0, d], atol=1e-4)
+        assert torch.allclose(law.confidence[:, 0], sure[:, 0, d], atol=1e-4)
 
 
 def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
-    """With the vision path off image positions are entries of their own; on, a few compressed tokens stand for them."""
+    """Without the vision path, image positions are context entries; with it, a few compressed tokens replace them."""
     model = tiny.llava()
     for vision, kept in ((True, 2), (False, 4)):
         made = network(model, "block", vision=vision, image_tokens=2)
-        _, _, taught, _ = teacher_batch(model, made)
-        assert taught.taps is not None
-        found = made.read(taught.layout, taught.taps[:, :-1])
-        text = taught.layout.tokens[:, :-1].shape[1] - torch.tensor(taught.layout.start)
+        _, _, batch, _ = teacher_batch(model, made)
+        assert batch.taps is not None
+        found = made.read(batch.layout, batch.taps[:, :-1])
+        text = batch.layout.tokens[:, :-1].shape[1] - torch.tensor(batch.layout.start)
         images = torch.tensor([s % 3 for s in range(4)])
         runs = images.clamp_max(1) if vision else images  # two images side by side are one run of image columns
         assert found.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
 
 
-def test_endings_are_learnt_and_spare_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the next token surely ends the answer, a plan that counts seconds drafts nothing; others draft always."""
+def test_endings_are_learnt_and_save_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the answer is predicted to end, a plan with measured costs drafts nothing; without costs it always drafts."""
     from msd.planning.costs import Costs
     from msd.planning.plan import Plan
 
     model = tiny.llava()
     made = network(model, "block")
-    _, _, taught, labels = teacher_batch(model, made)
-    end = int(taught.answers[0, -1])
-    _, objective = overfit(made, taught, labels)
-    drafts, _ = objective.everywhere(taught)
-    said, last = objective.endings(taught, drafts)
-    expected = (taught.answers[:, 1:] == end) & (torch.arange(LENGTH - 1) < LENGTH - 1)
+    _, _, batch, labels = teacher_batch(model, made)
+    end = int(batch.answers[0, -1])
+    _, objective = overfit(made, batch, labels)
+    drafts, _ = objective.all_states(batch)
+    said, last = objective.endings(batch, drafts)
+    expected = (batch.answers[:, 1:] == end) & (torch.arange(LENGTH - 1) < LENGTH - 1)
     assert torch.equal(last, expected) and last.any()
     assert ((said > 0) == last).float().mean() > 0.97
     one = tiny.llava_inputs(0, images=0, words=6)
@@ -206,9 +206,9 @@ def test_every_part_gets_a_gradient() -> None:
     model = tiny.llava()
     for form in FORMS:
         made = network(model, form)
-        _, _, taught, labels = teacher_batch(model, made)
-        _, objective = overfit(made, taught, labels, steps=2)  # what starts at zero moves first
-        loss, _ = objective(taught, labels, torch.arange(LENGTH - 1).expand(4, -1))
+        _, _, batch, labels = teacher_batch(model, made)
+        _, objective = overfit(made, batch, labels, steps=2)  # what starts at zero moves first
+        loss, _ = objective(batch, labels, torch.arange(LENGTH - 1).expand(4, -1))
         loss.backward()
         still = [n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         assert still == []
@@ -228,9 +228,9 @@ def test_router_report_counts_every_first_draft_once() -> None:
 
     model = tiny.llava()
     made = network(model, "block")
-    _, _, taught, labels = teacher_batch(model, made)
-    _, objective = overfit(made, taught, labels)
-    report = router_report(objective, [(taught, labels)])
+    _, _, batch, labels = teacher_batch(model, made)
+    _, objective = overfit(made, batch, labels)
+    report = router_report(objective, [(batch, labels)])
     assert report["positions"] == 4 * (LENGTH - 1)
     assert sum(sum(row.values()) for row in report["confusion"].values()) == report["positions"]
     right = sum(report["confusion"][n][n] for n in report["confusion"])
@@ -259,22 +259,22 @@ def test_msd_draft_loss_by_hand() -> None:
         msd.msd_draft_loss(draft[:5], target, h, t, kinds, weights)
 
 
-def test_confidence_is_calibrated_on_held_out_hits() -> None:
+def test_confidence_is_calibrated_on_held_out_answers() -> None:
     from msd.drafters.algorithms.msd.objective import calibrate
 
     model = tiny.llava()
     made = network(model, "block")
-    _, _, taught, labels = teacher_batch(model, made)
+    _, _, batch, labels = teacher_batch(model, made)
     log_q = torch.log(torch.tensor([0.9, 0.3, 0.01]))
-    assert torch.allclose(made.heads.hit(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
-    _, objective = overfit(made, taught, labels)
-    report = calibrate(objective, [(taught, labels)])
+    assert torch.allclose(made.log_acceptance(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
+    _, objective = overfit(made, batch, labels)
+    report = calibrate(objective, [(batch, labels)])
     assert report["candidates"] > 100
     assert report["ece"] < max(0.05, report["ece_of_q"])
     assert made.heads.calibration.tolist() == pytest.approx(report["fit"], abs=1e-3)
 
 
-def test_lessons_take_every_answer_once_a_pass() -> None:
+def test_each_epoch_trains_on_every_answer_once() -> None:
     from pathlib import Path
 
     from msd.labels.label_thresholds import ModalityThresholds
@@ -288,14 +288,14 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
         )
         for i, n in enumerate(lengths)
     ]
-    cuts = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
-    notes: Any = None
-    make = lambda: TeacherBatches(None, None, answers, cuts, notes, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
+    thresholds = ModalityThresholds(language_max=0.1, vision_min=0.2, tokens=1, target="t")
+    cache: Any = None
+    make = lambda: TeacherBatches(None, None, answers, thresholds, cache, 4, Stages(text=3, rise=4, keep=0.0))  # type: ignore[arg-type]  # noqa: E731
     teacher_batches = make()
-    steps = [teacher_batches.drawn(s) for s in range(40)]
+    steps = [teacher_batches.answers_at(s) for s in range(40)]
     assert all(not a.images for step in steps[:3] for a in step)  # stage 1
     assert all(len({bool(a.images) for a in step}) == 1 for step in steps)
-    assert make().drawn(17) == steps[17]  # a function of the step
+    assert make().answers_at(17) == steps[17]  # a function of the step
     about = [[a.prompt for a in step] for step in steps if step[0].images]
     first_pass, second_pass = ([p for step in about[at : at + 12] for p in step] for at in (0, 12))
     assert len(set(first_pass)) == 48 == sum(bool(a.images) for a in answers)
@@ -309,79 +309,79 @@ def test_lessons_take_every_answer_once_a_pass() -> None:
     assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59
 
 
-def test_a_half_precision_teacher_says_nearly_the_same() -> None:
+def test_a_half_precision_teacher_has_nearly_the_same_logits() -> None:
     model, made = tiny.llava(), network(tiny.llava(), "block")
-    target, inputs, taught, _ = teacher_batch(model, made)
-    answers = taught.answers.tolist()
-    exact = teach(target, inputs, answers)
-    rough = teach(target, inputs, answers, dtype=torch.bfloat16)
+    target, inputs, batch, _ = teacher_batch(model, made)
+    answers = batch.answers.tolist()
+    exact = run_teacher(target, inputs, answers)
+    rough = run_teacher(target, inputs, answers, dtype=torch.bfloat16)
     apart = (rough.logits - exact.logits).abs().max()
     assert 0 < apart < 0.05 * exact.logits.abs().max()
     assert rough.taps is not None and rough.taps.shape == exact.taps.shape  # type: ignore[union-attr]
 
 
 def test_a_measured_precision_stays_for_the_whole_run(tmp_path: Path) -> None:
-    measured = drafting._settled(drafting.DraftTraining(), tmp_path, torch.device("cpu"))
+    measured = drafting.resolve_precision(drafting.DraftTraining(), tmp_path, torch.device("cpu"))
     assert measured.precision in ("bf16", "float32")
     (tmp_path / "run.json").write_text('{"precision": "noted"}')
-    assert drafting._settled(drafting.DraftTraining(), tmp_path, torch.device("cpu")).precision == "noted"
+    assert drafting.resolve_precision(drafting.DraftTraining(), tmp_path, torch.device("cpu")).precision == "noted"
     with pytest.raises(UserError, match="precision 'half' is unknown"):
-        drafting._settled(drafting.DraftTraining(precision="half"), tmp_path, torch.device("cpu"))
+        drafting.resolve_precision(drafting.DraftTraining(precision="half"), tmp_path, torch.device("cpu"))
 
 
-def test_a_recalled_lesson_is_the_one_that_was_taught() -> None:
+def test_a_cached_batch_equals_the_computed_one() -> None:
     model = tiny.llava()
     made = network(model, "block")
-    target, inputs, taught, labels = teacher_batch(model, made)
-    answers, ids, head = taught.answers.tolist(), made.heads.ids, model.get_output_embeddings()
-    whole = teach(target, inputs, answers)
+    target, inputs, batch, labels = teacher_batch(model, made)
+    answers, ids, head = batch.answers.tolist(), made.heads.ids, model.get_output_embeddings()
+    whole = run_teacher(target, inputs, answers)
     calls = []
 
-    def teaching() -> tuple[TeacherBatch, torch.Tensor]:
+    def compute() -> tuple[TeacherBatch, torch.Tensor]:
         calls.append(1)
-        return teach(target, inputs, answers), labels
+        return run_teacher(target, inputs, answers), labels
 
     said = whole.answer_mask()
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        notes, forgetful = (TeacherCache(head, ids, made.config.taps, room, dtype) for room in (1.0, 0.0))
+        cache, uncached = (TeacherCache(head, ids, made.config.taps, room, dtype) for room in (1.0, 0.0))
         calls.clear()
-        first, again = notes.recall(1, teaching)[0], notes.recall(1, teaching)[0]
+        first, again = cache.get(1, compute)[0], cache.get(1, compute)[0]
         assert len(calls) == 1
-        anew = [forgetful.recall(1, teaching)[0] for _ in range(2)]
+        recomputed = [uncached.get(1, compute)[0] for _ in range(2)]
         assert len(calls) == 3
-        for other in (again, *anew):  # the same bits, remembered or not: runs can be continued
+        for other in (again, *recomputed):  # bit-identical, cached or not, so that runs can be resumed
             assert torch.equal(other.logits, first.logits) and torch.equal(other.taps, first.taps)  # type: ignore[arg-type]
         law = whole.logits.softmax(-1)[..., ids]
         assert (first.logits.exp() - law)[said].abs().max() < near * law.max()
 
 
-def test_notes_of_many_layers_are_read_as_if_taken_for_the_reader() -> None:
+def test_a_view_of_a_cache_equals_a_cache_of_its_own_layers() -> None:
     model = tiny.llava()
     made = network(model, "block")
     head, ids, layers = model.get_output_embeddings(), made.heads.ids, made.config.taps
     every, fewer = tuple(range(layers[-1] + 1)), ids[::2]
     assert every != layers
-    target, inputs, taught, labels = teacher_batch(model, made)
-    answers = taught.answers.tolist()
-    for room in (1.0, 0.0):  # noted and taught each time
+    target, inputs, batch, labels = teacher_batch(model, made)
+    answers = batch.answers.tolist()
+    for room in (1.0, 0.0):  # cached, and recomputed each time
         shared = TeacherCache(head, fewer, every, room)
-        shared.recall(0, lambda: (teach(adapt(model, every), inputs, answers), labels))
-        read = shared.read_by(ids, layers).recall(0, lambda: (teach(adapt(model, every), inputs, answers), labels))[0]
-        own = TeacherCache(head, ids, layers, room).recall(0, lambda: (teach(target, inputs, answers), labels))[0]
+        shared.get(0, lambda: (run_teacher(adapt(model, every), inputs, answers), labels))
+        read = shared.view(ids, layers).get(0, lambda: (run_teacher(adapt(model, every), inputs, answers), labels))[0]
+        own = TeacherCache(head, ids, layers, room).get(0, lambda: (run_teacher(target, inputs, answers), labels))[0]
         assert read.taps is not None and own.taps is not None
         assert torch.equal(read.taps, own.taps) and torch.equal(read.logits, own.logits)
     with pytest.raises(ValueError, match="cannot be read"):
-        shared.read_by(ids, (99, layers[-1]))
+        shared.view(ids, (99, layers[-1]))
 
 
-def test_a_head_that_is_more_than_its_matrix_is_taught_each_time() -> None:
+def test_a_nonlinear_head_is_recomputed_each_time() -> None:
     model = tiny.llava()
     made = network(model, "block")
-    target, inputs, taught, labels = teacher_batch(model, made)
-    whole = teach(target, inputs, taught.answers.tolist())
+    target, inputs, batch, labels = teacher_batch(model, made)
+    whole = run_teacher(target, inputs, batch.answers.tolist())
     whole.logits = 3 * torch.tanh(whole.logits)  # soft-capped
-    notes = TeacherCache(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0)
+    cache = TeacherCache(model.get_output_embeddings(), made.heads.ids, made.config.taps, 1.0)
     for _ in range(2):
-        found, _ = notes.recall(0, lambda: (whole, labels))
+        found, _ = cache.get(0, lambda: (whole, labels))
         assert torch.equal(found.logits, whole.logits.log_softmax(-1)[..., made.heads.ids])
-    assert notes.plain is False
+    assert cache.head_is_linear is False

@@ -1,4 +1,4 @@
-"""The kept answers of the recipe: what comes out is what went in, and finds its prompt."""
+"""Stored answers of the recipe: unpacking restores them, each for its prompt."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "answers.safetensors"
 
 
-def test_answers_come_back_as_they_were(kept: Path, tmp_path: Path) -> None:
+def test_unpacked_answers_equal_the_originals(kept: Path, tmp_path: Path) -> None:
     prompts = [Prompt(r["prompt"], tuple(r["image"]), r["task"]) for r in reversed(RECORDS)]
-    records = capture(prompts, recipe.Kept(kept, Letters()), tmp_path / "captured.jsonl", marks={"target": "tiny"})
+    records = capture(
+        prompts, recipe.StoredAnswers(kept, Letters()), tmp_path / "captured.jsonl", metadata={"target": "tiny"}
+    )
     assert records == RECORDS[::-1]
 
 
-def test_a_prompt_that_was_never_asked_is_named(kept: Path) -> None:
-    with pytest.raises(UserError, match="no answer is kept to 'why"):
-        recipe.Kept(kept, Letters())([Prompt("why?", ("a.jpg",))])
+def test_a_prompt_without_a_stored_answer_is_named(kept: Path) -> None:
+    with pytest.raises(UserError, match="no stored answer to 'why"):
+        recipe.StoredAnswers(kept, Letters())([Prompt("why?", ("a.jpg",))])

@@ -1,4 +1,4 @@
-"""An interrupted run ends where an uninterrupted one does."""
+"""The training loop: an interrupted run gives the same result as an uninterrupted one."""
 
 import itertools
 import os
@@ -43,7 +43,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert second.running == whole.running
 
 
-def test_lowering_the_steps_lands_the_schedule(tmp_path: Path) -> None:
+def test_fewer_steps_shorten_the_schedule(tmp_path: Path) -> None:
     first, _ = make(tmp_path, 100, stop_at=40)
     first.run()
     before = first.schedule.factor(first.step)
@@ -64,34 +64,34 @@ def test_schedule_warms_up_and_decays() -> None:
     assert factors[100] == pytest.approx(0.03)
 
 
-def test_landing_bends_an_unfinished_run_without_a_step_or_a_second_warm_up() -> None:
+def test_a_resumed_schedule_is_continuous_and_does_not_warm_up_again() -> None:
     before = Schedule(100, warmup=10)
-    after = before.landing(40, 60)
+    after = before.resumed(40, 60)
     assert after.factor(40) == pytest.approx(before.factor(40))
     assert after.factor(50) == pytest.approx((before.factor(40) + 0.03) / 2)
     assert after.factor(60) == pytest.approx(0.03)
-    assert before.landing(40, 100) is before
-    rising = before.landing(4, 60)
+    assert before.resumed(40, 100) is before
+    rising = before.resumed(4, 60)
     assert rising.factor(4) == pytest.approx(before.factor(4), rel=0.05)
     assert [rising.factor(s) < rising.factor(s + 1) for s in range(4, 12)] == [True] * 5 + [False] * 3
 
 
-def test_a_finished_run_that_goes_on_warms_up_again() -> None:
-    more = Schedule(100, warmup=10).landing(100, 200)
+def test_an_extended_run_warms_up_again() -> None:
+    more = Schedule(100, warmup=10).resumed(100, 200)
     factors = [more.factor(s) for s in range(100, 201)]
     assert factors[0] == pytest.approx(0.1)
     assert all(a < b for a, b in itertools.pairwise(factors[:10]))
     assert factors[10] == pytest.approx(1.0, abs=0.03)
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] == pytest.approx(0.03)
-    assert more.landing(130, 200) is more
-    sooner = more.landing(103, 150)
+    assert more.resumed(130, 200) is more
+    sooner = more.resumed(103, 150)
     assert sooner.factor(103) == pytest.approx(more.factor(103), rel=0.05)
     assert sooner.factor(150) == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize("stop_at", [21, 27])  # in the second warm-up, after it
-def test_a_finished_run_that_goes_on_can_be_interrupted(tmp_path: Path, stop_at: int) -> None:
+def test_an_extended_run_can_be_interrupted(tmp_path: Path, stop_at: int) -> None:
     for folder in ("a", "b"):
         assert make(tmp_path / folder, 20)[0].run()
     whole, expected = make(tmp_path / "a", 32)

@@ -1,4 +1,4 @@
-"""A low-rank layer equals the dense matrix it stands for, and widening changes nothing."""
+"""A low-rank layer equals its merged matrix, and a higher rank keeps the function."""
 
 import pytest
 import torch

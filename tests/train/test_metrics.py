@@ -1,4 +1,4 @@
-"""Scores against cases worked by hand."""
+"""Scores, compared with cases computed by hand."""
 
 import math
 

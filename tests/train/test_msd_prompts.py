@@ -1,4 +1,4 @@
-"""Prompts to train on and to compare with, from invented data: the right counts, splits kept apart, always the same."""
+"""Prompts for training and for the comparison, from invented data: counts, separate splits, reproducible."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = ["val" if i % 4 == 0 else "train" for i in range(48)]
     caption = "Two brown dogs run on the beach with a red ball ."
     write("flickr8k/captions.jsonl", [{"image": f"{i}.jpg", "text": caption, "split": s} for i, s in enumerate(splits)])
-    asked = [{"image": f"c{i // 2}.jpg", "question": f"What is {i}?", "answer": "a"} for i in range(48)]
+    questions = [{"image": f"c{i // 2}.jpg", "question": f"What is {i}?", "answer": "a"} for i in range(48)]
     sources = ("vqa2", "cocoqa")
-    write("coco_vqa/qa.jsonl", [{**r, "split": splits[i // 2], "source": sources[i % 2]} for i, r in enumerate(asked)])
+    write(
+        "coco_vqa/qa.jsonl", [{**r, "split": splits[i // 2], "source": sources[i % 2]} for i, r in enumerate(questions)]
+    )
     receipts = ("TOTAL 3.50 RM", "ROUNDING", "THANK YOU COME AGAIN")
     lines = [{"image": f"{i}.jpg", "text": receipts[i % 3], "split": ("train", "test")[i % 2]} for i in range(12)]
     write("sroie_lines/captions.jsonl", lines)
@@ -55,7 +57,7 @@ def test_counts_and_splits(data: Path, split: str) -> None:
             assert (int(number.strip("c.jpg")) % 4 == 0) == (split == "val")
 
 
-def test_the_same_every_time_and_more_of_the_same(data: Path) -> None:
+def test_prompts_are_reproducible_and_smaller_sets_are_subsets(data: Path) -> None:
     lines = recipe.build(data, "train", COUNTS, 0)
     assert lines == recipe.build(data, "train", COUNTS, 0) != recipe.build(data, "train", COUNTS, 1)
     more = recipe.build(data, "train", {**COUNTS, "detail": 9, "questions": 12}, 0)
@@ -67,7 +69,7 @@ def test_too_few_photos(data: Path) -> None:
         recipe.build(data, "train", {**COUNTS, "detail": 100}, 0)
 
 
-def test_the_comparison_asks_about_each_photo_once_and_of_no_train_split(data: Path) -> None:
+def test_the_comparison_uses_each_photo_once_and_no_train_split(data: Path) -> None:
     counts = {"detail": 4, "caption": 3, "vqa": 3, "cocoqa": 2, "chat": 2, "ocr": 3, "text": 2}
     lines = suites.build(data, counts, 0)
     assert Counter(line["task"] for line in lines) == counts

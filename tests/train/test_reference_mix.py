@@ -1,4 +1,4 @@
-"""The reference model's data mix and packing, on invented captions: nothing here needs the data sets."""
+"""The reference model's data mix and packing, on invented captions."""
 
 import random
 import re
@@ -18,7 +18,7 @@ from recipes.reference_vlm.words import THINGS, absent, content, present
 
 @pytest.mark.parametrize("captions", PHOTOS)
 @pytest.mark.parametrize("seed", range(20))
-def test_long_answers_say_nothing_twice(captions: list[str], seed: int) -> None:
+def test_long_answers_do_not_repeat_themselves(captions: list[str], seed: int) -> None:
     facts = extract(captions)
     answer = long_answer(captions, facts, random.Random(seed))
     assert not repeats_sentence(answer)
@@ -46,8 +46,8 @@ def test_a_synonym_is_neither_present_nor_absent() -> None:
 
 def test_questions_are_answered_by_the_captions() -> None:
     facts = extract(PHOTOS[1])
-    asked = dict(open_questions(facts, random.Random(0)))
-    assert any(a == "Two." for q, a in asked.items() if q.startswith("How many men"))
+    answers = dict(open_questions(facts, random.Random(0)))
+    assert any(a == "Two." for q, a in answers.items() if q.startswith("How many men"))
     assert dict(open_questions(extract(PHOTOS[2]), random.Random(0)))["What color is the jacket?"] == "Yellow."
     weights = {t.name: 1.0 for t in THINGS}
     for there, start in ((True, "Yes, there"), (False, "No, there")):
@@ -82,14 +82,14 @@ def test_branches_see_their_prefix_and_themselves() -> None:
     assert batch.weights[:5].tolist() == [1, 1, 1, 3, 3]
 
 
-def test_what_does_not_fit_loses_branches_before_it_is_left_out() -> None:
+def test_a_sample_that_does_not_fit_loses_branches_before_it_is_left_out() -> None:
     placed = place([sample(i) for i in range(3)], 2, 74)
     assert [len(row) for row in placed] == [1, 1]
     assert all(len(s.branches) == 1 for row in placed for s in row)
     assert place([sample(0, pictures=4)], 1, 100) == [[]]
 
 
-def test_room_is_lost_by_those_that_have_branches_to_spare() -> None:
+def test_samples_with_many_branches_lose_some_first() -> None:
     many = replace(sample(0), branches=sample(0).branches * 4)
     short = [Sample((1, 4), (Branch((6,) * 10, (7, 2), "text"),))]
     length = len(many)
@@ -107,7 +107,7 @@ def test_the_mix_is_a_function_of_seed_and_step(mix: Callable[..., Mix]) -> None
     assert mix(seed=1).samples(11) != later
 
 
-def test_val_pictures_are_never_trained_on_and_train_pictures_equally_often(mix: Callable[..., Mix]) -> None:
+def test_val_pictures_are_not_trained_on_and_train_pictures_equally_often(mix: Callable[..., Mix]) -> None:
     train = mix()
     seen = Counter(p for step in range(60) for s in train.samples(step) for p in set(s.pictures))
     assert not {p for p in seen if p[1] < 2}
@@ -118,7 +118,7 @@ def test_val_pictures_are_never_trained_on_and_train_pictures_equally_often(mix:
     assert {p[1] for step in range(20) for s in val.samples(step) for p in s.pictures} == {0, 1}
 
 
-def test_a_tenth_of_the_pictures_is_hidden(mix: Callable[..., Mix]) -> None:
+def test_a_tenth_of_the_samples_is_blind(mix: Callable[..., Mix]) -> None:
     train = mix()
     blind = [s.blind for step in range(200) for s in train.samples(step) if s.pictures]
     assert 0.07 < sum(blind) / len(blind) < 0.13  # about 1,800 draws: seven standard errors either side

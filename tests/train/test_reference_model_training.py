@@ -1,4 +1,4 @@
-"""What the reference model learns from a packed batch is what each question alone would teach it."""
+"""Training on a packed batch equals training on each question alone."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -33,7 +33,7 @@ def small(bf16: bool = False) -> Models:
     )  # fmt: skip
     lm = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        lm.lm_head.weight.mul_(4)  # laws with some shape
+        lm.lm_head.weight.mul_(4)  # distributions that are not nearly uniform
     plain = deepcopy(lm)
     return TrainableVLM(lm, ModelConfig(rank=2, bf16=bf16)).eval(), plain
 
@@ -53,7 +53,7 @@ def packed(*rows: tuple[Sample, ...], features: Tensor | None = None) -> Batch:
 
 
 def entropies_alone(models: Models, sample: Sample, branch: Branch, features: Tensor) -> Tensor:
-    """-log p of a branch's answer by plain causal attention; the blind have gaps where image tokens would stand."""
+    """-log p of a branch's answer with plain causal attention; blind samples skip the positions of image tokens."""
     model, plain = models
     ids = torch.tensor(sample.prefix + branch.question + branch.answer)
     x = plain.model.embed_tokens(ids.clamp(min=0))
@@ -78,7 +78,7 @@ def test_packed_losses_equal_those_of_each_branch_alone(models: Models) -> None:
 
 
 @torch.no_grad()
-def test_answers_that_share_a_question_are_trained_as_if_each_had_it(models: Models) -> None:
+def test_answers_with_a_shared_question_equal_separate_ones(models: Models) -> None:
     answers = (CAPTION.answer, SHORT.answer, (44, 45, 46, 2))
     shared = Sample(
         (1, 4, *PICTURE, *CAPTION.question), tuple(Branch((), a, "caption") for a in answers), (("flickr", 0),)
@@ -92,7 +92,7 @@ def test_answers_that_share_a_question_are_trained_as_if_each_had_it(models: Mod
 
 
 @torch.no_grad()
-def test_the_blind_do_not_see_their_picture_and_the_others_only_their_own(models: Models) -> None:
+def test_blind_samples_ignore_their_picture_and_others_see_only_their_own(models: Models) -> None:
     before, n = models[0].losses(packed(*ROWS)), [sum(len(b.answer) for b in s.branches) for s in (SEEN, BLIND, TEXT)]
     parts = {"seen": slice(0, n[0]), "blind": slice(n[0], n[0] + n[1]), "frames": slice(sum(n), -n[2])}
     for picture, owner in enumerate(("seen", "blind", "frames", "frames")):
@@ -106,7 +106,7 @@ def test_the_blind_do_not_see_their_picture_and_the_others_only_their_own(models
 
 @pytest.mark.parametrize("bf16", [False, True])
 @torch.no_grad()
-def test_no_token_sees_what_comes_after_it(bf16: bool) -> None:
+def test_attention_is_causal(bf16: bool) -> None:
     model, _ = small(bf16)
     before = model.losses(packed((SEEN,), features=pictures(n=1)))
     for i in range(4):
@@ -116,11 +116,11 @@ def test_no_token_sees_what_comes_after_it(bf16: bool) -> None:
         assert changed.tolist() == [False] * i + [True] * (4 - i) + [False] * 5
 
 
-def test_what_is_to_be_avoided_becomes_unlikely(models: Models) -> None:
+def test_tokens_to_avoid_become_unlikely(models: Models) -> None:
     model, plain = models
     likeliest = plain(torch.tensor([[1, 4, 10, 11]])).logits[0, -1].argmax().item()
-    say, avoid = Branch((10, 11), (12,), "caption"), replace(AVOID, question=(10, 11), answer=(likeliest,))
-    batch = packed((Sample((1, 4), (say, avoid)),), features=torch.zeros(0))
+    plain, avoid = Branch((10, 11), (12,), "caption"), replace(AVOID, question=(10, 11), answer=(likeliest,))
+    batch = packed((Sample((1, 4), (plain, avoid)),), features=torch.zeros(0))
     ordinary = replace(batch, avoid=torch.zeros(2, dtype=torch.bool))
     before = torch.exp(-model.losses(ordinary))
     losses = model.losses(batch)
@@ -136,7 +136,7 @@ def test_what_is_to_be_avoided_becomes_unlikely(models: Models) -> None:
     assert torch.exp(-model.losses(ordinary))[1] < 0.9 * before[1]
 
 
-def test_a_certain_repetition_still_moves_the_model(models: Models) -> None:
+def test_a_repetition_with_probability_one_still_has_a_gradient(models: Models) -> None:
     model, _ = models
     model.lm.lm_head.weight.data.mul_(1000)
     logits = model.lm(torch.tensor([[1, 4, 10, 11]])).logits[0, -1].detach()
@@ -150,7 +150,7 @@ def test_a_certain_repetition_still_moves_the_model(models: Models) -> None:
     assert any(n.startswith("lm.") for n in moved)
 
 
-def test_only_what_ordinary_branches_answer_is_a_target() -> None:
+def test_only_answers_of_ordinary_branches_are_targets() -> None:
     batch = packed(*ROWS)
     answers = [b.answer for row in ROWS for s in row for b in s.branches if not b.avoid]
     assert batch.targets[~batch.avoid].tolist() == [i for a in answers for i in a]

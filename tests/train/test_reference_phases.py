@@ -1,4 +1,4 @@
-"""The mix changes on its way, each time at the step it says, and loses no photo over it."""
+"""Phases of the data mix: each starts at its step, and no photo is skipped or repeated at a border."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def tasks(sample: Sample) -> Counter[str]:
 
 
 @pytest.mark.parametrize("border", BORDERS)
-def test_a_step_is_the_same_whatever_was_drawn_before(mix: Callable[..., Mix], border: int) -> None:
+def test_a_step_does_not_depend_on_earlier_draws(mix: Callable[..., Mix], border: int) -> None:
     steps = (border - 1, border, border + 1)
     walked = mix()
     onwards = [walked.samples(s) for s in steps]
@@ -33,9 +33,7 @@ def test_a_step_is_the_same_whatever_was_drawn_before(mix: Callable[..., Mix], b
 
 
 @pytest.mark.parametrize(("n", "border"), enumerate(BORDERS, 1))
-def test_a_phase_changes_all_from_its_first_step_and_nothing_before(
-    mix: Callable[..., Mix], n: int, border: int
-) -> None:
+def test_a_phase_changes_nothing_before_its_first_step(mix: Callable[..., Mix], n: int, border: int) -> None:
     now, without = mix(MixConfig(rows=40)), mix(MixConfig(rows=40, phases=PHASES[:n]))
     assert now.samples(border - 1) == without.samples(border - 1)
     what = lambda m: (m.samples(border), m._phase(border).whole_first)  # noqa: E731
@@ -72,7 +70,7 @@ def test_each_source_is_drawn_at_the_rate_of_its_phase(mix: Callable[..., Mix]) 
         (1046, 1372, 0.3, 2, LATE_WEIGHTS),
     ],
 )
-def test_a_phase_holds_from_its_first_step_to_its_last(
+def test_a_phase_applies_from_its_first_step_to_its_last(
     mix: Callable[..., Mix], first: int, last: int, detail: float, captions: int, weights: dict[str, float]
 ) -> None:
     train = mix()
@@ -97,7 +95,7 @@ def test_repetition_is_trained_against_from_step_232_on(mix: Callable[..., Mix])
         assert all(b.avoid == (b.task == "avoid") for b in s.branches)
 
 
-def test_validation_asks_the_same_in_every_phase(mix: Callable[..., Mix]) -> None:
+def test_validation_data_is_the_same_in_every_phase(mix: Callable[..., Mix]) -> None:
     val, never_changed = mix(split="val"), mix(MixConfig(phases=PHASES[:1]), split="val")
     for step in (0, *BORDERS, 1500):
         samples = val.samples(step)
@@ -105,7 +103,7 @@ def test_validation_asks_the_same_in_every_phase(mix: Callable[..., Mix]) -> Non
         assert {b.weight == WEIGHTS[b.task] and not b.avoid for s in samples for b in s.branches} == {True}
 
 
-def test_the_last_phase_asks_most_photos_for_all_their_captions_at_once(mix: Callable[..., Mix]) -> None:
+def test_the_last_phase_trains_most_photos_on_all_their_captions_at_once(mix: Callable[..., Mix]) -> None:
     photos = drawn(mix(), "flickr", range(1373, 1433))
     shared = [s for s in photos if all(not b.question for b in s.branches)]
     assert len(shared) / len(photos) == pytest.approx(0.8, abs=0.08)

@@ -1,4 +1,4 @@
-"""The how-to of a new verification policy is true: its code is taken from the page, registered and used."""
+"""docs/add_a_verifier.md: its code is extracted from the page, registered and used."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def registered() -> Iterator[str]:
     del registry._POLICIES[name]
 
 
-def test_the_policy_of_the_page_answers(registered: str) -> None:
+def test_the_policy_of_the_page_decodes(registered: str) -> None:
     config = SpeculativeConfig(verifier=registered)
     engine = SpeculativeVLM(tiny.llava(sharpness=10.0), None, config, "prompt-lookup")
     result = engine.generate(**tiny.llava_inputs(), max_new_tokens=24, do_sample=True, seed=1)
     assert isinstance(result, Result) and len(result.tokens) > 1
-    assert result.as_dict()["divergence"] is not None, "a lossy policy tells what it costs"
+    assert result.as_dict()["divergence"] is not None, "a lossy policy reports its divergence"
 
 
-def test_its_divergence_is_that_of_what_it_emits(registered: str) -> None:
-    tree = draft(20_000, fixed=[4, 2, 1])  # of these, 1 and 2 are among the three likeliest
+def test_the_reported_divergence_is_that_of_the_emitted_tokens(registered: str) -> None:
+    tree = draft(20_000, deterministic=[4, 2, 1])  # of these, 1 and 2 are among the three most probable
     accepted = accept(create(registered), tree, kind=modality.VISION.id)
     share = counts(accepted) / 20_000
     assert accepted.divergence is not None
-    told = accepted.divergence[0][0]
-    assert told == pytest.approx(float((share - torch.tensor(P)).abs().sum() / 2), abs=0.01)
+    reported = accepted.divergence[0][0]
+    assert reported == pytest.approx(float((share - torch.tensor(P)).abs().sum() / 2), abs=0.01)
     assert share[1] == 1.0
 
 

@@ -1,4 +1,4 @@
-"""`MSDVerification`: chains from plain probabilities. And what a whole generation reports of its divergence."""
+"""`MSDVerification` on chains of plain probabilities, and the divergence that a generation reports."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from msd.model import SpeculativeVLM
 
 
 @pytest.mark.parametrize("policy", ["lossless", "threshold", "budget"])
-def test_a_chain_follows_its_law(policy: str) -> None:
-    """The first position of each chain; budget has means for any wish."""
+def test_a_chain_follows_its_distribution(policy: str) -> None:
+    """The first position of each chain; ε = 1 allows any θ."""
     generator = torch.Generator().manual_seed(0)
     p, q = torch.tensor([P, P]), torch.tensor(Q[:1])
     counts, spent = torch.zeros(V), set()
@@ -38,14 +38,14 @@ def test_a_chain_follows_its_law(policy: str) -> None:
     assert spent == {round(distance(wanted), 6)}
 
 
-def test_the_modality_decides() -> None:
+def test_the_threshold_depends_on_the_modality() -> None:
     p, q = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.5]])  # α of token 0 is 0.5
     for name, tokens in (("vision", [1]), ("fusion", [0]), ("language", [0]), (VISION.id, [1])):
         result = msd.MSDVerification().verify([0], p, q, [name])
         assert (result.tokens, result.accepted) == (tokens, int(tokens == [0]))
 
 
-def test_all_accepted_gives_a_bonus_token_where_p_is_known() -> None:
+def test_a_bonus_token_follows_if_all_drafts_are_accepted() -> None:
     same = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
     bonus = torch.cat([same, torch.tensor([[0.0, 1.0]])])
     assert msd.MSDVerification().verify([0, 1], bonus, same, ["vision"] * 2).tokens == [0, 1, 1]
@@ -54,18 +54,18 @@ def test_all_accepted_gives_a_bonus_token_where_p_is_known() -> None:
 
 
 @pytest.mark.parametrize("policy", ["lossless", "threshold", "budget"])
-@pytest.mark.parametrize("theta", [0.0, 0.5, 1.0])
-def test_one_hot_targets_give_the_argmax(policy: str, theta: float) -> None:
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_one_hot_targets_give_the_argmax(policy: str, threshold: float) -> None:
     p = torch.eye(4)[[2, 1, 3]]
     q = torch.full((2, 4), 0.25)
     for drafts, tokens in (([2, 1], [2, 1, 3]), ([2, 0], [2, 1]), ([0, 1], [2])):
-        chain = msd.MSDVerification(policy, dict.fromkeys(["language", "vision"], theta), 1.0)
+        chain = msd.MSDVerification(policy, dict.fromkeys(["language", "vision"], threshold), 1.0)
         result = chain.verify(drafts, p, q, ["vision", "language"])
         assert result.tokens == tokens
         assert result.divergence == [0.0] * len(tokens)
 
 
-def test_the_account_is_kept_from_call_to_call() -> None:
+def test_the_balance_carries_over_from_call_to_call() -> None:
     chain, generator = msd.MSDVerification("budget", {"vision": 0.0}, 0.05), torch.Generator().manual_seed(0)
     p, q, spent = torch.tensor([P]), torch.tensor(Q[:1]), []
     for _ in range(300):
@@ -90,12 +90,12 @@ EVEN = torch.full((1, 4), 0.25)
         (([0], EVEN, EVEN, [99]), "modality 99"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(arguments: Any, line: str) -> None:
+def test_invalid_arguments_are_refused(arguments: Any, line: str) -> None:
     with pytest.raises(msd.UserError, match=line):
         msd.MSDVerification().verify(*arguments)
 
 
-def test_bad_settings_are_one_clear_line() -> None:
+def test_invalid_settings_are_refused() -> None:
     for settings, line in ((("best",), "unknown verifier"), (("budget", None, 2.0), "outside")):
         with pytest.raises(msd.UserError, match=line):
             msd.MSDVerification(*settings)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_divergence_is_counted_by_modality() -> None:
 
 
 def answer(verifier: str, do_sample: bool = True, **settings: Any) -> tuple[Tensor, Any]:
-    """(tokens, divergence) of 20 answers of the tiny model with lookup drafts."""
+    """(tokens, divergence) of 20 answers of the tiny model with prompt-lookup drafts."""
     config = SpeculativeConfig(verifier=verifier, **settings)
     engine = SpeculativeVLM(chi2.tiny_model(), None, config)
     ids = chi2.prompt().expand(20, -1)

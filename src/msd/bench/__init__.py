@@ -1,1 +1,1 @@
-"""Measuring: certificates of losslessness and benchmarks."""
+"""Benchmarks: times methods against each other in one run, and reports the results."""

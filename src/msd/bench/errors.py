@@ -1,9 +1,9 @@
-"""Kinds of words in English answers about pictures: which ones do drafters get wrong?
+"""Counts which drafts the target rejects: by modality, by depth in the draft, and by kind of word.
 
-A lexicon (words.toml) and a few endings, no tagger: closed classes by list (function words, colours, numbers), verbs by
-the usual ones of captions and by -ing and -ed, describing words by list and ending; every other word counts as an
-object. Words of several kinds have their commonest one in captions ("back" is a function word, "light" describes,
-"orange" is a colour). Describing words, marks and what is not English are "other".
+Kinds of words come from a lexicon (errors.toml) and a few endings, without a tagger, for English answers about images.
+Function words, colours and numbers are listed. Verbs are the usual verbs of captions and words in -ing and -ed.
+Descriptive words, punctuation and other languages are "other". Every remaining word is an "object". A word of several
+kinds has the kind that is most frequent in captions: "back" is a function word, "orange" a colour.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from msd.core.modality import FUSION, LANGUAGE, VISION, known
 from msd.core.statistics import RowStep
 
 KINDS = ("object", "colour", "number", "verb", "function word", "other")
-
 _LEXICON = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _KNOWN = {name: frozenset(words.split()) for name, words in _LEXICON.items()}
 _LISTED = (("function word", "function"), ("colour", "colour"), ("number", "number"), ("verb", "verb"))
 _ENDING = re.compile(r"(ly|ful|ous|ive|less|able|ible|ish|est)$")
 
+# an answer: its steps, and the modality id and kind of word of each token
+LabelledAnswer = tuple[Iterable[RowStep], Sequence[int], Sequence[str]]
+
 
 def kind_of(word: str) -> str:
-    """The kind of one word, with what is written around it."""
+    """Returns the kind of one word; punctuation around it is ignored."""
     plain = word.strip().strip(".,;:!?\"'()[]*#-“”’").lower()
     plain = plain.removesuffix("'s").removesuffix("’s")
     if re.fullmatch(r"\d+([.,:/]\d+)*(st|nd|rd|th|s|%)?", plain):
@@ -45,10 +47,9 @@ def kind_of(word: str) -> str:
 
 
 def kinds_of(pieces: Sequence[str]) -> list[str]:
-    """The kind of the word that each token's text is a piece of.
+    """Returns for each token's text the kind of the word that it belongs to.
 
-    A word begins where a piece does with a space, after one that ends with one, and at marks; what is only marks,
-    spaces or nothing (an end token) is "other".
+    A word begins at a space or a punctuation mark. A token without letters or digits, such as an end token, is "other".
     """
     word_of, words = [], [""]
     for piece in pieces:
@@ -63,82 +64,91 @@ def kinds_of(pieces: Sequence[str]) -> list[str]:
     return [kinds[i] for i in word_of]
 
 
-FIRST = (VISION, LANGUAGE, FUSION)  # of the order in which modalities are told
-Marked = tuple[
-    Iterable[RowStep], Sequence[int], Sequence[str]
-]  # an answer's steps; modality ids and kinds of its tokens
+def drafted_positions(steps: Iterable[RowStep], count: int) -> Iterator[tuple[int, int, bool]]:
+    """Yields (position in the answer, depth in the draft, accepted) of drafted positions below `count`.
+
+    Accepted drafts and the first rejected one of each step count; drafts below a rejection do not, so that no position
+    counts twice. Depth 1 is the first drafted token.
+    """
+    for step in steps:
+        for level in range(min(step.accepted + 1, step.levels)):
+            if step.first + level < count:
+                yield step.first + level, level + 1, level < step.accepted
 
 
-def pattern(chains: Iterable[Marked]) -> list[dict[str, Any]]:
-    """[{"modality", "depth", "word", "drafted", "rejected"}, …] in a fixed order, where anything was drafted."""
+def pattern(answers: Iterable[LabelledAnswer]) -> list[dict[str, Any]]:
+    """Counts drafted and rejected positions of draft chains.
+
+    Returns [{"modality", "depth", "word", "drafted", "rejected"}, …] in a fixed order, without empty entries.
+    """
     drafted: Counter[tuple[str, int, str]] = Counter()
     rejected: Counter[tuple[str, int, str]] = Counter()
     names = known()
-    for steps, labels, kinds in chains:
-        for step in steps:
-            for level in range(min(step.accepted + 1, step.levels)):
-                at = step.first + level
-                if at < min(len(labels), len(kinds)):
-                    place = names[labels[at]].name, level + 1, kinds[at]
-                    drafted[place] += 1
-                    rejected[place] += level == step.accepted
+    for steps, labels, kinds in answers:
+        for position, depth, accepted in drafted_positions(steps, min(len(labels), len(kinds))):
+            key = names[labels[position]].name, depth, kinds[position]
+            drafted[key] += 1
+            rejected[key] += not accepted
+    order = _modality_names()
+    keys = sorted(drafted, key=lambda key: (order.index(key[0]), key[1], KINDS.index(key[2])))
     return [
-        {"modality": m, "depth": d, "word": w, "drafted": n, "rejected": rejected[m, d, w]}
-        for (m, d, w), n in sorted(drafted.items(), key=lambda item: _order(item[0]))
+        {"modality": m, "depth": d, "word": w, "drafted": drafted[m, d, w], "rejected": rejected[m, d, w]}
+        for m, d, w in keys
     ]
 
 
-def _order(place: tuple[str, int, str]) -> tuple[int, int, int]:
-    modality, depth, word = place
-    names = [m.name for m in (*FIRST, *known())]
-    return names.index(modality), depth, KINDS.index(word)
+def _modality_names() -> list[str]:
+    """Returns the names of all modalities: vision, language and fusion first."""
+    return list(dict.fromkeys(m.name for m in (VISION, LANGUAGE, FUSION, *known())))
 
 
-def told(patterns: Iterable[list[dict[str, Any]]]) -> list[str]:
-    """Modalities that occur in the patterns: vision, language and fusion before others."""
+def modalities(patterns: Iterable[list[dict[str, Any]]]) -> list[str]:
+    """Returns the names of the modalities that occur in the patterns."""
     seen = {error["modality"] for errors in patterns for error in errors}
-    return [name for name in dict.fromkeys(m.name for m in (*FIRST, *known())) if name in seen]
+    return [name for name in _modality_names() if name in seen]
 
 
-def rate(errors: Iterable[dict[str, Any]], **which: Any) -> tuple[int, int]:
-    """(rejected, drafted) positions whose fields are as given, as in `rate(errors, modality="vision", depth=1)`."""
-    some = [e for e in errors if all(e[name] == value for name, value in which.items())]
+def rate(errors: Iterable[dict[str, Any]], **fields: Any) -> tuple[int, int]:
+    """Returns (rejected, drafted) positions with these fields, as in `rate(errors, modality="vision", depth=1)`."""
+    some = [e for e in errors if all(e[name] == value for name, value in fields.items())]
     return sum(e["rejected"] for e in some), sum(e["drafted"] for e in some)
 
 
-def groups(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Title -> (name, fields) of what rejections are told by: modality, depth, word."""
-    every = [errors for _, errors in methods(results)]
-    deepest = max((e["depth"] for errors in every for e in errors), default=0)
-    return {
-        "modality": [(m, {"modality": m}) for m in told(every)],
-        "depth": [(f"depth {d}", {"depth": d}) for d in range(1, deepest + 1)],
-        "word": [(w, {"word": w}) for w in KINDS],
-    }
+def groups(results: dict[str, Any]) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Returns three groups of columns, (name, fields): by modality, by depth and by kind of word."""
+    patterns = [errors for _, errors in methods(results)]
+    deepest = max((e["depth"] for errors in patterns for e in errors), default=0)
+    return [
+        [(m, {"modality": m}) for m in modalities(patterns)],
+        [(f"depth {d}", {"depth": d}) for d in range(1, deepest + 1)],
+        [(w, {"word": w}) for w in KINDS],
+    ]
 
 
 def methods(results: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(method, its pattern over all tasks) where it was measured."""
+    """Returns (method, its pattern over all tasks) of the methods with a measured pattern."""
     rows = [r for r in results["rows"] if r["task"] == "all" and r.get("errors")]
     return [(r["method"], r["errors"]) for r in rows]
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows): rejected share of drafted positions per method; then of each kind of word by modality."""
+    """Returns two tables of rejection rates: per method, and per method, modality and kind of word."""
     measured = methods(results)
     if not measured:
         return []
-    columns = [column for group in groups(results).values() for column in group]
-    rows = [[name, *(_cell(*rate(errors, **which)) for _, which in columns)] for name, errors in measured]
-    found = [("Rejected drafts, of those drafted (%)", ["method", *(name for name, _ in columns)], rows)]
+    columns = [column for group in groups(results) for column in group]
+    rows = [[name, *(_cell(*rate(errors, **fields)) for _, fields in columns)] for name, errors in measured]
     crossed = [
         [f"{name}, {modality}", *(_cell(*rate(errors, modality=modality, word=w)) for w in KINDS)]
         for name, errors in measured
-        for modality in told([errors])
+        for modality in modalities([errors])
     ]
-    return [*found, ("Rejected drafts by kind of word and modality (%)", ["method", *KINDS], crossed)]
+    return [
+        ("Rejected drafts, of those drafted (%)", ["method", *(name for name, _ in columns)], rows),
+        ("Rejected drafts by kind of word and modality (%)", ["method", *KINDS], crossed),
+    ]
 
 
 def _cell(rejected: int, drafted: int) -> str:
-    """Such as "31 (of 120)"."""
+    """Formats a rate, such as "31 (of 120)"."""
     return f"{100 * rejected / drafted:.0f} (of {drafted})" if drafted else "–"

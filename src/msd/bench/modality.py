@@ -1,13 +1,11 @@
-"""Acceptance by modality: how often drafts are right where the image matters, and where it does not.
+"""Measures acceptance by modality, and the target's probability of its most probable tokens.
 
-Greedy decoding only: the answer is then the same whatever was drafted, and each of its tokens has one label, the class
-of the image's gain there (`msd.labels.gain`).
+    acceptance   a chain of top-1 drafts, depth 5: the share of drafted positions whose draft was accepted
+    coverage     a draft tree: the share of drafted positions at which the tree holds the target's token
 
-    acceptance   a chain of top-1 drafts, depth 5: the share of drafted positions whose draft was the target's token
-    coverage     a draft tree: the share of drafted positions at which the tree held the target's token
-
-A step drafts the answer positions below its root. The accepted ones count as hits, the first rejected one as a miss;
-what was drafted below a rejection or beyond the answer's end does not count, so no position counts twice.
+Decoding is greedy, so the answer does not depend on the drafts, and each of its tokens has one modality label, from its
+image gain (`msd.labels.gain`). Accepted drafts and the first rejected one of each step count as drafted positions;
+drafts below a rejection or beyond the end of the answer do not, so that no position counts twice.
 """
 
 from __future__ import annotations
@@ -23,115 +21,107 @@ import torch
 from torch import Tensor
 
 from msd.bench.data import Sample
-from msd.bench.errors import kinds_of, pattern
-from msd.bench.timing import PLAIN, Run, ours
+from msd.bench.errors import drafted_positions, kinds_of, pattern
+from msd.bench.timing import PLAIN, Run, time_engine
 from msd.config import SpeculativeConfig
 from msd.core.modality import FUSION, LANGUAGE, VISION, Modality, known
 from msd.core.statistics import RowStep
-from msd.drafters import recordings
+from msd.drafters import auxiliary
 from msd.events import open_chunks
-from msd.labels.gain import costs_of_recordings, image_gain
+from msd.events.auxiliary import costs_of_recordings
+from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.targets import Target
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
-
-Labelled = tuple[Iterable[RowStep], Sequence[int]]  # one answer's steps, and the modality ids of its tokens
+TOP = (1, 4, 8)  # numbers of tokens whose probability is summed
 
 
 @dataclass
 class Tally:
-    """Positions drafted and positions hit, by (modality id, depth in the draft, 1 for the first drafted token)."""
+    """Counts of drafted and accepted positions, by (modality id, depth in the draft). Depth 1 is the first draft."""
 
     positions: Counter[tuple[int, int]] = field(default_factory=Counter)
-    hits: Counter[tuple[int, int]] = field(default_factory=Counter)
+    accepted: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, answers: Iterable[tuple[Iterable[RowStep], Sequence[int]]]) -> Tally:
+        """Counts answers: (steps, modality ids of the tokens) of each."""
+        tally = cls()
+        for steps, labels in answers:
+            for position, depth, accepted in drafted_positions(steps, len(labels)):
+                tally.positions[labels[position], depth] += 1
+                tally.accepted[labels[position], depth] += accepted
+        return tally
 
     def rates(self) -> dict[str, float | None]:
-        """Modality name -> hits per position; None without positions."""
-        seen = {m: (_of(self.hits, m.id), _of(self.positions, m.id)) for m in self.modalities()}
-        return {m.name: hits / n if n else None for m, (hits, n) in seen.items()}
+        """Returns the acceptance rate of each modality; None without positions."""
+        counts = {m: (_total(self.accepted, m), _total(self.positions, m)) for m in self.modalities()}
+        return {m.name: accepted / n if n else None for m, (accepted, n) in counts.items()}
 
     def counts(self) -> dict[str, int]:
-        """Modality name -> positions."""
-        return {m.name: _of(self.positions, m.id) for m in self.modalities()}
+        """Returns the number of positions of each modality."""
+        return {m.name: _total(self.positions, m) for m in self.modalities()}
 
     def by_depth(self) -> dict[str, list[float | None]]:
-        """Modality name -> hits per position at depths 1, 2, …: of the positions whose parents were all accepted."""
+        """Returns the acceptance rates of each modality at depths 1, 2, …, given that all parents were accepted."""
         deepest = max((depth for _, depth in self.positions), default=0)
         return {
             m.name: [
-                self.hits[m.id, d] / self.positions[m.id, d] if self.positions[m.id, d] else None
+                self.accepted[m.id, d] / self.positions[m.id, d] if self.positions[m.id, d] else None
                 for d in range(1, deepest + 1)
             ]
             for m in self.modalities()
         }
 
     def modalities(self) -> list[Modality]:
-        """Vision, language, fusion, and others that occur."""
-        seen = {kind for kind, _ in self.positions}
-        return [VISION, LANGUAGE, FUSION, *(m for m in known() if m.id in seen - {VISION.id, LANGUAGE.id, FUSION.id})]
+        """Returns vision, language, fusion, and any other modality that occurs."""
+        first = [VISION, LANGUAGE, FUSION]
+        seen = {kind for kind, _ in self.positions} - {m.id for m in first}
+        return [*first, *(m for m in known() if m.id in seen)]
 
 
-def _of(counts: Counter[tuple[int, int]], modality: int) -> int:
-    return sum(n for (kind, _), n in counts.items() if kind == modality)
-
-
-def acceptance_by_modality(chains: Iterable[Labelled]) -> Tally:
-    """Of answers decoded on chains of top-1 drafts (`CHAIN`)."""
-    return _tally(chains)
-
-
-def coverage_by_modality(trees: Iterable[Labelled]) -> Tally:
-    """Of answers decoded on draft trees."""
-    return _tally(trees)
-
-
-def _tally(answers: Iterable[Labelled]) -> Tally:
-    """Below the last accepted draft the tree had no node with the target's token, or no node at all where it ended."""
-    tally = Tally()
-    for steps, labels in answers:
-        for step in steps:
-            for level in range(min(step.accepted + 1, step.levels)):
-                if step.first + level < len(labels):
-                    place = labels[step.first + level], level + 1
-                    tally.positions[place] += 1
-                    tally.hits[place] += level < step.accepted
-    return tally
+def _total(counts: Counter[tuple[int, int]], modality: Modality) -> int:
+    return sum(n for (kind, _), n in counts.items() if kind == modality.id)
 
 
 def label_answer(
     target: Target,
-    cuts: ModalityThresholds,
+    label_thresholds: ModalityThresholds,
     inputs: dict[str, Any],
     tokens: Sequence[int],
     events: Path | None = None,
     frames: int = 1,
 ) -> list[int]:
-    """Modality ids of the answer `tokens` to one prompt (processor output), up to a spelled image placeholder.
+    """Returns the modality ids of an answer's tokens, up to the first image placeholder in it.
 
-    events: a recording of what the prompt's `frames` images show, in which labels are looked for if `cuts` has those.
+    inputs: processor output for the prompt. events: a recording of what the prompt's `frames` images show; with it, and
+    label thresholds for events, labels come from the recording.
     """
-    taught = list(takewhile(lambda token: token not in target.placeholders, tokens))
-    if not taught:
+    labelled = list(takewhile(lambda token: token not in target.placeholders, tokens))
+    if not labelled:
         return []
-    if events is None or cuts.events is None:
-        return [int(m) for m in cuts.labels(image_gain(target, inputs, [taught])[0])]
-    costs = costs_of_recordings(target, inputs, [taught], [open_chunks(events)], [frames])
-    return [int(m) for m in cuts.events.labels(costs[0])]
+    if events is None or label_thresholds.events is None:
+        return [int(m) for m in label_thresholds.labels(image_gain(target, inputs, [labelled])[0])]
+    costs = costs_of_recordings(target, inputs, [labelled], [open_chunks(events)], [frames])
+    return [int(m) for m in label_thresholds.events.labels(costs[0])]
 
 
-def shared(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:
-    """Labels of `answer` as far as `other` says the same (ties in rounding may part the two)."""
+def labels_of_common_prefix(labels: Sequence[int], answer: Sequence[int], other: Sequence[int]) -> Sequence[int]:
+    """Returns the labels of `answer` up to its first difference from `other`, such as a tie that rounding broke."""
     pairs = enumerate(zip(answer, other, strict=False))
     end = next((i for i, (a, b) in pairs if a != b), min(len(answer), len(other)))
     return labels[:end]
 
 
-def find_cuts(target: str, file: Path | None) -> ModalityThresholds | None:
-    """The cuts in `file`, or those shipped with the reference target, or None. UserError for a bad file."""
+def find_label_thresholds(target: str, file: Path | None) -> ModalityThresholds | None:
+    """Returns the label thresholds in `file`, or those of the reference target, or None.
+
+    Raises UserError for an invalid file.
+    """
     if file is not None:
         return ModalityThresholds.load(file)
     return ModalityThresholds.load(SHIPPED) if target == "reference" and SHIPPED.exists() else None
@@ -139,9 +129,10 @@ def find_cuts(target: str, file: Path | None) -> ModalityThresholds | None:
 
 @dataclass(frozen=True)
 class LabelledSample:
-    """words: a kind of word for each token of the answer. chains: method -> (steps of its chains, modality ids).
+    """The labels of one sample's answers. Labels end at the first difference from the library's answer.
 
-    trees: method -> modality ids of its timed answer. Both are as far as a method's answer is the library's.
+    words: the kind of word of each answer token. chains: method -> (steps of its chain decoding, modality ids).
+    trees: method -> modality ids of its timed answer.
     """
 
     words: list[str]
@@ -150,13 +141,13 @@ class LabelledSample:
 
 
 class Labeller:
-    """Labels answers, and decodes each sample once more on chains."""
+    """Labels the answers to a sample, and decodes it once more with draft chains."""
 
     def __init__(
-        self, engines: Mapping[str, SpeculativeVLM], cuts: ModalityThresholds, settings: dict[str, Any]
+        self, engines: Mapping[str, SpeculativeVLM], label_thresholds: ModalityThresholds, settings: dict[str, Any]
     ) -> None:
-        """engines: by method, plain decoding among them."""
-        self.plain, self.cuts, self.settings = engines[PLAIN], cuts, settings
+        """engines: by method, plain decoding included."""
+        self.plain, self.label_thresholds, self.settings = engines[PLAIN], label_thresholds, settings
         self.chains = {
             name: SpeculativeVLM(e.model, e.processor, CHAIN, e.drafter) for name, e in engines.items() if name != PLAIN
         }
@@ -164,51 +155,50 @@ class Labeller:
     def __call__(
         self, inputs: dict[str, Any], sample: Sample, answer: list[int], runs: Mapping[str, Run]
     ) -> LabelledSample:
-        """Of one sample. inputs: its processor output; answer: the library's; runs: the methods' timed answers."""
-        labels = label_answer(self.plain.target, self.cuts, inputs, answer, sample.events, len(sample.images))
+        """inputs: processor output for the sample. answer: the library's. runs: the timed answers by method."""
+        labels = label_answer(
+            self.plain.target, self.label_thresholds, inputs, answer, sample.events, len(sample.images)
+        )
         tokenizer = self.plain.processor.tokenizer
         words = kinds_of([tokenizer.decode([token], skip_special_tokens=True) for token in answer])
         chains, trees = {}, {}
         for name, engine in self.chains.items():
-            seen = recordings.argument(engine.drafter, [sample.events])
-            found = ours(engine, {**inputs, **seen}, self.settings, 0)
-            chains[name] = (found.statistics.steps, list(shared(labels, answer, found.answers[0])))
-            trees[name] = list(shared(labels, answer, runs[name].answers[0]))
+            events = auxiliary.argument(engine.drafter, "events", [sample.events])
+            run = time_engine(engine, {**inputs, **events}, self.settings, 0)
+            chains[name] = (run.statistics.steps, list(labels_of_common_prefix(labels, answer, run.answers[0])))
+            trees[name] = list(labels_of_common_prefix(labels, answer, runs[name].answers[0]))
         return LabelledSample(words, chains, trees)
 
 
 def columns(
-    labels: Sequence[LabelledSample], runs: Mapping[str, Sequence[Run]], name: str, chosen: Sequence[int]
+    labels: Sequence[LabelledSample], runs: Mapping[str, Sequence[Run]], name: str, samples: Sequence[int]
 ) -> dict[str, Any]:
-    """The columns by modality of a method's row about the `chosen` samples."""
-    acceptance = acceptance_by_modality(labels[i].chains[name] for i in chosen)
-    coverage = coverage_by_modality((runs[name][i].statistics.steps, labels[i].trees[name]) for i in chosen)
+    """Returns the columns by modality of the row of method `name` over the samples with these indices."""
+    acceptance = Tally.of(labels[i].chains[name] for i in samples)
+    coverage = Tally.of((runs[name][i].statistics.steps, labels[i].trees[name]) for i in samples)
     return {
         "acceptance_by_modality": acceptance.rates(),
         "coverage_by_modality": coverage.rates(),
         "acceptance_by_depth": acceptance.by_depth(),
         "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
-        "errors": pattern((*labels[i].chains[name], labels[i].words) for i in chosen),
+        "errors": pattern((*labels[i].chains[name], labels[i].words) for i in samples),
     }
 
 
-SIZES = (1, 4, 8)
-
-
 @torch.inference_mode()
-def top_mass(target: Target, inputs: dict[str, Any], tokens: Sequence[int], temperature: float) -> Tensor:
-    """[T, 3]: mass of the likeliest 1, 4 and 8 tokens at `temperature` (1 for greedy) at every answer token.
+def top_probabilities(target: Target, inputs: dict[str, Any], tokens: Sequence[int], temperature: float) -> Tensor:
+    """Returns [T, 3]: the summed probability of the 1, 4 and 8 most probable tokens at each answer token.
 
-    The answer counts up to a spelled image placeholder.
+    The answer ends at the first image placeholder in it. temperature: 0, greedy decoding, counts as 1.
     """
-    said = list(takewhile(lambda token: token not in target.placeholders, tokens))
-    if not said:
-        return torch.zeros(0, len(SIZES))
-    logits = teach(target, dict(inputs), [said]).logits[0] / (temperature or 1.0)
-    return logits.softmax(-1).topk(max(SIZES), -1).values.cumsum(-1)[:, [n - 1 for n in SIZES]]
+    answer = list(takewhile(lambda token: token not in target.placeholders, tokens))
+    if not answer:
+        return torch.zeros(0, len(TOP))
+    logits = run_teacher(target, dict(inputs), [answer]).logits[0] / (temperature or 1.0)
+    return logits.softmax(-1).topk(max(TOP), -1).values.cumsum(-1)[:, [n - 1 for n in TOP]]
 
 
-def mean_mass(masses: Iterable[Tensor]) -> dict[str, float] | None:
-    """Means over all tokens of several answers, by size as text; None without tokens."""
-    found = torch.cat([torch.zeros(0, len(SIZES)), *masses])
-    return {str(n): float(m) for n, m in zip(SIZES, found.mean(0), strict=True)} if len(found) else None
+def mean_top_probabilities(answers: Iterable[Tensor]) -> dict[str, float] | None:
+    """Returns the means of `top_probabilities` over all tokens, by number of tokens as text; None without tokens."""
+    rows = torch.cat([torch.zeros(0, len(TOP)), *answers])
+    return {str(n): float(m) for n, m in zip(TOP, rows.mean(0), strict=True)} if len(rows) else None

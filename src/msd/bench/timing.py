@@ -1,9 +1,4 @@
-"""An assistant for the library's assisted generation, for targets that nobody made one for.
-
-The library takes any model of the same vocabulary; one that does not see refuses image tokens. So the assistant is the
-target itself with the first third of its layers, sharing their weights, as in early-exit drafting without training for
-it (LayerSkip, arXiv 2404.16710, does train for it, and drafts better).
-"""
+"""Times one call of a method: our decoding loop, or `transformers` `generate()` with its own ways to draft."""
 
 from __future__ import annotations
 
@@ -22,14 +17,46 @@ from transformers.generation.streamers import BaseStreamer
 
 from msd.core.statistics import RowStep, Statistics
 from msd.model import SpeculativeVLM
-from msd.planning.costs import chain, words
+from msd.planning.costs import arbitrary_tokens, chain
 from msd.targets.base import Target
 
+TRANSFORMERS, PLAIN = "transformers", "ar"  # decoding without drafts: the library's, and ours
 
-def shallow(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with the first third of its decoder layers, at least one; tensors are shared.
+CONTEXT = 128  # tokens before the passes that `outside_kernels` times
+NODES = (1, 9)  # sizes of these passes: plain decoding, and a chain of eight drafts
+TIMES = 7
 
-    ValueError where the decoder is not a list of layers.
+
+@dataclass(frozen=True)
+class Run:
+    """The answers of one timed call. Times are in seconds.
+
+    prefill: time to the first token, None if unknown. warm: time of a second call, whose images are encoded already.
+    """
+
+    answers: list[list[int]]
+    seconds: float
+    prefill: float | None
+    statistics: Statistics
+    warm: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all answers."""
+        return sum(map(len, self.answers))
+
+    def by_row(self) -> Iterable[tuple[list[RowStep], list[int]]]:
+        """Yields (steps, tokens) of every answer."""
+        for row, answer in enumerate(self.answers):
+            yield [step for step in self.statistics.steps if step.row == row], answer
+
+
+def early_exit_assistant(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model with the first third of its decoder layers, at least one. Tensors are shared.
+
+    It is the assistant for the library's assisted generation, which takes any model of the same vocabulary. A text-only
+    model refuses image tokens, so the target drafts for itself, as in LayerSkip (arXiv 2404.16710), but without
+    LayerSkip's training. Raises ValueError if the decoder has no list of layers.
     """
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     assistant = copy.deepcopy(model, shared)
@@ -46,57 +73,36 @@ def shallow(model: PreTrainedModel) -> PreTrainedModel:
     return assistant
 
 
-@dataclass(frozen=True)
-class Run:
-    """Answers of one call and its times, in seconds. warm: of the same again, its photos being encoded already."""
-
-    answers: list[list[int]]
-    seconds: float
-    prefill: float | None
-    statistics: Statistics
-    warm: float | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(map(len, self.answers))
-
-    def by_row(self) -> Iterable[tuple[list[RowStep], list[int]]]:
-        """(steps, tokens) of every answer."""
-        for row, answer in enumerate(self.answers):
-            yield [step for step in self.statistics.steps if step.row == row], answer
+# the library's own decoding methods: name -> arguments of `generate()` for a model
+LIBRARY: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "transformers": lambda _: {},
+    "transformers:prompt-lookup": lambda _: {"prompt_lookup_num_tokens": 10},
+    "transformers:assisted": lambda model: {"assistant_model": early_exit_assistant(model)},
+}
+DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
 
 
 class _FirstToken(BaseStreamer):
-    """Notes when the first generated token comes."""
+    """Records when the first generated token arrives."""
 
     def __init__(self) -> None:
         self.calls, self.at = 0, 0.0
 
     def put(self, value: Any) -> None:
-        """The prompt comes first, then one call per token."""
+        """Receives the prompt first, then one token per call."""
         self.calls += 1
         if self.calls == 2:
             self.at = time.perf_counter()
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Does nothing: there is no buffer to flush."""
 
 
-# ways of the library's own to decode: name -> what is added to `generate()` of a model
-LIBRARY: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
-    "transformers": lambda _: {},
-    "transformers:prompt-lookup": lambda _: {"prompt_lookup_num_tokens": 10},
-    "transformers:assisted": lambda model: {"assistant_model": shallow(model)},
-}
-TRANSFORMERS, PLAIN = "transformers", "ar"  # the library's plain decoding, and ours
-DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
+def time_library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str, Any], seed: int) -> Run:
+    """Times `transformers` `generate()`.
 
-
-def library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str, Any], seed: int) -> Run:
-    """`transformers` `generate()`. Of a batch the time to the first token is not known: it takes no streamer.
-
-    Nor does it when it drafts, and then its passes are not counted: statistics are empty.
+    The time to the first token is unknown for batches and for the library's drafting, which take no streamer. Drafting
+    passes are not counted either: their statistics are empty.
     """
     torch.manual_seed(seed)
     length, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
@@ -112,44 +118,37 @@ def library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[str, 
     return Run(answers, seconds, first.at - begin if first.at else None, statistics)
 
 
-def ours(
+def time_engine(
     engine: SpeculativeVLM, inputs: dict[str, Any], settings: dict[str, Any], seed: int, warm: bool = False
 ) -> Run:
-    """Our loop with empty caches, and once more with the photos encoded if `warm`."""
+    """Times our loop with an empty vision cache; if `warm`, a second time with the images encoded."""
     engine.target.vision.clear()
     begin = time.perf_counter()
     answer = engine.generate(**inputs, **settings, seed=seed)
-    seconds, again = time.perf_counter() - begin, None
+    seconds, second = time.perf_counter() - begin, None
     if warm:
         begin = time.perf_counter()
         engine.generate(**inputs, **settings, seed=seed)
-        again = time.perf_counter() - begin
+        second = time.perf_counter() - begin
     results = answer if isinstance(answer, list) else [answer]
     statistics = results[0].statistics
-    return Run([r.tokens for r in results], seconds, statistics.seconds["prefill"], statistics, again)
+    return Run([r.tokens for r in results], seconds, statistics.seconds["prefill"], statistics, second)
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """Tokens up to the first that ends an answer, which is kept; padding comes after it."""
+    """Returns the tokens up to and including the first end token; padding follows it."""
     at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: at + 1]
 
 
-CONTEXT = 128
-NODES = (1, 9)  # of plain decoding, and of a tree of eight drafts
-TIMES = 7
-
-
 @torch.inference_mode()
 def outside_kernels(target: Target) -> dict[str, float] | None:
-    """Nodes of a pass -> share of its time outside operators, in [0, 1].
+    """Measures the share of a target pass, in [0, 1], that is spent outside operators, by number of nodes.
 
-    None where work is queued, as on a GPU, and with a torch that no longer has this profiler. (`torch.profiler` writes
-    two lines to stderr each time it is used.)
-
-    The time inside is the sum of the operators' own times in profiled passes, the whole that of passes without the
-    profiler; medians of both. An operator's own time holds its C++ dispatch and some of the profiler's work, so the
-    share is a lower bound.
+    The time inside is the sum of the operators' own times in profiled passes; the total comes from passes without the
+    profiler. Both are medians. An operator's own time includes its C++ dispatch and some profiler work, so the share is
+    a lower bound. None for a device with a queue, such as a GPU, and where torch has no legacy profiler
+    (`torch.profiler` writes two lines to stderr at each use).
     """
     if target.model.device.type != "cpu":
         return None
@@ -157,17 +156,17 @@ def outside_kernels(target: Target) -> dict[str, float] | None:
         from torch.autograd.profiler_legacy import profile
     except ImportError:
         return None
-    state, _ = target.prefill(words(CONTEXT, target)[None], {}, CONTEXT + max(NODES) + 1)
-    found = {}
+    state, _ = target.prefill(arbitrary_tokens(CONTEXT, target)[None], {}, CONTEXT + max(NODES) + 1)
+    shares = {}
     for nodes in NODES:
         tree = chain(nodes, target)
-        whole, inside = [], []
+        total, inside = [], []
         for _ in range(TIMES):
             start = time.perf_counter()
             target.score(state, tree)
-            whole.append(time.perf_counter() - start)
+            total.append(time.perf_counter() - start)
             with profile() as record:
                 target.score(state, tree)
             inside.append(sum(event.self_cpu_time_total for event in record.function_events or ()) / 1e6)
-        found[str(nodes)] = max(0.0, 1 - median(inside) / median(whole))
-    return found
+        shares[str(nodes)] = max(0.0, 1 - median(inside) / median(total))
+    return shares

@@ -1,7 +1,7 @@
-"""What a benchmark has measured so far, on disk: a broken-off run keeps it, and the same command goes on from there.
+"""Saves the parts of a benchmark as they are measured, so that an interrupted run can be resumed.
 
-`unfinished.jsonl` in the folder of the results holds a line for what the run is made of (settings, data, versions), and
-a line for every part, written as soon as it is measured. It is removed once the results are whole.
+`unfinished.jsonl` in the folder of the results starts with a line that identifies the run (settings, data, versions).
+Each further line is one measured part. The file is removed when the results are complete.
 """
 
 from __future__ import annotations
@@ -20,67 +20,67 @@ NAME, FORMAT = "unfinished.jsonl", 1
 P = TypeVar("P")
 
 
-def made_of(folder: Path | None) -> dict[str, Any]:
-    """What the broken-off run in a folder is made of; empty where there is none, or none that can be read."""
-    path = None if folder is None else folder / NAME
-    rows = read_rows(path, "")[0] if path is not None and path.is_file() else []
-    found = rows[0].get("made_of") if rows else None
-    return found if isinstance(found, dict) else {}
-
-
 class Unfinished:
-    """Parts of a run, each a dataclass, by their kind and number. Without a folder nothing is kept."""
+    """The measured parts of a run, by name and number. Without a folder nothing is saved.
 
-    def __init__(self, folder: Path | None, made_of: dict[str, Any]) -> None:
-        """made_of: JSON-ready. UserError when the folder holds a broken-off run that is made of anything else."""
+    saved: the identity of the interrupted run in the folder; empty if there is none. Parts can be read and saved once
+    `resume` has compared it with the identity of the new run.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Reads the interrupted run in a folder. Raises UserError if the file is damaged."""
         self.path = None if folder is None else folder / NAME
+        self.saved: dict[str, Any] = {}
         self._parts: dict[tuple[str, int], dict[str, Any]] = {}
-        if self.path is None:
+        self._damaged = 0
+        if self.path is None or not self.path.is_file():
             return
-        head = {"format": FORMAT, "made_of": json.loads(json.dumps(made_of))}
-        rows, damaged = self._read(head) if self.path.is_file() else ([], 0)
-        for row in rows:
+        rows, self._damaged = read_rows(self.path, self._restart)
+        first = rows[0] if rows else {}
+        if first.get("format") != FORMAT or not isinstance(first.get("made_of") or None, dict):
+            raise UserError(f"'{self.path}' is damaged, or of another version of msd; {self._restart}")
+        self.saved = first["made_of"]
+        for row in rows[1:]:
             if isinstance(row.get("part"), str) and isinstance(row.get("number"), int):
                 self._parts[row["part"], row["number"]] = row
+
+    @property
+    def _restart(self) -> str:
+        return f"delete '{self.path}' to begin anew"
+
+    def resume(self, identity: dict[str, Any]) -> None:
+        """Starts or resumes a run. identity: JSON-ready. Raises UserError if the interrupted run has another one."""
+        assert self.path is not None
+        identity = json.loads(json.dumps(identity))
+        for name in dict.fromkeys([*identity, *self.saved]) if self.saved else ():
+            if self.saved.get(name) != identity.get(name):
+                old, new = (shortened(repr(each.get(name))) for each in (self.saved, identity))
+                raise UserError(
+                    f"'{self.path.parent}' holds an interrupted run with {name} {old}, not {new}; repeat the command "
+                    f"with the old settings to resume it, choose another --out, or {self._restart}"
+                )
         if self._parts:
-            lost = f"; {damaged} damaged lines are measured again" if damaged else ""
-            print(f"msd: going on with the run that was broken off in '{folder}'{lost}", file=sys.stderr)
+            lost = f"; {self._damaged} damaged lines are measured again" if self._damaged else ""
+            print(f"msd: resuming the run that was interrupted in '{self.path.parent}'{lost}", file=sys.stderr)
+        head = {"format": FORMAT, "made_of": identity}
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in (head, *self._parts.values())))
 
-    def _read(self, head: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """The rows after the first, which must be `head`, and how many lines are damaged."""
-        assert self.path is not None
-        anew = f"delete '{self.path}' to begin anew"
-        rows, damaged = read_rows(self.path, anew)
-        first = rows[0] if rows else {}
-        if first.get("format") != FORMAT or not isinstance(first.get("made_of"), dict):
-            raise UserError(f"'{self.path}' is damaged, or of another version of msd; {anew}")
-        was, now = first["made_of"], head["made_of"]
-        for name in dict.fromkeys([*now, *was]):
-            if was.get(name) != now.get(name):
-                old, new = (shortened(repr(found.get(name))) for found in (was, now))
-                raise UserError(
-                    f"'{self.path.parent}' holds a broken-off run with {name} {old}, not {new}; give it those settings "
-                    f"to go on, choose another --out, or {anew}"
-                )
-        return rows[1:], damaged
-
-    def get(self, kind: type[P], number: int) -> P | None:
-        """What was kept of a part; None where it is still to be measured, or was not kept well."""
-        row = self._parts.get((kind.__name__, number))
+    def get(self, name: str, kind: type[P], number: int) -> P | None:
+        """Returns a saved part, an instance of the dataclass `kind`; None if it is missing or damaged."""
+        row = self._parts.get((name, number))
         try:
             return None if row is None else TypeAdapter(kind).validate_python(row["values"])
         except (ValidationError, KeyError):
             return None
 
-    def put(self, number: int, part: P) -> P:
-        """Keeps a part, and returns it. UserError when it cannot be written."""
+    def put(self, name: str, number: int, part: P) -> P:
+        """Saves a part, a dataclass instance, and returns it. Raises UserError if it cannot be written."""
         if self.path is not None:
             values = TypeAdapter(type(part)).dump_python(part, mode="json")
-            append(self.path, json.dumps({"part": type(part).__name__, "number": number, "values": values}) + "\n")
+            append(self.path, json.dumps({"part": name, "number": number, "values": values}) + "\n")
         return part
 
     def remove(self) -> None:
-        """The results are whole: nothing is left to go on from."""
+        """Deletes the file, once the results are complete."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""The certificate: token identity with `generate()`, and the distribution of sampled drafts."""
+"""The certificate of losslessness: token identity with `generate()`, and the distribution of sampled drafts."""

@@ -1,4 +1,4 @@
-"""χ² goodness of fit for drawn tokens, and Holm's correction for many such tests at once."""
+"""χ² goodness-of-fit tests for sampled tokens, with Holm's correction for multiple tests."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ LEAST_EXPECTED = 5.0  # Cochran's rule: with fewer expected draws in a cell the 
 
 
 def chi2_p_value(counts: ArrayLike, expected_probabilities: ArrayLike) -> float:
-    """How often counts would be at least this far from the law if they had been drawn from it.
+    """The p-value of the hypothesis that `counts` were drawn from `expected_probabilities`.
 
-    counts: draws per outcome, any shape. expected_probabilities: the law, same shape, summing to 1. Outcomes with fewer
-    than 5 expected draws are pooled into one. A draw of an outcome of probability 0 gives 0.0 at once.
+    counts: draws per outcome, any shape. expected_probabilities: same shape, sums to 1. Outcomes with fewer than 5
+    expected draws are pooled. If an outcome of probability 0 was drawn, the result is 0.0.
     """
-    seen = np.asarray(counts, dtype=np.float64).ravel()
-    law = np.asarray(expected_probabilities, dtype=np.float64).ravel()
-    if seen.shape != law.shape:
-        raise ValueError(f"{seen.size} counts for {law.size} probabilities")
-    if not np.isclose(law.sum(), 1.0, atol=1e-4) or law.min() < 0:
-        raise ValueError(f"the expected probabilities sum to {law.sum():.6f} (least {law.min():.2g}), not to 1")
-    if seen[law == 0].any():
+    observed = np.asarray(counts, dtype=np.float64).ravel()
+    p = np.asarray(expected_probabilities, dtype=np.float64).ravel()
+    if observed.shape != p.shape:
+        raise ValueError(f"{observed.size} counts for {p.size} probabilities")
+    if not np.isclose(p.sum(), 1.0, atol=1e-4) or p.min() < 0:
+        raise ValueError(f"the expected probabilities sum to {p.sum():.6f} (least {p.min():.2g}), not to 1")
+    if observed[p == 0].any():
         return 0.0
-    expected = law / law.sum() * seen.sum()
-    seen, expected = _pool(seen, expected)
-    if len(seen) < 2:
-        raise ValueError(f"{int(seen.sum())} draws are too few to test this law")
-    statistic = float(((seen - expected) ** 2 / expected).sum())
-    return float(stats.chi2.sf(statistic, len(seen) - 1))
+    observed, expected = _pool(observed, p / p.sum() * observed.sum())
+    if len(observed) < 2:
+        raise ValueError(f"{int(observed.sum())} draws are too few to test this distribution")
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    return float(stats.chi2.sf(statistic, len(observed) - 1))
 
 
-def _pool(seen: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merges the outcomes that are too rare, and if need be the next rarest, until every cell expects 5 draws."""
+def _pool(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Merges the rarest outcomes into one cell until every cell expects at least 5 draws."""
     order = np.argsort(expected, kind="stable")
-    seen, expected = seen[order], expected[order]
+    observed, expected = observed[order], expected[order]
     rare = int((expected < LEAST_EXPECTED).sum())
     while rare < len(expected) and 0.0 < expected[:rare].sum() < LEAST_EXPECTED:
         rare += 1
     if rare == 0:
-        return seen, expected
-    pooled = (np.append(seen[rare:], seen[:rare].sum()), np.append(expected[rare:], expected[:rare].sum()))
-    keep = pooled[1] > 0  # outcomes that cannot happen, and did not
-    return pooled[0][keep], pooled[1][keep]
+        return observed, expected
+    observed = np.append(observed[rare:], observed[:rare].sum())
+    expected = np.append(expected[rare:], expected[:rare].sum())
+    possible = expected > 0
+    return observed[possible], expected[possible]
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Which hypotheses to reject so that any false rejection at all happens with probability at most `alpha`.
+    """Which hypotheses to reject, with a family-wise false-rejection rate of at most `alpha`.
 
-    Holm (1979): the i-th smallest of m p-values is rejected while it is at most alpha / (m - i), i from 0.
+    Holm (1979): the i-th smallest of m p-values (i from 0) is rejected as long as it is at most alpha / (m - i).
     """
     rejected = [False] * len(p_values)
     for i, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -81,22 +81,22 @@ SETTINGS: tuple[tuple[float, int], ...] = ((1.0, 0), (0.7, 4))  # (temperature, 
 
 
 def end_to_end_p_values(drafter: Drafter, draws: int) -> list[float]:
-    """χ² p-values of the joint law of four new tokens, one per entry of `SETTINGS`, from at least `draws` answers each.
+    """χ² p-values of the joint distribution of four new tokens, from at least `draws` answers per entry of `SETTINGS`.
 
-    A twin of `drafter` drafts for the tiny model. The seeds are fixed, so the same code gives the same values. 10⁵
-    draws take about a minute a setting.
+    A twin of `drafter` drafts for a tiny model. The seeds are fixed, so the values are reproducible. 10⁵ draws take
+    about one minute per setting.
     """
     model = tiny_model()
     engine = SpeculativeVLM(model, None, drafter=drafter.twin(model))
     values = []
     for temperature, top_k in SETTINGS:
         counts, _ = count_answers(engine, draws, temperature, top_k)
-        values.append(chi2_p_value(counts.numpy(), exact_law(model, temperature, top_k).numpy()))
+        values.append(chi2_p_value(counts.numpy(), exact_distribution(model, temperature, top_k).numpy()))
     return values
 
 
 def tiny_model(seed: int = 1) -> LlavaForConditionalGeneration:
-    """A random LLaVA of 6 tokens; its image placeholder is none of them, as no picture is shown."""
+    """A random LLaVA with a vocabulary of 6 tokens, used without images; the image placeholder is outside it."""
     text = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=128, bos_token_id=1, eos_token_id=EOS, pad_token_id=0,
@@ -111,20 +111,20 @@ def tiny_model(seed: int = 1) -> LlavaForConditionalGeneration:
             LlavaConfig(vision_config=vision, text_config=text, image_token_id=VOCABULARY, vision_feature_layer=-1)
         )
     with torch.no_grad():
-        model.lm_head.weight.mul_(15.0)  # random weights give nearly flat laws
+        model.lm_head.weight.mul_(15.0)  # random weights give nearly uniform distributions
     return model.eval()
 
 
 def prompt() -> Tensor:
-    """[1, 33] int64: four of the tokens in random order, so that most pairs come up with several continuations."""
-    words = torch.randint(2, VOCABULARY, (32,), generator=torch.Generator().manual_seed(0))
-    return torch.cat([torch.ones(1, dtype=torch.long), words])[None]
+    """[1, 33] int64: four tokens in random order, so that most pairs occur with several continuations."""
+    tokens = torch.randint(2, VOCABULARY, (32,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([torch.ones(1, dtype=torch.long), tokens])[None]
 
 
 def count_answers(
     engine: SpeculativeVLM, draws: int, temperature: float, top_k: int, seed: int = 0
 ) -> tuple[Tensor, Statistics]:
-    """How often each answer came up in at least `draws` draws, [V]·4, and what the drafter did meanwhile."""
+    """Counts of each answer in at least `draws` sampled answers, [V, V, V, V], and the statistics of drafting."""
     ids = prompt().expand(ROWS, -1)
     generator = torch.Generator().manual_seed(seed)
     counts, total = torch.zeros((VOCABULARY,) * TOKENS, dtype=torch.long), Statistics()
@@ -141,8 +141,8 @@ def count_answers(
 
 
 @torch.no_grad()
-def exact_law(model: LlavaForConditionalGeneration, temperature: float, top_k: int) -> Tensor:
-    """The joint law of the answer, [V]·4 float64; after EOS the rest counts as token 0."""
+def exact_distribution(model: LlavaForConditionalGeneration, temperature: float, top_k: int) -> Tensor:
+    """The joint distribution of the answer, [V, V, V, V] float64; tokens after EOS count as token 0."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         processors.append(TopKLogitsWarper(top_k))
@@ -150,9 +150,9 @@ def exact_law(model: LlavaForConditionalGeneration, temperature: float, top_k: i
     ids = torch.cat([prompt().expand(len(prefixes), -1), prefixes], dim=1)
     logits = model(input_ids=ids).logits[:, -TOKENS:]  # after the prompt and after each token of the prefix
     p = processors(ids[:, :1], logits.reshape(-1, VOCABULARY)).double().softmax(-1).view(-1, TOKENS, VOCABULARY)
-    chance = p[:, :-1].gather(2, prefixes[:, :, None])[:, :, 0].prod(dim=1)  # of each prefix
+    prefix_p = p[:, :-1].gather(2, prefixes[:, :, None])[:, :, 0].prod(dim=1)
     outcomes = torch.tensor(list(product(range(VOCABULARY), repeat=TOKENS)))
     ended = (outcomes == EOS).long().cumsum(1) - (outcomes == EOS).long() > 0
-    law = torch.zeros((VOCABULARY,) * TOKENS, dtype=torch.float64)
-    joint = (chance[:, None] * p[:, -1]).reshape(-1)
-    return law.index_put_(tuple(outcomes.masked_fill(ended, 0).T), joint, accumulate=True)
+    joint = (prefix_p[:, None] * p[:, -1]).reshape(-1)
+    out = torch.zeros((VOCABULARY,) * TOKENS, dtype=torch.float64)
+    return out.index_put_(tuple(outcomes.masked_fill(ended, 0).T), joint, accumulate=True)

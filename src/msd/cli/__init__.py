@@ -1,4 +1,7 @@
-"""The `msd` command. Bad input is one line on stderr and exit code 2; results go to stdout, the rest to stderr."""
+"""The `msd` command.
+
+Results go to stdout, everything else to stderr. Bad input gives one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,13 @@ import typer
 from typer.exceptions import TyperException
 
 from msd import __version__
-from msd.cli import (
-    bench,
-    capture,
-    demo,
-    estimate,
-    events,
-    generate,
-    inspect,
-    reference,
-    targets,
-    terminal,
-    train,
-    verify,
-)
+from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
+from msd.cli.terminal import any_encoding, flush, give_up_output
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import FULL
 from msd.system.machine import use_huge_pages
 
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # as torch says it
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's messages
 
 app = typer.Typer(
     help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
@@ -41,12 +32,12 @@ app = typer.Typer(
 )
 app.command("generate", short_help="Answer a prompt about images, videos, sounds or events.")(generate.generate)
 app.command("verify", short_help="Certify that answers are those of transformers' generate().")(verify.verify)
-app.command("bench", short_help="Time methods side by side, and transformers' generate().")(bench.bench)
+app.command("bench", short_help="Time methods against transformers' generate().")(bench.bench)
 app.command("capture", short_help="Let the target answer prompts, to train drafters on.")(capture.capture)
 app.command("train", short_help="Train a drafter for a target; resumable.")(train.train)
 app.command("targets", short_help="List the supported architectures.")(targets.targets)
-app.command("estimate", short_help="Estimate the speedup on a card, without card or weights.")(estimate.estimate)
-app.command("events", short_help="Tell what an event camera's recording holds, and draw it.")(events.events)
+app.command("estimate", short_help="Estimate the speedup on a GPU, without GPU or weights.")(estimate.estimate)
+app.command("events", short_help="Describe and draw an event camera's recording.")(events.events)
 app.command("inspect", short_help="Write a page of the draft trees of one answer.")(inspect.inspect)
 app.command("demo", short_help="Describe a bundled photo, and compare with plain decoding.")(demo.demo)
 app.add_typer(reference.app, name="reference")
@@ -66,82 +57,82 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs `msd` with `arguments` (the process's own by default) and exits."""
+    """Runs `msd` with `arguments` (by default those of the process) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     use_huge_pages()
-    terminal.any_encoding()
+    any_encoding()
     _stop_on_sigterm()
     try:
         code = app(args=arguments or ["--help"], standalone_mode=False) or 0
-        terminal.flush()
+        flush()
         sys.exit(code)
     except InterruptedRunError as error:
         _fail(str(error), 130)
     except UserError as error:
         _fail(str(error), 2)
-    except TyperException as error:  # wrong options and the like
+    except TyperException as error:  # such as an unknown option
         _fail(f"{error.format_message().rstrip('.')}; see 'msd --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except BrokenPipeError:  # who read the output wants no more of it
-        terminal.give_up_output()
-        sys.exit(1)  # as where the library notices it first
+    except BrokenPipeError:  # the reader of the output has left
+        give_up_output()
+        sys.exit(1)  # the code that typer uses if it notices first
     except OSError as error:
         if error.errno not in FULL:
             _report(error)
-        terminal.give_up_output()
-        what = f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space"
-        _fail("; ".join([what, *_notes(error)]), 2)
+        give_up_output()
+        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space", 2, error)
     except Exception as error:
-        if told := _of_the_user(error):
-            _fail("; ".join([told, *_notes(error)]), 2)
+        if message := _user_message(error):
+            _fail(message, 2, error)
         _report(error)
 
 
 def _stop_on_sigterm() -> None:
-    """SIGTERM, as `kill` and `timeout` send it, breaks a command off as Ctrl-C does: what it has is kept or told."""
+    """Treats SIGTERM, which `kill` and `timeout` send, as Ctrl-C, so that a command saves or reports its work."""
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _report(error: Exception) -> None:
-    """Tells of a bug of ours: one line for the user, the traceback in a file for the report."""
-    told = "; ".join([f"internal error: {type(error).__name__}: {error}", *_notes(error), "please report it"])
+    """Reports an internal error: one line on stderr, and the traceback in a file."""
+    message = "; ".join([f"internal error: {type(error).__name__}: {error}", *_notes(error), "please report it"])
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="msd-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as log:
             traceback.print_exception(error, file=log)
-    except OSError:  # no room for it either
-        _fail(told, 1)
-    _fail(f"{told} with {log.name}", 1)
+    except OSError:  # the disk is full
+        _fail(message, 1)
+    _fail(f"{message} with {log.name}", 1)
 
 
-def _notes(error: BaseException) -> list[str]:
-    """What a command added to an error: what of its work is kept."""
+def _notes(error: BaseException | None) -> list[str]:
+    """Returns what a command added to the error: which of its work is saved."""
     return getattr(error, "__notes__", [])
 
 
-def _of_the_user(error: Exception) -> str | None:
-    """What to say of errors that a library raises for the user's options or machine; None for all else."""
+def _user_message(error: Exception) -> str | None:
+    """Returns a message for errors of libraries that the user's options or machine cause; None for all others."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
     if isinstance(error, ValueError | TypeError) and raised_in.startswith("transformers.generation."):
-        return f"transformers does not take an option of the command line or of the model's generation config: {error}"
+        return f"transformers refuses an option of the command line or of the model's generation config: {error}"
     if isinstance(error, RuntimeError) and "probability tensor contains" in str(error):
-        return f"the sampling options leave no probabilities to draw from ({error}); raise the temperature"
-    if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
+        return f"the sampling options leave no token to sample from ({error}); raise the temperature"
+    if isinstance(error, MemoryError) or any(part in str(error) for part in OUT_OF_MEMORY):
         return f"not enough memory: {error}; use a smaller target, fewer or smaller images, or a smaller batch"
     return None
 
 
-def _fail(message: str, code: int) -> None:
-    """One line on stderr, then exit."""
-    with suppress(OSError):  # what cannot be told anywhere is told by the exit code
-        terminal.flush()
+def _fail(message: str, code: int, error: Exception | None = None) -> None:
+    """Prints the message and the error's notes as one line on stderr, and exits."""
+    message = "; ".join([message, *_notes(error)])
+    with suppress(OSError):  # if nothing can be written, the exit code remains
+        flush()
     if sys.stderr is not None:
         with suppress(OSError):
             print(f"msd: {' '.join(message.split())}", file=sys.stderr, flush=True)

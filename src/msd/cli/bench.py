@@ -1,88 +1,87 @@
-"""`msd bench`: methods side by side, in one run."""
+"""`msd bench`: times methods against each other in one run."""
 
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from msd.cli import terminal
-from msd.cli.options import (
-    DrafterFolder,
-    Json,
-    Lines,
-    MaxNewTokens,
-    Methods,
-    Model,
-    Policy,
-    chosen_methods,
-    grouped,
-    quiet,
-    use_drafter,
-)
+from msd.cli import options, terminal
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import check_place, exclusive, make_folder
 
 if TYPE_CHECKING:
     from msd.bench.measure import Bench
 
+MAIN_FIGURES = {
+    "method": "method",
+    "speedup_vs_ar": "vs ar",
+    "speedup_vs_ar_interval": "95%",
+    "speedup_vs_ar_paired_median": "median",
+    "speedup_vs_transformers": "vs trans-\nformers",
+    "tokens_per_second": "tokens\n/s",
+    "mean_acceptance_length": "τ",
+}
+
 
 @dataclass(frozen=True)
-class Measured:
-    """What is measured beside the methods, and how."""
+class Measurement:
+    """What is measured besides the methods, and how."""
 
     suite: Annotated[
-        str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; all by default.")
+        str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; by default all.")
     ] = ""
-    cuts: Annotated[
+    label_thresholds: Annotated[
         Path | None,
-        typer.Option("--cuts", help="Modality cuts of the target, from 'msd capture'; the reference model's own."),
+        typer.Option("--cuts", help="Label thresholds of the target, from 'msd capture'; built in for 'reference'."),
     ] = None
     baselines: Annotated[
         str,
         typer.Option(
             "--baselines",
-            help="transformers' own ways to decode, separated by commas; all by default. Plain always runs.",
+            help="Decoding methods of transformers, separated by commas; by default all. The plain one always runs.",
         ),
     ] = ""
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts of a task that are answered together.")] = 1
     warm: Annotated[
-        bool, typer.Option("--warm", help="Also time every answer again with its photos encoded already.")
+        bool, typer.Option("--warm", help="Also time every answer a second time, with its images already encoded.")
     ] = False
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")] = 0.0
+    temperature: options.Temperature = 0.0
 
 
-@grouped
+@options.grouped
 def bench(
-    model: Model,
-    lines: Lines,
-    measured: Measured,
-    policy: Policy,
-    method: Methods = "all",
-    drafter: DrafterFolder = None,
-    max_new_tokens: MaxNewTokens = 96,
+    model: options.Model,
+    lines: options.DataLines,
+    measurement: Measurement,
+    policy: options.Policy,
+    method: options.Methods = "all",
+    drafter: options.DrafterFolder = None,
+    max_new_tokens: options.MaxNewTokens = 96,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
     from msd.bench.data import in_suites, load_data
 
     if out is not None:
         check_place(out, folder=True)
-    checked = policy.checked()
-    use_drafter(drafter)
-    methods = chosen_methods(method, model.target, greedy=measured.temperature == 0)
-    tasks = [name.strip() for name in measured.suite.split(",") if name.strip()]
+    verification = policy.checked()
+    options.use_drafter(drafter)
+    methods = options.method_names(method, model.target, greedy=measurement.temperature == 0)
+    tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     samples = in_suites(load_data(lines.data, lines.images), tasks)[: lines.limit]
-    if measured.cuts is not None and measured.temperature > 0:
+    if measurement.label_thresholds is not None and measurement.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
-    quiet()
+    options.quiet()
     from msd.bench import conversation, measure, modality
     from msd.config import SpeculativeConfig
     from msd.drafters.toolkit import checkpoint
@@ -90,23 +89,23 @@ def bench(
     from msd.targets.registry import fingerprint
 
     conversation.check_files(samples)
-    ways = _ways(measured.baselines, list(measure.LIBRARY))
-    known = modality.find_cuts(model.target, measured.cuts)
+    baselines = _baselines(measurement.baselines, list(measure.LIBRARY))
+    label_thresholds = modality.find_label_thresholds(model.target, measurement.label_thresholds)
     loaded, processor = load_target(model.target, model.device)
-    if known is not None:
-        known.check_target(fingerprint(loaded))
-    asked = measure.Asked(
-        tuple(methods), max_new_tokens, measured.temperature, known,
-        SpeculativeConfig(**checked, backend=model.backend), measured.warm, measured.batch, ways,
+    if label_thresholds is not None:
+        label_thresholds.check_target(fingerprint(loaded))
+    settings = measure.BenchSettings(
+        tuple(methods), max_new_tokens, measurement.temperature, label_thresholds,
+        SpeculativeConfig(**verification, backend=model.backend), measurement.warm, measurement.batch, baselines,
         {"drafter": None if drafter is None else checkpoint.digest(drafter)},
     )  # fmt: skip
     if out is not None:
         make_folder(out)
-    _run(measure.Bench(loaded, processor, samples, asked, out), out, as_json)
+    _run(measure.Bench(loaded, processor, samples, settings, out), out, as_json)
 
 
 def _run(work: Bench, out: Path | None, as_json: bool) -> None:
-    """Measures, then writes and prints; what a broken-off run has measured is kept."""
+    """Measures, then writes and prints the results. An interrupted run keeps what it has measured."""
     from msd.bench import report
 
     with exclusive(out) if out else nullcontext(), terminal.status("measuring…") as status:
@@ -119,35 +118,69 @@ def _run(work: Bench, out: Path | None, as_json: bool) -> None:
         assert results is not None  # data has at least one line
         if out is not None:
             report.write(results, out)
-            work.kept.remove()
-    print(json.dumps(results) if as_json else report.markdown(results))
+            work.unfinished.remove()
+    _print(results, out, as_json)
 
 
 def _keep(work: Bench, out: Path | None, as_json: bool, error: BaseException) -> None:
-    """Writes or prints what a broken-off run has measured, and says how to go on."""
+    """Writes or prints the results of an interrupted run, and adds to the error how to resume it."""
     from msd.bench import report
 
     results = work.results()
     if results is not None and out is not None:
-        with suppress(UserError):  # such as a full disk, which broke it off: the parts are kept
+        with suppress(UserError):  # such as the full disk that caused the error; the parts are saved anyway
             report.write(results, out)
     elif results is not None:
-        print(json.dumps(results) if as_json else report.markdown(results))
+        _print(results, out, as_json)
     if out is None:
-        told = f"{work.done} are measured; with --out a broken-off run is kept, and can be gone on with"
+        advice = f"{work.done} are measured; with --out an interrupted run is saved and can be resumed"
     else:
-        told = f"{work.done} are measured and kept in '{out}', and the same command goes on from there"
+        advice = f"{work.done} are measured and kept in '{out}'; run the same command to resume"
     if isinstance(error, KeyboardInterrupt):
-        raise InterruptedRunError(f"interrupted; {told}") from error
+        raise InterruptedRunError(f"interrupted; {advice}") from error
     if isinstance(error, UserError):
-        raise UserError(f"{error}; {told}") from error
-    error.add_note(told)
+        raise UserError(f"{error}; {advice}") from error
+    error.add_note(advice)
 
 
-def _ways(names: str, known: list[str]) -> list[str]:
-    """Ways of the library to measure, plain `generate()` first; UserError for an unknown one."""
+def _print(results: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Prints JSON, a table that fits a terminal, or the Markdown report."""
+    from msd.bench import report
+
+    if as_json:
+        print(json.dumps(results))
+    elif sys.stdout.isatty():
+        _show(results, out, Console())
+    else:
+        print(report.markdown(results))
+
+
+def _show(results: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Prints the main figures over all tasks, at most 80 columns wide, and where the full report is."""
+    from msd.bench import report
+
+    rows = [row for row in results["rows"] if row["task"] == "all"]
+    table = terminal.table(*MAIN_FIGURES.values())
+    for row in rows:
+        table.add_row(*(report.cell(row[key]) for key in MAIN_FIGURES))
+    different = ", ".join(f"{r['method']} ({r['identical']:.0%})" for r in rows if r["identical"] not in (None, 1.0))
+    compared = "not compared" if rows[0]["identical"] is None else f"all, except {different}" if different else "all"
+    lines = (
+        report.described(results["environment"]),
+        f"{rows[0]['samples']} samples. Median: of the speedups per sample. τ: mean acceptance length.",
+        f"Answers identical to generate(): {compared}.",
+        f"Full report, by task: {f'{out}/report.md and report.html' if out else 'add --out FOLDER'}",
+    )
+    console.print(lines[0], highlight=False, markup=False)
+    console.print(table)
+    for line in lines[1:]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _baselines(names: str, known: list[str]) -> list[str]:
+    """Returns the library's methods to measure, plain `generate()` first. Raises UserError for an unknown one."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name not in known:
-            raise UserError(f"--baselines '{name}' is no way of transformers; known: {', '.join(known)}")
+            raise UserError(f"--baselines '{name}' is unknown; choose from {', '.join(known)}")
     return list(dict.fromkeys([known[0], *chosen])) if chosen else known

@@ -1,4 +1,4 @@
-"""`msd estimate`: what speculative decoding would give on a card, without the card and without the weights."""
+"""`msd estimate`: estimates the speedup of speculative decoding on a GPU, without the GPU and without weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from msd.cli.options import Json, Target, quiet
 from msd.cli.terminal import table
 
-WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}
+WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}  # bytes per weight
 
 
 def estimate(
@@ -24,11 +24,12 @@ def estimate(
         str,
         typer.Option(
             "--acceptance",
-            help="Mean acceptance length, bonus counted: 3.5; by tree size: 8=3.1,60=4.7; rates of a chain: 0.8,0.7.",
+            help="Mean acceptance length with bonus token: 3.5; by tree size: 8=3.1,60=4.7; rates by level: 0.8,0.7.",
         ),
     ] = "3.5",
     drafter: Annotated[
-        str, typer.Option("--drafter-kind", help="'levels': a pass for each level (EAGLE-2); 'block': one for all.")
+        str,
+        typer.Option("--drafter-kind", help="'levels': a pass per tree level (EAGLE-2); 'block': one pass for all."),
     ] = "levels",
     weights: Annotated[str, typer.Option("--weights", help="Of the target: 'own', 'int8' or 'int4'.")] = "own",
     prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt.")] = 64,
@@ -48,7 +49,7 @@ def estimate(
     accepted, model, device = Acceptance.parse(acceptance), sizes(target), card(gpu)
     rows = plans(model, device, accepted, work)
     if as_json:
-        print(json.dumps({"target": asdict(model), "card": asdict(device), "workload": asdict(work), "rows": rows}))
+        print(json.dumps({"target": model.as_dict(), "card": asdict(device), "workload": asdict(work), "rows": rows}))
         return
     shown = table("batch", "nodes", "τ", "prefill", "plain", "draft", "verify", "decode", "answer", "tokens/s")
     for row in rows:
@@ -58,16 +59,13 @@ def estimate(
             f"{row['speedup_decode']:.2f}x", f"{row['speedup']:.2f}x",
             f"{row['tokens_per_second']:.0f}" if row["fits"] else "too big",
         )  # fmt: skip
-    console = Console()
-    console.print(
-        f"{model.name} on {device.name}: {device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s "
-        f"({device.source})", soft_wrap=True,
-    )  # fmt: skip
-    console.print(shown)
-    console.print(
-        "prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer", soft_wrap=True
-    )
+    speed = f"{device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s ({device.source})"
+    notes = ["prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer"]
     if accepted.length is not None:
-        console.print("τ was taken to be the same for every tree size: a smaller tree accepts less.", soft_wrap=True)
-    if images and not model.eye_layers:
-        console.print("The image encoder is of a kind that is not estimated; prefill is without it.", soft_wrap=True)
+        notes.append("τ is assumed equal for all tree sizes, although a smaller tree accepts less.")
+    if images and not model.vision_layers:
+        notes.append("The vision tower is unsupported, so prefill does not include it.")
+    console = Console()
+    console.print(f"{model.name} on {device.name}: {speed}", soft_wrap=True)
+    console.print(shown)
+    console.print("\n".join(notes), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`msd inspect`: what was drafted for an answer, by modality, accepted and rejected, step by step, as a page."""
+"""`msd inspect`: writes a page of the draft trees of one answer, with accepted and rejected nodes by modality."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL.Image import Image
 
-from msd.cli import terminal
-from msd.cli.options import Drafting, Json, MaxNewTokens, Sampling, Shown, grouped, quiet, scene, share_cores
+from msd.cli.options import Drafting, Json, MaxNewTokens, PromptInputs, Sampling, grouped, load_engine, load_inputs
 from msd.errors import UserError
 from msd.system.files import check_place, write_whole
 
@@ -21,38 +20,31 @@ if TYPE_CHECKING:
 @grouped
 def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write, such as trace.html.")],
-    shown: Shown,
+    inputs: PromptInputs,
     drafting: Drafting,
     sampling: Sampling,
     max_new_tokens: MaxNewTokens = 96,
     as_json: Json = False,
 ) -> None:
-    """Answer PROMPT and write a page of the draft trees: what was tried, and what the target took."""
+    """Answer PROMPT and write a page of the draft trees: what was drafted, and what the target accepted."""
     check_place(out)
     if not out.parent.is_dir():
         raise UserError(f"cannot write '{out}': name a file in a folder that exists")
-    seen = scene(shown, drafting.target)
-    decoding = sampling.settings(max_new_tokens)
-    method = drafting.chosen(seen.target)
-    quiet()
-    share_cores()
-    from msd import SpeculativeConfig, SpeculativeVLM
+    loaded = load_inputs(inputs, drafting.target)
+    # every step drafts as much as it may, as in `msd verify`: the page does not depend on the clock
+    vlm, settings = load_engine(loaded, drafting, sampling.settings(max_new_tokens), adaptive=False)
     from msd.inspect import Trace, page
 
-    # in every step as much is drafted as may be, as by `msd verify`: the page shows the drafter, not the clock
-    config = SpeculativeConfig(label=True, backend=drafting.backend, adaptive=False)
-    with terminal.loading():
-        vlm = SpeculativeVLM.from_pretrained(seen.target, method, config, device=drafting.device)
-    asked = {**decoding, **seen.of(vlm.drafter)}
     trace = Trace()
-    answer = vlm.generate(seen.shown, shown.prompt, on_step=trace, **asked)
-    events = _events(asked["events"], f"{shown.events}: what the drafter sees beside") if "events" in asked else ""
+    answer = vlm.generate(loaded.media, inputs.prompt, on_step=trace, **settings)
+    recording = settings.get("events")
+    events = "" if recording is None else _event_frames(recording, f"{inputs.events}: seen by the drafter only")
     pictures: list[Image] = []
-    for source in seen.shown:
+    for source in loaded.media:
         pictures += getattr(source, "frames", [source])
     decode = vlm.processor.tokenizer.decode
-    gains = _gains(vlm, seen.shown, shown.prompt, answer.tokens)
-    text = page(shown.prompt, answer, trace.passes, lambda token: decode([token]), pictures, events, gains)
+    gains = _gains(vlm, loaded.media, inputs.prompt, answer.tokens)
+    text = page(inputs.prompt, answer, trace.passes, lambda token: decode([token]), pictures, events, gains)
     write_whole(out, text)
     if as_json:
         print(json.dumps({"out": str(out), "steps": len(trace.passes), **answer.as_dict()}))
@@ -60,22 +52,22 @@ def inspect(
         print(f"{answer.text.strip()}\n{out}: {len(trace.passes)} steps")
 
 
-def _events(recording: Any, title: str) -> str:
-    """HTML of a recording's frames."""
+def _event_frames(recording: Any, title: str) -> str:
+    """Returns the HTML of a recording's frames."""
     from msd.events import event_frames
     from msd.events.frames import snippet
 
-    made = event_frames(recording)
-    captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(made.counts, made.spans, strict=True)]
-    return snippet(made.images(), captions, title)
+    drawn = event_frames(recording)
+    captions = [f"{n:,} events, {a:,} to {b:,} µs" for n, (a, b) in zip(drawn.counts, drawn.spans, strict=True)]
+    return snippet(drawn.images(), captions, title)
 
 
-def _gains(vlm: SpeculativeVLM, shown: list[Any], prompt: str, tokens: list[int]) -> list[Any] | None:
-    """The image gain of every token by blocks of the one picture shown; None where that is not what is shown."""
+def _gains(vlm: SpeculativeVLM, media: list[Any], prompt: str, tokens: list[int]) -> list[Any] | None:
+    """Returns the image gain of each token by blocks of the image; None unless there is exactly one image."""
     from msd.inputs.prompts import prepare
     from msd.labels.gain import gain_of_blocks
 
-    if len(shown) != 1 or not tokens:
+    if len(media) != 1 or not tokens:
         return None
-    found = gain_of_blocks(vlm.target, prepare(vlm.processor, [shown], [prompt]), tokens)
-    return None if found is None else found.tolist()
+    gains = gain_of_blocks(vlm.target, prepare(vlm.processor, [media], [prompt]), tokens)
+    return None if gains is None else gains.tolist()

@@ -1,6 +1,6 @@
-"""Every option that commands share, declared once, in groups that a command takes as one parameter each.
+"""Declares every option that commands share, once, in groups that a command takes as one parameter each.
 
-A group is a frozen dataclass whose fields are options; `grouped` turns a function of groups into one that typer reads.
+A group is a frozen dataclass whose fields are options. `grouped` turns a function of groups into a typer command.
 """
 
 from __future__ import annotations
@@ -16,97 +16,50 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from msd.cli import terminal
 from msd.errors import UserError
 from msd.system.files import as_text
+from msd.system.machine import share_cores
 
 if TYPE_CHECKING:
-    from msd.drafters import Drafter as DrafterObject
+    from msd import SpeculativeVLM
+    from msd.drafters import Drafter
     from msd.events import Recording
     from msd.inputs.media import Clip
 
 Target = Annotated[
-    str, typer.Option("--target", help="'reference', 'reference-video' (of clips), a checkpoint folder, or a hub id.")
+    str,
+    typer.Option("--target", help="'reference', 'reference-video' (for clips), a checkpoint folder, or a hub id."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Data lines (jsonl); the bundled photos by default.")]
 Images = Annotated[
-    Path | None, typer.Option("--images", help="Folder of the data's images; the data's own by default.")
+    Path | None, typer.Option("--images", help="Folder of the images; by default that of the data file.")
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer.")]
 DrafterFolder = Annotated[
     Path | None,
-    typer.Option(
-        "--drafter", help="Folder of a trained drafter, used as the method it is of: 'msd', a rival or 'eventgpt'."
-    ),
-]
-Verifier = Annotated[
-    str,
-    typer.Option(
-        "--verifier", help="'lossless', or the lossy 'threshold' or 'budget' (docs/modality_verification.md)."
-    ),
-]
-Epsilon = Annotated[
-    float, typer.Option("--epsilon", min=0.0, max=1.0, help="Mean total variation per token that 'budget' may spend.")
-]
-Thresholds = Annotated[
-    list[str] | None,
-    typer.Option("--threshold", help="NAME=θ of a modality, for 'threshold' and 'budget'; repeatable."),
+    typer.Option("--drafter", help="Folder of a trained drafter; it determines the method unless --method does."),
 ]
 Backend = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="Target passes: 'plain', by the model's own code; 'fused'; 'measure': the faster; 'bf16': rounded, lossy.",
+        help="Target passes: 'plain' (the model's code), 'fused', 'measure' (the faster of both), or 'bf16' (lossy).",
     ),
 ]
 Device = Annotated[
-    str | None,
-    typer.Option("--device", help="Where the model runs, as torch calls it: 'cpu' (default), 'cuda', 'cuda:1'."),
+    str | None, typer.Option("--device", help="Torch device of the model: 'cpu' (default), 'cuda', 'cuda:1'.")
 ]
 Method = Annotated[
-    str | None,
-    typer.Option("--method", help="How to draft: a method's name; by default what was trained for the target."),
+    str | None, typer.Option("--method", help="Drafting method; by default the drafter trained for the target.")
 ]
 Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
-ImageFiles = Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")]
-VideoFiles = Annotated[
-    list[Path] | None, typer.Option("--video", help="A video file, shown after the images; repeatable.")
-]
-Frames = Annotated[
-    int | None,
-    typer.Option(
-        "--frames", min=1,
-        help="Frames of a video, spread evenly over its time, or of a recording; 8, and 4 for 'reference-video'.",
-    ),
-]  # fmt: skip
-AudioFiles = Annotated[
-    list[Path] | None, typer.Option("--audio", help="A sound file, for models that hear; repeatable.")
-]
-EventFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--events",
-        help="An event camera's recording, for drafters that see it; alone, the target is shown frames drawn from it.",
-    ),
-]
-AskedTarget = Annotated[
-    str | None,
-    typer.Option(
-        "--target",
-        help="'reference' (default), 'reference-video' (default with --events), a checkpoint folder, or a hub id.",
-    ),
-]
-Ask = Annotated[str, typer.Option("--prompt", "-p", callback=as_text, help="What to ask.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")]
-TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0)]
-TopK = Annotated[int | None, typer.Option("--top-k", min=1)]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A target, and how its passes are computed."""
+    """A target, and the backend and device of its passes."""
 
     target: Target = "reference"
     backend: Backend = "measure"
@@ -114,114 +67,144 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Data lines, or some of them."""
+class DataLines:
+    """A data file, or its first lines."""
 
-    data: Data = None
+    data: Annotated[Path | None, typer.Option("--data", help="Data file (jsonl); by default the bundled one.")] = None
     images: Images = None
-    limit: Limit = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N data lines.")] = None
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What an answer is about."""
+class PromptInputs:
+    """A prompt and the files it refers to."""
 
-    images: ImageFiles = None
-    video: VideoFiles = None
-    frames: Frames = None
-    events: EventFile = None
-    prompt: Ask = ""
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, in reading order.")] = (
+        None
+    )
+    video: Annotated[
+        list[Path] | None, typer.Option("--video", help="A video file, placed after the images; repeatable.")
+    ] = None
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames", min=1, help="Evenly spaced frames of a video or recording; 8, or 4 for 'reference-video'."
+        ),
+    ] = None
+    events: Annotated[
+        Path | None,
+        typer.Option(
+            "--events",
+            help="An event camera's recording, for drafters that read events; alone, the target gets frames of it.",
+        ),
+    ] = None
+    prompt: Annotated[str, typer.Option("--prompt", "-p", callback=as_text, help="The question.")] = ""
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """Who answers, and how it drafts."""
+    """A target and a drafting method."""
 
-    target: AskedTarget = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="'reference' (default), 'reference-video' (default with --events), a checkpoint folder, or a hub id.",
+        ),
+    ] = None
     method: Method = None
     drafter: DrafterFolder = None
     backend: Backend = "measure"
     device: Device = None
 
-    def chosen(self, target: str) -> str | None:
-        """The method's name, None for the target's own; UserError for an unknown one."""
+    def method_name(self, target: str) -> str | None:
+        """Returns the method's name, None for the default of the target. Raises UserError for an unknown one."""
         trained = use_drafter(self.drafter)
         method = trained if self.method is None else self.method
         if method is not None:
-            chosen_methods(method, target)
+            method_names(method, target)
         return method
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; greedy at temperature 0."""
+    """Sampling options; greedy decoding at temperature 0."""
 
     temperature: Temperature = 0.0
-    top_p: TopP = None
-    top_k: TopK = None
-    seed: Seed = None
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the fewest tokens with this total probability."),
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Sample from the K most probable tokens.")] = None
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling reproducible.")] = None
 
     def settings(self, max_new_tokens: int) -> dict[str, Any]:
-        """Arguments of `SpeculativeVLM.generate`; UserError for what only sampling has."""
+        """Returns arguments of `SpeculativeVLM.generate`. Raises UserError for sampling options at temperature 0."""
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
             name = "--top-k" if self.top_p is None else "--top-p"
-            raise UserError(f"{name} limits what is sampled, and at --temperature 0 nothing is; raise the temperature")
+            raise UserError(f"{name} has no effect on greedy decoding; set --temperature above 0")
         if self.temperature > 0:
             sampling = {
                 "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k
             }  # fmt: skip
-        given = {**sampling, "max_new_tokens": max_new_tokens, "seed": self.seed}
-        return {name: value for name, value in given.items() if value is not None or name == "seed"}
+        settings = {**sampling, "max_new_tokens": max_new_tokens, "seed": self.seed}
+        return {name: value for name, value in settings.items() if value is not None or name == "seed"}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which drafts are accepted."""
+    """The verification policy."""
 
-    verifier: Verifier = "lossless"
-    epsilon: Epsilon = 0.0
-    threshold: Thresholds = None
+    verifier: Annotated[
+        str,
+        typer.Option(
+            "--verifier", help="'lossless', or the lossy 'threshold' or 'budget' (docs/modality_verification.md)."
+        ),
+    ] = "lossless"
+    epsilon: Annotated[
+        float,
+        typer.Option("--epsilon", min=0.0, max=1.0, help="Mean total variation per token that 'budget' may spend."),
+    ] = 0.0
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option("--threshold", help="NAME=θ of a modality, for 'threshold' and 'budget'; repeatable."),
+    ] = None
 
     def checked(self) -> dict[str, Any]:
-        """The verification fields of a `SpeculativeConfig`; UserError for what no policy takes."""
+        """Returns the verification fields of a `SpeculativeConfig`. Raises UserError for invalid ones."""
         from msd import verify
 
-        table: dict[str, float] = {}
+        thresholds: dict[str, float] = {}
         for entry in self.threshold or ():
             name, _, number = entry.partition("=")
-            if name in table:
+            if name in thresholds:
                 raise UserError(f"--threshold '{name}' is given twice; give it once")
             try:
-                table[name] = float(number)
+                thresholds[name] = float(number)
             except ValueError as error:
                 raise UserError(f"--threshold '{entry}' is not NAME=NUMBER, as in vision=0.6") from error
-        verify.create(self.verifier, table, self.epsilon)
-        return {"verifier": self.verifier, "thresholds": table, "epsilon": self.epsilon}
+        verify.create(self.verifier, thresholds, self.epsilon)
+        return {"verifier": self.verifier, "thresholds": thresholds, "epsilon": self.epsilon}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer takes it: parameters that are groups are replaced by their fields."""
-    hints, parameters = get_type_hints(command, include_extras=True), []
-    groups: dict[str, tuple[type, list[str]]] = {}
+    """Returns `command` as a function for typer: each parameter that is a group is replaced by its fields."""
+    keyword, hints = inspect.Parameter.KEYWORD_ONLY, get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
+    parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
-        kind = hints[name]
-        if not is_dataclass(kind):
-            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=keyword))
             continue
-        assert isinstance(kind, type)
-        options = get_type_hints(kind, include_extras=True)
-        groups[name] = kind, [field.name for field in fields(kind)]
-        for field in fields(kind):
+        options = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
             default = inspect.Parameter.empty if field.default is MISSING else field.default
-            option = options[field.name]
-            parameters.append(
-                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
-            )
+            parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=options[field.name]))
 
-    def run(**given: Any) -> None:
-        taken = {name: kind(**{field: given.pop(field) for field in own}) for name, (kind, own) in groups.items()}
-        command(**taken, **given)
+    def run(**values: Any) -> None:
+        arguments = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        command(**arguments, **values)
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -230,67 +213,89 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is looked at. target: a name. shown: to the target, loaded, in reading order.
+class LoadedInputs:
+    """The loaded files of a prompt.
 
-    recording: of an event camera, if there is one. drawn: whether what is shown are frames drawn from its events.
+    target: name of the target. media: images, videos and sounds for the target, in reading order. recording: an event
+    camera's, if given. from_events: whether `media` is a clip of frames drawn from the recording.
     """
 
     target: str
-    shown: list[Any]
+    media: list[Any]
     recording: Recording | None = None
-    drawn: bool = False
+    from_events: bool = False
 
-    def of(self, drafter: DrafterObject) -> dict[str, Any]:
-        """The argument `events` of `SpeculativeVLM.generate`: left out where only the target sees the recording."""
-        from msd.drafters import recordings
+    def arguments(self, drafter: Drafter) -> dict[str, Any]:
+        """Returns the argument `events` of `SpeculativeVLM.generate`; nothing if only the target uses the recording."""
+        from msd.drafters import auxiliary
 
-        hidden = self.recording is None or (self.drawn and recordings.encoder(drafter) is None)
-        return {} if hidden else {"events": self.recording}
+        unused = self.recording is None or (self.from_events and auxiliary.encoder(drafter, "events") is None)
+        return {} if unused else {"events": self.recording}
 
-    def told(self, drafter: DrafterObject) -> str:
-        """Who saw what of a recording whose frames were drawn, in a line."""
-        also = "the drafter the events themselves" if self.of(drafter) else f"'{drafter.name}' sees no events"
-        return f"the target saw {len(self.shown[0].frames)} frames drawn from the events; {also}"
+    def description(self, drafter: Drafter) -> str:
+        """Returns one line on how target and drafter use a recording whose frames were drawn."""
+        use = "the drafter the events themselves" if self.arguments(drafter) else f"'{drafter.name}' sees no events"
+        return f"the target saw {len(self.media[0].frames)} frames drawn from the events; {use}"
 
 
-def scene(asked: Shown, target: str | None, sounds: list[Path] | None = None) -> Scene:
-    """What the options name, loaded: bad input fails before any model loads. Events alone are shown as frames."""
+def load_inputs(inputs: PromptInputs, target: str | None, sounds: list[Path] | None = None) -> LoadedInputs:
+    """Loads the files of a prompt before any model. Events without other media become a clip of frames.
+
+    Raises UserError for an unreadable file or an invalid prompt.
+    """
     from msd.inputs import prompts
     from msd.inputs.media import CLIP_FRAMES, FRAMES, Audio, Video
 
-    target = ("reference" if asked.events is None else "reference-video") if target is None else target
-    if asked.frames is not None and not asked.video and (asked.events is None or asked.images or sounds):
-        raise UserError("--frames is for a --video, or for a recording shown alone; leave it out")
-    frames = asked.frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
-    heard = [Audio(path) for path in sounds or ()]
-    sources = [*(asked.images or ()), *(Video(path, frames) for path in asked.video or ()), *heard]
-    loaded = [prompts.load(source) for source in sources]
-    for sound in heard:
+    target = ("reference" if inputs.events is None else "reference-video") if target is None else target
+    if inputs.frames is not None and not inputs.video and (inputs.events is None or inputs.images or sounds):
+        raise UserError("--frames is for a --video, or for --events without other media; leave it out")
+    frames = inputs.frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
+    audio = [Audio(path) for path in sounds or ()]
+    sources = [*(inputs.images or ()), *(Video(path, frames) for path in inputs.video or ()), *audio]
+    media = [prompts.load(source) for source in sources]
+    for sound in audio:
         sound.load()
-    prompts.check_text(asked.prompt)
-    if asked.events is None:
-        return Scene(target, loaded)
+    prompts.check_text(inputs.prompt)
+    if inputs.events is None:
+        return LoadedInputs(target, media)
     from msd.events import open_chunks
 
-    recording = open_chunks(asked.events)
-    return Scene(target, loaded or [drawn(recording, frames)], recording, not loaded)
+    recording = open_chunks(inputs.events)
+    return LoadedInputs(target, media or [event_clip(recording, frames)], recording, not media)
 
 
-def drawn(recording: Recording, frames: int) -> Clip:
-    """`frames` of equally many events each, as a video; UserError where there are none to draw."""
+def event_clip(recording: Recording, frames: int) -> Clip:
+    """Draws a recording as a clip of `frames` frames with equally many events. Raises UserError without events."""
     from msd.events import event_frames
     from msd.inputs.media import Clip
 
-    made = event_frames(recording, frames)
-    if not made.counts.any():
-        raise UserError(f"'{recording.path}' holds no events; there is nothing to look at")
-    seconds = (made.spans.max() - made.spans[made.counts > 0].min()) / 1e6
-    return Clip(tuple(made.images()), tuple(range(frames)), frames, frames / seconds if seconds else 1.0)
+    drawn = event_frames(recording, frames)
+    if not drawn.counts.any():
+        raise UserError(f"'{recording.path}' holds no events; give a recording with events")
+    seconds = (drawn.spans.max() - drawn.spans[drawn.counts > 0].min()) / 1e6
+    return Clip(tuple(drawn.images()), tuple(range(frames)), frames, frames / seconds if seconds else 1.0)
+
+
+def load_engine(
+    inputs: LoadedInputs, drafting: Drafting, settings: dict[str, Any], **config: Any
+) -> tuple[SpeculativeVLM, dict[str, Any]]:
+    """Returns the engine for one prompt, and `settings` with the inputs for its drafter.
+
+    config: fields of `SpeculativeConfig`.
+    """
+    method = drafting.method_name(inputs.target)
+    quiet()
+    share_cores()
+    from msd import SpeculativeConfig, SpeculativeVLM
+
+    speculative = SpeculativeConfig(label=True, backend=drafting.backend, **config)
+    with terminal.loading():
+        vlm = SpeculativeVLM.from_pretrained(inputs.target, method, speculative, device=drafting.device)
+    return vlm, {**settings, **inputs.arguments(vlm.drafter)}
 
 
 def use_drafter(folder: Path | None) -> str | None:
-    """Makes the drafter of a `--drafter` folder a method and names it; UserError when there is none."""
+    """Registers the drafter in a `--drafter` folder as a method, and returns its name. Raises UserError for none."""
     if folder is None:
         return None
     from msd import drafters
@@ -299,7 +304,7 @@ def use_drafter(folder: Path | None) -> str | None:
 
 
 def quiet() -> None:
-    """Silences the libraries' progress bars and warnings, which are not for users of a command line."""
+    """Silences progress bars and warnings of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as library
 
@@ -309,17 +314,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def share_cores() -> None:
-    """Passes use fewer threads while other processes keep the cores busy; not for commands that time anything."""
-    from msd.system import machine
+def method_names(names: str, target: str, greedy: bool = False) -> list[str]:
+    """Parses a `--method` value; "all" means all methods for that target. Raises UserError for an unknown method.
 
-    machine.share_cores()
-
-
-def chosen_methods(names: str, target: str, greedy: bool = False) -> list[str]:
-    """Method names of a `--method` value, "all" being all for that target; UserError for an unknown one.
-
-    greedy: all but those that sample their drafts, since without sampling they draft as their other form does.
+    greedy: "all" leaves out methods that sample their drafts, which equal their deterministic forms at temperature 0.
     """
     from msd import drafters
 

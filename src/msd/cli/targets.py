@@ -1,4 +1,4 @@
-"""`msd targets`: the architectures that a target may have, and what is tested of each."""
+"""`msd targets`: lists the supported architectures, and what is tested for each."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from msd.cli.terminal import table
 
 # by tests/targets, for every family, on tiny random models in float32
 TESTED = (
-    "greedy and same-seed tokens identical with generate(): one, two, no image; video, or its frames; batch of 3",
-    "scores of trees, and of answers in training, those of each path alone (1e-4)",
-    "other pictures or sounds, other answers; video and sound files by the front door",
-    "turns of a chat: only new rows computed, answers those of fresh requests",
-    "a drafter trained, saved, loaded and used",
+    "greedy and same-seed tokens equal those of generate(): one, two, no image; video or its frames; batch of 3",
+    "scores of a tree, and of training answers, equal those of each path alone (within 1e-4)",
+    "other images or sounds change the answer; video and sound files work in `generate`",
+    "turns of a chat: only new tokens are computed, answers equal those of fresh requests",
+    "a drafter is trained, saved, loaded and used",
 )
 
 
 def targets(as_json: Json = False) -> None:
-    """List the supported architectures, what their prompts take, and what is tested."""
+    """List the supported architectures, their kinds of input, and what is tested."""
     quiet()
     from msd.targets import families
 
-    found = families()
+    supported = families()
     if as_json:
         rows = [
             {
@@ -37,12 +37,12 @@ def targets(as_json: Json = False) -> None:
                 "note": family.note,
                 "tested": list(TESTED),
             }
-            for name, family in found.items()
+            for name, family in supported.items()
         ]
         print(json.dumps({"targets": rows}))
         return
     shown = table("architecture", "models", "takes", "processor\nneeds", "note", wrapped=("note",))
-    for name, family in found.items():
+    for name, family in supported.items():
         shown.add_row(name, family.models, ", ".join(family.modalities), ", ".join(family.packages), family.note)
     console = Console()
     console.print(shown)

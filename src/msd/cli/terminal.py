@@ -1,4 +1,4 @@
-"""Output on terminals and in pipes of any width and encoding: what cannot be written as it is, is spelled out."""
+"""Output on terminals and pipes of any width and encoding: spells out characters that the encoding lacks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SPELLED = {
 
 
 def any_encoding() -> None:
-    """Has stdout and stderr spell out what their encoding lacks, such as "tau" for τ, instead of raising."""
+    """Makes stdout and stderr spell out what their encoding lacks, such as "tau" for τ, instead of raising."""
     codecs.register_error("msd.spelled", _spelled)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None, or anything, where a program has put its own
+        if isinstance(stream, io.TextIOWrapper):  # it is None, or another class, if a program has replaced it
             stream.reconfigure(errors="msd.spelled")
 
 
@@ -36,7 +36,7 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def _spell(character: str) -> str:
-    """In ASCII: a few signs by their looks, Greek letters by their names, others by their numbers."""
+    """Returns ASCII: a similar sign from `SPELLED`, the name of a Greek letter, or else the character's number."""
     if character in SPELLED:
         return SPELLED[character]
     kind, _, letter = unicodedata.name(character, "").partition(" LETTER ")
@@ -46,34 +46,33 @@ def _spell(character: str) -> str:
 
 
 def flush() -> None:
-    """Writes out what is still held back, so that an error in it is met here and not at the interpreter's end."""
+    """Flushes stdout and stderr, so that an error occurs here and not when the interpreter exits."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
 
 
 def give_up_output() -> None:
-    """Has nothing more written to stdout, whose reader is gone or whose disk is full."""
-    with suppress(AttributeError, OSError, ValueError):  # a stdout that is no file of the system
+    """Redirects stdout to the null device, after its reader has left or its disk is full."""
+    with suppress(AttributeError, OSError, ValueError):  # stdout is not a file of the system
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def status(text: str) -> Status:
-    """A spinner on stderr beside `text`, while its block runs; without a terminal nothing is shown."""
+    """Returns a spinner with a text for stderr, to be used in a `with` block; shows nothing without a terminal."""
     console = Console(file=sys.stderr)
     return console.status(text, spinner="dots" if console.encoding.startswith("utf") else "line")
 
 
 def loading() -> Status:
-    """The spinner while a model loads; an embedded one is put together when it is first used."""
-    return status("loading the model (an embedded one is put together once, half a minute)…")
+    """Returns the spinner for loading a model."""
+    return status("loading the model (an embedded one is assembled at first use, half a minute)…")
 
 
 def table(*heads: str, wrapped: Sequence[str] = ()) -> Table:
-    """An empty table that fits 80 columns with every cell whole.
+    """Returns an empty table that fits 80 columns without cutting a cell.
 
-    heads: of the columns, with line breaks where they may be broken; a name or number never is. wrapped: heads of the
-    columns whose text may take several lines.
+    heads: column heads; they break only at the line breaks given. wrapped: heads of the columns whose text may wrap.
     """
     columns = [Column(head, no_wrap=head not in wrapped, overflow="fold") for head in heads]
     return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

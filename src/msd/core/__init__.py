@@ -1,1 +1,1 @@
-"""The nouns of the loop: layout, cache, tree, sampling, statistics, modality. Nothing here knows of models."""
+"""Core types of the decoding loop: layout, cache, tree, sampling, statistics, modality. No model-specific code."""

@@ -1,9 +1,8 @@
-"""Layout: what stands where. Token ids, modalities, rotary positions and cache slots are four different things.
+"""The token layout of a batch: token ids, modalities and rotary positions by column.
 
-Rows are left-padded to a common column count, as `transformers` processors give them; a token's cache slot is its
-column, whatever its rotary position is. Two numbers per row bound what is real: `start`, the first column after the
-padding, and `end`, one past the newest token. The newest token is not in the key/value cache yet.
-This module knows nothing of models or trees.
+Rows are left-padded to a common number of columns, as `transformers` processors pad them. A token's cache slot is its
+column, which can differ from its rotary position. For each row, `start` is the first column after the padding and `end`
+is one past the newest token. The newest token is not in the key/value cache yet.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from msd.errors import UserError
 
 @dataclass
 class Layout:
-    """The text so far of a batch of B requests, with room for C columns.
+    """The tokens of a batch of B requests, with capacity for C columns.
 
-    tokens:    [B, C] int64; padding columns hold the row's first real token, so that penalties see no foreign token.
-    modality:  [B, C] int64 ids of `msd.core.modality`.
-    positions: [A, B, C] int64; A rotary axes (1, or 3 for M-RoPE).
-    start:     B host integers, first real column (also the first valid cache slot).
-    end:       B host integers, one past the newest token.
+    tokens:    [B, C] int64. Padding columns repeat the row's first token, so that penalties see no other token.
+    modality:  [B, C] int64, ids of `msd.core.modality`.
+    positions: [A, B, C] int64, for A rotary axes (1, or 3 for M-RoPE).
+    start:     B ints, the first column after the padding (also the first valid cache slot).
+    end:       B ints, one past the newest token.
     """
 
     tokens: Tensor
@@ -43,10 +42,11 @@ class Layout:
         position_ids: Tensor | None = None,
         placeholders: dict[int, int] | None = None,
     ) -> Layout:
-        """Lays out a prompt.
+        """Builds the layout of a prompt.
 
-        input_ids [B, L] int64, attention_mask [B, L] of 0/1 (left padding only), position_ids [L], [B, L] or [A, B, L],
-        placeholders: placeholder token id -> modality id (the rest is language). UserError on any other padding.
+        input_ids: [B, L] int64. attention_mask: [B, L] of 0 and 1. position_ids: [L], [B, L] or [A, B, L].
+        placeholders: placeholder token id -> modality id; all other tokens are language. Raises UserError unless the
+        padding is on the left.
         """
         B, L = input_ids.shape
         if attention_mask is not None and not _is_left_padded(attention_mask):
@@ -82,36 +82,37 @@ class Layout:
         return self.tokens[torch.arange(self.batch), [e - 1 for e in self.end]]
 
     def next_positions(self, depths: Tensor, among: list[int] | None = None) -> Tensor:
-        """Rotary positions of nodes `depths` [R, N] below the newest token (depth 0) of the rows `among`: [A, R, N].
+        """Rotary positions of the tree nodes of rows `among` (default: all), [A, R, N].
 
-        Text continues every axis from the newest token, also under M-RoPE (Qwen2-VL, section 2.1).
+        depths: [R, N], the depth of each node; the newest token has depth 0. Text increases the position on every axis
+        by one per token, also under M-RoPE (Qwen2-VL, section 2.1).
         """
         rows = list(range(self.batch)) if among is None else among
         newest = self.positions[:, rows, [self.end[row] - 1 for row in rows]]  # [A, R]
         return newest[:, :, None] + depths[None]
 
-    def line(self) -> Tensor:
-        """Positions on one axis for whoever has only one, such as a drafter: [B, C].
+    def positions_1d(self) -> Tensor:
+        """Positions on a single axis, [B, C], for modules without M-RoPE, such as drafters.
 
-        Text stands at the same place on every axis, which is its place here; a picture's token under M-RoPE stands at
-        the furthest of its three, so that an image ends right before the text that follows it.
+        A text token has the same position on every axis. An image token under M-RoPE gets the largest of its three
+        positions, so that the last image token directly precedes the text after it.
         """
         return self.positions.amax(0) if len(self.positions) > 1 else self.positions[0]
 
     def append(self, row: int, tokens: list[int]) -> None:
-        """Emits text `tokens` to `row`."""
-        at, n = self.end[row], len(tokens)
-        self.tokens[row, at : at + n] = torch.tensor(tokens, device=self.tokens.device)
+        """Appends text `tokens` to `row`."""
+        end, n = self.end[row], len(tokens)
+        self.tokens[row, end : end + n] = torch.tensor(tokens, device=self.tokens.device)
         step = torch.arange(1, n + 1, device=self.tokens.device)
-        self.positions[:, row, at : at + n] = self.positions[:, row, at - 1, None] + step
-        self.end[row] = at + n
+        self.positions[:, row, end : end + n] = self.positions[:, row, end - 1, None] + step
+        self.end[row] = end + n
 
     def history(self, row: int) -> Tensor:
-        """All columns of `row` up to its newest token, padding included (so lengths are the prompt's own): [end]."""
+        """All tokens of `row` up to the newest one, with the padding: [end]."""
         return self.tokens[row, : self.end[row]]
 
 
 def _is_left_padded(attention_mask: Tensor) -> bool:
-    """Whether every row of the mask [B, L] is zeros, if any, then ones, and at least one."""
-    seen = attention_mask.bool()
-    return bool(seen[:, -1].all() & (seen[:, 1:] >= seen[:, :-1]).all())
+    """Whether every row of the mask [B, L] is zero or more zeros followed by at least one 1."""
+    mask = attention_mask.bool()
+    return bool(mask[:, -1].all() & (mask[:, 1:] >= mask[:, :-1]).all())

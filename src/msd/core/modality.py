@@ -1,8 +1,7 @@
-"""The open registry of modalities: what a position holds, and how boldly drafts there may be verified.
+"""The registry of modalities, with a default acceptance threshold for each.
 
-Prompt positions carry the modality of what they hold (text is *language*, an image placeholder is *vision*). Output
-positions carry the modality a router predicts for them. Both use the same ids, so a tensor of modalities is int64.
-This module knows nothing of models, trees or verification; a new modality is one `register` call in any file.
+A prompt position has the modality of its token: text is *language*, an image placeholder is *vision*. An output
+position has the modality that a router predicts. Both use the same int64 ids. `register` adds a modality.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from msd.errors import UserError
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of token. `id` is its value in modality tensors; `threshold` is θ of the `threshold` verifier."""
+    """One modality. id: its value in modality tensors. threshold: θ of the `threshold` verifier."""
 
     name: str
     id: int
@@ -25,7 +24,7 @@ _REGISTRY: dict[str, Modality] = {}
 
 
 def register(name: str, threshold: float) -> Modality:
-    """Adds a modality, or returns the registered one when `name` and `threshold` agree. θ is in [0, 1]."""
+    """Adds a modality, or returns the one registered with the same name and threshold. θ is in [0, 1]."""
     if name in _REGISTRY:
         if _REGISTRY[name].threshold != threshold:
             raise UserError(
@@ -39,7 +38,7 @@ def register(name: str, threshold: float) -> Modality:
 
 
 def get(name: str) -> Modality:
-    """The modality called `name`; UserError names the known ones."""
+    """The modality called `name`; raises UserError for an unknown name."""
     if name not in _REGISTRY:
         raise UserError(f"unknown modality '{name}'; known: {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
@@ -53,8 +52,5 @@ def known() -> tuple[Modality, ...]:
 LANGUAGE = register("language", 0.4)
 VISION = register("vision", 0.6)
 FUSION = register("fusion", 0.5)
-EVENT_SPARSE = register("event_sparse", 0.35)
-EVENT_DENSE = register("event_dense", 0.5)
-VIDEO_REASONING = register("video_reasoning", 0.65)
 AUDIO = register("audio", 0.5)
 DEPTH = register("depth", 0.5)

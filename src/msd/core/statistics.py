@@ -1,4 +1,4 @@
-"""What happened in a generation: counts under vLLM's names, and where the time went."""
+"""Statistics of a generation: token counts under vLLM's names, and wall time by part."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from msd.core.tree import Accepted, DraftTree, Step
 
 
 class RowStep(NamedTuple):
-    """One row's step in numbers. first: index in the row's answer of the token below the root, the first drafted one.
+    """One step of one row.
 
-    levels: depth of the row's tree. accepted: drafts accepted, so that answer tokens first … first + accepted - 1 were.
+    first: the index, in the row's answer, of the first token that the step emitted. levels: the depth of the row's
+    tree. accepted: the number of accepted drafts; they are the answer tokens first … first + accepted - 1.
     """
 
     row: int
@@ -29,22 +30,20 @@ class RowStep(NamedTuple):
 
 @dataclass
 class Statistics:
-    """Counts over all rows of a generation. A *step* is one target pass over one row's tree, prefill left out."""
+    """Counts over all rows of a generation. A *step* is one target pass over one row's tree, without prefill."""
 
-    num_prefill_rows: int = 0  # columns of the prompts that the target computed, those of an earlier turn left out
+    num_prefill_rows: int = 0  # prompt columns that the target computed, without those cached from earlier turns
     num_spec_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
-    num_emitted_tokens: int = 0  # in steps, so without the first token, which prefill gives
+    num_emitted_tokens: int = 0  # without the first token of each answer, which prefill emits
     acceptance_histogram: Counter[int] = field(default_factory=Counter)  # accepted drafts in a step -> steps
-    # prefill, draft, verify, host, total; beside, beside_overlap, beside_wait where there was any (`drafters.overlap`)
+    # prefill, draft, verify (target passes), host, total; for auxiliary tokens see `msd.drafters.overlap`
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    steps: list[RowStep] = field(default_factory=list)  # of this generation alone: `add` leaves them out
-    divergence: dict[str, tuple[int, float]] = field(
-        default_factory=dict
-    )  # modality -> (tokens, Σ TV), if not lossless
-    predicted: dict[int, list[str]] = field(default_factory=dict)  # row -> routed class of each token emitted in steps
-    _answered: Counter[int] = field(default_factory=Counter)  # row -> tokens emitted in steps
+    steps: list[RowStep] = field(default_factory=list)  # `add` does not merge them
+    divergence: dict[str, tuple[int, float]] = field(default_factory=dict)  # modality -> (tokens, Σ TV), if lossy
+    predicted: dict[int, list[str]] = field(default_factory=dict)  # row -> predicted modality of each token of a step
+    _emitted: Counter[int] = field(default_factory=Counter)  # row -> tokens emitted in steps
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -58,19 +57,19 @@ class Statistics:
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Accepted share of all drafted nodes."""
+        """Share of the drafted nodes that were accepted."""
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     def read(self, step: Step) -> None:
-        """Adds all that a step tells; of the one after prefill, the seconds that the draft's beginning took."""
+        """Adds one step. The prefill step adds only the seconds of the drafter's `begin`."""
         self.seconds["draft"] += step.draft_seconds
-        self.seconds["verify"] += step.verify_seconds
+        self.seconds["verify"] += step.score_seconds
         if not step.prefill:
             self.count(step.tree, step.accepted)
             self.label(step.accepted)
 
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
-        """Adds one step of every row that took part in it, and had not finished before."""
+        """Adds the counts of one step, for each row that was unfinished before it."""
         drafted, levels = torch.stack([tree.valid.sum(1) - 1, (tree.depths * tree.valid).amax(1)]).tolist()
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens and row not in accepted.padded:
@@ -79,8 +78,8 @@ class Statistics:
                 self.num_accepted_draft_tokens += len(nodes)
                 self.num_emitted_tokens += len(tokens)
                 self.acceptance_histogram[len(nodes)] += 1
-                self.steps.append(RowStep(row, 1 + self._answered[row], levels[row], len(nodes)))
-                self._answered[row] += len(tokens)
+                self.steps.append(RowStep(row, 1 + self._emitted[row], levels[row], len(nodes)))
+                self._emitted[row] += len(tokens)
         if accepted.divergence is not None and accepted.modality is not None:
             kinds_by_id = known()
             for row, (kinds, spent) in enumerate(zip(accepted.modality, accepted.divergence, strict=True)):
@@ -90,19 +89,19 @@ class Statistics:
                     self._spend(kinds_by_id[kind].name, 1, total_variation)
 
     def label(self, accepted: Accepted) -> None:
-        """Notes the router's classes of what a step emitted, where it had any."""
+        """Adds the predicted modality of each emitted token, if there is a router."""
         kinds_by_id = known()
         for row, kinds in enumerate(accepted.modality or ()):
             if row not in accepted.padded:
                 self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
 
     def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
-        """Adds to the account of a modality."""
+        """Adds `tokens` tokens with a summed total variation to the count of a modality."""
         n, total = self.divergence.get(modality, (0, 0.0))
         self.divergence[modality] = (n + tokens, total + total_variation)
 
     def add(self, other: Statistics) -> None:
-        """Adds another generation's counts and times."""
+        """Adds the counts and times of another generation."""
         self.num_prefill_rows += other.num_prefill_rows
         self.num_spec_steps += other.num_spec_steps
         self.num_draft_tokens += other.num_draft_tokens
@@ -115,18 +114,19 @@ class Statistics:
             self._spend(modality, tokens, total_variation)
 
     def _divergence(self) -> dict[str, Any] | None:
-        """Total variation from the target's law: its mean per token, and its sum, which bounds that of all of them.
+        """Total variation distance from the target's distribution; None for a lossless policy.
 
-        None when the verification policy is lossless. The prefill's token, always exact, is left out.
+        "per_token" is the mean, "total" the sum, which bounds the distance of the whole answer. The first token of an
+        answer, which prefill emits, is exact and not counted.
         """
         if not self.divergence:
             return None
 
-        def account(tokens: int, total: float) -> dict[str, float]:
+        def summary(tokens: int, total: float) -> dict[str, float]:
             return {"tokens": tokens, "per_token": total / tokens, "total": total}
 
-        every = account(sum(n for n, _ in self.divergence.values()), sum(tv for _, tv in self.divergence.values()))
-        return {**every, "by_modality": {name: account(*of) for name, of in sorted(self.divergence.items())}}
+        overall = summary(sum(n for n, _ in self.divergence.values()), sum(tv for _, tv in self.divergence.values()))
+        return {**overall, "by_modality": {name: summary(*v) for name, v in sorted(self.divergence.items())}}
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -138,12 +138,12 @@ class Statistics:
             self.seconds[part] += time.perf_counter() - begin
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, vLLM's names."""
+        """JSON-ready, under vLLM's names."""
         return {
             "mean_acceptance_length": self.mean_acceptance_length,
             "tau_without_bonus": self.tau_without_bonus,
             "draft_acceptance_rate": self.draft_acceptance_rate,
-            "acceptance_by_modality": None,  # `msd bench` labels answer tokens; see `bench.modal`
+            "acceptance_by_modality": None,  # filled by `msd bench`, which labels answer tokens
             "divergence": self._divergence(),
             "acceptance_histogram": {str(k): v for k, v in sorted(self.acceptance_histogram.items())},
             "num_prefill_rows": self.num_prefill_rows,

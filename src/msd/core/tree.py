@@ -1,14 +1,16 @@
-"""DraftTree: the proposed continuations of the newest token, and what the target said of them.
+"""DraftTree: the drafted continuations of the newest token. Scores, Accepted, Step: the results of verifying it.
 
-Node 0 is the root, the newest emitted token; every other node is a drafted token below its parent, parents first.
-A parent tries its children as *ordered trials*. A deterministic trial (top-k, prompt lookup) is there whatever the
-target says; a sampled trial was drawn from a law q, kept whole because verification needs it. Deterministic trials come
-first, and the same token from two sources is two trials on one node. See docs/verification.md.
+Node 0 is the root, the newest emitted token. Every other node is a drafted token below its parent; parents come first.
+A parent tries its children as an ordered list of *candidates*. A deterministic candidate (top-k, prompt lookup) is
+chosen without randomness. A sampled candidate is drawn from a distribution q, which is stored because verification
+needs it. Deterministic candidates are tried first. When both kinds propose the same token, they are two candidates on
+one node. See docs/verification.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,19 @@ from torch import Tensor
 
 from msd.core.modality import LANGUAGE
 
+# the value of each tensor of a tree at padding nodes
+_PADDING = {
+    "tokens": 0, "parents": -1, "depths": 0, "valid": 0, "modality": LANGUAGE.id, "deterministic": 0, "q": 0.0,
+}  # fmt: skip
+
 
 @dataclass
 class SampledCandidates:
-    """Sampled trials, in the order they are to be tried at each parent.
+    """Sampled candidates, in the order in which each parent tries them.
 
-    child: [B, N, K] int64, the node a trial of parent n leads to, -1 where there is none.
-    distribution:  [B, N, K] int64, row of `distributions` that the child's token was drawn from.
-    distributions: [B, R, V] float32, full draft distributions q at draw time (each sums to 1).
+    child:         [B, N, K] int64, the node of parent n's k-th candidate, -1 for none.
+    distribution:  [B, N, K] int64, the row of `distributions` that the candidate was drawn from.
+    distributions: [B, R, V] float32, complete draft distributions q at the time of drawing; each sums to 1.
     """
 
     child: Tensor
@@ -35,16 +42,16 @@ class SampledCandidates:
 class DraftTree:
     """B trees of at most N nodes.
 
-    tokens:   [B, N] int64.
-    parents:  [B, N] int64, -1 at the root and at padding; a parent's index is below its children's.
-    depths:   [B, N] int64, 0 at the root.
-    valid:    [B, N] bool, False at padding nodes (rows may draft unequal numbers).
-    modality: [B, N] int64, ids of `msd.core.modality`.
-    fixed:    [B, N] bool, True where the node is a deterministic trial of its parent.
-    height:   largest depth, a host integer.
-    trials:   sampled trials, or None when every trial is deterministic.
-    q:        [B, N] float32, probability of the node's token under its parent's draft law, 1 at the root; or None when
-              the drafter has no law. The lossless policy does not read it.
+    tokens:        [B, N] int64.
+    parents:       [B, N] int64, -1 at the root and at padding. A parent has a smaller index than its children.
+    depths:        [B, N] int64, 0 at the root.
+    valid:         [B, N] bool, False at padding nodes; rows may draft different numbers of nodes.
+    modality:      [B, N] int64, ids of `msd.core.modality`.
+    deterministic: [B, N] bool, whether the node is a deterministic candidate of its parent.
+    height:        the largest depth, an int.
+    candidates:    the sampled candidates; None if all are deterministic.
+    q:             [B, N] float32, the draft probability of the node's token given its parent, 1 at the root; None if
+                   the drafter has no probabilities. The lossless policy does not read it.
     """
 
     tokens: Tensor
@@ -52,14 +59,14 @@ class DraftTree:
     depths: Tensor
     valid: Tensor
     modality: Tensor
-    fixed: Tensor
+    deterministic: Tensor
     height: int
     candidates: SampledCandidates | None = None
     q: Tensor | None = None
 
     @classmethod
     def root_only(cls, newest: Tensor) -> DraftTree:
-        """Trees without drafts over the newest tokens [B]: plain decoding."""
+        """Trees of the newest tokens [B] without drafts: plain decoding."""
         return cls.from_lists(newest, [[]] * len(newest), [[]] * len(newest))
 
     @classmethod
@@ -70,9 +77,9 @@ class DraftTree:
         parents: list[list[int]],
         modality: list[list[int]] | None = None,
         candidates: SampledCandidates | None = None,
-        fixed: list[list[bool]] | None = None,
+        deterministic: list[list[bool]] | None = None,
     ) -> DraftTree:
-        """Builds trees from host lists of drafted nodes (the root excluded; a parent of 0 is the root)."""
+        """Builds trees from lists of drafted nodes, one list per row, without the root; parent 0 is the root."""
         B, N = len(tokens), 1 + max(map(len, tokens), default=0)
         table = torch.zeros(6, B, N, dtype=torch.long)
         table[1] = -1
@@ -90,7 +97,7 @@ class DraftTree:
             table[3, row, :n] = 1
             if modality is not None:
                 table[4, row, 1:n] = torch.tensor(modality[row], dtype=torch.long)
-            table[5, row, 1:n] = 1 if fixed is None else torch.tensor(fixed[row], dtype=torch.long)
+            table[5, row, 1:n] = 1 if deterministic is None else torch.tensor(deterministic[row], dtype=torch.long)
         table = table.to(newest.device)
         table[0, :, 0] = newest
         t, p, d, v, m, f = table
@@ -103,97 +110,91 @@ class DraftTree:
 
     @property
     def size(self) -> int:
-        """N, the root included."""
+        """N, the number of nodes with the root and padding."""
         return self.tokens.shape[1]
 
-    def of(self, rows: list[int]) -> DraftTree:
-        """The trees of some rows only, in that order."""
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors [B, N] of these trees by field name."""
+        return {name: getattr(self, name) for name in _PADDING if getattr(self, name) is not None}
+
+    def select(self, rows: list[int]) -> DraftTree:
+        """The trees of `rows`, in that order."""
         if rows == list(range(self.batch)):
             return self
-        t = self.candidates
-        candidates = (
-            None if t is None else SampledCandidates(t.child[rows], t.distribution[rows], t.distributions[rows])
-        )
-        fixed, modality = self.fixed[rows], self.modality[rows]
-        q = None if self.q is None else self.q[rows]
-        return DraftTree(
-            self.tokens[rows], self.parents[rows], self.depths[rows], self.valid[rows], modality, fixed, self.height,
-            candidates, q,
-        )  # fmt: skip
+        c = self.candidates
+        candidates = c and SampledCandidates(c.child[rows], c.distribution[rows], c.distributions[rows])
+        return replace(self, candidates=candidates, **{name: x[rows] for name, x in self._tensors().items()})
 
-    def replaced(self, rows: list[int], by: DraftTree) -> DraftTree:
-        """These trees, those of `rows` being the first nodes of `by`'s, as many as there is room for.
+    def replace_rows(self, rows: list[int], other: DraftTree) -> DraftTree:
+        """Replaces the trees of `rows` by those of `other`, cut to the N nodes of these trees.
 
-        Neither has sampled trials. What has no draft law counts as drafted for sure.
+        Neither may have sampled candidates. Nodes of a tree without draft probabilities get q = 1.
         """
-        N = self.size
+        out: dict[str, Any] = {}
+        for name, mine in self._tensors().items():
+            theirs = other.valid if name == "q" and other.q is None else getattr(other, name)
+            part = theirs[rows, : self.size]
+            out[name] = mine.clone()
+            out[name][rows] = F.pad(part, (0, self.size - part.shape[1]), value=_PADDING[name]).to(mine.dtype)
+        return replace(self, height=int(out["depths"].max()), **out)
 
-        def mixed(mine: Tensor, theirs: Tensor, empty: float) -> Tensor:
-            out, part = mine.clone(), theirs[rows, :N]
-            out[rows] = F.pad(part, (0, N - part.shape[1]), value=empty).to(out.dtype)
-            return out
+    def scatter(self, rows: list[int], newest: Tensor) -> DraftTree:
+        """Puts these trees into a batch with the roots `newest` [B], as the trees of `rows`.
 
-        q = None if self.q is None else mixed(self.q, by.valid if by.q is None else by.q, 0.0)
-        depths = mixed(self.depths, by.depths, 0)
-        return DraftTree(
-            mixed(self.tokens, by.tokens, 0), mixed(self.parents, by.parents, -1), depths,
-            mixed(self.valid, by.valid, 0), mixed(self.modality, by.modality, LANGUAGE.id),
-            mixed(self.fixed, by.fixed, 0), int(depths.max()), q=q,
-        )  # fmt: skip
-
-    def among(self, rows: list[int], newest: Tensor) -> DraftTree:
-        """These trees, without sampled trials, as those of `rows` in a batch with the roots `newest` [B].
-
-        The other rows draft nothing.
+        All other rows have no drafts. These trees must not have sampled candidates.
         """
         if rows == list(range(len(newest))):
             return self
-
-        def spread(x: Tensor, root: Tensor | float, empty: float) -> Tensor:
-            out = x.new_full((len(newest), self.size), empty)
-            out[:, 0] = root
-            out[rows] = x
-            return out
-
-        return DraftTree(
-            spread(self.tokens, newest, 0), spread(self.parents, -1, -1), spread(self.depths, 0, 0),
-            spread(self.valid, 1, 0), spread(self.modality, LANGUAGE.id, LANGUAGE.id), spread(self.fixed, 0, 0),
-            self.height, q=None if self.q is None else spread(self.q, 1.0, 0.0),
-        )  # fmt: skip
+        root: dict[str, Any] = {"tokens": newest, "valid": 1, "q": 1.0}
+        out: dict[str, Any] = {}
+        for name, x in self._tensors().items():
+            out[name] = x.new_full((len(newest), self.size), _PADDING[name])
+            out[name][:, 0] = root.get(name, _PADDING[name])
+            out[name][rows] = x
+        return replace(self, **out)
 
     def ancestors(self) -> Tensor:
-        """[B, N, N] bool: entry (i, j) says that node j is node i or above it."""
-        eye = torch.eye(self.size, dtype=torch.bool, device=self.tokens.device).expand(self.batch, -1, -1)
-        above = self.parents.clamp_min(0)[:, :, None].expand(-1, -1, self.size)
-        reach = eye
+        """[B, N, N] bool: entry (i, j) is True if node j is node i or one of its ancestors."""
+        identity = torch.eye(self.size, dtype=torch.bool, device=self.tokens.device).expand(self.batch, -1, -1)
+        parent = self.parents.clamp_min(0)[:, :, None].expand(-1, -1, self.size)
+        reached = identity
         for _ in range(self.height):
-            reach = eye | (reach.gather(1, above) & (self.parents >= 0)[:, :, None])
-        return reach
+            reached = identity | (reached.gather(1, parent) & (self.parents >= 0)[:, :, None])
+        return reached
+
+    def children(self, node: Tensor) -> Tensor:
+        """[B, N] bool: the deterministic children of `node` [B]."""
+        children = (self.parents == node[:, None]) & self.valid
+        return children if self.candidates is None else children & self.deterministic
+
+    def child_tokens(self, node: Tensor, vocabulary: int) -> Tensor:
+        """[B, V] bool: the tokens of the deterministic children of `node` [B]."""
+        count = torch.zeros(self.batch, vocabulary, dtype=torch.long, device=self.tokens.device)
+        return count.scatter_add_(1, self.tokens, self.children(node).long()) > 0
 
     def follow(self, node: Tensor, token: Tensor, among: Tensor) -> Tensor:
-        """The child of `node` [B] that carries `token` [B] among the nodes `among` [B, N] bool: [B], -1 if none."""
+        """The child of `node` [B] with `token` [B], out of the nodes `among` [B, N] bool: [B], -1 for none."""
         match = among & self.valid & (self.parents == node[:, None]) & (self.tokens == token[:, None])
-        found, child = match.max(dim=1)
-        return torch.where(found, child, -1)
+        exists, child = match.max(dim=1)
+        return torch.where(exists, child, -1)
 
 
 @dataclass
 class Scores:
-    """What one target pass says of a tree.
+    """The target's output for a tree, from one pass.
 
-    logits: [B, N, V], the target's logits after each node, in the model's dtype, unprocessed; of a row that has ended,
-            anything.
-    taps:   [B, N, T*H] hidden states at the drafter's tap layers, concatenated, or None.
-    modality: [B, N] int64, class predicted for the token *below* each node from the target's own states, or None when
-            nobody routes; then every position counts as language.
+    logits:   [B, N, V], the unprocessed logits after each node, in the model's dtype; undefined for finished rows.
+    taps:     [B, N, T*H], hidden states of the drafter's tap layers, concatenated, or None.
+    modality: [B, N] int64, the modality that the router predicts for the token *below* each node; None without a
+              router, and then every position counts as language.
     """
 
     logits: Tensor
     taps: Tensor | None = None
     modality: Tensor | None = None
 
-    def among(self, rows: list[int], batch: int) -> Scores:
-        """These as the scores of `rows` in a batch; what the other rows hold means nothing."""
+    def scatter(self, rows: list[int], batch: int) -> Scores:
+        """Puts these scores into a batch, as those of `rows`; the values of all other rows are undefined."""
         if rows == list(range(batch)):
             return self
         logits = self.logits.new_empty(batch, *self.logits.shape[1:])
@@ -207,15 +208,18 @@ class Scores:
 
 @dataclass
 class Accepted:
-    """The verifier's choice, on the host.
+    """The verifier's decision, as Python lists with one entry per row.
 
-    nodes:  for every row, the accepted drafted nodes in order (the root left out).
-    tokens: for every row, the emitted tokens: the accepted ones, then the target's own (bonus) token. One longer than
-            `nodes`, unless the row stopped on an accepted token or lockstep ended the walk there (equal length), or the
-            row had already finished (both empty).
-    divergence: for every emitted token, the exact total variation of its law from the target's; None: all are 0.
-    modality: for every emitted token, the class that the router predicted for it; None where nobody asked.
-    padded: rows that had finished before this step: what they emit is padding (see `Sampler`, lockstep).
+    nodes:      the accepted drafted nodes in order, without the root.
+    tokens:     the emitted tokens: the accepted ones, then the bonus or recovered token. It has one token more than
+                `nodes`, unless the row stopped on an accepted token or lockstep ended the walk there (equal length).
+                Both are empty for a row that had finished before.
+    divergence: for every emitted token, the exact total variation distance of its distribution from the target's;
+                None: all are 0.
+    modality:   for every emitted token, the modality that the router predicted for it; None without a router.
+    padded:     rows that had finished before this step and emit padding (see `Sampler`, lockstep).
+    logits:     for every emitted token, the target's (raw, processed) logits before it: [V] in the model's dtype and
+                [V] float32. None unless `Sampler.keep_logits` is set.
     """
 
     nodes: list[list[int]]
@@ -223,25 +227,27 @@ class Accepted:
     divergence: list[list[float]] | None = None
     modality: list[list[int]] | None = None
     padded: frozenset[int] = frozenset()
+    logits: list[list[tuple[Tensor, Tensor]]] | None = None
 
     @property
-    def tokens_a_row(self) -> float:
-        """Tokens emitted by each row that took part, on average."""
+    def tokens_per_row(self) -> float:
+        """Mean number of tokens that each unfinished row emitted."""
         lengths = [len(tokens) for tokens in self.tokens if tokens]
         return sum(lengths) / max(1, len(lengths))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One target pass over the trees of all rows, and what came of it.
+    """One target pass over the trees of all rows, with the verifier's decision.
 
-    draft_seconds, verify_seconds: wall time of the draft and of the target's pass. prefill: whether this is the first
-    step, whose scores [B, 1, V] are those of the prompt's last token and whose trees are bare roots.
+    draft_seconds, score_seconds: wall time of drafting and of the target pass.
+    prefill: whether this is the first step. Its scores [B, 1, V] belong to the last token of the prompt, and its trees
+    have no drafts.
     """
 
     tree: DraftTree
     scores: Scores
     accepted: Accepted
     draft_seconds: float
-    verify_seconds: float
+    score_seconds: float
     prefill: bool = False

@@ -1,13 +1,14 @@
-"""Drafters propose trees of continuations. A method is a file in `algorithms`, made of parts in `toolkit`."""
+"""Drafters propose trees of continuations. A method is a file in `algorithms`, built from the parts in `toolkit`."""
 
-from msd.drafters.base import BorrowsEye, Calibrated, Drafter, ReadsAhead, Translates
+from msd.drafters.base import Calibrated, Drafter, ReadsAuxiliary, ReadsPrompt, SharesVisionTower, Translates
 from msd.drafters.registry import catalogue, create, default, methods, ready, register, register_folder
 
 __all__ = [
-    "BorrowsEye",
     "Calibrated",
     "Drafter",
-    "ReadsAhead",
+    "ReadsAuxiliary",
+    "ReadsPrompt",
+    "SharesVisionTower",
     "Translates",
     "catalogue",
     "create",

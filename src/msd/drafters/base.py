@@ -1,76 +1,79 @@
-"""The protocol that every drafter follows."""
+"""The protocol of a drafter, and the optional protocols that a drafter may implement as well."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
-from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
 
 class Drafter(Protocol):
-    """Proposes trees below the newest token. Holds no request's data: what it remembers lives in `State.memory`.
+    """Proposes trees below the newest token. All data of a request lives in `State.memory`, none in the drafter.
 
-    name: the method's name in tables. taps: hidden-state indices it needs from the target (see `msd.targets.taps`).
-    sampled: whether it draws its candidates, in which case sampling is exact in distribution but not seed for seed.
+    A subclass inherits methods that do nothing, except `twin` and `propose`.
+
+    name: the method's name in tables. taps: indices of the target's hidden states that it reads (`msd.targets.taps`).
+    sampled: whether it samples its candidates. Sampled output is then exact in distribution, but differs from
+    `generate()` with the same seed.
     """
 
     name: str
-    taps: tuple[int, ...]
-    sampled: bool
+    taps: tuple[int, ...] = ()
+    sampled: bool = False
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
-        """Called once, when the drafter meets its target; UserError when the two do not fit.
+        """Binds the drafter to its target; UserError when the two do not fit. Called again when embeddings change.
 
-        backend: the name of the one that computes the target's passes, which the drafter may follow.
+        backend: the name of the backend that computes the target's passes; the drafter may use the same one.
         """
-        ...
+        return
 
     def twin(self, model: PreTrainedModel) -> Drafter:
-        """A drafter of the same kind for another, tiny model, any weights will do: its sampling is tested there."""
+        """Returns a drafter of the same kind with any weights for a tiny model, on which its sampling is tested."""
         ...
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Called once, after prefill and the first emitted token; `scores` are those of the prompt.
+        """Stores the `scores` of the prompt. Called once, after prefill and the first emitted token.
 
-        It only notes them. What costs a pass is done by the first `propose` that may draft: an answer that is over
-        before that, or a governor that lets nothing be drafted, pays nothing.
+        It runs no pass. The first `propose` that may draft reads the prompt, so a request that ends before, or one
+        whose governor allows no drafts, costs nothing.
         """
-        ...
+        return
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """A tree per row within the budget; node 0 is `state.layout.newest()`.
+        """Returns a tree for each row, within the budget; node 0 is `state.layout.newest()`.
 
-        A drafter that samples its candidates draws them with `sampler.multinomial`, so that the request's seed decides.
+        A drafter that samples its candidates draws them with `sampler.multinomial`, which uses the request's seed.
         """
         ...
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """[B, N] class predicted for the token below each scored node, from the target's states; None: no router.
+        """Predicts the class [B, N] of the token below each scored node from the target's states; None: no router.
 
-        Called between scoring and accepting when the verification policy asks for it. It reads no prompt.
+        Called between scoring and accepting, if the verifier needs it. It does not read the prompt.
         """
-        ...
+        return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Called after each step with what was accepted, before the next `propose`."""
-        ...
+        """Receives what a step accepted. Called after each step, before the next `propose`."""
+        return
 
 
 @runtime_checkable
 class Translates(Protocol):
-    """A drafter with a vocabulary of its own."""
+    """A drafter with another vocabulary than the target's."""
 
     def translate(self, tokenizer: Any) -> None:
-        """Called before `attach` with the target's tokenizer, if there is one; UserError where the two do not fit."""
+        """Maps the vocabularies. Called before `attach` if the target has a tokenizer; UserError if they do not fit."""
         ...
 
 
@@ -79,27 +82,43 @@ class Calibrated(Protocol):
     """A drafter that comes with thresholds for the `budget` policy."""
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
-        """Modality name -> θ for a budget of ε; empty when none is known."""
+        """Maps modality names to θ for a budget of ε; empty when none is calibrated."""
         ...
 
 
 @runtime_checkable
-class BorrowsEye(Protocol):
-    """A drafter that looks at event recordings with the target's own eye."""
+class ReadsAuxiliary(Protocol):
+    """A drafter that reads auxiliary tokens: an encoded input that the target does not see.
 
-    def borrow(self, look: Callable[[Events], Tensor]) -> None:
-        """Called before `attach`, if the target has a processor; `look` gives [E, H] tokens (see `recordings`)."""
+    auxiliary_source: the name of the source (`msd.drafters.auxiliary`) that it reads; None if it reads none.
+    """
+
+    auxiliary_source: str | None
+
+    def encode(self, item: Any) -> Tensor:
+        """Encodes one opened input of the source as tokens [E, H]. E is fixed; the tokens are never all zero."""
         ...
 
 
 @runtime_checkable
-class ReadsAhead(Protocol):
-    """A drafter that reads prompts by itself, without the target's states."""
+class SharesVisionTower(Protocol):
+    """A drafter that encodes pictures with the target's vision tower."""
 
-    def ahead(self, layout: Layout, beside: Tensor | None) -> Any:
-        """What it makes of a prompt [B, L] (`layout.end` is L in every row): `State.memory` when `begin` is called.
+    def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
+        """Receives a function from F pictures to tokens [E, H] (`msd.drafters.auxiliary.picture_tokens`).
 
-        Runs in a thread of its own while the target prefills the same prompt; the layout is the drafter's alone.
-        beside: [B, E, H], see `State`.
+        Called before `attach` if the target has a processor.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsPrompt(Protocol):
+    """A drafter that reads prompts without the target's hidden states, so it can read one while the target prefills."""
+
+    def read_prompt(self, layout: Layout, auxiliary: Tensor | None) -> Any:
+        """Reads a prompt [B, L] (`layout.end` is L in every row); the result is `State.memory` when `begin` is called.
+
+        Runs in its own thread. No other code uses this layout. auxiliary: [B, E, H], see `State`.
         """
         ...

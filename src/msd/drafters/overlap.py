@@ -1,7 +1,7 @@
-"""Work overlapped with prefill: what the drafter of a request does while the target reads the prompt.
+"""Runs the drafter's work on a request in a thread while the target encodes its images and prefills the prompt.
 
-It makes the tokens that only it sees, and, where it reads prompts by itself, reads this one. Both happen in a thread
-beside the target's encoding and prefill, in that order; how much of it these really covered is measured.
+The work encodes the auxiliary inputs, and then reads the prompt if the drafter is able to without the target's states.
+The statistics record how long it takes and how much of it overlaps with prefill.
 """
 
 from __future__ import annotations
@@ -10,110 +10,91 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from msd.core.layout import Layout
 from msd.core.statistics import Statistics
-from msd.drafters import Drafter, ReadsAhead
+from msd.drafters import Drafter, ReadsPrompt
 from msd.errors import UserError
 from msd.targets.state import State
 
 T = TypeVar("T")
+Auxiliary: TypeAlias = Tensor | Callable[[], Tensor] | None
+"""Auxiliary tokens [B, E, H], zero in rows without any; or a function that computes them; or None."""
 
 
-class Hidden:
-    """A thread of a request's own, which does one piece of work after another, each begun at once.
+class Prefetch:
+    """The drafter's work on one request. It starts to compute the auxiliary tokens at once."""
 
-    busy: (begin, end) of every piece that was done, by `time.perf_counter`.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self.busy: list[tuple[float, float]] = []
-
-    def begin(self, work: Callable[[], T]) -> Future[T]:
-        """Will have what the work gives, or the error that it raises."""
-        return self._pool.submit(self._timed, work)
-
-    def end(self) -> None:
-        """No more work comes."""
-        self._pool.shutdown(wait=False)
-
-    @property
-    def seconds(self) -> float:
-        """How long the work took that was done."""
-        return sum(end - begin for begin, end in self.busy)
-
-    def within(self, begin: float, end: float) -> float:
-        """How many of these seconds lie between two moments."""
-        return sum(max(0.0, min(end, b) - max(begin, a)) for a, b in self.busy)
-
-    def _timed(self, work: Callable[[], T]) -> T:
-        begin = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self.busy.append((begin, time.perf_counter()))
-
-
-Beside = Tensor | Callable[[], Tensor] | None
-
-
-class Ahead:
-    """Begins at once. beside: tokens [B, E, H], zero in rows without any, or a function that makes them."""
-
-    def __init__(self, drafter: Drafter, beside: Beside, statistics: Statistics) -> None:
+    def __init__(self, drafter: Drafter, auxiliary: Auxiliary, statistics: Statistics) -> None:
         self.drafter, self.statistics = drafter, statistics
-        self._hidden = Hidden()
-        self._beside: Tensor | Future[Tensor] | None = (
-            self._hidden.begin(torch.inference_mode()(beside)) if callable(beside) else beside
-        )
+        self._thread = ThreadPoolExecutor(1)
+        self._busy: list[tuple[float, float]] = []  # begin and end of each piece of work, `time.perf_counter`
+        self._prefills: list[tuple[float, float]] = []  # likewise, of the target's encoding and prefill
+        self._auxiliary: Tensor | Future[Tensor] | None = (
+            self._submit(auxiliary) if callable(auxiliary) else auxiliary
+        )  # fmt: skip
         self._memory: Future[Any] | None = None
-        self._prefills: list[tuple[float, float]] = []
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
-        """The target is at work on the prompt: timed as "prefill"."""
+        """Times its block as "prefill"."""
         begin = time.perf_counter()
         with self.statistics.timed("prefill"):
             yield
         self._prefills.append((begin, time.perf_counter()))
 
-    def read(self, lay_out: Callable[[], Layout]) -> None:
-        """Lets the drafter read the prompt, if it can; `lay_out` gives it a layout of its own."""
+    def read_prompt(self, lay_out: Callable[[], Layout]) -> None:
+        """Has a `ReadsPrompt` drafter read the prompt. lay_out: makes a layout for the drafter's thread alone."""
         drafter = self.drafter
-        if isinstance(drafter, ReadsAhead):
+        if isinstance(drafter, ReadsPrompt):
             layout = lay_out()
-            work = torch.inference_mode()(lambda: drafter.ahead(layout, self._tokens(layout.batch)))
-            self._memory = self._hidden.begin(work)
+            self._memory = self._submit(lambda: drafter.read_prompt(layout, self._tokens(layout.batch)))
 
-    def give(self, state: State) -> None:
-        """Waits for all of it, which is then the state's. UserError is the work's own.
+    def finish(self, state: State) -> None:
+        """Waits for the work and stores its results in the state; raises what the work raised.
 
-        Statistics: "beside", the seconds of the work; "beside_overlap", those of them that passed within prefill;
-        "beside_wait", the wait, which is drafting time.
+        Seconds in the statistics: "beside" is the time of the work, "beside_overlap" the part of it during prefill,
+        "beside_wait" the wait in this method, which counts as drafting.
         """
         seconds = self.statistics.seconds
         with self.statistics.timed("beside_wait"):
-            state.beside = self._tokens(state.layout.batch)
+            state.auxiliary = self._tokens(state.layout.batch)
             if self._memory is not None:
                 state.memory = self._memory.result()
-        self._hidden.end()
-        if not self._hidden.busy:
+        self._thread.shutdown(wait=False)
+        if not self._busy:
             del seconds["beside_wait"]
             return
         seconds["draft"] += seconds["beside_wait"]
-        seconds["beside"] = self._hidden.seconds
-        seconds["beside_overlap"] = sum(self._hidden.within(*span) for span in self._prefills)
+        seconds["beside"] = sum(end - begin for begin, end in self._busy)
+        seconds["beside_overlap"] = sum(
+            max(0.0, min(end, until) - max(begin, since))
+            for since, until in self._prefills
+            for begin, end in self._busy
+        )
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        """Runs the work in the thread, after the work that was submitted before, and times it."""
+
+        @torch.inference_mode()
+        def timed() -> T:
+            begin = time.perf_counter()
+            try:
+                return work()
+            finally:
+                self._busy.append((begin, time.perf_counter()))
+
+        return self._thread.submit(timed)
 
     def _tokens(self, rows: int) -> Tensor | None:
-        """[B, E, H] for `rows` answers, which may be several to a prompt."""
-        made = self._beside.result() if isinstance(self._beside, Future) else self._beside
-        if made is None or len(made) == rows:
-            return made
-        if not len(made) or rows % len(made):
-            raise UserError(f"{len(made)} rows of tokens beside {rows} answers; give one for each prompt")
-        return made.repeat_interleave(rows // len(made), 0)
+        """Returns the auxiliary tokens [B, E, H] of `rows` answers; a prompt with several answers repeats its own."""
+        tokens = self._auxiliary.result() if isinstance(self._auxiliary, Future) else self._auxiliary
+        if tokens is None or len(tokens) == rows:
+            return tokens
+        if not len(tokens) or rows % len(tokens):
+            raise UserError(f"{len(tokens)} rows of auxiliary tokens for {rows} answers; give one for each prompt")
+        return tokens.repeat_interleave(rows // len(tokens), 0)

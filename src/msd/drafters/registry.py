@@ -1,11 +1,11 @@
-"""Methods: everything the package knows of a drafter, given in one place, the file of the method itself.
+"""The registry of drafting methods, and the lookup of their trained weights.
 
-A file in `msd.drafters.algorithms` registers its method with a decorator (`learned`) or a call (`add`); all of them are
-found there, so a new method is a new file (docs/add_a_drafter.md). Which methods there are is the same everywhere. What
-they need to draft, weights trained for a target that ships, is looked up in the folders `ROOTS`: those that the wheel
-carries, and in a source checkout `weights/`. A folder belongs to the method that its configuration names; one of MSD's
-names none and is known by its own name, with a dash for the colon. Drafters of the video target are in the folder
-`video` of a root: `video/msd` is `msd:video`.
+A file in `msd.drafters.algorithms` registers its method with a decorator (`learned`) or a call (`add`). All files there
+are imported, so a new method is a new file (docs/add_a_drafter.md). The list of methods does not depend on the weights
+that are present. Trained weights are searched in the folders `ROOTS`: the ones in the wheel, and `weights/` in a source
+checkout. A folder belongs to the method in its configuration; the configuration of an MSD drafter has none, and its
+folder is named after the method, with a dash for the colon. Drafters of the video target are in the folder `video` of a
+root: `video/msd` is `msd:video`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from msd.drafters.toolkit.network import DraftNetwork, Loss, NetworkConfig
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
 
-DEFAULT, FALLBACK = "msd", "prompt-lookup"  # what a target has a drafter of, or has none
-REFERENCE, VIDEO = "reference", "reference-video"  # names of the targets that drafters ship for
-FOR_VIDEO = ":video"  # ends the names of drafters trained for the video target
+DEFAULT, FALLBACK = "msd", "prompt-lookup"  # the method for a target with a trained drafter, and without
+REFERENCE, VIDEO = "reference", "reference-video"  # the targets that drafters ship for
+FOR_VIDEO = ":video"  # suffix of the names of drafters trained for the video target
 _CHECKOUT = Path(__file__).parents[3]
 ROOTS: tuple[Path, ...] = (Path(__file__).parents[1] / "weights",) + (
     (_CHECKOUT / "weights",) if (_CHECKOUT / "pyproject.toml").is_file() else ()
@@ -39,12 +39,12 @@ ROOTS: tuple[Path, ...] = (Path(__file__).parents[1] / "weights",) + (
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a method.
+    """One method.
 
-    make: a drafter from what `load` gives of each of the `weights`, which are names of trained drafters. network: the
-    class that `msd train` trains. load: a folder (and a dtype) to a network, or whatever `make` takes; UserError says
-    what is wrong. form_of: the method whose weights it drafts with in another way. command: makes its weights. target:
-    the name of the one that its weights are trained for.
+    make: creates a drafter; its arguments are the loaded `weights`. weights: names of the trained drafters that it
+    uses. network: the class that `msd train` trains. load: loads a folder (in a dtype) as an argument of `make`;
+    UserError if the folder is damaged. form_of: the method whose weights this one uses differently. command: how to
+    train its weights. target: the name of the target that its weights are trained for.
     """
 
     name: str
@@ -58,29 +58,29 @@ class Method:
 
     @property
     def missing(self) -> list[str]:
-        """Which of its weights are not here."""
-        here = folders()
-        return [name for name in self.weights if name not in here]
+        """Names of its weights that are not present."""
+        present = folders()
+        return [name for name in self.weights if name not in present]
 
     @property
     def hint(self) -> str:
-        """How to get the weights that are missing; empty where none is."""
-        made_by = [_known()[name] for name in self.missing]
-        return f"weights not here: {made_by[0].command}" if made_by else ""
+        """How to train the first missing weights; empty if none are missing."""
+        missing = self.missing
+        return f"weights not here: {_known()[missing[0]].command}" if missing else ""
 
 
-_BUILT_IN: dict[str, Method] = {}  # what files of `msd.drafters.algorithms` registered
-_METHODS: dict[str, Method] = {}  # what was registered at run time, which comes first
+_BUILT_IN: dict[str, Method] = {}  # registered by files of `msd.drafters.algorithms`
+_METHODS: dict[str, Method] = {}  # registered at run time; these have precedence
 K = TypeVar("K", bound=type[DraftNetwork])
 
 
 def training_command(options: str) -> str:
-    """How `msd train` makes a drafter."""
+    """Returns the command that trains a drafter, as a hint for the user."""
     return f"make them with `msd train {options} --captured FILE --images DIR --out DIR`"
 
 
 def add(method: Method) -> None:
-    """Adds a method to those of the package."""
+    """Registers a method of the package."""
     _BUILT_IN[method.name] = method
 
 
@@ -94,9 +94,9 @@ def learned(
 ) -> Callable[[K], K]:
     """Registers a `DraftNetwork` class as a method that is trained.
 
-    loss: as published (`msd.train.losses`), or an objective that has more to it than a loss. config: of its folders,
-    has `from_json`. drafter: makes one of a network and, perhaps, a name. weights: of the methods that it drafts with,
-    by default its own.
+    loss: the published loss (`msd.train.losses`). objective: instead of a loss, a module with a loss and parameters.
+    config: the class of `config.json`, with `from_json`. drafter: creates a drafter from a network and an optional
+    name. weights: names of the trained drafters that it uses, by default its own.
     """
 
     def registered(kind: K) -> K:
@@ -115,14 +115,14 @@ def learned(
 
 
 def register(name: str, make: Callable[[], Drafter]) -> None:
-    """Makes `name` a method: `create(name)` returns `make()`."""
+    """Registers the method `name` at run time: `create(name)` returns `make()`."""
     _METHODS[name] = Method(name, make)
 
 
 def register_folder(folder: Path | str) -> str:
-    """Loads the trained drafter in `folder` as the method it is of, for any target; the name of the method.
+    """Loads the trained drafter in `folder`, for any target, and returns the name of its method.
 
-    Its other forms (such as `msd:sampled`) draft with it too. UserError now when the folder holds no drafter.
+    The method and its other forms (such as `msd:sampled`) then use this drafter. UserError if the folder holds none.
     """
     trained = load(folder)
     name = _of(folder).name
@@ -133,9 +133,9 @@ def register_folder(folder: Path | str) -> str:
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
-    """What the drafter in `folder` is made of: its network, on the CPU and without a target (`DraftNetwork.attach`).
+    """Loads the network of the drafter in `folder`, on the CPU and without a target (`DraftNetwork.attach`).
 
-    UserError says what is wrong with the folder.
+    UserError if the folder is damaged or holds no drafter.
     """
     method = _of(folder)
     assert method.load is not None
@@ -143,7 +143,7 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def catalogue() -> list[Method]:
-    """All methods, plain decoding first, then those without weights, MSD's own forms, the rest, and other targets'."""
+    """Lists all methods: `ar`, those without weights, the forms of MSD, the others, and those of other targets."""
     known = _known()
     order = lambda m: (m.name != "ar", bool(m.weights), m.target != REFERENCE, DEFAULT not in (m.name, m.form_of))  # noqa: E731
     names = [m.name for m in sorted(known.values(), key=order)] + [name for name in _METHODS if name not in known]
@@ -151,13 +151,13 @@ def catalogue() -> list[Method]:
 
 
 def methods(target: str = REFERENCE) -> list[str]:
-    """Names of the methods that can draft here for a target: of those with weights, the ones trained for it."""
-    here = folders().keys()
-    return [m.name for m in catalogue() if not m.weights or (m.target == target and here >= set(m.weights))]
+    """Names of the methods that can draft for a target: without weights, or with weights trained for it and present."""
+    present = folders().keys()
+    return [m.name for m in catalogue() if not m.weights or (m.target == target and present >= set(m.weights))]
 
 
 def get(name: str) -> Method:
-    """The method `name`; UserError lists all there are, with a mark where weights are not here."""
+    """Returns the method `name`; UserError lists all methods, and marks those whose weights are missing."""
     known = _METHODS.get(name) or _known().get(name)
     if known is None:
         listed = [m.name + (" (weights not here)" if m.missing else "") for m in catalogue()]
@@ -166,7 +166,7 @@ def get(name: str) -> Method:
 
 
 def ready(name: str) -> Method:
-    """The method `name`, which can draft; UserError as in `get`, or naming the command that makes its weights."""
+    """Returns the method `name` if its weights are present; else UserError with the command that trains them."""
     method = get(name)
     if method.missing:
         place = _place(method.missing[0])
@@ -177,13 +177,13 @@ def ready(name: str) -> Method:
 
 
 def create(name: str) -> Drafter:
-    """A fresh drafter of method `name`; methods of a folder share its network. UserError as in `ready`."""
-    method, here = ready(name), folders()
-    return method.make(*(_shared(here[part]) for part in method.weights))
+    """Creates a drafter of method `name`; drafters of one folder share its network. UserError as in `ready`."""
+    method, present = ready(name), folders()
+    return method.make(*(_shared(present[part]) for part in method.weights))
 
 
 def trainable(name: str) -> type[DraftNetwork]:
-    """The network of a method that `msd train` trains; UserError names the known ones."""
+    """Returns the network class that `msd train` trains for a method; UserError lists the trainable methods."""
     kinds = {m.name: m.network for m in _known().values() if m.network is not None}
     if name not in kinds:
         others = ", ".join(kind for kind in kinds if kind != DEFAULT)
@@ -192,20 +192,20 @@ def trainable(name: str) -> type[DraftNetwork]:
 
 
 def default(target: str) -> str:
-    """The method for a target (its `fingerprint`) where none is named: a drafter trained for it, or prompt lookup."""
-    here = folders()
+    """Returns the default method for a target's `fingerprint`: a drafter trained for it, or else prompt lookup."""
+    present = folders()
     for name in (DEFAULT, DEFAULT + FOR_VIDEO):
-        if name in here and name not in _METHODS:
-            cuts = checkpoint.training(here[name]).get("cuts")
-            if isinstance(cuts, dict) and cuts.get("target") == target:
+        if name in present and name not in _METHODS:
+            thresholds = checkpoint.training(present[name]).get("cuts")
+            if isinstance(thresholds, dict) and thresholds.get("target") == target:
                 return f"{name}+{FALLBACK}"
     return FALLBACK
 
 
 def folders() -> dict[str, Path]:
-    """Name of a trained drafter -> its folder in `ROOTS`, the first one that has it.
+    """Maps the name of each trained drafter to its folder, in the first of `ROOTS` that has it.
 
-    A damaged folder counts as what it is called: the error is for whoever asks for that drafter.
+    A damaged folder is listed under its own name, so that only loading this drafter fails.
     """
     found: dict[str, Path] = {}
     for root in ROOTS:
@@ -220,7 +220,7 @@ def folders() -> dict[str, Path]:
 
 
 def _place(name: str) -> Path:
-    """Where `folders` finds a drafter that is made here."""
+    """Returns the folder where `folders` finds a newly trained drafter."""
     base = name.removesuffix(FOR_VIDEO)
     return (ROOTS[-1] if base == name else ROOTS[-1] / "video") / base.replace(":", "-")
 
@@ -232,13 +232,13 @@ def _known() -> dict[str, Method]:
 
 @cache
 def _discover() -> None:
-    """Imports every file of `msd.drafters.algorithms`, which register their methods."""
+    """Imports the files of `msd.drafters.algorithms`, which register their methods."""
     for module in pkgutil.iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
 
 
 def _of(folder: Path | str) -> Method:
-    """The method that a folder's configuration names, or MSD."""
+    """Returns the method in a folder's configuration, or MSD."""
     name = checkpoint.method(Path(folder)) or DEFAULT
     found = _known().get(name)
     if found is None or found.load is None:

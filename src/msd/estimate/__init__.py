@@ -1,6 +1,6 @@
-"""What speculative decoding would give on a card: a roofline from a model's sizes and a card's bandwidth and FLOP/s.
+"""Estimates the speedup of speculative decoding on a GPU with a roofline model. Needs neither the GPU nor weights.
 
-No weights are loaded and no card is needed. docs/estimate.md says what is assumed and how far it was checked.
+docs/estimate.md states the assumptions and how far the estimate was checked.
 """
 
 from msd.estimate.plans import Acceptance, Workload, card, plans

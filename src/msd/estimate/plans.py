@@ -1,4 +1,4 @@
-"""How many tokens a target pass gives, as it is known: a mean acceptance length, one for each tree size, or rates."""
+"""Estimates the speedup for each batch and tree size, given an acceptance."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from msd.estimate.probe import probe
 from msd.estimate.roofline import CARDS, Card, pass_seconds, prefill_seconds
 from msd.estimate.sizes import Sizes
 
+NODES, BATCHES = (4, 8, 16, 32, 60), (1, 2, 4, 8, 16, 32)
+DRAFTERS = ("levels", "block")
+BLOCK_VOCABULARY, BLOCK_LAYERS = 4096, 2  # of this project's drafter
+USABLE = 0.9  # share of a card's memory
+_ALIASES = {"h100-sxm": "h100", "a100": "a100-80", "4090": "rtx-4090", "3090": "rtx-3090"}
+
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Exactly one of the three is given. All lengths count the bonus token, so that 1 means nothing was accepted.
+    """Acceptance in one of three forms. Lengths count the bonus token: 1 means that no draft was accepted.
 
-    length: for trees of any size. lengths: by drafted nodes. rates: of the first, second… level of a chain, given that
-    the level before was accepted; a tree of n nodes is then a chain of n.
+    length: mean acceptance length of every tree. lengths: number of drafted nodes -> mean acceptance length. rates:
+    acceptance rates of the levels of a chain, given that the level before was accepted; a tree of n nodes then counts
+    as a chain of n.
     """
 
     length: float | None = None
@@ -26,68 +33,50 @@ class Acceptance:
 
     @classmethod
     def parse(cls, text: str) -> Acceptance:
-        """From "3.5", "8=3.1,60=4.7" or "0.8,0.7,0.6". UserError for anything else."""
+        """Parses "3.5", "8=3.1,60=4.7" or "0.8,0.7,0.6". Raises UserError for anything else."""
         parts = [part.strip() for part in text.split(",") if part.strip()]
         try:
             if "=" in text:
                 pairs = [part.split("=") for part in parts]
-                found = cls(lengths={int(nodes): float(length) for nodes, length in pairs})
+                parsed = cls(lengths={int(nodes): float(length) for nodes, length in pairs})
             elif len(parts) == 1 and float(parts[0]) >= 1:
-                found = cls(length=float(parts[0]))
+                parsed = cls(length=float(parts[0]))
             else:
-                found = cls(rates=tuple(float(part) for part in parts))
+                parsed = cls(rates=tuple(float(part) for part in parts))
         except ValueError as error:
-            raise UserError(f"--acceptance '{text}' is none of 3.5, 8=3.1,60=4.7 and 0.8,0.7,0.6") from error
-        if not found.rates and not found.lengths and found.length is None:
+            raise UserError(f"--acceptance '{text}' is invalid; give 3.5, 8=3.1,60=4.7 or 0.8,0.7,0.6") from error
+        if not parts:
             raise UserError("--acceptance is empty; give a length such as 3.5, or rates such as 0.8,0.7,0.6")
-        wrong = [rate for rate in found.rates if not 0 <= rate <= 1]
-        wrong += [length for nodes, length in found.lengths.items() if not 1 <= length <= nodes + 1]
+        wrong = [rate for rate in parsed.rates if not 0 <= rate <= 1]
+        wrong += [length for nodes, length in parsed.lengths.items() if not 1 <= length <= nodes + 1]
         if wrong:
-            raise UserError(f"--acceptance '{text}': {wrong[0]:g} is neither a rate in [0, 1] nor a length that fits")
-        return found
+            raise UserError(f"--acceptance '{text}': {wrong[0]:g} is no rate in [0, 1] or length in [1, nodes + 1]")
+        return parsed
 
     def of(self, nodes: int, depth: int) -> float | None:
-        """Tokens that a pass over a tree of `nodes` drafted nodes and `depth` levels gives; None where not known."""
+        """Returns the tokens per pass for a tree of `nodes` drafted nodes and `depth` levels; None if unknown."""
         if self.lengths:
             return self.lengths.get(nodes)
         if self.length is not None:
             return min(self.length, 1.0 + min(nodes, depth))
-        total, alive = 1.0, 1.0
+        total, reached = 1.0, 1.0
         for rate in self.rates[: min(nodes, depth)]:
-            alive *= rate
-            total += alive
+            reached *= rate
+            total += reached
         return total
 
-    def sizes(self, usual: tuple[int, ...]) -> tuple[int, ...]:
-        """The tree sizes it can speak of."""
-        return tuple(sorted(self.lengths)) if self.lengths else usual
-
-
-def card(name: str) -> Card:
-    """A card by name, or "cpu", this machine, measured now (some seconds). UserError names those known."""
-    key = name.lower().replace(" ", "-").replace("_", "-")
-    if key == "cpu":
-        return probe()
-    key = {"h100-sxm": "h100", "a100": "a100-80", "4090": "rtx-4090", "3090": "rtx-3090"}.get(key, key)
-    if key not in CARDS:
-        known = ", ".join(["cpu", *(card.name for card in CARDS.values())])
-        raise UserError(f"unknown card '{name}'; known: {known}")
-    return CARDS[key]
-
-
-NODES, BATCHES = (4, 8, 16, 32, 60), (1, 2, 4, 8, 16, 32)
-DRAFTERS = ("levels", "block")
-BLOCK_VOCABULARY, BLOCK_LAYERS = 4096, 2  # of this project's drafter
-USABLE = 0.9  # of a card's memory
+    def sizes(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the tree sizes with a known length; `default` if the length does not depend on the size."""
+        return tuple(sorted(self.lengths)) if self.lengths else default
 
 
 @dataclass(frozen=True)
 class Workload:
-    """prompt: its text tokens. images: shown in it. answer: tokens. depth: levels of a tree.
+    """One request: text tokens of the prompt, number of images, tokens of the answer, levels of the draft tree.
 
-    drafter: "levels", one decoder layer and the whole output layer for each level, as EAGLE-2 and its kin; "block", two
-    layers and an output layer of 4096 words, once for all levels. weight_bytes: of the target's weights; drafters have
-    the card's own type.
+    drafter: "levels", one decoder layer and the whole output layer for each level, as in EAGLE-2; or "block", two
+    layers and an output layer of 4,096 tokens, once for all levels. weight_bytes: bytes per weight of the target, by
+    default those of the card's dtype, which the drafter always has.
     """
 
     prompt: int = 64
@@ -102,35 +91,49 @@ class Workload:
             raise UserError(f"drafter '{self.drafter}' is unknown; choose one of {', '.join(DRAFTERS)}")
 
 
+def card(name: str) -> Card:
+    """Returns the card `name`, or for "cpu" this machine, measured now. Raises UserError for an unknown name."""
+    key = name.lower().replace(" ", "-").replace("_", "-")
+    if key == "cpu":
+        return probe()
+    key = _ALIASES.get(key, key)
+    if key not in CARDS:
+        known = ", ".join(["cpu", *(card.name for card in CARDS.values())])
+        raise UserError(f"unknown card '{name}'; known: {known}")
+    return CARDS[key]
+
+
 def draft_seconds(sizes: Sizes, card: Card, nodes: int, context: int, batch: int, work: Workload) -> float:
-    """Seconds of drafting one tree for each of `batch` sequences."""
+    """Estimates the seconds that drafting one tree for each of `batch` sequences takes."""
     depth = min(work.depth, nodes)
     width = max(1, -(-nodes // depth))
     if work.drafter == "block":
         head = sizes.hidden * BLOCK_VOCABULARY
         return pass_seconds(sizes, card, depth, context, batch, layers=BLOCK_LAYERS, head=head)
-    extra = 2 * sizes.hidden * sizes.hidden  # the layer that joins state and embedding, read with the output layer
-    first = pass_seconds(sizes, card, 1, context, batch, layers=1, head=sizes.head + extra)
-    return first + (depth - 1) * pass_seconds(sizes, card, width, context, batch, layers=1, head=sizes.head + extra)
+    head = sizes.head + 2 * sizes.hidden * sizes.hidden  # with the layer that joins hidden state and embedding
+    first = pass_seconds(sizes, card, 1, context, batch, layers=1, head=head)
+    return first + (depth - 1) * pass_seconds(sizes, card, width, context, batch, layers=1, head=head)
 
 
 def plans(
     sizes: Sizes, card: Card, acceptance: Acceptance, work: Workload | None = None,
     nodes: Sequence[int] = NODES, batches: Sequence[int] = BATCHES,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each batch and tree size: seconds of prefill, plain step, draft and verification; speedups over plain
-    decoding on the same kernels, of decoding alone and of a whole answer. `fits`: whether weights and cache do.
+    """Returns a row for each batch and tree size.
+
+    A row holds the seconds of prefill, plain step, draft and verification, and the speedups over plain decoding on the
+    same kernels: of decoding alone and of a whole answer. `fits`: whether weights and cache fit into memory.
     """
     work = work or Workload()
     total = work.prompt + work.images * sizes.image_tokens
     context = total + work.answer // 2
-    each = work.weight_bytes if work.weight_bytes is not None else card.dtype_bytes
+    weight_bytes = work.weight_bytes if work.weight_bytes is not None else card.dtype_bytes
     rows = []
     for batch in batches:
         prefill = prefill_seconds(sizes, card, total, work.images, batch, work.weight_bytes)
         plain = pass_seconds(sizes, card, 1, context, batch, work.weight_bytes)
         cache = batch * (total + work.answer) * sizes.kv * card.dtype_bytes
-        held = (sizes.decoder + sizes.eye + sizes.hidden * sizes.vocabulary) * each + cache
+        memory = (sizes.decoder + sizes.vision + sizes.hidden * sizes.vocabulary) * weight_bytes + cache
         for size in acceptance.sizes(tuple(nodes)):
             draft = draft_seconds(sizes, card, size, context, batch, work)
             verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes)
@@ -143,7 +146,7 @@ def plans(
                     "plain_s": plain, "draft_s": draft, "verify_s": verify, "speedup_decode": plain / token,
                     "speedup": (prefill + work.answer * plain) / (prefill + work.answer * token),
                     "tokens_per_second": batch * work.answer / (prefill + work.answer * token),
-                    "fits": held <= USABLE * card.memory,
+                    "fits": memory <= USABLE * card.memory,
                 }
             )  # fmt: skip
     return rows

@@ -1,8 +1,8 @@
-"""This machine as a card, in float32: passes of a small decoder, and its products alone, timed for some seconds.
+"""Measures this machine as a `Card`, in float32, with passes of a small decoder and with its matrix products alone.
 
-The decoder has 160 MB of weights, which no cache holds, and runs as targets do, fused where that goes. Products of one
-row tell the bandwidth, of 64, as many as a large tree has, the FLOP/s. What a pass takes beyond its products is what
-operators cost, what element-wise work takes, and attention: told apart by passes over more rows and more keys.
+The decoder has 160 MB of weights, more than any CPU cache, and runs on the fused backend where that is possible.
+Products over 1 row give the bandwidth, over 64 rows the FLOP/s. The remaining time of a pass is due to operators,
+element-wise work and attention; passes over more rows and more keys separate the three.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from msd.estimate.roofline import STEPS, Card, attention_work, touched
 from msd.estimate.sizes import Sizes
 
 SIZES = Sizes("probe", 8, 640, 1792, 10, 5, 64, 0)
-ROWS, NEAR, FAR = 64, 64, 576  # of a pass, and keys before it
+ROWS, NEAR, FAR = 64, 64, 576  # rows of a pass; numbers of keys before it
 TIMES = 15
 
 
 @torch.inference_mode()
 def probe() -> Card:
-    """See the module."""
+    """Measures this machine, which takes some seconds."""
     decoder, products = _decoder()
     weights = SIZES.layers * SIZES.layer
     few, many = (_seconds(partial(products, rows)) for rows in (1, ROWS))
@@ -47,7 +47,7 @@ def probe() -> Card:
 
 
 def _decoder() -> tuple[Any, Callable[[int], None]]:
-    """(the decoder's forward, its products alone over some rows)."""
+    """Returns (the decoder's forward, a function that computes only its matrix products over a number of rows)."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=SIZES.hidden, intermediate_size=SIZES.intermediate, num_hidden_layers=SIZES.layers,
         num_attention_heads=SIZES.heads, num_key_value_heads=SIZES.kv_heads, head_dim=SIZES.head_dim,
@@ -76,22 +76,22 @@ def _decoder() -> tuple[Any, Callable[[int], None]]:
 
 
 def _pass(forward: Any, rows: int, keys: int) -> Callable[[], object]:
-    """A pass over `rows` nodes of a tree after `keys` tokens, which see all of them."""
+    """Returns a function that runs a pass over `rows` tree nodes, which all attend to `keys` earlier tokens."""
     cache = KVCache(SIZES.layers, 1, keys + rows)
     forward(inputs_embeds=torch.ones(1, keys, SIZES.hidden), past_key_values=cache)
     cache.advance(keys)
     mask: Tensor | None = torch.zeros(1, 1, rows, keys + rows) if rows > 1 else None
-    places = torch.arange(keys, keys + rows)[None]
+    positions = torch.arange(keys, keys + rows)[None]
     x = torch.ones(1, rows, SIZES.hidden)
-    return lambda: forward(inputs_embeds=x, attention_mask=mask, position_ids=places, past_key_values=cache)
+    return lambda: forward(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache)
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The median of some runs, after one that warms up."""
+    """Returns the median time of several runs, after a warm-up."""
     run()
-    found = []
+    times = []
     for _ in range(TIMES):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return median(found)
+        times.append(time.perf_counter() - start)
+    return median(times)

@@ -1,4 +1,4 @@
-"""Cards: how fast they read memory and multiply. Numbers of their data sheets, or of this machine by a short probe."""
+"""Estimates the seconds of a pass from a model's sizes and a card's bandwidth and FLOP/s: a roofline."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from math import hypot
 
 from msd.estimate.sizes import Sizes
 
-REACHED_BANDWIDTH, REACHED_FLOPS = 0.8, 0.6  # assumed shares of a data sheet's numbers that kernels reach
-LAUNCH = 4e-6  # seconds from one kernel to the next on a GPU, assumed
+REACHED_BANDWIDTH, REACHED_FLOPS = 0.8, 0.6  # shares of a data sheet's figures that kernels reach (assumed)
+LAUNCH = 4e-6  # seconds from one kernel to the next on a GPU (assumed)
+STEPS = 12  # operators of a decoder layer in the fused backend
 
 
 @dataclass(frozen=True)
 class Card:
-    """bandwidth: bytes a second. flops: FLOP a second of dense products in `dtype_bytes` bytes a number.
+    """The speed of a GPU or CPU.
 
-    memory: bytes. step: seconds that an operator costs beside its work. measured: by a probe, not from a data sheet.
-    attention: FLOP a second of masked attention, that of products by default. touch: seconds that element-wise work
-    takes for one number, what moving it takes by default.
+    bandwidth: bytes per second. flops: FLOP/s of dense products in the dtype, `dtype_bytes` bytes per number. memory:
+    bytes. step: overhead of one operator in seconds. measured: by `probe`, instead of taken from a data sheet.
+    attention: FLOP/s of masked attention, by default `flops`. touch: seconds of element-wise work per number, by
+    default the time to move it.
     """
 
     name: str
@@ -32,7 +34,7 @@ class Card:
     touch: float | None = None
 
     def reached(self) -> Card:
-        """With what kernels reach in the place of what a data sheet says."""
+        """Returns the card with the speed that kernels reach, instead of the data sheet's."""
         if self.measured:
             return self
         return replace(self, bandwidth=self.bandwidth * REACHED_BANDWIDTH, flops=self.flops * REACHED_FLOPS)
@@ -58,25 +60,24 @@ _SHEETS = (
 CARDS = {card.name.lower(): card for card in _SHEETS}
 
 
-STEPS = 12  # operators of a decoder layer, as the fused backend has them
-
-
 def pass_seconds(
     sizes: Sizes, card: Card, rows: int, context: int, batch: int = 1, weight_bytes: float | None = None,
     layers: int | None = None, head: int | None = None, head_rows: int | None = None,
 ) -> float:  # fmt: skip
-    """Seconds of one pass over `rows` tokens of each of `batch` sequences, after `context` tokens of each.
+    """Estimates the seconds of one pass over `rows` tokens after `context` tokens, in each of `batch` sequences.
 
-    weight_bytes: of a number of the weights, the card's own by default; products and cache stay in the card's type.
-    layers: all by default. head: weights of the output layer; head_rows: rows of each sequence that go through it.
+    weight_bytes: bytes per weight, by default those of the card's dtype; products and cache always have that dtype.
+    layers: number of decoder layers, all by default. head: weights of the output layer. head_rows: rows of each
+    sequence that the output layer computes, all by default.
     """
     real = card.reached()
     layers = sizes.layers if layers is None else layers
     head = sizes.head if head is None else head
-    each = real.dtype_bytes if weight_bytes is None else weight_bytes
+    weight_bytes = real.dtype_bytes if weight_bytes is None else weight_bytes
     linear, tokens = layers * sizes.layer, batch * rows
-    shown = batch * (rows if head_rows is None else head_rows)
-    products = hypot((linear + head) * each / real.bandwidth, 2 * (linear * tokens + head * shown) / real.flops)
+    head_tokens = batch * (rows if head_rows is None else head_rows)
+    flops = 2 * (linear * tokens + head * head_tokens)
+    products = hypot((linear + head) * weight_bytes / real.bandwidth, flops / real.flops)
     part = batch * layers / sizes.layers
     cache = part * (context + rows) * sizes.kv * real.dtype_bytes / real.bandwidth
     attention = hypot(cache, part * attention_work(sizes, rows, context) / (real.attention or real.flops))
@@ -85,22 +86,22 @@ def pass_seconds(
 
 
 def attention_work(sizes: Sizes, rows: int, context: int) -> float:
-    """FLOPs of attention in a pass over `rows` rows after `context` tokens, of which a row sees half of its fellows."""
+    """Returns the FLOPs of attention over `rows` rows after `context` tokens; a row sees half of the other rows."""
     return 4 * sizes.layers * sizes.heads * sizes.head_dim * rows * (context + (rows + 1) / 2)
 
 
 def touched(sizes: Sizes, rows: int) -> float:
-    """Numbers that element-wise work reads or writes in a pass: norms, rotary positions, the gate."""
+    """Returns how many numbers element-wise work (norms, rotary positions, gate) reads or writes in a pass."""
     return sizes.layers * rows * (8 * sizes.hidden + 6 * sizes.intermediate)
 
 
 def prefill_seconds(
     sizes: Sizes, card: Card, prompt: int, images: int, batch: int = 1, weight_bytes: float | None = None
 ) -> float:
-    """Seconds of a prompt of `prompt` tokens in all, and of encoding its images, where the encoder is known."""
+    """Estimates the seconds of a prompt of `prompt` tokens, including its images if the vision tower is known."""
     real = card.reached()
-    patches = batch * images * sizes.eye_patches
-    attention = 4 * sizes.eye_layers * sizes.eye_hidden * patches * sizes.eye_patches
-    read = sizes.eye * (real.dtype_bytes if weight_bytes is None else weight_bytes) if images else 0.0
-    eye = hypot(read / real.bandwidth, (2 * sizes.eye * patches + attention) / real.flops)
-    return eye + pass_seconds(sizes, card, prompt, 0, batch, weight_bytes, head_rows=1)
+    patches = batch * images * sizes.vision_patches
+    attention = 4 * sizes.vision_layers * sizes.vision_hidden * patches * sizes.vision_patches
+    read = sizes.vision * (real.dtype_bytes if weight_bytes is None else weight_bytes) if images else 0.0
+    encoding = hypot(read / real.bandwidth, (2 * sizes.vision * patches + attention) / real.flops)
+    return encoding + pass_seconds(sizes, card, prompt, 0, batch, weight_bytes, head_rows=1)

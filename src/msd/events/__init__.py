@@ -1,6 +1,6 @@
-"""Events of event cameras: files, frames, voxel grids, time surfaces, cells, a simulator, and pictures of them.
+"""Reads, represents and simulates recordings of event cameras.
 
-Everything that takes `events` takes an `EventStream` in memory or a `Recording` on disk, which is read chunk by chunk.
+Functions that take `events` accept an `EventStream` in memory or a `Recording` on disk, which is read chunk by chunk.
 """
 
 from msd.events.cells import Cells, cells

@@ -1,14 +1,16 @@
-"""An event camera in software: events where the logarithm of brightness has moved by a threshold.
+"""Simulates an event camera: for a video, or for a photo under a moving camera.
 
-Every pixel keeps a reference, the log brightness of its last event. Between two frames log brightness is a straight
-line in time; each time it gets a threshold away from the reference there is an event, at the moment of crossing, and
-the reference moves by the threshold. Thresholds differ from pixel to pixel; after an event a pixel is blind for a while
-(crossings then move the reference and give no event, as in ESIM); leakage lowers the reference steadily, which gives
-slow events of polarity 1; shot noise adds events at random. Frames are fed one at a time, so a video of any length will
-do.
+Each pixel keeps a reference: the log brightness at its last event. Between two frames, log brightness is linear in
+time. When it differs from the reference by a threshold, the pixel emits an event at the moment of crossing, and the
+reference moves by the threshold. Noise is modelled too:
 
-Sources: Rebecq et al., "ESIM: an Open Event Camera Simulator", 2018; Hu et al., "v2e: From Video Frames to Realistic
-DVS Events", 2021. It knows nothing of where the frames are from; `msd.events.simulator` makes some of photos.
+- thresholds differ from pixel to pixel;
+- for a refractory time after an event, crossings move the reference but emit no event, as in ESIM;
+- leakage lowers the reference steadily, which causes slow events of polarity 1;
+- shot noise adds random events.
+
+Frames are processed one at a time, so a video may have any length. Sources: Rebecq et al., "ESIM: an Open Event Camera
+Simulator", 2018; Hu et al., "v2e: From Video Frames to Realistic DVS Events", 2021.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ from msd.errors import UserError
 from msd.events.stream import EventStream, join
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float64)  # of R, G, B (ITU-R BT.601)
+LEAST_THRESHOLD = 0.01
+Crossings = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]  # (time in µs, pixel, polarity), each [N]
 
 
 class SimulatorSettings(BaseModel):
-    """What kind of camera it is. The noise of a quiet camera by default; `ideal()` has none."""
+    """The camera's properties. The defaults have the noise of a quiet camera; `ideal()` has none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold_on: float = Field(default=0.2, gt=0, description="rise of log brightness that gives an event")
-    threshold_off: float = Field(default=0.2, gt=0, description="fall of log brightness that gives an event")
-    mismatch: float = Field(default=0.03, ge=0, description="standard deviation of a pixel's thresholds")
+    threshold_on: float = Field(default=0.2, gt=0, description="rise of log brightness that causes an event")
+    threshold_off: float = Field(default=0.2, gt=0, description="fall of log brightness that causes an event")
+    mismatch: float = Field(default=0.03, ge=0, description="standard deviation of the thresholds over pixels")
     refractory: float = Field(default=100.0, ge=0, description="µs without events after an event")
     leak_rate: float = Field(default=0.1, ge=0, description="leak events per second and pixel")
     shot_rate: float = Field(default=0.1, ge=0, description="shot noise events per second and pixel")
@@ -42,23 +46,13 @@ class SimulatorSettings(BaseModel):
 
     @classmethod
     def ideal(cls, threshold: float = 0.2, dark: float = 0.02) -> SimulatorSettings:
-        """A camera without noise, mismatch and blind time."""
-        return cls(
-            threshold_on=threshold,
-            threshold_off=threshold,
-            mismatch=0,
-            refractory=0,
-            leak_rate=0,
-            shot_rate=0,
-            dark=dark,
-        )
-
-
-LEAST_THRESHOLD = 0.01
+        """Returns the settings of a camera without noise, mismatch and refractory time."""
+        noise = {"mismatch": 0, "refractory": 0, "leak_rate": 0, "shot_rate": 0}
+        return cls(threshold_on=threshold, threshold_off=threshold, dark=dark, **noise)
 
 
 class Simulator:
-    """Frames in, events out. The first frame sets the references and gives no events."""
+    """Turns frames into events. The first frame sets the references and causes no events."""
 
     def __init__(self, size: tuple[int, int], settings: SimulatorSettings | None = None, seed: int = 0) -> None:
         """size: (width, height) of the frames. seed: of mismatch and noise; the same seed gives the same events."""
@@ -71,22 +65,22 @@ class Simulator:
             for level in (self.settings.threshold_on, self.settings.threshold_off)
         )
         self.time: int | None = None
-        self.level = np.zeros(pixels)  # log brightness at `time`, and leakage
-        self.leakage = np.zeros(pixels)  # so far; it lowers the reference, which here is to raise the level
+        self.level = np.zeros(pixels)  # log brightness at `time`, plus leakage
+        self.leakage = np.zeros(pixels)  # in total; added to the level, which equals lowering the reference
         self.reference = np.zeros(pixels)
         self.last = np.full(pixels, -np.inf)  # time of the last event, µs, not rounded
 
     def feed(self, frame: ArrayLike, time: int) -> EventStream:
-        """The events since the frame before.
+        """Returns the events since the previous frame.
 
         Args:
             frame: [H, W] or [H, W, 3] of uint8, or of floats from 0 to 1.
-            time: µs, later than that of the frame before.
+            time: µs, later than that of the previous frame.
 
         Raises:
-            UserError: a frame of another size, type or range, or a time that does not come later.
+            UserError: the frame has another size, type or range, or its time is not later.
         """
-        level = np.log(self.settings.dark + brightness(frame, self.size)).ravel()
+        level = np.log(self.settings.dark + _brightness(frame, self.size)).ravel()
         if self.time is None:
             self.time, self.level, self.reference = int(time), level, level.copy()
             return join([], self.size)
@@ -102,10 +96,8 @@ class Simulator:
         y, x = (part.astype(np.uint16) for part in np.divmod(pixel[order], self.size[0]))
         return EventStream(t[order], x, y, polarity[order].astype(np.uint8), self.size)
 
-    def _crossings(
-        self, level: NDArray[np.float64], begin: int, duration: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """(times, pixels, polarities) of the crossings between the last levels and these, without the blind ones."""
+    def _crossings(self, level: NDArray[np.float64], begin: int, duration: int) -> Crossings:
+        """Returns the crossings between the previous levels and these, outside refractory times."""
         before, moved = self.level, level - self.reference
         rising = moved >= 0
         threshold = np.where(rising, self.on, self.off)
@@ -119,21 +111,22 @@ class Simulator:
         self.level = level
         self.reference[active] += step * number
 
-        # a pixel sees the first crossing after its blind time, then each that is a blind time after the last seen
-        blind = self.settings.refractory
-        wait = np.maximum(self.last[active] + blind - first, 0)
+        # the crossings of a pixel are evenly spaced, so those it emits are every stride-th from the first one that is
+        # a refractory time after its last event
+        refractory = self.settings.refractory
+        wait = np.maximum(self.last[active] + refractory - first, 0)
         start = np.ceil(wait / spacing - 1e-9).astype(np.int64)
-        stride = np.maximum(np.ceil(blind / spacing - 1e-9), 1).astype(np.int64)
-        seen = np.maximum((number - start + stride - 1) // stride, 0)
-        some = seen > 0
-        self.last[active[some]] = (first + (start + (seen - 1) * stride) * spacing)[some]
-        which = np.repeat(np.arange(len(active)), seen)
-        turn = np.arange(len(which)) - np.repeat(np.cumsum(seen) - seen, seen)
-        at = first[which] + (start[which] + turn * stride[which]) * spacing[which]
-        return at, active[which], rising[active[which]].astype(np.int64)
+        stride = np.maximum(np.ceil(refractory / spacing - 1e-9), 1).astype(np.int64)
+        emitted = np.maximum((number - start + stride - 1) // stride, 0)
+        some = emitted > 0
+        self.last[active[some]] = (first + (start + (emitted - 1) * stride) * spacing)[some]
+        pixel = np.repeat(np.arange(len(active)), emitted)
+        index = np.arange(len(pixel)) - np.repeat(np.cumsum(emitted) - emitted, emitted)
+        at = first[pixel] + (start[pixel] + index * stride[pixel]) * spacing[pixel]
+        return at, active[pixel], rising[active[pixel]].astype(np.int64)
 
-    def _noise(self, begin: int, duration: int) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Shot noise: (times, pixels, polarities), all uniform; references do not move."""
+    def _noise(self, begin: int, duration: int) -> Crossings:
+        """Draws shot noise, uniform in time, pixel and polarity; references do not move."""
         pixels = self.size[0] * self.size[1]
         count = self.draw.poisson(self.settings.shot_rate * pixels * duration / 1e6)
         at = begin + self.draw.random(count) * duration
@@ -143,15 +136,15 @@ class Simulator:
 def simulate(
     frames: Iterable[ArrayLike], times: Iterable[int], settings: SimulatorSettings | None = None, seed: int = 0
 ) -> EventStream:
-    """The events of a video.
+    """Simulates the events of a video.
 
     Args:
-        frames: at least one, [H, W] or [H, W, 3] of uint8 or of floats from 0 to 1; any iterable, taken one at a time.
+        frames: at least one frame as for `Simulator.feed`; any iterable, read one frame at a time.
         times: of the frames, µs, rising.
-        settings: of the camera. seed: of its mismatch and noise.
+        seed: of mismatch and noise.
 
     Raises:
-        UserError: no frames, frames and times not equally many, or what `Simulator.feed` refuses.
+        UserError: there are no frames, or not as many as times; and as in `Simulator.feed`.
     """
     parts: list[EventStream] = []
     simulator: Simulator | None = None
@@ -173,38 +166,24 @@ def simulate(
     return join(parts, simulator.size)
 
 
-def brightness(frame: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:
-    """[H, W] from 0 to 1 of a frame; UserError for what is none of this size."""
-    values = np.asarray(frame)
-    if values.ndim == 3 and values.shape[2] == 3:
-        values = values @ LUMA / (255 if values.dtype == np.uint8 else 1)
-    elif values.dtype == np.uint8:
-        values = values / 255
-    if values.shape != (size[1], size[0]):
-        raise UserError(f"a frame of shape {np.shape(frame)}; the first was {size[0]} wide and {size[1]} high")
-    if values.dtype.kind != "f" or not (values.min() >= 0 and values.max() <= 1 + 1e-6):
-        raise UserError(f"a frame of type {values.dtype} from {values.min()} to {values.max()}; give uint8, or 0 to 1")
-    return values.astype(np.float64, copy=False)
-
-
 class Motion(BaseModel):
-    """How far and how fast the camera moves."""
+    """How far and how fast the camera moves. Every movement is a sum of sine waves."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pan: float = Field(default=1.0, ge=0, le=1, description="share of the free way to the photo's edges")
     zoom: tuple[float, float] = Field(
-        default=(0.8, 0.95), description="least and largest part of the photo that is seen, 0 to 1"
+        default=(0.8, 0.95), description="least and largest visible part of the photo, 0 to 1"
     )
-    roll: float = Field(default=5.0, ge=0, le=45, description="largest turn to either side, degrees")
+    roll: float = Field(default=5.0, ge=0, le=45, description="largest rotation to either side, degrees")
     period: float = Field(default=2.0, gt=0, description="seconds of the slowest wave")
     waves: int = Field(
-        default=3, ge=1, le=8, description="waves of each movement; wave k is k times faster and 1/k² as high"
+        default=3, ge=1, le=8, description="waves per movement; wave k is k times faster and 1/k² as high"
     )
 
 
 class Camera:
-    """A path over a photo. The same seed gives the same path."""
+    """A camera that moves over a photo. The same seed gives the same path."""
 
     def __init__(self, photo: Image.Image, size: tuple[int, int], motion: Motion | None = None, seed: int = 0) -> None:
         """photo: any mode. size: (width, height) of the views. UserError for an impossible zoom."""
@@ -213,37 +192,37 @@ class Camera:
         if not 0 < low <= high <= 1:
             raise UserError(f"zoom from {low} to {high}; give parts of the photo, above 0 and at most 1, rising")
         self.photo = photo.convert("RGB")
-        # in floating point, since steps of eight bits would give events of their own
+        # in floating point: steps between 8-bit values would cause spurious events
         grey = (np.asarray(self.photo, np.float64) @ LUMA / 255).astype(np.float32)
         self.grey = Image.fromarray(grey)
         self.size = size
         self.phases = np.random.default_rng(seed).random((4, self.motion.waves)) * 2 * math.pi
 
     def frame(self, time: int) -> NDArray[np.float32]:
-        """Brightness [H, W] from 0 to 1 at a time in µs."""
+        """Returns brightness [H, W] from 0 to 1 at a time in µs."""
         return np.clip(np.asarray(self._view(self.grey, time), np.float32), 0, 1)
 
     def picture(self, time: int) -> Image.Image:
-        """The RGB view at a time in µs."""
+        """Returns the RGB view at a time in µs."""
         return self._view(self.photo, time)
 
     def frames(self, duration: int, rate: float = 500.0) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(time in µs, brightness) from 0 to `duration` µs, `rate` frames a second, one at a time."""
-        for time in times(duration, rate):
+        """Yields (time in µs, brightness) from 0 to `duration` µs, `rate` frames per second."""
+        for time in _frame_times(duration, rate):
             yield time, self.frame(time)
 
     def _view(self, image: Image.Image, time: int) -> Image.Image:
-        sway_x, sway_y, breath, turn = (self._wave(row, time) for row in range(4))
+        pan_x, pan_y, zoom, roll = (self._wave(row, time) for row in range(4))
         low, high = self.motion.zoom
-        angle = math.radians(self.motion.roll) * turn
+        angle = math.radians(self.motion.roll) * roll
         cos, sin = math.cos(angle), math.sin(angle)
         width, height = self.size
         # photo pixels per view pixel: the largest view inside the photo at this angle, times the zoom
         reach_x, reach_y = abs(cos) * width + abs(sin) * height, abs(sin) * width + abs(cos) * height
-        scale = min(image.width / reach_x, image.height / reach_y) * (low + (high - low) * (breath + 1) / 2)
+        scale = min(image.width / reach_x, image.height / reach_y) * (low + (high - low) * (zoom + 1) / 2)
         free_x, free_y = (image.width - scale * reach_x) / 2, (image.height - scale * reach_y) / 2
-        middle_x = image.width / 2 + self.motion.pan * sway_x * free_x
-        middle_y = image.height / 2 + self.motion.pan * sway_y * free_y
+        middle_x = image.width / 2 + self.motion.pan * pan_x * free_x
+        middle_y = image.height / 2 + self.motion.pan * pan_y * free_y
         a, b = scale * cos, -scale * sin
         d, e = scale * sin, scale * cos
         c = middle_x - a * width / 2 - b * height / 2
@@ -251,19 +230,10 @@ class Camera:
         return image.transform(self.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
 
     def _wave(self, row: int, time: int) -> float:
-        """From -1 to 1."""
+        """Returns the state of one movement, from -1 to 1."""
         k = np.arange(1, self.motion.waves + 1)
         waves = np.sin(2 * math.pi * k * time / (self.motion.period * 1e6) + self.phases[row]) / k**2
         return float(waves.sum() / (1 / k**2).sum())
-
-
-def times(duration: int, rate: float) -> list[int]:
-    """Times of frames from 0 to `duration` µs at `rate` a second, the end included; UserError for less than two."""
-    if not 0 < rate <= 1e6 or duration < 1e6 / rate:
-        raise UserError(
-            f"{rate} frames a second for {duration} µs; give time for two frames, at most a million a second"
-        )
-    return [round(i * 1e6 / rate) for i in range(int(duration * rate / 1e6) + 1)]
 
 
 def events_of_photo(
@@ -275,12 +245,38 @@ def events_of_photo(
     settings: SimulatorSettings | None = None,
     seed: int = 0,
 ) -> EventStream:
-    """Events of a photo under a moving camera; `Camera(photo, size, motion, seed).picture(t)` is the video beside them.
+    """Simulates the events of a moving camera over a photo.
+
+    `Camera(photo, size, motion, seed).picture(t)` is the matching RGB video.
 
     Args:
-        size: (width, height) of the sensor. duration: µs. rate: simulated frames a second; an edge should not move more
-            than a pixel between two. seed: of the path, the mismatch and the noise.
+        photo: any mode. size: (width, height) of the sensor. duration: µs.
+        rate: simulated frames per second; an edge should move at most a pixel between two frames.
+        seed: of the path, the mismatch and the noise.
     """
     camera = Camera(photo, size, motion, seed)
-    moments = times(duration, rate)
-    return simulate((camera.frame(time) for time in moments), moments, settings, seed)
+    times = _frame_times(duration, rate)
+    return simulate((camera.frame(time) for time in times), times, settings, seed)
+
+
+def _frame_times(duration: int, rate: float) -> list[int]:
+    """Returns frame times from 0 to `duration` µs inclusive, `rate` per second; UserError for less than two."""
+    if not 0 < rate <= 1e6 or duration < 1e6 / rate:
+        raise UserError(
+            f"{rate} frames a second for {duration} µs; give time for two frames, at most a million a second"
+        )
+    return [round(i * 1e6 / rate) for i in range(int(duration * rate / 1e6) + 1)]
+
+
+def _brightness(frame: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Returns the brightness [H, W] of a frame, from 0 to 1; UserError for another size, type or range."""
+    values = np.asarray(frame)
+    if values.ndim == 3 and values.shape[2] == 3:
+        values = values @ LUMA / (255 if values.dtype == np.uint8 else 1)
+    elif values.dtype == np.uint8:
+        values = values / 255
+    if values.shape != (size[1], size[0]):
+        raise UserError(f"a frame of shape {np.shape(frame)}; the first was {size[0]} wide and {size[1]} high")
+    if values.dtype.kind != "f" or not (values.min() >= 0 and values.max() <= 1 + 1e-6):
+        raise UserError(f"a frame of type {values.dtype} from {values.min()} to {values.max()}; give uint8, or 0 to 1")
+    return values.astype(np.float64, copy=False)

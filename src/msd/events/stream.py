@@ -1,7 +1,7 @@
-"""`EventStream`: events of one camera in memory, ordered by time. It knows nothing of files, frames or models.
+"""`EventStream`: the events of one camera in memory, ordered by time.
 
-An event says that the brightness of one pixel rose (p = 1) or fell (p = 0) by a threshold at one moment. Thirteen bytes
-each: t int64, x and y uint16, p uint8.
+An event states that the brightness of one pixel rose (p = 1) or fell (p = 0) by a threshold at one moment. It takes 13
+bytes: t int64, x and y uint16, p uint8.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from msd.errors import UserError
 
-MAX_SIDE = 65_535
+MAX_SIDE = 65_535  # pixels, the range of uint16
+DTYPES = {"t": np.int64, "x": np.uint16, "y": np.uint16, "p": np.uint8}
 Columns: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
-"""(t, x, y, p), each [N] of any integer type: events as a decoder gives them, not yet checked."""
+"""(t, x, y, p), each [N] of any integer type: decoded events that are not validated yet."""
 
 
 @dataclass(frozen=True, eq=False)
 class EventStream:
-    """Events in order of time; equal times are allowed.
+    """Events in the order of time; several may have the same time.
 
     Attributes:
-        t: int64 [N], microseconds, never decreasing. The zero is the recording's own.
+        t: int64 [N], microseconds, never decreasing. The recording defines time zero.
         x, y: uint16 [N], pixels from the upper left corner, below the width and the height.
         p: uint8 [N], 1 for brighter, 0 for darker.
         size: (width, height) of the sensor in pixels.
@@ -44,8 +45,8 @@ class EventStream:
 
     def __post_init__(self) -> None:
         size = check_size(self.size)
-        columns = checked((self.t, self.x, self.y, self.p), size)
-        for name, value in zip("txyp", columns, strict=True):
+        columns = validated((self.t, self.x, self.y, self.p), size)
+        for name, value in zip(DTYPES, columns, strict=True):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "size", size)
 
@@ -59,61 +60,56 @@ class EventStream:
 
     @property
     def rate(self) -> float:
-        """Events per second over the span; 0 where the span has no length."""
+        """Events per second over the span; 0 if all events have the same time."""
         first, last = self.span
         return len(self) * 1e6 / (last - first) if last > first else 0.0
 
     def part(self, first: int, last: int) -> EventStream:
-        """Events number `first` to `last` - 1, as views of the same memory."""
+        """Returns events number `first` to `last` - 1, as views of the same memory."""
         return unchecked(self.t[first:last], self.x[first:last], self.y[first:last], self.p[first:last], self.size)
 
     def between(self, begin: int, end: int) -> EventStream:
-        """Events with begin <= t < end (µs), as views of the same memory."""
+        """Returns the events with begin <= t < end (µs), as views of the same memory."""
         first, last = np.searchsorted(self.t, (begin, end))
         return self.part(int(first), int(last))
 
     def split(self, count: int) -> list[EventStream]:
-        """`count` parts of equally many events; the last takes what division leaves over."""
+        """Returns `count` parts with equally many events; the last one also has the remainder."""
         edges = [i * (len(self) // count) for i in range(count)] + [len(self)]
         return [self.part(a, b) for a, b in pairwise(edges)]
 
 
 def unchecked(t: Any, x: Any, y: Any, p: Any, size: tuple[int, int]) -> EventStream:
-    """A stream of arrays that are known to hold: views of a checked stream, or the output of a check."""
+    """Builds a stream from arrays that are known to be valid: views of a stream, or output of `validated`."""
     stream = object.__new__(EventStream)
-    for name, value in zip(("t", "x", "y", "p", "size"), (t, x, y, p, size), strict=True):
+    for name, value in zip((*DTYPES, "size"), (t, x, y, p, size), strict=True):
         object.__setattr__(stream, name, value)
     return stream
 
 
 def join(streams: Iterable[EventStream], size: tuple[int, int]) -> EventStream:
-    """One stream of several that follow each other in time; UserError if they do not."""
+    """Concatenates streams that follow each other in time; UserError if they do not."""
     parts = list(streams)
-    empty = unchecked(*checked((np.empty(0, np.int64),) * 4, size), size)
-    parts = parts or [empty]
-    return EventStream(
-        np.concatenate([s.t for s in parts]),
-        np.concatenate([s.x for s in parts]),
-        np.concatenate([s.y for s in parts]),
-        np.concatenate([s.p for s in parts]),
-        size,
+    t, x, y, p = (
+        np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)]) for name, dtype in DTYPES.items()
     )
+    return EventStream(t, x, y, p, size)
 
 
 def check_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) as ints; UserError unless both are from 1 to 65,535."""
+    """Returns (width, height) as ints; UserError unless both are from 1 to 65,535."""
     width, height = (int(side) for side in size)
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise UserError(f"a sensor of {width}x{height} pixels; width and height must be from 1 to {MAX_SIDE}")
     return width, height
 
 
-def checked(columns: Columns, size: tuple[int, int]) -> Columns:
-    """The columns as int64, uint16, uint16, uint8; UserError for what cannot be events of a sensor of this size."""
+def validated(columns: Columns, size: tuple[int, int]) -> Columns:
+    """Returns the columns as int64, uint16, uint16, uint8; UserError if they are no events of a sensor of this size."""
     lengths = {len(column) for column in columns}
     if len(lengths) != 1 or any(column.ndim != 1 for column in columns):
         raise UserError(f"t, x, y and p have lengths {', '.join(str(len(c)) for c in columns)}; they must be equal")
-    for name, column in zip("txyp", columns, strict=True):
+    for name, column in zip(DTYPES, columns, strict=True):
         if column.dtype.kind not in "iub":
             raise UserError(f"event column {name} has type {column.dtype}; give integers (t in microseconds)")
     t, x, y, p = columns
@@ -130,7 +126,8 @@ def checked(columns: Columns, size: tuple[int, int]) -> Columns:
     if p.dtype.kind == "i" and (p == -1).any():
         p = np.where(p == -1, 0, p)
     if p.dtype.kind != "b" and (p.min() < 0 or p.max() > 1):
-        raise UserError(f"an event has polarity {int(p.max() if p.max() > 1 else p.min())}; it is 0 or 1 (or -1 and 1)")
+        wrong = int(p.max() if p.max() > 1 else p.min())
+        raise UserError(f"an event has polarity {wrong}; it must be 0 or 1 (or -1 and 1)")
     back = np.flatnonzero(t[1:] < t[:-1])
     if len(back):
         i = int(back[0])

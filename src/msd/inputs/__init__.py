@@ -1,1 +1,1 @@
-"""From what a user shows and says to processor output."""
+"""Turns images, videos, sounds and chat messages into processor output."""

@@ -1,7 +1,7 @@
-"""One way into the program for images: `load_image`, which trusts nothing.
+"""Loads images (`load_image`), and treats every file as hostile.
 
-Size limits are checked on the header, before any pixel is decoded. Only common raster formats are opened, so that no
-external program (Ghostscript for EPS) is ever started. Whatever a broken file makes the decoder raise becomes one line.
+Size limits are checked on the header, before any pixel is decoded. Only common raster formats are opened, so no
+external program (Ghostscript for EPS) is started. All errors of a decoder become UserErrors.
 """
 
 import io
@@ -22,7 +22,7 @@ MAX_PIXELS = 40 * 1000 * 1000
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 ORIENTATION_TAG = 0x0112
-UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.32, section 4.6.4)
+UPRIGHT = {  # EXIF orientation -> the operation that makes the image upright (EXIF 2.32, section 4.6.4)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,18 +36,18 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """An upright 8-bit RGB image of its own, sharing nothing with the source.
+    """Returns an upright 8-bit RGB image that shares no memory with the source.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of animations and
-    multi-page files the first picture is taken.
+    It applies the EXIF orientation, puts transparent images on white, scales 16-bit grey to 8 bits, and uses the first
+    picture of animations and multi-page files.
 
     Args:
-        source: a path, a `file:` URL or a `data:` URI; the bytes of a file; a binary file object, read from where it
-            stands; a PIL image; or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8, uint16 or floats
-            in [0, 1].
+        source: a path, a `file:` URL or a `data:` URI; the bytes of a file; a binary file object, read from its current
+            position; a PIL image; or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8, uint16 or
+            floats in [0, 1].
 
     Raises:
-        UserError: the source is no such thing, larger than 20 MB or 40 million pixels, empty, broken, or another URL.
+        UserError: another type or URL; or the image is empty, broken, or larger than 20 MB or 40 million pixels.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
@@ -64,7 +64,7 @@ def load_image(source: ImageSource) -> Image.Image:
         name = "the image given as a file object"
         try:
             data = source.read(MAX_BYTES + 1)
-        except (OSError, ValueError) as error:  # ValueError: it is closed
+        except (OSError, ValueError) as error:  # ValueError: the file object is closed
             raise UserError(f"{name} cannot be read ({error}); open it in binary mode ('rb')") from error
         if not isinstance(data, bytes):
             raise UserError(f"{name} gives {type(data).__name__}, not bytes; open it in binary mode ('rb')")
@@ -77,16 +77,16 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    """The header of an image file; pixels are still encoded."""
+    """Reads the header of an image file; decodes no pixels."""
     if not data:
         raise UserError(f"{name} is empty (0 bytes); give an image file")
     if len(data) > MAX_BYTES:
         raise UserError(f"{name} is larger than {MAX_BYTES // 10**6} MB; compress or resize it")
     Image.init()
     try:
-        with warnings.catch_warnings(action="ignore"):  # about large and odd files; the checks here decide
+        with warnings.catch_warnings(action="ignore"):  # about large and unusual files; this module checks them itself
             return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
-    except Image.DecompressionBombError as error:  # PIL's own limit, which leaves no size to ask for
+    except Image.DecompressionBombError as error:  # beyond PIL's own limit, the size is unknown
         raise UserError(f"{name} has too many pixels; at most {_limit()}: resize it") from error
     except Exception as error:  # parsers of hostile files raise anything: OSError, SyntaxError, struct.error, KeyError…
         known = "JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF"
@@ -94,9 +94,9 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Check the size, decode, turn upright, reduce to 8-bit RGB on white."""
+    """Checks the size, decodes, makes upright, and converts to 8-bit RGB on white."""
     _check_size(image.width, image.height, name)
-    tiles = getattr(image, "tile", None)  # of a file that is not decoded yet
+    tiles = getattr(image, "tile", None)  # only files that are not decoded yet have tiles
     layout = str(tiles[0][3]) if tiles else ""
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -119,16 +119,16 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         else:
             rgb = image.convert("RGB")
-    except (ValueError, OSError) as error:  # such as LAB, which PIL cannot convert
+    except (ValueError, OSError) as error:  # PIL cannot convert LAB, for example
         raise UserError(f"{name} has colour mode {image.mode}, which cannot be converted; save it as RGB") from error
     return rgb.transpose(upright) if upright is not None else rgb
 
 
 def _colour_key(image: Image.Image, layout: str) -> Any:
-    """What an image calls transparent, in the values of its decoded pixels. layout: how PIL calls its encoded ones.
+    """Returns the transparent colour of an image, as a value of its decoded pixels. layout: PIL's raw mode.
 
-    PIL gives the number of a PNG file, whose samples it brings to 8 bits: those of 2 and 4 bits are spread over the
-    whole range, and of 16 bits of a colour the upper half is kept.
+    PIL reports the value as stored in the PNG file, but decodes samples to 8 bits: it scales 2 and 4 bits to the full
+    range, and keeps the upper 8 bits of 16-bit colours.
     """
     key = image.info.get("transparency")
     if isinstance(key, int) and (bits := re.fullmatch("L;([24])", layout)):
@@ -137,7 +137,7 @@ def _colour_key(image: Image.Image, layout: str) -> Any:
 
 
 def _from_array(array: NDArray[np.generic]) -> Image.Image:
-    """[H, W] or [H, W, 1 | 3 | 4] -> RGB image."""
+    """Converts an array [H, W] or [H, W, 1 | 3 | 4] to an RGB image."""
     shape = "x".join(map(str, array.shape))
     name = f"the array of shape {shape} and type {array.dtype}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
@@ -155,7 +155,7 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
 
 
 def _grey_to_8_bit(values: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
-    """uint16, int32 in [0, 65535] or floats in [0, 1], any shape -> uint8 over the full range of the type."""
+    """Scales uint16, int32 in [0, 65535] or floats in [0, 1] of any shape to uint8."""
     top = 1.0 if np.issubdtype(values.dtype, np.floating) else 65535.0
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # also catches NaN
@@ -164,10 +164,10 @@ def _grey_to_8_bit(values: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) if there is none or the EXIF block is damaged."""
+    """Returns the EXIF orientation, or 1 (upright) if there is none or the EXIF block is damaged."""
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # an unreadable EXIF block says nothing about the pixels, which did decode
+    except Exception:  # the pixels were decoded, so an unreadable EXIF block is no error
         return 1
 
 

@@ -1,9 +1,8 @@
-"""Image gain: how much the picture says about each answer token.
+"""Measures how much the image, or the events, influence the target's prediction of each answer token.
 
-The gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target; the law without the
-image comes from a pass of `teach` with all image columns hidden, positions unchanged.
-`msd.labels.label_thresholds` makes labels of gains.
-This module knows nothing of drafters or of how answers are decoded.
+The image gain at an answer position is KL(p(·|image, prefix) ‖ p(·|prefix)) in nats under the target. The distribution
+without the image comes from one pass of `run_teacher` that masks all image columns and leaves positions unchanged.
+`msd.labels.label_thresholds` turns gains into labels.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msd.errors import UserError
-from msd.events import cells
-from msd.events.recording import Events
-from msd.labels.label_thresholds import KINDS
+from msd.labels import CELL_KINDS
 from msd.targets.base import Target
-from msd.targets.teacher import teach
+from msd.targets.teacher import run_teacher
 
 
 @torch.no_grad()
@@ -30,51 +27,52 @@ def image_gain(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],
-    seeing: Sequence[Tensor] | None = None,
+    logits: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Gains in nats of every answer token, one [T_i] float64 tensor per row, ≥ 0; exactly 0 in rows without an image.
+    """Returns the gain of each answer token in nats, one float64 tensor [T_i] ≥ 0 per row; 0 in rows without an image.
 
-    inputs: processor output of B prompts, images encoded or not. answers: B lists of token ids. Laws are softmaxes of
-    the raw logits, without processors. seeing: the logits [T_i, V] of each answer's tokens with the image, where they
-    are known already, as they are to whoever wrote the answers. UserError when an answer is empty or holds an image
-    placeholder, whose place the model would fill with features.
+    inputs: processor output of B prompts, with images encoded or not. answers: B lists of token ids. logits: the
+    `answer_logits` of these rows, if already computed; distributions are their softmaxes, without logits processors.
+    UserError if an answer is empty or contains an image placeholder, which the model would replace by features.
     """
     if any(token in target.placeholders for answer in answers for token in answer):
-        raise UserError("an answer holds an image placeholder token; cut it there, it cannot be taught")
+        raise UserError(
+            "an answer contains an image placeholder token, which cannot be taught; cut the answer before it"
+        )
     inputs = target.encode_images(dict(inputs))
-    return cost_of_hiding(target, inputs, answers, image_columns(target, inputs["input_ids"]), seeing)
+    return masking_cost(target, inputs, answers, image_columns(target, inputs["input_ids"]), logits)
 
 
 @torch.no_grad()
-def cost_of_hiding(
+def masking_cost(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],
-    hidden: Tensor,
-    seeing: Sequence[Tensor] | None = None,
+    masked: Tensor,
+    logits: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """KL(p(·|all, prefix) ‖ p(·|all but the hidden columns, prefix)) of every answer token, as `image_gain` gives it.
+    """Returns KL(p(·|all columns, prefix) ‖ p(·|unmasked columns, prefix)) of each answer token, as in `image_gain`.
 
-    inputs: with encoded images. hidden: [B, L] bool prompt columns; a row without any costs exactly 0.
+    inputs: with images encoded. masked: [B, L] bool prompt columns; a row without masked columns costs exactly 0.
     """
-    some = hidden.any(1).tolist()
-    if not any(some):
+    rows = masked.any(1).tolist()
+    if not any(rows):
         return [torch.zeros(len(answer), dtype=torch.float64) for answer in answers]
-    if seeing is None:
-        seeing = whole_laws(target, inputs, answers)
-    less = teach(target, inputs, answers, hidden)
+    if logits is None:
+        logits = answer_logits(target, inputs, answers)
+    without = run_teacher(target, inputs, answers, masked).logits
     return [
-        _divergence(p, less.logits[row, : len(p)]) if some[row] else torch.zeros(len(p)).double()
-        for row, p in enumerate(seeing)
+        _divergence(p, without[row, : len(p)]) if rows[row] else torch.zeros(len(p)).double()
+        for row, p in enumerate(logits)
     ]
 
 
 @torch.no_grad()
 def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int], side: int = 4) -> Tensor | None:
-    """The image gain of each part of a picture: [T, side, side] nats, rows first, for every token of one answer.
+    """Returns the cost of masking each block of an image: [T, side, side] nats, row by row, for each answer token.
 
-    Each is the cost of hiding the image tokens of one block alone. inputs: processor output of one prompt whose only
-    picture is a square grid of at least `side` by `side` tokens; None for any other prompt.
+    inputs: processor output of one prompt. The result is None unless its image tokens form a single square grid of at
+    least `side` by `side`.
     """
     inputs = target.encode_images(dict(inputs))
     at = image_columns(target, inputs["input_ids"])[0].nonzero()[:, 0]
@@ -83,74 +81,41 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
         return None
     block = torch.arange(grid, device=at.device) * side // grid
     blocks = block[:, None] * side + block[None]  # [grid, grid]
-    seeing, gains = whole_laws(target, inputs, [answer]), []
+    logits, gains = answer_logits(target, inputs, [answer]), []
     for number in range(side * side):
-        hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        hidden[0, at[blocks.flatten() == number]] = True
-        gains += cost_of_hiding(target, inputs, [answer], hidden, seeing)
+        masked = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        masked[0, at[blocks.flatten() == number]] = True
+        gains += masking_cost(target, inputs, [answer], masked, logits)
     return torch.stack(gains, -1).view(-1, side, side)
 
 
-def whole_laws(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The logits [T_i, V] of each answer's tokens with nothing hidden."""
-    teacher_batch = teach(target, inputs, answers)
+def answer_logits(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Returns the logits [T_i, V] that predict each answer's tokens, with no column masked."""
+    teacher_batch = run_teacher(target, inputs, answers)
     return [teacher_batch.logits[row, :n] for row, n in enumerate(teacher_batch.lengths)]
 
 
 def image_columns(target: Target, input_ids: Tensor) -> Tensor:
-    """[B, L] bool: the columns that stand for image features."""
+    """Returns [B, L] bool: the columns that hold image placeholders."""
     return torch.isin(input_ids, torch.tensor(list(target.placeholders), device=input_ids.device))
 
 
 def assert_images_matter(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> None:
-    """Refuses a target that its pictures or sounds do not reach: others must change the logits of every prompt.
+    """Raises UserError unless other images (or sounds) change the logits of every prompt that has any.
 
-    inputs: processor output with pixels, not encoded yet; answers as in `image_gain`. UserError otherwise.
+    inputs: processor output with pixels, not encoded yet. answers: as in `image_gain`.
     """
     other = {name: _negative(inputs[name]) for name in target.media_tensors if inputs.get(name) is not None}
     if not other:
         raise UserError("there are no pixels to change; give prompts with images, as the processor prepares them")
-    one, two = teach(target, inputs, answers), teach(target, {**inputs, **other}, answers)
+    one, two = run_teacher(target, inputs, answers), run_teacher(target, {**inputs, **other}, answers)
     change = ((one.logits - two.logits).abs().amax(-1) * one.answer_mask()).amax(-1)  # [B]
-    for row, shown in enumerate(_shows_images(target, inputs["input_ids"])):
-        if shown and change[row] <= 1e-5:
+    for row, has_image in enumerate(image_columns(target, inputs["input_ids"]).any(1).tolist()):
+        if has_image and change[row] <= 1e-5:
             raise UserError(
                 f"the target's answer does not change with its images (prompt {row}: other pixels, the same logits); "
                 "check that pixel values reach the model before training on it"
             )
-
-
-def _shows_images(target: Target, input_ids: Tensor) -> list[bool]:
-    """For every row of [B, L], whether it has image placeholders."""
-    return image_columns(target, input_ids).any(1).tolist()
-
-
-def _negative(pixels: Tensor) -> Tensor:
-    """Negative and mirrored; tiles of zeros, which fill up a batch, stay so."""
-    other = 1.0 - pixels.flip(-1)
-    if pixels.dim() == 5:
-        other[~pixels.flatten(2).any(-1)] = 0.0
-    return other
-
-
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) of logits [T, V] in nats, [T] float64 on the host."""
-    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0).cpu()
-
-
-def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:
-    """[frames, tokens] modality ids of the cells that `tokens` image tokens a frame stand for, rows first; -1 for none.
-
-    Frames share the recording's time equally, each being its part's middle. tokens: a square grid, or one more, whose
-    first is a class token that stands for no cell. UserError for another number.
-    """
-    side = math.isqrt(tokens)
-    first = tokens - side * side
-    if first > 1:
-        raise UserError(f"{tokens} image tokens a frame are no square grid, so events have no cells there")
-    kinds = cells(recording, (side, side), frames, "time").kinds.reshape(frames, -1)
-    return np.pad(kinds, ((0, 0), (first, 0)), constant_values=-1)
 
 
 @torch.no_grad()
@@ -159,47 +124,46 @@ def event_costs(
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],
     kinds: Sequence[NDArray[np.int64] | Tensor],
-    seeing: Sequence[Tensor] | None = None,
+    logits: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Costs of every answer token in nats, [T_i, 2 + F] float64 for each row: sparse cells, dense cells, each frame.
+    """Returns per row float64 [T_i, 2 + F] nats: the cost of masking the sparse cells, the dense cells, each frame.
 
-    inputs, answers, seeing: as for `image_gain`. kinds: [F, C] of each row's image columns, frame after frame (see
-    `cell_kinds`). UserError where a row's image columns are not F·C.
+    inputs, answers, logits: as for `image_gain`. kinds: per row the [F, C] kinds of its image columns, frame by frame
+    (`msd.events.cells.cell_kinds`). UserError if a row does not have F·C image columns.
     """
     inputs = target.encode_images(dict(inputs))
     columns = image_columns(target, inputs["input_ids"])
-    if len({len(some) for some in kinds}) != 1:
-        raise UserError("clips of a batch differ in their number of frames; take those alike together")
-    hidden = torch.stack([_groups(row, torch.as_tensor(some)) for row, some in zip(columns, kinds, strict=True)], 1)
-    if seeing is None:
-        seeing = whole_laws(target, inputs, answers)
-    costs = [cost_of_hiding(target, inputs, answers, some, seeing) for some in hidden]
-    return [torch.stack(parts, -1) for parts in zip(*costs, strict=True)]
-
-
-def costs_of_recordings(
-    target: Target,
-    inputs: dict[str, Any],
-    answers: Sequence[Sequence[int]],
-    recordings: Sequence[Events],
-    frames: Sequence[int],
-    seeing: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """`event_costs` of rows whose images are the `frames[row]` frames of a scene that `recordings[row]` saw too."""
-    columns = image_columns(target, inputs["input_ids"]).sum(1).tolist()
-    kinds = [cell_kinds(r, count, n // count) for r, count, n in zip(recordings, frames, columns, strict=True)]
-    return event_costs(target, inputs, answers, kinds, seeing)
+    if len({len(of_row) for of_row in kinds}) != 1:
+        raise UserError("the clips of a batch have different numbers of frames; batch clips with the same number")
+    masked = torch.stack([_groups(row, torch.as_tensor(k)) for row, k in zip(columns, kinds, strict=True)], 1)
+    if logits is None:
+        logits = answer_logits(target, inputs, answers)
+    costs = [masking_cost(target, inputs, answers, group, logits) for group in masked]
+    return [torch.stack(of_row, -1) for of_row in zip(*costs, strict=True)]
 
 
 def _groups(columns: Tensor, kinds: Tensor) -> Tensor:
-    """[2 + F, L] bool: which columns of a row [L] are sparse cells, dense cells, and of each frame."""
+    """Returns [2 + F, L] bool: the columns of a row [L] that are sparse cells, dense cells, and each frame."""
     at = columns.nonzero()[:, 0]
     if len(at) != kinds.numel():
         raise UserError(f"{len(at)} image tokens for {kinds.numel()} cells of events; show the frames and nothing else")
     frame = torch.arange(len(kinds))[:, None].expand_as(kinds).flatten()
-    flat = kinds.flatten()
-    groups = [flat == kind.id for kind in KINDS] + [frame == f for f in range(len(kinds))]
-    found = columns.new_zeros(len(groups), len(columns))
-    for row, members in zip(found, groups, strict=True):
-        row[at[members.to(at.device)]] = True
-    return found
+    groups = [kinds.flatten() == kind.id for kind in CELL_KINDS] + [frame == f for f in range(len(kinds))]
+    masks = columns.new_zeros(len(groups), len(columns))
+    for mask, members in zip(masks, groups, strict=True):
+        mask[at[members.to(at.device)]] = True
+    return masks
+
+
+def _negative(pixels: Tensor) -> Tensor:
+    """Returns the image inverted and mirrored; tiles of zeros, which pad a batch, stay zero."""
+    other = 1.0 - pixels.flip(-1)
+    if pixels.dim() == 5:
+        other[~pixels.flatten(2).any(-1)] = 0.0
+    return other
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Returns KL(p ‖ q) of logits [T, V] in nats: [T] float64 on the CPU."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0).cpu()

@@ -1,8 +1,8 @@
-"""Cuts: where gains and costs of answer tokens become modality labels. Fitted on train data, frozen, kept as JSON.
+"""Label thresholds: turn the gains and costs of answer tokens (`msd.labels.gain`) into modality labels.
 
-A gain is what the image says about a token (`msd.labels.gain`): *language* up to the 50th percentile of the train
-data, *vision* from the 80th on, *fusion* between. Costs are what a token owes to sparse and dense cells of events
-(`msd.labels.gain`).
+Thresholds are fitted once on train data, then frozen and stored as JSON. A token's image gain gives *language* up to
+the 50th percentile of the train data, *vision* from the 80th percentile on, and *fusion* between. Where an event camera
+recorded the same scene, the costs of masking event cells give the label instead.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from msd.core.modality import EVENT_DENSE, EVENT_SPARSE, FUSION, LANGUAGE, VIDEO_REASONING, VISION
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.errors import UserError
+from msd.labels import CELL_KINDS, EVENT_MODALITIES, IMAGE_MODALITIES, VIDEO_REASONING
 from msd.system.files import read_bytes, write_whole
 
 LANGUAGE_SHARE, VISION_SHARE = 0.5, 0.8  # quantiles of the train gains
-IMAGE_MODALITIES = (LANGUAGE, VISION, FUSION)
-EVENT_MODALITIES = (LANGUAGE, EVENT_SPARSE, EVENT_DENSE, VIDEO_REASONING)
-KINDS = (EVENT_SPARSE, EVENT_DENSE)  # of cells
-AGAIN = "cuts that 'msd capture' fitted are fitted anew when the file is deleted and the same capture runs again"
+REMEDY = "thresholds from 'msd capture' are fitted again when the file is deleted and the same capture runs again"
 
-Costs = Sequence[Sequence[float]] | Tensor  # [T, 2 + F]: sparse cells, dense cells, each frame
+Costs = Sequence[Sequence[float]] | Tensor  # [T, 2 + F]: cost of masking the sparse cells, the dense cells, each frame
 
 
 class EventThresholds(BaseModel):
-    """Where costs of hiding (`msd.labels.gain`) become labels. tokens: how many `least` was fitted on.
+    """Turns the costs of masking event cells and frames into labels. The first rule that applies decides.
 
-    language          where hiding neither kind of cells costs more than `least`, the 50th percentile of the train data
-    video_reasoning   else, where hiding a second frame costs at least `spread` of what hiding the dearest costs
-    event_sparse, event_dense    else, by the kind whose hiding costs more
+    language: masking either kind of cell costs at most `least`, the 50th percentile of the train data.
+    video_reasoning: masking a second frame costs at least `spread` times as much as masking the most expensive one.
+    event_sparse, event_dense: the kind of cell whose masking costs more.
+
+    tokens: number of train tokens that `least` was fitted on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -45,18 +45,18 @@ class EventThresholds(BaseModel):
 
     @classmethod
     def fit(cls, costs: Iterable[Costs]) -> EventThresholds:
-        """From the costs of train answers; UserError when there are none."""
-        dearest = [torch.as_tensor(c, dtype=torch.float64)[:, : len(KINDS)].amax(1) for c in costs]
-        if not dearest:
-            raise UserError("no answer about events to fit event cuts on; capture lines with events")
-        values = torch.cat(dearest).numpy()
+        """Fits the thresholds to the costs of train answers; UserError if there are none."""
+        highest = [torch.as_tensor(c, dtype=torch.float64)[:, : len(CELL_KINDS)].amax(1) for c in costs]
+        if not highest:
+            raise UserError("no answer about events to fit label thresholds on; capture lines with events")
+        values = torch.cat(highest).numpy()
         return cls(least=float(np.quantile(values, LANGUAGE_SHARE)), tokens=len(values))
 
     def labels(self, costs: Costs) -> Tensor:
-        """Modality ids [T] int64 of costs [T, 2 + F]."""
+        """Returns modality ids [T] int64 for costs [T, 2 + F]."""
         costs = torch.as_tensor(costs, dtype=torch.float64)
-        by_kind, by_frame = costs[:, : len(KINDS)], costs[:, len(KINDS) :]
-        ids = torch.tensor([kind.id for kind in KINDS])
+        by_kind, by_frame = costs[:, : len(CELL_KINDS)], costs[:, len(CELL_KINDS) :]
+        ids = torch.tensor([kind.id for kind in CELL_KINDS])
         labels = ids[by_kind.argmax(1)]
         if by_frame.shape[1] > 1:
             first, second = by_frame.topk(2, 1).values.unbind(1)
@@ -66,10 +66,10 @@ class EventThresholds(BaseModel):
 
 
 class ModalityThresholds(BaseModel):
-    """Where gains become labels: language ≤ `language_max`, vision ≥ `vision_min` (nats), fusion between.
+    """Turns image gains (nats) into labels: language ≤ `language_max`, vision ≥ `vision_min`, fusion between.
 
-    Fitted once on train data and kept with what was trained. tokens: how many gains it was fitted on. target: the
-    `fingerprint` of the model that gave them. events: cuts of answers about scenes that an event camera saw too.
+    tokens: number of train tokens they were fitted on. target: `fingerprint` of the model that computed the gains.
+    events: thresholds for answers about scenes that an event camera recorded too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -88,23 +88,23 @@ class ModalityThresholds(BaseModel):
 
     @classmethod
     def fit(cls, gains: Iterable[Sequence[float] | Tensor], target: str) -> ModalityThresholds:
-        """The 50th and 80th percentile of the gains of answers about images; UserError when there are none."""
-        each = [np.asarray(g, dtype=np.float64).reshape(-1) for g in gains]
-        values = np.concatenate(each) if each else np.empty(0)
+        """Fits the thresholds to the gains of train answers about images; UserError if there are none."""
+        arrays = [np.asarray(g, dtype=np.float64).reshape(-1) for g in gains]
+        values = np.concatenate(arrays) if arrays else np.empty(0)
         if not len(values):
-            raise UserError("no answer token about an image to fit modality cuts on; capture prompts with images")
+            raise UserError("no answer token about an image to fit label thresholds on; capture prompts with images")
         language_max, vision_min = np.quantile(values, (LANGUAGE_SHARE, VISION_SHARE)).tolist()
         return cls(language_max=language_max, vision_min=vision_min, tokens=len(values), target=target)
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names of the labels that it gives."""
+        """Names of the labels that these thresholds produce."""
         return tuple(m.name for m in (IMAGE_MODALITIES if self.events is None else EVENT_MODALITIES))
 
     def labels(self, gain: Sequence[float] | Tensor, costs: Costs | None = None) -> Tensor:
-        """Modality ids, int64, of gains of any shape; of the costs [T, 2 + F] of events instead, where there are cuts.
+        """Returns modality ids, int64, for gains of any shape, or for costs [T, 2 + F] if there are event thresholds.
 
-        Where the cuts coincide, a gain equal to both is language.
+        A gain that equals both thresholds is language.
         """
         if self.events is not None and costs is not None:
             return self.events.labels(costs)
@@ -115,23 +115,23 @@ class ModalityThresholds(BaseModel):
         return labels
 
     def check_target(self, target: str) -> None:
-        """UserError unless `target` is the fingerprint the cuts were fitted on."""
+        """Raises UserError unless the thresholds were fitted on the target with this fingerprint."""
         if target != self.target:
             raise UserError(
-                f"the modality cuts were fitted on target {self.target}, this is {target}; "
+                f"the label thresholds were fitted on target {self.target}, this is {target}; "
                 "fit them on this one with 'msd capture'"
             )
 
     def save(self, path: Path) -> None:
-        """One JSON object. UserError when it cannot be written."""
+        """Writes one JSON object. UserError if the file cannot be written."""
         write_whole(path, json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> ModalityThresholds:
-        """What `save` wrote; UserError names a missing, unknown or wrong field."""
+        """Reads what `save` wrote; UserError names a missing, unknown or wrong field."""
         try:
-            return cls.model_validate_json(read_bytes(path, AGAIN))
+            return cls.model_validate_json(read_bytes(path, REMEDY))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
-            raise UserError(f"'{path}' does not hold modality cuts: {field}: {first['msg']}; {AGAIN}") from error
+            raise UserError(f"'{path}' does not hold label thresholds: {field}: {first['msg']}; {REMEDY}") from error

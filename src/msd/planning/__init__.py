@@ -1,1 +1,1 @@
-"""How much is drafted: what a target pass costs here, and what a step may spend."""
+"""Planning: how much a step drafts, from measured costs of the target."""

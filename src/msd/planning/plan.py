@@ -1,9 +1,10 @@
-"""Plan: how much may be drafted in a step, and whether drafting pays at all.
+"""Plan: decides how many nodes each step may draft, and whether drafting saves time at all.
 
-What a target pass costs by its number of rows is known (`msd.planning.costs`), and what a drafted node is worth is the
-chance that it is accepted, which the drafter knows best. So a budget tells the drafter the seconds that trees of 0, 1,
-2, … nodes cost, drafting included; the drafter keeps as many nodes as give most tokens per second. Above that stands a
-governor: it goes by what steps really took and gave, and stops drafting for a while when that loses.
+The seconds of a target pass by its number of rows are measured (`msd.planning.costs`). The gain of a drafted node is
+its acceptance probability, which the drafter estimates. So a budget gives the drafter the seconds of a step for trees
+of 0, 1, 2, … nodes, drafting included, and the drafter keeps the number of nodes with the most tokens per second. In
+addition, a governor compares the measured time and tokens of each step with plain decoding, and pauses drafting while
+it loses time.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ from statistics import median
 from msd.core.sampling import Sampler
 from msd.planning.costs import Costs
 
-TRUST, PROBE = 4.0, 1.5  # plain steps' worth of time that drafting may lose before it stops; when it is tried again
-PAUSE, LONGEST = 16, 256  # steps without drafting, the first time and at most
-RECENT = 15  # steps whose medians tell how fast this machine is now
+TRUST, PROBE = 4.0, 1.5  # time that drafting may lose before it stops, in plain steps: at first, and after a pause
+PAUSE, LONGEST = 16, 256  # steps without drafting: the first pause, and the longest one
+RECENT = 15  # steps in the running medians of seconds
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one step may draft in each row: at most `nodes` drafted nodes, `depth[row]` levels and `width` per level.
+    """What one step may draft in each row: at most `nodes` drafted nodes, `depth[row]` levels, `width` per level.
 
-    A row with no depth drafts nothing, as where it has ended.
-
-    A width of None is no limit; a width of 1 asks for a chain, the likeliest draft below the likeliest draft.
-    seconds: of a whole step whose trees have 0, 1, … `nodes` drafted nodes; None: draft what fits.
-    passes: of its target pass alone, as measured when the machine was quiet; None where costs are not known.
+    A row with depth 0, such as a finished one, drafts nothing. A width of None is no limit; a width of 1 asks for a
+    chain of the most probable tokens.
+    seconds: of a whole step, for trees of 0, 1, … `nodes` drafted nodes; None: no costs known, draft the maximum.
+    passes: of the target pass alone, as measured on an idle machine; None: no costs known.
     """
 
     nodes: int
@@ -44,62 +44,62 @@ class Budget:
 
     @property
     def node_seconds(self) -> float:
-        """By how much a target pass takes longer for a node in every row, on average; 0 where costs are not known."""
+        """Mean additional seconds of a target pass for one more node in every row; 0 if costs are unknown."""
         return 0.0 if self.passes is None else max(0.0, self.passes[-1] - self.passes[0]) / max(1, len(self.passes) - 1)
 
-    def of(self, rows: list[int]) -> Budget:
-        """The budget of some rows, in that order."""
+    def select(self, rows: list[int]) -> Budget:
+        """The budget of `rows`, in that order."""
         return replace(self, depth=[self.depth[row] for row in rows])
 
 
 class Governor:
-    """Stops drafting when it loses time, and tries again after pauses that double as long as it keeps losing."""
+    """Pauses drafting when it loses time. Each pause is twice as long as the one before, until drafting gains again."""
 
     def __init__(self) -> None:
-        self.credit, self.left, self.pause = TRUST, 0, PAUSE
+        self.credit, self.remaining, self.pause = TRUST, 0, PAUSE
 
     def drafts(self) -> bool:
-        """Whether the next step may draft; counts a pause down."""
-        self.left = max(0, self.left - 1)
-        return self.left == 0
+        """Whether the next step may draft; call it once per step."""
+        self.remaining = max(0, self.remaining - 1)
+        return self.remaining == 0
 
     def learn(self, gain: float) -> None:
-        """gain: tokens a row that a drafting step emitted, less those that plain decoding emits in that time."""
+        """gain: tokens per row of a step with drafts, minus those of plain decoding in the same time."""
         self.credit = min(TRUST, self.credit + gain)
         if self.credit >= TRUST:
             self.pause = PAUSE
         if self.credit < 0:
-            self.left, self.pause, self.credit = self.pause + 1, min(2 * self.pause, LONGEST), PROBE
+            self.remaining, self.pause, self.credit = self.pause + 1, min(2 * self.pause, LONGEST), PROBE
 
 
 class Plan:
-    """At most `nodes` drafted nodes in trees at most `depth` deep and `width` wide.
+    """Plans trees of at most `nodes` drafted nodes, `depth` levels and `width` nodes per level.
 
-    With the target's costs, budgets tell seconds and a governor watches; what it learns lasts as long as the plan.
-    Times are medians of recent steps: a step that another process held up says nothing of drafting.
+    costs: measured costs of the target. With them, budgets contain seconds, and a governor can pause drafting; its
+    state lasts as long as the plan. Times are medians over recent steps, so one delayed step has no effect.
     """
 
     def __init__(self, nodes: int = 8, depth: int = 6, width: int | None = None, costs: Costs | None = None) -> None:
         self.nodes, self.depth, self.width, self.costs = nodes, depth, width, costs
         self.governor = Governor()
         self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting
-        self._passes_seen: deque[float] = deque(maxlen=RECENT)  # seconds of target passes, over those measured
+        self._slowness: deque[float] = deque(maxlen=RECENT)  # seconds of target passes / measured seconds
 
     @property
     def draft_seconds(self) -> float:
-        """What drafting for a step takes; 0 before the first."""
+        """Median seconds of drafting in recent steps; 0 before the first step."""
         return median(self._drafts) if self._drafts else 0.0
 
     @property
     def slowness(self) -> float:
-        """Seconds of target passes now, as a multiple of those measured."""
-        return median(self._passes_seen) if self._passes_seen else 1.0
+        """Median ratio of the seconds of recent target passes to the measured ones; 1 before the first step."""
+        return median(self._slowness) if self._slowness else 1.0
 
     def budget(self, sampler: Sampler) -> Budget:
-        """The budget of the next step; a row that may emit r more tokens drafts at most r - 1, a finished one none."""
+        """The budget of the next step. A row that may emit r more tokens drafts at most r - 1 levels."""
         alive = set(sampler.alive)
         rows = range(sampler.layout.batch)
-        depth = [min(self.depth, sampler.room(r) - 1) if r in alive else 0 for r in rows]
+        depth = [min(self.depth, sampler.tokens_left(r) - 1) if r in alive else 0 for r in rows]
         if self.costs is None:
             return Budget(self.nodes, depth, self.width)
         passes = self._passes(self.costs, sampler)
@@ -108,19 +108,19 @@ class Plan:
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
         return Budget(self.nodes, depth, self.width, seconds, passes)
 
-    def learn(self, budget: Budget, drafted: int, emitted: float, draft: float, verify: float) -> None:
-        """What became of a budget: nodes drafted and tokens emitted per row, seconds of the draft and of the pass."""
+    def learn(self, budget: Budget, drafted: int, emitted: float, draft_seconds: float, score_seconds: float) -> None:
+        """Records a step: its budget, nodes drafted and tokens emitted per row, seconds of drafting and of the pass."""
         if budget.passes is None:
             return
         nodes = min(drafted, self.nodes)
-        self._passes_seen.append(verify / budget.passes[nodes])
+        self._slowness.append(score_seconds / budget.passes[nodes])
         if budget.nodes:
-            self._drafts.append(draft)
+            self._drafts.append(draft_seconds)
             step = self.draft_seconds + self.slowness * budget.passes[nodes]
             self.governor.learn(emitted - step / (self.slowness * budget.passes[0]))
 
     def _passes(self, costs: Costs, sampler: Sampler) -> tuple[float, ...]:
-        """Seconds of target passes over trees of 0, 1, … nodes in every row that goes on: what counts is all rows."""
+        """Seconds of a target pass over trees of 0, 1, … drafted nodes in each unfinished row."""
         R = len(sampler.alive)
-        curve = costs.of(R * (self.nodes + 1), max(sampler.layout.end))
+        curve = costs.curve(R * (self.nodes + 1), max(sampler.layout.end))
         return tuple(curve[R - 1 :: R])

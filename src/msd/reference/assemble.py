@@ -1,6 +1,6 @@
-"""Puts a language model, a vision encoder and the trained parts together into a standard LLaVA checkpoint.
+"""Assembles a language model, a vision encoder and the trained parts into a standard LLaVA checkpoint.
 
-This module knows tensors and names, not where files live: `folder.py` decides when and where to build.
+`folder.py` finds the input files and decides when and where to build.
 """
 
 import io
@@ -29,13 +29,13 @@ from transformers.utils import logging
 from msd.reference.encoder import EfficientNetLiteConfig
 from msd.reference.folder import Sources
 
-BUILDER_VERSION = 2  # raise it when the same inputs would give another checkpoint
+BUILDER_VERSION = 2  # increase it when the same inputs would give another checkpoint
 IMAGE_TOKEN = "<image>"
-SPARE_TOKEN = "<empty_output>"  # a special token of SmolLM2's code data; the image placeholder takes its place and id
+SPARE_TOKEN = "<empty_output>"  # a special token of SmolLM2's code data; the image placeholder replaces it
 LOW_RANK_SCALE = 2.0
 MAX_LENGTH = 8192  # tokens, the context SmolLM2 was trained for
 
-# One turn: its images, each on a line of its own, then its text. There is no default system turn.
+# A turn lists its images, one per line, then its text. There is no default system turn.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -61,21 +61,21 @@ CHAT_TEMPLATE = """\
 
 
 def load_language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct as published, float32, with its own tokenizer and chat template."""
+    """Loads SmolLM2-135M-Instruct as published, float32, with its tokenizer and chat template."""
     folder, name = str(gguf.parent), gguf.name
     with _quiet():
         model = LlamaForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    del model.config.quantization_config  # the weights are plain float32 from here on
-    model.config.name_or_path = "SmolLM2-135M-Instruct"  # instead of a folder of this computer
+    del model.config.quantization_config  # the loaded weights are plain float32
+    model.config.name_or_path = "SmolLM2-135M-Instruct"  # instead of a local folder
     return model, tokenizer
 
 
 def add_low_rank(state: dict[str, Tensor], updates: Mapping[str, Tensor]) -> None:
-    """W <- W + 2·B·A in place, for every `lm.NAME.A` [r, in] with its `lm.NAME.B` [out, r] and `NAME.weight` [out, in].
+    """Adds W <- W + 2·B·A in place for each `lm.NAME.A` [r, in], `lm.NAME.B` [out, r] and `NAME.weight` [out, in].
 
     Raises:
-        KeyError: an update has no partner or names no weight.
+        KeyError: an update lacks its other factor, or there is no such weight.
     """
     for name in (n for n in updates if re.fullmatch(r"lm\..+\.A", n)):
         module = name.removeprefix("lm.").removesuffix(".A")
@@ -90,18 +90,18 @@ def build_model(
     trained: Mapping[str, Tensor],
     image_token_id: int,
 ) -> LlavaForConditionalGeneration:
-    """The whole model, float32.
+    """Builds the whole model in float32.
 
     Args:
-        language_model: tied embeddings; its weights are read, not changed.
+        language_model: with tied embeddings; its weights are not changed.
         vision_config: of the tower.
         encoder: the tower's convolutions, any float type.
         trained: `tower.norm.{weight,bias}`, `tower.pos` [cells, C], `tower.colour` [C, 48],
             `linear_{1,2}.{weight,bias}` (the projector) and low-rank updates as in `add_low_rank`.
-        image_token_id: the id whose embedding image features replace.
+        image_token_id: id of the image placeholder.
 
     Raises:
-        RuntimeError: a tensor is missing, left over or of the wrong shape.
+        RuntimeError: a tensor is missing, superfluous or of the wrong shape.
     """
     text = language_model.state_dict()
     add_low_rank(text, trained)
@@ -133,14 +133,14 @@ def build_model(
 
 
 def build_processor(tokenizer: PreTrainedTokenizerBase, vision_config: EfficientNetLiteConfig) -> LlavaProcessor:
-    """Tokenizer with an image placeholder, chat template, and (x - 127) / 128 at the tower's size, without cropping.
+    """Builds the processor: an image placeholder, the chat template, (x - 127) / 128 at the tower's size, no cropping.
 
-    The vocabulary keeps its size: the placeholder takes the place of `SPARE_TOKEN`.
+    The vocabulary keeps its size: the placeholder replaces `SPARE_TOKEN`.
 
     Raises:
         ValueError: the tokenizer has no such token.
     """
-    from transformers import CLIPImageProcessor  # only here: without torchvision, importing it writes a warning
+    from transformers import CLIPImageProcessor  # imported here: without torchvision the import prints a warning
 
     if SPARE_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"the tokenizer has no {SPARE_TOKEN} to turn into {IMAGE_TOKEN}")
@@ -153,7 +153,7 @@ def build_processor(tokenizer: PreTrainedTokenizerBase, vision_config: Efficient
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size=side,
-            crop_size=side,  # what serving engines compute the number of image tokens from
+            crop_size=side,  # serving engines compute the number of image tokens from it
             do_center_crop=False,
             image_mean=[127 / 255] * 3,
             image_std=[128 / 255] * 3,
@@ -177,7 +177,7 @@ def build_processor(tokenizer: PreTrainedTokenizerBase, vision_config: Efficient
 
 
 def assemble(sources: Sources, destination: Path) -> None:
-    """Write the reference checkpoint into the folder `destination`: about 560 MB, about 20 seconds."""
+    """Writes the reference checkpoint into the folder `destination`: about 560 MB, about 20 seconds."""
     language_model, tokenizer = load_language_model(sources.gguf)
     vision_config = EfficientNetLiteConfig()
     with _quiet():
@@ -191,7 +191,7 @@ def assemble(sources: Sources, destination: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the progress bars and remarks of `transformers` off the terminal; errors still raise."""
+    """Suppresses progress bars and messages of `transformers`; errors still raise."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,12 +1,10 @@
-"""EfficientNet-Lite0 as a vision tower: one token per 32x32 cell of the image, batch norms folded away.
+"""EfficientNet-Lite0 as a vision tower: one token per 32x32 cell of the image.
 
-The network is the one of Tan & Le (EfficientNet, arXiv 1905.11946) in its "lite" form: no squeeze-and-excitation, ReLU6
-everywhere, stem and head of fixed width. It is frozen: every convolution already carries its batch norm, so that
-training and evaluation modes are the same function. What is learned on top are one LayerNorm, one position vector per
-cell, and a linear map of the cell's 4x4 thumbnail: a network trained on recoloured photos (AutoAugment) says little of
-colour.
-
-This module does not know about projectors, language models or caches.
+The network is EfficientNet (Tan & Le, arXiv 1905.11946) in its "lite" form: no squeeze-and-excitation, ReLU6
+everywhere, stem and head of fixed width. It is frozen. Batch norms are folded into the convolutions, so training and
+evaluation modes compute the same function. Three parts are trained: a LayerNorm, a position vector per cell, and a
+linear map of the cell's 4x4 thumbnail. The thumbnail supplies colour, which the encoder, trained on recoloured photos
+(AutoAugment), hardly represents.
 """
 
 from collections.abc import Sequence
@@ -32,14 +30,14 @@ LITE0_STAGES = (
 )
 
 
-THUMBNAIL = 4  # pixels a side that a cell is shrunk to
+THUMBNAIL = 4  # pixels per side of a cell's thumbnail
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
     """Shape of the tower; the defaults are Lite0 at 256x256.
 
-    `stages` holds one (repeats, kernel, stride, expansion, channels) per stage. The product of all strides, the stem's
-    2 included, must equal `patch_size`, and `image_size` must be a multiple of it: ValueError otherwise.
+    stages: (repeats, kernel, stride, expansion, channels) per stage. ValueError unless the product of all strides,
+    including the stem's 2, equals `patch_size`, and `image_size` is a multiple of it.
     """
 
     model_type = "msd_efficientnet_lite0"
@@ -79,13 +77,13 @@ class EfficientNetLiteConfig(PretrainedConfig):
 
 
 class SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's "same" padding, which is one pixel wider at the bottom right for stride 2."""
+    """Convolution with TensorFlow's "same" padding: with stride 2, one pixel more at the bottom and right."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__(
             inputs, outputs, kernel, stride, padding=(kernel - 1) // 2 if stride == 1 else 0, groups=groups
         )
-        total = kernel - stride  # right for every size that the stride divides, and all sizes here are
+        total = kernel - stride  # valid if the stride divides the input's size, as it does here
         self.pad = (total // 2, total - total // 2) * 2 if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ class SameConv(nn.Conv2d):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise convolution, 1x1 projection; the input is added when the shapes agree."""
+    """1x1 expansion, depthwise convolution, 1x1 projection; adds the input if the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -114,14 +112,14 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite(PreTrainedModel):
     """The tower that `LlavaForConditionalGeneration` builds from a config of type `msd_efficientnet_lite0`.
 
-    Use it with `vision_feature_layer=-1` and `vision_feature_select_strategy="full"`: there is no class token.
+    It requires `vision_feature_layer=-1` and `vision_feature_select_strategy="full"`: there is no class token.
     """
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    # There is no attention inside, so that any implementation asked of the whole model suits.
+    # the tower has no attention, so it supports every implementation
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -156,7 +154,7 @@ class EfficientNetLite(PreTrainedModel):
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Features without gradient, before normalisation and positions: what training precomputes.
+        """Computes features without gradient, before the trained parts; training precomputes them.
 
         Args:
             pixel_values: [B, 3, S, S] float, (x - 127) / 128 of 8-bit RGB, S = `config.image_size`.
@@ -178,15 +176,10 @@ class EfficientNetLite(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, return_dict: bool | None = True, **kwargs: object
     ) -> BaseModelOutput | tuple[Tensor, ...]:
-        """Image tokens before the projector.
+        """Computes image tokens, the input of the projector, from pixels as in `features`.
 
-        Args:
-            pixel_values: as in `features`.
-            return_dict: False for a plain tuple.
-            kwargs: ignored: what LLaVA passes to towers with attention.
-
-        Returns:
-            `last_hidden_state` [B, cells, 1280]; `hidden_states` = (features, last_hidden_state), always present.
+        Ignores `kwargs`, which LLaVA passes to towers with attention. Returns `last_hidden_state` [B, cells, 1280] and
+        `hidden_states` = (features, last_hidden_state), as a plain tuple if `return_dict` is False.
         """
         features = self.features(pixel_values)
         shown = thumbnails(pixel_values.to(features.dtype), self.config.image_size // self.config.patch_size)
@@ -197,14 +190,14 @@ class EfficientNetLite(PreTrainedModel):
 
 
 def thumbnails(pixel_values: Tensor, side: int) -> Tensor:
-    """[B, 3, S, S] -> [B, side², 48]: of each of side x side cells, row by row, its mean colours on a 4x4 grid."""
+    """Shrinks each of side x side cells to 4x4 mean colours: [B, 3, S, S] -> [B, side², 48], row by row."""
     small = F.adaptive_avg_pool2d(pixel_values, side * THUMBNAIL)
     cells = small.unflatten(3, (side, THUMBNAIL)).unflatten(2, (side, THUMBNAIL))  # [B, 3, side, 4, side, 4]
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(small), side**2, -1)
 
 
 def load_encoder() -> EfficientNetLite:
-    """Lite0 at 256x256 with the bundled weights, float32; what is learned on top is as before any training."""
+    """Loads Lite0 at 256x256 with the bundled weights, float32; the trained parts have their initial values."""
     encoder = EfficientNetLite(EfficientNetLiteConfig())
     weights = load_file(WEIGHTS / "encoder.safetensors") | {
         name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "position", "colour."))

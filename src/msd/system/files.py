@@ -1,4 +1,7 @@
-"""Files: the user's opened with care, ours written whole or not at all, and read with suspicion."""
+"""Reads and writes files: opens what users name, replaces files atomically, and checks every file it reads.
+
+All errors are UserErrors that name the file and, where given, what to do (`remedy`).
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,31 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-import safetensors.torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from msd.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share, of what a file may be
-BESIDE = "msd-half-written-"  # begins the names of files that are not whole yet
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, or the largest file size is exhausted
+PARTIAL = "msd-half-written-"  # prefix of files that are being written
+LFS = b"version https://git-lfs.github.com/spec/"
+POINTER = "it is a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
+CHECKPOINT = (  # the files of a checkpoint folder that are read; other copies of its weights are not
+    "config.json", "*_config.json", "*.index.json", "tokenizer.json", "*_map.json", "chat_template.json", "*.jinja",
+    "*.model", "*.tiktoken", "vocab.*", "merges.txt", "model*.safetensors", "adapter_model.safetensors",
+)  # fmt: skip
 
 
 @contextmanager
 def open_regular(source: str | os.PathLike[str], name: str, kind: str) -> Iterator[BinaryIO]:
-    """A regular file, open for reading bytes. name: what to call it, kind: what it should be, in messages.
+    """Opens a regular file for reading bytes. name, kind: what messages call the file and its expected content.
 
     UserError: a URL, no such file, a folder, a device, or not readable.
     """
@@ -57,22 +67,9 @@ def open_regular(source: str | os.PathLike[str], name: str, kind: str) -> Iterat
         yield file
 
 
-def named_in(folder: Path, name: str) -> Path:
-    """The file in a folder that is called `name` in a text, whatever encoding the locale has paths in."""
-    try:
-        return folder / os.fsdecode(name.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair: no file has such a name
-        return folder / name
-
-
-def as_text(path: str | os.PathLike[str]) -> str:
-    """The name of a path, or a word of the command line, as UTF-8 has it: `named_in` reads it back."""
-    return os.fsencode(path).decode("utf-8", "surrogateescape")
-
-
 @contextmanager
 def open_media(source: str | os.PathLike[str], name: str, kind: str) -> Iterator[BinaryIO]:
-    """As `open_regular`; also the bytes that a `data:` URI holds, and the file that a `file:` URL names."""
+    """Opens a file as `open_regular` does; also the bytes of a `data:` URI and the file of a `file:` URL."""
     text = os.fsdecode(source)
     if text[:5].lower() == "data:":
         yield io.BytesIO(_data(text, name))
@@ -84,7 +81,7 @@ def open_media(source: str | os.PathLike[str], name: str, kind: str) -> Iterator
 
 
 def _data(uri: str, name: str) -> bytes:
-    """The bytes of `data:[type][;base64],…` (RFC 2397), with or without padding."""
+    """Returns the bytes of `data:[type][;base64],…` (RFC 2397), with or without padding."""
     head, comma, body = uri.partition(",")
     try:
         if not comma:
@@ -98,22 +95,35 @@ def _data(uri: str, name: str) -> bytes:
         raise UserError(f"{name} is no data URI ({error}); give data:TYPE;base64,… or a path") from error
 
 
+def named_in(folder: Path, name: str) -> Path:
+    """Returns the path of a file in `folder` whose name comes from UTF-8 text, in any locale."""
+    try:
+        return folder / os.fsdecode(name.encode())
+    except UnicodeEncodeError:  # an unpaired surrogate: no file has such a name
+        return folder / name
+
+
+def as_text(path: str | os.PathLike[str]) -> str:
+    """Returns a path, or an argument of the command line, as UTF-8 text; `named_in` is the inverse."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
 def shortened(text: str) -> str:
-    """Text of bounded length, without control characters, for a message."""
+    """Returns text for a message: at most 120 characters, control characters replaced."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
 def write_whole(path: Path | str, content: str | bytes | Callable[[Path], object], before: Path | None = None) -> None:
-    """Replaces a file: written beside it, then put in its place in one step. What was there stays if that fails.
+    """Writes a file atomically: to a temporary file in the same folder, which then replaces the file.
 
-    content: text (as UTF-8), bytes, or a function that writes the file whose path it is given. before: where what was
-    there is kept, in the same folder. A device or a pipe is written to as it is. UserError says what is in the way;
-    nothing is left behind.
+    content: text (as UTF-8), bytes, or a function that writes the file whose path it gets. before: path in the same
+    folder that the old file is moved to. A link is followed; a device or pipe is written to directly. If writing fails,
+    UserError; the old file is unchanged and nothing else remains.
     """
     path = Path(path)
-    with _told(path):
-        place = Path(os.path.realpath(path))  # the file that a link stands for
+    with _write_errors(path):
+        place = Path(os.path.realpath(path))
         if place.exists() and not place.is_file():
             if place.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -121,18 +131,18 @@ def write_whole(path: Path | str, content: str | bytes | Callable[[Path], object
             return
         if place.exists() and not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        beside = place.with_name(f"{BESIDE}{secrets.token_hex(8)}")
+        partial = place.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
         try:
-            _put(content, beside)
-            with beside.open("rb+") as file:
+            _put(content, partial)
+            with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             if place.exists():
-                shutil.copymode(place, beside)
+                shutil.copymode(place, partial)
                 if before is not None:
                     place.replace(before)
-            beside.replace(place)
+            partial.replace(place)
         finally:
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def _put(content: str | bytes | Callable[[Path], object], place: Path) -> None:
@@ -143,29 +153,29 @@ def _put(content: str | bytes | Callable[[Path], object], place: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those it is in, where they are missing. UserError when that cannot be done."""
-    with _told(folder):
+    """Creates a folder and its missing parents. UserError if that fails."""
+    with _write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def append(path: Path, text: str) -> None:
-    """Adds text, such as a line, to the end of a file. UserError when it cannot be written."""
-    with _told(path), path.open("a", encoding="utf-8") as file:
+    """Appends text to a file. UserError if that fails."""
+    with _write_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left half written in a folder; for the one that holds its lock (`exclusive`)."""
-    for leftover in folder.glob(f"{BESIDE}*"):
+    """Removes the temporary files of killed processes from a folder. The caller must hold its lock (`exclusive`)."""
+    for leftover in folder.glob(f"{PARTIAL}*"):
         leftover.unlink(missing_ok=True)
 
 
 def check_place(path: Path, folder: bool = False) -> None:
-    """UserError unless a file can be written at `path`, or files into the folder `path`, so far as can be told now.
+    """Raises UserError if a later write to the file `path` (`folder`: to files in the folder `path`) would fail.
 
-    Folders that are missing are made later, by whoever writes; nothing is written or made here.
+    It creates nothing; missing folders are no error.
     """
-    with _told(path):
+    with _write_errors(path):
         if not folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not folder and path.exists() and not os.access(path, os.W_OK):
@@ -175,61 +185,48 @@ def check_place(path: Path, folder: bool = False) -> None:
         there = Path(os.path.realpath(path if folder else path.parent))
         while not there.exists() and there != there.parent:
             there = there.parent
-        with tempfile.TemporaryFile(dir=there) as file:  # permissions alone tell nothing of full or read-only disks
+        with tempfile.TemporaryFile(dir=there) as file:  # permissions do not show that a disk is full or read-only
             file.write(bytes(4096))
             file.flush()
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """For who writes to `path`, a file or a folder, in the block: UserError when another process does so now.
+    """Holds the lock of `path`, a file or folder, while the block writes to it. Its parent folder must exist.
 
-    The folder that holds `path` must exist.
+    UserError if another process holds the lock.
     """
     lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f"{path.name}.lock"), timeout=0)
-    with _told(path):
+    with _write_errors(path):
         try:
             lock.acquire()
         except Timeout as error:
             raise UserError(
-                f"another process is writing to '{path}'; wait for its end, or choose another place"
+                f"another process is writing to '{path}'; wait until it ends, or choose another place"
             ) from error
         except NotImplementedError:  # a file system without locks
             pass
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it notices
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: a waiting process notices the removal
         lock.release()
 
 
-def cannot_write(path: Path | str, error: OSError) -> UserError:
-    """What to tell the user about an error in writing to `path`."""
-    full = error.errno in FULL
-    remedy = "free some space, or choose another place" if full else "choose another place"
-    return UserError(f"cannot write '{path}': {error.strerror or error}; {remedy}")
-
-
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turns errors of writing to `path` into UserErrors."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from error
+        remedy = "free some space, or choose another place" if error.errno in FULL else "choose another place"
+        raise UserError(f"cannot write '{path}': {error.strerror or error}; {remedy}") from error
     except ValueError as error:  # a null character in the path
         raise UserError(f"cannot write '{shortened(str(path))}': {error}; choose another place") from error
 
 
-LFS = b"version https://git-lfs.github.com/spec/"
-CHECKPOINT = (  # what is read of a checkpoint folder; further copies of its weights are not
-    "config.json", "*_config.json", "*.index.json", "tokenizer.json", "*_map.json", "chat_template.json", "*.jinja",
-    "*.model", "*.tiktoken", "vocab.*", "merges.txt", "model*.safetensors", "adapter_model.safetensors",
-)  # fmt: skip
-FETCH = "it is a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
-
-
 def read_bytes(path: Path, remedy: str) -> bytes:
-    """All of a file that must hold something. UserError: no such file, not readable, empty, or a git-lfs pointer."""
+    """Reads a file. UserError: no such file, not readable, empty, or a git-lfs pointer."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -239,12 +236,12 @@ def read_bytes(path: Path, remedy: str) -> bytes:
     if not data.strip(b"\0 \r\n\t"):
         raise UserError(f"'{path}' is damaged: it is empty; {remedy}")
     if data.startswith(LFS):
-        raise UserError(f"'{path}' is damaged: {FETCH}")
+        raise UserError(f"'{path}' is damaged: {POINTER}")
     return data
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """The text of a file. UserError as in `read_bytes`, or when it is not UTF-8."""
+    """Reads UTF-8 text. UserError as in `read_bytes`, or for other encodings."""
     try:
         return read_bytes(path, remedy).decode()
     except UnicodeDecodeError as error:
@@ -252,7 +249,7 @@ def read_text(path: Path, remedy: str) -> str:
 
 
 def read_json(path: Path, remedy: str, finite: bool = True) -> dict[str, Any]:
-    """The JSON object in a file. UserError as in `read_text`, or when it holds anything else."""
+    """Reads a JSON object. UserError as in `read_text` and `parse_json`."""
     try:
         return parse_json(read_text(path, remedy), finite)
     except ValueError as error:
@@ -260,7 +257,7 @@ def read_json(path: Path, remedy: str, finite: bool = True) -> dict[str, Any]:
 
 
 def parse_json(text: str, finite: bool = True) -> dict[str, Any]:
-    """The JSON object that a text is. ValueError says what is wrong; if `finite`, also NaN and infinity."""
+    """Parses a JSON object. ValueError for anything else; with `finite`, also for NaN and infinity."""
     try:
         number = _finite if finite else None
         found = json.loads(text, parse_constant=number, parse_float=number)
@@ -282,9 +279,9 @@ def _finite(text: str) -> float:
 
 
 def read_rows(path: Path, remedy: str) -> tuple[list[dict[str, Any]], int]:
-    """(JSON objects of the whole lines of a file, how many other lines it has): a killed process leaves half a line.
+    """Reads a file with one JSON object per line: (the objects, the number of invalid lines).
 
-    UserError when the file cannot be read at all.
+    A killed process may leave an incomplete line. UserError if the file cannot be read at all.
     """
     try:
         data = path.read_bytes()
@@ -295,16 +292,18 @@ def read_rows(path: Path, remedy: str) -> tuple[list[dict[str, Any]], int]:
         if line.strip():
             try:
                 rows.append(parse_json(line.decode(), finite=False))
-            except ValueError:  # UnicodeDecodeError among them
+            except ValueError:  # includes UnicodeDecodeError
                 damaged += 1
     return rows, damaged
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. UserError as in `read_bytes`, or when it holds anything else."""
+    """Reads a safetensors file to the CPU. UserError as in `read_bytes`, for other formats, and for NaN or infinity."""
+    from safetensors.torch import load  # imports torch, which other users of this module do not need
+
     data = read_bytes(path, remedy)
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"'{path}' is damaged: it is cut short, or no safetensors file ({error}); {remedy}") from error
     for name, tensor in tensors.items():
@@ -314,10 +313,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the first damaged file of a checkpoint folder, by its name and what it must hold.
-
-    Weights are looked at by their headers alone.
-    """
+    """Describes the first damaged file of a checkpoint folder, or returns None. Of weights it reads only headers."""
     weights = () if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)
     read = {path for pattern in (*CHECKPOINT, *weights) for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(read):
@@ -330,7 +326,7 @@ def damage(folder: Path) -> str | None:
             if start in (b"", LFS):
                 read_bytes(path, "")
             if path.suffix == ".safetensors":
-                with safetensors.safe_open(path, "pt"):
+                with safe_open(path, "pt"):
                     pass
         except UserError as error:
             return str(error).removesuffix(";")

@@ -1,4 +1,7 @@
-"""The machine: memory in huge pages, and fewer threads while other processes keep its cores busy."""
+"""Adapts to the machine: memory in huge pages, and fewer threads while other processes compete for the cores.
+
+Competition is recognised by preemptions (involuntary context switches) of this process.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-
-def use_huge_pages() -> None:
-    """Sets the process up, before its first tensor; a variable that the user has set stays as it is."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's CPU allocator when it first allocates
-
-
 try:
     import resource
 except ImportError:  # Windows counts no preemptions
     resource = None  # type: ignore[assignment]
 
-RATE, FEWEST = 60.0, 5  # preemptions a second, and in all, that mean a busy neighbour; measured: up to 30, and 180
-PROBE_SECONDS, STALL_SECONDS = 0.01, 0.002  # how long parallel operators are tried; one that long has been kept waiting
+# competition: at least this many preemptions per second, and in total (measured: up to 30 without it, 180 with it)
+RATE, FEWEST = 60.0, 5
+PROBE_SECONDS, STALL_SECONDS = 0.01, 0.002  # length of the probe for free cores; an operator this slow was preempted
+PAUSE, LONGEST = 1.0, 30.0  # seconds until all threads are tried again: at first, at most
 T = TypeVar("T")
-PAUSE, LONGEST = 1.0, 30.0  # seconds before more threads are tried again, the first time and at most
+
+
+def use_huge_pages() -> None:
+    """Requests huge pages for tensors, unless the user has set the variable. Call it before the first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's CPU allocator reads it at its first allocation
 
 
 class Cores:
-    """How many threads passes use now: `most`, or fewer while a neighbour is seen. This one leaves torch's as it is."""
+    """Controls the number of threads of torch during passes. This base class never changes it."""
 
     def resume(self) -> None:
-        """Before passes that follow on something else, which says nothing of them."""
+        """Call it before passes that follow other work; preemptions during that work are ignored."""
 
     def check(self) -> None:
-        """After a pass: fewer threads where it was preempted, more again where nobody disturbs."""
+        """Call it after a pass: uses fewer threads after preemptions, and all of them once the cores are free."""
 
 
 class Shared(Cores):
-    """preemptions: how often this process has been preempted so far. free: whether parallel operators run undisturbed
-    with that many threads. apply: sets the number of threads. now: seconds.
+    """Uses up to `most` threads, and fewer while other processes compete for the cores.
+
+    preemptions: returns how often this process was preempted so far. free: returns whether parallel operators on that
+    many threads run without preemption. apply: sets the number of threads. now: returns the time in seconds.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Shared(Cores):
         self._count, self._since = self._preemptions(), self._now()
 
     def _raise_if_free(self) -> None:
-        """All threads again, if a pause is over and they run undisturbed."""
+        """Returns to all threads if the pause is over and the cores are free."""
         if self.threads == self.most or self._now() - self._changed < self._pause:
             return
         self._changed = self._now()
@@ -93,11 +96,13 @@ _lock, _users = threading.Lock(), 0
 
 
 def share_cores(on: bool = True) -> None:
-    """Lets every engine of this process use fewer threads while other processes keep its cores busy; off with False.
+    """Uses fewer threads in this process while other processes compete for the cores; False switches this off.
 
-    For programs that do not have their machine to themselves. Only while an answer is being made is torch's number of
-    threads changed. Nothing happens where the system does not count preemptions.
+    It is for programs that share their machine. torch's number of threads changes only while an answer is generated.
+    Has no effect on systems that do not count preemptions.
     """
+    import torch  # here and below, since commands that use no model need not load it
+
     global _shared
     most = torch.get_num_threads()
     _shared = Shared(most, _preemptions, _free, _use) if on and most > 1 and resource is not None else None
@@ -105,7 +110,7 @@ def share_cores(on: bool = True) -> None:
 
 @contextmanager
 def watched() -> Iterator[Cores]:
-    """The cores for the passes inside; afterwards torch's number of threads is again what the program made it."""
+    """Yields the `Cores` for the passes in the block, and restores torch's number of threads afterwards."""
     global _users
     cores = _shared
     if cores is None:
@@ -124,11 +129,11 @@ def watched() -> Iterator[Cores]:
 
 
 def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
-    """(whether no other process took our cores meanwhile, as far as the system tells, what `measure` found)."""
+    """Returns (whether `measure` ran without competition, its result); True if the system counts no preemptions."""
     preempted, begin = 0 if resource is None else _preemptions(), time.perf_counter()
-    found = measure()
+    result = measure()
     preempted = 0 if resource is None else _preemptions() - preempted
-    return preempted < max(FEWEST, RATE * (time.perf_counter() - begin)), found
+    return preempted < max(FEWEST, RATE * (time.perf_counter() - begin)), result
 
 
 def processor() -> str:
@@ -142,17 +147,21 @@ def processor() -> str:
 
 def _use(threads: int) -> None:
     """Has torch use that many."""
+    import torch
+
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
 
 def _preemptions() -> int:
-    """Involuntary context switches of this process so far, all its threads together."""
+    """Returns the involuntary context switches of all threads of this process so far."""
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
 
 
 def _free(threads: int) -> bool:
-    """Whether small parallel operators run on that many threads for a moment without being kept waiting."""
+    """Runs small parallel operators on that many threads; returns whether none was preempted."""
+    import torch
+
     mine = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

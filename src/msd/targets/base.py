@@ -131,7 +131,7 @@ class Target:
         reused, counts = (0, {}) if past is None else reusable_prefix(layout, media, past, self.placeholder_ids)
         cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
         if past is not None and reused:
-            cache.take(past.cache, reused)
+            cache.copy_prefix(past.cache, reused)
             model_kwargs = without_reused(model_kwargs, counts)
         arguments = {**model_kwargs, "position_ids": positions, "past_key_values": cache}
         inputs = self.model.prepare_inputs_for_generation(
@@ -157,7 +157,7 @@ class Target:
         Writes N cache slots. Skips rows that the cache has dropped.
         """
         rows, batch = state.cache.rows, tree.batch
-        tree = tree.of(rows)
+        tree = tree.select(rows)
         positions = state.layout.next_positions(tree.depths, rows)  # [A, R, N]
         with self.recording(check=False) as recorded:
             output = self.model(
@@ -171,7 +171,7 @@ class Target:
         taps = recorded.take()
         if state.tap_history is not None:
             state.tree_taps = taps
-        return Scores(output.logits, taps).among(rows, batch)
+        return Scores(output.logits, taps).scatter(rows, batch)
 
     @contextmanager
     def recording(self, check: bool = True) -> Iterator[Recording]:

@@ -55,7 +55,7 @@ class Source:
 class State:
     """One batch during generation: its layout, its key/value cache and the drafter's memory of it.
 
-    beside: [B, E, H] tokens that only the drafter sees, zero in rows without any.
+    auxiliary: [B, E, H] auxiliary tokens of the drafter, zero in rows without any.
     prefilled: columns that the prefill computed, without those reused from an earlier turn.
 
     Set only where a later turn may reuse the state:
@@ -66,7 +66,7 @@ class State:
     layout: Layout
     cache: KVCache
     memory: Any = field(default=None)
-    beside: Tensor | None = None
+    auxiliary: Tensor | None = None
     source: Source | None = None
     prefilled: int = 0
     media: Media = field(default_factory=dict)

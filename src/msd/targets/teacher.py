@@ -20,7 +20,7 @@ from msd.targets import masks
 from msd.targets.base import Target
 
 _TYPES = "token_type_ids"
-# tensors of processor output that cover the prompt only; `teach` replaces or drops them
+# tensors of processor output that cover the prompt only; `run_teacher` replaces or drops them
 _REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "labels")
 
 
@@ -30,7 +30,7 @@ class TeacherBatch:
 
     layout: prompt and answer of each row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
     taps: [B, L+A, T*H], or None without taps. logits: [B, A, V] float32; entry t predicts answer token t.
-    beside: [B, E, H] tokens that only a drafter sees, zero in rows without any.
+    auxiliary: [B, E, H] tokens that only a drafter sees, zero in rows without any.
     """
 
     layout: Layout
@@ -38,7 +38,7 @@ class TeacherBatch:
     lengths: list[int]
     taps: Tensor | None
     logits: Tensor
-    beside: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     @property
     def answers(self) -> Tensor:
@@ -53,7 +53,7 @@ class TeacherBatch:
 
 
 @torch.no_grad()
-def teach(
+def run_teacher(
     target: Target,
     inputs: dict[str, Any],
     answers: Sequence[Sequence[int]],

@@ -1,1 +1,1 @@
-"""Training: a resumable loop, answers written by a model, low-rank updates, and the scores of what was learned."""
+"""Training: captures answers of the target, trains a drafter on them, and measures it on held-out answers."""

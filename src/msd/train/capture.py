@@ -1,4 +1,4 @@
-"""Answers written by a model, for training another on: batched, resumable, each question once."""
+"""Writes a model's answers to a JSON Lines file, resumably, and reads them back as training data for a drafter."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from msd.errors import UserError
 from msd.labels.label_thresholds import EventThresholds, ModalityThresholds
 from msd.system.files import append, exclusive, make_folder, named_in
 
-ASKED = {"image": list, "prompt": str, "answer": str, "ids": list}  # fields of a record, and what they hold
-ANSWERED = {"finished": bool, "task": str, "split": str}
+# fields of a record and their types
+IDENTITY = {"image": list, "prompt": str, "answer": str, "ids": list}
+STATUS = {"finished": bool, "task": str, "split": str}
+TRAINING = {"image": list, "prompt": str, "ids": list, "gain": list, "task": str, "split": str}
+RECAPTURE = "write the file with 'msd capture'"
+
+Key = tuple[tuple[str, ...], str]  # (images, text) of a prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about zero or more images (paths, as the data names them), that an event camera may have seen too."""
+    """A prompt about zero or more images. images, events: file names as in the data; events: an event recording."""
 
     text: str
     images: tuple[str, ...] = ()
@@ -32,14 +37,19 @@ class Prompt:
     split: str = "train"
     events: str | None = None
 
+    @property
+    def key(self) -> Key:
+        """Prompts with equal keys are answered once."""
+        return self.images, self.text
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote: generated ids without the end token, and whether it ended by itself.
+    """A generated answer. ids: its tokens without the end token. finished: whether the model ended it.
 
-    end: the end token, if that ended it. gain: image gain in nats of each token, the end token included; costs: of
-    prompts with events, what each token owes to them (`msd.labels.gain`). They are only known to writers that
-    label (`TargetWriter`).
+    end: the end token, or None where the answer ended without one. gain: the image gain of each token in nats, the
+    end token included. costs: the event costs of each token (`msd.labels.gain`), for prompts with events. Only
+    writers that label (`TargetWriter`) set gain and costs.
     """
 
     text: str
@@ -50,12 +60,7 @@ class Answer:
     costs: tuple[tuple[float, ...], ...] | None = None
 
 
-class Writer(Protocol):
-    """Writes one answer per prompt."""
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Answers in the order of the prompts."""
-        ...
+Writer = Callable[[Sequence[Prompt]], list[Answer]]  # generates one answer per prompt, in order
 
 
 def capture(
@@ -64,52 +69,52 @@ def capture(
     path: Path,
     batch: int = 16,
     report: Callable[[int, int], None] | None = None,
-    marks: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Write one jsonl record per distinct (images, text); those already in `path` are kept and not asked again.
+    """Writes one JSON Lines record per distinct prompt (images and text) to `path`; answers already there are kept.
 
     A record is `{"image": [...], "prompt", "answer", "ids", "finished", "task", "split"}`, with "end" and "gain" from a
-    writer that labels, and `marks`, such as the model's name. An interrupted run continues where it stopped; a
-    half-written last line is dropped. `report(done, total)` is called after each batch. Returns all records that answer
-    `prompts`, in the order of `prompts`. UserError when `path` holds anything else, or records with other marks, cannot
-    be written, or is being written by another process.
+    writer that labels, and the fields of `metadata`, such as the target's name. An interrupted run resumes where it
+    stopped; an incomplete last line is dropped. Calls `report(done, total)` after each batch. Returns the records of
+    all prompts, in the order of `prompts`. Raises UserError if `path` holds other content or records with other
+    metadata, cannot be written, or is being written by another process.
     """
-    marks = marks or {}
+    metadata = metadata or {}
     make_folder(path.parent)
     with exclusive(path):
-        wanted, done = _distinct(prompts), _read_back(path, marks)
-        todo = _in_order(wanted, done)
+        distinct, done = _distinct(prompts), _read_records(path, metadata)
+        todo = _sorted_todo(distinct, done)
         _end_last_line(path)
         for start in range(0, len(todo), batch):
             group = todo[start : start + batch]
-            records = [_record(p, a, marks) for p, a in zip(group, write(group), strict=True)]
-            done |= {(p.images, p.text): r for p, r in zip(group, records, strict=True)}
+            records = [_record(p, a, metadata) for p, a in zip(group, write(group), strict=True)]
+            done |= {p.key: r for p, r in zip(group, records, strict=True)}
             append(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
             if report:
-                report(len(wanted) - len(todo) + start + len(group), len(wanted))
-    return [done[p.images, p.text] for p in wanted]
+                report(len(distinct) - len(todo) + start + len(group), len(distinct))
+    return [done[p.key] for p in distinct]
 
 
-def pending(prompts: Iterable[Prompt], path: Path, marks: Mapping[str, str] | None = None) -> list[Prompt]:
-    """The distinct prompts that `capture` would still ask, in its order."""
-    return _in_order(_distinct(prompts), _read_back(path, marks or {}))
+def pending(prompts: Iterable[Prompt], path: Path, metadata: Mapping[str, str] | None = None) -> list[Prompt]:
+    """Returns the distinct prompts that `capture` has yet to answer, in the order in which it answers them."""
+    return _sorted_todo(_distinct(prompts), _read_records(path, metadata or {}))
 
 
 def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The first prompt of each (images, text)."""
-    first: dict[tuple[tuple[str, ...], str], Prompt] = {}
+    """Returns the first prompt of each key."""
+    first: dict[Key, Prompt] = {}
     for p in prompts:
-        first.setdefault((p.images, p.text), p)
+        first.setdefault(p.key, p)
     return list(first.values())
 
 
-def _in_order(wanted: list[Prompt], done: Mapping[tuple[tuple[str, ...], str], Any]) -> list[Prompt]:
-    """What is not done: alike in task, and so in the length of their answers; then each image's prompts together."""
-    todo = [p for p in wanted if (p.images, p.text) not in done]
+def _sorted_todo(distinct: list[Prompt], done: Mapping[Key, Any]) -> list[Prompt]:
+    """Returns the unanswered prompts by task, as answers of one task have similar lengths, then by image."""
+    todo = [p for p in distinct if p.key not in done]
     return sorted(todo, key=lambda p: (len(p.images), p.events is None, p.task, p.images, len(p.text)))
 
 
-def _record(prompt: Prompt, answer: Answer, marks: Mapping[str, str]) -> dict[str, Any]:
+def _record(prompt: Prompt, answer: Answer, metadata: Mapping[str, str]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "image": list(prompt.images),
         "prompt": prompt.text,
@@ -123,60 +128,60 @@ def _record(prompt: Prompt, answer: Answer, marks: Mapping[str, str]) -> dict[st
         record |= {"end": answer.end, "gain": list(answer.gain)}
     if answer.costs is not None:
         record |= {"events": prompt.events, "costs": [list(costs) for costs in answer.costs]}
-    return record | dict(marks)
+    return record | dict(metadata)
 
 
-def _read_back(path: Path, marks: Mapping[str, str]) -> dict[tuple[tuple[str, ...], str], dict[str, Any]]:
-    """Records of an earlier run by (images, text), without a half-written last line."""
+def _read_records(path: Path, metadata: Mapping[str, str]) -> dict[Key, dict[str, Any]]:
+    """Reads the records of an earlier run, without an incomplete last line."""
     if not path.exists():
         return {}
     if not path.is_file():  # a device, such as /dev/full, has no end
-        raise UserError(f"'{path}' is not a regular file, so answers cannot go on in it; choose another place")
-    lines, half = _lines(path)
-    if half.strip(b"\0") and not half.startswith(b"{"):  # a disk that lost its power may leave zeros
+        raise UserError(f"'{path}' is not a regular file, so answers cannot be added to it; choose another path")
+    lines, partial = _split_lines(path)
+    if partial.strip(b"\0") and not partial.startswith(b"{"):  # a power failure may leave zero bytes
         raise UserError(f"'{path}' is not a file of captured answers; choose another one")
-    records = [_read_record(line, f"{path}:{n}", marks) for n, line in enumerate(lines, 1) if line.strip()]
+    records = [_parse_record(line, f"{path}:{n}", metadata) for n, line in enumerate(lines, 1) if line.strip()]
     return {(tuple(r["image"]), r["prompt"]): r for r in records}
 
 
-def _lines(path: Path) -> tuple[list[bytes], bytes]:
-    """(whole lines of a file, what is left of a line that was not written to its end)."""
+def _split_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """Returns (complete lines, the incomplete last line)."""
     try:
         *lines, last = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}; choose another file") from error
     if last.strip():
-        with suppress(ValueError):  # whole but for its end, as editors leave it
+        with suppress(ValueError):  # complete except for the line feed, as some editors save it
             json.loads(last)
             return [*lines, last], b""
     return lines, last
 
 
 def _end_last_line(path: Path) -> None:
-    """Makes the file if needed, and have it end where a line ends: cuts half a line off, or ends one that is whole."""
+    """Creates the file if it is missing; removes an incomplete last line, or ends a complete one with a line feed."""
     append(path, "")
-    lines, half = _lines(path)
-    if half:
+    lines, partial = _split_lines(path)
+    if partial:
         with path.open("rb+") as file:
             file.truncate(sum(len(line) + 1 for line in lines))
     elif lines and not path.read_bytes().endswith(b"\n"):
         append(path, "\n")
 
 
-def _read_record(line: bytes, where: str, marks: Mapping[str, str]) -> dict[str, Any]:
+def _parse_record(line: bytes, where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:  # not JSON, or not text at all
         record = None
     wrong = f"{where}: not a captured answer; delete the line if it is damaged, or choose another file"
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in ASKED.items()):
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in IDENTITY.items()):
         raise UserError(wrong)
-    for name, value in marks.items():
+    for name, value in metadata.items():
         if record.get(name) != value:
             raise UserError(
-                f"{where}: captured with {name} {record.get(name)!r}, this is {value!r}; choose another file"
+                f"{where}: captured with {name} {record.get(name)!r}, not with {value!r}; choose another file"
             )
-    if not all(isinstance(record.get(k), kind) for k, kind in ANSWERED.items()):
+    if not all(isinstance(record.get(k), kind) for k, kind in STATUS.items()):
         raise UserError(wrong)
     return record
 
@@ -191,9 +196,9 @@ T = TypeVar("T", bound=_HasTask)
 
 @dataclass(frozen=True)
 class Captured:
-    """One answer of the target. ids: all its tokens, the end token included where it came; gain: nats of each.
+    """A captured answer, to train on. ids: its tokens, the end token included. gain: the image gain of each, in nats.
 
-    events: an event camera's recording of what the images show; costs: [T, 2 + F] nats (see `msd.labels.gain`).
+    events: the event recording of the scene that the images show. costs: [T, 2 + F] nats (see `msd.labels.gain`).
     """
 
     images: tuple[Path, ...]
@@ -205,22 +210,58 @@ class Captured:
     events: Path | None = None
     costs: tuple[tuple[float, ...], ...] | None = None
 
-    def labels(self, cuts: ModalityThresholds) -> Tensor:
-        """Modality ids [T] int64 of its tokens."""
-        return cuts.labels(self.gain, self.costs)
+    def labels(self, thresholds: ModalityThresholds) -> Tensor:
+        """Returns the modality id of each token, [T] int64."""
+        return thresholds.labels(self.gain, self.costs)
 
 
 def read_captured(path: Path, images: Path | None = None) -> list[Captured]:
-    """What `msd capture` wrote. images: the folder given to it as --images; by default as for data lines.
+    """Reads the answers that `msd capture` wrote. images: its --images folder; by default found as for data lines.
 
-    UserError names the line that is wrong or whose image is missing.
+    Raises UserError with the line that is wrong or whose image is missing.
     """
     folder = image_folder(path, images)
     return [_captured(line, where, folder) for where, line in data_lines(path)]
 
 
+def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
+    def require(valid: bool, problem: str) -> None:
+        if not valid:
+            raise UserError(f"{where}: {problem}")
+
+    for name, kind in TRAINING.items():
+        require(isinstance(line.get(name), kind), f"'{name}' is missing or not a {kind.__name__}; {RECAPTURE}")
+    end, gain = line.get("end"), line["gain"]
+    ids = (*line["ids"], *(() if end is None else (end,)))
+    require(all(isinstance(i, int) and i >= 0 for i in ids), f"'ids' and 'end' must be token ids; {RECAPTURE}")
+    require(_are_numbers(gain), f"'gain' must be finite numbers; {RECAPTURE}")
+    require(len(ids) == len(gain), f"{len(gain)} gains for {len(ids)} answer tokens")
+    require(bool(ids), "the answer has no tokens")
+    names = line["image"]
+    require(all(isinstance(n, str) for n in names), f"'image' must be a list of file names; {RECAPTURE}")
+    images = tuple(named_in(folder, name) for name in names)
+    for image in images:
+        require(image.is_file(), f"image '{image}' does not exist; give the folder of the images")
+    captured = Captured(images, line["prompt"], ids, tuple(gain), line["task"], line["split"])
+    if "costs" not in line:
+        return captured
+    costs, events = line["costs"], line.get("events")
+    if not isinstance(events, str) or not isinstance(costs, list):
+        raise UserError(f"{where}: 'costs' without 'events', or not a list; {RECAPTURE}")
+    numeric = all(isinstance(each, list) and _are_numbers(each) and len(each) == len(costs[0]) for each in costs)
+    require(numeric, f"'costs' must be lists of finite numbers of one length; {RECAPTURE}")
+    require(len(costs) == len(ids), f"{len(costs)} costs for {len(ids)} answer tokens")
+    recording = named_in(folder, events)
+    require(recording.is_file(), f"event recording '{recording}' does not exist; give the folder of the images")
+    return replace(captured, events=recording, costs=tuple(map(tuple, costs)))
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
 def mixed(answers: Sequence[T], limit: int | None = None) -> list[T]:
-    """Up to `limit` answers (or data lines), tasks in turn, so that a part holds all of them in like numbers."""
+    """Returns up to `limit` answers (or data lines), taken from the tasks in turn, so that each task is represented."""
     by_task: dict[str, list[T]] = {}
     for answer in answers:
         by_task.setdefault(answer.task, []).append(answer)
@@ -228,67 +269,27 @@ def mixed(answers: Sequence[T], limit: int | None = None) -> list[T]:
     return turns[:limit]
 
 
-def cuts_path(path: Path) -> Path:
-    """Where the cuts of captured answers `path` are kept: beside it, with `.cuts.json` at the end."""
-    return path.with_name(path.name + ".cuts.json")
-
-
 def check_labelled(records: Iterable[dict[str, Any]], path: Path) -> None:
-    """UserError unless all records of `path` have the gains that `msd capture` notes."""
+    """Raises UserError unless every record of `path` has a gain for each of its tokens."""
     for record in records:
         gain, length = record.get("gain"), len(record["ids"]) + (record.get("end") is not None)
-        if not isinstance(gain, list) or not _numbers(gain) or len(gain) != length:
+        if not isinstance(gain, list) or not _are_numbers(gain) or len(gain) != length:
             raise UserError(
                 f"'{path}': the answer to {record['prompt']!r:.60} has no gain for each of its tokens; "
-                "delete its line, and the same command asks it again"
+                "delete its line and run the same command again"
             )
 
 
-def fit_cuts(records: Iterable[dict[str, Any]], target: str) -> ModalityThresholds | None:
-    """Cuts from the records of the train part that have images (the rest is language); None where there are none."""
-    shown = [r for r in records if r["split"] == "train" and r["image"]]
-    if not shown:
+def label_thresholds_path(path: Path) -> Path:
+    """Returns the file with the label thresholds of the captured answers `path`: `path` with `.cuts.json` added."""
+    return path.with_name(path.name + ".cuts.json")
+
+
+def fit_label_thresholds(records: Iterable[dict[str, Any]], target: str) -> ModalityThresholds | None:
+    """Fits label thresholds on the train records with images (text-only answers are language); None without any."""
+    with_images = [r for r in records if r["split"] == "train" and r["image"]]
+    if not with_images:
         return None
-    cuts = ModalityThresholds.fit([r["gain"] for r in shown], target)
-    costs = [r["costs"] for r in shown if "costs" in r]
-    return cuts.model_copy(update={"events": EventThresholds.fit(costs)}) if costs else cuts
-
-
-def _captured(line: dict[str, Any], where: str, folder: Path) -> Captured:
-    kinds = {"image": list, "prompt": str, "ids": list, "gain": list, "task": str, "split": str}
-    for name, kind in kinds.items():
-        if not isinstance(line.get(name), kind):
-            raise UserError(f"{where}: '{name}' is missing or not a {kind.__name__}; write the file with 'msd capture'")
-    end = line.get("end")
-    ids = (*line["ids"], *(() if end is None else (end,)))
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise UserError(f"{where}: 'ids' and 'end' must be token ids; write the file with 'msd capture'")
-    if not _numbers(line["gain"]):
-        raise UserError(f"{where}: 'gain' must be finite numbers; write the file with 'msd capture'")
-    if len(ids) != len(line["gain"]):
-        raise UserError(f"{where}: {len(line['gain'])} gains for {len(ids)} answer tokens")
-    if not ids:
-        raise UserError(f"{where}: the answer has no tokens")
-    if not all(isinstance(name, str) for name in line["image"]):
-        raise UserError(f"{where}: 'image' must be a list of file names; write the file with 'msd capture'")
-    paths = tuple(named_in(folder, name) for name in line["image"])
-    for picture in paths:
-        if not picture.is_file():
-            raise UserError(f"{where}: image '{picture}' does not exist; name the folder of the images")
-    found = Captured(paths, line["prompt"], ids, tuple(line["gain"]), line["task"], line["split"])
-    if "costs" not in line:
-        return found
-    if not isinstance(line.get("events"), str) or not isinstance(line["costs"], list):
-        raise UserError(f"{where}: 'costs' without 'events', or no list; write the file with 'msd capture'")
-    costs, events = line["costs"], named_in(folder, line["events"])
-    if not all(isinstance(each, list) and _numbers(each) and len(each) == len(costs[0]) for each in costs):
-        raise UserError(f"{where}: 'costs' must be lists of finite numbers; write the file with 'msd capture'")
-    if len(costs) != len(ids):
-        raise UserError(f"{where}: {len(costs)} costs for {len(ids)} answer tokens")
-    if not events.is_file():
-        raise UserError(f"{where}: events '{events}' do not exist; name the folder of the images")
-    return replace(found, events=events, costs=tuple(map(tuple, costs)))
-
-
-def _numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    thresholds = ModalityThresholds.fit([r["gain"] for r in with_images], target)
+    costs = [r["costs"] for r in with_images if "costs" in r]
+    return thresholds.model_copy(update={"events": EventThresholds.fit(costs)}) if costs else thresholds

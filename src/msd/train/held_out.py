@@ -1,82 +1,90 @@
-"""What a drafter is worth on answers it does not learn from, and the thresholds that are fitted on them."""
+"""Measures a drafter on held-out answers: chain acceptance, and the verification thresholds that meet a budget."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msd.config import SpeculativeConfig
-from msd.core.modality import known
-from msd.core.sampling import Sampler
+from msd.core.modality import LANGUAGE, known
+from msd.core.tree import Step
 from msd.drafters import Drafter
 from msd.drafters.toolkit.training import Objective
 from msd.model import SpeculativeVLM
-from msd.targets.teacher import TeacherBatch
 from msd.train.capture import Captured
 from msd.train.teacher_batches import TeacherBatches
-from msd.verify import Budget, calibrate
+from msd.verify import calibrate
 from msd.verify.lossy import Position
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-class HeldOut:
-    """Held-out chain acceptance: by modality in answers about images, and of all answers without one ("text")."""
+class HeldOutAcceptance:
+    """Measures the acceptance of chain drafts on held-out answers.
+
+    Answers about images are counted per modality of the token; text-only answers are counted together ("text").
+    """
 
     def __init__(self, objective: Objective, batches: TeacherBatches, held_out: Sequence[Captured]) -> None:
         self.objective, self.batches = objective, batches
-        some = [c for c in held_out if len(c.ids) > 1]
-        self.about_images, self.text = ([c for c in some if bool(c.images) == images] for images in (True, False))
+        self.with_images = [c for c in held_out if len(c.ids) > 1 and c.images]
+        self.text_only = [c for c in held_out if len(c.ids) > 1 and not c.images]
         self.last: dict[str, float] = {}
 
     def __call__(self) -> dict[str, float]:
-        """The rates, by name; "acceptance" is that of all answers about images."""
+        """Returns the acceptance rates by name; "acceptance" is the rate over all answers about images."""
         self.objective.eval()
-        seen, text = self._counts(self.about_images), self._counts(self.text)
+        by_modality, text = self._counts(self.with_images), self._counts(self.text_only)
         self.objective.train()
-        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in seen.items()}
-        for name, counts in (("text", text), ("acceptance", seen or text)):
+        self.last = {name: accepted / max(1, drafted) for name, (accepted, drafted) in by_modality.items()}
+        for name, counts in (("text", text), ("acceptance", by_modality or text)):
             accepted, drafted = (sum(c[i] for c in counts.values()) for i in (0, 1))
             if drafted:
                 self.last[name] = accepted / drafted
         return self.last
 
     def _counts(self, answers: Sequence[Captured]) -> dict[str, list[int]]:
-        """Modality name -> [accepted, drafted]."""
+        """Returns modality name -> [accepted, drafted]."""
         counts: dict[str, list[int]] = {}
-        for batch, labels in self.batches.in_turn(answers):
+        for batch, labels in self.batches.in_order(answers):
             for name, (accepted, drafted) in self.objective.acceptance(batch, labels).items():
                 old = counts.setdefault(name, [0, 0])
                 counts[name] = [old[0] + accepted, old[1] + drafted]
         return counts
 
     def reports(self) -> dict[str, Any]:
-        """Of a trained network; see `Objective.reports`."""
-        return self.objective.reports(self._taught)
-
-    def _taught(self) -> Iterator[tuple[TeacherBatch, Tensor]]:
-        """The held-out answers about images, in batches; those without where there are no others."""
-        return self.batches.in_turn(self.about_images or self.text)
+        """Returns the objective's reports on the answers about images, or on the text-only ones if there are none."""
+        return self.objective.reports(lambda: self.batches.in_order(self.with_images or self.text_only))
 
 
-class Recorder(Budget):
-    """Emits as `lossless` does (θ = 1 everywhere) and notes P, the mass that p gives a node's children, by modality."""
+class Recorder:
+    """Records P = Σ p(c), the target's probability of a node's drafted children c, at every emitted token, by modality.
+
+    It reads the steps of a request that samples, with `output_scores` (see `SpeculativeVLM.generate`, `on_step`).
+    probabilities: modality id -> P at each position, in order.
+    """
 
     def __init__(self) -> None:
-        super().__init__(epsilon=1.0)
-        self.masses: dict[int, list[float]] = defaultdict(list)
+        self.probabilities: dict[int, list[float]] = defaultdict(list)
 
-    def _theta(self, at: Position, kinds: list[int], sampler: Sampler) -> list[float]:
-        for kind, mass in zip(kinds, at.p.masked_fill(~at.drafted, 0.0).sum(-1).tolist(), strict=True):
-            self.masses[kind].append(min(mass, 1.0))
-        return [1.0] * len(kinds)
-
-    def _learn(self, sampler: Sampler, rows: list[int], kinds: list[int], spent: list[float]) -> None:
-        """Nothing is spent."""
+    def __call__(self, step: Step) -> None:
+        """Records the positions of one step; trees without drafts have none."""
+        tree, accepted = step.tree, step.accepted
+        if tree.height == 0:
+            return
+        assert accepted.logits is not None, "the request must ask for output_scores"
+        for level in range(max(map(len, accepted.tokens))):
+            rows = [row for row, tokens in enumerate(accepted.tokens) if len(tokens) > level]
+            nodes = [accepted.nodes[row][level - 1] if level else 0 for row in rows]
+            logits = torch.stack([accepted.logits[row][level][1] for row in rows])
+            position = Position.at(tree, torch.tensor(nodes, device=logits.device), logits, rows)
+            P = position.p.masked_fill(~position.drafted, 0.0).sum(-1).clamp_max(1.0).tolist()
+            for row, probability in zip(rows, P, strict=True):
+                kind = LANGUAGE.id if accepted.modality is None else accepted.modality[row][level]
+                self.probabilities[kind].append(probability)
 
 
 def record(
@@ -88,27 +96,27 @@ def record(
     temperature: float = 1.0,
     report: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Modality name -> P at every drafted position of answers sampled at `temperature` to (images, text) prompts."""
-    engine = SpeculativeVLM(model, processor, SpeculativeConfig(), drafter)
+    """Samples answers to (images, text) prompts; returns modality name -> P at every position (see `Recorder`)."""
+    engine = SpeculativeVLM(model, processor, SpeculativeConfig(label=True), drafter)
     recorder = Recorder()
-    engine.verifier = recorder
     for number, (images, text) in enumerate(prompts):
         engine.generate(
             list(images), text, seed=number, do_sample=True, temperature=temperature, top_k=0,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_scores=True, on_step=recorder,
         )  # fmt: skip
         if report:
             report(number + 1)
-    return {known()[kind].name: masses for kind, masses in recorder.masses.items()}
+    return {known()[kind].name: P for kind, P in recorder.probabilities.items()}
 
 
-def solve(masses: dict[str, list[float]], budgets: Iterable[float] = BUDGETS) -> dict[str, dict[str, float]]:
-    """str(ε) -> modality name -> least θ that keeps the mean total variation within ε on the recorded positions.
+def solve(probabilities: dict[str, list[float]], budgets: Iterable[float] = BUDGETS) -> dict[str, dict[str, float]]:
+    """str(ε) -> modality name -> the smallest θ that keeps the mean total variation within ε on the recorded positions.
 
-    A position's cost depends on P alone (docs/modality_verification.md), so it is solved as one of two tokens.
+    probabilities: from `record`. The cost of a position depends on P only (docs/modality_verification.md), so two
+    tokens with the probabilities P and 1 - P represent it.
     """
     records = {}
-    for name, found in masses.items():
-        p = torch.tensor(found, dtype=torch.float64)
-        records[name] = (torch.stack([p, 1 - p], 1), torch.tensor([[True, False]]).expand(len(found), -1))
+    for name, values in probabilities.items():
+        p = torch.tensor(values, dtype=torch.float64)
+        records[name] = (torch.stack([p, 1 - p], 1), torch.tensor([[True, False]]).expand(len(values), -1))
     return {str(epsilon): calibrate(records, epsilon) for epsilon in budgets}

@@ -1,11 +1,9 @@
-"""TeacherBatches for a drafter: which captured answers a step trains on, and the live target's predictions for them.
+"""Training batches for a drafter: selects the captured answers of each step and computes the target's predictions.
 
-Two stages (MSD as published, arXiv 2505.14260, section 3.3): text-only answers first, then a share of answers about
-images that rises to one. Everything follows from (seed, step). The target runs online; nothing but answers is on disk.
-What it computed for a batch is kept in memory while there is room (`TeacherCache`): the tap states, the last of which is
-what the target's output layer reads, and the normaliser of every distribution. Distributions over the draft
-vocabulary follow from these. A batch is the same bits whether it was just taught or recalled, so a run that was
-stopped goes on to the same result.
+Training has two stages (MSD, arXiv 2505.14260, section 3.3): text-only answers first, then a growing share of answers
+about images. The batches are a function of (seed, step). The target runs online; only answers are stored on disk. Its
+outputs are cached in memory (`TeacherCache`). A cached batch is bit-identical to a recomputed one, so a resumed run
+gives the same result.
 """
 
 from __future__ import annotations
@@ -20,65 +18,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msd.drafters.recordings import event_tokens
+from msd.drafters.auxiliary import stacked
 from msd.errors import UserError
-from msd.events import open_chunks
+from msd.events.auxiliary import event_tokens
 from msd.inputs import prompts
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import Target
-from msd.targets.teacher import TeacherBatch, teach
+from msd.targets.teacher import TeacherBatch, run_teacher
 from msd.train.capture import Captured
 
 WINDOW = 16  # batches among which answers are sorted by length
 
+LabelledBatch = tuple[TeacherBatch, Tensor]  # and the modality labels [B, A] of its answer tokens
+
 
 @dataclass(frozen=True)
 class Stages:
-    """text: steps of stage 1. rise: steps of stage 2 until every answer is about an image, from half of them on.
+    """The share of answers about images at each step: 0 in stage 1, then rising linearly from `first` to 1 - `keep`.
 
-    keep: share of text-only answers that remains after that.
+    text: steps of stage 1. rise: steps of the rise in stage 2. keep: share of text-only answers after the rise.
     """
 
     text: int = 75
     rise: int = 300
     keep: float = 0.05
+    first = 0.5  # no dataclass field: a run's settings are compared with those in its `run.json`
 
     def share(self, step: int) -> float:
-        """The share of answers about images at a step."""
-        return self._rising(step, 0.5)
-
-    def _rising(self, step: int, first: float) -> float:
+        """Returns the probability that a step trains on answers about images."""
         if step < self.text:
             return 0.0
-        return min(1.0 - self.keep, first + (1 - first) * (step - self.text) / max(1, self.rise))
+        return min(1.0 - self.keep, self.first + (1 - self.first) * (step - self.text) / max(1, self.rise))
 
 
 @dataclass(frozen=True)
 class PublishedStages(Stages):
-    """Stages as a method was published with them. first: share of answers about images when stage 2 begins."""
+    """The stages of a published method, with its own initial share `first` of answers about images."""
 
     first: float = 0.5
 
     @classmethod
-    def of(cls, shares: tuple[float, float, float, float], steps: int) -> PublishedStages:
-        """Of a run of `steps` steps; shares: see `DraftNetwork.stages`."""
+    def for_run(cls, shares: tuple[float, float, float, float], steps: int) -> PublishedStages:
+        """Returns the stages of a run of `steps` steps. shares: see `DraftNetwork.stages`."""
         text, rise, first, keep = shares
         return cls(round(text * steps), round(rise * steps), keep, first)
 
-    def share(self, step: int) -> float:
-        """See `Stages`."""
-        return self._rising(step, self.first)
-
-
-Taught = tuple[TeacherBatch, Tensor]
-
 
 class TeacherCache:
-    """Keeps teacher_batches while they fit into `gigabytes`; later ones are taught anew each time.
+    """Caches the target's outputs for training batches, up to `gigabytes`; other batches are recomputed each time.
 
-    head: the target's output layer; ids [Vd]: the draft vocabulary; layers: the tapped ones, of which the last feeds
-    the head. A head whose logits are more than its product with the last tap (soft-capped, scaled) is found on the
-    first taught, and nothing is noted then.
+    An entry holds the tap states and the log normaliser of each distribution. Log-probabilities over the draft
+    vocabulary follow from them, because the last tap is the input of the output layer. If the output layer does more
+    than a matrix product (soft-capping, scaling), the first batch shows it, and nothing is cached.
+
+    head: the target's output layer. ids: [Vd] draft vocabulary. layers: the tapped layers; the last one feeds the head.
     """
 
     def __init__(
@@ -89,80 +82,79 @@ class TeacherCache:
         gigabytes: float,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.head, self.layers = head, tuple(layers)
-        self.left, self.dtype = gigabytes * 1e9, dtype
-        self._read_as(ids, layers)
-        self.plain: bool | None = None  # whether the head is nothing but its matrix
-        self._notes: dict[Hashable, tuple[TeacherBatch, Tensor]] = {}
+        self.head, self.layers, self.dtype = head, tuple(layers), dtype
+        self.bytes_left = gigabytes * 1e9
+        self.head_is_linear: bool | None = None  # None: not checked yet
+        self._entries: dict[Hashable, LabelledBatch] = {}
+        self._select(ids, layers)
 
-    def read_by(self, ids: Tensor, layers: Sequence[int]) -> TeacherCache:
-        """The same notes for a network that drafts other words from some of the layers.
+    def view(self, ids: Tensor, layers: Sequence[int]) -> TeacherCache:
+        """Returns the same entries for a network with another draft vocabulary that reads some of the layers.
 
-        ValueError for a layer that was not noted, or another last one.
+        Raises ValueError for a layer that is not cached, or another last layer.
         """
         if not set(layers) <= set(self.layers) or layers[-1] != self.layers[-1]:
-            raise ValueError(f"layers {tuple(layers)} cannot be read from notes of layers {self.layers}")
+            raise ValueError(f"layers {tuple(layers)} cannot be read from a cache of layers {self.layers}")
         other = copy(self)
-        other._read_as(ids, layers)
+        other._select(ids, layers)
         return other
 
-    def _read_as(self, ids: Tensor, layers: Sequence[int]) -> None:
+    def _select(self, ids: Tensor, layers: Sequence[int]) -> None:
         params = {name: p.detach() for name, p in self.head.named_parameters(recurse=False)}
         self.ids = ids.to(params["weight"].device)
-        self.rows = params["weight"][self.ids].float()
+        self.weight = params["weight"][self.ids].float()  # [Vd, H]
         self.bias = params["bias"][self.ids].float() if "bias" in params else None
         self.columns = [self.layers.index(layer) for layer in layers]
 
-    def recall(self, key: Hashable, teach: Callable[[], Taught]) -> Taught:
-        """The batch known as `key`, its `logits` being log p over the draft vocabulary [B, A, Vd], and its labels."""
-        if key not in self._notes:
-            taught, labels = teach()
-            if not self._is_plain(taught):
-                logits = taught.logits.log_softmax(-1)[..., self.ids]
-                return replace(taught, taps=self._read_layers(taught), logits=logits), labels
-            assert taught.taps is not None
-            noted = replace(
-                taught,
-                taps=taught.taps.to(self.dtype),
-                logits=taught.logits.logsumexp(-1, keepdim=True),
-            )
-            parts = (noted.taps, noted.logits, noted.beside, labels)
-            size = sum(t.numel() * t.element_size() for t in parts if t is not None)
-            if size > self.left:
-                return self._read(noted), labels
-            self.left -= size
-            self._notes[key] = noted, labels
-        noted, labels = self._notes[key]
-        return self._read(noted), labels
+    def get(self, key: Hashable, compute: Callable[[], LabelledBatch]) -> LabelledBatch:
+        """Returns the batch `key`, from the cache or from `compute`, with its labels.
 
-    def _read(self, noted: TeacherBatch) -> TeacherBatch:
-        taps = self._read_layers(noted).float()
-        return replace(noted, taps=taps, logits=self._logits(noted, taps) - noted.logits)
+        `logits` of the result holds log p over the draft vocabulary, [B, A, Vd].
+        """
+        if key in self._entries:
+            entry, labels = self._entries[key]
+            return self._expand(entry), labels
+        batch, labels = compute()
+        if not self._check_head(batch):
+            logits = batch.logits.log_softmax(-1)[..., self.ids]
+            return replace(batch, taps=self._selected_taps(batch), logits=logits), labels
+        assert batch.taps is not None
+        entry = replace(batch, taps=batch.taps.to(self.dtype), logits=batch.logits.logsumexp(-1, keepdim=True))
+        parts = (entry.taps, entry.logits, entry.auxiliary, labels)
+        size = sum(t.numel() * t.element_size() for t in parts if t is not None)
+        if size <= self.bytes_left:
+            self.bytes_left -= size
+            self._entries[key] = entry, labels
+        return self._expand(entry), labels
 
-    def _read_layers(self, taught: TeacherBatch) -> Tensor:
-        """The states of the layers that are read, [B, L, T*H]."""
-        assert taught.taps is not None
-        every = taught.taps.unflatten(-1, (len(self.layers), -1))
-        return every[:, :, self.columns].flatten(2)
+    def _expand(self, entry: TeacherBatch) -> TeacherBatch:
+        taps = self._selected_taps(entry).float()
+        return replace(entry, taps=taps, logits=self._logits(entry, taps) - entry.logits)
 
-    def _logits(self, taught: TeacherBatch, taps: Tensor) -> Tensor:
-        last = taps[:, taught.prompt - 1 : -1, -self.rows.shape[1] :]
-        return nn.functional.linear(last, self.rows, self.bias)
+    def _selected_taps(self, batch: TeacherBatch) -> Tensor:
+        """Returns the tap states of the selected layers, [B, L, T*H]."""
+        assert batch.taps is not None
+        by_layer = batch.taps.unflatten(-1, (len(self.layers), -1))
+        return by_layer[:, :, self.columns].flatten(2)
 
-    def _is_plain(self, taught: TeacherBatch) -> bool:
-        """Whether the head's logits follow from the last tap; looked at once."""
-        if self.plain is None:
-            assert taught.taps is not None
-            gap = (self._logits(taught, taught.taps.float()) - taught.logits[..., self.ids])[taught.answer_mask()]
-            self.plain = bool(gap.abs().max() < 0.02 * taught.logits.abs().max())
-        return self.plain
+    def _logits(self, batch: TeacherBatch, taps: Tensor) -> Tensor:
+        last = taps[:, batch.prompt - 1 : -1, -self.weight.shape[1] :]
+        return nn.functional.linear(last, self.weight, self.bias)
+
+    def _check_head(self, batch: TeacherBatch) -> bool:
+        """Returns whether the logits are the product of the last tap with the head's matrix; checked once."""
+        if self.head_is_linear is None:
+            assert batch.taps is not None
+            gap = (self._logits(batch, batch.taps.float()) - batch.logits[..., self.ids])[batch.answer_mask()]
+            self.head_is_linear = bool(gap.abs().max() < 0.02 * batch.logits.abs().max())
+        return self.head_is_linear
 
 
 class TeacherBatches:
-    """Draws batches of `batch` captured answers of one split and has the target teach them.
+    """Selects batches of `batch` captured answers and runs the target on them.
 
-    share: (rank, processes); every process takes its part of the same batch. dtype: of the target's matrix products,
-    its weights' own by default. The teacher_batches' `logits` are log p over the notebook's vocabulary alone.
+    share: (rank, processes); each process gets its part of the same batch. dtype: of the target's matrix products, by
+    default that of its weights. `logits` of a batch holds log p over the draft vocabulary of `cache`.
     """
 
     def __init__(
@@ -170,121 +162,118 @@ class TeacherBatches:
         target: Target,
         processor: Any,
         captured: Sequence[Captured],
-        cuts: ModalityThresholds,
-        notebook: TeacherCache,
+        thresholds: ModalityThresholds,
+        cache: TeacherCache,
         batch: int = 8,
         stages: Stages | None = None,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.target, self.processor, self.cuts, self.notebook = target, processor, cuts, notebook
+        self.target, self.processor, self.thresholds, self.cache = target, processor, thresholds, cache
         self.batch, self.stages, self.seed, self.share = batch, stages or Stages(), seed, share
         self.dtype = dtype
-        long_enough = [c for c in captured if len(c.ids) > 1]
-        self.pools = {
-            True: [c for c in long_enough if c.images],
-            False: [c for c in long_enough if not c.images],
-        }
-        if not long_enough:
+        usable = [c for c in captured if len(c.ids) > 1]
+        if not usable:
             raise UserError("no captured answer has two tokens or more, so there is nothing to draft; capture more")
-        self.batches = {images: self._batches(images) for images in (True, False)}
-        self._kinds: list[bool] = []
-        self._laps: dict[bool, tuple[int, list[int]]] = {}
+        self.pools = {images: [c for c in usable if bool(c.images) == images] for images in (True, False)}
+        self.batches = {images: self._group(images) for images in (True, False)}
+        self._with_images: list[bool] = []  # by step
+        self._orders: dict[bool, tuple[int, list[int]]] = {}  # by kind: (epoch, order of its batches)
 
-    def __call__(self, step: int) -> tuple[TeacherBatch, Tensor]:
-        """The taught of a step, and the modality labels [B, A] of its answer tokens."""
-        return self._lesson(*self._drawn(step))
+    def __call__(self, step: int) -> LabelledBatch:
+        """Returns the batch of a step."""
+        return self._get(*self._index(step))
 
-    def read_ahead(self, told: Callable[[int, int], None] | None = None) -> None:
-        """Has all batches taught, as far as the notebook has room; `told(done, total)` after each."""
-        every = [(images, at) for images, batches in self.batches.items() for at in range(len(batches))]
-        for done, (images, at) in enumerate(every, 1):
-            self._lesson(images, at)
-            if told:
-                told(done, len(every))
+    def answers_at(self, step: int) -> list[Captured]:
+        """Returns the answers of a step: all with images or all without, of similar lengths."""
+        return self._answers(*self._index(step))
 
-    def _lesson(self, images: bool, at: int) -> tuple[TeacherBatch, Tensor]:
-        rank, processes = self.share
-        answers = self._answers(images, at)  # the same in every run, so that runs can share a notebook
-        key = images, at, self.batch, rank, processes
-        return self.notebook.recall(key, lambda: self.teach(answers[rank::processes] or answers[:1]))
+    def fill_cache(self, report: Callable[[int, int], None] | None = None) -> None:
+        """Computes all batches, as far as the cache has room; calls `report(done, total)` after each."""
+        indices = [(images, at) for images, batches in self.batches.items() for at in range(len(batches))]
+        for done, (images, at) in enumerate(indices, 1):
+            self._get(images, at)
+            if report:
+                report(done, len(indices))
 
-    def drawn(self, step: int) -> list[Captured]:
-        """The answers of a step: of one kind (about images or not), alike in length."""
-        return self._answers(*self._drawn(step))
-
-    def in_turn(self, answers: Sequence[Captured]) -> Iterator[tuple[TeacherBatch, Tensor]]:
-        """TeacherBatches on `answers` in batches, in their order."""
+    def in_order(self, answers: Sequence[Captured]) -> Iterator[LabelledBatch]:
+        """Yields batches of `answers`, in their order."""
         for start in range(0, len(answers), self.batch):
             some = tuple(answers[start : start + self.batch])
-            yield self.notebook.recall(some, lambda some=some: self.teach(some))  # type: ignore[misc]
+            yield self.cache.get(some, lambda some=some: self.compute(some))  # type: ignore[misc]
+
+    def _get(self, images: bool, at: int) -> LabelledBatch:
+        rank, processes = self.share
+        answers = self._answers(images, at)  # the same for every seed, so that runs can share a cache
+        key = images, at, self.batch, rank, processes
+        return self.cache.get(key, lambda: self.compute(answers[rank::processes] or answers[:1]))
 
     def _answers(self, images: bool, at: int) -> list[Captured]:
         return [self.pools[images][i] for i in self.batches[images][at]]
 
-    def _drawn(self, step: int) -> tuple[bool, int]:
-        """(kind, which of its batches) of a step: all of them once in each lap, in a new order."""
-        images = self._about_images(step)
-        before = sum(self._about_images(s) == images for s in range(step)) if all(self.pools.values()) else step
+    def _index(self, step: int) -> tuple[bool, int]:
+        """Returns (kind, batch number) of a step. Each epoch visits all batches of a kind once, in a new order."""
+        images = self._draw_kind(step)
+        before = sum(self._draw_kind(s) == images for s in range(step)) if all(self.pools.values()) else step
         images = images if self.pools[images] else not images
         count = len(self.batches[images])
-        lap, at = divmod(before, count)
-        if self._laps.get(images, (-1, []))[0] != lap:
-            self._laps[images] = lap, random.Random(f"{self.seed}-{images}-{lap}").sample(range(count), count)
-        return images, self._laps[images][1][at]
+        epoch, at = divmod(before, count)
+        if self._orders.get(images, (-1, []))[0] != epoch:
+            self._orders[images] = epoch, random.Random(f"{self.seed}-{images}-{epoch}").sample(range(count), count)
+        return images, self._orders[images][1][at]
 
-    def _about_images(self, step: int) -> bool:
-        while len(self._kinds) <= step:
-            at = len(self._kinds)
-            self._kinds.append(random.Random(f"{self.seed}-{at}").random() < self.stages.share(at))
-        return self._kinds[step]
+    def _draw_kind(self, step: int) -> bool:
+        """Returns whether the step trains on answers about images."""
+        while len(self._with_images) <= step:
+            at = len(self._with_images)
+            self._with_images.append(random.Random(f"{self.seed}-{at}").random() < self.stages.share(at))
+        return self._with_images[step]
 
-    def _batches(self, images: bool) -> list[list[int]]:
-        """Every answer of a pool once but for a rest, those of a batch alike in length."""
+    def _group(self, images: bool) -> list[list[int]]:
+        """Groups the answers of a pool into full batches of similar lengths, each answer at most once."""
         pool = self.pools[images]
         if not pool:
             return []
         order = random.Random(f"batches {images}").sample(range(len(pool)), len(pool))
         size, batches = min(self.batch, len(pool)), []
         for start in range(0, len(order), WINDOW * size):
-            near = sorted(order[start : start + WINDOW * size], key=lambda i: len(pool[i].ids))
-            batches += [near[k : k + size] for k in range(0, len(near) - size + 1, size)]
+            window = sorted(order[start : start + WINDOW * size], key=lambda i: len(pool[i].ids))
+            batches += [window[k : k + size] for k in range(0, len(window) - size + 1, size)]
         return batches
 
-    def teach(self, answers: Sequence[Captured]) -> tuple[TeacherBatch, Tensor]:
-        """The target's pass over some captured answers, whole, and their labels."""
-        beside = self._beside(answers)
+    def compute(self, answers: Sequence[Captured]) -> LabelledBatch:
+        """Runs the target over some captured answers, and labels their tokens."""
+        auxiliary = self._auxiliary(answers)
         inputs = prompts.prepare(self.processor, [list(a.images) for a in answers], [a.prompt for a in answers])
         inputs = {k: v.to(self.target.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        taught = teach(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
-        labels = torch.zeros_like(taught.answers)
+        batch = run_teacher(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
+        labels = torch.zeros_like(batch.answers)
         for row, answer in enumerate(answers):
-            labels[row, : len(answer.ids)] = answer.labels(self.cuts).to(labels.device)
-        taught.beside = beside
-        return taught, labels
+            labels[row, : len(answer.ids)] = answer.labels(self.thresholds).to(labels.device)
+        return replace(batch, auxiliary=auxiliary), labels
 
-    def _beside(self, answers: Sequence[Captured]) -> Tensor | None:
-        """[B, E, H] tokens of the answers' event recordings, zero in rows without; None where none has one."""
+    def _auxiliary(self, answers: Sequence[Captured]) -> Tensor | None:
+        """Returns the tokens [B, E, H] of event recordings, zero in rows without one; None if no row has one."""
         files = [a.events for a in answers]
-        found = [None if f is None else event_tokens(self.target, self.processor, open_chunks(f)) for f in files]
-        some = next((tokens for tokens in found if tokens is not None), None)
-        return None if some is None else torch.stack([torch.zeros_like(some) if t is None else t for t in found])
+        if not any(files):
+            return None
+        return stacked([None if f is None else event_tokens(self.target, self.processor, f) for f in files])
 
-    def roots(self, taught: TeacherBatch, count: int) -> Tensor:
-        """Up to `count` different answer tokens per row to draft from, [B, A], drawn with torch's generator.
+    def roots(self, batch: TeacherBatch, count: int) -> Tensor:
+        """Draws up to `count` different answer tokens per row as roots of drafts, [B, A], with torch's generator.
 
-        A row with fewer is filled up with its last token, below which there is nothing to draft.
+        A shorter row is padded with its last token, which has nothing after it to draft.
         """
-        columns, count = [], min(count, max(taught.lengths) - 1)
-        for length in taught.lengths:
+        columns, count = [], min(count, max(batch.lengths) - 1)
+        for length in batch.lengths:
             chosen = torch.randperm(length - 1)[:count].sort().values
             columns.append(torch.nn.functional.pad(chosen, (0, count - len(chosen)), value=length - 1))
-        return torch.stack(columns).to(taught.answers.device)
+        return torch.stack(columns).to(batch.answers.device)
 
 
 def token_counts(captured: Sequence[Captured], vocabulary: int) -> Tensor:
-    """How often the target wrote each token, [V] int64."""
+    """Returns how often each token occurs in the answers, [V] int64."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
     for token, n in Counter(t for c in captured for t in c.ids).items():
         counts[token] = n

@@ -1,11 +1,11 @@
-"""Verification: which drafted tokens are emitted. docs/verification.md proves that `lossless` is;
-docs/modality_verification.md derives what the other policies cost.
+"""Verification policies: they decide which drafted tokens are emitted.
+
+docs/verification.md proves that `lossless` is exact. docs/modality_verification.md derives the error of the others.
 """
 
-from msd.verify.builtin.budget import Budget
+from msd.verify.builtin.budget import Budget, calibrate
 from msd.verify.builtin.lossless import Lossless
 from msd.verify.builtin.threshold import Threshold
-from msd.verify.calibrate import calibrate
 from msd.verify.chain import MSDVerification, Verified
 from msd.verify.registry import Verifier, create, policies, policy, register
 

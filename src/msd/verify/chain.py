@@ -1,4 +1,4 @@
-"""MSDVerification: a chain of drafted tokens, verified from plain probabilities, without trees or models."""
+"""MSDVerification: verifies a chain of drafted tokens from plain probabilities, without a tree or a model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from msd.core import modality
 from msd.errors import UserError
 from msd.verify import registry
 from msd.verify.builtin.budget import Ledger
-from msd.verify.divergence import sampled_law, total_variation
-from msd.verify.rejection import Rule, checked_epsilon, left_after, thresholds_by_id
+from msd.verify.divergence import sampled_distribution, total_variation
+from msd.verify.rejection import Rule, checked_epsilon, residual, thresholds_by_id
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What a chain came to.
+    """The result of verifying a chain.
 
-    tokens: emitted ids, the accepted ones and then the recovered or bonus token, if there is one.
-    accepted: how many drafts were accepted. divergence: exact total variation of each emitted token's law from p.
+    tokens: the emitted ids: the accepted ones, then the recovered or bonus token, if any. accepted: the number of
+    accepted drafts. divergence: for each emitted token, the exact total variation of its distribution from p.
     """
 
     tokens: list[int]
@@ -32,9 +32,9 @@ class Verified:
 class MSDVerification:
     """Modality-aware verification of drafted tokens that were sampled from `draft_probs`.
 
-    policy: "threshold", "budget" or "lossless". thresholds: modality name -> θ, the registry's where it has none.
-    epsilon: mean total variation per token that `budget` may spend for each modality; the account is kept from call to
-    call, so use one object for one answer.
+    policy: "threshold", "budget" or "lossless". thresholds: modality name -> θ; the registry's default for all others.
+    epsilon: the mean total variation per token that `budget` may spend for each modality. The balance carries over from
+    call to call, so use one object per answer.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class MSDVerification:
         if rule is None:
             raise UserError(f"verifier '{policy}' has no rule for one sampled token; choose another policy")
         self.policy, self.epsilon, self._rule = policy, checked_epsilon(epsilon), rule
-        self.thetas = thresholds_by_id(thresholds or {})
-        self._ledgers = {kind: Ledger(epsilon, theta) for kind, theta in self.thetas.items()}
+        self.thresholds = thresholds_by_id(thresholds or {})
+        self._ledgers = {kind: Ledger(epsilon, threshold) for kind, threshold in self.thresholds.items()}
 
     def verify(
         self,
@@ -55,32 +55,32 @@ class MSDVerification:
         modalities: Sequence[str | int],
         generator: torch.Generator | None = None,
     ) -> Verified:
-        """Accepts drafts in order until one is rejected, which the residual's token then replaces.
+        """Accepts drafts in order until one is rejected; a token from the residual distribution replaces that one.
 
         draft_tokens: [n]. target_probs: p, [n, V], or [n + 1, V] for a bonus token after the last draft. draft_probs:
-        q, [n, V]. modalities: n names or ids, the class predicted for each position. Probabilities are after
-        temperature and all processors; at temperature 0 give one-hot p, and every θ emits exactly the argmax. UserError
-        when these do not fit together.
+        q, [n, V]. modalities: n names or ids, the predicted modality of each position. Probabilities are those after
+        temperature and all other processors; for greedy decoding give one-hot p, and every θ emits the argmax. Raises
+        UserError if the arguments do not match.
         """
         tokens = [int(t) for t in draft_tokens]
         kinds = [self._kind(m) for m in modalities]
         _check(tokens, kinds, target_probs, draft_probs)
         emitted: list[int] = []
         divergence: list[float] = []
-        rule, known = self._rule, registry.policy(self.policy)
+        rule, policy = self._rule, registry.policy(self.policy)
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
             p, q = target_probs[i].double(), draft_probs[i].double()
-            theta = self.thetas[kind]
-            if known.calibrated:
-                theta = self._ledgers[kind].theta(_cost(p, q, self._ledgers[kind].wish, rule))
-            spent = 0.0 if known.lossless else _cost(p, q, theta, rule)
-            self._ledgers[kind].pay(spent)
+            threshold, ledger = self.thresholds[kind], self._ledgers[kind]
+            if policy.calibrated:
+                threshold = ledger.threshold(_divergence(p, q, ledger.preferred, rule))
+            spent = 0.0 if policy.lossless else _divergence(p, q, threshold, rule)
+            ledger.spend(spent)
             divergence.append(spent)
-            chance = float(rule(p[token], q[token], theta))
-            if float(torch.rand((), generator=generator, dtype=torch.float64)) < chance:
+            alpha = float(rule(p[token], q[token], threshold))
+            if float(torch.rand((), generator=generator, dtype=torch.float64)) < alpha:
                 emitted.append(token)
                 continue
-            emitted.append(_draw(left_after(p, q), generator))
+            emitted.append(_draw(residual(p, q), generator))
             return Verified(emitted, i, divergence)
         if len(target_probs) > len(tokens):
             emitted.append(_draw(target_probs[-1].double(), generator))
@@ -88,16 +88,16 @@ class MSDVerification:
         return Verified(emitted, len(tokens), divergence)
 
     def _kind(self, name: str | int) -> int:
-        """Modality id of a name or id."""
+        """The modality id of a name or id."""
         kind = modality.get(name).id if isinstance(name, str) else int(name)
-        if kind not in self.thetas:
+        if kind not in self.thresholds:
             raise UserError(f"modality {name!r} was not registered when this verification was made")
         return kind
 
 
-def _cost(p: Tensor, q: Tensor, theta: float, rule: Rule) -> float:
-    """Total variation of the output law of one candidate from q [V]."""
-    return float(total_variation(sampled_law(p, q[None], theta, rule), p))
+def _divergence(p: Tensor, q: Tensor, threshold: float, rule: Rule) -> float:
+    """Total variation from p of the output with one candidate from q [V]."""
+    return float(total_variation(sampled_distribution(p, q[None], threshold, rule), p))
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> int:
@@ -106,7 +106,7 @@ def _draw(p: Tensor, generator: torch.Generator | None) -> int:
 
 
 def _check(tokens: list[int], kinds: list[int], p: Tensor, q: Tensor) -> None:
-    """UserError unless shapes, ids and probabilities fit together."""
+    """Raises UserError unless shapes, ids and probabilities match."""
     n = len(tokens)
     if q.dim() != 2 or p.dim() != 2 or p.shape[1] != q.shape[1] or len(q) != n or len(p) not in (n, n + 1):
         raise UserError(
@@ -117,6 +117,6 @@ def _check(tokens: list[int], kinds: list[int], p: Tensor, q: Tensor) -> None:
         raise UserError(f"{n} draft tokens but {len(kinds)} modalities; give one for each")
     if bad := [t for t in tokens if not 0 <= t < q.shape[1]]:
         raise UserError(f"draft token {bad[0]} is outside the vocabulary of {q.shape[1]}")
-    for name, law in (("target_probs", p), ("draft_probs", q)):
-        if len(law) and not bool(((law >= 0).all(-1) & ((law.double().sum(-1) - 1).abs() < 1e-3)).all()):
-            raise UserError(f"{name} has a row that is no probability law: entries must be ≥ 0 and sum to 1")
+    for name, rows in (("target_probs", p), ("draft_probs", q)):
+        if len(rows) and not bool(((rows >= 0).all(-1) & ((rows.double().sum(-1) - 1).abs() < 1e-3)).all()):
+            raise UserError(f"{name} has a row that is no probability distribution: entries must be ≥ 0 and sum to 1")

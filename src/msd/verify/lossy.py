@@ -1,4 +1,4 @@
-"""What `threshold` and `budget` share: θ by modality, and an exact account of every emitted position."""
+"""The base class of lossy policies: thresholds by modality, and the exact divergence of every emitted token."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.verify.builtin.lossless import Lossless
 from msd.verify.divergence import total_variation
-from msd.verify.rejection import walk
+from msd.verify.rejection import Rule, try_sampled_candidates, walk, without
 
 
 @dataclass
 class Position:
-    """R rows of a walk, each at one node, over the vocabulary.
+    """R rows of a batch during a walk, each at one node of its tree.
 
-    tree: those rows' trees. node: [R]. logits: [R, V] processed. p: [R, V] float64. theta: [R, 1] float64.
-    drafted: [R, V] bool, tokens of the node's deterministic children. q: [R, V] float64, their draft probabilities (1
-    where the tree has none). distributions: [R, K, V] of its sampled trials, present: [R, K]; or None.
+    rows: their indices in the batch. tree: their trees. node: [R]. logits: [R, V], processed. p: [R, V] float64.
+    threshold: θ, [R, 1] float64. drafted: [R, V] bool, the tokens of the node's deterministic children. q: [R, V]
+    float64, their draft probabilities (1 if the tree has none). distributions: [R, K, V], draft distributions of the
+    node's sampled candidates, and present: [R, K] bool, which of them exist; or None.
     """
 
     tree: DraftTree
     node: Tensor
     logits: Tensor
     p: Tensor
-    theta: Tensor
+    threshold: Tensor
     rows: list[int]
     drafted: Tensor
     q: Tensor
@@ -39,31 +40,36 @@ class Position:
 
     @classmethod
     def at(cls, tree: DraftTree, node: Tensor, logits: Tensor, rows: list[int]) -> Position:
-        """The position of `rows` of `tree` at `node`; its θ is 1, to be set."""
-        view, p = tree.of(rows), logits.double().softmax(-1)
-        below = (view.parents == node[:, None]) & view.valid
-        below = below if view.candidates is None else below & view.fixed
+        """The position of `rows` of `tree` at `node`, with θ = 1."""
+        tree, p = tree.select(rows), logits.double().softmax(-1)
+        drafted = tree.child_tokens(node, p.shape[-1])
         q = torch.ones_like(p)
-        if view.q is not None:  # nodes that are not children write into a last column, which is cut off
-            at = view.tokens.masked_fill(~below, p.shape[-1])
-            q = torch.cat([q, q[:, :1]], 1).scatter(1, at, view.q.double())[:, :-1]
-        drafted = torch.zeros_like(p).scatter_add_(1, view.tokens, below.to(p.dtype)) > 0
+        if tree.q is not None:  # all nodes but the children write to an extra column, which is dropped
+            column = tree.tokens.masked_fill(~tree.children(node), p.shape[-1])
+            q = torch.cat([q, q[:, :1]], 1).scatter(1, column, tree.q.double())[:, :-1]
         distributions = present = None
-        if view.candidates is not None:
-            each = torch.arange(len(rows), device=node.device)
-            present = view.candidates.child[each, node] >= 0
-            distributions = view.candidates.distributions[each[:, None], view.candidates.distribution[each, node]]
-        return cls(view, node, logits, p, torch.ones_like(p[:, :1]), rows, drafted, q, distributions, present)
+        if tree.candidates is not None:
+            index = torch.arange(len(rows), device=node.device)
+            present = tree.candidates.child[index, node] >= 0
+            distributions = tree.candidates.distributions[index[:, None], tree.candidates.distribution[index, node]]
+        return cls(tree, node, logits, p, torch.ones_like(p[:, :1]), rows, drafted, q, distributions, present)
 
-    def tree_of(self, some: list[int]) -> DraftTree:
-        """The trees of some of the R rows."""
-        return self.tree.of(some)
+    def follow(self, token: Tensor) -> Tensor:
+        """The deterministic child of each row's node that has `token` [R]: [R], -1 for none."""
+        return self.tree.follow(self.node, token, self.tree.children(self.node))
+
+    def try_sampled(self, indices: list[int], sampler: Sampler, rule: Rule) -> tuple[Tensor, Tensor]:
+        """(token, child) of the R rows at `indices`, after all deterministic candidates were rejected."""
+        return try_sampled_candidates(
+            self.tree.select(indices), self.node[indices], without(self.p[indices], self.drafted[indices]), sampler,
+            [self.rows[i] for i in indices], rule, self.threshold[indices],
+        )  # fmt: skip
 
 
 class Lossy(ABC):
-    """A policy that may depart from p, and says by how much: `Accepted.divergence` is exact (see `divergence.py`).
+    """A policy whose output may differ in distribution from p; `Accepted.divergence` has the exact distance.
 
-    At temperature 0 it walks the longest argmax path, as `lossless` does.
+    For greedy decoding it follows the longest argmax path, as `lossless` does.
     """
 
     routed: ClassVar[bool] = True
@@ -71,7 +77,7 @@ class Lossy(ABC):
     calibrated: ClassVar[bool] = False
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
-        """The walk, with total variation and modality of every emitted token."""
+        """Walks the trees; also returns the total variation and the modality of every emitted token."""
         divergence: list[list[float]] = [[] for _ in range(tree.batch)]
         if scores.modality is None:
             scores.modality = torch.full_like(tree.tokens, LANGUAGE.id)
@@ -81,17 +87,17 @@ class Lossy(ABC):
         def choose(
             tree: DraftTree, node: Tensor, logits: Tensor, sampler: Sampler, rows: list[int]
         ) -> tuple[Tensor, Tensor]:
-            kind = modality[rows, node].tolist()
+            kinds = modality[rows, node].tolist()
             spent = [0.0] * len(rows)
             if exact:
                 token, child = Lossless()._choose(tree, node, logits, sampler, rows)
             else:
-                at = Position.at(tree, node, logits, rows)
-                theta = self._theta(at, kind, sampler)
-                at.theta = torch.tensor(theta, dtype=torch.float64, device=node.device)[:, None]
-                token, child, out = self._emit(at, sampler)
-                spent = total_variation(out, at.p).tolist()
-                self._learn(sampler, rows, kind, spent)
+                position = Position.at(tree, node, logits, rows)
+                thresholds = self._choose_thresholds(position, kinds, sampler)
+                position.threshold = torch.tensor(thresholds, dtype=torch.float64, device=node.device)[:, None]
+                token, child, out = self._emit(position, sampler)
+                spent = total_variation(out, position.p).tolist()
+                self._record(sampler, rows, kinds, spent)
             for row, tv in zip(rows, spent, strict=True):
                 divergence[row].append(tv)
             return token, child
@@ -101,16 +107,16 @@ class Lossy(ABC):
         return accepted
 
     def _is_lossless(self) -> bool:
-        """Whether the settings leave nothing to depart with."""
+        """Whether the settings allow no divergence at all."""
         return False
 
     @abstractmethod
-    def _theta(self, at: Position, kinds: list[int], sampler: Sampler) -> list[float]:
-        """θ of each row's position, of modality `kinds`; it must not depend on what was drawn there."""
+    def _choose_thresholds(self, position: Position, kinds: list[int], sampler: Sampler) -> list[float]:
+        """θ of each row, whose modality is in `kinds`. It must not depend on a token that was sampled there."""
 
     @abstractmethod
-    def _emit(self, at: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
-        """(token [R], child [R] or -1, output law [R, V] float64)."""
+    def _emit(self, position: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
+        """(token [R], child [R] or -1, output distribution [R, V] float64)."""
 
-    def _learn(self, sampler: Sampler, rows: list[int], kinds: list[int], spent: list[float]) -> None:  # noqa: B027
-        """Takes note of the total variation of the positions just emitted."""
+    def _record(self, sampler: Sampler, rows: list[int], kinds: list[int], spent: list[float]) -> None:  # noqa: B027
+        """Records the total variation of the tokens just emitted."""

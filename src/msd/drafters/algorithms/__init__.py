@@ -1,1 +1,1 @@
-"""Drafting methods, a file or folder for each, found by `msd.drafters.registry`; none imports another."""
+"""Drafting methods, one file or folder each, discovered by `msd.drafters.registry`; none imports another."""

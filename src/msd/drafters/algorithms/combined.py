@@ -1,8 +1,8 @@
 """`msd+NAME`: MSD's router and subtrees over another method's trained network, the trunk.
 
-The trunk's distributions are blind to modality, so what the router decides is the tree: which subtrees exist, how wide
-and deep each is, and how the nodes are shared. Its head for endings keeps from drafting below an answer's end. Both
-parts are as they were trained, apart; nothing is trained for the combination.
+The trunk's draft distributions do not depend on modality, so the router only shapes the tree: which subtrees exist,
+how wide and deep each one is, and how they share the nodes. Its ending head prevents drafts below an answer's end.
+The two networks were trained separately; the combination needs no training.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
-TRUNKS = ("eagle3", "dspark")  # the best known of either kind
+TRUNKS = ("eagle3", "dspark")  # the best level-by-level method and the best block method
 
 
 class Combined(TrainedDrafter):
-    """Drafts with `trunk` where `router`, an MSD network for the same target, says what to draft."""
+    """Drafts with `trunk`; the router of `router`, an MSD network for the same target, chooses the subtrees."""
 
     def __init__(self, trunk: DraftNetwork, router: Any, name: str | None = None) -> None:
         super().__init__(trunk, name or f"msd+{trunk.method}")
@@ -47,39 +47,39 @@ class Combined(TrainedDrafter):
         return Combined(self.network.twin(text), self.msd.network.twin(text), self.name)
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
-        """The trunk's memory is given its own of the target's states."""
-        return DecodedStates(taps, part=self._part(self.network.config.taps))
+        """Passes the trunk's taps of the target's states to its memory."""
+        return DecodedStates(taps, part=self._select(self.network.config.taps))
 
     def all_end(self, state: State, rows: list[int]) -> bool:
-        """As the router says."""
-        ends: bool = self.msd.network.all_end(self._routers(state)[rows], state.layout.newest()[rows])
+        """See `TrainedDrafter`; the router's network decides."""
+        ends: bool = self.msd.network.all_end(self._router_states(state)[rows], state.layout.newest()[rows])
         return ends
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
-        """Those of the active modalities, as deep as the trunk drafts."""
-        states, newest = self._routers(state)[rows], state.layout.newest()[rows]
+        """Chooses the subtrees of the active modalities, no deeper than the trunk drafts."""
+        states, newest = self._router_states(state)[rows], state.layout.newest()[rows]
         router, depth = self.msd.network, self.network.config.depth
-        found: Subtrees = self.msd.choose(router.route(router.feature(states), router.embed(newest)).exp(), budget)
-        found.shapes = [Shape(s.width, min(s.depth, depth)) for s in found.shapes]
-        return found
+        subtrees: Subtrees = self.msd.choose(router.route(router.feature(states), router.embed(newest)).exp(), budget)
+        subtrees.shapes = [Shape(s.width, min(s.depth, depth)) for s in subtrees.shapes]
+        return subtrees
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """See `Drafter`."""
         if scores.taps is None:
             return None
         router = self.msd.network
-        root = router.feature(self._routers(state))[:, None]
-        classes: Tensor = router.classes(tree, self._part(self.msd.taps)(scores.taps), root)
+        root = router.feature(self._router_states(state))[:, None]
+        classes: Tensor = router.classes(tree, self._select(self.msd.taps)(scores.taps), root)
         return classes
 
-    def _routers(self, state: State) -> Tensor:
-        """The router's part of the target's states before every row's newest token."""
-        return self._part(self.msd.taps)(state.memory.newest())
+    def _router_states(self, state: State) -> Tensor:
+        """Returns the router's taps of the target's states before the newest token of each row."""
+        return self._select(self.msd.taps)(state.memory.newest())
 
-    def _part(self, wanted: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        """A function from all states [..., T*H] to those that one part reads."""
-        which = [self.taps.index(tap) for tap in wanted]
-        return lambda taps: taps.unflatten(-1, (len(self.taps), -1))[..., which, :].flatten(-2)
+    def _select(self, wanted: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """Returns a function from all tap states [..., T*H] to those of the `wanted` taps."""
+        indices = [self.taps.index(tap) for tap in wanted]
+        return lambda taps: taps.unflatten(-1, (len(self.taps), -1))[..., indices, :].flatten(-2)
 
 
 for _trunk in TRUNKS:

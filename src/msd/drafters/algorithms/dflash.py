@@ -1,7 +1,7 @@
-"""`dflash`: a block of masks filled in one pass (DFlash, arXiv 2602.06036).
+"""`dflash`: fills a block of masks in one pass (DFlash, arXiv 2602.06036).
 
-The root's embedding and B-1 masks go through a few layers; a mask's state, through the target's frozen output layer,
-gives the distribution of the token it stands for. Blind to modality.
+The root's embedding and B-1 masks go through a few layers. The target's frozen output layer maps the state of each mask
+to the distribution of the token in its place. Ignores modality.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from msd.train.losses.block import dflash_loss
 
 @learned("dflash", loss=dflash_loss)
 class DFlash(Block):
-    """Seven drafted tokens."""
+    """Drafts seven tokens per pass."""
 
     width, depth = 8, 7
     offset = 0

@@ -1,9 +1,8 @@
-"""`dspark`: a block whose words agree with their predecessor (DSpark, DeepSeek 2026, with its released code).
+"""`dspark`: a block whose tokens are conditioned on their parents (DSpark, DeepSeek 2026, and its released code).
 
 Every block position drafts the token after it. A low-rank "Markov" head adds W2·W1[x_{k-1}] to the base logits of
-position k, so that a tree's siblings have distributions of their own from one pass. A confidence
-σ(w·[h_k; W1[x_{k-1}]]) learns the true acceptance rate 1 − ½‖p − q‖₁; it weighs what is worth verifying, against the
-plan's measured cost.
+position k, so siblings in a tree have different distributions below them after one pass. A confidence
+σ(w·[h_k; W1[x_{k-1}]]) learns the acceptance rate 1 − ½‖p − q‖₁ and weights the node scores.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from msd.train.losses.block import dspark_loss
 
 @learned("dspark", loss=dspark_loss)
 class DSpark(Block):
-    """Blind to modality. markov_rank: 256 as published; less by default, where a small target has many words."""
+    """Ignores modality. markov_rank: 256 as published; less by default, for a small target with a large vocabulary."""
 
     width, depth = 8, 7
     offset = 1
@@ -39,15 +38,15 @@ class DSpark(Block):
         self.confidence = nn.Linear(c.hidden + rank, 1)
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
-        """Base logits and the term of the parent."""
+        """See `DraftNetwork`; base logits plus the Markov term of the parent."""
         out: Tensor = self.head(states) + self.markov_out(self.markov_in(parents))
         return out
 
-    def sure(self, states: Tensor, parents: Tensor) -> Tensor:
-        """Confidence logits."""
+    def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
+        """See `DraftNetwork`."""
         out: Tensor = self.confidence(torch.cat([states, self.markov_in(parents)], -1)).squeeze(-1)
         return out
 
-    def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
-        """Log of q times the confidence: how likely the drafted token is, where the distribution is right at all."""
-        return log_q + F.logsigmoid(sure)
+    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
+        """See `DraftVocabulary`; log(q · confidence)."""
+        return log_q + F.logsigmoid(confidence)

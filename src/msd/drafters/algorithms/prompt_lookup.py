@@ -1,14 +1,12 @@
-"""`prompt-lookup`: what followed the same words earlier in prompt and output (Saxena 2023), as a tree.
+"""`prompt-lookup`: drafts the continuations of earlier occurrences of the last n tokens (Saxena 2023), as a tree.
 
-The last n tokens are looked up in the text so far, longest match first; the continuations of all occurrences are merged
-into one tree, and the nodes seen most often are drafted. `sampled=True` draws the candidates from the same counts
-instead of taking the most frequent, which exercises verification with a draft distribution q.
+The last n tokens are searched in the prompt and the output so far, longest match first. The continuations of all
+occurrences are merged into one tree, and the most frequent nodes are drafted. `sampled=True` samples the candidates
+from the same counts, which tests verification with a draft distribution q.
 
-`msd+prompt-lookup`: where a text repeats itself at length, what followed last time is drafted instead of what a trained
-drafter says. After two equal words an answer rarely goes on as it did before; after ten it does. On 4,400 answers of
-the reference model a match of the last 2 tokens was followed by 1.3 equal ones (of at most 6), of 5 by 1.6, of 10 by
-3.7 and of 12 and more by 5.3, where a trained drafter gets about 3. A lookup costs next to nothing, and a drafter that
-was trained on other texts cannot know what was said a line ago.
+`msd+prompt-lookup`: uses lookup where the last 10 tokens occurred before, and a trained drafter elsewhere. On 4,400
+answers of the reference model, a match of the last 2 tokens was followed by 1.3 equal tokens (of at most 6), a match
+of 5 by 1.6, of 10 by 3.7, and of 12 or more by 5.3; a trained drafter reaches about 3. A lookup costs almost nothing.
 """
 
 from __future__ import annotations
@@ -21,25 +19,25 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
-from msd.drafters import recordings, registry
-from msd.drafters.base import BorrowsEye, Calibrated, Drafter
+from msd.drafters import registry
+from msd.drafters.base import Calibrated, Drafter, ReadsAuxiliary, SharesVisionTower
 from msd.drafters.toolkit.network import DraftNetwork
-from msd.events.recording import Events
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
-LEAST = 10  # tokens that must be equal for a lookup to come before a trained drafter
+LEAST = 10  # tokens that must match for a lookup to replace the trained drafter
 
 
 @dataclass
 class _Index:
-    """One row's text so far and where each of its n-grams ends. -1 stands for anything but text (an image)."""
+    """One row's tokens so far and the end positions of each n-gram; -1 marks a position without text (an image)."""
 
     tokens: list[int] = field(default_factory=list)
     ends: dict[tuple[int, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -47,44 +45,31 @@ class _Index:
 
 @dataclass
 class _Node:
-    """A continuation: how much evidence led here, and what came next."""
+    """A node in the trie of continuations: the weight of its occurrences, and its children by token."""
 
     weight: float = 0.0
     children: dict[int, _Node] = field(default_factory=dict)
 
 
-class PromptLookup:
-    """Looks up the last `max_ngram` to `min_ngram` tokens; an occurrence of a longer match weighs more."""
-
-    taps: tuple[int, ...] = ()
+class PromptLookup(Drafter):
+    """Looks up the last `max_ngram` to `min_ngram` tokens; a longer match has more weight."""
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False, branches: int = 2) -> None:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
         self.max_ngram, self.min_ngram, self.sampled, self.branches = max_ngram, min_ngram, sampled, branches
 
-    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
-        """Any target will do."""
-
     def twin(self, model: PreTrainedModel) -> PromptLookup:
-        """Another with the same settings."""
+        """Returns another one with the same settings."""
         return PromptLookup(self.max_ngram, self.min_ngram, self.sampled, self.branches)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """An empty index for each row; texts are read into them when a draft is asked for."""
+        """Creates an empty index for each row; `propose` fills it."""
         state.memory = [_Index() for _ in range(state.layout.batch)]
 
-    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """No router."""
-        return None
-
-    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Nothing to note: what was emitted stands in the layout."""
-
     def _read(self, state: State) -> None:
-        """Indexes the tokens of every row that it has not seen yet."""
+        """Adds the new tokens of each row to its index."""
         for row, index in enumerate(state.memory):
-            have = len(index.tokens) + state.layout.start[row]
-            new = slice(have, state.layout.end[row])
+            new = slice(len(index.tokens) + state.layout.start[row], state.layout.end[row])
             text = torch.where(state.layout.modality[row, new] == LANGUAGE.id, state.layout.tokens[row, new], -1)
             for token in text.tolist():
                 index.tokens.append(token)
@@ -94,7 +79,7 @@ class PromptLookup:
                         index.ends[gram].append(len(index.tokens))
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """The most frequent continuations, or draws from them, within the budget."""
+        """Drafts the most frequent continuations, or samples from them."""
         if budget.rows:
             self._read(state)
         roots = [self._continuations(index, depth) for index, depth in zip(state.memory, budget.depth, strict=True)]
@@ -104,7 +89,7 @@ class PromptLookup:
         return DraftTree.from_lists(state.layout.newest(), [t for t, _ in picked], [p for _, p in picked])
 
     def _continuations(self, index: _Index, depth: int) -> _Node:
-        """Trie of what followed the current last tokens, each occurrence counted once, at its longest match."""
+        """Builds the trie of continuations of the last tokens; an occurrence counts once, at its longest match."""
         root, seen, text = _Node(), set(), index.tokens
         if depth < 1:
             return root
@@ -122,20 +107,20 @@ class PromptLookup:
         return root
 
     def _draw(self, state: State, roots: list[_Node], budget: Budget, sampler: Sampler) -> DraftTree:
-        """Trees of sampled trials: `branches` draws at the root, one at every deeper node, breadth first."""
+        """Samples trees breadth first: `branches` candidates at the root, one at each deeper node."""
         branches = min(self.branches, budget.width or self.branches)
         drafts = [
             _sample_tree(root, budget.nodes, branches, partial(sampler.multinomial, rows=[row]))
             for row, root in enumerate(roots)
         ]
         size = 1 + max(len(d.tokens) for d in drafts)
-        count = max(1, max(len(d.sources) for d in drafts))
+        count = max(1, max(len(d.distributions) for d in drafts))
         child = torch.full((len(drafts), size, self.branches), -1)
         source, q = torch.zeros_like(child), torch.zeros(len(drafts), count, sampler.vocabulary)
         for row, draft in enumerate(drafts):
-            for parent, k, node, drawn_from in draft.trials:
+            for parent, k, node, drawn_from in draft.candidates:
                 child[row, parent, k], source[row, parent, k] = node, drawn_from
-            for r, (tokens, p) in enumerate(draft.sources):
+            for r, (tokens, p) in enumerate(draft.distributions):
                 q[row, r, tokens] = p
         device = state.layout.tokens.device
         candidates = SampledCandidates(child.to(device), source.to(device), q.to(device))
@@ -147,9 +132,9 @@ class PromptLookup:
 
 
 def _most_frequent(root: _Node, budget: int, width: int | None) -> tuple[list[int], list[int]]:
-    """The `budget` heaviest nodes as (tokens, parents), at most `width` on a level.
+    """Returns the `budget` nodes of the largest weight as (tokens, parents), at most `width` per level.
 
-    A child weighs no more than its parent, so they form a tree.
+    A child has no more weight than its parent, so these nodes form a tree.
     """
     tokens: list[int] = []
     parents: list[int] = []
@@ -170,18 +155,23 @@ def _most_frequent(root: _Node, budget: int, width: int | None) -> tuple[list[in
 
 @dataclass
 class _Draft:
-    """One row's sampled tree: nodes, trials (parent, rank, node, source) and sources (tokens, probabilities)."""
+    """One row's sampled tree.
+
+    tokens, parents: of its nodes. candidates: (parent, rank, node, distribution) of each draw. distributions: (tokens,
+    probabilities).
+    """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    trials: list[tuple[int, int, int, int]] = field(default_factory=list)
-    sources: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    candidates: list[tuple[int, int, int, int]] = field(default_factory=list)
+    distributions: list[tuple[list[int], Tensor]] = field(default_factory=list)
 
 
 def _sample_tree(root: _Node, budget: int, branches: int, draw: Callable[[Tensor], Tensor]) -> _Draft:
-    """Draws a tree with `draw` (q [1, n] -> index [1]).
+    """Samples a tree. draw: from probabilities q [1, n] to an index [1].
 
-    A node exists for what stands above it and was drawn before it, never for what it turned out to be itself.
+    Whether a node exists depends on its ancestors and on earlier draws, never on its own token. This keeps the output
+    distribution exact.
     """
     draft = _Draft()
     queue = [(root, 0, branches)]
@@ -191,11 +181,11 @@ def _sample_tree(root: _Node, budget: int, branches: int, draw: Callable[[Tensor
         count = min(count, room)
         if not node.children or count == 0:
             continue
-        room -= count  # a repeated draw uses up budget too, or a node's existence would depend on its sibling's value
+        room -= count  # a repeated draw counts too, or whether a node exists would depend on its sibling's token
         choices = list(node.children)
         q = torch.tensor([node.children[t].weight for t in choices])
         q = q / q.sum()
-        draft.sources.append((choices, q))
+        draft.distributions.append((choices, q))
         drawn: dict[int, int] = {}
         for k in range(count):
             i = int(draw(q[None]))
@@ -204,20 +194,15 @@ def _sample_tree(root: _Node, budget: int, branches: int, draw: Callable[[Tensor
                 draft.parents.append(at)
                 drawn[i] = len(draft.tokens)
                 queue.append((node.children[choices[i]], drawn[i], 1))
-            draft.trials.append((at, k, drawn[i], len(draft.sources) - 1))
+            draft.candidates.append((at, k, drawn[i], len(draft.distributions) - 1))
     return draft
 
 
-@dataclass
-class _Memories:
-    drafter: Any
-    lookup: Any
+class Repeats(Drafter):
+    """Drafts by lookup in rows whose last `least` tokens occurred before, and with `drafter` in all others.
 
-
-class Repeats:
-    """Drafts with `drafter`, and in rows whose last `least` tokens stood there before with what followed them."""
-
-    sampled = False
+    `State.memory` holds two views of the state, each with the memory of one of the two.
+    """
 
     def __init__(self, drafter: Drafter, least: int = LEAST) -> None:
         self.drafter, self.lookup, self.least = drafter, PromptLookup(least, least), least
@@ -231,56 +216,52 @@ class Repeats:
         """See `Drafter`."""
         return Repeats(self.drafter.twin(model), self.least)
 
-    def borrow(self, look: Callable[[Events], Tensor]) -> None:
-        """For a drafter that looks at recordings; see `BorrowsEye`."""
-        if isinstance(self.drafter, BorrowsEye):
-            self.drafter.borrow(look)
+    def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
+        """See `SharesVisionTower`."""
+        if isinstance(self.drafter, SharesVisionTower):
+            self.drafter.share_vision_tower(encode)
 
     @property
-    def beside(self) -> Callable[[Events], Tensor] | None:
-        """The drafter's, if it sees recordings; see `msd.drafters.recordings`."""
-        return recordings.encoder(self.drafter)
+    def auxiliary_source(self) -> str | None:
+        """The drafter's source; see `ReadsAuxiliary`."""
+        return self.drafter.auxiliary_source if isinstance(self.drafter, ReadsAuxiliary) else None
+
+    def encode(self, item: Any) -> Tensor:
+        """See `ReadsAuxiliary`."""
+        assert isinstance(self.drafter, ReadsAuxiliary)
+        return self.drafter.encode(item)
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
-        """The drafter's, if it knows any."""
+        """See `Calibrated`."""
         return self.drafter.thresholds(epsilon) if isinstance(self.drafter, Calibrated) else {}
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Both begin, each with its own memory."""
-        parts = []
-        for part in (self.drafter, self.lookup):
-            view = copy.copy(state)
+        """See `Drafter`."""
+        views = copy.copy(state), copy.copy(state)
+        for part, view in zip((self.drafter, self.lookup), views, strict=True):
             part.begin(view, scores)
-            parts.append(view.memory)
-        state.memory = _Memories(*parts)
+        state.memory = views
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """Looked up where that is possible, in the other rows the drafter's."""
-        found = self.lookup.propose(_as(state, state.memory.lookup), budget, sampler)
-        rows = [row for row, any_ in enumerate((found.valid.sum(1) > 1).tolist()) if any_]
-        left = [0 if row in rows else depth for row, depth in enumerate(budget.depth)]
-        if rows and not any(left):
-            return found
-        drafted = self.drafter.propose(_as(state, state.memory.drafter), replace(budget, depth=left), sampler)
+        """Drafts by lookup where the last tokens match, and with the drafter in the other rows."""
+        drafter_state, lookup_state = state.memory
+        matched = self.lookup.propose(lookup_state, budget, sampler)
+        rows = (matched.valid.sum(1) > 1).nonzero()[:, 0].tolist()
+        depth = [0 if row in rows else depth for row, depth in enumerate(budget.depth)]
+        if rows and not any(depth):
+            return matched
+        drafted = self.drafter.propose(drafter_state, replace(budget, depth=depth), sampler)
         if not rows or drafted.size == 1:
-            return found if rows else drafted
-        return drafted.replaced(rows, found)
+            return matched if rows else drafted
+        return drafted.replace_rows(rows, matched)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """The drafter's."""
-        return self.drafter.route(_as(state, state.memory.drafter), tree, scores)
+        """See `Drafter`."""
+        return self.drafter.route(state.memory[0], tree, scores)
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Both see it."""
-        self.drafter.observe(_as(state, state.memory.drafter), tree, scores, accepted)
-        self.lookup.observe(_as(state, state.memory.lookup), tree, scores, accepted)
-
-
-def _as(state: State, memory: Any) -> State:
-    """The state as one of the two knows it."""
-    view = copy.copy(state)
-    view.memory = memory
-    return view
+        """See `Drafter`."""
+        self.drafter.observe(state.memory[0], tree, scores, accepted)
 
 
 def _with_lookup(name: str, network: DraftNetwork) -> Repeats:

@@ -1,8 +1,9 @@
 """`specvlm`: an elastic visual compressor in front of EAGLE-2's layer (SpecVLM, arXiv 2509.11815, section 3).
 
-A gate reads the question and the image and picks how the image is made small: pruning, pooling, convolution,
-resampling, or leaving it out (the text-only branch). Gumbel-softmax in training, argmax at inference. What remains
-stands at the image's last positions, past `fc`. The layer has an input norm, as the paper's EagleVLM.
+A gate reads the question and the image and chooses the compression: pruning, pooling, convolution, resampling, or
+removal of the image (the text-only branch); by Gumbel-softmax in training, by argmax at inference. The remaining tokens
+are the layer's inputs at the image's last positions, bypassing `fc`. The layer has an input norm, as the paper's
+EagleVLM.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
-from msd.drafters.toolkit.context import Columns, Images, Selection, keep, pick
+from msd.drafters.toolkit.context import Columns, Images, Selection, pick, select_columns
 from msd.drafters.toolkit.layers import Adaptor, Layer
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import NetworkConfig
@@ -25,7 +26,7 @@ BRANCHES = ("prune", "pool", "conv", "resample", "text")
 
 
 class Compressor(nn.Module):
-    """[I, n, H] embeddings of I images -> `tokens` each, by the branch that the gate picks."""
+    """Compresses the embeddings [I, n, H] of I images to `tokens` each, by the branch that the gate chooses."""
 
     def __init__(self, hidden: int, heads: int, tokens: int) -> None:
         super().__init__()
@@ -37,9 +38,9 @@ class Compressor(nn.Module):
         self.resampler = Adaptor(hidden, heads, tokens)
 
     def forward(self, states: Tensor, mask: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-        """mask: [I, n] bool, False is padding; question: [I, H] -> (tokens [I, K, H], the branch of each image [I]).
+        """Returns (tokens [I, K, H], the branch of each image [I]); an image with n < K positions uses n tokens.
 
-        An image of fewer than K positions has as many tokens as positions, the first ones.
+        mask: [I, n] bool, False at padding. question: [I, H].
         """
         size = mask.sum(1)
         small = self._pooling(mask, size)
@@ -51,22 +52,22 @@ class Compressor(nn.Module):
         else:
             choice = F.one_hot(logits.argmax(-1), len(BRANCHES)).float()
         convolved = self.mix(F.silu(self.near(masked.transpose(1, 2)).transpose(1, 2)))
-        ways = torch.stack([
+        branches = torch.stack([
             self._pruned(states, mask), small @ states, small @ convolved.to(states.dtype),
             self.resampler(states, mask), states.new_zeros(len(states), self.tokens, states.shape[-1]),
         ])  # fmt: skip
-        tokens = torch.einsum("ib,bikh->ikh", choice.to(states.dtype), ways)
+        tokens = torch.einsum("ib,bikh->ikh", choice.to(states.dtype), branches)
         return tokens.to(states.dtype), choice.argmax(-1)
 
     def _pooling(self, mask: Tensor, size: Tensor) -> Tensor:
-        """Means over K runs of neighbours of each image, as a matrix [I, K, n]."""
+        """Returns the matrix [I, K, n] that averages K runs of adjacent positions of each image."""
         kept = size.clamp_max(self.tokens)[:, None]
         run = torch.arange(mask.shape[1], device=mask.device) * kept // size[:, None]
         inside = (run[:, None] == torch.arange(self.tokens, device=mask.device)[:, None]) & mask[:, None]
         return inside / inside.sum(-1, keepdim=True).clamp_min(1)
 
     def _pruned(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The K positions of the highest score, in their order; the score learns by the straight-through estimator."""
+        """Returns the K positions of highest score, in order; the score learns by the straight-through estimator."""
         score = torch.sigmoid(self.score(states).squeeze(-1)).masked_fill(~mask, -1.0)
         best = score.topk(min(self.tokens, mask.shape[1]), -1).indices.sort(-1).values
         own = pick(score, best)[..., None].to(states.dtype)
@@ -76,7 +77,7 @@ class Compressor(nn.Module):
 
 @learned("specvlm", loss=eagle_loss)
 class SpecVLM(EagleNetwork):
-    """The loss is EAGLE's, on the live target's logits and last states, as all training here is ("online")."""
+    """The loss is EAGLE's, on the live target's logits and last states ("online")."""
 
     layer = Layer
     options: ClassVar[dict[str, float]] = {"tokens": 4}
@@ -85,19 +86,14 @@ class SpecVLM(EagleNetwork):
         super().__init__(config)
         self.compressor = Compressor(config.hidden, config.heads, int(config.options["tokens"]))
 
-    def kept(self, c: Columns) -> Selection:
-        """Text, and what the compressor leaves of every image."""
-        images = Images.of(c.visual, c.word)
-        stay, given = c.real & ~c.visual, torch.zeros_like(c.word)
-        if images.places:
-            column = torch.arange(stay.shape[1], device=stay.device)
-            asked = (stay & (column < c.prompt - 1))[..., None].to(c.word.dtype)
-            question = (c.word * asked).sum(1) / asked.sum(1).clamp_min(1)
-            tokens, branch = self.compressor(images.states, images.mask, question[images.rows])
-            left_out = (branch == BRANCHES.index("text")).tolist()
-            rows, at, which = images.last([0 if out else self.compressor.tokens for out in left_out])
-            stay = stay.index_put((rows, at), stay.new_ones(()))
-            given = given.index_put((rows, at), tokens[which[:, 0], which[:, 1]])
-        found, order = keep(c, stay)
-        found.fixed, found.given = c.visual.gather(1, order), pick(given, order)
-        return found
+    def select_columns(self, c: Columns) -> Selection:
+        """Selects the text columns and the compressed tokens of every image."""
+        images = Images.of(c.visual, c.embedding)
+        if not images.spans:
+            return select_columns(c, c.real)[0]
+        text = c.real & ~c.visual
+        prompt = (text & (torch.arange(text.shape[1], device=text.device) < c.prompt - 1))[..., None]
+        question = (c.embedding * prompt).sum(1) / prompt.sum(1).clamp_min(1)
+        tokens, branch = self.compressor(images.states, images.mask, question[images.rows])
+        removed = (branch == BRANCHES.index("text")).tolist()
+        return images.replaced(c, tokens, [0 if none else self.compressor.tokens for none in removed])[0]

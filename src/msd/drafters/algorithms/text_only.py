@@ -1,8 +1,8 @@
 """`text-only`: a small language model that never sees the image (Gagrani et al., arXiv 2404.08856).
 
-A depth-pruned copy of the target's own language model: a few of its layers, evenly spaced, first and last among them,
-between its frozen embedding and output layer, and distilled from it. Image tokens are dropped from the text, and the
-words after them take the positions that they would have without.
+It is a depth-pruned copy of the target's language model, distilled from it: a few evenly spaced layers, including the
+first and the last, between the frozen embedding and output layer. Image tokens are removed from the text, and text
+positions are counted without them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 @learned("text-only", loss=distillation_loss)
 class TextOnly(SelfFed):
-    """Entry i is the token i+1 itself; a text's first token has an entry too. The target's states are not read."""
+    """Entry i is token i+1; the first token of a text has an entry too. It reads no target states."""
 
     deep = True
     layer_count = 3
@@ -36,16 +36,16 @@ class TextOnly(SelfFed):
         self.norm = nn.RMSNorm(config.hidden, config.eps)
 
     def begin_from(self, model: PreTrainedModel) -> None:
-        """Layers and final norm of the target; UserError where its layers are of another kind."""
+        """Copies layers and final norm of the target; UserError if its layers are not Llama's."""
         decoder, own = model.get_decoder(), self.state_dict()
-        chosen = torch.linspace(0, len(decoder.layers) - 1, len(self.layers)).round().long().tolist()
-        theirs = dict(decoder.state_dict())
-        copied = {"norm.weight": theirs.get("norm.weight")}
-        for mine, source in enumerate(chosen):
+        sources = torch.linspace(0, len(decoder.layers) - 1, len(self.layers)).round().long().tolist()
+        target = dict(decoder.state_dict())
+        copied = {"norm.weight": target.get("norm.weight")}
+        for layer, source in enumerate(sources):
             names = NORMS | {n: f"self_attn.{n}" for n in ATTENTION} | {n: f"mlp.{n}" for n in MLP}
             for name, other in names.items():
-                copied[f"layers.{mine}.{name}.weight"] = theirs.get(f"layers.{source}.{other}.weight")
-        plain = not any(name.startswith("layers.") and name.endswith(".bias") for name in theirs)
+                copied[f"layers.{layer}.{name}.weight"] = target.get(f"layers.{source}.{other}.weight")
+        plain = not any(name.startswith("layers.") and name.endswith(".bias") for name in target)
         if not plain or any(t is None or t.shape != own[name].shape for name, t in copied.items()):
             raise UserError(
                 f"method '{self.method}' copies layers of Llama's kind, which those of this {model.config.model_type} "
@@ -54,22 +54,22 @@ class TextOnly(SelfFed):
         self.load_state_dict(own | copied)
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
-        """Every text token of columns 0 to L."""
+        """See `DraftNetwork`; selects the text tokens of columns 0 to L."""
         L = taps.shape[1]
         kept = real_columns(layout, L + 1) & (layout.modality[:, : L + 1] == LANGUAGE.id)
         order = left_aligned(kept)
-        place = kept.long().cumsum(1) - 1  # as if the images were not there
-        word = self.embed(layout.tokens.gather(1, order))
+        place = kept.long().cumsum(1) - 1  # positions without the images
+        embedding = self.embed(layout.tokens.gather(1, order))
         return Selection(
-            pick(taps, (order - 1).clamp_min(0)), word, place.clamp_min(0).gather(1, order), kept.gather(1, order),
-            place.clamp_min(0)[:, 1:], 1 + place[:, -1:] - layout.line()[:, L : L + 1],
-            word.new_zeros(len(word), 1, 1),
+            pick(taps, (order - 1).clamp_min(0)), embedding, place.clamp_min(0).gather(1, order), kept.gather(1, order),
+            place.clamp_min(0)[:, 1:], 1 + place[:, -1:] - layout.positions_1d()[:, L : L + 1],
+            embedding.new_zeros(len(embedding), 1, 1),
         )  # fmt: skip
 
-    def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
-        """The word."""
-        return word
+    def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
+        """The embedding alone."""
+        return embedding
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
-        """As a language model's."""
+        """See `DraftNetwork`."""
         return self.head(self.norm(states))

@@ -1,1 +1,1 @@
-"""What drafters are made of: layers, context, memory, levels of a draft, tree growth, weights on disk."""
+"""Shared parts of drafters: layers, context, memory, draft levels, tree growth, checkpoints."""

@@ -1,4 +1,7 @@
-"""The chance that a drafted node is the target's choice: a logistic model of its log q and its parent's confidence."""
+"""Calibrates tree scores: a logistic model of a draft token's log q and its parent's confidence logit.
+
+Its output is the probability that the token is the target's choice.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,31 @@ BINS = 10  # of the calibration error
 
 
 def log_odds(log_q: Tensor) -> Tensor:
-    """logit(q) of log q, kept finite at q = 1."""
+    """Computes logit(q) from log q; finite at q = 1."""
     return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
 
 
-def calibrated(fit: Tensor, log_q: Tensor, sure: Tensor) -> Tensor:
-    """Log of the chance, from log q and the parent's confidence logit. fit: [3] of logit(q), of the latter, and bias.
+def calibrated(fit: Tensor, log_q: Tensor, confidence: Tensor) -> Tensor:
+    """Computes the log-probability that a token is the target's choice: log σ(a·logit(q) + b·confidence + c).
 
-    With the fit [1, 0, 0] it is log q itself.
+    fit: [3], (a, b, c); with (1, 0, 0) the result is log q. confidence: the parent's confidence logit.
     """
     slope, weight, bias = fit.unbind()
-    return F.logsigmoid(slope * log_odds(log_q) + weight * sure + bias)
+    return F.logsigmoid(slope * log_odds(log_q) + weight * confidence + bias)
 
 
-def fitted(log_q: Tensor, sure: Tensor, hit: Tensor) -> tuple[Tensor, Tensor]:
-    """(the fit [3], the chances [n] by it) for candidates [n] of which `hit` [n] bool were the target's choice."""
-    features = torch.stack([log_odds(log_q), sure.float(), torch.ones_like(log_q)], -1)
+def fitted(log_q: Tensor, confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits the model to n candidates; returns (fit [3], the fitted probabilities [n]).
+
+    log_q, confidence: [n]. correct: [n] bool, whether the candidate was the target's choice.
+    """
+    features = torch.stack([log_odds(log_q), confidence.float(), torch.ones_like(log_q)], -1)
     fit = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
     solver = torch.optim.LBFGS([fit], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = F.binary_cross_entropy_with_logits(features @ fit, hit.float()) + 1e-4 * fit.square().sum()
+        value = F.binary_cross_entropy_with_logits(features @ fit, correct.float()) + 1e-4 * fit.square().sum()
         value.backward()
         return value
 
@@ -39,13 +45,16 @@ def fitted(log_q: Tensor, sure: Tensor, hit: Tensor) -> tuple[Tensor, Tensor]:
     return fit.detach(), torch.sigmoid(features @ fit.detach())
 
 
-def calibration_error(sure: Tensor, right: Tensor) -> float:
-    """Mean |confidence − accuracy| over bins of the confidence `sure` [n], weighed by size; right [n] bool."""
-    place = (sure * BINS).long().clamp_max(BINS - 1)
+def calibration_error(probability: Tensor, correct: Tensor) -> float:
+    """Computes the expected calibration error (Guo et al. 2017, section 2), from 0 to 1, over `BINS` equal bins.
+
+    probability: [n], the predicted probability of being correct. correct: [n] bool.
+    """
+    bins = (probability * BINS).long().clamp_max(BINS - 1)
     error = 0.0
     for b in range(BINS):
-        inside = place == b
+        inside = bins == b
         if inside.any():
-            gap = (sure[inside].mean() - right[inside].float().mean()).abs()
+            gap = (probability[inside].mean() - correct[inside].float().mean()).abs()
             error += float(gap * inside.float().mean())
     return error

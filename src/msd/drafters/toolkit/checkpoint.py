@@ -1,11 +1,10 @@
-"""A drafter on disk: a folder with `config.json`, `model.safetensors` (fp16) and `training.json`.
+"""Reads and writes a drafter's folder: `config.json`, `model.safetensors` (fp16) and `training.json`.
 
-A configuration is a dataclass with a strict JSON form, whose sizes are the target's. Files are read with suspicion
-(`msd.system.files`) and written whole.
+A configuration is a dataclass with a strict JSON form. Files are validated when read (`msd.system.files`) and written
+atomically. A missing, unknown or misshapen tensor is a UserError that names it.
 
-Reading is strict: a missing, unknown or misshapen tensor is an error that names it, never a silent default. Where room
-is scarce matrices may be kept in 8 bits, each row with a scale of its own: drafts need not be exact, and the output
-does not depend on them.
+Where space is scarce, matrices can be stored as int8 with one scale per row. Drafts need not be exact: the output does
+not depend on them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -29,15 +28,15 @@ from msd.system.files import make_folder, parse_json, read_bytes, read_json, rea
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 SCALE = ".row_scale"
 REMEDY = "take the folder from where it came, or train it again with 'msd train'"
-NO_NOTES = "delete it: the drafter works without, only the thresholds calibrated for 'budget' are lost"
+EXTRA_REMEDY = "delete it: the drafter works without it; only the thresholds calibrated for 'budget' are lost"
 N = TypeVar("N", bound=nn.Module)
 
 
 def sizes(text_config: Any) -> dict[str, Any]:
-    """The fields that a `transformers` text config decides, whatever the method."""
+    """Returns the configuration fields that a `transformers` text config determines, whatever the method."""
     c = text_config
     rope = getattr(c, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # where layers differ, that of the far-sighted ones
+    rope = rope.get("full_attention", rope)  # where layer types differ, that of full attention
     return {
         "hidden": c.hidden_size,
         "heads": c.num_attention_heads,
@@ -51,36 +50,64 @@ def sizes(text_config: Any) -> dict[str, Any]:
 
 
 class Configuration:
-    """Of a drafter: a dataclass with a strict JSON form. owner: what messages call the drafter."""
+    """Base of a drafter's configuration dataclass, with a strict JSON form.
+
+    owner: what messages call the drafter. json_keys: field name -> key in the file, where the two differ.
+    """
 
     owner: ClassVar[str] = "a drafter here"
+    json_keys: ClassVar[dict[str, str]] = {}
 
     def as_json(self) -> str:
-        """JSON text that `from_json` reads back."""
-        return json.dumps(asdict(self), indent=1)  # type: ignore[call-overload]
+        """Returns JSON text that `from_json` reads back."""
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return json.dumps({self.json_keys.get(name, name): value for name, value in values.items()}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Strict: an unknown, missing or wrong field is a UserError that names it."""
+        """Parses JSON text; UserError names an unknown, missing or invalid field."""
+        wrong = f"its {CONFIG} is not that of {cls.owner}"
         try:
             raw = parse_json(text)
         except ValueError as error:
-            raise UserError(f"its {CONFIG} is not that of {cls.owner}: {error}") from error
-        for field in sorted({f.name for f in fields(cls)}.symmetric_difference(raw)):  # type: ignore[arg-type]
-            how = "unknown; was it trained by a newer msd?" if field in raw else "missing"
-            raise UserError(f"its {CONFIG} is not that of {cls.owner}: field '{field}' is {how}")
+            raise UserError(f"{wrong}: {error}") from error
+        names = {cls.json_keys.get(f.name, f.name): f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for key in sorted(names.keys() ^ raw.keys()):
+            problem = "unknown; was it trained by a newer msd?" if key in raw else "missing"
+            raise UserError(f"{wrong}: field '{key}' is {problem}")
+        renamed = json.dumps({names[key]: value for key, value in raw.items()})
         try:
-            return TypeAdapter(cls).validate_json(text, strict=True)
+            return TypeAdapter(cls).validate_json(renamed, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise UserError(f"its {CONFIG} is not that of {cls.owner}: field '{field}': {first['msg']}") from error
+            raise UserError(f"{wrong}: field '{cls.json_keys.get(field, field)}': {first['msg']}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig(Configuration):
+    """The sizes of a drafter that is trained for one target; most are the target's own.
+
+    hidden: hidden size H. vocabulary: token ids of the target, V. draft_vocabulary: token ids that the drafter can
+    propose. taps: indices of the target's hidden states that it reads, the final one last.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    draft_vocabulary: int
+    taps: tuple[int, ...]
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
 
 
 def save(network: Any, folder: Path, training: dict[str, Any] | None = None, eight_bit: bool = False) -> None:
-    """Writes a network that has a `config`; `training` says where it comes from (target, data, thresholds, scores).
+    """Writes a network that has a `config`, and its `training` record (target, data, thresholds, scores).
 
-    UserError when it cannot be written.
+    eight_bit: stores matrices as int8. UserError when the folder cannot be written.
     """
     make_folder(folder)
     tensors = {
@@ -88,19 +115,19 @@ def save(network: Any, folder: Path, training: dict[str, Any] | None = None, eig
         for name, t in network.state_dict().items()
     }
     if eight_bit:
-        tensors = _rounded(tensors)
+        tensors = _quantized(tensors)
     write_whole(folder / WEIGHTS, packed(tensors))
     write_whole(folder / CONFIG, network.config.as_json() + "\n")
     save_training(folder, training or {})
 
 
 def save_training(folder: Path, training: dict[str, Any]) -> None:
-    """Replaces what is kept of the training."""
+    """Replaces the training record."""
     write_whole(folder / EXTRA, json.dumps(training, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torch.float32) -> N:
-    """The network that `make` builds from the folder's configuration, with its weights, on the CPU.
+    """Loads the weights into the network that `make` builds from the configuration text; on the CPU.
 
     UserError says what is wrong with the folder.
     """
@@ -112,11 +139,11 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
         network = make(text)
     except UserError as error:
         raise UserError(f"drafter '{folder}': {error}") from error
-    except Exception as error:  # numbers of which no network can be made, in as many ways as it has parts
+    except Exception as error:  # impossible sizes fail in many ways
         raise UserError(
             f"drafter '{folder}': no network can be made of its {CONFIG} ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
-    tensors, wanted = _whole(read_tensors(folder / WEIGHTS, REMEDY)), network.state_dict()
+    tensors, wanted = _dequantized(read_tensors(folder / WEIGHTS, REMEDY)), network.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"drafter '{folder}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
     for name, tensor in sorted(tensors.items()):
@@ -129,13 +156,13 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
 
 
 def digest(folder: Path) -> str:
-    """A hash of a drafter's configuration and weights. UserError as in `load`."""
+    """Hashes a drafter's configuration and weights. UserError as in `load`."""
     parts = (configuration(folder).encode(), read_bytes(folder / WEIGHTS, REMEDY))
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a configuration and weights that can be read."""
+    """Whether the configuration and the weights in a folder can be read."""
     try:
         configuration(folder)
         read_tensors(folder / WEIGHTS, REMEDY)
@@ -144,28 +171,28 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as int8 rows and, under another name, their fp16 scales; the rest as it is."""
+def _quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stores each matrix as int8 with one fp16 scale per row, under NAME + `SCALE`; other tensors stay unchanged."""
     out = {}
     for name, t in tensors.items():
         if t.dim() < 2 or not t.is_floating_point():
             out[name] = t
             continue
-        scale = (t.float().abs().amax(-1, keepdim=True) / 127).half().clamp_min(6e-8)  # the least that fp16 holds
+        scale = (t.float().abs().amax(-1, keepdim=True) / 127).half().clamp_min(6e-8)  # the smallest fp16 number
         out[name] = (t / scale.float()).round().clamp(-127, 127).to(torch.int8)
         out[name + SCALE] = scale
     return out
 
 
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse."""
+def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reverses `_quantized`."""
     names = [name for name in tensors if name + SCALE in tensors]
     whole = {name: tensors[name].float() * tensors[name + SCALE].float() for name in names}
     return {name: t for name, t in (tensors | whole).items() if not name.endswith(SCALE)}
 
 
 def configuration(folder: Path) -> str:
-    """The text of its `config.json`, a JSON object; UserError when there is none."""
+    """Returns the text of `config.json`, a JSON object; UserError if it is missing or damaged."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"drafter '{folder}' has no {CONFIG}; give the folder that `msd train` wrote")
@@ -178,7 +205,7 @@ def configuration(folder: Path) -> str:
 
 
 def method(folder: Path) -> str | None:
-    """The method that a folder's configuration names; None for an MSD drafter, which is known by its fields."""
+    """Returns the method that the configuration names; None for an MSD drafter, which names none."""
     name = json.loads(configuration(folder)).get("method")
     if not isinstance(name, str | None):
         raise UserError(f"drafter '{folder}': its {CONFIG} names the method {name!r}; {REMEDY}")
@@ -186,18 +213,18 @@ def method(folder: Path) -> str | None:
 
 
 def training(folder: Path | str) -> dict[str, Any]:
-    """What `save` was given as `training`; empty when there is none. UserError for a damaged file."""
+    """Reads the training record; empty if there is none. UserError for a damaged file."""
     path = Path(folder) / EXTRA
-    return read_json(path, NO_NOTES, finite=False) if path.is_file() else {}
+    return read_json(path, EXTRA_REMEDY, finite=False) if path.is_file() else {}
 
 
 def provenance(folder: Path | str) -> dict[str, Any]:
-    """As `training`, for use: its thresholds for `budget` are a table str(ε) -> modality -> θ, or UserError."""
-    told = training(folder)
-    found = told.get("thresholds")
+    """Reads the training record and checks its `thresholds`, str(ε) -> modality -> θ; UserError if damaged."""
+    record = training(folder)
+    found = record.get("thresholds")
     tables = found.values() if isinstance(found, dict) else [None] if found is not None else []
     for table in tables:
         values = table.values() if isinstance(table, dict) else [None]
-        if not all(isinstance(theta, int | float) and math.isfinite(theta) for theta in values):
-            raise UserError(f"'{Path(folder) / EXTRA}' is damaged: 'thresholds' is no table of numbers; {NO_NOTES}")
-    return told
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise UserError(f"'{Path(folder) / EXTRA}' is damaged: 'thresholds' is no table of numbers; {EXTRA_REMEDY}")
+    return record

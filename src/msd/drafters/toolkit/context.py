@@ -1,7 +1,8 @@
-"""Context of a draft network: which positions of a text it reads, what it reads there, and where drafts start.
+"""The context of a draft network: the positions of a text that it reads, its input there, and where drafts start.
 
-Entry i belongs to column i and the token after it, as in EAGLE: the target's states at i and the embedding of token
-i+1. Where token i+1 stands for image features, the position is *visual* and that embedding is the projector's output.
+Entry i belongs to column i and the token after it, as in EAGLE: it combines the target's states at i with the embedding
+of token i+1. Where token i+1 is an image placeholder, the position is *visual* and the embedding is the projector's
+output.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
+from msd.drafters.toolkit.layers import KeyValues
 
 
 @dataclass
 class Anchors:
-    """A positions per row to draft from. B rows, S context entries.
+    """A positions per row that drafts start from, and their context. B rows, S context entries.
 
-    x, feature, embedding: [B, A, H], the last of the token that follows the anchor (the root).
-    positions: [B, A] rotary position of the anchor. visible: [B, A, S] bool. image: [B, A or 1, H], see `Selection`.
+    x, feature: [B, A, H]. embedding: [B, A, H], of the token after the anchor (the root). positions: [B, A], rotary.
+    visible: [B, A, S] bool, the entries that an anchor sees. image: [B, A or 1, H], see `Selection`. context: keys and
+    values [B, S, K, D] of each layer.
     """
 
     x: Tensor
@@ -30,26 +33,27 @@ class Anchors:
     positions: Tensor
     visible: Tensor
     image: Tensor
+    context: list[KeyValues]
 
     def of(self, rows: list[int] | slice, used: int) -> Anchors:
-        """The anchors of some rows, which see the first `used` entries at most."""
-        x, feature, embedding = self.x[rows], self.feature[rows], self.embedding[rows]
-        return Anchors(x, feature, embedding, self.positions[rows], self.visible[rows][..., :used], self.image[rows])
+        """Selects rows and the first `used` context entries."""
+        context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
+        x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
+        return Anchors(x, feature, embedding, positions, self.visible[rows][..., :used], self.image[rows], context)
 
 
 @dataclass
 class Columns:
-    """Columns 0 to L-1 of B texts. taps: [B, L, T*H]. tokens: [B, L], those after them; word: [B, L, H], embedded.
+    """Columns 0 to L-1 of B texts.
 
-    real: [B, L] bool, False at padding. prompt: how many columns the prompt has.
-    visual: [B, L] bool, the token after is an image's. positions: [B, L].
+    taps: [B, L, T*H]. embedding: [B, L, H], of the token after each column. real: [B, L] bool, False at padding.
+    visual: [B, L] bool, columns of an image. positions: [B, L], rotary. prompt: number of columns of the prompt.
     """
 
     taps: Tensor
-    word: Tensor
+    embedding: Tensor
     real: Tensor
     visual: Tensor
-    tokens: Tensor
     positions: Tensor
     prompt: int
 
@@ -58,15 +62,15 @@ class Columns:
 class Selection:
     """The S positions of each row that a network reads, left-aligned in text order.
 
-    taps: [B, S, T*H]. word: [B, S, H]. positions: [B, S]. present: [B, S] bool, False beyond a row's last entry.
-    slot: [B, L] int64, the entry of each column (that of the nearest entry before it, where it has none).
-    shift: [B, 1] int64, an entry's position less its column's, at the end of the text.
-    fixed: [B, S] bool, entries whose input is `given` [B, S, H] whatever the features are; None: there are none.
+    taps: [B, S, T*H]. embedding: [B, S, H]. positions: [B, S]. present: [B, S] bool, False beyond a row's last entry.
+    slot: [B, L] int64, the entry of each column (for a column without one, the nearest entry before it).
+    shift: [B, 1] int64, the position of an entry minus that of its column, at the end of the text.
     image: [B, S, H], a vector of the images before an entry; [B, 1, H or 1] where it is the same for all entries.
+    fixed: [B, S] bool, the entries whose input is `given` [B, S, H] instead of the method's `entry`; None: no entry.
     """
 
     taps: Tensor
-    word: Tensor
+    embedding: Tensor
     positions: Tensor
     present: Tensor
     slot: Tensor
@@ -75,14 +79,14 @@ class Selection:
     fixed: Tensor | None = None
     given: Tensor | None = None
 
-    def entered(self, x: Tensor, feature: Tensor) -> Entries:
-        """Entries with the inputs x [B, S, ...] and the features [B, S, H]."""
-        return Entries(x, feature, self.word, self.positions, self.present, self.slot, self.image, self.shift)
+    def entries(self, x: Tensor, feature: Tensor) -> Entries:
+        """Adds the layers' inputs x [B, S, ...] and the features [B, S, H]."""
+        return Entries(x, feature, self.embedding, self.positions, self.present, self.slot, self.image, self.shift)
 
 
 @dataclass
 class Entries:
-    """Context entries of B rows. x: [B, S, ...] the layers' input. feature, embedding: [B, S, H]. Rest: `Selection`."""
+    """Context entries of B rows. x: [B, S, ...], the layers' input. feature: [B, S, H]. Others: see `Selection`."""
 
     x: Tensor
     feature: Tensor
@@ -93,109 +97,100 @@ class Entries:
     image: Tensor
     shift: Tensor
 
-    def anchors(self, columns: Tensor) -> Anchors:
-        """Anchors at text `columns` [B, A] int64."""
+    def anchors(self, columns: Tensor, context: list[KeyValues]) -> Anchors:
+        """Returns the anchors at text `columns` [B, A] int64; context: keys and values of these entries."""
         at = self.slot.gather(1, columns)
         entry = torch.arange(self.x.shape[1], device=at.device)
         visible = (entry <= at[:, :, None]) & self.present[:, None]
         image = self.image if self.image.shape[1] == 1 else pick(self.image, at)
-        return Anchors(
-            pick(self.x, at), pick(self.feature, at), pick(self.embedding, at), self.positions.gather(1, at), visible,
-            image,
-        )  # fmt: skip
+        x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, self.embedding))
+        return Anchors(x, feature, embedding, self.positions.gather(1, at), visible, image, context)
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
-    """x [B, S, ...] at indices [B, A]: [B, A, ...]."""
+    """Gathers x [B, S, ...] at indices [B, A]: [B, A, ...]."""
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
-def columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hidden: int, prompt: int) -> Columns:
-    """Columns whose tap states are `taps` [B, L, T*H], the first of them being the input of layer 0."""
+def text_columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hidden: int, prompt: int) -> Columns:
+    """Returns the columns with tap states `taps` [B, L, T*H]; the first tap must be the input of layer 0."""
     L = taps.shape[1]
     real = real_columns(layout, L)
-    tokens = layout.tokens[:, 1 : L + 1]
     visual = real & (layout.modality[:, 1 : L + 1] != LANGUAGE.id)
-    word = embed(tokens)
+    embedding = embed(layout.tokens[:, 1 : L + 1])
     if L > 1:  # token L has been emitted: it is text
-        shown = torch.cat([taps[:, 1:, :hidden], taps[:, -1:, :hidden]], 1)
-        word = torch.where(visual[..., None], shown.to(word.dtype), word)
-    return Columns(taps, word, real, visual, tokens, layout.line()[:, :L], prompt)
+        projected = torch.cat([taps[:, 1:, :hidden], taps[:, -1:, :hidden]], 1)
+        embedding = torch.where(visual[..., None], projected.to(embedding.dtype), embedding)
+    return Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
 
 
 def real_columns(layout: Layout, count: int) -> Tensor:
-    """[B, count] bool: which of the first columns are no padding."""
+    """Returns [B, count] bool: which of the first columns are not padding."""
     device = layout.tokens.device
     return torch.arange(count, device=device) >= torch.tensor(layout.start, device=device)[:, None]
 
 
 def left_aligned(kept: Tensor) -> Tensor:
-    """[B, S] int64: the columns that are `kept` [B, L] bool, in order; S is the largest number in a row, at least 1."""
+    """Returns the `kept` [B, L] bool columns in order, [B, S] int64; S is the largest count of a row, at least 1."""
     return (~kept).long().argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(1).max()))]
 
 
-def keep(c: Columns, kept: Tensor) -> tuple[Selection, Tensor]:
-    """(the columns `kept` [B, L] bool, the column of each entry [B, S])."""
+def select_columns(c: Columns, kept: Tensor) -> tuple[Selection, Tensor]:
+    """Selects the columns `kept` [B, L] bool; returns (selection, the column of each entry [B, S])."""
     order = left_aligned(kept)
-    found = Selection(
-        pick(c.taps, order), pick(c.word, order), c.positions.gather(1, order), kept.gather(1, order),
+    selection = Selection(
+        pick(c.taps, order), pick(c.embedding, order), c.positions.gather(1, order), kept.gather(1, order),
         (kept.cumsum(1) - 1).clamp_min(0), torch.zeros(len(kept), 1, dtype=torch.long, device=kept.device),
-        c.word.new_zeros(len(kept), 1, 1),
+        c.embedding.new_zeros(len(kept), 1, 1),
     )  # fmt: skip
-    return found, order
-
-
-def spans(shown: list[bool]) -> list[tuple[int, int]]:
-    """Runs of image columns as (first, one past the last)."""
-    found: list[tuple[int, int]] = []
-    start = None
-    for column, image in enumerate([*shown, False]):
-        if image and start is None:
-            start = column
-        elif not image and start is not None:
-            found.append((start, column))
-            start = None
-    return found
+    return selection, order
 
 
 @dataclass
 class Images:
-    """I runs of image columns of a batch, in text order. places: (row, first column, one past the last) of each.
+    """The I runs of image columns of a batch, in text order. spans: (row, first column, end column) of each run.
 
-    states: [I, n, W] what stands there, mask: [I, n] bool, False beyond a run's end.
+    states: [I, n, W], the values at the columns. mask: [I, n] bool, False beyond the end of a run.
     """
 
-    places: list[tuple[int, int, int]]
+    spans: list[tuple[int, int, int]]
     states: Tensor
     mask: Tensor
 
     @classmethod
-    def of(cls, shown: Tensor, states: Tensor) -> Images:
-        """The runs of `shown` [B, L] bool, with states [B, L, W]; without any run the tensors are empty."""
-        places = [(row, *span) for row, columns in enumerate(shown.tolist()) for span in spans(columns)]
-        longest = max((end - first for _, first, end in places), default=1)
-        found = states.new_zeros(len(places), longest, states.shape[-1])
-        mask = torch.zeros(len(places), longest, dtype=torch.bool, device=states.device)
-        for i, (row, first, end) in enumerate(places):
-            found[i, : end - first] = states[row, first:end]
+    def of(cls, visual: Tensor, states: Tensor) -> Images:
+        """Finds the runs of `visual` [B, L] bool in states [B, L, W]; without any run the tensors are empty."""
+        edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff(dim=1)
+        firsts, ends = ((edges == sign).nonzero().tolist() for sign in (1, -1))
+        spans = [(row, first, end) for (row, first), (_, end) in zip(firsts, ends, strict=True)]
+        longest = max((end - first for _, first, end in spans), default=1)
+        padded = states.new_zeros(len(spans), longest, states.shape[-1])
+        mask = torch.zeros(len(spans), longest, dtype=torch.bool, device=states.device)
+        for i, (row, first, end) in enumerate(spans):
+            padded[i, : end - first] = states[row, first:end]
             mask[i, : end - first] = True
-        return cls(places, found, mask)
+        return cls(spans, padded, mask)
 
     @property
     def rows(self) -> Tensor:
-        """[I] int64: the row that each image belongs to."""
-        return torch.tensor([row for row, _, _ in self.places], dtype=torch.long, device=self.mask.device)
+        """[I] int64: the batch row of each image."""
+        return torch.tensor([row for row, _, _ in self.spans], dtype=torch.long, device=self.mask.device)
 
-    def last(self, count: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The last `count[i]` columns of every image: row [n], column [n], (image, which of its tokens) [n, 2], int64.
+    def replaced(self, c: Columns, tokens: Tensor, count: list[int]) -> tuple[Selection, Tensor]:
+        """Selects the text columns and replaces image i by its first `count[i]` compressed tokens.
 
-        There are no more than an image has columns.
+        tokens: [I, K, H], compressed; they become the inputs at the image's last columns, at most one per column.
+        Returns (selection, the column of each entry [B, S]).
         """
-        found = [
+        places = [
             (row, end - kept + k, i, k)
-            for i, (row, first, end) in enumerate(self.places)
+            for i, (row, first, end) in enumerate(self.spans)
             for kept in [min(count[i], end - first)]
             for k in range(kept)
         ]
-        table = torch.tensor(found, dtype=torch.long, device=self.mask.device).view(-1, 4)
-        return table[:, 0], table[:, 1], table[:, 2:]
+        rows, at, image, which = torch.tensor(places, dtype=torch.long, device=self.mask.device).view(-1, 4).T
+        given = tokens[image, which].to(c.embedding.dtype)
+        selection, order = select_columns(c, (c.real & ~c.visual).index_put((rows, at), c.real.new_ones(())))
+        selection.fixed = c.visual.gather(1, order)
+        selection.given = pick(torch.zeros_like(c.embedding).index_put((rows, at), given), order)
+        return selection, order

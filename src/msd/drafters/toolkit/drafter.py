@@ -1,134 +1,118 @@
-"""A trained network at work: its memory of a batch in flight, and the tree it drafts within the plan's budget."""
+"""A trained network in decoding: its memory of a batch, and the tree that it drafts within the plan's budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from msd.core.layout import Layout
-from msd.core.tree import Accepted, Scores
-from msd.drafters.toolkit.context import Anchors, pick
-from msd.drafters.toolkit.layers import Keys
-
-if TYPE_CHECKING:
-    from msd.drafters.toolkit.network import DraftNetwork
-from collections.abc import Sequence
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from msd.backends.packed import faster_in_bf16
+from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
-from msd.core.tree import DraftTree
-from msd.drafters.toolkit.growth import Distributions, LevelCost, Levels, Shape, Subtrees, grow
+from msd.core.tree import Accepted, DraftTree, Scores
+from msd.drafters.toolkit.context import Anchors, pick
+from msd.drafters.toolkit.growth import LevelCost, Shape, Subtrees, grow
+from msd.drafters.toolkit.layers import KeyValues
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
+if TYPE_CHECKING:
+    from msd.drafters.toolkit.network import DraftNetwork
+
 
 @dataclass
 class Memory:
-    """B rows. keys: a buffer [B, C, K, D] per layer. length: used entries per row. shift: see `Selection`.
+    """The context of B rows in decoding.
 
-    anchor: one per row (A = 1), the newest entry.
+    length: used entries per row. shift: see `Selection`. anchor: the newest entry of each row (A = 1); its context is a
+    buffer [B, C, K, D] per layer.
     """
 
-    keys: list[Keys]
     length: list[int]
     shift: Tensor
     anchor: Anchors
 
     @classmethod
     def begin(cls, network: DraftNetwork, layout: Layout, taps: Tensor, auxiliary: Tensor | None = None) -> Memory:
-        """From the prompt's tap states [B, L, T*H]; the layout holds the first emitted token already.
+        """Reads the prompt's tap states [B, L, T*H]; the layout already holds the first emitted token.
 
-        auxiliary: [B, E, H] tokens that only the drafter sees; see `DraftNetwork.read`.
+        auxiliary: [B, E, H], see `DraftNetwork.read`.
         """
         L = taps.shape[1]
-        found = network.read(layout, taps, L, auxiliary)
+        entries = network.read(layout, taps, L, auxiliary)
         last = torch.full((len(taps), 1), L - 1, device=taps.device)
-        room = found.x.shape[1] + layout.capacity - L
-        made = cls([], [0] * len(taps), found.shift, found.anchors(last))
-        made._append(network, found.x, found.positions, found.present.sum(1).tolist(), room)
-        return made
+        room = entries.x.shape[1] + layout.capacity - L
+        memory = cls([0] * len(taps), entries.shift, entries.anchors(last, []))
+        memory._append(network, entries.x, entries.positions, entries.present.sum(1).tolist(), room)
+        return memory
 
-    def take(self, network: DraftNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
-        """Appends an entry for each of the newest `added[row]` tokens of every row, W at most.
+    def append(self, network: DraftNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
+        """Appends an entry for each of the newest `added[row]` tokens of every row; at most W.
 
-        taps: [B, W, T*H], the target's states before each of them; token: [B, W]; any values beyond a row's number.
+        taps: [B, W, T*H], the target's states before each token. token: [B, W]. Values beyond `added[row]` are ignored.
         """
         first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
         column = (first[:, None] + torch.arange(token.shape[1])).clamp_min(0).to(taps.device)
-        positions = layout.line().gather(1, column) + self.shift
-        feature, word, old = network.feature(taps), network.embed(token), self.anchor
-        x = network.entry(feature, word, old.image, 0)
-        self._append(network, x, positions, added, self.keys[0].keys.shape[1])
-        latest = _newest(added, taps.device)
+        positions = layout.positions_1d().gather(1, column) + self.shift
+        feature, embedding, old = network.feature(taps), network.embed(token), self.anchor
+        x = network.entry(feature, embedding, old.image, 0)
+        self._append(network, x, positions, added, old.visible.shape[-1])
+        last = torch.tensor(added, device=taps.device)[:, None] - 1
+
+        def newest(new: Tensor, before: Tensor) -> Tensor:
+            """Returns the last new value of each row [B, 1, ...], or the one before where the row has none."""
+            grown = (last >= 0).view(-1, *[1] * (new.dim() - 1))
+            return torch.where(grown, pick(new, last.clamp_min(0)), before)
+
         self.anchor = replace(
-            self.anchor, x=latest(x, old.x), feature=latest(feature, old.feature),
-            embedding=latest(word, old.embedding), positions=latest(positions, old.positions),
+            self.anchor, x=newest(x, old.x), feature=newest(feature, old.feature),
+            embedding=newest(embedding, old.embedding), positions=newest(positions, old.positions),
         )  # fmt: skip
 
     def _append(self, network: DraftNetwork, x: Tensor, positions: Tensor, added: list[int], room: int) -> None:
-        """Keys of new entries x [B, W, ...], `added[row]` of them real, into buffers of `room` entries."""
+        """Writes the keys of new entries x [B, W, ...], `added[row]` of them real, to buffers of `room` entries."""
         begin, B, W = torch.tensor(self.length, device=x.device), len(x), x.shape[1]
         used = max(old + n for old, n in zip(self.length, added, strict=True))
 
-        def store(layer: int, new: Keys) -> Keys:
-            if layer == len(self.keys):
+        def store(layer: int, new: KeyValues) -> KeyValues:
+            if layer == len(self.anchor.context):
                 shape = (B, room, *new.keys.shape[2:])
-                self.keys.append(Keys(new.keys.new_zeros(shape), new.values.new_zeros(shape)))
-            buffer = self.keys[layer]
+                self.anchor.context.append(KeyValues(new.keys.new_zeros(shape), new.values.new_zeros(shape)))
+            buffer = self.anchor.context[layer]
             buffer.write(new, self.length, added)
-            return Keys(buffer.keys[:, :used], buffer.values[:, :used])
+            return KeyValues(buffer.keys[:, :used], buffer.values[:, :used])
 
-        seen = None
+        visible = None
         if network.deep:
             entry, new = torch.arange(used, device=x.device), torch.arange(W, device=x.device)
-            seen = entry <= (begin[:, None] + new)[..., None]  # [B, W, used]
-        network.context(x, positions, seen, store)
+            visible = entry <= (begin[:, None] + new)[..., None]  # [B, W, used]
+        network.context(x, positions, visible, store)
         self.length = [old + n for old, n in zip(self.length, added, strict=True)]
-        visible = torch.arange(room) < torch.tensor(self.length)[:, None]
-        self.anchor = replace(self.anchor, visible=visible.to(x.device)[:, None])
+        present = torch.arange(room) < torch.tensor(self.length)[:, None]
+        self.anchor = replace(self.anchor, visible=present.to(x.device)[:, None])
 
-    def upto(self, rows: list[int] | None) -> tuple[list[Keys], Anchors]:
-        """(keys in use per layer [R, S, ...], the anchors behind them) of some rows, or of all."""
-        taken: list[int] | slice
+    def anchors(self, rows: list[int] | None = None) -> Anchors:
+        """Returns the anchors of some rows, by default of all, with the used part of their context."""
         if rows is None or rows == list(range(len(self.length))):
-            used, taken = max(self.length), slice(None)
-        else:
-            used, taken = max(self.length[row] for row in rows), rows
-        return [Keys(k.keys[taken, :used], k.values[taken, :used]) for k in self.keys], self.anchor.of(taken, used)
-
-
-def _newest(added: list[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of new values [B, W, ...], the first `added[row]` of them real, and old ones [B, 1, ...].
-
-    It gives the last of each row's new values [B, 1, ...], and the old one where there are none.
-    """
-    last = torch.tensor(added, device=device)[:, None] - 1
-
-    def latest(new: Tensor, before: Tensor) -> Tensor:
-        grown = (last >= 0).view(-1, *[1] * (new.dim() - 1))
-        return torch.where(grown, pick(new, last.clamp_min(0)), before)
-
-    return latest
+            return self.anchor.of(slice(None), max(self.length))
+        return self.anchor.of(rows, max(self.length[row] for row in rows))
 
 
 class DecodedStates:
-    """The target's states of what was decoded, which become a `Memory` when it is asked for."""
+    """The target's states of the decoded tokens; they become a `Memory` when the first draft needs it."""
 
     def __init__(
         self, taps: Tensor, auxiliary: Tensor | None = None, part: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         """taps: [B, L, T*H] of the prompt. auxiliary: see `Memory.begin`.
 
-        part: gives the taps that the network reads; by default all.
+        part: selects the taps that the network reads; by default all.
         """
         self._prompt, self._auxiliary, self._part = taps, auxiliary, part or (lambda taps: taps)
         self._newest = list(taps[:, -1])
@@ -137,7 +121,7 @@ class DecodedStates:
         self._memory: Memory | None = None
 
     def observe(self, scores: Scores, accepted: Accepted) -> None:
-        """Keeps the states before every emitted token: those of the node it followed."""
+        """Stores the state before every emitted token: that of the node above it."""
         assert scores.taps is not None
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens:
@@ -146,14 +130,11 @@ class DecodedStates:
                 self._tokens[row] += tokens
 
     def newest(self) -> Tensor:
-        """[B, T*H]: the target's state before the newest emitted token of every row, be it read already or not.
-
-        The prompt's last at first.
-        """
+        """Returns the target's state before the newest emitted token of every row: [B, T*H]."""
         return torch.stack(self._newest)
 
     def read(self, network: DraftNetwork, layout: Layout) -> Memory:
-        """The memory of all that was decoded so far."""
+        """Returns the memory of everything decoded so far."""
         if self._memory is None:
             self._memory = Memory.begin(network, layout, self._part(self._prompt), self._auxiliary)
         added = [len(tokens) for tokens in self._tokens]
@@ -164,13 +145,13 @@ class DecodedStates:
                 if n:
                     taps[row, :n] = torch.cat(self._taps[row])
                     token[row, :n] = torch.tensor(self._tokens[row])
-            self._memory.take(network, layout, self._part(taps), token.to(taps.device), added)
+            self._memory.append(network, layout, self._part(taps), token.to(taps.device), added)
             self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
         return self._memory
 
 
 class TrainedDrafter:
-    """Drafts with a trained network; its candidates are deterministic, the tree EAGLE-2's."""
+    """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's."""
 
     sampled = False
 
@@ -180,17 +161,17 @@ class TrainedDrafter:
         self.modality_ids = torch.tensor([LANGUAGE.id])  # of the subtrees' modalities
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
-        """Takes the target's embedding and head; UserError when the target is not the one it was trained for."""
+        """Takes the target's embedding and output layer; UserError if it was trained for another target."""
         self.network.attach(model, self.name).to(model.device)
         if backend != "plain":
             self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
 
     def twin(self, model: PreTrainedModel) -> TrainedDrafter:
-        """The same method with random weights, for a model of any size: its whole vocabulary is drafted."""
+        """See `Drafter`; the twin drafts the model's whole vocabulary."""
         return type(self)(self.network.twin(model.config.get_text_config(decoder=True)), self.name)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """Keeps the prompt's states; they are read when the first draft is asked for."""
+        """Stores the prompt's states; the first draft reads them."""
         if scores.taps is None or scores.taps.shape[-1] != self.network.config.hidden * len(self.taps):
             raise UserError(
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
@@ -198,35 +179,31 @@ class TrainedDrafter:
         state.memory = self.decoded(state, scores.taps)
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
-        """What keeps the target's states, from the prompt's `taps` [B, L, T*H] on."""
+        """Creates the store of the target's states; taps: [B, L, T*H] of the prompt."""
         return DecodedStates(taps)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """See `Drafter`; nothing where answers most likely end and time counts."""
+        """See `Drafter`; drafts nothing where time counts and all answers most likely end with the next token."""
         newest, rows = state.layout.newest(), budget.rows
         if budget.nodes < 1 or not rows or (budget.seconds is not None and self.all_end(state, rows)):
             return DraftTree.root_only(newest)
         return self.draft(state, rows, budget, sampler)
 
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
-        """The likeliest nodes of the `subtrees`, in `rows`."""
+        """Grows the `subtrees` of `rows`."""
         newest = state.layout.newest()
-        context, anchors = state.memory.read(self.network, state.layout).upto(rows)
-        levels, subtrees = self.levels(context, anchors, newest[rows]), self.subtrees(state, rows, budget)
-        kinds, warmth = self.modality_ids.to(newest.device), temperature(sampler)
-        tree = grow(levels, self.network, subtrees, kinds, newest[rows], budget.of(rows), warmth, self.cost)
-        return tree.among(rows, newest)
+        anchors = state.memory.read(self.network, state.layout).anchors(rows)
+        levels, subtrees = self.network.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
+        ids, heat = self.modality_ids.to(newest.device), temperature(sampler)
+        tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.select(rows), heat, self.cost)
+        return tree.scatter(rows, newest)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
-        """Whether the answers of all `rows` most likely end with the token that the target's pass gives anyway."""
+        """Whether the answers of all `rows` most likely end with the token that the target's next pass emits."""
         return False
 
-    def levels(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> Levels:
-        """The draft distributions below the tokens `newest` [R]."""
-        return SharedLevels(self.network.levels(context, anchors, newest))
-
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
-        """Those of the budget's `rows`: one for each, `config.width` wide."""
+        """Returns the subtrees of `rows`: one for each row, `config.width` wide."""
         c, newest = self.network.config, state.layout.newest()[rows]
         width = c.width if budget.width is None else min(budget.width, c.width)
         return Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
@@ -236,25 +213,5 @@ class TrainedDrafter:
         return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
-        """Keeps the target's states of what was emitted."""
+        """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
-
-
-class SharedLevels:
-    """One network's distributions for all subtrees, which keep their modality all the way down (see `Levels`)."""
-
-    def __init__(self, levels: Levels) -> None:
-        self.inner, self.weights, self.at_root = levels, torch.empty(0), True
-
-    def root(self, weights: Tensor) -> Distributions:
-        """See `Levels`; the network has one distribution for all F of them."""
-        self.weights, F = weights, weights.shape[1]
-        found = self.inner.root(weights[:, :1, :1])
-        return Distributions(found.logits.expand(-1, F, -1), found.sure.expand(-1, F), weights)
-
-    def below(self, tokens: Tensor, above: Tensor) -> Distributions:
-        """See `Levels`."""
-        self.weights = pick(self.weights, above)
-        found = self.inner.below(tokens, torch.zeros_like(above) if self.at_root else above)
-        self.at_root = False
-        return Distributions(found.logits, found.sure, self.weights)

@@ -1,11 +1,8 @@
-"""Drafting level by level: a draft's own state stands for the target state that is not known yet.
-
-EAGLE (Li et al. 2024, arXiv 2401.15077, section 4.1).
-"""
+"""The two ways to draft: level by level (`SelfFed`, `EagleNetwork`) and all levels in one pass (`Block`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -14,85 +11,101 @@ from torch import Tensor, nn
 from msd.backends.packed import Linear
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, Keys, Layer
+from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, KeyValues, Layer
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.training import parents
 from msd.targets.teacher import TeacherBatch
 
 
 class SelfFed(DraftNetwork):
-    """One pass of the layers per level of a draft."""
+    """Runs the layers once per draft level, on its own states in place of the unknown target states.
+
+    EAGLE (Li et al. 2024, arXiv 2401.15077, section 4.1).
+    """
 
     def drafted_feature(self, state: Tensor) -> Tensor:
-        """What stands for the target's feature below a draft's state [..., H]; by default the state itself."""
+        """Predicts the target's feature from a draft state [..., H]; by default it is the state itself."""
         return state
 
-    def levels(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> Levels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """See `DraftNetwork`."""
-        return SelfFedLevels(self, context, anchors, newest)
+        return SelfFedLevels(self, anchors, newest)
 
-    def states(self, batch: TeacherBatch, first: Tensor, depth: int) -> Tensor:
-        """See `DraftNetwork`: every root sees the true context above it and its own draft, as in decoding."""
-        assert batch.taps is not None
-        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.beside)
-        anchors = found.anchors(first + batch.prompt - 1)
-        return self.drafted_states(self.whole(found, found.x)[0], anchors, batch, first, depth)
+    def anchor_states(self, anchors: Anchors) -> Tensor:
+        """Computes the states [B, A, 1, H] at the anchors."""
+        return self.run_layers(anchors.x[:, :, None], anchors.positions[..., None], anchors.context, anchors.visible)[0]
 
-    def drafted_states(
-        self, context: Sequence[Keys], anchors: Anchors, batch: TeacherBatch, first: Tensor, depth: int
-    ) -> Tensor:
-        """`states` of anchors that are read already."""
-        state, _ = self.step(anchors.x[:, :, None], anchors.positions[..., None], context, anchors.visible)
-        out, own = [state], None
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
+        """See `DraftNetwork`."""
+        state = self.anchor_states(anchors)
+        out, draft = [state], None
         for d in range(1, depth):
-            word = self.embed(parents(batch, first[..., None] + d + 1))
-            x = self.entry(self.drafted_feature(state), word, anchors.image[:, :, None], d)
+            embedding = self.embed(parents(batch, roots[..., None] + d + 1))
+            x = self.entry(self.drafted_feature(state), embedding, anchors.image[:, :, None], d)
             mask = torch.ones(*x.shape[:3], d, dtype=torch.bool, device=x.device)
-            state, own = self.step(x, anchors.positions[..., None] + d, context, anchors.visible, own, mask)
+            positions = anchors.positions[..., None] + d
+            state, draft = self.run_layers(x, positions, anchors.context, anchors.visible, draft, mask)
             out.append(state)
         return torch.cat(out, 2)
 
 
-class SelfFedLevels:
-    """The distributions of one step (see `msd.drafters.toolkit.growth.Levels`)."""
+class StateLevels(ABC):
+    """Distributions that ignore modality, from states [B, F, H] of the frontier (see `Levels`).
 
-    def __init__(self, network: SelfFed, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> None:
-        self.network, self.context, self.anchors, self.level = network, context, anchors, 0
-        state, _ = network.step(anchors.x[:, :, None], anchors.positions[..., None], context, anchors.visible)
-        self.states, self.newest = state[:, 0], newest[:, None]  # [B, F, H], of the frontier expanded last; [B, 1]
-        self.own: list[Keys] | None = None
-        self.lineage = state.new_zeros(len(state), 1, 0, dtype=torch.bool)  # [B, F, m]
+    All subtrees share the distribution of the root; each keeps its modality weights down to the leaves.
+    """
+
+    def __init__(self, network: DraftNetwork, states: Tensor, newest: Tensor) -> None:
+        self.network, self.states, self.newest, self.level = network, states, newest, 0
+        self.weights = torch.empty(0)  # [B, F, M]
 
     def root(self, weights: Tensor) -> Distributions:
-        """Of the first drafted token; weights: [B, 1, 1]."""
-        return self.found(self.newest)
+        """See `Levels`."""
+        self.weights, F = weights, weights.shape[1]
+        shared = self._distributions(self.newest[:, None])
+        self.states = self.states.expand(-1, F, -1)
+        return Distributions(shared.logits.expand(-1, F, -1), shared.confidence.expand(-1, F), weights)
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
+        self.weights = pick(self.weights, above)
         self.descend(tokens, above)
-        return self.found(tokens)
+        return self._distributions(tokens)
+
+    def _distributions(self, tokens: Tensor) -> Distributions:
+        network, states = self.network, self.states
+        return Distributions(network.logits(states, tokens), network.confidence_logits(states, tokens), self.weights)
+
+    @abstractmethod
+    def descend(self, tokens: Tensor, above: Tensor) -> Any:
+        """Sets `level` and `states` to those of the frontier `tokens` [B, F]; above: see `Levels.below`."""
+
+
+class SelfFedLevels(StateLevels):
+    """The distributions of one step of a `SelfFed` network."""
+
+    network: SelfFed
+
+    def __init__(self, network: SelfFed, anchors: Anchors, newest: Tensor) -> None:
+        super().__init__(network, network.anchor_states(anchors)[:, 0], newest)
+        self.anchors = anchors
+        self.draft: list[KeyValues] | None = None
+        self.lineage: Tensor | None = None  # [B, F, m] bool: the draft tokens that are ancestors, and itself
 
     def descend(self, tokens: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the states of the frontier `tokens`; the features and embeddings [B, F, H] that entered there."""
+        """See `StateLevels`; returns the frontier's input features and embeddings, [B, F, H] each."""
         self.level += 1
         network, F = self.network, tokens.shape[1]
-        feature, word = network.drafted_feature(pick(self.states, above)), network.embed(tokens)
-        x = network.entry(feature, word, self.anchors.image, self.level)
+        feature, embedding = network.drafted_feature(pick(self.states, above)), network.embed(tokens)
+        x = network.entry(feature, embedding, self.anchors.image, self.level)
         eye = torch.eye(F, dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
-        self.lineage = torch.cat([pick(self.lineage, above), eye], -1)
+        self.lineage = eye if self.lineage is None else torch.cat([pick(self.lineage, above), eye], -1)
         positions = (self.anchors.positions + self.level)[..., None].expand(-1, -1, F)
-        state, self.own = network.step(
-            x[:, None], positions, self.context, self.anchors.visible, self.own, self.lineage[:, None]
+        state, self.draft = network.run_layers(
+            x[:, None], positions, self.anchors.context, self.anchors.visible, self.draft, self.lineage[:, None]
         )
         self.states = state[:, 0]
-        return feature, word
-
-    def found(self, tokens: Tensor) -> Distributions:
-        """Those below the frontier `tokens`, whose states are computed."""
-        one = torch.ones_like(self.states[..., 0])
-        return Distributions(
-            self.network.logits(self.states, tokens), self.network.sure(self.states, tokens), one[..., None]
-        )
+        return feature, embedding
 
 
 class EagleNetwork(SelfFed):
@@ -105,24 +118,22 @@ class EagleNetwork(SelfFed):
         super().__init__(config)
         self.fc = Linear(2 * self.config.hidden, self.config.hidden, bias=True)
 
-    def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
+    def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
         """fc([emb; h])."""
-        out: Tensor = self.fc(torch.cat([word, feature], -1))
-        return out.to(self.dtype)  # what layers add up keeps the weights' precision under autocast
+        out: Tensor = self.fc(torch.cat([embedding, feature], -1))
+        return out.to(self.dtype)  # under autocast residual sums keep the precision of the weights
 
 
 class Block(DraftNetwork):
-    """One pass of the layers per draft.
+    """Runs the layers once per draft, on the root's embedding followed by learned mask embeddings.
 
-    offset: how far the token that a block position drafts is from its place: 0 where a mask stands for the token
-    itself, 1 where every position drafts the next one.
-
-    The mask's embedding is learnt, as the target has no token for it.
+    offset: distance from a block position to the token that it drafts: 0 where a mask is replaced by its own token, 1
+    where every position drafts the next one.
     """
 
     layer = InjectedLayer
     layer_count = 2
-    roots = 16
+    max_roots = 16
     offset = 0
 
     def __init__(self, config: Any) -> None:
@@ -134,10 +145,7 @@ class Block(DraftNetwork):
 
     @classmethod
     def tapped(cls, layers: int) -> tuple[int, ...]:
-        """Three states from after the second layer to three before the last, evenly spaced (DFlash, released code).
-
-        Then the final one, which training reads.
-        """
+        """Returns three evenly spaced layers from 2 to L-2 (DFlash, released code), and L, for training."""
         first, last = min(2, layers - 1), max(layers - 2, min(2, layers - 1))
         return (*sorted({first, round((first + last) / 2), last}), layers)
 
@@ -147,48 +155,38 @@ class Block(DraftNetwork):
         out: Tensor = self.context_norm(fused.to(self.dtype))  # as without autocast
         return out
 
-    def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
+    def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
         """The feature alone."""
         return feature
 
-    def block(self, context: Sequence[Keys], anchors: Anchors, depth: int) -> Tensor:
-        """Normalised states [B, A, D, H] that draft the D = depth tokens below each anchor's root."""
+    def block(self, anchors: Anchors, depth: int) -> Tensor:
+        """Computes normalised states [B, A, D, H] that draft the D = depth tokens below each root."""
         n = depth + 1 - self.offset
         masks = self.mask.expand(*anchors.embedding.shape[:2], n - 1, -1)
         x = torch.cat([anchors.embedding[:, :, None], masks], 2)
         positions = anchors.positions[..., None] + torch.arange(1, n + 1, device=x.device)
-        state, _ = self.step(x, positions, context, anchors.visible, None, x.new_ones(*x.shape[:3], n).bool())
+        visible = x.new_ones(*x.shape[:3], n).bool()
+        state, _ = self.run_layers(x, positions, anchors.context, anchors.visible, None, visible)
         out: Tensor = self.norm(state[:, :, n - depth :])
         return out
 
-    def levels(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> BlockLevels:
+    def levels(self, anchors: Anchors, newest: Tensor) -> BlockLevels:
         """See `DraftNetwork`."""
-        return BlockLevels(self, self.block(context, anchors, self.config.depth)[:, 0], newest)
+        return BlockLevels(self, self.block(anchors, self.config.depth)[:, 0], newest)
 
-    def states(self, batch: TeacherBatch, first: Tensor, depth: int) -> Tensor:
-        """See `DraftNetwork`. The block is as long as in decoding, whatever is asked for."""
-        assert batch.taps is not None
-        found = self.read(batch.layout, batch.taps[:, :-1], batch.prompt)
-        anchors = found.anchors(first + batch.prompt - 1)
-        return self.block(self.whole(found, found.x)[0], anchors, self.config.depth)[:, :, :depth]
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
+        """See `DraftNetwork`; the block is as long as in decoding, whatever `depth`."""
+        return self.block(anchors, self.config.depth)[:, :, :depth]
 
 
-class BlockLevels:
-    """The distributions of one step, from states [B, D, H] (see `msd.drafters.toolkit.growth.Levels`)."""
+class BlockLevels(StateLevels):
+    """The distributions of one step of a `Block` network, from the states [B, D, H] of all levels."""
 
     def __init__(self, network: Block, states: Tensor, newest: Tensor) -> None:
-        self.network, self.all, self.newest, self.level = network, states, newest, 0
+        super().__init__(network, states[:, :1], newest)
+        self.all_states = states
 
-    def root(self, weights: Tensor) -> Distributions:
-        """Of the first drafted token; weights: [B, 1, 1]."""
-        return self._found(self.newest[:, None])
-
-    def below(self, tokens: Tensor, above: Tensor) -> Distributions:
-        """Below the frontier `tokens` [B, F]."""
+    def descend(self, tokens: Tensor, above: Tensor) -> None:
+        """See `StateLevels`."""
         self.level += 1
-        return self._found(tokens)
-
-    def _found(self, parents: Tensor) -> Distributions:
-        states = self.all[:, self.level, None].expand(-1, parents.shape[1], -1)
-        one = torch.ones_like(states[..., 0])
-        return Distributions(self.network.logits(states, parents), self.network.sure(states, parents), one[..., None])
+        self.states = self.all_states[:, self.level, None].expand(-1, tokens.shape[1], -1)

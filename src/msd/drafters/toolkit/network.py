@@ -1,7 +1,7 @@
-"""What all draft networks share: the target's embedding and head, which are not among their weights, and their context.
+"""The base of all draft networks: the target's embedding and output layer, and the context of a draft.
 
-A method says which columns it reads (`kept`), what enters there (`feature`, `entry`), and how drafts come about: level
-by level (`msd.drafters.toolkit.levels`) or all levels in one pass (`msd.drafters.toolkit.levels`).
+A method defines which columns it reads (`select_columns`), the input of its layers (`feature`, `entry`), and how it
+drafts: level by level or all levels in one pass (`msd.drafters.toolkit.levels`).
 """
 
 from __future__ import annotations
@@ -20,56 +20,44 @@ from transformers import PreTrainedModel
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.core.layout import Layout
 from msd.drafters.toolkit import checkpoint
-from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, columns, keep
+from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, select_columns, text_columns
 from msd.drafters.toolkit.growth import Levels
-from msd.drafters.toolkit.layers import Keys, Layer, Rotary, step
+from msd.drafters.toolkit.layers import KeyValues, Layer, Rotary
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
 from msd.targets.teacher import TeacherBatch
 
-Store = Callable[[int, Keys], Keys]
+Store = Callable[[int, KeyValues], KeyValues]
 Parts = dict[str, Tensor]
 Loss = Callable[[Any, TeacherBatch, Tensor], tuple[Tensor, Parts]]
 _packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, Packed]] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class NetworkConfig(checkpoint.Configuration):
-    """Sizes follow the target's text model; H is its hidden size, V its vocabulary.
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(checkpoint.DrafterConfig):
+    """The configuration of a published method.
 
-    method: the name it is published under. layers: decoder layers. taps: indices of the target's hidden states that it
-    reads, the final one last. width, depth: of its draft tree, k frontier nodes a level and the number of levels.
-    draft_vocabulary: ids that it can propose, V for a full head. options: the method's own numbers, each a key of its
-    network's `options`.
+    method: its published name. layers: decoder layers. width, depth: of its draft tree, frontier nodes per level and
+    levels. options: the method's own numbers, with the keys of its network's `options`.
     """
 
     method: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    draft_vocabulary: int
     layers: int
-    taps: tuple[int, ...]
     width: int
     depth: int
-    rope_theta: float = 10000.0
-    eps: float = 1e-5
     options: dict[str, int | float] = field(default_factory=dict)
 
 
 class DraftNetwork(nn.Module, ABC):
-    """The weights of a drafter. A subclass that is registered (`msd.drafters.registry`) is a method.
+    """The weights of a drafter. A subclass becomes a method when it is registered (`msd.drafters.registry`).
 
-    method, published_loss, objective_type, drafter: given when it is registered. layer: its decoder layer.
-    deep: whether context goes through all layers, as in a language model, or enters every layer as it is.
-    roots: answer tokens a row to draft from in a training step, at most. reach: drafted tokens below each.
-    stages: (steps about text alone, steps until all are about images, share of these at first, share of text kept) of
-    training, all of them shares; None: those of the run. reduced: whether it has a draft vocabulary of its own.
-    options: the method's own numbers and their defaults. forms, parts: what `msd train` can choose and leave out.
-    routes: whether it predicts modalities, which verification policies go by.
+    method, published_loss, objective_type, drafter: set by the registration. layer: the class of its decoder layers.
+    deep: whether context runs through all layers, as in a language model, or enters every layer unchanged.
+    max_roots: answer tokens per row to draft from in a training step, at most. reach: levels that training drafts
+    below each. stages: of training, as shares of its steps (steps on text alone, steps until all are about images,
+    share of these at first, share of text kept); None: the run's settings. reduced: whether it has its own draft
+    vocabulary. options: the method's own numbers and their defaults. forms, parts: what `msd train` can choose and
+    leave out. routes: whether it predicts modalities for verification policies.
     """
 
     method: ClassVar[str]
@@ -81,7 +69,7 @@ class DraftNetwork(nn.Module, ABC):
     layer_count: ClassVar[int] = 1
     width: ClassVar[int] = 10
     depth: ClassVar[int] = 5
-    roots: ClassVar[int | None] = 48
+    max_roots: ClassVar[int | None] = 48
     reach: ClassVar[int] = 1
     stages: ClassVar[tuple[float, float, float, float] | None] = (0.02, 0.1, 0.5, 0.05)
     reduced: ClassVar[bool] = False
@@ -97,25 +85,25 @@ class DraftNetwork(nn.Module, ABC):
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.layers))
         self.stack: list[Layer] = list(self.layers)  # type: ignore[arg-type]
-        self.provenance: dict[str, Any] = {}  # what training wrote beside the weights
-        self._target: list[nn.Module] = []  # embedding and head, in a list, so that they are no part of the state dict
+        self.provenance: dict[str, Any] = {}  # the training record
+        self._target: list[nn.Module] = []  # embedding and output layer; a list keeps them out of the state dict
         self._dtype: torch.dtype | None = None  # of packed products
         self._head_packed = False
 
     def add_inputs(self) -> None:
-        """Makes modules whose first weights are drawn before those of the layers."""
+        """Creates the modules whose initial weights are drawn before those of the layers."""
         if self.config.options.keys() != self.options.keys():
             wrong = sorted(self.config.options.keys() ^ self.options.keys())[0]
             raise UserError(f"method '{self.method}' has the options {sorted(self.options)}: see '{wrong}'")
 
     @classmethod
     def tapped(cls, layers: int) -> tuple[int, ...]:
-        """Which hidden states of a target with `layers` layers it reads: the embeddings first, the final one last."""
+        """Returns the hidden states that it reads of a target with `layers` layers: 0, the embeddings, to `layers`."""
         return (0, layers)
 
     @classmethod
     def for_target(cls, text_config: Any, **changes: Any) -> Self:
-        """A network for a `transformers` text config; `changes` override fields, those in `options` one by one."""
+        """Creates a network for a `transformers` text config; `changes` override fields, or single `options`."""
         options = cls.options | changes.pop("options", {})
         own = {
             "method": cls.method, "layers": cls.layer_count, "taps": cls.tapped(text_config.num_hidden_layers),
@@ -124,25 +112,25 @@ class DraftNetwork(nn.Module, ABC):
         return cls(NetworkConfig(**(checkpoint.sizes(text_config) | own | changes)))
 
     @classmethod
-    def trained_as(cls, settings: Any, recording: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
-        """Changes for `for_target` that follow from a run's settings (`msd.train.drafting.DraftTraining`).
+    def trained_as(cls, settings: Any, auxiliary: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
+        """Returns the changes for `for_target` that a run's settings imply (`msd.train.drafting.DraftTraining`).
 
-        recording: groups of auxiliary tokens of the training data, if any of it has event recordings.
+        auxiliary: groups of auxiliary tokens in the training data (`AuxiliaryAdaptor`); None without any.
         """
         return {}
 
     @classmethod
     def adopted(cls, trained: DraftNetwork) -> DraftNetwork:
-        """The network that drafts with what was trained, which may be another method's."""
+        """Returns the network that drafts with the weights of `trained`, possibly another method's."""
         return trained
 
     def objective(self, settings: Any, ends: Sequence[int]) -> Objective:
-        """What training minimises. settings: of MSD's loss (`msd.train.losses.msd`). ends: ids that end an answer."""
-        made = type(self).objective_type
-        return Objective(self) if made is None else made(self, settings, ends=ends)
+        """Returns what training minimises. settings: of MSD's loss. ends: token ids that end an answer."""
+        kind = type(self).objective_type
+        return Objective(self) if kind is None else kind(self, settings, ends=ends)
 
     def twin(self, text_config: Any) -> Self:
-        """The same method with random weights, for a target of any size: its whole vocabulary is drafted."""
+        """Creates a network of this method with random weights and the whole vocabulary, for a target of any size."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = self._alike(text_config)
@@ -155,16 +143,16 @@ class DraftNetwork(nn.Module, ABC):
         return self.for_target(text_config)
 
     def begin_from(self, model: PreTrainedModel) -> None:
-        """First weights from the target, before training; most methods begin at random."""
+        """Initialises weights from the target before training; most methods keep random ones."""
 
-    def choose_words(self, ids: Tensor) -> None:
-        """Makes the ascending target ids [Vd] the draft vocabulary of a `reduced` method."""
+    def choose_draft_vocabulary(self, ids: Tensor) -> None:
+        """Sets the draft vocabulary of a `reduced` method to the ascending target ids [Vd]."""
         raise NotImplementedError
 
     def attach(self, model: PreTrainedModel, name: str | None = None) -> Self:
-        """Takes the target's embedding and head; UserError when the target is not the one it was trained for.
+        """Takes the target's embedding and output layer; UserError if it was trained for another target.
 
-        name: what the user calls the method.
+        name: the method's name in messages.
         """
         vocabulary, hidden = model.get_input_embeddings().weight.shape
         c = self.config
@@ -181,37 +169,33 @@ class DraftNetwork(nn.Module, ABC):
         """[Vd] int64: the target's id of each draft token."""
         return torch.arange(self.config.vocabulary, device=self.rotary.inverse.device)
 
-    def hit(self, log_q: Tensor, sure: Tensor) -> Tensor:
-        """Log of the chance that a candidate is the target's choice: its log probability (EAGLE-2, section 4.1)."""
+    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
+        """See `DraftVocabulary`; by default the draft's log-probability (EAGLE-2, section 4.1)."""
         return log_q
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The target's embeddings [..., H] of token ids [...]."""
+        """Returns the target's embeddings [..., H] of token ids [...]."""
         out: Tensor = self._target[0](tokens)
         return out.to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        found: torch.dtype = next(self.layers.parameters()).dtype
-        return found
+        """The dtype of the weights."""
+        return next(self.layers.parameters()).dtype
 
     def head(self, state: Tensor) -> Tensor:
-        """The target's frozen output layer: [..., H] -> logits [..., V]."""
+        """Applies the target's frozen output layer: [..., H] -> logits [..., V]."""
         head = self._target[1]
         if self._head_packed and self._dtype is not None and not torch.is_grad_enabled():
-            known = _packed.setdefault(head, {})
-            if self._dtype not in known:
-                known[self._dtype] = Packed.of(head, dtype=self._dtype)  # type: ignore[arg-type]
-            return known[self._dtype](state)
+            packed = _packed.setdefault(head, {})
+            if self._dtype not in packed:
+                packed[self._dtype] = Packed.of(head, dtype=self._dtype)  # type: ignore[arg-type]
+            return packed[self._dtype](state)
         weight, bias = head.weight, getattr(head, "bias", None)
         return F.linear(state, weight.to(state.dtype), bias)  # type: ignore[arg-type]
 
     def pack(self, dtype: torch.dtype = torch.float32) -> None:
-        """Packs linear layers for decoding on this machine; the weights must not change after that.
-
-        dtype: of their products. Drafts need not be exact: in bfloat16 they cost half and are nearly as good.
-        """
+        """Packs linear layers for decoding, with products in `dtype`; the weights must not change afterwards."""
         head = self._target[1]
         self._head_packed = isinstance(head, nn.Linear) and can_pack(head.weight)
         if self._dtype == dtype:
@@ -222,109 +206,125 @@ class DraftNetwork(nn.Module, ABC):
                 module.pack(dtype)
 
     def tap(self, taps: Tensor, which: int) -> Tensor:
-        """State number `which` of taps [..., T*H]: [..., H]."""
+        """Returns state number `which` of taps [..., T*H]: [..., H]."""
         H = self.config.hidden
         return taps.unflatten(-1, (-1, H))[..., which, :].to(self.dtype)
 
     def read(self, layout: Layout, taps: Tensor, prompt: int | None = None, auxiliary: Tensor | None = None) -> Entries:
-        """Entries of columns 0 to L-1, whose tap states are `taps` [B, L, T*H]; the layout holds token L as well.
+        """Computes the context entries of columns 0 to L-1; the layout also holds token L.
 
-        prompt: how many columns the prompt has, by default all. auxiliary: [B, E, H] tokens that only the drafter sees,
-        all zero in rows without any; most networks read none.
+        taps: [B, L, T*H]. prompt: number of columns of the prompt, by default all. auxiliary: [B, E, H] tokens that
+        only the drafter sees, zero in rows without any; most networks ignore them.
         """
-        found = self.select(layout, taps, taps.shape[1] if prompt is None else prompt)
-        feature = self.noisy(self.feature(found.taps))
-        return found.entered(self.enter(found, feature), feature)
+        selection = self.select(layout, taps, taps.shape[1] if prompt is None else prompt)
+        feature = self.noisy(self.feature(selection.taps))
+        return selection.entries(self.enter(selection, feature), feature)
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
-        """The positions that are read; parameters as in `read`."""
-        return self.kept(columns(layout, taps, self.embed, self.config.hidden, prompt))
+        """Returns the positions that it reads; parameters as in `read`."""
+        return self.select_columns(text_columns(layout, taps, self.embed, self.config.hidden, prompt))
 
-    def kept(self, c: Columns) -> Selection:
-        """The positions of a text that are read; by default all of its columns."""
-        return keep(c, c.real)[0]
+    def select_columns(self, c: Columns) -> Selection:
+        """Returns the positions of a text that it reads; by default all real columns."""
+        return select_columns(c, c.real)[0]
 
     def feature(self, taps: Tensor) -> Tensor:
-        """What a method makes of tap states [..., T*H]: [..., H]; by default the last of them."""
+        """Computes features [..., H] from tap states [..., T*H]; by default the last state."""
         return self.tap(taps, -1)
 
     def noisy(self, feature: Tensor) -> Tensor:
-        """Features with noise from U(-a, a) in training, a being option "noise" (EAGLE, section 4.1: a = 0.1)."""
+        """Adds noise from U(-a, a) in training, a being option "noise" (EAGLE, section 4.1: a = 0.1)."""
         a = self.config.options.get("noise", 0.0)
         return feature + (2 * torch.rand_like(feature) - 1) * a if self.training and a else feature
 
     @abstractmethod
-    def entry(self, feature: Tensor, word: Tensor, image: Tensor, level: int) -> Tensor:
-        """The layers' input at a text position.
+    def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
+        """Computes the layers' input at a text position.
 
-        feature, word: [..., H]. image: as in `Selection`. level: 0 where the feature
-        is the target's, else how deep in a draft.
+        feature, embedding: [..., H]. image: see `Selection`. level: 0 for the target's features, else the draft level.
         """
 
-    def enter(self, found: Selection, feature: Tensor) -> Tensor:
-        """Inputs [B, S, ...] of entries whose features are `feature` [B, S, H]."""
-        x = self.entry(feature, found.word, found.image, 0)
-        if found.fixed is None or found.given is None:
+    def enter(self, selection: Selection, feature: Tensor) -> Tensor:
+        """Computes the layers' inputs [B, S, ...] of entries with the features [B, S, H]."""
+        x = self.entry(feature, selection.embedding, selection.image, 0)
+        if selection.fixed is None or selection.given is None:
             return x
-        return torch.where(found.fixed[..., None], found.given.to(x.dtype), x)
+        return torch.where(selection.fixed[..., None], selection.given.to(x.dtype), x)
 
     def context(
         self, x: Tensor, positions: Tensor, visible: Tensor | None = None, store: Store | None = None
-    ) -> list[Keys]:
-        """Keys and values for every layer of entries x [B, S, ...] at positions [B, S].
+    ) -> list[KeyValues]:
+        """Computes keys and values of every layer for entries x [B, S, ...] at positions [B, S].
 
-        store: puts a layer's keys to those that are there already and returns all. visible: [B, S, all] bool, which of
-        them an entry sees, itself included; only deep context needs it.
+        store: appends a layer's new keys to the stored ones and returns all. visible: [B, S, all] bool, the entries
+        that an entry sees, itself included; only deep context needs it.
         """
-        turn, found = self.rotary(positions), []
+        rotary, context = self.rotary(positions), []
         for i, layer in enumerate(self.stack):
-            keys = layer.keys(x, turn)
-            found.append(store(i, keys) if store else keys)
+            new = layer.key_values(x, rotary)
+            context.append(store(i, new) if store else new)
             if self.deep and i + 1 < len(self.layers):
                 assert visible is not None
-                x = layer(x[:, :, None], self.rotary(positions[..., None]), found[-1], visible)[0][:, :, 0]
-        return found
+                x = layer(x[:, :, None], self.rotary(positions[..., None]), context[-1], visible)[0][:, :, 0]
+        return context
 
-    def whole(self, found: Entries | Selection, x: Tensor) -> tuple[list[Keys], Tensor]:
-        """(keys, visible [B, S, S]) of a whole text's entries with inputs x."""
+    def full_context(self, entries: Entries | Selection, x: Tensor) -> tuple[list[KeyValues], Tensor]:
+        """Returns (keys and values per layer, visible [B, S, S]) of a whole text with inputs x."""
         entry = torch.arange(x.shape[1], device=x.device)
-        visible = (entry[None] <= entry[:, None]) & found.present[:, None]
-        return self.context(x, found.positions, visible | (entry[None] == entry[:, None])), visible
+        visible = (entry[None] <= entry[:, None]) & entries.present[:, None]
+        return self.context(x, entries.positions, visible | (entry[None] == entry[:, None])), visible
 
-    def step(
+    def run_layers(
         self,
         x: Tensor,
         positions: Tensor,
-        context: Sequence[Keys],
+        context: Sequence[KeyValues],
         visible: Tensor,
-        own: list[Keys] | None = None,
+        draft: list[KeyValues] | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, list[Keys] | None]:
-        """See `msd.drafters.toolkit.layers.step`; positions [B, A, n]."""
-        return step(self.stack, x, self.rotary(positions), context, visible, own, mask)
+    ) -> tuple[Tensor, list[KeyValues] | None]:
+        """Runs n queries x [B, A, n, ...] at positions [B, A, n] through all layers (see `Layer.forward`).
+
+        Returns (states [B, A, n, H], `draft` extended by the queries; None without a mask).
+        """
+        rotary, extended = self.rotary(positions), []
+        for i, (layer, keys) in enumerate(zip(self.stack, context, strict=True)):
+            x, new = layer(x, rotary, keys, visible, draft[i] if draft else None, mask)
+            extended.append(new)
+        return x, None if mask is None else extended
 
     @abstractmethod
-    def levels(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> Levels:
-        """The draft distributions of one step in decoding; one anchor per row, below the tokens `newest` [B]."""
+    def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
+        """Returns the draft distributions of one decoding step, with one anchor per row; newest: [B], the roots."""
+
+    def anchors(self, batch: TeacherBatch, roots: Tensor) -> Anchors:
+        """Reads a teacher batch; returns the anchors of the answer tokens `roots` [B, A]."""
+        assert batch.taps is not None
+        entries = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.auxiliary)
+        return entries.anchors(roots + batch.prompt - 1, self.full_context(entries, entries.x)[0])
+
+    def states(self, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
+        """Computes the states [B, A, depth, H] below the answer tokens `roots` [B, A], by teacher forcing."""
+        return self.draft_states(self.anchors(batch, roots), batch, roots, depth)
 
     @abstractmethod
-    def states(self, batch: TeacherBatch, first: Tensor, depth: int) -> Tensor:
-        """States [B, A, D, H] below the answer tokens `first` [B, A], deeper words as written; D = depth."""
+    def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
+        """Computes `states` from the anchors of the `roots`, as in decoding."""
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
-        """Draft logits [..., Vd] of states [..., H] below the tokens `parents` [...], which most do not read."""
+        """Computes draft logits [..., Vd] from states [..., H]; most methods ignore the parent tokens [...]."""
         return self.head(states)
 
-    def sure(self, states: Tensor, parents: Tensor) -> Tensor:
-        """Confidence logits [...] of states [..., H] below the tokens `parents` [...]; 0 where a method has none."""
+    def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
+        """Computes confidence logits [...] from states [..., H] and parent tokens [...]; by default 0."""
         return torch.zeros_like(states[..., 0])
 
-    def loss(self, batch: TeacherBatch, first: Tensor) -> tuple[Tensor, Parts]:
-        """The published loss on drafts from the answer tokens `first` [B, A], and its parts for the log.
+    def loss(self, batch: TeacherBatch, roots: Tensor) -> tuple[Tensor, Parts]:
+        """Computes the published loss on drafts from the answer tokens `roots` [B, A], and its parts for the log.
 
         The batch's logits are the target's log p over `ids`.
         """
         published = type(self).published_loss
         if published is None:
             raise NotImplementedError(f"method '{self.method}' was registered without a loss")
-        return published(self, batch, first)
+        return published(self, batch, roots)

@@ -1,4 +1,4 @@
-"""What training asks of a draft network: the target at the drafted positions, a loss, and how many drafts are right."""
+"""The interface between training and a draft network: the target at drafted positions, the loss, chain acceptance."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from msd.drafters.toolkit.context import pick
 from msd.targets.teacher import TeacherBatch
 
 CHAIN = 5  # depth of the chains that acceptance is measured on
-TeacherBatches = Callable[[], Iterable[tuple[TeacherBatch, Tensor]]]
+LabelledBatches = Callable[[], Iterable[tuple[TeacherBatch, Tensor]]]  # batches with modality ids [B, T] of the answers
 
 
 @dataclass
-class Truth:
-    """The target at the positions drafted below A answer tokens per row, D each.
+class TargetOutputs:
+    """The target at the D positions drafted below each of A roots per row.
 
-    p: [B, A, D, Vd] its distribution over the draft vocabulary, summing to at most 1. state: [B, A, D, H], its final
-    state. token: [B, A, D] the answer's. valid: [B, A, D] bool, False beyond the answer's end.
+    p: [B, A, D, Vd], its distribution over the draft vocabulary (sums to at most 1). state: [B, A, D, H], its final
+    hidden state. token: [B, A, D], the answer's token. valid: [B, A, D] bool, False beyond the answer's end.
     """
 
     p: Tensor
@@ -32,94 +32,94 @@ class Truth:
     valid: Tensor
 
     @classmethod
-    def of(cls, batch: TeacherBatch, first: Tensor, depth: int, hidden: int) -> Truth:
-        """Below the answer tokens `first` [B, A]."""
-        assert batch.taps is not None
-        index, valid = drafted(batch, first, depth)
-        state = batch.taps[:, batch.prompt - 1 : -1, -hidden:]
-        return cls(read(batch.logits, index).exp(), read(state, index), read(batch.answers, index), valid)
+    def of(cls, batch: TeacherBatch, roots: Tensor, depth: int, hidden: int) -> TargetOutputs:
+        """Gathers them below the answer tokens `roots` [B, A]."""
+        index, valid = drafted(batch, roots, depth)
+        state = read(final_states(batch, hidden), index)
+        return cls(read(batch.logits, index).exp(), state, read(batch.answers, index), valid)
 
     def mean(self, values: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-        """The mean of values [B, A, D] over valid positions, weighed."""
+        """Weighted mean of values [B, A, D] over valid positions."""
         w = self.valid * weight
         return (values * w).sum() / w.sum().clamp_min(1e-6)
 
 
-def drafted(batch: TeacherBatch, first: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Which answer tokens are drafted below the answer tokens `first` [B, A]: (index [B, A, D], valid [B, A, D])."""
-    index = first[..., None] + torch.arange(1, depth + 1, device=first.device)
-    return index, index < torch.tensor(batch.lengths, device=first.device)[:, None, None]
+def final_states(batch: TeacherBatch, hidden: int) -> Tensor:
+    """Returns the target's final hidden states [B, T, H] that predict the answer tokens."""
+    assert batch.taps is not None
+    return batch.taps[:, batch.prompt - 1 : -1, -hidden:]
 
 
-def everywhere(batch: TeacherBatch) -> Tensor:
-    """[B, A]: every answer token but the last one."""
+def drafted(batch: TeacherBatch, roots: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Answer tokens drafted below the answer tokens `roots` [B, A]: (index [B, A, D], valid [B, A, D] bool)."""
+    index = roots[..., None] + torch.arange(1, depth + 1, device=roots.device)
+    return index, index < torch.tensor(batch.lengths, device=roots.device)[:, None, None]
+
+
+def all_roots(batch: TeacherBatch) -> Tensor:
+    """Returns the index of every answer token except the last: [B, A]."""
     answers = batch.answers
     return torch.arange(max(batch.lengths) - 1, device=answers.device).expand(len(answers), -1)
 
 
 def read(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, T, ...] at index [B, A, D], beyond the end the last: [B, A, D, ...]."""
+    """Gathers values [B, T, ...] at index [B, A, D], clamped to [0, T-1]: [B, A, D, ...]."""
     at = index.clamp(0, values.shape[1] - 1)
     return pick(values, at.flatten(1)).unflatten(1, at.shape[1:])
 
 
 def parents(batch: TeacherBatch, index: Tensor) -> Tensor:
-    """The tokens [B, A, D] before the answer tokens `index`."""
+    """Returns the tokens [B, A, D] before the answer tokens `index`."""
     return read(batch.answers, index - 1)
 
 
 def frequent(counts: Tensor, size: int) -> Tensor:
-    """A draft vocabulary: the `size` most frequent ids by `counts` [V], ascending.
+    """Chooses a draft vocabulary: the `size` most frequent token ids by `counts` [V], ascending.
 
-    Of equally frequent ones the lower: byte-pair vocabularies are in order of frequency in general text.
+    Ties go to the lower id: byte-pair vocabularies are sorted by frequency in general text.
     """
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def count_chain(batch: TeacherBatch, labels: Tensor, guess: Tensor, names: Sequence[str]) -> dict[str, list[int]]:
-    """[accepted, drafted] per modality name of chains of guesses [B, A, D] below answer tokens 0 to A-1.
+    """Counts [accepted, drafted] tokens per modality name in chains of guesses [B, A, D] below answer tokens 0 to A-1.
 
-    Below a rejection nothing counts. The batch's answers must be the target's greedy ones, which is what a draft is
-    accepted against at temperature 0. labels: [B, T] modality ids of the answer tokens.
+    Tokens below a rejection do not count. The answers must be the target's greedy ones, which accept a draft at
+    temperature 0. labels: [B, T] modality ids of the answer tokens.
     """
     A, D = guess.shape[1:]
     index, valid = drafted(batch, torch.arange(A, device=guess.device).expand(len(guess), -1), D)
-    right = guess == read(batch.answers, index)
-    reached = torch.cat([torch.ones_like(right[..., :1]), right[..., :-1].cumprod(-1).bool()], -1)
-    counts, kind = reached & valid, read(labels, index)
-    return {
-        name: [
-            int((right & counts & (kind == modality.get(name).id)).sum()),
-            int((counts & (kind == modality.get(name).id)).sum()),
-        ]
-        for name in names
-    }
+    correct = guess == read(batch.answers, index)
+    reached = torch.cat([torch.ones_like(correct[..., :1]), correct[..., :-1].cumprod(-1).bool()], -1)
+    counted, kind = reached & valid, read(labels, index)
+    of_kind = {name: counted & (kind == modality.get(name).id) for name in names}
+    return {name: [int((correct & mask).sum()), int(mask.sum())] for name, mask in of_kind.items()}
 
 
 class Objective(nn.Module):
-    """A network's published loss on batches whose logits are log p over its vocabulary."""
+    """A network's published loss, and its acceptance; the batches' logits are log p over its draft vocabulary."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, batch: TeacherBatch, labels: Tensor, first: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss and its parts on drafts from the answer tokens `first` [B, A]; the methods do not read labels."""
-        loss, parts = self.network.loss(batch, first)
+    def forward(self, batch: TeacherBatch, labels: Tensor, roots: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Computes the loss and its parts on drafts from the answer tokens `roots` [B, A]; ignores the labels."""
+        loss, parts = self.network.loss(batch, roots)
         return loss, {name: float(part.detach()) for name, part in parts.items()}
 
     @torch.no_grad()
     def acceptance(self, batch: TeacherBatch, labels: Tensor) -> dict[str, list[int]]:
-        """[accepted, drafted] per modality name on top-1 chains from every answer token (see `count_chain`)."""
-        answers, first = batch.answers, everywhere(batch)
-        states = self.network.states(batch, first, min(CHAIN, self.network.config.depth))
+        """Counts [accepted, drafted] per modality name on top-1 chains from every answer token (see `count_chain`)."""
+        answers, roots = batch.answers, all_roots(batch)
+        states = self.network.states(batch, roots, min(CHAIN, self.network.config.depth))
         guesses = []
-        for d in range(states.shape[2]):  # a level at a time: distributions over a whole vocabulary are large
-            above = answers.gather(1, (first + d).clamp_max(answers.shape[1] - 1))
+        for d in range(states.shape[2]):  # level by level: distributions over a whole vocabulary are large
+            above = answers.gather(1, (roots + d).clamp_max(answers.shape[1] - 1))
             guesses.append(self.network.ids[self.network.logits(states[:, :, d], above).argmax(-1)])
         names = [m.name for m in (LANGUAGE, VISION, FUSION)]
         return count_chain(batch, labels, torch.stack(guesses, -1), names)
 
-    def reports(self, batches: TeacherBatches) -> dict[str, Any]:
-        """What is measured or fitted once the network is trained, on held-out batches; by default nothing."""
+    def reports(self, batches: LabelledBatches) -> dict[str, Any]:
+        """Measures or fits on held-out batches, once the network is trained; by default nothing."""
         return {}

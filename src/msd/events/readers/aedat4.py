@@ -1,7 +1,7 @@
-"""AEDAT 4 (iniVation DV), through the `aedat` package (MIT, Rust). The first stream of events in the file is read.
+"""Reads AEDAT 4 (iniVation DV) through the `aedat` package (MIT, Rust): the first stream of events in the file.
 
-The package panics on some damaged headers, once so that the process ended, so the header is checked here before the
-package sees it: a FlatBuffers table (compression, place of the index, text) whose text is XML.
+The package panics on some damaged headers, and one such panic ends the process. So this module first checks the header
+itself: a FlatBuffers table (compression, position of the index, text) whose text is XML.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from xml.etree import ElementTree
 import numpy as np
 
 from msd.errors import UserError
-from msd.events.readers.file import File, library
+from msd.events.readers.file import DAMAGED, File, library
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
 MAGIC = b"#!AER-DAT4.0\r\n"
 HEADER_LIMIT = 1 << 20  # bytes
-FIELDS = (4, 8, 4)  # bytes of compression, place of the index, and offset of the text in the table
-BROKEN = "the file is truncated or damaged: copy it again"
+FIELDS = (4, 8, 4)  # bytes of compression, position of the index, and offset of the text in the table
 
 
 def read(file: File) -> Source:
-    """The first stream of events."""
-    file.one_recording()
-    library("aedat", "AEDAT 4")  # where it is missing, that is said first
+    """Reads the first stream of events."""
+    library("aedat", "AEDAT 4")  # report a missing package before a damaged header
     _check_header(file)
     decoder = _open(file)
     streams = [(number, about) for number, about in decoder.id_to_stream().items() if about["type"] == "events"]
@@ -39,14 +37,14 @@ def read(file: File) -> Source:
 
 
 def _check_header(file: File) -> None:
-    """UserError unless every offset of the header's table lies in the header, and its text is XML in ASCII."""
+    """Raises UserError unless all offsets in the header's table lie in the header, and its text is XML in ASCII."""
     with file.path.open("rb") as stream:
         start = stream.read(len(MAGIC) + 4)
         length = int.from_bytes(start[len(MAGIC) :], "little")
         data = stream.read(min(length, HEADER_LIMIT))
     try:
         if not start.startswith(MAGIC) or len(start) < len(MAGIC) + 4 or len(data) < length or data[4:8] != b"IOHE":
-            raise ValueError("it is cut short, or no AEDAT 4.0 header")
+            raise ValueError("it is truncated, or no AEDAT 4.0 header")
         (table,) = struct.unpack_from("<I", data)
         vtable = table - struct.unpack_from("<i", data, table)[0]
         if vtable < 0:
@@ -62,42 +60,42 @@ def _check_header(file: File) -> None:
             raise ValueError("its text is damaged")
         ElementTree.fromstring(about.decode("ascii"))
     except (ValueError, struct.error, ElementTree.ParseError) as error:
-        raise UserError(f"its header cannot be read ({error}); {BROKEN}") from error
+        raise UserError(f"its header cannot be read ({error}); {DAMAGED}") from error
 
 
-def _number(data: bytes, place: int) -> int:
-    return int(struct.unpack_from("<I", data, place)[0])
+def _number(data: bytes, offset: int) -> int:
+    return int(struct.unpack_from("<I", data, offset)[0])
 
 
 def _open(file: File) -> Any:
     aedat = library("aedat", "AEDAT 4")
-    with _told("its header"):
+    with _panics_as_errors("its header"):
         return aedat.Decoder(str(file.path))
 
 
 def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
-    """Packets of some thousand events, gathered to chunks."""
+    """Yields chunks, each joined from packets of some thousand events."""
     packets = iter(_open(file))
-    held: list[Any] = []
+    pending: list[Any] = []
     while True:
-        with _told("a packet"):
+        with _panics_as_errors("a packet"):
             packet = next(packets, None)
         if packet is not None and packet["stream_id"] == number:
-            held.append(packet["events"])
-        if held and (packet is None or sum(map(len, held)) >= chunk):
-            events = np.concatenate(held)
-            held = []
+            pending.append(packet["events"])
+        if pending and (packet is None or sum(map(len, pending)) >= chunk):
+            events = np.concatenate(pending)
+            pending = []
             yield events["t"], events["x"], events["y"], events["p"]
         if packet is None:
             return
 
 
 @contextmanager
-def _told(part: str) -> Iterator[None]:
-    """What the package raises as one line: RuntimeError and others, and Rust's panics, which are no `Exception`s."""
+def _panics_as_errors(part: str) -> Iterator[None]:
+    """Turns errors of the package into UserErrors, also Rust's panics, which are `BaseException`s."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{part} cannot be read ({error}); {BROKEN}") from error
+        raise UserError(f"{part} cannot be read ({error}); {DAMAGED}") from error

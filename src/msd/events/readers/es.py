@@ -1,9 +1,9 @@
-"""Event Stream `.es`, version 2, events of type DVS. Source: the sepia header library of the same format.
+"""Reads Event Stream `.es`, version 2, events of type DVS. Source: the sepia header library of the same format.
 
-After the signature, three version bytes, the type, and width and height (uint16): an event is five bytes, of which the
-first holds 7 bits of time since the event before and the polarity, the others x and y (uint16). A byte of 255 in the
-first place is no event but 127 µs of waiting; 254 is nothing. The format counts y from the lower edge of the sensor;
-here it is turned to count from the upper one, as everywhere in msd.events.
+The header is a signature, three version bytes, the type, and width and height (uint16). An event has five bytes: 7 bits
+of time since the previous event and the polarity, then x and y (uint16). A first byte of 255 is no event but adds 127
+µs to the clock; 254 has no meaning. The format counts y from the lower edge of the sensor; this module converts it to
+count from the upper edge, as everywhere in msd.events.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from msd.events.readers.file import File
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
-SIGNATURE = b"Event Stream"
-HEADER = 20  # bytes of a header with width and height
+HEADER = 20  # bytes, with width and height
 TYPES = {0: "generic", 2: "ATIS", 4: "colour"}
 DVS = 1
-PAUSE = 254  # the least value of a first byte that begins no event
+PAUSE = 254  # the least first byte that begins no event
 EVENT = 5  # bytes
 
 
 def read(file: File) -> Source:
-    """A stream of DVS events."""
-    file.one_recording()
+    """Reads a stream of DVS events."""
     with file.path.open("rb") as stream:
         header = stream.read(HEADER)
     if len(header) < 16 or (header[15] == DVS and len(header) < HEADER):
         raise UserError("the file ends in its header; it is truncated: copy it again")
     if header[12] != 2:
-        raise UserError(f"it is of version {header[12]}.{header[13]}.{header[14]} of the format; version 2 is read")
+        raise UserError(f"it has format version {header[12]}.{header[13]}.{header[14]}; only version 2 is supported")
     if header[15] != DVS:
         kind = TYPES.get(header[15], str(header[15]))
-        raise UserError(f"its events are of type {kind}, which is not read; convert it to DVS events")
+        raise UserError(f"its events have the type {kind}, which is not supported; convert it to DVS events")
     width, height = int.from_bytes(header[16:18], "little"), int.from_bytes(header[18:20], "little")
     return Source("es", lambda chunk: _columns(file, height, chunk), (width, height), "header")
 
@@ -48,12 +46,10 @@ def _columns(file: File, height: int, chunk: int) -> Iterator[Columns]:
     for block in file.words(HEADER, "u1", EVENT * chunk):
         data = np.concatenate([rest, block])
         pauses = _pauses(data)
-        # without the pauses, events lie one after another
-        plain = np.delete(data, pauses)
+        plain = np.delete(data, pauses)  # five bytes per event
         count = len(plain) // EVENT
         events = plain[: count * EVENT].reshape(count, EVENT)
-        starts = pauses - np.arange(len(pauses))  # where the pauses were, in the bytes without them
-        rank = starts // EVENT  # events before each pause
+        rank = (pauses - np.arange(len(pauses))) // EVENT  # events before each pause
         waits = np.zeros(count + 1, np.int64)
         np.add.at(waits, rank, 127 * (data[pauses] == 255))
         t = time + np.cumsum(waits[:count]) + np.cumsum(events[:, 0] >> 1, dtype=np.int64)
@@ -67,19 +63,19 @@ def _columns(file: File, height: int, chunk: int) -> Iterator[Columns]:
 
 
 def _pauses(data: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Where the bytes that begin no event are, of bytes that begin with an event or a pause.
+    """Returns the positions of pause bytes in data that begins with an event or a pause.
 
-    Which bytes are first bytes depends on all before them, but only at the bytes that could be a pause: from one pause
-    to the next, events follow in steps of five. So the walk goes from candidate to candidate of the same step.
+    A byte ≥ 254 is a pause only if it is a first byte, and that depends on all earlier pauses. Between two pauses first
+    bytes are five bytes apart. So the loop jumps from each pause to the next candidate at such a distance.
     """
     candidates = np.flatnonzero(data >= PAUSE)
-    by_step = [candidates[candidates % EVENT == step].tolist() for step in range(EVENT)]
-    found: list[int] = []
+    by_remainder = [candidates[candidates % EVENT == remainder].tolist() for remainder in range(EVENT)]
+    pauses: list[int] = []
     at = 0
     while True:
-        line = by_step[at % EVENT]
-        i = bisect_left(line, at)
-        if i == len(line):
-            return np.array(found, np.int64)
-        found.append(line[i])
-        at = line[i] + 1
+        same = by_remainder[at % EVENT]
+        i = bisect_left(same, at)
+        if i == len(same):
+            return np.array(pauses, np.int64)
+        pauses.append(same[i])
+        at = same[i] + 1

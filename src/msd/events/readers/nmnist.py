@@ -1,7 +1,7 @@
-"""N-MNIST and N-Caltech101 `.bin`: events of 40 bits, x 8, y 8, p 1, t 23, most significant first.
+"""Reads N-MNIST and N-Caltech101 `.bin`: events of 40 bits, x 8, y 8, p 1, t 23, most significant first.
 
-Source: Orchard et al., "Converting Static Image Datasets to Spiking Neuromorphic Datasets Using Saccades", 2015, and
-its Matlab reader: an event with y = 240 is no event, but moves the clock of those that follow by 2¹³ µs.
+An event with y = 240 is no event: it advances the clock of all later events by 2¹³ µs. Source: Orchard et al.,
+"Converting Static Image Datasets to Spiking Neuromorphic Datasets Using Saccades", 2015, and its Matlab reader.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from msd.events.recording import Source
 from msd.events.stream import Columns
 
 EVENT = 5  # bytes
-SIDE = 34  # of the N-MNIST sensor's part
+SIDE = 34  # pixels that N-MNIST uses of its sensor
 CLOCK_ROW = 240
-CLOCK_STEP = 1 << 13
+CLOCK_STEP = 1 << 13  # µs
 
 
 def read(file: File) -> Source:
-    """N-MNIST, 34x34; events outside that make it N-Caltech101, as large as its events need."""
-    file.one_recording()
+    """Reads N-MNIST, 34x34, or if any event is outside, N-Caltech101, whose size follows from its events."""
     length = file.path.stat().st_size
     if length % EVENT:
         raise UserError(f"{length} bytes are no whole number of events of {EVENT}; it is truncated or no N-MNIST file")
@@ -36,9 +35,9 @@ def _columns(file: File, chunk: int) -> Iterator[Columns]:
     clock = 0
     for t, x, y, p in _raw(file, chunk):
         event = y != CLOCK_ROW
-        moved = clock + CLOCK_STEP * np.cumsum(~event)
-        clock = int(moved[-1])
-        yield (t + moved)[event], x[event], y[event], p[event]
+        clocks = clock + CLOCK_STEP * np.cumsum(~event)
+        clock = int(clocks[-1])
+        yield (t + clocks)[event], x[event], y[event], p[event]
 
 
 def _raw(file: File, chunk: int) -> Iterator[Columns]:

@@ -1,8 +1,8 @@
-"""A parser of the pickles that `numpy.save` writes for dicts and lists of arrays. It calls nothing that a file names.
+"""Parses the pickles that `numpy.save` writes for dicts and lists of arrays, without calling any function they name.
 
 A pickle is a program: `pickle.load` runs it, with any function it names. This parser knows only the operations that
-build plain containers and numpy arrays; for anything else it refuses. Arrays are views of the mapped file, so that
-gigabytes of events are neither copied nor held.
+build plain containers and numpy arrays, and refuses all others. Arrays are views of the mapped file, so gigabytes of
+events are not copied.
 """
 
 from __future__ import annotations
@@ -24,28 +24,26 @@ VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "INT", "LONG", "FLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
 }
-REFUSAL = (
-    "its pickle holds more than arrays in dicts and lists ({}), which could run code; "
-    "save plain arrays with numpy.savez(file, t=…, x=…, y=…, p=…)"
-)
+REMEDY = "save plain arrays with numpy.savez(file, t=…, x=…, y=…, p=…)"
+REFUSAL = f"its pickle holds more than arrays in dicts and lists ({{}}), which could run code; {REMEDY}"
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A function or class that the pickle names; it is compared, never looked up."""
+    """A function or class that the pickle names; the name is compared, never resolved."""
 
     module: str
     name: str
 
 
 class _Array:
-    """An array under construction: `_reconstruct(ndarray, …)`, later given shape, type and bytes."""
+    """An array under construction: `_reconstruct(ndarray, …)`; BUILD adds shape, type and bytes."""
 
     value: Any = None
 
 
 class _Type:
-    """A dtype under construction: its code, later its byte order."""
+    """A dtype under construction: its code; BUILD adds the byte order."""
 
     def __init__(self, code: str) -> None:
         self.code, self.order = code, "="
@@ -60,20 +58,21 @@ _MARK = object()
 
 
 def load(data: mmap.mmap, offset: int) -> dict[str, Any]:
-    """Name -> array (a read-only view of `data`) of the dict pickled at `offset`, or pickled there in a list or array.
+    """Returns the arrays, by name, of the dict that is pickled at `offset`, possibly within a list or an array.
 
-    UserError for pickles with anything but containers, numbers, texts and arrays, and for broken ones.
+    Arrays are read-only views of `data`. UserError if the pickle is broken, or holds anything but containers, numbers,
+    strings and arrays.
     """
     try:
         return _table(_run(data, offset))
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged program leads to: an empty stack, a short array, bad text
+    except Exception as error:  # a damaged program can cause anything: an empty stack, a short array, bad text
         raise UserError("its pickle is truncated or damaged; copy it again") from error
 
 
 def _run(data: mmap.mmap, offset: int) -> Any:
-    """Runs the operations up to STOP."""
+    """Executes the operations up to STOP and returns the result."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     data.seek(offset)
@@ -106,7 +105,7 @@ def _run(data: mmap.mmap, offset: int) -> Any:
 
 
 def _build(name: str, stack: list[Any]) -> None:
-    """The operations that make containers and arrays of what is on the stack."""
+    """Executes one operation that builds a container or an array from the top of the stack."""
     if name == "MARK":
         stack.append(_MARK)
     elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
@@ -118,24 +117,24 @@ def _build(name: str, stack: list[Any]) -> None:
         stack[-count:] = [tuple(stack[-count:])]
     elif name in ("APPEND", "APPENDS"):
         items = _to_mark(stack) if name == "APPENDS" else [stack.pop()]
-        _is(stack[-1], list).extend(items)
+        _checked(stack[-1], list).extend(items)
     elif name in ("SETITEM", "SETITEMS"):
         items = _to_mark(stack) if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-        _is(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+        _checked(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
     elif name == "STACK_GLOBAL":
         stack[-2:] = [_Name(stack[-2], stack[-1])]
     elif name == "REDUCE":
         arguments = stack.pop()
-        stack.append(_reduced(stack.pop(), arguments))
+        stack.append(_called(stack.pop(), arguments))
     elif name == "BUILD":
         state = stack.pop()
-        _filled(stack[-1], state)
+        _set_state(stack[-1], state)
     else:
         raise UserError(REFUSAL.format(f"the operation {name}"))
 
 
-def _reduced(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a call makes, for the three functions that make arrays."""
+def _called(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Returns the result of a call, for the three functions that create arrays and dtypes."""
     if isinstance(function, _Name) and function.module in MODULES:
         if function.name == "_reconstruct":
             return _Array()
@@ -146,18 +145,18 @@ def _reduced(function: Any, arguments: tuple[Any, ...]) -> Any:
             array = _Array()
             array.value = np.frombuffer(data, kind.dtype()).reshape(shape, order=order)
             return array
-    called = f"{function.module}.{function.name}" if isinstance(function, _Name) else "a call"
-    raise UserError(REFUSAL.format(called))
+    name = f"{function.module}.{function.name}" if isinstance(function, _Name) else "a call"
+    raise UserError(REFUSAL.format(name))
 
 
-def _filled(target: Any, state: tuple[Any, ...]) -> None:
-    """Gives an array its shape, type and bytes, or a dtype its byte order."""
+def _set_state(target: Any, state: tuple[Any, ...]) -> None:
+    """Sets the shape, type and bytes of an array, or the byte order of a dtype."""
     if isinstance(target, _Type):
         target.order = state[1]
     elif isinstance(target, _Array):
         _, shape, kind, fortran, data = state
         if kind.dtype().hasobject:
-            target.value = data  # the list of its items
+            target.value = data  # a list of the elements
         else:
             target.value = np.frombuffer(data, kind.dtype()).reshape(shape, order="F" if fortran else "C")
     else:
@@ -165,27 +164,27 @@ def _filled(target: Any, state: tuple[Any, ...]) -> None:
 
 
 def _table(value: Any) -> dict[str, Any]:
-    """The arrays, by name, of the dict that the pickle is, or is a list or an array of one of."""
+    """Returns the arrays of a dict by name; the dict may be the only element of nested lists or arrays."""
     for _ in range(8):
         if isinstance(value, _Array) and isinstance(value.value, list):
             value = value.value
         elif isinstance(value, list | tuple) and len(value) == 1:
             value = value[0]
     if not isinstance(value, dict):
-        raise UserError("its pickle is no dict of arrays; save t, x, y, p with numpy.savez(file, t=…, x=…, y=…, p=…)")
+        raise UserError(f"its pickle is no dict of arrays; {REMEDY}")
     arrays = {str(key): item.value for key, item in value.items() if isinstance(item, _Array)}
     return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
 def _to_mark(stack: list[Any]) -> list[Any]:
-    """Takes off what is above the last mark, and the mark."""
+    """Removes the last mark and everything above it; returns the latter."""
     at = len(stack) - 1 - stack[::-1].index(_MARK)
     items = stack[at + 1 :]
     del stack[at:]
     return items
 
 
-def _is(value: Any, kind: type) -> Any:
+def _checked(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise UserError(REFUSAL.format(f"{type(value).__name__} where a {kind.__name__} should be"))
     return value

@@ -1,4 +1,4 @@
-"""Losses of draft networks, a file for each family. They take a network, a batch of its target and where drafts start.
+"""Losses of draft networks, one file per family: functions of a network, a teacher batch and the draft roots.
 
-Nothing here knows which method uses a loss: a method names its own when it is registered (`msd.drafters.registry`).
+The losses do not depend on methods; a method names its loss when it is registered (`msd.drafters.registry`).
 """

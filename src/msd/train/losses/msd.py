@@ -1,8 +1,8 @@
-"""MSD's loss: draft distributions that meet the target's, weighed by modality.
+"""MSD's loss, a weighted sum over modalities: L = L_vision + λ_text·L_text + λ_fusion·L_fusion.
 
-L = L_vision + λ_text·L_text + λ_fusion·L_fusion. A class's term is the mean over its drafted positions of
-regression (SmoothL1 of the draft's state to the target's last hidden state), ‖p − q‖₁ = 2(1 − acceptance) over the
-draft vocabulary (ViSpec, arXiv 2509.15235, section 3.3) and cross entropy to p.
+The term of a modality is the mean over its draft positions of three parts: regression (SmoothL1 of the draft state to
+the target's last hidden state), ‖p − q‖₁ = 2(1 − acceptance) over the draft vocabulary (ViSpec, arXiv 2509.15235,
+section 3.3), and cross entropy to p.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WEIGHTINGS = ("learned", "fixed", "threshold")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of a term's parts; `decay` per draft depth; how λ comes about (see `TaskWeights`)."""
+    """Weights of the loss parts; decay: factor per draft depth; weighting: the kind of λ (see `TaskWeights`)."""
 
     regression: float = 0.2
     overlap: float = 0.6
@@ -34,11 +34,11 @@ class LossConfig:
 
 
 class TaskWeights(nn.Module):
-    """λ of every modality relative to vision, whose weight is 1 (to the first one where there is no vision).
+    """Weights λ of the modalities relative to vision, whose weight is 1 (without vision, relative to the first).
 
-    learned: homoscedastic uncertainty (Kendall et al. 2018): a weight exp(-s) with penalty s for each class, and
-    λ = their ratio, kept within [1/2, 2]: without bounds it drifts to the inverse ratio of the losses and favours
-    whatever is easiest. fixed: 1. threshold: the registry's θ.
+    learned: homoscedastic uncertainty (Kendall et al. 2018): a weight exp(-s) with penalty s per modality; λ is their
+    ratio, clamped to [1/2, 2], since unbounded ratios drift to the inverse ratio of the losses and favour the easiest
+    modality. fixed: 1. threshold: the registry's θ.
     """
 
     def __init__(self, modalities: tuple[str, ...], weighting: str) -> None:
@@ -50,7 +50,7 @@ class TaskWeights(nn.Module):
         self.s = nn.Parameter(torch.zeros(len(modalities)), requires_grad=weighting == "learned")
 
     def values(self) -> Tensor:
-        """λ [M], in the order of the modalities."""
+        """Returns λ [M], in the order of the modalities."""
         if self.weighting == "threshold":
             table = [modality.get(name).threshold for name in self.names]
             table[self.reference] = 1.0
@@ -58,7 +58,10 @@ class TaskWeights(nn.Module):
         return torch.exp(self.s.detach()[self.reference] - self.s.detach()).clamp(0.5, 2.0)
 
     def forward(self, terms: Tensor, present: Tensor) -> Tensor:
-        """Terms [M], present [M] bool (classes that occur) -> Σ λ·term, and what moves s alone."""
+        """Computes Σ λ·term of terms [M], plus a term of value 0 whose gradient trains s.
+
+        present: [M] bool, the modalities that occur.
+        """
         loss = (self.values() * terms * present).sum()
         if self.weighting == "learned":
             own = ((torch.exp(-self.s) * terms.detach() + self.s) * present).sum()
@@ -69,11 +72,10 @@ class TaskWeights(nn.Module):
 def position_losses(
     log_q: Tensor, p: Tensor, state: Tensor, truth: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Loss [...] of drafted positions, and how much of the target's distribution the draft's meets there,
-    Σ min(p, q) [...].
+    """Computes (the loss [...], the overlap Σ min(p, q) [...]) of draft positions.
 
-    log_q, p: [..., Vd] over the draft vocabulary, p summing to at most 1 (the rest is out of reach). state, truth:
-    [..., H], the draft state and the target's last hidden state.
+    log_q, p: [..., Vd] over the draft vocabulary; p sums to at most 1. state, truth: [..., H], the draft state and the
+    target's last hidden state.
     """
     l1 = (p - log_q.exp()).abs().sum(-1) + (1 - p.sum(-1)).clamp_min(0)  # ‖p − q‖₁ over all tokens
     entropy = -(p * log_q).sum(-1)
@@ -90,10 +92,10 @@ def msd_draft_loss(
     weights: TaskWeights,
     config: LossConfig | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """L = Σ λ_m·L_m over plain tensors: (loss, its terms by modality).
+    """Computes L = Σ λ_m·L_m of plain tensors; returns (loss, its terms by modality name).
 
     draft_logits, target_logits: [N, V]. draft_states, target_states: [N, H]. modalities: [N] registry ids. UserError
-    when the shapes do not fit.
+    if shapes differ.
     """
     n = len(modalities)
     if draft_logits.shape != target_logits.shape or len(draft_logits) != n or draft_states.shape != target_states.shape:

@@ -1,4 +1,4 @@
-"""The terms that published losses are made of. Draft logits are [..., V] over the draft vocabulary."""
+"""The terms of published losses. Draft logits are [..., V] over the draft vocabulary."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from torch import Tensor
 
 
 def soft_entropy(logits: Tensor, p: Tensor) -> Tensor:
-    """Cross entropy [...] of draft logits [..., V] to the target's distribution p."""
+    """Computes the cross entropy [...] of draft logits [..., V] to the target's distribution p."""
     return -(p * logits.float().log_softmax(-1)).sum(-1)
 
 
 def hard_entropy(logits: Tensor, token: Tensor) -> Tensor:
-    """Cross entropy [...] of draft logits [..., V] to the answer's tokens [...]."""
+    """Computes the cross entropy [...] of draft logits [..., V] to the answer's tokens [...]."""
     return -logits.float().log_softmax(-1).gather(-1, token[..., None]).squeeze(-1)
 
 
 def distance(logits: Tensor, p: Tensor) -> Tensor:
-    """‖p − q‖₁ [...], which is 2(1 − α) for the acceptance rate α; what p lacks of 1 is not in the draft vocabulary."""
+    """Computes ‖p − q‖₁ = 2(1 − α) [...], α the acceptance rate; p sums to less than 1 over a reduced vocabulary."""
     return (p - logits.float().softmax(-1)).abs().sum(-1) + (1 - p.sum(-1)).clamp_min(0)
 
 
 def regression(state: Tensor, truth: Tensor) -> Tensor:
-    """SmoothL1 [...] of states [..., H], mean over H."""
+    """Computes SmoothL1 [...] of states [..., H], mean over H."""
     return F.smooth_l1_loss(state.float(), truth.float(), reduction="none").mean(-1)
 
 
 def ranking(logits: Tensor, p: Tensor, k: int = 10) -> Tensor:
-    """ListMLE [...] over the target's k likeliest tokens (ViSpec, released code): -log of the chance that they are
-    drawn in the target's order, each from the softmax over itself and those after it.
+    """Computes ListMLE [...] over the target's k likeliest tokens (ViSpec, released code).
+
+    It is -log of the probability that they are drawn in the target's order, each by softmax over those not drawn yet.
     """
     order = p.topk(min(k, p.shape[-1]), -1).indices
     z = logits.float().gather(-1, order)

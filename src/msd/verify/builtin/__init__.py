@@ -1,1 +1,1 @@
-"""The verification policies, a file each; every module here is imported and registers what it holds."""
+"""The verification policies, one per file. Every module in this folder is imported and registers its policies."""

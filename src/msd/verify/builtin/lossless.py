@@ -1,10 +1,9 @@
-"""`lossless`: the target's own law, whatever was drafted. docs/verification.md proves it."""
+"""`lossless`: the output has exactly the target's distribution, for any draft; docs/verification.md proves it."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from msd.core.sampling import Sampler
@@ -16,12 +15,12 @@ from msd.verify.rejection import ratio, walk
 
 @register("lossless")
 class Lossless:
-    """Emits tokens distributed exactly as the target alone would emit them.
+    """Emits tokens with exactly the distribution of the target alone.
 
-    Deterministic trials: draw y ~ p as plain decoding does and follow the child that carries y (one draw per emitted
-    token, hence the same tokens as plain sampling with the same seed; at temperature 0, the longest argmax path).
-    Sampled trials: multi-candidate rejection in trial order (SpecInfer, algorithm 2; Leviathan et al., section 2.3),
-    after the deterministic ones have been taken out of p.
+    Deterministic candidates: draw y ~ p as plain decoding does, and follow the child with token y. There is one draw
+    per emitted token, so the same seed gives the same tokens as plain sampling; greedy decoding follows the longest
+    argmax path. Sampled candidates: multi-candidate rejection sampling in order (SpecInfer, algorithm 2; Leviathan et
+    al. 2023, section 2.3), after the tokens of the deterministic candidates have been removed from p.
     """
 
     routed: ClassVar[bool] = False
@@ -30,25 +29,23 @@ class Lossless:
     rule = staticmethod(ratio)
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
-        """The walk with `_choose`."""
+        """Walks the trees with `_choose`."""
         return walk(tree, scores, sampler, self._choose)
 
     def _choose(
-        self, tree: DraftTree, node: Tensor, law: Tensor, sampler: Sampler, rows: list[int]
+        self, tree: DraftTree, node: Tensor, logits: Tensor, sampler: Sampler, rows: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """(token [R], child [R] or -1): the next emitted token below `node` [R], and the node that carries it."""
-        view = tree.of(rows)
-        token = sampler.draw(law, rows)
+        """The next token below `node` [R] and the child that has it: (token [R], child [R] or -1)."""
+        tree = tree.select(rows)
+        token = sampler.draw(logits, rows)
         if tree.candidates is None or not sampler.do_sample:
-            return token, view.follow(node, token, view.valid)
-        child = view.follow(node, token, view.fixed)
-        open_ = [i for i, c in enumerate(child.tolist()) if c < 0]  # no deterministic trial carries the draw
-        if open_:
-            below = (view.parents[open_] == node[open_, None]) & view.fixed[open_] & view.valid[open_]
-            p = sampler.probabilities(law[open_])
-            taken = torch.zeros_like(p).scatter_add_(1, view.tokens[open_], below.to(p.dtype))
-            token[open_], child[open_] = rejection.sampled_trials(
-                view.of(open_), node[open_], rejection.normalise(p.masked_fill(taken > 0, 0.0)), sampler,
-                [rows[i] for i in open_], ratio,
-            )  # fmt: skip
+            return token, tree.follow(node, token, tree.valid)
+        child = tree.follow(node, token, tree.deterministic)
+        unmatched = [i for i, c in enumerate(child.tolist()) if c < 0]  # no deterministic candidate has the token
+        if unmatched:
+            part, p = tree.select(unmatched), sampler.probabilities(logits[unmatched])
+            p = rejection.without(p, part.child_tokens(node[unmatched], p.shape[-1]))
+            token[unmatched], child[unmatched] = rejection.try_sampled_candidates(
+                part, node[unmatched], p, sampler, [rows[i] for i in unmatched], ratio
+            )
         return token, child

@@ -1,4 +1,4 @@
-"""`threshold`: the hard rule. Accept when α ≥ θ, else draw from the residual and stop. Lossless at no θ."""
+"""`threshold`: accepts a candidate when α ≥ θ, else draws from the residual distribution. No θ makes it lossless."""
 
 from __future__ import annotations
 
@@ -7,43 +7,41 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from msd.core.sampling import Sampler
-from msd.verify.divergence import first_candidate, threshold_law
+from msd.verify.divergence import first_candidate, threshold_distribution
 from msd.verify.lossy import Lossy, Position
 from msd.verify.registry import register
-from msd.verify.rejection import hard, sampled_trials, thresholds_by_id, without
+from msd.verify.rejection import hard, thresholds_by_id
 
 
 @register("threshold")
 class Threshold(Lossy):
-    """α = min(1, p/q) against the modality's θ.
+    """Compares α = min(1, p/q) with the threshold θ of the position's modality.
 
-    thresholds: modality name -> θ in [0, 1], for those that shall differ from the registry's.
-    Deterministic candidates are tried in descending order of q; the first with α ≥ θ is emitted. Where the tree knows
-    no q, a candidate is a point mass (q = 1, α = p). A rejected one has p < θq ≤ q, so the residual is p without them,
-    from which sampled candidates are then tried in order, if there are any.
+    thresholds: modality name -> θ in [0, 1]; the registry's default for all others.
+    Deterministic candidates are tried in descending order of q, and the first with α ≥ θ is emitted. Without draft
+    probabilities q is 1, so α = p. A rejected candidate has p < θq ≤ q, so the residual is p without the candidates;
+    sampled candidates are then tried against it in order.
     """
 
     rule = staticmethod(hard)
 
     def __init__(self, thresholds: Mapping[str, float] | None = None) -> None:
         self._thresholds = dict(thresholds or {})
-        thresholds_by_id(self._thresholds)  # bad ones are told at once
+        thresholds_by_id(self._thresholds)  # raises UserError for invalid ones
 
-    def _theta(self, at: Position, kinds: list[int], sampler: Sampler) -> list[float]:
-        """From the table; it is made anew, as the registry is open."""
+    def _choose_thresholds(self, position: Position, kinds: list[int], sampler: Sampler) -> list[float]:
+        """θ by modality; the table is built anew because modalities may have been registered since."""
         table = thresholds_by_id(self._thresholds)
-        return [table[k] for k in kinds]
+        return [table[kind] for kind in kinds]
 
-    def _emit(self, at: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
-        """The first deterministic candidate that passes, else the sampled ones, else the residual."""
-        found, token = first_candidate(at.p, at.drafted, at.q, at.theta)
+    def _emit(self, position: Position, sampler: Sampler) -> tuple[Tensor, Tensor, Tensor]:
+        """The first deterministic candidate with α ≥ θ; without one, a sampled candidate or the residual's token."""
+        p, drafted, q, threshold = position.p, position.drafted, position.q, position.threshold
+        accepts, token = first_candidate(p, drafted, q, threshold)
         token = token[:, 0]
-        among = at.tree.valid if at.tree.candidates is None else at.tree.fixed
-        child = at.tree.follow(at.node, token, among).masked_fill(~found[:, 0], -1)
-        open_ = (~found[:, 0]).nonzero().squeeze(1).tolist()
-        if open_:
-            residual = without(at.p[open_], at.drafted[open_])
-            token[open_], child[open_] = sampled_trials(
-                at.tree_of(open_), at.node[open_], residual, sampler, [at.rows[i] for i in open_], hard, at.theta[open_]
-            )
-        return token, child, threshold_law(at.p, at.theta, at.drafted, at.q, at.distributions, at.present)
+        child = position.follow(token).masked_fill(~accepts[:, 0], -1)
+        rejected = (~accepts[:, 0]).nonzero().squeeze(1).tolist()
+        if rejected:
+            token[rejected], child[rejected] = position.try_sampled(rejected, sampler, hard)
+        out = threshold_distribution(p, threshold, drafted, q, position.distributions, position.present)
+        return token, child, out

@@ -1,13 +1,12 @@
-"""An EventGPT-shaped model: a language model that sees the frames of an event camera (Liu et al., 2024).
+"""A model with the architecture of EventGPT: a language model that reads frames of an event camera (Liu et al., 2024).
 
-A recording becomes frames of equally many events, each goes through a CLIP tower and a projector of two layers, and the
-patches of all frames are pooled twice: over the patches of each frame (temporal tokens, F of them), and over the frames
-at each patch position (spatial tokens, P).
+A recording is rendered as F frames of equally many events. A CLIP tower and a two-layer projector encode each frame.
+Their P patch features are pooled twice: over the patches of each frame (F temporal tokens), and over the frames at each
+patch position (P spatial tokens).
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,24 +16,26 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from msd import events
 from msd.core.cache import KVCache
+from msd.drafters import auxiliary
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
-from msd.events.pooling import pooled
-from msd.events.recording import Events
 
 METHOD = "eventgpt"
-MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of red, green, blue
+SOURCE = "events"  # the auxiliary source that it reads
+MEAN, SPREAD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP, for red, green, blue
 
 
 @dataclass(frozen=True)
 class EventGPTConfig(checkpoint.Configuration):
-    """H is the language model's hidden size, P the patches of a frame.
+    """H is the language model's hidden size, P the number of patches of a frame.
 
-    frames: of equal event count. image_size, patch_size: pixels. vision_*: of the CLIP tower; vision_layer: which of
-    its hidden states is taken, as LLaVA counts (-2: the last but one), without the class token. width, depth: of the
-    draft tree, nodes that go on per level and the number of levels. The rest is LLaMA's.
+    frames: F, of equal event count. image_size, patch_size: pixels. vision_*: of the CLIP tower. vision_layer: the
+    index of the hidden state that is used, without its class token (-2: the last but one). width, depth: of the draft
+    tree, expanded nodes per level and levels. The other fields are LLaMA's.
     """
 
     owner: ClassVar[str] = "an EventGPT drafter"
@@ -62,7 +63,7 @@ class EventGPTConfig(checkpoint.Configuration):
 
     def __post_init__(self) -> None:
         if self.method != METHOD:
-            raise UserError(f"its config.json is of method '{self.method}', not '{METHOD}'")
+            raise UserError(f"its config.json belongs to method '{self.method}', not '{METHOD}'")
         if self.image_size % self.patch_size or min(self.frames, self.width, self.depth) < 1:
             raise UserError(
                 f"frames of {self.image_size} pixels in patches of {self.patch_size}, {self.frames} frames, trees "
@@ -71,16 +72,16 @@ class EventGPTConfig(checkpoint.Configuration):
 
     @property
     def patches(self) -> int:
-        """P."""
+        """P, patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def tokens(self) -> int:
-        """E, event tokens of a recording: one for each frame, and one for each patch position."""
+        """E = F + P, event tokens of a recording."""
         return self.frames + self.patches
 
     def vision(self) -> CLIPVisionConfig:
-        """The tower's, as `transformers` has it."""
+        """Returns the config of the CLIP tower."""
         return CLIPVisionConfig(
             hidden_size=self.vision_hidden, intermediate_size=self.vision_intermediate,
             num_hidden_layers=self.vision_layers, num_attention_heads=self.vision_heads,
@@ -88,7 +89,7 @@ class EventGPTConfig(checkpoint.Configuration):
         )  # fmt: skip
 
     def text(self) -> LlamaConfig:
-        """The language model's."""
+        """Returns the config of the language model."""
         return LlamaConfig(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
@@ -98,7 +99,7 @@ class EventGPTConfig(checkpoint.Configuration):
 
 
 class EventGPT(nn.Module):
-    """Vision tower, projector and LLaMA; H is its hidden size, N its vocabulary."""
+    """Vision tower, projector and LLaMA; H is its hidden size, N its vocabulary size."""
 
     def __init__(self, config: EventGPTConfig) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class EventGPT(nn.Module):
 
     @classmethod
     def for_text(cls, text_config: Any, **changes: Any) -> Self:
-        """A small one with random weights, its text sizes those of a `transformers` text config; `changes` override."""
+        """Creates a small random model with the text sizes of a `transformers` config; `changes` override fields."""
         vision = {
             "vision_hidden": 16, "vision_intermediate": 32, "vision_layers": 2, "vision_heads": 2, "image_size": 16,
             "patch_size": 8,
@@ -121,50 +122,42 @@ class EventGPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        found: torch.dtype = self.projector[0].weight.dtype  # type: ignore[assignment]
-        return found
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+    def encode(self, recording: Any) -> Tensor:
+        """Encodes an `EventStream`, a `Recording` or an event file (docs/events.md) as event tokens [E, H].
 
-    def encode(self, recording: Events | str | os.PathLike[str]) -> Tensor:
-        """The event tokens [E, H] of a stream, a recording or an event file (formats: docs/events.md).
-
-        UserError for a file that is none, or is broken.
+        UserError for a file of another format, or a damaged one.
         """
-        if isinstance(recording, str | os.PathLike):
-            recording = events.open_chunks(recording)
-        images = events.frames(recording, count=self.config.frames, by="count")
-        return self.see(self.pixels(images))
+        source = auxiliary.get(SOURCE)
+        return self.see(self.pixels(source.frames(source.open(recording), self.config.frames)))
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Frames [F, 3, S, S] as CLIP takes them: the largest square in the middle, S pixels wide."""
+        """Preprocesses frames for CLIP: crops the central square, resizes it to S pixels, normalises: [F, 3, S, S]."""
         side = (self.config.image_size, self.config.image_size)
         fitted = [np.asarray(ImageOps.fit(image, side, Image.Resampling.BICUBIC)) for image in images]
-        values = torch.from_numpy(np.stack(fitted)).to(self.device).float() / 255
+        values = torch.from_numpy(np.stack(fitted)).to(next(self.parameters()).device).float() / 255
         mean, spread = (torch.tensor(x, device=values.device) for x in (MEAN, SPREAD))
         return ((values - mean) / spread).permute(0, 3, 1, 2).to(self.dtype)
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Frames [F, 3, S, S] -> event tokens [F + P, H]: temporal ones, then spatial ones."""
-        seen = self.tower(pixels, output_hidden_states=True).hidden_states[self.config.vision_layer]
-        return pooled(self.projector(seen[:, 1:]))  # [F, P, H], without the class token
+        """Encodes preprocessed frames [F, 3, S, S] as event tokens [F + P, H], temporal then spatial."""
+        states = self.tower(pixels, output_hidden_states=True).hidden_states[self.config.vision_layer]
+        return auxiliary.pooled(self.projector(states[:, 1:]))  # [F, P, H], without the class token
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[..., H] of its token ids [...]."""
+        """Embeds its token ids [...] as [..., H]."""
         out: Tensor = self.llama.get_input_embeddings()(tokens)
         return out
 
     def states(
         self, inputs: Tensor, positions: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Final states [B, W, H] of inputs [B, W, H] at positions [B, W].
+        """Computes the final states [B, W, H] of inputs [B, W, H] at positions [B, W].
 
-        They are written behind what the cache has committed. mask: [B, 1, W, S], additive; without one, each sees those
-        before it.
+        Keys and values are written behind the committed slots of the cache. mask: [B, 1, W, S], additive; causal by
+        default.
         """
         out: Tensor = self.llama.model(
             inputs_embeds=inputs, position_ids=positions, past_key_values=cache, attention_mask=mask,
@@ -173,6 +166,6 @@ class EventGPT(nn.Module):
         return out
 
     def logits(self, states: Tensor) -> Tensor:
-        """[..., N] of states [..., H]."""
+        """Computes the logits [..., N] of states [..., H]."""
         out: Tensor = self.llama.lm_head(states)
         return out

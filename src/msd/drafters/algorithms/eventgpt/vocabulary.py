@@ -1,11 +1,10 @@
-"""A map between two vocabularies: which token of the drafter's is which of the target's.
+"""A map between the drafter's vocabulary and the target's.
 
-Two tokens are the same when piece strings and kinds (special or normal) agree. Where one vocabulary extends the other,
-as Video-LLaVA's and EventGPT's both extend LLaMA's 32,000 pieces, that is the identity on what they share; in general
-it is any pairing. What only one side has, the other never says: such tokens are masked in the draft, and read as
-the drafter's unknown piece.
+Two tokens are the same if their piece strings and kinds (special or normal) agree. Video-LLaVA and EventGPT both extend
+LLaMA's 32,000 pieces, so their map is the identity on these; in general it is any one-to-one pairing. A piece that only
+the drafter has is masked in the draft; one that only the target has is read as the drafter's unknown piece.
 
-A map is tied to both piece tables by their hashes, so that one saved for other tables is refused.
+A saved map holds the hashes of both piece tables and is refused for other tables.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from msd.errors import UserError
 from msd.system.files import parse_json, write_whole
 
 FILE, FORMAT = "vocabulary.json", 1
-REMEDY = "leave the saved map out and a new one is made from the two tables"
+REMEDY = "remove the saved map, and a new one is built from the two tables"
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A piece table. names: by id, None where an id has no piece. special: ids that are marks and not text.
+    """A piece table. names: by id, None for an id without a piece. special: ids of special tokens.
 
-    unknown: id of the piece that stands for what the table lacks.
+    unknown: id of the unknown piece.
     """
 
     names: tuple[str | None, ...]
@@ -40,7 +39,7 @@ class Pieces:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Pieces:
-        """The table of a `transformers` tokenizer."""
+        """Reads the table of a `transformers` tokenizer."""
         ids: dict[str, int] = tokenizer.get_vocab()
         names: list[str | None] = [None] * (1 + max(ids.values()))
         for name, i in ids.items():
@@ -56,13 +55,13 @@ class Pieces:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def as_json(self) -> str:
-        """JSON text that `from_json` reads back."""
+        """Returns JSON text for `from_json`."""
         raw = {"unknown": self.unknown, "special": sorted(self.special), "pieces": self.names}
         return json.dumps(raw, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Pieces:
-        """UserError where it is no such table."""
+        """Parses the text of `as_json`; UserError if it is not a piece table."""
         try:
             raw = parse_json(text)
             names, special, unknown = raw["pieces"], raw["special"], raw["unknown"]
@@ -72,16 +71,16 @@ class Pieces:
                 raise TypeError("an id is not one of its pieces")
             return cls(tuple(names), frozenset(special), unknown)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"it is no piece table ({error!r})") from error
+            raise UserError(f"it is not a piece table ({error!r})") from error
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Between a drafter's N pieces and a target's M.
+    """Maps a drafter's N pieces to a target's M pieces and back.
 
-    to_target: [N] int64, -1 where the target has no such piece. to_drafter: [M] int64, -1 where the drafter has none.
-    unknown: the drafter's id that stands for these when they are read. digests: of the drafter's table and the
-    target's; None for a map of bare ids, which has no tables.
+    to_target: [N] int64, -1 if the target has no such piece. to_drafter: [M] int64, -1 if the drafter has no such
+    piece. unknown: the drafter's id that such a token is read as. digests: hashes of the drafter's and the target's
+    table; None for a map of ids without tables.
     """
 
     to_target: Tensor
@@ -91,12 +90,10 @@ class VocabularyMap:
 
     @classmethod
     def between(cls, drafter: Pieces, target: Pieces) -> VocabularyMap:
-        """Of two piece tables. UserError where they share no piece."""
-        places = {name: i for i, name in enumerate(target.names) if name is not None}
-        found = [places.get(name, -1) if name is not None else -1 for name in drafter.names]
-        pairs = [
-            (i, j) for i, j in enumerate(found) if j >= 0 and (i in drafter.special) == (j in target.special)
-        ]  # fmt: skip
+        """Builds the map of two piece tables. UserError if they share no piece."""
+        ids = {name: i for i, name in enumerate(target.names) if name is not None}
+        same = [(i, ids[name]) for i, name in enumerate(drafter.names) if name in ids]
+        pairs = [(i, j) for i, j in same if (i in drafter.special) == (j in target.special)]
         if not pairs:
             raise UserError("drafter and target share no piece of their vocabularies; choose a drafter that does")
         digests = drafter.digest, target.digest
@@ -106,62 +103,58 @@ class VocabularyMap:
     def of_pairs(
         cls, pairs: Tensor, drafter: int, target: int, unknown: int = 0, digests: tuple[str, str] | None = None
     ) -> VocabularyMap:
-        """Of pairs (drafter's id, target's id), [n, 2] int64, for tables of so many ids."""
+        """Builds a map from pairs [n, 2] int64 (drafter's id, target's id), for vocabularies of these sizes."""
         to_target, to_drafter = torch.full((drafter,), -1), torch.full((target,), -1)
         to_target[pairs[:, 0]], to_drafter[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
         return cls(to_target, to_drafter, unknown, digests)
 
     @classmethod
     def identity(cls, count: int) -> VocabularyMap:
-        """Of `count` ids that mean the same on both sides."""
+        """Builds the identity map of `count` ids."""
         same = torch.arange(count)
         return cls(same, same.clone())
 
     def sized(self, drafter: int, target: int) -> VocabularyMap:
-        """For models whose embeddings have so many rows: what lies beyond is masked on either side."""
+        """Resizes the map to embeddings of these numbers of rows; pairs beyond them are dropped."""
         pairs = self.pairs
         pairs = pairs[(pairs[:, 0] < drafter) & (pairs[:, 1] < target)]
         return VocabularyMap.of_pairs(pairs, drafter, target, self.unknown, self.digests)
 
     def to(self, device: torch.device) -> VocabularyMap:
-        """On another device."""
+        """Returns the map on another device."""
         return VocabularyMap(self.to_target.to(device), self.to_drafter.to(device), self.unknown, self.digests)
 
     @cached_property
     def pairs(self) -> Tensor:
-        """[n, 2] int64: (drafter's id, target's id) of every shared piece, by the drafter's id."""
+        """[n, 2] int64: (drafter's id, target's id) of each shared piece, ordered by the drafter's id."""
         own = (self.to_target >= 0).nonzero()[:, 0]
         return torch.stack([own, self.to_target[own]], 1)
 
     @cached_property
-    def own(self) -> Tensor:
-        """[n] int64: the drafter's id of every shared piece."""
+    def drafter_ids(self) -> Tensor:
+        """[n] int64: the drafter's id of each shared piece."""
         return self.pairs[:, 0].contiguous()
 
     @cached_property
     def ids(self) -> Tensor:
-        """[n] int64: the target's id of every shared piece. What is drafted is among these."""
+        """[n] int64: the target's id of each shared piece; only these can be drafted."""
         return self.pairs[:, 1].contiguous()
 
-    @cached_property
-    def whole(self) -> bool:
-        """Whether every id of the drafter's is shared."""
-        return len(self.own) == len(self.to_target)
-
     def read(self, tokens: Tensor) -> Tensor:
-        """The drafter's ids [...] of the target's tokens [...]; the unknown piece for what it has not."""
+        """Maps the target's tokens [...] to the drafter's ids [...], or to its unknown piece."""
         known = tokens < len(self.to_drafter)
-        found = self.to_drafter[tokens.clamp_max(len(self.to_drafter) - 1)]
-        return torch.where(known & (found >= 0), found, self.unknown)
+        ids = self.to_drafter[tokens.clamp_max(len(self.to_drafter) - 1)]
+        return torch.where(known & (ids >= 0), ids, self.unknown)
 
     def shared(self, logits: Tensor) -> Tensor:
-        """The drafter's logits [..., N or more] of the n shared pieces: normalised, a distribution over `ids`."""
-        return logits[..., : len(self.own)] if self.whole else logits[..., self.own]
+        """Selects the logits [..., n] of the shared pieces, in the order of `ids`, from [..., N or more]."""
+        all_shared = len(self.drafter_ids) == len(self.to_target)
+        return logits[..., : len(self.drafter_ids)] if all_shared else logits[..., self.drafter_ids]
 
     def save(self, path: Path) -> None:
-        """Writes a map that has tables: their hashes, and the pairs as runs (drafter's id, target's id, length)."""
+        """Saves the hashes of the tables, and the pairs as runs (drafter's id, target's id, length)."""
         if self.digests is None:
-            raise UserError("this map is of bare ids; one that is saved has the piece tables of both sides")
+            raise UserError("a map of bare ids cannot be saved; build one from two piece tables")
         breaks = (self.pairs.diff(dim=0) != 1).any(1).nonzero()[:, 0] + 1
         first = torch.cat([torch.zeros(1, dtype=torch.long), breaks])
         length = torch.cat([first[1:], torch.tensor([len(self.pairs)])]) - first
@@ -174,7 +167,7 @@ class VocabularyMap:
 
     @classmethod
     def load(cls, path: Path) -> VocabularyMap:
-        """A saved map, which `check` has yet to compare with the tables at hand. UserError for what is none."""
+        """Loads a saved map, without comparing it with the tables (`check`). UserError if the file is not a map."""
         try:
             raw = parse_json(path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
@@ -183,10 +176,10 @@ class VocabularyMap:
             own, theirs = raw["sizes"]
             return cls.of_pairs(torch.cat(runs), own, theirs, raw["unknown"], (raw["drafter"], raw["target"]))
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise UserError(f"'{path}' is no vocabulary map ({error!r}); {REMEDY}") from error
+            raise UserError(f"'{path}' is not a vocabulary map ({error!r}); {REMEDY}") from error
 
     def check(self, drafter: Pieces, target: Pieces) -> None:
-        """UserError unless it was made for these very tables."""
+        """Raises UserError unless the map was built for these tables."""
         if self.digests is None:
             return
         for side, known, table in zip(("drafter", "target"), self.digests, (drafter, target), strict=True):

@@ -1,8 +1,8 @@
-"""`msd`: router, experts, decoupled vision path and modality-aware trees over one light trunk (docs/drafter.md).
+"""`msd`: router, experts, decoupled vision path and modality-aware trees on one light trunk (docs/drafter.md).
 
-Drafters of its kind under other names: `standard`, the control with every modality part off; `msd:ar`, the form that
-drafts level by level; `msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the
-drafter of the video target, which sees event recordings.
+Other methods with this network: `standard`, the control without any modality part; `msd:ar`, which drafts level by
+level; `msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the drafter of the video
+target, which reads event recordings.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ __all__ = ["CONTROL", "MSD", "OURS", "SHIPPED", "SWITCHES", "DraftObjective", "M
 learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD.trained)(MSDNetwork)
 registry.add(Method("msd:sampled", partial(MSD.trained, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
 SHIPPED, CONTROL = "msd", "standard"
-OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names that stand for MSD in a comparison, by preference
+OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
 _others = {CONTROL: f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
 for _name, _options in _others.items():
     registry.add(Method(_name, partial(MSD.trained, name=_name), (_name,), command=training_command(_options)))

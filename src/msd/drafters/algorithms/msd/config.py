@@ -1,4 +1,4 @@
-"""What an MSD drafter is made of: sizes, parts that are switched on, and the shape of each modality's subtree."""
+"""The configuration of an MSD drafter: its form, its optional parts, and the shape of each modality's subtree."""
 
 from __future__ import annotations
 
@@ -13,56 +13,44 @@ from msd.errors import UserError
 
 FORMS = ("ar", "block")
 SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")  # parts that can be left out
-
-
+OTHER = Shape(4, 6)
 SHAPES = {
     "language": Shape(3, 6),
     "vision": Shape(5, 6),
-    "fusion": Shape(4, 6),
-    "event_sparse": Shape(4, 6),
-    "event_dense": Shape(4, 6),
+    "fusion": OTHER,
+    "event_sparse": OTHER,
+    "event_dense": OTHER,
     "video_reasoning": Shape(5, 6),
 }
-OTHER = Shape(4, 6)
 
 
 def shapes_of(modalities: Iterable[str] = ("language", "vision", "fusion")) -> dict[str, Shape]:
-    """Language narrow, vision wide, the rest between; all as deep as a block (docs/drafter.md tells why)."""
+    """Returns a subtree shape for each modality: narrow for language, wide for vision (docs/drafter.md gives why)."""
     return {name: SHAPES.get(name, OTHER) for name in modalities}
 
 
-@dataclass(frozen=True)
-class MSDConfig(checkpoint.Configuration):
-    """Sizes follow the target's text model; H is its hidden size, V its vocabulary, T the number of taps.
+@dataclass(frozen=True, kw_only=True)
+class MSDConfig(checkpoint.DrafterConfig):
+    """The configuration of an MSD drafter.
 
     form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
-    levels it is trained on. layers: decoder layers of the trunk. draft_vocabulary: ids the drafter can propose.
-    rank: of a modality's expert. parent_rank: of the block form's term conditioned on the parent token.
-    image_tokens: compressed tokens per image. beside: groups of tokens that only the drafter sees, each (tokens given,
-    tokens kept); see `AuxiliaryAdaptor`. shapes, shared: a subtree's shape by modality, and that of the one tree when
-    `subtrees` is off. active_from: the router probability from which a modality's subtree exists.
-    The switches take one part each out, for controls and ablations: with all of them off the drafter is the
+    levels that training drafts. layers: decoder layers of the trunk. rank: of a modality's expert. parent_rank: of the
+    block form's parent term. image_tokens: compressed tokens per image. auxiliary: groups of auxiliary tokens, (tokens
+    of the group, tokens kept of it) each; see `AuxiliaryAdaptor`. shapes, shared: the subtree shape of each modality,
+    and that of the single tree without `subtrees`. active_from: router probability from which a modality has a subtree.
+    Each of the `SWITCHES` removes one part, for controls and ablations; with all of them off the drafter is the
     `standard` control.
     """
 
     owner: ClassVar[str] = "an MSD drafter"
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    draft_vocabulary: int
-    taps: tuple[int, ...]
-    rope_theta: float = 10000.0
-    eps: float = 1e-5
+    json_keys: ClassVar[dict[str, str]] = {"auxiliary": "beside"}
     form: str = "block"
     layers: int = 2
     depth: int = 6
     rank: int = 32
     parent_rank: int = 64
     image_tokens: int = 4
-    beside: tuple[tuple[int, int], ...] = ()
+    auxiliary: tuple[tuple[int, int], ...] = ()
     modalities: tuple[str, ...] = ("language", "vision", "fusion")
     shapes: dict[str, Shape] = field(default_factory=shapes_of)
     shared: Shape = OTHER
@@ -87,7 +75,7 @@ class MSDConfig(checkpoint.Configuration):
 
     @classmethod
     def for_target(cls, text_config: Any, draft_vocabulary: int, **changes: Any) -> MSDConfig:
-        """The configuration for a `transformers` text config; `changes` override any field."""
+        """Returns the configuration for a `transformers` text config; `changes` override any field."""
         layers = text_config.num_hidden_layers
         own = checkpoint.sizes(text_config) | {
             "draft_vocabulary": draft_vocabulary,
@@ -98,7 +86,7 @@ class MSDConfig(checkpoint.Configuration):
         return cls(**(own | changes))
 
     def within(self, shape: Shape, width: int | None = None) -> Shape:
-        """A subtree's shape as far as the form reaches, and at most `width` wide."""
+        """Limits a subtree's shape to the depth of the form and to `width`."""
         depth = min(shape.depth, self.depth) if self.form == "block" else shape.depth
         return Shape(shape.width if width is None else min(width, shape.width), depth)
 

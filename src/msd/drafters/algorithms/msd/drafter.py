@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
+from msd.drafters import auxiliary
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
-from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
-from msd.drafters.toolkit.growth import Levels, Subtrees, draw
-from msd.drafters.toolkit.layers import Keys
-from msd.events.recording import Events
+from msd.drafters.toolkit.growth import Subtrees, draw
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
 
 class MSD(TrainedDrafter):
-    """Drafts with a trained network.
+    """Drafts with an MSD network.
 
-    sampled: candidates are drawn from the draft distributions instead of being the best. calibrated: str(ε) -> modality
-    name -> θ that the `budget` policy begins with.
+    sampled: whether it draws candidates from the draft distributions instead of ranking them. calibrated: str(ε) ->
+    modality name -> θ, initial thresholds of the `budget` policy.
     """
 
     network: MSDNetwork
+    source: ClassVar[str] = "events"  # of the auxiliary tokens that networks are trained with
 
     def __init__(
         self,
@@ -41,76 +42,72 @@ class MSD(TrainedDrafter):
         super().__init__(network, name)
         self.sampled, self.calibrated = sampled, calibrated or {}
         self.modality_ids = torch.tensor(network.config.modality_ids)
-        self.beside: Callable[[Events], Tensor] | None = None  # see `msd.drafters.recordings`
+        self.auxiliary_source: str | None = None
 
     @classmethod
     def trained(cls, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> MSD:
-        """With the thresholds that were calibrated for the network."""
+        """Creates a drafter with the thresholds that were calibrated for the network."""
         return cls(network, name or network.method, sampled, network.provenance.get("thresholds"))
 
-    def borrow(self, look: Callable[[Events], Tensor]) -> None:
-        """See `BorrowsEye`; of no use to a network that was trained without events."""
-        if self.network.beside is not None:
-            self.beside = look
+    def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
+        """See `SharesVisionTower`; ignored by a network that was trained without auxiliary tokens."""
+        if self.network.auxiliary_adaptor is not None:
+            self.auxiliary_source, self._encode = self.source, encode
+
+    def encode(self, item: Any) -> Tensor:
+        """Encodes `FRAMES` frames of an auxiliary input with the target's vision tower; see `ReadsAuxiliary`."""
+        return self._encode(auxiliary.get(self.source).frames(item, auxiliary.FRAMES))
 
     def twin(self, model: PreTrainedModel) -> MSD:
-        """The same form and switches with random weights, for a model of any size: its whole vocabulary is drafted."""
+        """See `Drafter`; the twin has the same form and switches, and drafts the model's whole vocabulary."""
         return MSD(self.network.twin(model.config.get_text_config(decoder=True)), self.name, self.sampled)
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
-        """Calibrated θ for the largest known budget within ε; empty when there is none."""
+        """Returns the θ calibrated for the largest known budget within ε; empty if there is none."""
         within = [known for known in self.calibrated if float(known) <= epsilon]
         return self.calibrated[max(within, key=float)] if within else {}
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
-        """With the auxiliary tokens of the request."""
-        return DecodedStates(taps, state.beside)
+        """See `TrainedDrafter`; adds the request's auxiliary tokens."""
+        return DecodedStates(taps, state.auxiliary)
 
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
-        """Subtrees of the active modalities, merged; or draws from their distributions."""
+        """Grows the subtrees of the active modalities and merges them, or draws chains from their distributions."""
         if not (self.sampled and sampler.do_sample):
             return super().draft(state, rows, budget, sampler)
         newest, config = state.layout.newest(), self.network.config
         memory = state.memory.read(self.network, state.layout)
-        context, anchors = memory.upto(None)
-        levels = self.levels(context, anchors, newest)
+        levels = self.network.levels(memory.anchors(), newest)
         subtrees = self.choose(self.network.routed(memory.anchor), budget)
-        kinds, shape = self.modality_ids.to(newest.device), config.within(config.shared)
-        return draw(levels, self.network, subtrees, kinds, newest, budget, sampler, shape)
+        ids, shape = self.modality_ids.to(newest.device), config.within(config.shared)
+        return draw(levels, self.network, subtrees, ids, newest, budget, sampler, shape)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
         """See `TrainedDrafter`."""
         return self.network.all_end(state.memory.newest()[rows], state.layout.newest()[rows])
 
-    def levels(self, context: Sequence[Keys], anchors: Anchors, newest: Tensor) -> Levels:
-        """The network's own, which know of modalities."""
-        return self.network.levels(context, anchors, newest)
-
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
-        """Those of the active modalities."""
+        """See `TrainedDrafter`; one for each active modality."""
         memory = state.memory.read(self.network, state.layout)
         return self.choose(self.network.routed(memory.anchor)[rows], budget)
 
     def choose(self, route: Tensor, budget: Budget) -> Subtrees:
-        """See `choose`; route: [R, experts]."""
-        return choose(self.network.config, route, budget.nodes, budget.width)
+        """See `choose_subtrees`; route: [R, experts]."""
+        return choose_subtrees(self.network.config, route, budget.nodes, budget.width)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """[B, N] class of the token below each node, from the target's states before it.
-
-        The prompt is not read for it: an answer that is over before anything is drafted costs no reading.
-        """
+        """See `Drafter`; it does not read the prompt, so an answer that ends before any draft costs nothing."""
         if self.network.router is None or scores.taps is None:
             return None
         decoded: DecodedStates = state.memory
         return self.network.classes(tree, scores.taps, self.network.feature(decoded.newest()[:, None]))
 
 
-def choose(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:
-    """Dynamic subtree selection: from router probabilities [B, experts] to subtrees that share `nodes`.
+def choose_subtrees(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:
+    """Chooses the subtrees that share `nodes`, from router probabilities [B, experts] (dynamic subtree selection).
 
-    A modality whose probability is below `active_from` in all rows has no subtree (a row's likeliest always has). With
-    subtrees off, or for a chain (`width` 1), one subtree follows the router's mixture.
+    A modality has a subtree if its probability reaches `active_from` in some row, or is the largest of a row. Without
+    subtrees, or for a chain (`width` 1), one subtree follows the router's mixture.
     """
     B, M = route.shape
     if not config.subtrees or width == 1:

@@ -1,11 +1,11 @@
-"""What it costs to begin cross-model drafting, and how much of that the target's prefill hides.
+"""Measures how much of a cross-model drafter's prefill overlaps with the target's prefill.
 
-python -m recipes.events.hidden                # the reference model, shown 8 frames, and a random EventGPT
-python -m recipes.events.hidden --layers 24    # of more layers
+python -m recipes.events.overlap                # the reference model with 8 frames, and a random EventGPT
+python -m recipes.events.overlap --layers 24    # with more layers
 
-Milliseconds to the first token, by when the drafter has read recording and prompt: in a thread beside the target's
-encoding and prefill, or one after the other. Both in turn; medians. The drafter's weights are random, on which times
-do not depend.
+Prints milliseconds to the first token if the drafter reads recording and prompt in a thread during the target's
+encoding and prefill, and if it reads them afterwards. The two alternate; figures are medians. The drafter's weights are
+random; the times do not depend on them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ SIZE, FRAMES = (240, 180), 8
 
 
 class InTurn(EventGPTDrafter):
-    """Reads nothing ahead."""
+    """Reads the prompt after the target's prefill."""
 
-    ahead: Any = None
+    read_prompt: Any = None
 
 
 @torch.inference_mode()
 def run(engine: SpeculativeVLM, clip: list[Image.Image], stream: EventStream) -> dict[str, float]:
-    """Milliseconds of one request that ends with its first token."""
+    """Times one request that ends with its first token, in milliseconds."""
     engine.target.vision.clear()
     begin = time.perf_counter()
-    hidden = not isinstance(engine.drafter, InTurn)
+    overlapping = not isinstance(engine.drafter, InTurn)
     assert isinstance(engine.drafter, EventGPTDrafter)
-    seen: dict[str, Any] = {"events": stream} if hidden else {"beside": engine.drafter.beside(stream)[None]}
+    seen: dict[str, Any] = {"events": stream} if overlapping else {"auxiliary": engine.drafter.encode(stream)[None]}
     answer = engine.generate(clip, "What happens?", max_new_tokens=1, do_sample=False, **seen)
     parts = {"first token": time.perf_counter() - begin, **answer.statistics.seconds}
-    names = ("first token", "prefill", *(("beside", "beside_overlap", "beside_wait") if hidden else ()))
+    names = ("first token", "prefill", *(("beside", "beside_overlap", "beside_wait") if overlapping else ()))
     return {name: 1000 * parts[name] for name in names}
 
 
@@ -64,7 +64,7 @@ def main() -> None:
         model.config.get_text_config(decoder=True), layers=chosen.layers, vocabulary=len(pieces.names), image_size=224,
         patch_size=16, vision_hidden=384, vision_intermediate=1536, vision_layers=6, vision_heads=6,
     )  # fmt: skip
-    kinds = {"hidden": EventGPTDrafter, "in turn": InTurn}
+    kinds = {"overlapping": EventGPTDrafter, "in turn": InTurn}
     engines = {
         name: SpeculativeVLM(model, processor, SpeculativeConfig(adaptive=False), kind(network, pieces))
         for name, kind in kinds.items()

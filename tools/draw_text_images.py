@@ -1,4 +1,4 @@
-"""Draws the bundled pictures of text, for the `ocr` suite: `python tools/draw_words.py`."""
+"""Draws the bundled images of text for the `ocr` suite: `python tools/draw_text_images.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINES = {
 
 
 def draw(text: str) -> Image.Image:
-    """Black words on a white strip, as a scanned line of a receipt."""
+    """Returns black text on a white strip, like a scanned line of a receipt."""
     font = ImageFont.load_default(size=44)
     left, top, right, bottom = font.getbbox(text)
     picture = Image.new("L", (int(right - left) + 40, int(bottom - top) + 40), 255)
@@ -27,7 +27,7 @@ def draw(text: str) -> Image.Image:
 
 
 def main() -> None:
-    """Draws them all."""
+    """Draws all images."""
     for name, text in LINES.items():
         draw(text).save(PHOTOS / name, optimize=True)
 

@@ -1,4 +1,4 @@
-"""MSD against the others: ratios of summed seconds, seeds of a method counting as one."""
+"""MSD against the other methods: ratios of summed seconds; seeds of a method count as one method."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def test_ratios_per_task_and_seed() -> None:
         )
     )
     assert "`msd`" in title and head == ["against", "all", "95%", "a", "b", "seed by seed"]
-    mine = [1.0, 2.0, 1.0]
+    own = [1.0, 2.0, 1.0]
     cells = {row[0]: row[1:] for row in rows}
     assert cells.keys() == {"ar", "standard"}
     assert cells["ar"][0] == "3.00" and cells["ar"][2:] == ["4.00", "2.00", "–"]
     assert cells["standard"][0] == "2.00" and cells["standard"][2:] == ["3.00", "1.00", "2.00, 2.00"]
-    low, high = ratio_interval([2.0, 2.0, 4.0], mine) or []
+    low, high = ratio_interval([2.0, 2.0, 4.0], own) or []
     assert cells["standard"][1] == f"{low:.2f}–{high:.2f}"
 
 
-def test_msd_trained_as_long_as_the_others_stands_for_it_and_what_ships_is_apart() -> None:
-    told = results(ar=[3.0, 3.0, 3.0], msd=[1.0, 1.0, 1.0], standard=[2.0, 2.0, 2.0])
-    told["sample_seconds"]["msd:15min"] = [1.5, 1.5, 1.5]
-    (equal, _, rows), (longer, _, shipped) = pairwise.tables(told)
+def test_equally_trained_msd_is_compared_first_and_the_shipped_one_separately() -> None:
+    measured = results(ar=[3.0, 3.0, 3.0], msd=[1.0, 1.0, 1.0], standard=[2.0, 2.0, 2.0])
+    measured["sample_seconds"]["msd:15min"] = [1.5, 1.5, 1.5]
+    (equal, _, rows), (longer, _, shipped) = pairwise.tables(measured)
     assert "`msd:15min`" in equal and "`msd`" in longer and "longer" in longer
     assert {row[0]: row[1] for row in rows} == {"ar": "2.00", "msd": "0.67", "standard": "1.33"}
     assert {row[0]: row[1] for row in shipped} == {"ar": "3.00", "standard": "2.00", "msd:15min": "1.50"}
 
 
-def test_one_task_needs_no_column_of_its_own() -> None:
+def test_a_single_task_gets_no_column() -> None:
     alone = results(ar=[1.0, 2.0, 3.0], msd=[1.0, 1.0, 1.0]) | {"sample_tasks": ["a"] * 3}
     ((_, head, rows),) = pairwise.tables(alone)
     assert head == ["against", "all", "95%"] and [row[:2] for row in rows] == [["ar", "2.00"]]
 
 
-@pytest.mark.parametrize("told", [{}, results(ar=[1.0, 1.0, 1.0]), results(msd=[1.0, 1.0, 1.0])])
-def test_nothing_to_compare(told: dict[str, Any]) -> None:
-    assert pairwise.tables(told) == []
+@pytest.mark.parametrize("measured", [{}, results(ar=[1.0, 1.0, 1.0]), results(msd=[1.0, 1.0, 1.0])])
+def test_nothing_to_compare(measured: dict[str, Any]) -> None:
+    assert pairwise.tables(measured) == []
