@@ -125,8 +125,7 @@ def _noise(rng: random.Random) -> Image.Image:
     block = rng.choice((1, 4, 16, 48))
     shape = (math.ceil(SIZE[1] / block), math.ceil(SIZE[0] / block), 3)
     pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, shape, dtype=np.uint8)
-    image = Image.fromarray(pixels).resize(SIZE, Image.Resampling.NEAREST)
-    return image
+    return Image.fromarray(pixels).resize(SIZE, Image.Resampling.NEAREST)
 
 
 TURNS = (
