@@ -33,6 +33,7 @@ from msd.config import SpeculativeConfig
 from msd.drafters import auxiliary
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
+from msd.system import machine
 from msd.targets.registry import fingerprint
 
 REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError)  # of the library's drafting, for models it cannot run
@@ -307,6 +308,7 @@ def environment(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, A
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": machine.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

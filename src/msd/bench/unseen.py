@@ -1,8 +1,8 @@
 """Prompts unlike the training data: pictures rendered by code, noise, and turns of text alone.
 
-The shipped drafters were trained on photographs. Drawings, charts, screens, receipts and noise are none, so few drafts
-are accepted here: the suite shows what drafting costs then. `msd bench --suite unseen` measures all of it, or the kinds
-that are named. Pictures and prompts follow from the kind and a number alone.
+The shipped drafters were trained on photographs. Few drafts are accepted on drawings, charts, screens, receipts and
+noise, so the suite measures what drafting costs then. `msd bench --suite unseen` runs all of it, `--suite unseen-chart`
+one kind. The pictures and prompts are a function of the kind and a number.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 from PIL import Image, ImageDraw, ImageFont
 
 from msd.bench.data import Sample
 from msd.system.files import make_folder, write_whole
 
+SUITE = "unseen"  # the name of all of it in `msd bench --suite`
 SIZE = (448, 336)  # of a picture, in pixels
 EACH = 8  # prompts of each kind
 COLOURS = {
@@ -152,28 +154,36 @@ KINDS = (*RENDERED, "text")
 
 
 def render(kind: str, number: int) -> Image.Image:
-    """Picture number `number` of a kind of `RENDERED`; the same on every machine that has the same Pillow."""
+    """Draws picture `number` of a kind of `RENDERED`; equal on every machine with the same version of Pillow."""
     return RENDERED[kind](random.Random(f"{kind} {number}"))
 
 
-def samples(folder: Path, kinds: Sequence[str] = KINDS) -> list[Sample]:
-    """The prompts of `kinds`, `EACH` of every one; their pictures are written to `folder`. A kind is a task.
+def samples(kinds: Sequence[str] = KINDS, folder: Path | None = None) -> list[Sample]:
+    """Returns `EACH` prompts of every kind, with the task "unseen-KIND"; writes their pictures to `folder`.
 
-    UserError where a picture cannot be written.
+    folder: by default in the user's cache. Raises UserError if a picture cannot be written.
     """
+    folder = folder or Path(platformdirs.user_cache_dir("msd", appauthor=False)) / SUITE
     make_folder(folder)
     found = []
     for kind in kinds:
         for number in range(EACH):
-            where = f"{kind} {number} of suite 'unseen'"
+            where = f"{kind} {number} of the suite '{SUITE}'"
             if kind == "text":
                 *before, prompt = TURNS[number]
-                found.append(Sample((), prompt, None, kind, before=tuple(before), where=where))
+                found.append(Sample((), prompt, None, f"{SUITE}-{kind}", before=tuple(before), where=where))
                 continue
-            prompt = PROMPTS[kind][number % len(PROMPTS[kind])]
             data = io.BytesIO()
             render(kind, number).save(data, "PNG")
             path = folder / f"{kind}-{number}.png"
             write_whole(path, data.getvalue())
-            found.append(Sample((path,), prompt, None, kind, where=where))
+            prompt = PROMPTS[kind][number % len(PROMPTS[kind])]
+            found.append(Sample((path,), prompt, None, f"{SUITE}-{kind}", where=where))
     return found
+
+
+def requested(names: Sequence[str]) -> tuple[list[Sample], list[str]]:
+    """Returns the samples that `--suite` names, and the names as tasks: `unseen` stands for all of its kinds."""
+    tasks = [task for name in names for task in ([f"{SUITE}-{kind}" for kind in KINDS] if name == SUITE else [name])]
+    kinds = [kind for kind in KINDS if f"{SUITE}-{kind}" in tasks]
+    return samples(kinds) if kinds else [], tasks

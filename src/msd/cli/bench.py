@@ -35,7 +35,11 @@ class Measurement:
     """What is measured besides the methods, and how."""
 
     suite: Annotated[
-        str, typer.Option("--suite", help="Only these tasks of the data, separated by commas; by default all.")
+        str,
+        typer.Option(
+            "--suite",
+            help="Only these tasks of the data, separated by commas; by default all. 'unseen' adds rendered pictures.",
+        ),
     ] = ""
     label_thresholds: Annotated[
         Path | None,
@@ -70,6 +74,7 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
+    from msd.bench import unseen
     from msd.bench.data import in_suites, load_data
 
     if out is not None:
@@ -78,7 +83,8 @@ def bench(
     options.use_drafter(drafter)
     methods = options.method_names(method, model.target, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
-    samples = in_suites(load_data(lines.data, lines.images), tasks)[: lines.limit]
+    rendered, tasks = unseen.requested(tasks)
+    samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
     if measurement.label_thresholds is not None and measurement.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     options.quiet()
