@@ -171,10 +171,11 @@ def _no_tokenizer(path: str | Path) -> str | None:
 
 
 def check_tensors(model: nn.Module, report: Mapping[str, Iterable[Any]]) -> None:
-    """Raises UserError if the weights do not match the config.
+    """Raises UserError if a checkpoint's weights do not match its config; the library only warns, and draws weights.
 
-    report: `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape in the model) from
-    `from_pretrained(output_loading_info=True)`.
+    Missing tensors, tensors of another shape, and additional tensors of modules that the model has are errors; buffers
+    that the model computes are not. report: from `from_pretrained(output_loading_info=True)`; an entry of its
+    `mismatched_keys` is (name, shape in the file, shape in the model).
     """
     missing = [name for name in report["missing_keys"] if not UNUSED.search(name)]
     shapes = [f"{name} {list(stored)} for {list(wanted)}" for name, stored, wanted in report["mismatched_keys"]]

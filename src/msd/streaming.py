@@ -69,10 +69,10 @@ class _Pieces(TextStreamer):
 
 
 class Stream:
-    """Yields an answer's text in pieces. `result` is the whole answer afterwards; `close()` ends it within one step.
+    """Yields an answer's text in pieces, which it computes while it is read. Afterwards `result` is the whole answer.
 
-    Each iteration starts with the first piece and repeats those that exist already, so an interrupted loop can be
-    started again. Several threads may iterate; all read the same pieces. As a context manager it closes itself.
+    Every loop over it starts with the first piece: pieces that exist are repeated, then more are computed. Several
+    threads may iterate; all get the same pieces. As a context manager it closes itself at the end of the block.
     """
 
     def __init__(
@@ -86,14 +86,17 @@ class Stream:
 
     @property
     def result(self) -> Result:
-        """The answer, shortened if the stream was closed; UserError while it is incomplete, or if generation failed."""
+        """The answer, cut off if the stream was closed. Raises UserError before the end and after a failure."""
         if self._result is None:
             why = "failed; it has no result" if self._over else "has not ended; read it to its end or close() it first"
             raise UserError(f"the stream {why}")
         return self._result
 
     def __iter__(self) -> Iterator[str]:
-        """Yields text as soon as later tokens cannot change it; raises an error of the generation once."""
+        """Yields text as soon as later tokens cannot change it (incomplete characters wait).
+
+        An error of the generation is raised in the loop that computed the step; other loops end without it.
+        """
         read = 0
         while True:
             while read < len(self._pieces.texts):
@@ -104,7 +107,10 @@ class Stream:
             self._step(read)
 
     def close(self) -> None:
-        """Ends the generation within one step. Another thread or a callback of the generation may call it."""
+        """Ends the generation: waits for a running step, computes one more, and completes `result`.
+
+        Another thread may call it. In a callback of the generation it returns at once; the running step is the last.
+        """
         self._stop.requested = True
         with self._lock:
             while not self._over and not self._running():
@@ -115,7 +121,7 @@ class Stream:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Closes the stream. After an exception in the block, no further step is computed."""
+        """Closes the stream. After an exception in the block it computes no further step, and there is no `result`."""
         if kind is None:
             self.close()
             return
@@ -125,11 +131,11 @@ class Stream:
                 self._over = True
 
     def _running(self) -> bool:
-        """Whether a step of this stream is running, so that the caller is one of its callbacks."""
+        """Whether a step of this stream is running; a caller with the lock is then a callback of that step."""
         return inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING
 
     def _step(self, read: int) -> None:
-        """Computes a step, unless the stream has ended or another reader has produced more than `read` pieces."""
+        """Computes a step, unless the stream has ended or has more pieces than the `read` ones of the caller."""
         with self._lock:
             if self._over or len(self._pieces.texts) > read:
                 return

@@ -4,8 +4,8 @@
 number of rows the faster of both. "bf16", with products in bfloat16, is lossy.
 
 Passes inside `running()` use the backend; all others, such as those of `generate()`, use the model's own code. A model
-may change at any time: a backend compares it with the revision its fused pass was built from, and where they differ
-builds the pass again or runs the model's own code.
+may change at any time. A backend compares it with its `Revision` at the time when the fused pass was built. After a
+change it builds the pass again; if the changed model cannot be fused, it runs the model's own code.
 """
 
 from __future__ import annotations
@@ -96,10 +96,11 @@ class Backend:
 
     @contextmanager
     def running(self, record: Record = None, check: bool = True) -> Iterator[bool]:
-        """Runs the backend's pass inside, in this context; `record(index, states)` receives each layer's hidden states.
+        """Context manager: in its block, calls of the model from this thread run the backend's pass.
 
-        Yields False where the model's own code runs: `record` is not called. check: compare the whole model first
-        (`refresh`), once per request; otherwise only hooks, addresses and version counters: 0.1 ms for 30 layers.
+        Yields whether the fused pass runs. record: called by it with (layer index, output [B, L, H] of that layer);
+        never called if the model's own code runs. check: compare the whole model first (`refresh`); callers pass True
+        once per request. With False only hooks, addresses and version counters are compared, in 0.1 ms for 30 layers.
         """
         with self._lock:
             now = self._latest

@@ -89,10 +89,10 @@ def image_folder(path: Path, images: Path | None = None) -> Path:
 
 
 def data_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns ("file:line", object) of every non-empty line.
+    """Returns ("PATH:NUMBER", JSON object) for each line; lines are counted from 1, blank ones are skipped.
 
-    Lines end at line feeds only, since JSON strings may hold other separators. Raises UserError, with file and line,
-    for a line that is not one JSON object in UTF-8 (RFC 8259).
+    Only a line feed ends a line, since JSON strings may hold other line separators such as U+2028. Raises UserError for
+    an unreadable file, one without lines, and (naming the line) for anything but one JSON object in UTF-8 (RFC 8259).
     """
     try:
         data = path.read_bytes()

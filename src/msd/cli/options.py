@@ -1,6 +1,6 @@
-"""Declares every option that commands share, once, in groups that a command takes as one parameter each.
+"""Declares the options that commands share. Each option is declared once, as the field of a group.
 
-A group is a frozen dataclass whose fields are options. `grouped` turns a function of groups into a typer command.
+A group is a frozen dataclass. `grouped` makes a typer command of a function whose parameters are groups.
 """
 
 from __future__ import annotations
@@ -118,7 +118,10 @@ class Drafting:
     device: Device = None
 
     def method_name(self, target: str) -> str | None:
-        """Returns the method's name, None for the default of the target. Raises UserError for an unknown one."""
+        """Returns the chosen method, or None if the user chose none. Raises UserError for an unknown method.
+
+        target: the name of the resolved target; some methods exist for certain targets only.
+        """
         trained = use_drafter(self.drafter)
         method = trained if self.method is None else self.method
         if method is not None:

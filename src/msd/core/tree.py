@@ -1,7 +1,7 @@
-"""DraftTree: the drafted continuations of the newest token. Scores, Accepted, Step: the results of verifying it.
+"""DraftTree: the drafted continuations of the newest token. Scores, Accepted, Step: the results of verifying a tree.
 
 Node 0 is the root, the newest emitted token. Every other node is a drafted token below its parent; parents come first.
-A parent tries its children as an ordered list of *candidates*. A deterministic candidate (top-k, prompt lookup) is
+The verifier tries the children of a node in order, as *candidates*. A deterministic candidate (top-k, prompt lookup) is
 chosen without randomness. A sampled candidate is drawn from a distribution q, which is stored because verification
 needs it. Deterministic candidates are tried first. When both kinds propose the same token, they are two candidates on
 one node. See docs/verification.md.
@@ -208,18 +208,18 @@ class Scores:
 
 @dataclass
 class Accepted:
-    """The verifier's decision, as Python lists with one entry per row.
+    """The verifier's decision. Each list has one entry per row of the batch, itself a list.
 
-    nodes:      the accepted drafted nodes in order, without the root.
-    tokens:     the emitted tokens: the accepted ones, then the bonus or recovered token. It has one token more than
-                `nodes`, unless the row stopped on an accepted token or lockstep ended the walk there (equal length).
-                Both are empty for a row that had finished before.
-    divergence: for every emitted token, the exact total variation distance of its distribution from the target's;
-                None: all are 0.
-    modality:   for every emitted token, the modality that the router predicted for it; None without a router.
-    padded:     rows that had finished before this step and emit padding (see `Sampler`, lockstep).
-    logits:     for every emitted token, the target's (raw, processed) logits before it: [V] in the model's dtype and
-                [V] float32. None unless `Sampler.keep_logits` is set.
+    nodes:      indices of the accepted drafted nodes in order, without the root.
+    tokens:     ids of the emitted tokens: the accepted ones, then one token drawn by the target. That last token is
+                absent, so that `tokens` is as long as `nodes`, if the row stopped on an accepted token, or if lockstep
+                ended the step there. Rows that had finished before have no nodes, and no tokens outside lockstep.
+    divergence: for every emitted token, the total variation distance between the distribution it was drawn from and
+                the target's, computed exactly; None: all are 0.
+    modality:   for every emitted token, the id of the modality that the router predicted for it; None without a router.
+    padded:     indices of rows that had finished before this step; in lockstep they emit padding (see `Sampler`).
+    logits:     for every emitted token, the target's logits from which it was drawn, (raw, processed): [V] in the
+                model's dtype and [V] float32. None unless `Sampler.keep_logits` is set.
     """
 
     nodes: list[list[int]]
@@ -231,7 +231,7 @@ class Accepted:
 
     @property
     def tokens_per_row(self) -> float:
-        """Mean number of tokens that each unfinished row emitted."""
+        """Mean number of tokens of the rows that emitted any in this step; 0 if none did."""
         lengths = [len(tokens) for tokens in self.tokens if tokens]
         return sum(lengths) / max(1, len(lengths))
 

@@ -20,11 +20,11 @@ _ALIASES = {"h100-sxm": "h100", "a100": "a100-80", "4090": "rtx-4090", "3090": "
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Acceptance in one of three forms. Lengths count the bonus token: 1 means that no draft was accepted.
+    """Acceptance in one of three forms; exactly one field is set. Lengths include the bonus token, so they are ≥ 1.
 
-    length: mean acceptance length of every tree. lengths: number of drafted nodes -> mean acceptance length. rates:
-    acceptance rates of the levels of a chain, given that the level before was accepted; a tree of n nodes then counts
-    as a chain of n.
+    length: mean acceptance length of every tree. lengths: number of drafted nodes -> mean acceptance length. rates: for
+    each level of a chain, the probability that its draft is accepted if the draft before it was. With rates, a tree of
+    n nodes and d levels counts as a chain of min(n, d) drafts.
     """
 
     length: float | None = None
@@ -33,7 +33,10 @@ class Acceptance:
 
     @classmethod
     def parse(cls, text: str) -> Acceptance:
-        """Parses "3.5", "8=3.1,60=4.7" or "0.8,0.7,0.6". Raises UserError for anything else."""
+        """Parses "3.5" (a length), "8=3.1,60=4.7" (lengths) or "0.8,0.7,0.6" (rates). Raises UserError otherwise.
+
+        A single number is a length if it is at least 1, else the rate of a chain of one draft.
+        """
         parts = [part.strip() for part in text.split(",") if part.strip()]
         try:
             if "=" in text:
@@ -54,7 +57,7 @@ class Acceptance:
         return parsed
 
     def of(self, nodes: int, depth: int) -> float | None:
-        """Returns the tokens per pass for a tree of `nodes` drafted nodes and `depth` levels; None if unknown."""
+        """Returns the mean acceptance length for `nodes` drafts in `depth` levels; None if not in `lengths`."""
         if self.lengths:
             return self.lengths.get(nodes)
         if self.length is not None:

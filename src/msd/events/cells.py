@@ -1,9 +1,9 @@
 """Cells of the input, such as an image encoder's patches, labelled sparse or dense by their rate of events.
 
-The rate of a cell is its events per second and pixel. The rates of a recording span decades, and their logarithms
-mostly form two groups: noise and slow surfaces, and moving edges. Otsu's threshold lies between the two groups. It has
-no parameter and does not depend on the camera; the median would label half of every recording dense, a noisy wall like
-a street. Cells without events have no logarithm: they are sparse and do not influence the threshold.
+The rate of a cell is its number of events divided by seconds and pixels. The rates of a recording span several powers
+of ten. Their logarithms mostly form two groups: noise and slow surfaces, and moving edges. Otsu's threshold separates
+the two; the method has no parameter and does not depend on the camera. (The median would label half of every recording
+dense, even the recording of a noisy wall.) Cells without events are sparse and do not influence the threshold.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]
 
 
 def otsu(logarithms: NDArray[np.float64]) -> float:
-    """Returns the rate (not its logarithm) that best separates log rates [N] into two groups: the least upper value.
+    """Returns the threshold that best separates natural logarithms of rates [N] into two groups, as a rate.
 
-    The best separation has the largest variance between the groups, n₁ · n₂ · (m₁ - m₂)². If all values are equal, all
-    are in the upper group; without values the result is infinite. Source: Otsu, "A threshold selection method from
-    gray-level histograms", 1979.
+    A rate of at least the threshold is in the upper group. The best separation has the largest variance between the
+    groups, n₁ · n₂ · (m₁ - m₂)², of sizes n and means m. If all values are equal, all are in the upper group; without
+    values the threshold is infinite. Source: Otsu, "A threshold selection method from gray-level histograms", 1979.
     """
     values = np.sort(logarithms)
     if not len(values):

@@ -55,10 +55,11 @@ class Video:
     frames: int = FRAMES
 
     def load(self) -> Clip:
-        """Decodes the frames, upright and in order, including the first and the last.
+        """Decodes `self.frames` frames evenly spaced in time, the first and the last frame of the video among them.
 
-        If the video has fewer frames, some occur twice. UserError: the file is missing, broken, no video, or larger
-        than the limits of this module.
+        They are RGB images in order, rotated as the file's metadata requests. If the video has fewer frames than that,
+        some occur twice. Raises UserError: the file is missing, not a video, has no frame that can be decoded, or has
+        more pixels than the limits of this module.
         """
         if not 1 <= self.frames <= MOST_FRAMES:
             raise UserError(f"{self.frames} frames of a video; ask for 1 to {MOST_FRAMES}")

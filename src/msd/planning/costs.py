@@ -35,14 +35,20 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a pass over `nodes[i]` nodes after `contexts[j]` tokens: seconds[j][i]."""
+    """Measured times: `seconds[j][i]`, of a pass of `nodes[i]` nodes with the root, after `contexts[j]` tokens.
+
+    For one prompt; a batch counts the nodes of all its trees.
+    """
 
     nodes: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
 
     def curve(self, largest: int, context: int) -> list[float]:
-        """Seconds of a pass over 1, 2, … `largest` nodes after `context` tokens; linear beyond the measured sizes."""
+        """Returns the seconds of passes of 1, 2, … `largest` nodes after `context` tokens.
+
+        Interpolates linearly between measured numbers of nodes and between the two contexts, and extrapolates linearly.
+        """
         short, long = (self._interpolate(row, largest) for row in self.seconds)
         weight = (context - self.contexts[0]) / (self.contexts[1] - self.contexts[0])
         seconds: list[float] = np.maximum(short + weight * np.maximum(long - short, 0.0), 1e-9).tolist()

@@ -279,9 +279,10 @@ def _finite(text: str) -> float:
 
 
 def read_rows(path: Path, remedy: str) -> tuple[list[dict[str, Any]], int]:
-    """Reads a file with one JSON object per line: (the objects, the number of invalid lines).
+    """Reads a file of ours with one JSON object per line: (the objects, the number of invalid lines).
 
-    A killed process may leave an incomplete line. UserError if the file cannot be read at all.
+    Invalid lines are skipped, since a killed process may leave an incomplete one; blank lines do not count. Raises
+    UserError only if the file cannot be opened.
     """
     try:
         data = path.read_bytes()

@@ -39,9 +39,10 @@ class VisionCache:
     def encode(
         self, model: PreTrainedModel, inputs: dict[str, Any], kinds: Sequence[Pictures] = (Pictures(),)
     ) -> dict[str, Any]:
-        """Processor output with `mm_encoder_outputs` instead of its pixel tensors; unchanged without pixels.
+        """Returns the processor output `inputs` with the encoder's outputs (`mm_encoder_outputs`) in place of pixels.
 
-        kinds: the tensor layouts of the family's images and videos.
+        Encodes only what the cache lacks. Inputs without pixel tensors are returned unchanged. kinds: which tensors of
+        the inputs describe the images and videos of this model family.
         """
         rest, outputs = inputs, {}
         for kind in kinds:

@@ -34,9 +34,10 @@ LabelledBatch = tuple[TeacherBatch, Tensor]  # and the modality labels [B, A] of
 
 @dataclass(frozen=True)
 class Stages:
-    """The share of answers about images at each step: 0 in stage 1, then rising linearly from `first` to 1 - `keep`.
+    """The probability that a step trains on answers about images: 0 in stage 1, rising linearly in stage 2.
 
-    text: steps of stage 1. rise: steps of the rise in stage 2. keep: share of text-only answers after the rise.
+    text: steps of stage 1. first: the probability at the first step of stage 2. rise: steps from there until it would
+    reach 1. keep: the probability of text-only answers that remains; the rise stops at 1 - `keep`.
     """
 
     text: int = 75
@@ -45,7 +46,7 @@ class Stages:
     first = 0.5  # no dataclass field: a run's settings are compared with those in its `run.json`
 
     def share(self, step: int) -> float:
-        """Returns the probability that a step trains on answers about images."""
+        """Returns the probability at `step`, counted from 0."""
         if step < self.text:
             return 0.0
         return min(1.0 - self.keep, self.first + (1 - self.first) * (step - self.text) / max(1, self.rise))

@@ -1,10 +1,10 @@
 """Reads and writes a drafter's folder: `config.json`, `model.safetensors` (fp16) and `training.json`.
 
 A configuration is a dataclass with a strict JSON form. Files are validated when read (`msd.system.files`) and written
-atomically. A missing, unknown or misshapen tensor is a UserError that names it.
+atomically. A missing or unknown tensor, or one of the wrong shape, is a UserError that names it.
 
-Where space is scarce, matrices can be stored as int8 with one scale per row. Drafts need not be exact: the output does
-not depend on them.
+To save space, matrices can be stored as int8 with one scale per row. This changes drafts slightly. It is allowed
+because under the lossless policy the output distribution does not depend on drafts.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def sizes(text_config: Any) -> dict[str, Any]:
 
 
 class Configuration:
-    """Base of a drafter's configuration dataclass, with a strict JSON form.
+    """Base of a drafter's configuration dataclass. Its JSON form has exactly the fields, each of the declared type.
 
-    owner: what messages call the drafter. json_keys: field name -> key in the file, where the two differ.
+    Class variables: owner, the drafter's name in error messages; json_keys, field name -> key in the file for fields
+    whose key differs.
     """
 
     owner: ClassVar[str] = "a drafter here"
@@ -65,7 +66,7 @@ class Configuration:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Parses JSON text; UserError names an unknown, missing or invalid field."""
+        """Parses JSON text. Raises UserError for invalid JSON, and for an unknown, missing or invalid field (named)."""
         wrong = f"its {CONFIG} is not that of {cls.owner}"
         try:
             raw = parse_json(text)
