@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from msd import reference
-from msd.errors import UserError
+from msd.errors import UserError, named
 from msd.system.files import damage
 from msd.targets import family
 
@@ -50,7 +49,7 @@ def load_target(
         kwargs["dtype"] = torch.float32
     _refuse_damaged(target, path)
     config = _config(target, path)
-    with _named(target):
+    with named(f"target '{target}'"):
         family(config)
     with_images = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if with_images else AutoModelForMultimodalLM
@@ -59,7 +58,7 @@ def load_target(
         model, report = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
     except FAULTS as error:
         raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
-    with _named(target):
+    with named(f"target '{target}'"):
         check_tensors(model, report)
     return (model if device is None else model.to(place)), processor
 
@@ -70,15 +69,6 @@ def _refuse_damaged(target: str | Path, path: str | Path) -> None:
     if problem is not None:
         remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
         raise UserError(f"target '{target}' cannot be loaded: {problem}; {remedy}")
-
-
-@contextmanager
-def _named(target: str | Path) -> Iterator[None]:
-    """Adds the target's name to a UserError of the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"target '{target}': {error}") from error
 
 
 def _device(name: str | None) -> torch.device:

@@ -8,7 +8,7 @@ length. Code that needs the total count or time span first iterates twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from msd.errors import UserError
+from msd.errors import UserError, named
 from msd.events.stream import Columns, EventStream, check_size, join, unchecked, validated
 
 CHUNK = 1_000_000  # events
@@ -112,13 +112,9 @@ class Recording:
         with self._naming_file():
             return check_size((width, height))
 
-    @contextmanager
-    def _naming_file(self) -> Iterator[None]:
-        """Adds the file's name to UserErrors."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"'{self.path}' ({self.format}): {error}") from error
+    def _naming_file(self) -> AbstractContextManager[None]:
+        """Puts the file's name in front of UserErrors."""
+        return named(f"'{self.path}' ({self.format})")
 
 
 Events: TypeAlias = EventStream | Recording

@@ -14,12 +14,13 @@ import numpy as np
 
 from msd.errors import UserError
 from msd.events.readers.columns import event_columns, find_names
-from msd.events.readers.file import DAMAGED, File, library
+from msd.events.readers.file import File, damaged, library
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
 GROUPS = ("events", "/", "CD/events", "davis/left/events", "prophesee/left")  # searched first
 DSEC_SIZE = (640, 480)
+MISSING = ("not available", "plugin", "not registered")  # in messages about filters
 
 
 def read(file: File) -> Source:
@@ -114,16 +115,13 @@ def _opened(file: File) -> Iterator[Any]:
     h5py = library("h5py", "HDF5")
     with suppress(UserError):  # only compressed files need the filters; the error below names a missing one
         library("hdf5plugin", "compressed HDF5")
-    try:
-        with h5py.File(file.path, "r") as root:
+    with damaged("HDF5 cannot read it"), h5py.File(file.path, "r") as root:
+        try:
             yield root
-    except UserError:
-        raise
-    except Exception as error:  # damage can raise OSError, KeyError, RuntimeError, ValueError…
-        text = str(error)
-        if "filter" in text and ("not available" in text or "plugin" in text or "not registered" in text):
-            raise UserError(
-                f"it is compressed with a filter that is not installed ({text[:160]}); install the filters with: "
-                "pip install 'msd-decoding[events]'"
-            ) from error
-        raise UserError(f"HDF5 cannot read it ({text[:160]}); {DAMAGED}") from error
+        except OSError as error:
+            if "filter" in str(error) and any(text in str(error) for text in MISSING):
+                raise UserError(
+                    f"it is compressed with a filter that is not installed ({str(error)[:160]}); install the filters "
+                    "with: pip install 'msd-decoding[events]'"
+                ) from error
+            raise

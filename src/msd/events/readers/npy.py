@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from msd.errors import UserError
 from msd.events.readers import pickled
 from msd.events.readers.columns import event_columns, find_names
-from msd.events.readers.file import DAMAGED, File
+from msd.events.readers.file import DAMAGED, File, damaged
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
@@ -45,12 +45,10 @@ def read(file: File) -> Source:
 
 def header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Reads the header of an array: (shape, type). UserError if it is broken."""
-    try:
+    with damaged("its numpy header cannot be read"):
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except Exception as error:  # a damaged header raises ValueError, SyntaxError, struct.error…
-        raise UserError(f"its numpy header cannot be read; {DAMAGED}") from error
     return shape, dtype
 
 

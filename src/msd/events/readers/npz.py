@@ -5,10 +5,11 @@ The members of the archive are unpacked in parallel, one chunk at a time.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import IO, Any
 
 import numpy as np
@@ -17,17 +18,17 @@ from numpy.typing import NDArray
 from msd.errors import UserError
 from msd.events.readers import npy, pickled
 from msd.events.readers.columns import event_columns, find_names
-from msd.events.readers.file import DAMAGED, File
+from msd.events.readers.file import DAMAGED, File, damaged
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
 SIZES = ("size", "sensor_size", "resolution")  # names of an array [width, height]
-STEP = 1 << 20  # bytes
+PROBLEM = "it cannot be unpacked"
 
 
 def read(file: File) -> Source:
     """Reads one recording of the archive."""
-    with _opened(file) as archive:
+    with damaged(PROBLEM), zipfile.ZipFile(file.path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         names = find_names(members)
         if names is None:
@@ -41,11 +42,11 @@ def read(file: File) -> Source:
         raise UserError(f"its sensor size has {len(size)} numbers; give width and height")
 
     def columns(chunk: int) -> Iterator[Columns]:
-        with _opened(file) as archive, ExitStack() as stack:
+        with damaged(PROBLEM), zipfile.ZipFile(file.path) as archive, ExitStack() as stack:
             streams = [_member(archive, members[name]) for name in names]
             for stream, _, dtype in streams:
                 stack.enter_context(stream)
-                _skip(stream, first * dtype.itemsize)
+                stream.seek(first * dtype.itemsize, io.SEEK_CUR)
             for start in range(first, last, chunk):
                 count = min(chunk, last - start)
                 table = {n: _next(s, dtype, count) for n, (s, _, dtype) in zip(names, streams, strict=True)}
@@ -88,20 +89,3 @@ def _next(stream: IO[bytes], dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     if len(data) < count * dtype.itemsize:
         raise UserError(f"an array ends early; {DAMAGED}")
     return np.frombuffer(data, dtype)
-
-
-def _skip(stream: IO[bytes], count: int) -> None:
-    while count > 0 and (block := stream.read(min(count, STEP))):
-        count -= len(block)
-
-
-@contextmanager
-def _opened(file: File) -> Iterator[zipfile.ZipFile]:
-    """Opens the archive; turns every error of zipfile into a UserError."""
-    try:
-        with zipfile.ZipFile(file.path) as archive:
-            yield archive
-    except UserError:
-        raise
-    except Exception as error:  # BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError…
-        raise UserError(f"it cannot be unpacked ({error}); {DAMAGED}") from error

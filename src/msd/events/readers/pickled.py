@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from msd.errors import UserError
+from msd.events.readers.file import damaged
 
 MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 LEAST_VIEW = 1024  # bytes; shorter reads are copied
@@ -27,12 +28,8 @@ def load(data: mmap.mmap, offset: int) -> dict[str, Any]:
     Arrays are read-only views of `data`. UserError if the pickle is broken, or names other functions and classes.
     """
     data.seek(offset)
-    try:
+    with damaged("its pickle cannot be read"):
         return _table(_Unpickler(_Views(data)).load())
-    except UserError:
-        raise
-    except Exception as error:  # a damaged program can cause anything: an empty stack, a short array, bad text
-        raise UserError("its pickle is truncated or damaged; copy it again") from error
 
 
 class _Type:
