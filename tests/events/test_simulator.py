@@ -134,7 +134,8 @@ def test_mismatch_spreads_the_thresholds() -> None:
 
 def test_the_same_seed_gives_the_same_events_fed_or_whole() -> None:
     camera = Camera(Image.effect_noise((90, 70), 60), (24, 20), seed=5)
-    moments, frames = zip(*camera.frames(20_000), strict=True)
+    moments = range(0, 20_001, 2000)
+    frames = [camera.frame(time) for time in moments]
     whole, again, other = (simulate(frames, moments, seed=seed) for seed in (1, 1, 2))
     simulator = Simulator((24, 20), seed=1)
     fed = [simulator.feed(frame, time) for time, frame in zip(moments, frames, strict=True)]
@@ -155,8 +156,8 @@ def test_colours_and_bytes_are_brightness() -> None:
 def test_a_moving_camera_shows_the_photo_without_edges() -> None:
     photo = Image.new("RGB", (120, 90), (200, 100, 50))
     camera = Camera(photo, (32, 32), Motion(roll=30), seed=1)
-    for time, frame in camera.frames(100_000, 100):
-        assert np.ptp(frame) < 1e-5, "the view stays inside the photo"
+    for time in range(0, 100_001, 10_000):
+        assert np.ptp(camera.frame(time)) < 1e-5, "the view stays inside the photo"
         assert np.asarray(camera.picture(time)).min() == 50
     assert len(events_of_photo(photo, (32, 32), 50_000, settings=SimulatorSettings.ideal())) == 0
     still = Motion(pan=0, roll=0, zoom=(0.9, 0.9))
@@ -168,7 +169,8 @@ def test_a_moving_camera_shows_the_photo_without_edges() -> None:
 
 def test_motion_is_smooth() -> None:
     gradient = Image.fromarray(np.tile(np.linspace(0, 255, 200).astype(np.uint8), (200, 1)))
-    frames = [frame.mean() for _, frame in Camera(gradient, (32, 32), seed=3).frames(400_000, 500)]
+    camera = Camera(gradient, (32, 32), seed=3)
+    frames = [camera.frame(time).mean() for time in range(0, 400_001, 2000)]
     assert np.abs(np.diff(frames)).max() < 0.01 < np.ptp(frames)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.reference_vlm import checksums
 from safetensors.torch import load_file
 
 from msd import reference
@@ -97,7 +98,7 @@ def test_the_manifest_command_records_new_weights(tmp_path: Path, monkeypatch: p
     )
     (tmp_path / "encoder.safetensors").write_bytes(b"new encoder")
     (tmp_path / "vlm.safetensors").write_bytes(b"new weights")
-    folder.main()
+    checksums.main()
     after = folder.recorded()
     assert after["vlm.safetensors"]["size"] == len(b"new weights")
     assert after[folder.GGUF_NAME] == before[folder.GGUF_NAME]

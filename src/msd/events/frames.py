@@ -11,6 +11,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,14 +103,18 @@ def write_frames(images: Sequence[Image.Image], captions: Sequence[str], title: 
     Returns the paths written. UserError if they cannot be written.
     """
     suffix = out.suffix.lower()
-    if suffix in (".gif", ".html"):
+    if suffix == ".gif":
+        options = {"save_all": True, "append_images": images[1:], "duration": GIF_DELAY, "loop": 0}  # 0: forever
+        write_whole(out, _encoded(images[0], "GIF", **options))
+        return [out]
+    if suffix == ".html":
         head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
-        write_whole(out, _gif(images) if suffix == ".gif" else head + snippet(images, captions, title))
+        write_whole(out, head + snippet(images, captions, title))
         return [out]
     make_folder(out)
     paths = [out / f"frame-{number:03d}.png" for number in range(len(images))]
     for path, image in zip(paths, images, strict=True):
-        write_whole(path, _png(image))
+        write_whole(path, _encoded(image, "PNG"))
     return paths
 
 
@@ -117,7 +122,7 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     """Returns a `<figure>` that embeds the frames in one row, for use in any page."""
     parts = []
     for image, caption in zip(images, captions, strict=True):
-        data = base64.b64encode(_png(image, optimize=True)).decode()
+        data = base64.b64encode(_encoded(image, "PNG", optimize=True)).decode()
         text = html.escape(caption)
         parts.append(
             f'<div style="flex:1;min-width:8em"><img style="width:100%;border:1px solid #ccc" alt="{text}" '
@@ -129,14 +134,7 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     )
 
 
-def _gif(images: Sequence[Image.Image]) -> bytes:
-    """Returns an animation of the frames that repeats forever."""
+def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=list(images[1:]), duration=GIF_DELAY, loop=0)
-    return buffer.getvalue()
-
-
-def _png(image: Image.Image, optimize: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=optimize)
+    image.save(buffer, format, **options)
     return buffer.getvalue()

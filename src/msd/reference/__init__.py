@@ -53,22 +53,31 @@ def location(cache_dir: Path | str | None = None, video: bool = False) -> Path:
     return root / hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def path(cache_dir: Path | str | None = None, video: bool = False) -> Path:
+def path(cache_dir: Path | str | None = None, video: bool = False, *, full: bool = False, force: bool = False) -> Path:
     """Returns the model's folder; assembles it first if it is missing or has files of the wrong size.
 
     Args:
         cache_dir: parent of the folder; the user's cache by default.
         video: the video target instead.
+        full: compare the checksums of an existing folder, not only sizes.
+        force: assemble even if the folder is complete.
 
     Raises:
         UserError: an input is missing or broken, or the disk is full; the message names the command to run.
     """
-    return _ensure(cache_dir, video, full=False, force=False)
+    place = location(cache_dir, video)
+
+    def build(destination: Path) -> None:
+        logger.info("assembling the %s in %s: once, about half a minute", "video target" if video else NAME, place)
+        assemble.assemble(folder.verified(video), destination)
+
+    folder.ensure(place, build, needed_bytes=NEEDED_BYTES, full=full, force=force)
+    return place
 
 
 def install(cache_dir: Path | str | None = None, force: bool = False, video: bool = False) -> Path:
     """Does the same as `path`, but also compares an existing folder with its checksums, or rebuilds it with `force`."""
-    return _ensure(cache_dir, video, full=True, force=force)
+    return path(cache_dir, video, full=True, force=force)
 
 
 def resolve(target: Path | str) -> Path | str:
@@ -94,14 +103,3 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def sample_photos() -> list[Path]:
     """Returns the bundled photos by name (CC0 or public domain, see `photos/SOURCES.md`); prompts are in the folder."""
     return sorted(PHOTOS.glob("*.jpg"))
-
-
-def _ensure(cache_dir: Path | str | None, video: bool, full: bool, force: bool) -> Path:
-    place = location(cache_dir, video)
-
-    def build(destination: Path) -> None:
-        logger.info("assembling the %s in %s: once, about half a minute", "video target" if video else NAME, place)
-        assemble.assemble(folder.verified(video), destination)
-
-    folder.ensure(place, build, needed_bytes=NEEDED_BYTES, full=full, force=force)
-    return place

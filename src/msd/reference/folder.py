@@ -187,15 +187,3 @@ def _read(path: Path, remedy: str) -> Record:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); run: {remedy}") from error
     return sums
-
-
-def main() -> None:
-    """Updates `weights/checksums.json` to the files next to it."""
-    sums = recorded()
-    for name in ("encoder.safetensors", TRAINED_PARTS):
-        sums[name] = fingerprint(WEIGHTS / name)
-    write_whole(CHECKSUMS, json.dumps(sums, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
