@@ -35,14 +35,12 @@ class Source:
         columns: decodes the file from its start; takes a number of events and yields chunks of about that many.
         size: (width, height) of the sensor, if the file or its format states it.
         size_from: origin of the size: "header", "sensor name", "format" or "events".
-        count: number of events, if the header states it.
     """
 
     format: str
     columns: Callable[[int], Iterator[Columns]]
     size: tuple[int, int] | None = None
     size_from: str = "events"
-    count: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

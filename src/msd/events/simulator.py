@@ -33,7 +33,7 @@ Crossings = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]  # 
 
 
 class SimulatorSettings(BaseModel):
-    """The camera's properties. The defaults have the noise of a quiet camera; `ideal()` has none."""
+    """The camera's properties. The defaults have the noise of a quiet camera."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,12 +44,6 @@ class SimulatorSettings(BaseModel):
     leak_rate: float = Field(default=0.1, ge=0, description="leak events per second and pixel")
     shot_rate: float = Field(default=0.1, ge=0, description="shot noise events per second and pixel")
     dark: float = Field(default=0.02, gt=0, description="added to brightness (0 to 1) before the logarithm")
-
-    @classmethod
-    def ideal(cls, threshold: float = 0.2, dark: float = 0.02) -> SimulatorSettings:
-        """Returns the settings of a camera without noise, mismatch and refractory time."""
-        noise = {"mismatch": 0, "refractory": 0, "leak_rate": 0, "shot_rate": 0}
-        return cls(threshold_on=threshold, threshold_off=threshold, dark=dark, **noise)
 
 
 class Simulator:

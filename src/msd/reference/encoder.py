@@ -7,6 +7,7 @@ linear map of the cell's 4x4 thumbnail. The thumbnail supplies colour, which the
 (AutoAugment), hardly represents.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,6 @@ LITE0_STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-
-
 THUMBNAIL = 4  # pixels per side of a cell's thumbnail
 
 
@@ -62,9 +61,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.stages = [list(stage) for stage in stages]
         self.layer_norm_eps = layer_norm_eps
-        reduction = 2
-        for _, _, stride, _, _ in self.stages:
-            reduction *= stride
+        reduction = 2 * math.prod(stage[2] for stage in self.stages)
         if reduction != patch_size:
             raise ValueError(f"patch_size is {patch_size}, but the strides of the stages reduce by {reduction}")
         if image_size % patch_size:

@@ -6,7 +6,6 @@ The members of the archive are unpacked in parallel, one chunk at a time.
 from __future__ import annotations
 
 import io
-import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from msd.errors import UserError
 from msd.events.readers import npy, pickled
-from msd.events.readers.columns import event_columns, find_names
+from msd.events.readers.columns import common_length, event_columns, find_names
 from msd.events.readers.file import DAMAGED, File, damaged
 from msd.events.recording import Source
 from msd.events.stream import Columns
@@ -33,10 +32,8 @@ def read(file: File) -> Source:
         names = find_names(members)
         if names is None:
             raise UserError(f"it has no arrays t, x, y, p; {pickled.REMEDY}")
-        lengths = [_member(archive, members[name])[1] for name in names]
-        if len(set(lengths)) != 1:
-            raise UserError(f"its arrays t, x, y, p have lengths {', '.join(map(str, lengths))}; they must be equal")
-        first, last = _range(file, archive, members, lengths[0])
+        count = common_length([(_member(archive, members[name])[1],) for name in names])
+        first, last = _range(file, archive, members, count)
         size = next((_whole(archive, members[name]) for name in SIZES if name in members), None)
     if size is not None and len(size) != 2:
         raise UserError(f"its sensor size has {len(size)} numbers; give width and height")
@@ -53,7 +50,7 @@ def read(file: File) -> Source:
                 yield event_columns(table, names)
 
     known = None if size is None else (int(size[0]), int(size[1]))
-    return Source("npz", columns, known, "header" if known else "events", last - first)
+    return Source("npz", columns, known, "header" if known else "events")
 
 
 def _range(file: File, archive: zipfile.ZipFile, members: dict[str, str], length: int) -> tuple[int, int]:
@@ -72,10 +69,9 @@ def _member(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], int, np.dty
     """Opens a one-dimensional array of numbers: (stream after the header, length, type)."""
     stream = archive.open(name)
     shape, dtype = npy.header(stream)  # type: ignore[arg-type]
-    count = math.prod(shape)
-    if dtype.hasobject or max(shape, default=1) != count:
-        raise UserError(f"its array {name} has shape {shape} and type {dtype}; it must be a list of numbers")
-    return stream, count, dtype
+    if dtype.hasobject:
+        raise UserError(f"its array {name} has type {dtype}; give numbers")
+    return stream, common_length([shape]), dtype
 
 
 def _whole(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -127,8 +127,7 @@ def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] 
             y = address >> x_bits & ((1 << y_bits) - 1)
             yield t, x, y, address >> (x_bits + y_bits) & 1
 
-    count = (file.path.stat().st_size - offset - 2) // 8
-    return Source(f"dat{version}", columns, size, size_from, count)
+    return Source(f"dat{version}", columns, size, size_from)
 
 
 def _evt2(chunks: Iterator[NDArray[Any]]) -> Iterator[Columns]:
