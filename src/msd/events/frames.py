@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from msd.events.cells import Cells, Rates
+from msd.events.cells import Cells, cells
 from msd.events.recording import By, Events, check_memory, edges, extent, frame_chunks
 from msd.system.files import make_folder, write_whole
 
@@ -58,7 +58,7 @@ def event_frames(
     """Draws `count` frames of a stream or recording, chunk by chunk.
 
     Args:
-        events: an `EventStream`, or a `Recording`, which is read twice.
+        events: an `EventStream`, or a `Recording`, which is read twice; four times with a grid.
         count: number of frames.
         by: "count" for equally many events per frame, "time" for equally long frames.
         grid: (columns, rows) of the input cells to label sparse or dense; none by default.
@@ -74,22 +74,16 @@ def event_frames(
     pixels = np.full((count, height * width), EMPTY, np.uint8)
     counts = np.zeros(count, np.int64)
     spans = np.zeros((count, 2), np.int64)
-    rates = None if grid is None else Rates(count, (width, height), grid)
     for frame, chunk in frame_chunks(events, frame_edges, by):
         place = chunk.y.astype(np.intp)
         place *= width
         place += chunk.x
         pixels[frame][place] = chunk.p  # numpy keeps the last value of equal places
-        if rates is not None:
-            rates.add(frame, chunk)
         spans[frame, 0] = spans[frame, 0] if counts[frame] else chunk.t[0]
         spans[frame, 1] = chunk.t[-1]
         counts[frame] += len(chunk)
-    if rates is None:
-        cells = None
-    else:
-        cells = rates.cells(np.diff(frame_edges) if by == "time" else spans[:, 1] - spans[:, 0], threshold)
-    return EventFrames(pixels.reshape(count, height, width), counts, spans, cells)
+    kinds = None if grid is None else cells(events, grid, count, by, threshold)
+    return EventFrames(pixels.reshape(count, height, width), counts, spans, kinds)
 
 
 def frames(events: Events, count: int = 5, by: By = "count", size: tuple[int, int] | None = None) -> list[Image.Image]:
