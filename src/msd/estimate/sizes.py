@@ -117,7 +117,8 @@ def of_config(name: str, config: Any) -> Sizes:
 
 def _vision(vision: Any) -> dict[str, Any]:
     """Returns the fields of a vision tower that is a transformer over patches of images of one size, else nothing."""
-    image, patch = (_side(getattr(vision, key, None)) for key in ("image_size", "patch_size"))
+    sides = (getattr(vision, key, None) for key in ("image_size", "patch_size"))
+    image, patch = (side[0] if isinstance(side, list | tuple) else side for side in sides)
     hidden, inner = getattr(vision, "hidden_size", None), getattr(vision, "intermediate_size", None)
     layers = getattr(vision, "num_hidden_layers", None)
     if not (image and patch and hidden and inner and layers):
@@ -126,7 +127,3 @@ def _vision(vision: Any) -> dict[str, Any]:
         "vision_layers": layers, "vision_hidden": hidden, "vision_intermediate": inner,
         "vision_patches": (image // patch) ** 2,
     }  # fmt: skip
-
-
-def _side(size: Any) -> int | None:
-    return size[0] if isinstance(size, list | tuple) else size

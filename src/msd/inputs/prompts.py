@@ -63,7 +63,8 @@ def prepare(
     requests = [_with_supported_media(supported, chat, group) for chat, group in requests]
     texts = [_render(processor, chat) for chat, _ in requests]
     processor.tokenizer.padding_side = "left"
-    special = _adds_bos(texts, processor)
+    bos = processor.tokenizer.bos_token
+    special = not (bos and all(text.startswith(bos) for text in texts))  # no second BOS token after the template's
     groups = [group for _, group in requests]
     arguments = _media_arguments(processor, groups)
     try:
@@ -269,9 +270,3 @@ def _render(processor: Any, chat: Messages) -> str:
                 "place them in messages of the user"
             )
     return text
-
-
-def _adds_bos(texts: Sequence[str], processor: Any) -> bool:
-    """Returns whether the tokenizer must add special tokens: not if the template has already written the BOS token."""
-    bos = processor.tokenizer.bos_token
-    return not (bos and all(text.startswith(bos) for text in texts))

@@ -18,22 +18,8 @@ import logging
 from pathlib import Path
 
 import platformdirs
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from msd.reference import assemble, folder
-from msd.reference.encoder import EfficientNetLite, EfficientNetLiteConfig, load_encoder
-
-__all__ = [
-    "EfficientNetLite",
-    "EfficientNetLiteConfig",
-    "install",
-    "language_model",
-    "load_encoder",
-    "location",
-    "path",
-    "resolve",
-    "sample_photos",
-]
 
 NAME, VIDEO_NAME = "reference", "reference-video"  # as targets
 NEEDED_BYTES = 600_000_000  # the float32 checkpoint and a reserve
@@ -45,8 +31,7 @@ logger = logging.getLogger(__name__)
 def location(cache_dir: Path | str | None = None, video: bool = False) -> Path:
     """Returns the model's folder, whether it exists or not. Its name depends on the weights and on the builder.
 
-    Raises:
-        UserError: the record of the weights' checksums is unreadable.
+    UserError if the record of the weights' checksums is unreadable.
     """
     root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "reference"
     parts = json.dumps([assemble.BUILDER_VERSION, assemble.CHAT_TEMPLATE, folder.recorded(video)], sort_keys=True)
@@ -81,23 +66,8 @@ def install(cache_dir: Path | str | None = None, force: bool = False, video: boo
 
 
 def resolve(target: Path | str) -> Path | str:
-    """Returns the folder of a target called `NAME` or `VIDEO_NAME`, assembled if necessary; others unchanged.
-
-    Raises:
-        UserError: as in `path`.
-    """
+    """Returns the folder of a target called `NAME` or `VIDEO_NAME`, assembled if necessary; others unchanged."""
     return path(video=str(target) == VIDEO_NAME) if str(target) in (NAME, VIDEO_NAME) else target
-
-
-def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Loads SmolLM2-135M-Instruct as published, float32; its token ids are those of the reference model.
-
-    Raises:
-        UserError: its file is missing or broken.
-    """
-    gguf = folder.locate().gguf
-    folder.verify(gguf)
-    return assemble.load_language_model(gguf)
 
 
 def sample_photos() -> list[Path]:

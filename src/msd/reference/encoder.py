@@ -12,12 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-
-from msd.reference.folder import WEIGHTS
 
 LITE0_STAGES = (
     # repeats, kernel, stride of the first repeat, expansion, output channels
@@ -191,16 +188,6 @@ def thumbnails(pixel_values: Tensor, side: int) -> Tensor:
     small = F.adaptive_avg_pool2d(pixel_values, side * THUMBNAIL)
     cells = small.unflatten(3, (side, THUMBNAIL)).unflatten(2, (side, THUMBNAIL))  # [B, 3, side, 4, side, 4]
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(small), side**2, -1)
-
-
-def load_encoder() -> EfficientNetLite:
-    """Loads Lite0 at 256x256 with the bundled weights, float32; the trained parts have their initial values."""
-    encoder = EfficientNetLite(EfficientNetLiteConfig())
-    weights = load_file(WEIGHTS / "encoder.safetensors") | {
-        name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "position", "colour."))
-    }
-    encoder.load_state_dict(weights)
-    return encoder.eval()
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)

@@ -118,10 +118,9 @@ def watched() -> Iterator[Cores]:
 
 def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
     """Returns (whether `measure` ran without competition, its result); True if the system counts no preemptions."""
-    preempted, begin = 0 if resource is None else _preemptions(), time.perf_counter()
+    before, begin = _preemptions(), time.perf_counter()
     result = measure()
-    preempted = 0 if resource is None else _preemptions() - preempted
-    return preempted < max(FEWEST, RATE * (time.perf_counter() - begin)), result
+    return _preemptions() - before < max(FEWEST, RATE * (time.perf_counter() - begin)), result
 
 
 def _use(threads: int) -> None:
@@ -133,8 +132,8 @@ def _use(threads: int) -> None:
 
 
 def _preemptions() -> int:
-    """Returns the involuntary context switches of all threads of this process so far."""
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+    """Returns the involuntary context switches of all threads of this process so far; 0 if they are not counted."""
+    return 0 if resource is None else int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
 
 
 def _free(threads: int) -> bool:

@@ -69,14 +69,9 @@ def _header_lines(file: File) -> tuple[list[str], int]:
 
 def _fields(lines: list[str]) -> dict[str, str]:
     """Maps the first word of each header line to the rest; also the `key=value` parts of a `format` line."""
-    fields = {}
-    for line in lines:
-        key, _, value = line.partition(" ")
-        fields[key] = value.strip()
-    for part in fields.get("format", "").split(";")[1:]:
-        key, _, value = part.partition("=")
-        fields[key.strip()] = value.strip()
-    return fields
+    fields = {key: value.strip() for key, _, value in (line.partition(" ") for line in lines)}
+    parts = fields.get("format", "").split(";")[1:]
+    return fields | {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
 
 
 def _size(header: dict[str, str]) -> tuple[tuple[int, int] | None, str]:
