@@ -1,7 +1,7 @@
 """Reads the pickles that `numpy.save` writes for dicts and lists of arrays, without calling any function they name.
 
-A pickle is a program: `pickle.load` runs it, with any function it names. Here the three names that create arrays and
-dtypes stand for classes of this module, and every other name is refused. Arrays are views of the mapped file, so
+A pickle is a program: `pickle.load` runs it, with any function it names. Here the names of numpy's constructors of
+arrays and dtypes give classes of this module, and every other name is refused. Arrays are views of the mapped file, so
 gigabytes of events are not copied.
 """
 
