@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from recipes.reference_vlm.base import load_encoder
 from recipes.reference_vlm.fold import compact, fold_batch_norms
 from torch import Tensor
 from transformers import AutoModel
 
-from msd.reference.encoder import LITE0_STAGES, EfficientNetLite, EfficientNetLiteConfig, load_encoder
+from msd.reference.encoder import LITE0_STAGES, EfficientNetLite, EfficientNetLiteConfig
 
 EPS = 1e-3
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from msd.cli import terminal
 from msd.cli.options import DataLines, Json, MaxNewTokens, Model, grouped, quiet
-from msd.errors import InterruptedRunError, UserError
+from msd.errors import InterruptedRunError, UserError, named
 from msd.system.files import as_text, check_place
 from msd.system.machine import share_cores
 
@@ -112,10 +112,8 @@ def _write(
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for prompt in progress.track(todo, description="checking"):
-            try:
+            with named(places[prompt.key]):
                 writer.check(prompt)
-            except UserError as error:
-                raise UserError(f"{places[prompt.key]}: {error}") from error
         bar = progress.add_task("capturing", total=None)
 
         def show(done: int, total: int) -> None:
