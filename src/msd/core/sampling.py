@@ -290,17 +290,18 @@ class SharedNoise:
     """Draws tokens of a batch that shares one generator, when rows are at different lengths.
 
     `torch.multinomial` divides p [B, V] by exponential noise [B, V] and takes the argmax. Here the noise of draw k is
-    generated once for all rows and kept until each row has emitted its k-th token, so that every row gets the same
-    token as in `generate()`.
+    generated once for all rows, and each row keeps its part until it emits its k-th token, so that every row gets the
+    same token as in `generate()`.
 
-    generator: of the whole batch of B rows; None: torch's global one. Memory: at most 8 V bytes per unfinished row and
-    per token that the row is behind the longest one.
+    generator: of the whole batch of B rows; None: torch's global one. Memory: 4 V bytes per unfinished row and per
+    token that the row is behind the longest one.
     """
 
     def __init__(self, batch: int, generator: torch.Generator | None) -> None:
         self.generator = generator
         self._count = [0] * batch  # draws of each row so far
-        self._kept: dict[int, _Noise] = {}  # draw number -> noise
+        self._generated = 0  # draws whose noise has been generated
+        self._noise: dict[tuple[int, int], Tensor] = {}  # (draw number, row) -> unused noise [V]
 
     def draw(self, p: Tensor, rows: list[int], waiting: list[int]) -> Tensor:
         """The next token of each of `rows` from p [R, V]: [R]. waiting: rows that draw now or later.
@@ -309,42 +310,16 @@ class SharedNoise:
         """
         if not bool((p.amax() < torch.inf) & (p.amin() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        members: dict[int, list[int]] = {}  # draw number -> indices into `rows`
-        for i, row in enumerate(rows):
-            members.setdefault(self._count[row], []).append(i)
+        if any(self._count[row] == self._generated for row in rows):
+            noise = p.new_empty(len(self._count), p.shape[1]).exponential_(1, generator=self.generator)
+            self._noise |= {(self._generated, row): noise[row].clone() for row in waiting}
+            self._generated += 1
+        own = torch.stack([self._noise.pop((self._count[row], row)) for row in rows])
+        for row in rows:
             self._count[row] += 1
-        noise = torch.empty_like(p)
-        for k, indices in sorted(members.items()):
-            if k not in self._kept:
-                q = p.new_empty(len(self._count), p.shape[1]).exponential_(1, generator=self.generator)
-                self._kept[k] = _Noise(q, list(range(len(q))))
-            noise[indices] = self._kept[k].select([rows[i] for i in indices])
-        last = min(self._count[row] for row in waiting)
-        for k in list(self._kept):
-            if k < last:
-                del self._kept[k]
-            else:
-                self._kept[k].keep([row for row in waiting if self._count[row] <= k])
-        return (p / noise).argmax(-1)
-
-
-class _Noise:
-    """The exponential noise [R, V] of one draw, for the R `rows` that have not used it yet."""
-
-    def __init__(self, noise: Tensor, rows: list[int]) -> None:
-        self.noise, self.rows = noise, rows
-
-    def select(self, rows: list[int]) -> Tensor:
-        """The noise of `rows`, in that order."""
-        if rows == self.rows:
-            return self.noise
-        index = {row: i for i, row in enumerate(self.rows)}
-        return self.noise[[index[row] for row in rows]]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drops all other rows when they make up at least half of the buffer."""
-        if 2 * len(rows) <= len(self.rows):
-            self.noise, self.rows = self.select(rows).clone(), rows
+        unfinished = set(waiting)
+        self._noise = {key: noise for key, noise in self._noise.items() if key[1] in unfinished}
+        return (p / own).argmax(-1)
 
 
 Seed = int | Sequence[int] | torch.Generator | None
