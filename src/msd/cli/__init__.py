@@ -97,7 +97,9 @@ def _stop_on_sigterm() -> None:
 
 def _report(error: Exception) -> None:
     """Reports an internal error: one line on stderr, and the traceback in a file."""
-    message = "; ".join([f"internal error: {type(error).__name__}: {error}", *_notes(error), "please report it"])
+    message = "; ".join(
+        [f"internal error: {type(error).__name__}: {error}", *getattr(error, "__notes__", []), "please report it"]
+    )
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="msd-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
@@ -106,11 +108,6 @@ def _report(error: Exception) -> None:
     except OSError:  # the disk is full
         _fail(message, 1)
     _fail(f"{message} with {log.name}", 1)
-
-
-def _notes(error: BaseException | None) -> list[str]:
-    """Returns what a command added to the error: which of its work is saved."""
-    return getattr(error, "__notes__", [])
 
 
 def _user_message(error: Exception) -> str | None:
@@ -130,7 +127,7 @@ def _user_message(error: Exception) -> str | None:
 
 def _fail(message: str, code: int, error: Exception | None = None) -> None:
     """Prints the message and the error's notes as one line on stderr, and exits."""
-    message = "; ".join([message, *_notes(error)])
+    message = "; ".join([message, *getattr(error, "__notes__", [])])  # notes: which work is saved
     with suppress(OSError):  # if nothing can be written, the exit code remains
         flush()
     if sys.stderr is not None:
