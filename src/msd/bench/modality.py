@@ -4,8 +4,7 @@
     coverage     a draft tree: the share of drafted positions at which the tree holds the target's token
 
 Decoding is greedy, so the answer does not depend on the drafts, and each of its tokens has one modality label, from its
-image gain (`msd.labels.gain`). Accepted drafts and the first rejected one of each step count as drafted positions;
-drafts below a rejection or beyond the end of the answer do not, so that no position counts twice.
+image gain (`msd.labels.gain`). `msd.bench.errors.drafted_positions` defines which positions count.
 """
 
 from __future__ import annotations

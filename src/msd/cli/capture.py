@@ -117,12 +117,10 @@ def _write(
             except UserError as error:
                 raise UserError(f"{places[prompt.key]}: {error}") from error
         bar = progress.add_task("capturing", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
         try:
-            return write_answers(prompts, writer, out, batch, show, metadata)
+            return write_answers(
+                prompts, writer, out, batch, lambda done, n: progress.update(bar, completed=done, total=n), metadata
+            )
         except KeyboardInterrupt as stop:
             raise InterruptedRunError(
                 f"interrupted; finished answers are kept in {out}, and the same command resumes"

@@ -18,25 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from msd.core.layout import Layout
@@ -44,13 +27,13 @@ from msd.errors import UserError
 
 # processors that ignore the token history: they run on all rows at once
 _POINTWISE = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    TypicalLogitsWarper,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
 )
 
 Randomness = torch.Generator | list[torch.Generator] | None
@@ -234,7 +217,7 @@ def temperature(sampler: Sampler) -> float | None:
     """The temperature of a sampled request, 1 by default; None for greedy decoding."""
     if not sampler.do_sample:
         return None
-    warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
+    warpers = [p for p in sampler.processors if isinstance(p, logits_process.TemperatureLogitsWarper)]
     return float(warpers[-1].temperature) if warpers else 1.0
 
 
@@ -254,18 +237,18 @@ def _copy_processors(processors: LogitsProcessorList, row: int, prompt: Tensor, 
     prompt = prompt[None, start:]
     copies = LogitsProcessorList(copy.copy(p) for p in processors)
     for i, mine in enumerate(copies):
-        if isinstance(mine, RepetitionPenaltyLogitsProcessor):
+        if isinstance(mine, logits_process.RepetitionPenaltyLogitsProcessor):
             if isinstance(mine.prompt_ignore_length, Tensor):
                 mine.prompt_ignore_length = mine.prompt_ignore_length[row : row + 1]
-        elif isinstance(mine, EncoderRepetitionPenaltyLogitsProcessor):
+        elif isinstance(mine, logits_process.EncoderRepetitionPenaltyLogitsProcessor):
             mine.encoder_input_ids = prompt
-        elif isinstance(mine, EncoderNoRepeatNGramLogitsProcessor):
-            copies[i] = _Unpadded(EncoderNoRepeatNGramLogitsProcessor(mine.ngram_size, prompt), start)
-        elif isinstance(mine, NoRepeatNGramLogitsProcessor | SequenceBiasLogitsProcessor):
+        elif isinstance(mine, logits_process.EncoderNoRepeatNGramLogitsProcessor):
+            copies[i] = _Unpadded(logits_process.EncoderNoRepeatNGramLogitsProcessor(mine.ngram_size, prompt), start)
+        elif isinstance(mine, logits_process.NoRepeatNGramLogitsProcessor | logits_process.SequenceBiasLogitsProcessor):
             copies[i] = _Unpadded(mine, start)
-        elif isinstance(mine, PrefixConstrainedLogitsProcessor):
+        elif isinstance(mine, logits_process.PrefixConstrainedLogitsProcessor):
             mine._prefix_allowed_tokens_fn = partial(_as_row, mine._prefix_allowed_tokens_fn, row)
-        elif isinstance(mine, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+        elif isinstance(mine, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor):
             raise UserError("guidance_scale with several prompts at once is not supported; give one prompt at a time")
     return copies
 
