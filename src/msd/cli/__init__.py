@@ -112,10 +112,8 @@ def _report(error: Exception) -> None:
 
 def _user_message(error: Exception) -> str | None:
     """Returns a message for errors of libraries that the user's options or machine cause; None for all others."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     if isinstance(error, ValueError | TypeError) and raised_in.startswith("transformers.generation."):
         return f"transformers refuses an option of the command line or of the model's generation config: {error}"
     if isinstance(error, RuntimeError) and "probability tensor contains" in str(error):

@@ -11,8 +11,7 @@ or keep state for each of them; with one of those, all rows advance in lockstep 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -121,12 +120,6 @@ class Sampler:
         if self.pointwise:
             return self.processors(self.layout.tokens[rows, :1], scores)
         return torch.cat([self.row_processors[r](self._history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """p [R, V] from processed logits [R, V]: their softmax, or one-hot at the argmax for greedy decoding."""
-        if self.do_sample:
-            return logits.softmax(-1)
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
 
     def draw(self, logits: Tensor, rows: list[int]) -> Tensor:
         """The next token of each row, [R]: the argmax, or a multinomial draw as in `generate()`.
@@ -247,7 +240,8 @@ def _copy_processors(processors: LogitsProcessorList, row: int, prompt: Tensor, 
         elif isinstance(mine, logits_process.NoRepeatNGramLogitsProcessor | logits_process.SequenceBiasLogitsProcessor):
             copies[i] = _Unpadded(mine, start)
         elif isinstance(mine, logits_process.PrefixConstrainedLogitsProcessor):
-            mine._prefix_allowed_tokens_fn = partial(_as_row, mine._prefix_allowed_tokens_fn, row)
+            allowed = mine._prefix_allowed_tokens_fn
+            mine._prefix_allowed_tokens_fn = lambda _, tokens, allowed=allowed: allowed(row, tokens)
         elif isinstance(mine, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor):
             raise UserError("guidance_scale with several prompts at once is not supported; give one prompt at a time")
     return copies
@@ -262,11 +256,6 @@ class _Unpadded(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Processed scores, [1, V]."""
         return self.processor(input_ids[:, self.start :], scores)
-
-
-def _as_row(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, tokens: Tensor) -> list[int]:
-    """Calls `prefix_allowed_tokens_fn` with the index of the row in the batch."""
-    return allowed(row, tokens)
 
 
 class SharedNoise:
