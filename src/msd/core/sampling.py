@@ -295,7 +295,6 @@ class SharedNoise:
 
 
 Seed = int | Sequence[int] | torch.Generator | None
-LEAST, MOST = -(1 << 63), (1 << 64) - 1  # the range of torch.manual_seed
 
 
 def generators(seed: Any, batch: int, device: torch.device) -> list[torch.Generator] | torch.Generator | None:
@@ -320,6 +319,6 @@ def _checked(seed: Any) -> int:
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise UserError(f"the seed {seed!r} is of type {type(seed).__name__}; give an integer, or one for each answer")
     number = int(seed)
-    if not LEAST <= number <= MOST:
+    if not -(1 << 63) <= number < 1 << 64:  # the range of torch.manual_seed
         raise UserError(f"the seed {number} does not fit 64 bits; give one from -2**63 to 2**64 - 1")
     return number
