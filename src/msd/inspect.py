@@ -83,9 +83,7 @@ COLOURS = {
 }  # fmt: skip
 OTHER = "#999999"
 LARGEST = 320  # pixels of an image, at most
-TEMPLATE = Template(
-    Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True, keep_trailing_newline=True
-)
+TEMPLATE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
 
 
 def page(

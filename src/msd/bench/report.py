@@ -28,9 +28,7 @@ _COLUMNS = {
     "host_share": "host share",
 }
 _BY_MODALITY = {"acceptance_by_modality": "acceptance", "coverage_by_modality": "coverage"}
-TEMPLATE = Template(
-    Path(__file__).with_name("page.html").read_text(encoding="utf-8"), autoescape=True, keep_trailing_newline=True
-)
+TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), autoescape=True)
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
