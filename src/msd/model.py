@@ -195,8 +195,9 @@ class SpeculativeVLM:
             with prefetch.prefill():
                 kwargs = self.target.encode_images(kwargs)
             cores.check()
-            decoding_method = _as_decoding_method(partial(run, cores=cores))
-            results: list[Result] = yield from self.model.generate(**kwargs, custom_generate=decoding_method)
+            results: list[Result] = yield from self.model.generate(
+                **kwargs, custom_generate=lambda _, input_ids, **options: run(input_ids, **options, cores=cores)
+            )
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
@@ -208,7 +209,6 @@ class SpeculativeVLM:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
         *,
         seed: Seed,
         streamer: Any,
@@ -216,6 +216,7 @@ class SpeculativeVLM:
         past: Past | None,
         prefetch: Prefetch,
         cores: Cores,
+        **model_kwargs: Any,
     ) -> Steps[list[Result]]:
         """Prefills the prompt and runs the decoding loop; `generate()` calls it as its decoding method."""
         B, L = input_ids.shape
@@ -306,19 +307,3 @@ class SpeculativeVLM:
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
         return Result(text, tokens, finish or "", self.drafter.name, statistics, labels, **fields)
-
-
-def _as_decoding_method(run: Any) -> Any:
-    """Wraps `run` in the signature that `generate(custom_generate=…)` expects."""
-
-    def decoding_method(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Steps[list[Result]]:
-        return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-
-    return decoding_method

@@ -115,12 +115,10 @@ def _write(
             with named(places[prompt.key]):
                 writer.check(prompt)
         bar = progress.add_task("capturing", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
         try:
-            return write_answers(prompts, writer, out, batch, show, metadata)
+            return write_answers(
+                prompts, writer, out, batch, lambda done, n: progress.update(bar, completed=done, total=n), metadata
+            )
         except KeyboardInterrupt as stop:
             raise InterruptedRunError(
                 f"interrupted; finished answers are kept in {out}, and the same command resumes"

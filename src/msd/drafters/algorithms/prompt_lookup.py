@@ -126,9 +126,7 @@ class PromptLookup(Drafter):
         candidates = SampledCandidates(child.to(device), source.to(device), q.to(device))
         fixed = [[False] * len(d.tokens) for d in drafts]
         newest = state.layout.newest()
-        return DraftTree.from_lists(
-            newest, [d.tokens for d in drafts], [d.parents for d in drafts], None, candidates, fixed
-        )
+        return DraftTree.from_lists(newest, [d.tokens for d in drafts], [d.parents for d in drafts], candidates, fixed)
 
 
 def _most_frequent(root: _Node, budget: int, width: int | None) -> tuple[list[int], list[int]]:
