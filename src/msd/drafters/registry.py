@@ -226,15 +226,10 @@ def _place(name: str) -> Path:
 
 
 def _known() -> dict[str, Method]:
-    _discover()
-    return _BUILT_IN
-
-
-@cache
-def _discover() -> None:
-    """Imports the files of `msd.drafters.algorithms`, which register their methods."""
+    """Returns the methods of the package. Their files register them when they are imported, here at first use."""
     for module in pkgutil.iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
+    return _BUILT_IN
 
 
 def _of(folder: Path | str) -> Method:

@@ -70,8 +70,7 @@ class Eagle3(SelfFed):
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`."""
-        out: Tensor = self.lm_head(self.norm(states))
-        return out
+        return self.lm_head(self.norm(states))
 
 
 def fused_layers(layers: int) -> list[int]:

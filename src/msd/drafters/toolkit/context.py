@@ -79,32 +79,24 @@ class Selection:
     fixed: Tensor | None = None
     given: Tensor | None = None
 
-    def entries(self, x: Tensor, feature: Tensor) -> Entries:
-        """Adds the layers' inputs x [B, S, ...] and the features [B, S, H]."""
-        return Entries(x, feature, self.embedding, self.positions, self.present, self.slot, self.image, self.shift)
-
 
 @dataclass
 class Entries:
-    """Context entries of B rows. x: [B, S, ...], the layers' input. feature: [B, S, H]. Others: see `Selection`."""
+    """Context entries of B rows at selected positions. x: [B, S, ...], the layers' input. feature: [B, S, H]."""
 
+    selection: Selection
     x: Tensor
     feature: Tensor
-    embedding: Tensor
-    positions: Tensor
-    present: Tensor
-    slot: Tensor
-    image: Tensor
-    shift: Tensor
 
     def anchors(self, columns: Tensor, context: list[KeyValues]) -> Anchors:
         """Returns the anchors at text `columns` [B, A] int64; context: keys and values of these entries."""
-        at = self.slot.gather(1, columns)
+        s = self.selection
+        at = s.slot.gather(1, columns)
         entry = torch.arange(self.x.shape[1], device=at.device)
-        visible = (entry <= at[:, :, None]) & self.present[:, None]
-        image = self.image if self.image.shape[1] == 1 else pick(self.image, at)
-        x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, self.embedding))
-        return Anchors(x, feature, embedding, self.positions.gather(1, at), visible, image, context)
+        visible = (entry <= at[:, :, None]) & s.present[:, None]
+        image = s.image if s.image.shape[1] == 1 else pick(s.image, at)
+        x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, s.embedding))
+        return Anchors(x, feature, embedding, s.positions.gather(1, at), visible, image, context)
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ tokens, several of which may have the same position, use the slots behind the te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,19 +132,6 @@ class Memory:
         return self.network.states(self.network.embed(self.mapping.read(tokens)), positions, self.cache, mask)
 
 
-class LazyMemory:
-    """The memory of a prompt that `read_prompt` has read, or that the first `propose` reads."""
-
-    def __init__(self, begin: Callable[[Layout], Memory], memory: Memory | None) -> None:
-        self._begin, self._memory = begin, memory
-
-    def get(self, layout: Layout) -> Memory:
-        """Returns the memory. layout: of the prompt and perhaps some emitted tokens."""
-        if self._memory is None:
-            self._memory = self._begin(layout)
-        return self._memory
-
-
 def logits_after(network: EventGPT, mapping: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:
     """Returns the logits [B, n] of the shared pieces after the first `length[row]` of the states [B, W, H]."""
     last = torch.tensor(length, device=states.device)[:, None] - 1
@@ -179,10 +165,6 @@ class TreeLevels:
         states = m.network.states(embedded, positions, m.cache, additive(seen, m.network.dtype))
         m.cache.advance(F)
         return _distributions(m.mapping.shared(m.network.logits(states)))
-
-    def discard(self) -> None:
-        """Frees the slots of the drafted tokens."""
-        self.memory.cache.committed = self.committed
 
 
 def _distributions(logits: Tensor) -> Distributions:
@@ -258,24 +240,26 @@ class EventGPTDrafter(Drafter):
         return Memory.begin(self.network, self.mapping, layout, layout.end[0], auxiliary)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """See `Drafter`. Without `read_prompt`, the first `propose` reads the prompt."""
+        """See `Drafter`. Without `read_prompt`, the memory is a function with which the first `propose` reads it."""
         columns, auxiliary = state.layout.end[0] - 1, state.auxiliary
         begin = partial(Memory.begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
-        state.memory = LazyMemory(begin, state.memory)
+        state.memory = state.memory or begin
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts the most probable nodes of one tree, level by level."""
         newest, c = state.layout.newest(), self.network.config
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
-        memory: Memory = state.memory.get(state.layout)
+        if not isinstance(state.memory, Memory):
+            state.memory = state.memory(state.layout)
+        memory: Memory = state.memory
         memory.read(state.layout, [depth > 0 for depth in budget.depth])
         width = c.width if budget.width is None else min(budget.width, c.width)
         whole = Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
         kinds = torch.tensor([LANGUAGE.id], device=newest.device)
         levels = TreeLevels(memory)
         tree = grow(levels, self, whole, kinds, newest, budget, temperature(sampler), self.cost)
-        levels.discard()
+        memory.cache.committed = levels.committed  # frees the slots of the drafted tokens
         return tree
 
 

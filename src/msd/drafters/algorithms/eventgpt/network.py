@@ -148,8 +148,7 @@ class EventGPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeds its token ids [...] as [..., H]."""
-        out: Tensor = self.llama.get_input_embeddings()(tokens)
-        return out
+        return self.llama.get_input_embeddings()(tokens)
 
     def states(
         self, inputs: Tensor, positions: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
@@ -167,5 +166,4 @@ class EventGPT(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """Computes the logits [..., N] of states [..., H]."""
-        out: Tensor = self.llama.lm_head(states)
-        return out
+        return self.llama.lm_head(states)
