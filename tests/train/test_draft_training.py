@@ -147,7 +147,7 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
         text = batch.layout.tokens[:, :-1].shape[1] - torch.tensor(batch.layout.start)
         images = torch.tensor([s % 3 for s in range(4)])
         runs = images.clamp_max(1) if vision else images  # two images side by side are one run of image columns
-        assert found.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
+        assert found.selection.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
 
 
 def test_endings_are_learnt_and_save_drafts(monkeypatch: pytest.MonkeyPatch) -> None:

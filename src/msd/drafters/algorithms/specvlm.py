@@ -89,7 +89,7 @@ class SpecVLM(EagleNetwork):
     def select_columns(self, c: Columns) -> Selection:
         """Selects the text columns and the compressed tokens of every image."""
         images = Images.of(c.visual, c.embedding)
-        if not images.spans:
+        if images is None:
             return select_columns(c, c.real)[0]
         text = c.real & ~c.visual
         prompt = (text & (torch.arange(text.shape[1], device=text.device) < c.prompt - 1))[..., None]

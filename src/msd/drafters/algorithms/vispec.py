@@ -39,7 +39,7 @@ class ViSpec(EagleNetwork):
     def select_columns(self, c: Columns) -> Selection:
         """Selects the text columns and the last column of every image."""
         images = Images.of(c.visual, c.embedding)
-        if not images.spans:
+        if images is None:
             return select_columns(c, c.real)[0]
         adapted = self.adaptor(images.states, images.mask)
         selection, order = images.replaced(c, adapted[:, :1], [1] * len(images.spans))

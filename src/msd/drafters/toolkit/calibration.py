@@ -51,10 +51,5 @@ def calibration_error(probability: Tensor, correct: Tensor) -> float:
     probability: [n], the predicted probability of being correct. correct: [n] bool.
     """
     bins = (probability * BINS).long().clamp_max(BINS - 1)
-    error = 0.0
-    for b in range(BINS):
-        inside = bins == b
-        if inside.any():
-            gap = (probability[inside].mean() - correct[inside].float().mean()).abs()
-            error += float(gap * inside.float().mean())
-    return error
+    gaps = probability.new_zeros(BINS).index_add(0, bins, probability - correct.to(probability.dtype))
+    return float(gaps.abs().sum()) / max(1, len(correct))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
@@ -150,17 +151,16 @@ class Images:
     mask: Tensor
 
     @classmethod
-    def of(cls, visual: Tensor, states: Tensor) -> Images:
-        """Finds the runs of `visual` [B, L] bool in states [B, L, W]; without any run the tensors are empty."""
+    def of(cls, visual: Tensor, states: Tensor) -> Images | None:
+        """Finds the runs of `visual` [B, L] bool in states [B, L, W]; None without any."""
         edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff(dim=1)
         firsts, ends = ((edges == sign).nonzero().tolist() for sign in (1, -1))
         spans = [(row, first, end) for (row, first), (_, end) in zip(firsts, ends, strict=True)]
-        longest = max((end - first for _, first, end in spans), default=1)
-        padded = states.new_zeros(len(spans), longest, states.shape[-1])
-        mask = torch.zeros(len(spans), longest, dtype=torch.bool, device=states.device)
-        for i, (row, first, end) in enumerate(spans):
-            padded[i, : end - first] = states[row, first:end]
-            mask[i, : end - first] = True
+        if not spans:
+            return None
+        padded, mask = (
+            pad_sequence([x[row, first:end] for row, first, end in spans], batch_first=True) for x in (states, visual)
+        )
         return cls(spans, padded, mask)
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from msd.backends.packed import faster_in_bf16
@@ -140,13 +141,9 @@ class DecodedStates:
         if self._memory is None:
             self._memory = Memory.begin(network, layout, self._part(self._prompt), self._auxiliary)
         added = [len(tokens) for tokens in self._tokens]
-        if widest := max(added):
-            taps = self._prompt.new_zeros(len(added), widest, self._prompt.shape[-1])
-            token = torch.zeros(len(added), widest, dtype=torch.long)
-            for row, n in enumerate(added):
-                if n:
-                    taps[row, :n] = torch.cat(self._taps[row])
-                    token[row, :n] = torch.tensor(self._tokens[row])
+        if any(added):
+            taps = pad_sequence([torch.cat([self._prompt[0, :0], *new]) for new in self._taps], batch_first=True)
+            token = pad_sequence([torch.tensor(new, dtype=torch.long) for new in self._tokens], batch_first=True)
             self._memory.append(network, layout, self._part(taps), token.to(taps.device), added)
             self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
         return self._memory

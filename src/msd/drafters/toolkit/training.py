@@ -73,14 +73,6 @@ def parents(batch: TeacherBatch, index: Tensor) -> Tensor:
     return read(batch.answers, index - 1)
 
 
-def frequent(counts: Tensor, size: int) -> Tensor:
-    """Chooses a draft vocabulary: the `size` most frequent token ids by `counts` [V], ascending.
-
-    Ties go to the lower id: byte-pair vocabularies are sorted by frequency in general text.
-    """
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
-
-
 def count_chain(batch: TeacherBatch, labels: Tensor, guess: Tensor, names: Sequence[str]) -> dict[str, list[int]]:
     """Counts [accepted, drafted] tokens per modality name in chains of guesses [B, A, D] below answer tokens 0 to A-1.
 

@@ -28,7 +28,7 @@ from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, E
 from msd.drafters.algorithms.eventgpt.vocabulary import FILE, Pieces, VocabularyMap
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
-from msd.drafters.toolkit.context import pick
+from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
 from msd.errors import UserError
 from msd.planning.plan import Budget
@@ -52,8 +52,7 @@ def inputs(
     """
     E, H = network.config.tokens, network.config.hidden
     column = torch.arange(columns, device=layout.tokens.device)
-    start = torch.tensor(layout.start, device=column.device)
-    real = column >= start[:, None]
+    real = real_columns(layout, columns)
     shown = real & (layout.modality[:, :columns] != LANGUAGE.id)
     kept, place = real & ~shown, (2 * column).expand_as(real)
     entries = network.embed(mapping.read(layout.tokens[:, :columns]))
@@ -63,7 +62,7 @@ def inputs(
                 f"the drafter reads {E} event tokens of {H} numbers per recording, not {list(auxiliary.shape[1:])}; "
                 "compute them with its `encode`"
             )
-        first = torch.where(shown.any(1), shown.long().argmax(1), start + 1)[:, None]
+        first = torch.where(shown.any(1), shown.long().argmax(1), real.long().argmax(1) + 1)[:, None]
         given = auxiliary.flatten(1).any(1, keepdim=True)
         kept = torch.cat([given.expand(-1, E), kept], 1)
         place = torch.cat([(2 * first - 1).expand(-1, E), place], 1)  # between two columns

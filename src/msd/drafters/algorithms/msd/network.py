@@ -14,6 +14,7 @@ of the other modalities correct the language expert's output instead of the bare
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, Self
 
@@ -66,17 +67,11 @@ class Probe(nn.Module):
         return self.out(F.silu(self.hidden(self.norm(torch.cat([feature, embedding], -1)))))
 
 
-class Expert(nn.Module):
-    """A low-rank correction [..., in] -> [..., H], initially zero."""
-
-    def __init__(self, wide: int, hidden: int, rank: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(wide, rank, bias=False), nn.Linear(rank, hidden, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> correction [..., H]."""
-        return self.up(self.down(x))
+def _expert(wide: int, hidden: int, rank: int) -> nn.Sequential:
+    """Creates a low-rank correction [..., wide] -> [..., hidden], initially zero."""
+    down, up = nn.Linear(wide, rank, bias=False), nn.Linear(rank, hidden, bias=False)
+    nn.init.zeros_(up.weight)
+    return nn.Sequential(OrderedDict(down=down, up=up))
 
 
 class Experts(nn.Module):
@@ -86,8 +81,8 @@ class Experts(nn.Module):
         super().__init__()
         H = config.hidden
         self.transfer = config.transfer
-        self.language = Expert(H, H, config.rank)
-        self.others = nn.ModuleList(Expert(2 * H, H, config.rank) for _ in config.modalities[1:])
+        self.language = _expert(H, H, config.rank)
+        self.others = nn.ModuleList(_expert(2 * H, H, config.rank) for _ in config.modalities[1:])
 
     def parts(self, z: Tensor, image: Tensor) -> Tensor:
         """Computes the state and each expert's correction [..., 1+M, H] from states z and image vectors [..., H].
@@ -314,7 +309,7 @@ class MSDNetwork(SelfFed):
         columns = Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
         vector = taps.new_zeros(len(taps), 1, c.hidden, dtype=dtype)
         images = Images.of(visual, taps) if c.vision else None
-        if images is None or not images.spans:
+        if images is None:
             selection, _ = select_columns(columns, real)
             selection.image = vector
             return selection
