@@ -215,7 +215,7 @@ def test_every_part_gets_a_gradient() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    from msd.drafters.toolkit.calibration import calibration_error
+    from msd.drafters.algorithms.msd.objective import calibration_error
 
     sure = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([True, True, True, False, False, True])

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from msd.bench.data import data_lines, image_folder
+from msd.bench.data import Sample, data_lines, image_folder
 from msd.errors import UserError
 from msd.labels.label_thresholds import EventThresholds, ModalityThresholds
 from msd.system.files import append, exclusive, make_folder, named_in, write_whole
@@ -183,14 +183,6 @@ def _parse_record(line: bytes, where: str, metadata: Mapping[str, str]) -> dict[
     return record
 
 
-class _HasTask(Protocol):
-    @property
-    def task(self) -> str: ...
-
-
-T = TypeVar("T", bound=_HasTask)
-
-
 @dataclass(frozen=True)
 class Captured:
     """A captured answer, to train on. ids: its tokens, the end token included. gain: the image gain of each, in nats.
@@ -210,6 +202,9 @@ class Captured:
     def labels(self, thresholds: ModalityThresholds) -> Tensor:
         """Returns the modality id of each token, [T] int64."""
         return thresholds.labels(self.gain, self.costs)
+
+
+T = TypeVar("T", Captured, Sample)
 
 
 def read_captured(path: Path, images: Path | None = None) -> list[Captured]:

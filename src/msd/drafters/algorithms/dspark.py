@@ -17,7 +17,7 @@ from msd.backends.packed import Linear
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.levels import Block
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.train.losses.block import dspark_loss
+from msd.train.losses.published import dspark_loss
 
 
 @learned("dspark", loss=dspark_loss)

@@ -32,6 +32,7 @@ from msd.drafters.toolkit.network import DraftNetwork
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
+BRANCHES = 2  # sampled candidates at the root
 LEAST = 10  # tokens that must match for a lookup to replace the trained drafter
 
 
@@ -54,13 +55,13 @@ class _Node:
 class PromptLookup(Drafter):
     """Looks up the last `max_ngram` to `min_ngram` tokens; a longer match has more weight."""
 
-    def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False, branches: int = 2) -> None:
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False) -> None:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
-        self.max_ngram, self.min_ngram, self.sampled, self.branches = max_ngram, min_ngram, sampled, branches
+        self.max_ngram, self.min_ngram, self.sampled = max_ngram, min_ngram, sampled
 
     def twin(self, model: PreTrainedModel) -> PromptLookup:
         """Returns another one with the same settings."""
-        return PromptLookup(self.max_ngram, self.min_ngram, self.sampled, self.branches)
+        return PromptLookup(self.max_ngram, self.min_ngram, self.sampled)
 
     def begin(self, state: State, scores: Scores) -> None:
         """Creates an empty index for each row; `propose` fills it."""
@@ -107,15 +108,15 @@ class PromptLookup(Drafter):
         return root
 
     def _draw(self, state: State, roots: list[_Node], budget: Budget, sampler: Sampler) -> DraftTree:
-        """Samples trees breadth first: `branches` candidates at the root, one at each deeper node."""
-        branches = min(self.branches, budget.width or self.branches)
+        """Samples trees breadth first: `BRANCHES` candidates at the root, one at each deeper node."""
+        branches = min(BRANCHES, budget.width or BRANCHES)
         drafts = [
             _sample_tree(root, budget.nodes, branches, partial(sampler.multinomial, rows=[row]))
             for row, root in enumerate(roots)
         ]
         size = 1 + max(len(d.tokens) for d in drafts)
         count = max(1, max(len(d.distributions) for d in drafts))
-        child = torch.full((len(drafts), size, self.branches), -1)
+        child = torch.full((len(drafts), size, BRANCHES), -1)
         source, q = torch.zeros_like(child), torch.zeros(len(drafts), count, sampler.vocabulary)
         for row, draft in enumerate(drafts):
             for parent, k, node, drawn_from in draft.candidates:

@@ -20,7 +20,7 @@ from msd.drafters.toolkit.context import Columns, Images, Selection, pick, selec
 from msd.drafters.toolkit.layers import Adaptor, Layer
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.train.losses.eagle import eagle_loss
+from msd.train.losses.published import eagle_loss
 
 BRANCHES = ("prune", "pool", "conv", "resample", "text")
 

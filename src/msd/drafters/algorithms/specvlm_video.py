@@ -19,7 +19,7 @@ from msd.drafters.toolkit.context import Columns, Selection, select_columns
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
-from msd.train.losses.eagle import eagle_loss
+from msd.train.losses.published import eagle_loss
 
 ATTENTION_SHARE, KEPT_SHARE = 0.4, 0.1  # of the attention to visual tokens; of these tokens
 

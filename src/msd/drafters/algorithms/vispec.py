@@ -17,7 +17,7 @@ from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Images, Selection, select_columns
 from msd.drafters.toolkit.layers import Adaptor
 from msd.drafters.toolkit.levels import EagleNetwork
-from msd.train.losses.eagle import vispec_loss
+from msd.train.losses.published import vispec_loss
 
 
 @learned("vispec", loss=vispec_loss)

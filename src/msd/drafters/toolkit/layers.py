@@ -41,10 +41,6 @@ class KeyValues:
     keys: Tensor
     values: Tensor
 
-    def extended(self, new: KeyValues) -> KeyValues:
-        """Concatenates those of new draft tokens of the same anchors."""
-        return KeyValues(torch.cat([self.keys, new.keys], 2), torch.cat([self.values, new.values], 2))
-
     def write(self, new: KeyValues, start: Sequence[int], count: Sequence[int]) -> None:
         """Copies the first `count[row]` new context entries to `start[row]` of this buffer, in place."""
         for row, (first, n) in enumerate(zip(start, count, strict=True)):
@@ -132,7 +128,7 @@ class Layer(nn.Module):
         """
         q, new = self._project(self.input_norm(x), rotary, mask is not None)
         if new is not None and draft is not None:
-            new = draft.extended(new)
+            new = KeyValues(torch.cat([draft.keys, new.keys], 2), torch.cat([draft.values, new.values], 2))
         attend = self._attend_one if x.shape[1] == 1 and not torch.is_grad_enabled() else self._attend
         x = self._residual(x) + self.o_proj(attend(q, context, visible, new, mask))
         m = self.mlp_norm(x)
@@ -252,8 +248,7 @@ class Adaptor(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """states [I, n, H], mask [I, n] bool (False at padding) -> [I, queries, H]."""
         k, v = self.k_proj(states), self.v_proj(states)
-        out: Tensor = self.o_proj(cross_attention(self.q.flatten(1), k, v, self.heads, mask[:, None, None]))
-        return out.to(states.dtype)
+        return self.o_proj(cross_attention(self.q.flatten(1), k, v, self.heads, mask[:, None, None])).to(states.dtype)
 
 
 class VisionAdaptor(nn.Module):

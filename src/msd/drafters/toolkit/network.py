@@ -175,8 +175,7 @@ class DraftNetwork(nn.Module, ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the target's embeddings [..., H] of token ids [...]."""
-        out: Tensor = self._target[0](tokens)
-        return out.to(self.dtype)
+        return self._target[0](tokens).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

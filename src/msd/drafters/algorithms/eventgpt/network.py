@@ -158,11 +158,10 @@ class EventGPT(nn.Module):
         Keys and values are written behind the committed slots of the cache. mask: [B, 1, W, S], additive; causal by
         default.
         """
-        out: Tensor = self.llama.model(
+        return self.llama.model(
             inputs_embeds=inputs, position_ids=positions, past_key_values=cache, attention_mask=mask,
             use_cache=cache is not None,
         ).last_hidden_state  # fmt: skip
-        return out
 
     def logits(self, states: Tensor) -> Tensor:
         """Computes the logits [..., N] of states [..., H]."""

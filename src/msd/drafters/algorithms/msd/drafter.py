@@ -23,31 +23,21 @@ from msd.targets.state import State
 
 
 class MSD(TrainedDrafter):
-    """Drafts with an MSD network.
+    """Drafts with an MSD network, and has the thresholds that were calibrated for it.
 
-    sampled: whether it draws candidates from the draft distributions instead of ranking them. calibrated: str(ε) ->
-    modality name -> θ, initial thresholds of the `budget` policy.
+    sampled: whether it draws candidates from the draft distributions instead of ranking them.
     """
 
     network: MSDNetwork
     source: ClassVar[str] = "events"  # of the auxiliary tokens that networks are trained with
 
-    def __init__(
-        self,
-        network: MSDNetwork,
-        name: str = "msd",
-        sampled: bool = False,
-        calibrated: dict[str, dict[str, float]] | None = None,
-    ) -> None:
+    def __init__(self, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> None:
         super().__init__(network, name)
-        self.sampled, self.calibrated = sampled, calibrated or {}
+        self.sampled = sampled
+        # str(ε) -> modality name -> θ, initial thresholds of the `budget` policy
+        self.calibrated: dict[str, dict[str, float]] = network.provenance.get("thresholds") or {}
         self.modality_ids = torch.tensor(network.config.modality_ids)
         self.auxiliary_source: str | None = None
-
-    @classmethod
-    def trained(cls, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> MSD:
-        """Creates a drafter with the thresholds that were calibrated for the network."""
-        return cls(network, name or network.method, sampled, network.provenance.get("thresholds"))
 
     def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
         """See `SharesVisionTower`; ignored by a network that was trained without auxiliary tokens."""
@@ -99,8 +89,7 @@ class MSD(TrainedDrafter):
         """See `Drafter`; it does not read the prompt, so an answer that ends before any draft costs nothing."""
         if self.network.router is None or scores.taps is None:
             return None
-        decoded: DecodedStates = state.memory
-        return self.network.classes(tree, scores.taps, self.network.feature(decoded.newest()[:, None]))
+        return self.network.classes(tree, scores.taps, self.network.feature(state.memory.newest()[:, None]))
 
 
 def choose_subtrees(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:

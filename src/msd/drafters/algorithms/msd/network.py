@@ -28,7 +28,6 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
-from msd.drafters.toolkit.calibration import calibrated
 from msd.drafters.toolkit.context import (
     Anchors,
     Columns,
@@ -96,6 +95,20 @@ class Experts(nn.Module):
         """Modality weights [..., M] (sum 1) -> coefficients of the parts [..., 1+M]."""
         one = torch.ones_like(weights[..., :1])
         return torch.cat([one, one if self.transfer else weights[..., :1], weights[..., 1:]], -1)
+
+
+def log_odds(log_q: Tensor) -> Tensor:
+    """Computes logit(q) from log q; finite at q = 1."""
+    return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
+
+
+def calibrated(fit: Tensor, log_q: Tensor, confidence: Tensor) -> Tensor:
+    """Computes the log-probability that a token is the target's choice: log σ(a·logit(q) + b·confidence + c).
+
+    fit: [3], (a, b, c); with (1, 0, 0) the result is log q. confidence: the parent's confidence logit.
+    """
+    slope, weight, bias = fit.unbind()
+    return F.logsigmoid(slope * log_odds(log_q) + weight * confidence + bias)
 
 
 class Heads(nn.Module):
