@@ -11,8 +11,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from msd.bench.data import Sample, data_lines, image_folder
 from msd.errors import UserError
 from msd.labels.label_thresholds import EventThresholds, ModalityThresholds
@@ -198,10 +196,6 @@ class Captured:
     split: str
     events: Path | None = None
     costs: tuple[tuple[float, ...], ...] | None = None
-
-    def labels(self, thresholds: ModalityThresholds) -> Tensor:
-        """Returns the modality id of each token, [T] int64."""
-        return thresholds.labels(self.gain, self.costs)
 
 
 T = TypeVar("T", Captured, Sample)

@@ -186,9 +186,11 @@ def initial_network(
         if not isinstance(network, kind):
             raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to start from")
         return network.attach(target.model).to(target.model.device).train()
-    recording, groups = next((c.events for c in captured if c.events), None), None
-    if recording is not None:
-        groups = _event_groups(target, processor, recording) if processor and settings.events else ()
+    recording = next((c.events for c in captured if c.events), None)
+    groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()
+    if recording is not None and processor and settings.events:
+        spatial = len(event_tokens(target, processor, recording)) - FRAMES
+        groups = (FRAMES, EVENT_ENTRIES), (spatial, EVENT_ENTRIES)
     changes = kind.trained_as(settings, groups)
     if settings.layers is not None:
         changes["layers"] = settings.layers
@@ -210,12 +212,6 @@ def _frequent(captured: Sequence[Captured], vocabulary: int, size: int) -> Tenso
     tokens = torch.tensor([token for answer in captured for token in answer.ids], dtype=torch.long)
     counts = torch.bincount(tokens, minlength=vocabulary)
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
-
-
-def _event_groups(target: Target, processor: Any, recording: Path) -> tuple[tuple[int, int], ...]:
-    """Returns (tokens of a recording, context entries kept of them) of the temporal and of the spatial tokens."""
-    count = len(event_tokens(target, processor, recording))
-    return (FRAMES, EVENT_ENTRIES), (count - FRAMES, EVENT_ENTRIES)
 
 
 def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, thresholds: ModalityThresholds) -> None:

@@ -290,10 +290,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def read_log(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Reads a `log.jsonl`, without damaged lines: (training rows, held-out rows without their `val_` prefix).
 
-    Raises UserError if the file does not exist.
+    Raises UserError if the file cannot be read.
     """
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist; it is written by the first steps of a run")
     found, _ = read_rows(path, "give the log that a run wrote")
     rows = [row for row in found if all(isinstance(value, int | float) for value in row.values()) and "step" in row]
     training = [r for r in rows if "lr" in r]

@@ -247,7 +247,7 @@ class TeacherBatches:
         batch = run_teacher(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
         labels = torch.zeros_like(batch.answers)
         for row, answer in enumerate(answers):
-            labels[row, : len(answer.ids)] = answer.labels(self.thresholds).to(labels.device)
+            labels[row, : len(answer.ids)] = self.thresholds.labels(answer.gain, answer.costs)
         return replace(batch, auxiliary=auxiliary), labels
 
     def _auxiliary(self, answers: Sequence[Captured]) -> Tensor | None:

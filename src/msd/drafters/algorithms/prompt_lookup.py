@@ -28,7 +28,6 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.drafters import registry
 from msd.drafters.base import Calibrated, Drafter, ReadsAuxiliary, SharesVisionTower
-from msd.drafters.toolkit.network import DraftNetwork
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -265,13 +264,8 @@ class Repeats(Drafter):
         self.drafter.observe(state.memory[0], tree, scores, accepted)
 
 
-def _with_lookup(name: str, network: DraftNetwork) -> Repeats:
-    return Repeats(type(network).drafter(network, name))
-
-
 registry.add(registry.Method("prompt-lookup", PromptLookup))
 registry.add(registry.Method("prompt-lookup:sampled", partial(PromptLookup, sampled=True)))
 for _name, _target in ((registry.DEFAULT, registry.REFERENCE), (registry.DEFAULT + registry.FOR_VIDEO, registry.VIDEO)):
-    registry.add(
-        registry.Method(f"{_name}+prompt-lookup", partial(_with_lookup, _name), (_name,), form_of=_name, target=_target)
-    )
+    _make = lambda network, name=_name: Repeats(type(network).drafter(network, name))  # noqa: E731
+    registry.add(registry.Method(f"{_name}+prompt-lookup", _make, (_name,), form_of=_name, target=_target))

@@ -8,7 +8,7 @@ patch position (P spatial tokens).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -59,11 +59,9 @@ class EventGPTConfig(checkpoint.Configuration):
     positions: int = 2048
     width: int = 4
     depth: int = 6
-    method: str = METHOD
+    method: Literal["eventgpt"] = "eventgpt"
 
     def __post_init__(self) -> None:
-        if self.method != METHOD:
-            raise UserError(f"its config.json belongs to method '{self.method}', not '{METHOD}'")
         if self.image_size % self.patch_size or min(self.frames, self.width, self.depth) < 1:
             raise UserError(
                 f"frames of {self.image_size} pixels in patches of {self.patch_size}, {self.frames} frames, trees "
