@@ -1,9 +1,8 @@
 """Training batches for a drafter: selects the captured answers of each step and computes the target's predictions.
 
 Training has two stages (MSD, arXiv 2505.14260, section 3.3): text-only answers first, then a growing share of answers
-about images. The batches are a function of (seed, step). The target runs online; only answers are stored on disk. Its
-outputs are cached in memory (`TeacherCache`). A cached batch is bit-identical to a recomputed one, so a resumed run
-gives the same result.
+about images. The batches are a function of (seed, step). The target runs online; its outputs are cached in memory
+(`TeacherCache`). A cached batch is bit-identical to a recomputed one, so a resumed run gives the same result.
 """
 
 from __future__ import annotations

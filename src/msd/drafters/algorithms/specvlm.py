@@ -1,9 +1,8 @@
 """`specvlm`: an elastic visual compressor in front of EAGLE-2's layer (SpecVLM, arXiv 2509.11815, section 3).
 
 A gate reads the question and the image and chooses the compression: pruning, pooling, convolution, resampling, or
-removal of the image (the text-only branch); by Gumbel-softmax in training, by argmax at inference. The remaining tokens
-are the layer's inputs at the image's last positions, bypassing `fc`. The layer has an input norm, as the paper's
-EagleVLM.
+removal of the image; by Gumbel-softmax in training, by argmax at inference. The remaining tokens are the layer's inputs
+at the image's last positions, bypassing `fc`. The layer has an input norm, as the paper's EagleVLM.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Reads and writes a drafter's folder: `config.json`, `model.safetensors` (fp16) and `training.json`.
 
-A configuration is a dataclass with a strict JSON form. Files are validated when read (`msd.system.files`) and written
-atomically. A missing, unknown or misshapen tensor is a UserError that names it.
-
-Where space is scarce, matrices can be stored as int8 with one scale per row. Drafts need not be exact: the output does
-not depend on them.
+Files are validated when read (`msd.system.files`) and written atomically. Where space is scarce, matrices can be stored
+as int8 with one scale per row: the output does not depend on the drafts.
 """
 
 from __future__ import annotations

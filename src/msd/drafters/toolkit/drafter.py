@@ -177,7 +177,7 @@ class TrainedDrafter(Drafter):
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
         """Creates the store of the target's states; taps: [B, L, T*H] of the prompt."""
-        return DecodedStates(taps)
+        return DecodedStates(taps, state.auxiliary)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """See `Drafter`; drafts nothing where time counts and all answers most likely end with the next token."""

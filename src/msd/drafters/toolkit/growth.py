@@ -1,13 +1,12 @@
 """Grows the subtrees of a draft and merges them under one root.
 
-A drafter computes its distributions level by level (`Levels`). Each subtree has a shape and a share of the node budget,
-and keeps its nodes of highest score. The score of a node is the log-probability that the whole path to it is the
-target's choice (`DraftVocabulary.log_acceptance`). Equal paths of several subtrees become one node. Everything runs as
-tensor operations on whole batches, with two host synchronisations: which subtrees exist, and the size of the tree.
+A drafter computes its distributions level by level (`Levels`). Each subtree keeps its nodes of highest score: the
+log-probability that the whole path to a node is the target's choice. Equal paths of several subtrees become one node.
+Everything runs on whole batches, with two host synchronisations: which subtrees exist, and the size of the tree.
 
-A drafter that samples (`draw`) draws its candidates instead of ranking them. The root's draws are dealt to the
-subtrees by their share of the budget; every other node has one draw. Their number depends on the router and the budget
-alone, never on what was drawn, as exact verification requires (docs/verification.md).
+A drafter that samples (`draw`) draws its candidates instead of ranking them: one below each node, and at the root one
+for each chain. The number of draws depends on the router and the budget alone, never on what was drawn, as exact
+verification requires (docs/verification.md).
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ BRANCHES = 3  # sampled chains at the root
 
 @dataclass
 class Distributions:
-    """Draft distributions below the F nodes of a frontier.
-
-    logits: [B, F, Vd] over the draft vocabulary. confidence: [B, F] logits. weights: [B, F, M], of the modalities.
-    """
+    """Draft logits [B, F, Vd] below F frontier nodes, confidence logits [B, F], and modality weights [B, F, M]."""
 
     logits: Tensor
     confidence: Tensor

@@ -20,10 +20,10 @@ LabelledBatches = Callable[[], Iterable[tuple[TeacherBatch, Tensor]]]  # batches
 
 @dataclass
 class TargetOutputs:
-    """The target at the D positions drafted below each of A roots per row.
+    """The target at the D positions drafted below each of A roots per row: tensors [B, A, D, ...].
 
-    p: [B, A, D, Vd], its distribution over the draft vocabulary (sums to at most 1). state: [B, A, D, H], its final
-    hidden state. token: [B, A, D], the answer's token. valid: [B, A, D] bool, False beyond the answer's end.
+    p: its distribution over the draft vocabulary (sums to at most 1). state: its final hidden state. token: the
+    answer's token. valid: bool, False beyond the answer's end.
     """
 
     p: Tensor

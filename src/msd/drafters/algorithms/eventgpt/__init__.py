@@ -1,10 +1,8 @@
 """`eventgpt`: an independent model drafts; it sees a recording of an event camera, not the target's images.
 
 A map between the two vocabularies translates the text. The drafter does not use the target's hidden states, so it
-reads the prompt, and predicts the answer's first token, while the target prefills.
-
-The text of a row fills the drafter's cache slots from 0 on, so the slot of a token is also its position. Drafted
-tokens, several of which may have the same position, use the slots behind the text.
+reads the prompt, and predicts the answer's first token, while the target prefills. The slot of a text token in the
+drafter's cache is its position. Drafted tokens, which may share positions, use the slots behind the text.
 """
 
 from __future__ import annotations

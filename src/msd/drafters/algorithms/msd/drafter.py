@@ -16,7 +16,7 @@ from msd.core.tree import DraftTree, Scores
 from msd.drafters import auxiliary
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
-from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
+from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.growth import Subtrees, draw
 from msd.planning.plan import Budget
 from msd.targets.state import State
@@ -56,10 +56,6 @@ class MSD(TrainedDrafter):
         """Returns the θ calibrated for the largest known budget within ε; empty if there is none."""
         within = [known for known in self.calibrated if float(known) <= epsilon]
         return self.calibrated[max(within, key=float)] if within else {}
-
-    def decoded(self, state: State, taps: Tensor) -> DecodedStates:
-        """See `TrainedDrafter`; adds the request's auxiliary tokens."""
-        return DecodedStates(taps, state.auxiliary)
 
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
         """Grows the subtrees of the active modalities and merges them, or draws chains from their distributions."""
