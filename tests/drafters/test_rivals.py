@@ -219,7 +219,7 @@ def test_a_parent_wins_a_tie() -> None:
     assert batch.taps is not None
     whole = batch.layout
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1] * 4)
-    state: Any = SimpleNamespace(layout=layout, memory=None)
+    state: Any = SimpleNamespace(layout=layout, memory=None, auxiliary=None)
     drafter = TrainedDrafter(net)
     drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
     for nodes in (1, 2, 4):
@@ -244,7 +244,7 @@ def test_trees_grow_as_in_eagle_2() -> None:
 
     whole, end = batch.layout, [batch.prompt + 1] * 4
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)
-    state: Any = SimpleNamespace(layout=layout, memory=None)
+    state: Any = SimpleNamespace(layout=layout, memory=None, auxiliary=None)
     drafter = TrainedDrafter(net)
     assert batch.taps is not None
     drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]

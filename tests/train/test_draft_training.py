@@ -147,7 +147,7 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
         text = batch.layout.tokens[:, :-1].shape[1] - torch.tensor(batch.layout.start)
         images = torch.tensor([s % 3 for s in range(4)])
         runs = images.clamp_max(1) if vision else images  # two images side by side are one run of image columns
-        assert found.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
+        assert found.selection.present.sum(1).tolist() == (text - 4 * images + kept * runs).tolist()
 
 
 def test_endings_are_learnt_and_save_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_every_part_gets_a_gradient() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    from msd.drafters.toolkit.calibration import calibration_error
+    from msd.drafters.algorithms.msd.objective import calibration_error
 
     sure = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([True, True, True, False, False, True])

@@ -12,7 +12,7 @@ import tiny
 from msd.drafters.algorithms.vispec import ViSpec
 from msd.drafters.toolkit.training import Objective, TargetOutputs
 from msd.train.losses import terms
-from msd.train.losses.eagle import states_everywhere
+from msd.train.losses.published import states_everywhere
 from msd.train.teacher_batches import PublishedStages
 
 MODEL = tiny.llava()

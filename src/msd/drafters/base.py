@@ -39,7 +39,6 @@ class Drafter(Protocol):
 
     def twin(self, model: PreTrainedModel) -> Drafter:
         """Returns a drafter of the same kind with any weights for a tiny model, on which its sampling is tested."""
-        ...
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the `scores` of the prompt. Called once, after prefill and the first emitted token.
@@ -54,7 +53,6 @@ class Drafter(Protocol):
 
         A drafter that samples its candidates draws them with `sampler.multinomial`, which uses the request's seed.
         """
-        ...
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """Predicts the class [B, N] of the token below each scored node from the target's states; None: no router.
@@ -74,7 +72,6 @@ class Translates(Protocol):
 
     def translate(self, tokenizer: Any) -> None:
         """Maps the vocabularies. Called before `attach` if the target has a tokenizer; UserError if they do not fit."""
-        ...
 
 
 @runtime_checkable
@@ -83,7 +80,6 @@ class Calibrated(Protocol):
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
         """Maps modality names to θ for a budget of ε; empty when none is calibrated."""
-        ...
 
 
 @runtime_checkable
@@ -97,7 +93,6 @@ class ReadsAuxiliary(Protocol):
 
     def encode(self, item: Any) -> Tensor:
         """Encodes one opened input of the source as tokens [E, H]. E is fixed; the tokens are never all zero."""
-        ...
 
 
 @runtime_checkable
@@ -109,7 +104,6 @@ class SharesVisionTower(Protocol):
 
         Called before `attach` if the target has a processor.
         """
-        ...
 
 
 @runtime_checkable
@@ -121,4 +115,3 @@ class ReadsPrompt(Protocol):
 
         Runs in its own thread. No other code uses this layout. auxiliary: [B, E, H], see `State`.
         """
-        ...

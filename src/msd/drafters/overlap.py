@@ -34,9 +34,7 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(1)
         self._busy: list[tuple[float, float]] = []  # begin and end of each piece of work, `time.perf_counter`
         self._prefills: list[tuple[float, float]] = []  # likewise, of the target's encoding and prefill
-        self._auxiliary: Tensor | Future[Tensor] | None = (
-            self._submit(auxiliary) if callable(auxiliary) else auxiliary
-        )  # fmt: skip
+        self._auxiliary = self._submit(auxiliary) if callable(auxiliary) else auxiliary
         self._memory: Future[Any] | None = None
 
     @contextmanager

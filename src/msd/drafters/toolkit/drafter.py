@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from msd.backends.packed import faster_in_bf16
@@ -46,10 +47,11 @@ class Memory:
         """
         L = taps.shape[1]
         entries = network.read(layout, taps, L, auxiliary)
+        s = entries.selection
         last = torch.full((len(taps), 1), L - 1, device=taps.device)
         room = entries.x.shape[1] + layout.capacity - L
-        memory = cls([0] * len(taps), entries.shift, entries.anchors(last, []))
-        memory._append(network, entries.x, entries.positions, entries.present.sum(1).tolist(), room)
+        memory = cls([0] * len(taps), s.shift, entries.anchors(last, []))
+        memory._append(network, entries.x, s.positions, s.present.sum(1).tolist(), room)
         return memory
 
     def append(self, network: DraftNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
@@ -138,13 +140,9 @@ class DecodedStates:
         if self._memory is None:
             self._memory = Memory.begin(network, layout, self._part(self._prompt), self._auxiliary)
         added = [len(tokens) for tokens in self._tokens]
-        if widest := max(added):
-            taps = self._prompt.new_zeros(len(added), widest, self._prompt.shape[-1])
-            token = torch.zeros(len(added), widest, dtype=torch.long)
-            for row, n in enumerate(added):
-                if n:
-                    taps[row, :n] = torch.cat(self._taps[row])
-                    token[row, :n] = torch.tensor(self._tokens[row])
+        if any(added):
+            taps = pad_sequence([torch.cat([self._prompt[0, :0], *new]) for new in self._taps], batch_first=True)
+            token = pad_sequence([torch.tensor(new, dtype=torch.long) for new in self._tokens], batch_first=True)
             self._memory.append(network, layout, self._part(taps), token.to(taps.device), added)
             self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
         return self._memory
@@ -180,7 +178,7 @@ class TrainedDrafter:
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
         """Creates the store of the target's states; taps: [B, L, T*H] of the prompt."""
-        return DecodedStates(taps)
+        return DecodedStates(taps, state.auxiliary)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """See `Drafter`; drafts nothing where time counts and all answers most likely end with the next token."""
