@@ -24,7 +24,7 @@ from msd.core.sampling import Sampler, Seed, generators
 from msd.core.statistics import Statistics
 from msd.core.tree import Step
 from msd.decode import decode
-from msd.drafters import Calibrated, Drafter, SharesVisionTower, Translates, auxiliary
+from msd.drafters import Drafter, auxiliary
 from msd.drafters.overlap import Prefetch
 from msd.errors import UserError
 from msd.inputs import prompts
@@ -56,14 +56,13 @@ class SpeculativeVLM:
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
-        if processor is not None and isinstance(self.drafter, Translates):
+        if processor is not None:
             self.drafter.translate(processor.tokenizer)
-        if processor is not None and isinstance(self.drafter, SharesVisionTower):
             self.drafter.share_vision_tower(partial(auxiliary.picture_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
         policy = verify.policy(self.config.verifier)
-        if policy.calibrated and not thresholds and isinstance(self.drafter, Calibrated):
+        if policy.calibrated and not thresholds:
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         # a plan that depends on measured times is used only if drafts cannot change the output: a seed gives one answer

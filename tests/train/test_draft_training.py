@@ -123,7 +123,6 @@ def test_training_states_are_decodings_states(form: str) -> None:
     L = batch.prompt + at
     whole = batch.layout
     cut = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [L + 1] * 4)
-    assert batch.taps is not None
     memory = Memory.begin(made, cut, batch.taps[:, :L])
     assert torch.allclose(made.routed(memory.anchor), routes[:, 0, 0].exp(), atol=1e-5)
     anchors = memory.anchors()
@@ -142,7 +141,6 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
     for vision, kept in ((True, 2), (False, 4)):
         made = network(model, "block", vision=vision, image_tokens=2)
         _, _, batch, _ = teacher_batch(model, made)
-        assert batch.taps is not None
         found = made.read(batch.layout, batch.taps[:, :-1])
         text = batch.layout.tokens[:, :-1].shape[1] - torch.tensor(batch.layout.start)
         images = torch.tensor([s % 3 for s in range(4)])

@@ -107,9 +107,6 @@ def _table(rows: list[Any], yardstick: Any) -> Any:
             gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
             cells = gap, f"{min(row.p_values):.3f}" if row.p_values else "-"
         counts = (str(row.compared), str(row.identical), str(len(row.tie_gaps)))
-        shown.add_row(row.method, *counts, *cells, "-" if row is yardstick else _passed(row))
+        passed = "yes" if row.passed else "NO" if row.finished or row.differences else "not yet"
+        shown.add_row(row.method, *counts, *cells, "-" if row is yardstick else passed)
     return shown
-
-
-def _passed(row: Any) -> str:
-    return "yes" if row.passed else "NO" if row.finished or row.differences else "not yet"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msd.core.layout import Layout
 from msd.core.statistics import Statistics
-from msd.drafters import Drafter, ReadsPrompt
+from msd.drafters.base import Drafter, ReadsPrompt
 from msd.errors import UserError
 from msd.targets.state import State
 

@@ -167,19 +167,15 @@ class EfficientNetLite(PreTrainedModel):
             x = block(x)
         return F.relu6(self.head(x)).flatten(2).transpose(1, 2)
 
-    def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = True, **kwargs: object
-    ) -> BaseModelOutput | tuple[Tensor, ...]:
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> BaseModelOutput:
         """Computes image tokens, the input of the projector, from pixels as in `features`.
 
         Ignores `kwargs`, which LLaVA passes to towers with attention. Returns `last_hidden_state` [B, cells, 1280] and
-        `hidden_states` = (features, last_hidden_state), as a plain tuple if `return_dict` is False.
+        `hidden_states` = (features, last_hidden_state).
         """
         features = self.features(pixel_values)
         shown = thumbnails(pixel_values.to(features.dtype), self.config.image_size // self.config.patch_size)
         tokens = self.norm(features) + self.position + self.colour(shown)
-        if return_dict is False:
-            return tokens, (features, tokens)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(features, tokens))
 
 

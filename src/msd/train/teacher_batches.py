@@ -117,7 +117,6 @@ class TeacherCache:
         if not self._check_head(batch):
             logits = batch.logits.log_softmax(-1)[..., self.ids]
             return replace(batch, taps=self._selected_taps(batch), logits=logits), labels
-        assert batch.taps is not None
         entry = replace(batch, taps=batch.taps.to(self.dtype), logits=batch.logits.logsumexp(-1, keepdim=True))
         parts = (entry.taps, entry.logits, entry.auxiliary, labels)
         size = sum(t.numel() * t.element_size() for t in parts if t is not None)
@@ -132,7 +131,6 @@ class TeacherCache:
 
     def _selected_taps(self, batch: TeacherBatch) -> Tensor:
         """Returns the tap states of the selected layers, [B, L, T*H]."""
-        assert batch.taps is not None
         by_layer = batch.taps.unflatten(-1, (len(self.layers), -1))
         return by_layer[:, :, self.columns].flatten(2)
 
@@ -143,7 +141,6 @@ class TeacherCache:
     def _check_head(self, batch: TeacherBatch) -> bool:
         """Returns whether the logits are the product of the last tap with the head's matrix; checked once."""
         if self.head_is_linear is None:
-            assert batch.taps is not None
             gap = (self._logits(batch, batch.taps.float()) - batch.logits[..., self.ids])[batch.answer_mask()]
             self.head_is_linear = bool(gap.abs().max() < 0.02 * batch.logits.abs().max())
         return self.head_is_linear

@@ -27,7 +27,7 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.drafters import registry
-from msd.drafters.base import Calibrated, Drafter, ReadsAuxiliary, SharesVisionTower
+from msd.drafters.base import Drafter, ReadsAuxiliary
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -215,9 +215,8 @@ class Repeats(Drafter):
         return Repeats(self.drafter.twin(model), self.least)
 
     def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
-        """See `SharesVisionTower`."""
-        if isinstance(self.drafter, SharesVisionTower):
-            self.drafter.share_vision_tower(encode)
+        """See `Drafter`."""
+        self.drafter.share_vision_tower(encode)
 
     @property
     def auxiliary_source(self) -> str | None:
@@ -230,8 +229,8 @@ class Repeats(Drafter):
         return self.drafter.encode(item)
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
-        """See `Calibrated`."""
-        return self.drafter.thresholds(epsilon) if isinstance(self.drafter, Calibrated) else {}
+        """See `Drafter`."""
+        return self.drafter.thresholds(epsilon)
 
     def begin(self, state: State, scores: Scores) -> None:
         """See `Drafter`."""

@@ -136,7 +136,9 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
         raise UserError(
             f"drafter '{folder}': no network can be made of its {CONFIG} ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
-    tensors, wanted = _dequantized(read_tensors(folder / WEIGHTS, REMEDY)), network.state_dict()
+    tensors, wanted = read_tensors(folder / WEIGHTS, REMEDY), network.state_dict()
+    for name in [name for name in tensors if name + SCALE in tensors]:  # reverses `_quantized`
+        tensors[name] = tensors[name].float() * tensors.pop(name + SCALE).float()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"drafter '{folder}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
     for name, tensor in sorted(tensors.items()):
@@ -175,13 +177,6 @@ def _quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name] = (t / scale.float()).round().clamp(-127, 127).to(torch.int8)
         out[name + SCALE] = scale
     return out
-
-
-def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Reverses `_quantized`."""
-    names = [name for name in tensors if name + SCALE in tensors]
-    whole = {name: tensors[name].float() * tensors[name + SCALE].float() for name in names}
-    return {name: t for name, t in (tensors | whole).items() if not name.endswith(SCALE)}
 
 
 def configuration(folder: Path) -> str:

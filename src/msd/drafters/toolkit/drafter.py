@@ -16,6 +16,7 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
 from msd.core.tree import Accepted, DraftTree, Scores
+from msd.drafters.base import Drafter
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import LevelCost, Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
@@ -148,10 +149,8 @@ class DecodedStates:
         return self._memory
 
 
-class TrainedDrafter:
+class TrainedDrafter(Drafter):
     """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's."""
-
-    sampled = False
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
@@ -205,10 +204,6 @@ class TrainedDrafter:
         c, newest = self.network.config, state.layout.newest()[rows]
         width = c.width if budget.width is None else min(budget.width, c.width)
         return Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
-
-    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """No router."""
-        return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""

@@ -298,7 +298,6 @@ class DraftNetwork(nn.Module, ABC):
 
     def anchors(self, batch: TeacherBatch, roots: Tensor) -> Anchors:
         """Reads a teacher batch; returns the anchors of the answer tokens `roots` [B, A]."""
-        assert batch.taps is not None
         entries = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.auxiliary)
         return entries.anchors(roots + batch.prompt - 1, self.full_context(entries.selection, entries.x)[0])
 

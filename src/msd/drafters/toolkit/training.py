@@ -46,7 +46,6 @@ class TargetOutputs:
 
 def final_states(batch: TeacherBatch, hidden: int) -> Tensor:
     """Returns the target's final hidden states [B, T, H] that predict the answer tokens."""
-    assert batch.taps is not None
     return batch.taps[:, batch.prompt - 1 : -1, -hidden:]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _recognise(sample: Sequence[str], comments: Sequence[str]) -> Dialect:
     if not lines:
         raise UserError(NO_EVENTS)
     separator = _separator(lines, excel[1] if excel else None)
-    named = any(cell and not _is_number(cell) for cell in _cells(lines[0], separator))
+    named = any(c and math.isnan(_number(c)) and c.lower() != "nan" for c in _cells(lines[0], separator))
     body = [_cells(line, separator) for line in lines[int(named) :]]
     order, unit = _named_order(lines[0], body, separator) if named else _unnamed_order(comments, body)
     times = [cells[order[0]] for cells in body if len(cells) > order[0]]
@@ -213,11 +214,6 @@ def _number(cell: str) -> float:
         return float(VALUES.get(cell.lower(), cell.replace(",", ".")))
     except ValueError:
         return float("nan")
-
-
-def _is_number(cell: str) -> bool:
-    value = _number(cell)
-    return value == value or cell.lower() == "nan"
 
 
 def _is_comment(line: str) -> bool:

@@ -43,7 +43,6 @@ def vispec_loss(network: DraftNetwork, batch: TeacherBatch, roots: Tensor) -> tu
     Stage 1, text: EAGLE's loss + 0.01 × ranking. Stage 2: 10 × ‖p − q‖₁ + 0.1 × ranking, averaged over a pass on the
     target's features and a pass on the features that the first pass drafted.
     """
-    assert batch.taps is not None
     target = TargetOutputs.of(batch, roots, 1, network.config.hidden)
     selection = network.select(batch.layout, batch.taps[:, :-1], batch.prompt)
     at = selection.slot.gather(1, roots + batch.prompt - 1)

@@ -185,7 +185,7 @@ class EventGPTDrafter(Drafter):
         self._mapping: VocabularyMap | None = None  # sized for the attached target
 
     def translate(self, tokenizer: Any) -> None:
-        """See `Translates`: builds the map, or checks the saved one."""
+        """See `Drafter`: builds the map, or checks the saved one."""
         if self.pieces is None:
             return
         theirs = Pieces.of(tokenizer)

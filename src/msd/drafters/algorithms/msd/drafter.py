@@ -40,7 +40,7 @@ class MSD(TrainedDrafter):
         self.auxiliary_source: str | None = None
 
     def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
-        """See `SharesVisionTower`; ignored by a network that was trained without auxiliary tokens."""
+        """See `Drafter`; ignored by a network that was trained without auxiliary tokens."""
         if self.network.auxiliary_adaptor is not None:
             self.auxiliary_source, self._encode = self.source, encode
 
