@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
+from msd.drafters import Drafter
 from msd.planning.plan import Budget
 from msd.targets import State
 
 
-class RandomDrafter:
+class RandomDrafter(Drafter):
     """Seeded. answers: per row, what the target will say, if known; a draft below a right path is right half the time.
 
     Draws tree sizes, shapes and tokens (EOS, padding and image placeholders too) anew in every step.

@@ -15,9 +15,10 @@ import tiny
 import tiny_checkpoint
 from msd.bench import measure, modality, report
 from msd.bench.data import Sample
+from msd.bench.errors import pattern
 from msd.cli import main
 from msd.core.layout import Layout
-from msd.core.modality import FUSION, LANGUAGE, VISION
+from msd.core.modality import FUSION, LANGUAGE, VISION, get
 from msd.core.statistics import RowStep
 from msd.core.tree import DraftTree
 from msd.labels.label_thresholds import ModalityThresholds
@@ -31,6 +32,12 @@ from random_drafter import RandomDrafter
 
 L, V, F = LANGUAGE.id, VISION.id, FUSION.id
 NEW = 24
+OBJECTS = ["object"] * NEW  # kinds of words
+
+
+def positions(errors: list[dict[str, Any]], kind: str = "drafted") -> Counter[tuple[int, int]]:
+    """Counts by (modality id, depth). kind: "drafted" or "rejected"."""
+    return Counter({(get(e["modality"]).id, e["depth"]): e[kind] for e in errors})
 
 
 def test_counts_by_hand() -> None:
@@ -41,13 +48,17 @@ def test_counts_by_hand() -> None:
         RowStep(0, 6, 0, 0),  # nothing drafted
         RowStep(0, 7, 5, 2),  # tokens 7 and 8 accepted (L, L) and the answer ends: token 9 does not exist
     ]
-    tally = modality.Tally.of([(steps, labels)])
-    assert tally.positions == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
-    assert tally.by_depth() == {"vision": [1.0, 1.0, None], "language": [1.0, 1.0, 0.0], "fusion": [1.0, None, None]}
-    assert tally.rates() == {"vision": 1.0, "language": 2 / 3, "fusion": 1.0}
-    assert tally.counts() == {"vision": 2, "language": 3, "fusion": 1}
-    short = modality.Tally.of([(steps, labels[:3]), (steps, [])])
-    assert short.rates() == {"vision": 1.0, "language": None, "fusion": None}
+    errors = pattern([(steps, labels, OBJECTS)])
+    assert positions(errors) == Counter({(V, 1): 1, (V, 2): 1, (L, 3): 1, (F, 1): 1, (L, 1): 1, (L, 2): 1})
+    assert modality.rates_by_depth(errors) == {
+        "vision": [1.0, 1.0, None],
+        "language": [1.0, 1.0, 0.0],
+        "fusion": [1.0, None, None],
+    }
+    assert modality.rates(errors) == {"vision": 1.0, "language": 2 / 3, "fusion": 1.0}
+    assert modality.counts(errors) == {"vision": 2, "language": 3, "fusion": 1}
+    short = pattern([(steps, labels[:3], OBJECTS), (steps, [], OBJECTS)])
+    assert modality.rates(short) == {"vision": 1.0, "language": None, "fusion": None}
 
 
 def test_labels_end_at_the_first_difference() -> None:
@@ -82,7 +93,7 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
     drafter = Guesses(0, 64, [answer])
     result = SpeculativeVLM(model, None, modality.CHAIN, drafter).generate(**inputs, max_new_tokens=NEW)
     assert isinstance(result, Result) and result.tokens == answer
-    positions: Counter[tuple[int, int]] = Counter()
+    drafts: Counter[tuple[int, int]] = Counter()
     hits: Counter[tuple[int, int]] = Counter()
     at = 1  # the first token comes from prefill
     while at < len(answer):
@@ -92,14 +103,14 @@ def test_acceptance_of_a_real_chain_equals_a_simulation(seed: int) -> None:
             room = NEW - at  # the last token that fits is never drafted: the target gives it anyway
             drafted = level < min(5, room + level - 1)
             right = drafted and drafter.guess(at, answer) == answer[at]
-            positions[labels[at], level + 1] += drafted
+            drafts[labels[at], level + 1] += drafted
             hits[labels[at], level + 1] += right
             at += 1
             if not right:
                 break
-    tally = modality.Tally.of([(result.statistics.steps, labels)])
-    assert (+tally.positions, +tally.accepted) == (+positions, +hits)
-    assert sum(tally.positions.values()) >= len(answer) // 2
+    errors = pattern([(result.statistics.steps, labels, OBJECTS)])
+    assert (+positions(errors), +(positions(errors) - positions(errors, "rejected"))) == (+drafts, +hits)
+    assert sum(positions(errors).values()) >= len(answer) // 2
 
 
 def looked_up(text: list[int], depth: int) -> list[int]:

@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"targets", "verify"},
     {"labels"},
     {"planning"},
+    {"drafters.base"},
     {"drafters.toolkit"},
     {"train.losses"},
     {"drafters"},

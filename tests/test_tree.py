@@ -137,15 +137,13 @@ def test_follow_finds_the_child_with_the_token(parents: list[int], data: st.Data
     assert tree.follow(torch.tensor([node]), torch.tensor([token]), nobody).tolist() == [-1]
 
 
-def test_modality_and_deterministic_are_kept() -> None:
+def test_deterministic_is_kept() -> None:
     tree = DraftTree.from_lists(
         torch.tensor([1, 2]),
         [[5, 6], [7]],
         [[0, 0], [0]],
-        modality=[[1, 2], [1]],
         deterministic=[[True, False], [False]],
     )
-    assert tree.modality.tolist() == [[0, 1, 2], [0, 1, 0]]
     assert tree.deterministic.tolist() == [[False, True, False], [False, False, False]]
     assert tree.tokens.tolist() == [[1, 5, 6], [2, 7, 0]]
     assert (tree.batch, tree.size, tree.height) == (2, 3, 1)

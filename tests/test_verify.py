@@ -105,7 +105,7 @@ def with_candidates(tokens: list[int], distributions: Tensor, deterministic: int
     child[0, 0], distribution[0, 0] = torch.arange(1 + deterministic, 1 + n), torch.arange(sampled)
     marks = [[i < deterministic for i in range(n)]]
     return DraftTree.from_lists(
-        torch.tensor([1]), [tokens], [[0] * n], None, SampledCandidates(child, distribution, distributions[None]), marks
+        torch.tensor([1]), [tokens], [[0] * n], SampledCandidates(child, distribution, distributions[None]), marks
     )
 
 

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from msd.backends.packed import faster_in_bf16
 from msd.reference.assemble import assemble
-from msd.reference.encoder import load_encoder
 from msd.reference.folder import CHECKSUMS, fingerprint, locate
 from msd.system.machine import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
-from recipes.reference_vlm.base import language_model
+from recipes.reference_vlm.base import language_model, load_encoder
 from recipes.reference_vlm.features import FeatureSet, Frames, Row, encode_set, read_jsonl
 from recipes.reference_vlm.model import ModelConfig, TrainableVLM, load_weights, save_weights, widths
 from recipes.reference_vlm.pack import CELLS, IMAGE, Batch, Branch, Sample, pack

@@ -56,7 +56,7 @@ def agreement(one: list[int], two: list[int]) -> tuple[float, float]:
 def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str, Any]]:
     """Returns policy -> measurements, over all photos."""
     model, processor = load_target(args.target)
-    drafter = MSD.trained(registry.load(args.drafter))
+    drafter = MSD(registry.load(args.drafter))
     engines = {name: SpeculativeVLM(model, processor, SpeculativeConfig(**s), drafter) for name, s in POLICIES.items()}
     engines = {"ar": SpeculativeVLM(model, processor, drafter="ar"), **engines}
     references = captions(args.data, args.photos)

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from msd.reference.encoder import load_encoder, thumbnails
+from msd.reference.encoder import thumbnails
 from msd.system.files import write_whole
+from recipes.reference_vlm.base import load_encoder
 from recipes.reference_vlm.pictures import FRAMES, MOTIONS, clip, word_picture
 
 SIDE, CELLS, WIDTH, COLOURS = 256, 64, 1280, 48

@@ -1,6 +1,6 @@
 """MSD: modality-aware speculative decoding for multimodal language models. The same output, sooner.
 
-    from msd import SpeculativeVLM
+    from msd import SpeculativeVLM as SpeculativeVLM
     vlm = SpeculativeVLM.from_pretrained("reference")
     print(vlm.generate("photo.jpg", "Describe the image.").text)
 
@@ -12,33 +12,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from msd import labels as _labels  # noqa: F401 -- registers the modalities of its labels
-from msd.errors import UserError
+from msd.errors import UserError as UserError
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from msd.config import SpeculativeConfig
-    from msd.core.modality import Modality
-    from msd.inputs.media import Audio, Video
-    from msd.model import SpeculativeVLM
-    from msd.result import Result
-    from msd.system.machine import share_cores
-    from msd.train.losses.msd import msd_draft_loss
-    from msd.verify import MSDVerification
-
-__all__ = [
-    "Audio",
-    "MSDVerification",
-    "Modality",
-    "Result",
-    "SpeculativeConfig",
-    "SpeculativeVLM",
-    "UserError",
-    "Video",
-    "__version__",
-    "msd_draft_loss",
-    "share_cores",
-]
+    from msd.config import SpeculativeConfig as SpeculativeConfig
+    from msd.core.modality import Modality as Modality
+    from msd.inputs.media import Audio as Audio
+    from msd.inputs.media import Video as Video
+    from msd.model import SpeculativeVLM as SpeculativeVLM
+    from msd.result import Result as Result
+    from msd.system.machine import share_cores as share_cores
+    from msd.train.losses.msd import msd_draft_loss as msd_draft_loss
+    from msd.verify import MSDVerification as MSDVerification
 
 _HOMES = {
     "Audio": "msd.inputs.media",
@@ -51,6 +38,8 @@ _HOMES = {
     "msd_draft_loss": "msd.train.losses.msd",
     "share_cores": "msd.system.machine",
 }
+
+__all__ = ["UserError", "__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from msd import reference
-from msd.errors import UserError
+from msd.errors import UserError, named
 from msd.system.files import damage
 from msd.targets import family
 
@@ -48,9 +47,8 @@ def load_target(
     path = reference.resolve(target)
     if "dtype" not in kwargs and place.type == "cpu" and "device_map" not in kwargs:
         kwargs["dtype"] = torch.float32
-    _refuse_damaged(target, path)
-    config = _config(target, path)
-    with _named(target):
+    config = load_config(target)
+    with named(f"target '{target}'"):
         family(config)
     with_images = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if with_images else AutoModelForMultimodalLM
@@ -59,26 +57,9 @@ def load_target(
         model, report = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
     except FAULTS as error:
         raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
-    with _named(target):
+    with named(f"target '{target}'"):
         check_tensors(model, report)
     return (model if device is None else model.to(place)), processor
-
-
-def _refuse_damaged(target: str | Path, path: str | Path) -> None:
-    """Raises UserError that names a damaged file in a checkpoint folder; the library misses or misreports some."""
-    problem = damage(Path(path)) if Path(path).is_dir() else None
-    if problem is not None:
-        remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
-        raise UserError(f"target '{target}' cannot be loaded: {problem}; {remedy}")
-
-
-@contextmanager
-def _named(target: str | Path) -> Iterator[None]:
-    """Adds the target's name to a UserError of the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"target '{target}': {error}") from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -99,11 +80,10 @@ def _device(name: str | None) -> torch.device:
 def load_config(target: str | Path) -> PreTrainedConfig:
     """Loads the config of a target, and nothing else. UserError as in `load_target`."""
     path = reference.resolve(target)
-    _refuse_damaged(target, path)
-    return _config(target, path)
-
-
-def _config(target: str | Path, path: str | Path) -> PreTrainedConfig:
+    problem = damage(Path(path)) if Path(path).is_dir() else None  # the library misses or misreports some damage
+    if problem is not None:
+        remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
+        raise UserError(f"target '{target}' cannot be loaded: {problem}; {remedy}")
     try:
         return AutoConfig.from_pretrained(path)
     except FAULTS as error:
@@ -156,15 +136,13 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-TOKENIZERS = (
-    "tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken",
-)  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 UNUSED = re.compile(r"vision_(tower|model)\.(.+\.)?head\.")  # SigLIP's pooling head, which no supported family uses
 SHOWN = 3  # tensors that a message names
 
 
 def _no_tokenizer(path: str | Path) -> str | None:
-    """Returns a message if `path` is a folder without a tokenizer, which `_refuse_damaged` does not check."""
+    """Returns a message if `path` is a folder without a tokenizer, which `damage` does not check."""
     if not Path(path).is_dir() or any(next(Path(path).glob(pattern), None) for pattern in TOKENIZERS):
         return None
     return f"it has no tokenizer ({', '.join(TOKENIZERS)}); copy the tokenizer's files into the folder"

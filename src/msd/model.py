@@ -24,7 +24,7 @@ from msd.core.sampling import Sampler, Seed, generators
 from msd.core.statistics import Statistics
 from msd.core.tree import Step
 from msd.decode import decode
-from msd.drafters import Calibrated, Drafter, SharesVisionTower, Translates, auxiliary
+from msd.drafters import Drafter, auxiliary
 from msd.drafters.overlap import Prefetch
 from msd.errors import UserError
 from msd.inputs import prompts
@@ -56,14 +56,13 @@ class SpeculativeVLM:
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
-        if processor is not None and isinstance(self.drafter, Translates):
+        if processor is not None:
             self.drafter.translate(processor.tokenizer)
-        if processor is not None and isinstance(self.drafter, SharesVisionTower):
             self.drafter.share_vision_tower(partial(auxiliary.picture_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
         thresholds = self.config.thresholds
         policy = verify.policy(self.config.verifier)
-        if policy.calibrated and not thresholds and isinstance(self.drafter, Calibrated):
+        if policy.calibrated and not thresholds:
             thresholds = self.drafter.thresholds(self.config.epsilon)
         self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
         # a plan that depends on measured times is used only if drafts cannot change the output: a seed gives one answer
@@ -195,8 +194,9 @@ class SpeculativeVLM:
             with prefetch.prefill():
                 kwargs = self.target.encode_images(kwargs)
             cores.check()
-            decoding_method = _as_decoding_method(partial(run, cores=cores))
-            results: list[Result] = yield from self.model.generate(**kwargs, custom_generate=decoding_method)
+            results: list[Result] = yield from self.model.generate(
+                **kwargs, custom_generate=lambda _, input_ids, **options: run(input_ids, **options, cores=cores)
+            )
         seconds = statistics.seconds
         seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
@@ -208,7 +208,6 @@ class SpeculativeVLM:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
         *,
         seed: Seed,
         streamer: Any,
@@ -216,6 +215,7 @@ class SpeculativeVLM:
         past: Past | None,
         prefetch: Prefetch,
         cores: Cores,
+        **model_kwargs: Any,
     ) -> Steps[list[Result]]:
         """Prefills the prompt and runs the decoding loop; `generate()` calls it as its decoding method."""
         B, L = input_ids.shape
@@ -306,19 +306,3 @@ class SpeculativeVLM:
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True) if self.processor else ""
         labels = [None, *statistics.predicted[row]] if row in statistics.predicted else None
         return Result(text, tokens, finish or "", self.drafter.name, statistics, labels, **fields)
-
-
-def _as_decoding_method(run: Any) -> Any:
-    """Wraps `run` in the signature that `generate(custom_generate=…)` expects."""
-
-    def decoding_method(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Steps[list[Result]]:
-        return run(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-
-    return decoding_method

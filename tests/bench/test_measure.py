@@ -8,7 +8,7 @@ import torch
 import tiny_checkpoint
 from msd.bench import measure, report
 from msd.bench.data import Sample
-from msd.bench.timing import LIBRARY, Run, _until, early_exit_assistant, time_library
+from msd.bench.timing import LIBRARY, Run, early_exit_assistant, time_library, until
 from msd.core.statistics import RowStep, Statistics
 from msd.loading import load_target
 
@@ -68,8 +68,8 @@ def test_groups_are_of_one_task_and_in_order(samples: list[Sample]) -> None:
 
 
 def test_padding_is_no_answer(samples: list[Sample]) -> None:
-    assert _until([5, 6, 2, 0, 0], {2}) == [5, 6, 2]
-    assert _until([5, 6], {2}) == [5, 6]
+    assert until([5, 6, 2, 0, 0], {2}) == [5, 6, 2]
+    assert until([5, 6], {2}) == [5, 6]
     model, _ = load_target(samples[0].images[0].parents[1])
     inputs = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
     run = time_library(model, inputs, {"max_new_tokens": 4, "do_sample": False}, seed=0)

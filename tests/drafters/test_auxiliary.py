@@ -96,7 +96,8 @@ def test_kept_tokens_come_before_the_text() -> None:
     taught = teacher_batch(made)
     assert taught.taps is not None
     with torch.no_grad():
-        plain, found = (made.read(taught.layout, taught.taps[:, :-1], None, b) for b in (None, some(3, without=1)))
+        read = (made.read(taught.layout, taught.taps[:, :-1], None, b) for b in (None, some(3, without=1)))
+        plain, found = (entries.selection for entries in read)
     extra = found.present.sum(1) - plain.present.sum(1)
     assert extra.tolist() == [KEPT, 0, KEPT]
     for row in range(3):

@@ -50,7 +50,6 @@ def memory(net: MSDNetwork, rows: int = 3) -> tuple[Memory, Layout]:
     """The memory that decoding has after some prompts and one emitted token."""
     inputs = tiny.batch(*(tiny.llava_inputs(s, images=s % 2, words=5 + s) for s in range(rows)))
     teacher_batch = run_teacher(adapt(MODEL, net.config.taps), inputs, [[5, 6]] * rows)
-    assert teacher_batch.taps is not None
     L = teacher_batch.prompt
     layout = replace(teacher_batch.layout, end=[L + 1] * rows)
     return Memory.begin(net, layout, teacher_batch.taps[:, :L]), layout

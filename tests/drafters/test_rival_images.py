@@ -102,7 +102,6 @@ def test_the_question_is_the_prompts_text(monkeypatch: pytest.MonkeyPatch) -> No
         return forward(self, states, mask, question)
 
     monkeypatch.setattr(Compressor, "forward", recorded)
-    assert teacher_batch.taps is not None
     L = teacher_batch.prompt
     net.select(teacher_batch.layout, teacher_batch.taps[:, :-1], L)
     net.select(teacher_batch.layout, teacher_batch.taps[:, :L], L)
@@ -119,7 +118,6 @@ def test_number_of_tokens_kept_of_an_image(branch: str) -> None:
     torch.nn.init.zeros_(net.compressor.gate.weight)  # type: ignore[union-attr, arg-type]
     net.compressor.gate.bias.data = torch.eye(len(BRANCHES))[BRANCHES.index(branch)] * 9  # type: ignore[union-attr]
     teacher_batch = rivals.teacher_batch(MODEL, net)
-    assert teacher_batch.taps is not None
     found = net.select(teacher_batch.layout, teacher_batch.taps[:, :-1], teacher_batch.prompt)
     text = teacher_batch.taps.shape[1] - 1 - torch.tensor(teacher_batch.layout.start)
     images = torch.tensor([s % 3 for s in range(4)])
@@ -136,7 +134,6 @@ def test_attention_is_the_targets() -> None:
     with torch.no_grad():
         layers = eager(**inputs, output_attentions=True, position_ids=_positions(inputs)).attentions
     teacher_batch = run_teacher(adapt(MODEL, net.config.taps), inputs, [[5, 6, 7]] * 2)
-    assert teacher_batch.taps is not None
     c = text_columns(
         teacher_batch.layout, teacher_batch.taps[:, :-1], net.embed, net.config.hidden, teacher_batch.prompt
     )
@@ -171,7 +168,6 @@ def test_it_drafts_with_eagle_2s_weights() -> None:
     net = SpecVLMVideo.adopted(trained)
     assert all(torch.equal(net.state_dict()[k], v) for k, v in trained.state_dict().items())
     teacher_batch = rivals.teacher_batch(MODEL, net.attach(MODEL))
-    assert teacher_batch.taps is not None
     found = net.select(teacher_batch.layout, teacher_batch.taps[:, :-1], teacher_batch.prompt)
     text = teacher_batch.taps.shape[1] - 1 - torch.tensor(teacher_batch.layout.start)
     assert found.present.sum(1).tolist() == (text - torch.tensor([0, 3, 7, 0])).tolist()

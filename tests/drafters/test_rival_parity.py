@@ -87,7 +87,6 @@ def drafted(net: DraftNetwork, images: int, first: list[int], second: tuple[int,
     batch = run_teacher(adapt(MODEL, net.config.taps), inputs, [[reference.ids[-1]]])
     whole = batch.layout
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1])
-    assert batch.taps is not None
     memory = Memory.begin(net, layout, batch.taps[:, : batch.prompt])
     anchors = memory.anchors()
     levels = net.levels(anchors, layout.newest())

@@ -84,7 +84,6 @@ def test_every_rival_passes_verify(tmp_path: Path) -> None:
 
 def decoded(net: Any, batch: TeacherBatch, steps: list[list[int]]) -> tuple[Memory, list[int]]:
     """Returns (the memory after decoding `steps`, the end of each row); a step lists the emitted tokens per row."""
-    assert batch.taps is not None
     whole, L = batch.layout, batch.prompt
     at = lambda end: Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)  # noqa: E731
     end = [L + 1] * whole.batch
@@ -135,7 +134,6 @@ def test_rows_of_a_batch_draft_as_if_alone(method: str) -> None:
             cut(batch.layout.tokens), cut(batch.layout.modality),
             batch.layout.positions[:, row : row + 1, start:], [0], [batch.prompt + 1 - start],
         )  # fmt: skip
-        assert batch.taps is not None
         alone = Memory.begin(net, layout, batch.taps[row : row + 1, start : batch.prompt])
         own = alone.anchors()
         distribution = net.levels(own, batch.answers[row : row + 1, 0])
@@ -216,10 +214,9 @@ def test_a_parent_wins_a_tie() -> None:
     logits[7] = 1e4  # q = 1: every node of this path has the same score
     net.logits = lambda states, parents: logits.expand(*states.shape[:-1], -1)  # type: ignore[method-assign]
     batch = rivals.teacher_batch(MODEL, net)
-    assert batch.taps is not None
     whole = batch.layout
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, [batch.prompt + 1] * 4)
-    state: Any = SimpleNamespace(layout=layout, memory=None)
+    state: Any = SimpleNamespace(layout=layout, memory=None, auxiliary=None)
     drafter = TrainedDrafter(net)
     drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
     for nodes in (1, 2, 4):
@@ -244,9 +241,8 @@ def test_trees_grow_as_in_eagle_2() -> None:
 
     whole, end = batch.layout, [batch.prompt + 1] * 4
     layout = Layout(whole.tokens, whole.modality, whole.positions, whole.start, end)
-    state: Any = SimpleNamespace(layout=layout, memory=None)
+    state: Any = SimpleNamespace(layout=layout, memory=None, auxiliary=None)
     drafter = TrainedDrafter(net)
-    assert batch.taps is not None
     drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
     sampler: Any = SimpleNamespace(do_sample=False)
     tree = drafter.propose(state, Budget(7, [3] * 4), sampler)

@@ -168,13 +168,6 @@ def test_frames_of_another_size_and_of_no_events() -> None:
     assert (cells(nothing, (2, 2)).kinds == EVENT_SPARSE.id).all()
 
 
-def test_parts_of_a_stream() -> None:
-    stream = scene(103)
-    assert [len(part) for part in stream.split(5)] == [20, 20, 20, 20, 23]
-    middle = stream.between(int(stream.t[40]), int(stream.t[80]))
-    assert ((middle.t >= stream.t[40]) & (middle.t < stream.t[80])).all() and len(middle) >= 30
-
-
 @pytest.mark.parametrize(
     "call",
     [

@@ -16,7 +16,7 @@ from msd.model import SpeculativeVLM
 from msd.planning.costs import Costs, costs
 from msd.planning.plan import Plan
 from msd.system import machine
-from msd.system.machine import LONGEST, PAUSE, Shared, share_cores, watched
+from msd.system.machine import LONGEST, PAUSE, Cores, share_cores, watched
 from msd.targets import adapt
 
 COSTS = Costs((1, 9, 33), (100, 200), ((1.0, 1.1, 4.0), (1.0, 1.1, 6.0)))
@@ -28,14 +28,14 @@ class Machine:
     def __init__(self, cores: int) -> None:
         self.time, self.preempted, self.cores, self.busy, self.probes = 0.0, 0.0, cores, 0, 0
 
-    def cores_of_ours(self) -> Shared:
-        return Shared(self.cores, lambda: int(self.preempted), self.free, now=lambda: self.time)
+    def cores_of_ours(self) -> Cores:
+        return Cores(self.cores, lambda: int(self.preempted), self.free, now=lambda: self.time)
 
     def free(self, number: int) -> bool:
         self.time, self.probes = self.time + 0.01, self.probes + 1
         return number + self.busy <= self.cores
 
-    def passes(self, ours: Shared, seconds: float, count: int) -> None:
+    def passes(self, ours: Cores, seconds: float, count: int) -> None:
         for _ in range(count):
             self.time += seconds
             if ours.threads + self.busy > self.cores:

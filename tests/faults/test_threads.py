@@ -221,7 +221,7 @@ def test_a_stream_read_by_its_own_generation_is_refused() -> None:
     streams: list[Any] = []
 
     def read() -> None:
-        with pytest.raises(UserError, match="own generation"):
+        with pytest.raises(UserError, match="its own stream"):
             list(streams[0])
         streams[0].close()
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from msd import reference
 from msd.inputs.images import load_image
 from msd.reference import folder
+from msd.reference.assemble import load_language_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,7 +57,7 @@ def test_answers_depend_on_the_photo(parts: tuple[Any, Any]) -> None:
 
 
 def test_the_language_model_is_the_published_one() -> None:
-    model, tokenizer = reference.language_model()
+    model, tokenizer = load_language_model(folder.locate().gguf)
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
     assert tokenizer.decode(output[0]).endswith("Paris")

@@ -135,10 +135,10 @@ def test_a_drafter_uses_the_positions_of_text(name: str) -> None:
         found = network.read(layout, scores.taps)
     for row, shown in enumerate(SHOWN):
         assert (
-            found.anchors(torch.tensor([[layout.end[row] - 2]] * len(SHOWN))).positions[row, 0]
+            found.anchors(torch.tensor([[layout.end[row] - 2]] * len(SHOWN)), []).positions[row, 0]
             == (layout.positions[0, row, layout.end[row] - 2])
         )
-        positions = found.positions[row][found.present[row]]
+        positions = found.selection.positions[row][found.selection.present[row]]
         if shown != ["video"]:
             assert bool((positions[1:] >= positions[:-1]).all()), "in reading order"
         assert int(positions.max()) < layout.end[row] - layout.start[row] - 1 or not shown

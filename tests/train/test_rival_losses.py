@@ -12,7 +12,7 @@ import tiny
 from msd.drafters.algorithms.vispec import ViSpec
 from msd.drafters.toolkit.training import Objective, TargetOutputs
 from msd.train.losses import terms
-from msd.train.losses.eagle import states_everywhere
+from msd.train.losses.published import states_everywhere
 from msd.train.teacher_batches import PublishedStages
 
 MODEL = tiny.llava()
@@ -42,7 +42,6 @@ def test_target_outputs_at_the_drafted_positions() -> None:
     batch = rivals.teacher_batch(MODEL, net)
     roots = torch.tensor([[0, 3, rivals.LENGTH - 2]] * 4)
     target = TargetOutputs.of(batch, roots, 2, net.config.hidden)
-    assert batch.taps is not None
     for a, root in enumerate(roots[0].tolist()):
         for d in range(2):
             at = root + 1 + d
@@ -180,7 +179,6 @@ def test_vispecs_second_stage_by_hand() -> None:
     assert isinstance(net, ViSpec)
     batch = rivals.teacher_batch(MODEL, net)
     roots = torch.tensor([[1, 9]] * 4)
-    assert batch.taps is not None
     selection = net.select(batch.layout, batch.taps[:, :-1], batch.prompt)
     feature = net.feature(selection.taps)
     plain = states_everywhere(net, selection, feature)

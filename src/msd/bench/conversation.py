@@ -42,10 +42,10 @@ class Conversation:
         for i, question in enumerate((*sample.before, sample.prompt)):
             prompts.check_text(question)
             pictures = [{"type": prompts.kind(source)} for source in sample.images] if i == 0 else []
-            chat.append({"role": "user", "content": [*pictures, _text(question)]})
+            chat.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
             if i < len(sample.before):
                 answer = self._answer(sample, i) if answered else "-"
-                chat.append({"role": "assistant", "content": [_text(answer)]})
+                chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return chat
 
     def _answer(self, sample: Sample, turn: int) -> str:
@@ -57,10 +57,6 @@ class Conversation:
             answer = self.engine.generate(**self(earlier), max_new_tokens=LONGEST, do_sample=False)
             self._answers[key] = answer.text.strip()
         return self._answers[key]
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
 
 
 def check_files(samples: Sequence[Sample]) -> None:

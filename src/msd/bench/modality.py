@@ -4,15 +4,13 @@
     coverage     a draft tree: the share of drafted positions at which the tree holds the target's token
 
 Decoding is greedy, so the answer does not depend on the drafts, and each of its tokens has one modality label, from its
-image gain (`msd.labels.gain`). Accepted drafts and the first rejected one of each step count as drafted positions;
-drafts below a rejection or beyond the end of the answer do not, so that no position counts twice.
+image gain (`msd.labels.gain`). `msd.bench.errors.drafted_positions` defines which positions count.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ import torch
 from torch import Tensor
 
 from msd.bench.data import Sample
-from msd.bench.errors import drafted_positions, kinds_of, pattern
+from msd.bench.errors import kinds_of, modalities, pattern, rate
 from msd.bench.timing import PLAIN, Run, time_engine
 from msd.config import SpeculativeConfig
-from msd.core.modality import FUSION, LANGUAGE, VISION, Modality, known
+from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.core.statistics import RowStep
 from msd.drafters import auxiliary
 from msd.events import open_chunks
@@ -39,53 +37,33 @@ CHAIN = SpeculativeConfig(nodes=5, depth=5, width=1, adaptive=False)
 SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "modality.json"
 TOP = (1, 4, 8)  # numbers of tokens whose probability is summed
 
-
-@dataclass
-class Tally:
-    """Counts of drafted and accepted positions, by (modality id, depth in the draft). Depth 1 is the first draft."""
-
-    positions: Counter[tuple[int, int]] = field(default_factory=Counter)
-    accepted: Counter[tuple[int, int]] = field(default_factory=Counter)
-
-    @classmethod
-    def of(cls, answers: Iterable[tuple[Iterable[RowStep], Sequence[int]]]) -> Tally:
-        """Counts answers: (steps, modality ids of the tokens) of each."""
-        tally = cls()
-        for steps, labels in answers:
-            for position, depth, accepted in drafted_positions(steps, len(labels)):
-                tally.positions[labels[position], depth] += 1
-                tally.accepted[labels[position], depth] += accepted
-        return tally
-
-    def rates(self) -> dict[str, float | None]:
-        """Returns the acceptance rate of each modality; None without positions."""
-        counts = {m: (_total(self.accepted, m), _total(self.positions, m)) for m in self.modalities()}
-        return {m.name: accepted / n if n else None for m, (accepted, n) in counts.items()}
-
-    def counts(self) -> dict[str, int]:
-        """Returns the number of positions of each modality."""
-        return {m.name: _total(self.positions, m) for m in self.modalities()}
-
-    def by_depth(self) -> dict[str, list[float | None]]:
-        """Returns the acceptance rates of each modality at depths 1, 2, …, given that all parents were accepted."""
-        deepest = max((depth for _, depth in self.positions), default=0)
-        return {
-            m.name: [
-                self.accepted[m.id, d] / self.positions[m.id, d] if self.positions[m.id, d] else None
-                for d in range(1, deepest + 1)
-            ]
-            for m in self.modalities()
-        }
-
-    def modalities(self) -> list[Modality]:
-        """Returns vision, language, fusion, and any other modality that occurs."""
-        first = [VISION, LANGUAGE, FUSION]
-        seen = {kind for kind, _ in self.positions} - {m.id for m in first}
-        return [*first, *(m for m in known() if m.id in seen)]
+Errors = list[dict[str, Any]]  # see `msd.bench.errors.pattern`
 
 
-def _total(counts: Counter[tuple[int, int]], modality: Modality) -> int:
-    return sum(n for (kind, _), n in counts.items() if kind == modality.id)
+def rates(errors: Errors) -> dict[str, float | None]:
+    """Returns the acceptance rate of each modality; None without positions."""
+    return {name: _acceptance(errors, modality=name) for name in _modalities(errors)}
+
+
+def counts(errors: Errors) -> dict[str, int]:
+    """Returns the number of positions of each modality."""
+    return {name: rate(errors, modality=name)[1] for name in _modalities(errors)}
+
+
+def rates_by_depth(errors: Errors) -> dict[str, list[float | None]]:
+    """Returns the acceptance rates of each modality at depths 1, 2, …, given that all parents were accepted."""
+    depths = range(1, max((error["depth"] for error in errors), default=0) + 1)
+    return {name: [_acceptance(errors, modality=name, depth=d) for d in depths] for name in _modalities(errors)}
+
+
+def _acceptance(errors: Errors, **fields: Any) -> float | None:
+    rejected, drafted = rate(errors, **fields)
+    return (drafted - rejected) / drafted if drafted else None
+
+
+def _modalities(errors: Errors) -> list[str]:
+    """Returns the names vision, language, fusion, and of any other modality that occurs."""
+    return list(dict.fromkeys([*(m.name for m in (VISION, LANGUAGE, FUSION)), *modalities([errors])]))
 
 
 def label_answer(
@@ -174,14 +152,14 @@ def columns(
     labels: Sequence[LabelledSample], runs: Mapping[str, Sequence[Run]], name: str, samples: Sequence[int]
 ) -> dict[str, Any]:
     """Returns the columns by modality of the row of method `name` over the samples with these indices."""
-    acceptance = Tally.of(labels[i].chains[name] for i in samples)
-    coverage = Tally.of((runs[name][i].statistics.steps, labels[i].trees[name]) for i in samples)
+    chains = pattern((*labels[i].chains[name], labels[i].words) for i in samples)
+    trees = pattern((runs[name][i].statistics.steps, labels[i].trees[name], labels[i].words) for i in samples)
     return {
-        "acceptance_by_modality": acceptance.rates(),
-        "coverage_by_modality": coverage.rates(),
-        "acceptance_by_depth": acceptance.by_depth(),
-        "positions_by_modality": {"acceptance": acceptance.counts(), "coverage": coverage.counts()},
-        "errors": pattern((*labels[i].chains[name], labels[i].words) for i in samples),
+        "acceptance_by_modality": rates(chains),
+        "coverage_by_modality": rates(trees),
+        "acceptance_by_depth": rates_by_depth(chains),
+        "positions_by_modality": {"acceptance": counts(chains), "coverage": counts(trees)},
+        "errors": chains,
     }
 
 

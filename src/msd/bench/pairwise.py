@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -76,11 +77,11 @@ def _speedups(
     tasks: list[str] = results["sample_tasks"]
     columns = [] if len(set(tasks)) == 1 else list(dict.fromkeys(tasks))
     several = any(len(methods) > 1 for methods in groups.values())
-    own, rows = _sample_means([seconds[m] for m in groups[name]]), []
+    own, rows = list(map(fmean, zip(*(seconds[m] for m in groups[name]), strict=True))), []
     for other, methods in groups.items():
         if other == name:
             continue
-        base = _sample_means([seconds[m] for m in methods])
+        base = list(map(fmean, zip(*(seconds[m] for m in methods), strict=True)))
         edges = ratio_interval(base, own)
         row = [other, _ratio(base, own), "–" if edges is None else f"{edges[0]:.2f}–{edges[1]:.2f}"]
         for task in columns:
@@ -90,10 +91,6 @@ def _speedups(
         rows.append(row + [", ".join(_ratio(seconds[a], seconds[b]) for a, b in pairs) or "–"] * several)
     head = ["against", "all", "95%", *columns, *["seed by seed"] * several]
     return f"Speedup of `{name}` over each other method, end to end", head, rows
-
-
-def _sample_means(columns: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*columns, strict=True)]
 
 
 def _ratio(base: Sequence[float], own: Sequence[float]) -> str:
@@ -143,7 +140,7 @@ def _compare(
     means = []
     for rows in (standard, ours):
         values = [v for v in map(value, rows) if v is not None]
-        means.append(sum(values) / len(values) if values else None)
+        means.append(fmean(values) if values else None)
     a, b = means
     if a is None or b is None:
         return ["–" if x is None else f"{x:.2f}" for x in means] + ["–"]

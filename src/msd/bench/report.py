@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Template
 
 from msd.bench import errors, pairwise, plots
 from msd.bench.pairwise import Table
@@ -27,14 +28,7 @@ _COLUMNS = {
     "host_share": "host share",
 }
 _BY_MODALITY = {"acceptance_by_modality": "acceptance", "coverage_by_modality": "coverage"}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top } figcaption { font-weight: 600 }
-svg { max-width: 100%; height: auto } .wide { overflow-x: auto }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .25rem .6rem; text-align: right }
-td:first-child, th:first-child { text-align: left } th { border-bottom: 2px solid #999; font-weight: 600 }
-tr:nth-child(even) td { background: #f4f4f4 }
-"""
+TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), autoescape=True)
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -119,26 +113,8 @@ def cell(value: Any) -> str:
 
 def page(results: dict[str, Any]) -> str:
     """Returns the report as an HTML page with plots."""
-    figures = "".join(
-        f"<figure><figcaption>{_html(title)}</figcaption>{svg}</figure>\n"
-        for title, svg in plots.all_of(results).items()
+    return TEMPLATE.render(
+        conditions=described(results["environment"]),
+        plots=plots.all_of(results),
+        tables=[*tables(results), *comparisons(results)],
     )
-    parts = [f"<p>{_html(described(results['environment']))}</p>", figures]
-    for title, head, rows in (*tables(results), *comparisons(results)):
-        parts.append(f"<h2>{_html(title)}</h2><div class='wide'><table><tr>{_cells(head, 'th')}</tr>")
-        parts += [f"<tr>{_cells(row, 'td')}</tr>" for row in rows]
-        parts.append("</table></div>")
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>msd bench</title>"
-        f"<style>{STYLE}</style></head><body><h1>msd bench</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def _cells(values: list[str], tag: str) -> str:
-    return "".join(f"<{tag}>{_html(value)}</{tag}>" for value in values)
-
-
-def _html(text: str) -> str:
-    """Escapes a text, and turns `code` marks into tags."""
-    pieces = html.escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))

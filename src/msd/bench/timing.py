@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -110,9 +110,7 @@ def time_library(model: PreTrainedModel, inputs: dict[str, Any], settings: dict[
     begin = time.perf_counter()
     output = model.generate(**inputs, **settings, **({"streamer": first} if rows == 1 and not drafts else {}))
     seconds = time.perf_counter() - begin
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    answers = [_until(row, ends) for row in output[:, length:].tolist()]
+    answers = [until(row, model.generation_config.eos_token_id) for row in output[:, length:].tolist()]
     emitted = sum(map(len, answers)) - rows
     statistics = Statistics() if drafts else Statistics(num_spec_steps=emitted, num_emitted_tokens=emitted)
     return Run(answers, seconds, first.at - begin if first.at else None, statistics)
@@ -135,8 +133,9 @@ def time_engine(
     return Run([r.tokens for r in results], seconds, statistics.seconds["prefill"], statistics, second)
 
 
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
+def until(tokens: list[int], ends: int | Collection[int | None] | None) -> list[int]:
     """Returns the tokens up to and including the first end token; padding follows it."""
+    ends = {ends} if ends is None or isinstance(ends, int) else ends
     at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: at + 1]
 

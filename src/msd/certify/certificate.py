@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from msd.bench.conversation import Conversation, check_prompts
 from msd.bench.data import Sample
-from msd.certify.chi2 import end_to_end_p_values, holm
+from msd.bench.timing import until
+from msd.certify.chi2 import end_to_end_p_values, rejects
 from msd.config import SpeculativeConfig
 from msd.drafters import auxiliary
 from msd.errors import UserError
@@ -71,7 +72,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Float32: no difference but ties, and no χ² test rejects (Holm, family-wise false-alarm rate 10⁻³).
+        """Float32: no difference but ties, and no χ² test rejects (Bonferroni, family-wise false-alarm rate 10⁻³).
 
         Half precision: no gap above `LARGEST_GAP`, and not significantly more differences that are no ties than the
         yardstick has (Fisher's exact test, one-sided, 10⁻³).
@@ -79,7 +80,7 @@ class Row:
         if not self.finished or not self.compared:
             return False
         if self.yardstick is None:
-            return not self.differences and not any(holm(self.p_values, FALSE_ALARM))
+            return not self.differences and not rejects(self.p_values, FALSE_ALARM)
         counts = [[len(r.differences), r.compared - len(r.differences)] for r in (self, self.yardstick)]
         more = stats.fisher_exact(counts, alternative="greater").pvalue < FALSE_ALARM
         return not more and max(self.relative_gaps, default=0.0) <= LARGEST_GAP
@@ -217,10 +218,7 @@ class _Request:
         }
         torch.manual_seed(self.seed)
         tokens = model.generate(**inputs, **self.options)[0, inputs["input_ids"].shape[1] :].tolist()
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-        return tokens[:length]  # without the padding of a batch
+        return until(tokens, model.generation_config.eos_token_id)  # without the padding of a batch
 
 
 class _Judge:

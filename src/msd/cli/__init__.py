@@ -97,7 +97,9 @@ def _stop_on_sigterm() -> None:
 
 def _report(error: Exception) -> None:
     """Reports an internal error: one line on stderr, and the traceback in a file."""
-    message = "; ".join([f"internal error: {type(error).__name__}: {error}", *_notes(error), "please report it"])
+    message = "; ".join(
+        [f"internal error: {type(error).__name__}: {error}", *getattr(error, "__notes__", []), "please report it"]
+    )
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="msd-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
@@ -108,17 +110,10 @@ def _report(error: Exception) -> None:
     _fail(f"{message} with {log.name}", 1)
 
 
-def _notes(error: BaseException | None) -> list[str]:
-    """Returns what a command added to the error: which of its work is saved."""
-    return getattr(error, "__notes__", [])
-
-
 def _user_message(error: Exception) -> str | None:
     """Returns a message for errors of libraries that the user's options or machine cause; None for all others."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     if isinstance(error, ValueError | TypeError) and raised_in.startswith("transformers.generation."):
         return f"transformers refuses an option of the command line or of the model's generation config: {error}"
     if isinstance(error, RuntimeError) and "probability tensor contains" in str(error):
@@ -130,7 +125,7 @@ def _user_message(error: Exception) -> str | None:
 
 def _fail(message: str, code: int, error: Exception | None = None) -> None:
     """Prints the message and the error's notes as one line on stderr, and exits."""
-    message = "; ".join([message, *_notes(error)])
+    message = "; ".join([message, *getattr(error, "__notes__", [])])  # notes: which work is saved
     with suppress(OSError):  # if nothing can be written, the exit code remains
         flush()
     if sys.stderr is not None:

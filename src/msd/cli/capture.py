@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from msd.cli import terminal
 from msd.cli.options import DataLines, Json, MaxNewTokens, Model, grouped, quiet
-from msd.errors import InterruptedRunError, UserError
+from msd.errors import InterruptedRunError, UserError, named
 from msd.system.files import as_text, check_place
 from msd.system.machine import share_cores
 
@@ -112,17 +112,13 @@ def _write(
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for prompt in progress.track(todo, description="checking"):
-            try:
+            with named(places[prompt.key]):
                 writer.check(prompt)
-            except UserError as error:
-                raise UserError(f"{places[prompt.key]}: {error}") from error
         bar = progress.add_task("capturing", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
         try:
-            return write_answers(prompts, writer, out, batch, show, metadata)
+            return write_answers(
+                prompts, writer, out, batch, lambda done, n: progress.update(bar, completed=done, total=n), metadata
+            )
         except KeyboardInterrupt as stop:
             raise InterruptedRunError(
                 f"interrupted; finished answers are kept in {out}, and the same command resumes"

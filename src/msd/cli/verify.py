@@ -10,30 +10,17 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from msd.cli import terminal
-from msd.cli.options import (
-    DataLines,
-    DrafterFolder,
-    Json,
-    MaxNewTokens,
-    Methods,
-    Model,
-    grouped,
-    method_names,
-    quiet,
-    use_drafter,
-)
-from msd.cli.terminal import table
+from msd.cli import options, terminal
 from msd.errors import InterruptedRunError, UserError
 
 
-@grouped
+@options.grouped
 def verify(
-    model: Model,
-    lines: DataLines,
-    method: Methods = "all",
-    drafter: DrafterFolder = None,
-    max_new_tokens: MaxNewTokens = 32,
+    model: options.Model,
+    lines: options.DataLines,
+    method: options.Methods = "all",
+    drafter: options.DrafterFolder = None,
+    max_new_tokens: options.MaxNewTokens = 32,
     draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = 100_000,
     outputs: Annotated[
         Path | None,
@@ -43,7 +30,7 @@ def verify(
         Literal["float32", "bfloat16", "float16"],
         typer.Option("--dtype", help="Precision of the target; in half precision answers are not always identical."),
     ] = "float32",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compare with transformers' generate(): greedy and same-seed tokens, and χ² where candidates are sampled."""
     import torch
@@ -52,11 +39,11 @@ def verify(
 
     if outputs and dtype != "float32":
         raise UserError(f"--outputs are audited in float32; leave out --dtype {dtype}")
-    use_drafter(drafter)
-    methods = method_names(method, model.target)
+    options.use_drafter(drafter)
+    methods = options.method_names(method, model.target)
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
-    quiet()
+    options.quiet()
     from msd.bench import conversation
     from msd.certify import certificate
     from msd.loading import load_target
@@ -112,7 +99,7 @@ def _table(rows: list[Any], yardstick: Any) -> Any:
     """One line per method; in half precision the yardstick comes first."""
     half = yardstick is not None
     columns = ("agreeing\ntokens", "largest gap\n(roundings)") if half else ("largest\ntie gap", "smallest\np")
-    shown = table("method", "compared", "identical", "ties", *columns, "passed")
+    shown = terminal.table("method", "compared", "identical", "ties", *columns, "passed")
     for row in [yardstick, *rows] if half else rows:
         if half:
             cells = f"{row.agreeing_share:.0%}", f"{max(row.relative_gaps, default=0.0):.1f}"
@@ -120,9 +107,6 @@ def _table(rows: list[Any], yardstick: Any) -> Any:
             gap = f"{max(row.tie_gaps):.1e}" if row.tie_gaps else "-"
             cells = gap, f"{min(row.p_values):.3f}" if row.p_values else "-"
         counts = (str(row.compared), str(row.identical), str(len(row.tie_gaps)))
-        shown.add_row(row.method, *counts, *cells, "-" if row is yardstick else _passed(row))
+        passed = "yes" if row.passed else "NO" if row.finished or row.differences else "not yet"
+        shown.add_row(row.method, *counts, *cells, "-" if row is yardstick else passed)
     return shown
-
-
-def _passed(row: Any) -> str:
-    return "yes" if row.passed else "NO" if row.finished or row.differences else "not yet"

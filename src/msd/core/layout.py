@@ -49,9 +49,10 @@ class Layout:
         padding is on the left.
         """
         B, L = input_ids.shape
-        if attention_mask is not None and not _is_left_padded(attention_mask):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().long()
+        if not (mask[:, -1].all() and (mask[:, 1:] >= mask[:, :-1]).all()):
             raise UserError("the attention mask hides tokens after visible ones; pad prompts on the left")
-        start = [0] * B if attention_mask is None else (L - attention_mask.long().sum(-1)).tolist()
+        start = (L - mask.sum(-1)).tolist()
         column = torch.arange(L, device=input_ids.device)
         first = torch.tensor(start, device=input_ids.device)[:, None]
         if position_ids is None:
@@ -110,9 +111,3 @@ class Layout:
     def history(self, row: int) -> Tensor:
         """All tokens of `row` up to the newest one, with the padding: [end]."""
         return self.tokens[row, : self.end[row]]
-
-
-def _is_left_padded(attention_mask: Tensor) -> bool:
-    """Whether every row of the mask [B, L] is zero or more zeros followed by at least one 1."""
-    mask = attention_mask.bool()
-    return bool(mask[:, -1].all() & (mask[:, 1:] >= mask[:, :-1]).all())

@@ -11,32 +11,14 @@ or keep state for each of them; with one of those, all rows advance in lockstep 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from msd.core.layout import Layout
@@ -44,13 +26,13 @@ from msd.errors import UserError
 
 # processors that ignore the token history: they run on all rows at once
 _POINTWISE = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    TypicalLogitsWarper,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
 )
 
 Randomness = torch.Generator | list[torch.Generator] | None
@@ -138,12 +120,6 @@ class Sampler:
         if self.pointwise:
             return self.processors(self.layout.tokens[rows, :1], scores)
         return torch.cat([self.row_processors[r](self._history(r)[None], scores[i, None]) for i, r in enumerate(rows)])
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """p [R, V] from processed logits [R, V]: their softmax, or one-hot at the argmax for greedy decoding."""
-        if self.do_sample:
-            return logits.softmax(-1)
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
 
     def draw(self, logits: Tensor, rows: list[int]) -> Tensor:
         """The next token of each row, [R]: the argmax, or a multinomial draw as in `generate()`.
@@ -234,7 +210,7 @@ def temperature(sampler: Sampler) -> float | None:
     """The temperature of a sampled request, 1 by default; None for greedy decoding."""
     if not sampler.do_sample:
         return None
-    warpers = [p for p in sampler.processors if isinstance(p, TemperatureLogitsWarper)]
+    warpers = [p for p in sampler.processors if isinstance(p, logits_process.TemperatureLogitsWarper)]
     return float(warpers[-1].temperature) if warpers else 1.0
 
 
@@ -254,18 +230,19 @@ def _copy_processors(processors: LogitsProcessorList, row: int, prompt: Tensor, 
     prompt = prompt[None, start:]
     copies = LogitsProcessorList(copy.copy(p) for p in processors)
     for i, mine in enumerate(copies):
-        if isinstance(mine, RepetitionPenaltyLogitsProcessor):
+        if isinstance(mine, logits_process.RepetitionPenaltyLogitsProcessor):
             if isinstance(mine.prompt_ignore_length, Tensor):
                 mine.prompt_ignore_length = mine.prompt_ignore_length[row : row + 1]
-        elif isinstance(mine, EncoderRepetitionPenaltyLogitsProcessor):
+        elif isinstance(mine, logits_process.EncoderRepetitionPenaltyLogitsProcessor):
             mine.encoder_input_ids = prompt
-        elif isinstance(mine, EncoderNoRepeatNGramLogitsProcessor):
-            copies[i] = _Unpadded(EncoderNoRepeatNGramLogitsProcessor(mine.ngram_size, prompt), start)
-        elif isinstance(mine, NoRepeatNGramLogitsProcessor | SequenceBiasLogitsProcessor):
+        elif isinstance(mine, logits_process.EncoderNoRepeatNGramLogitsProcessor):
+            copies[i] = _Unpadded(logits_process.EncoderNoRepeatNGramLogitsProcessor(mine.ngram_size, prompt), start)
+        elif isinstance(mine, logits_process.NoRepeatNGramLogitsProcessor | logits_process.SequenceBiasLogitsProcessor):
             copies[i] = _Unpadded(mine, start)
-        elif isinstance(mine, PrefixConstrainedLogitsProcessor):
-            mine._prefix_allowed_tokens_fn = partial(_as_row, mine._prefix_allowed_tokens_fn, row)
-        elif isinstance(mine, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+        elif isinstance(mine, logits_process.PrefixConstrainedLogitsProcessor):
+            allowed = mine._prefix_allowed_tokens_fn
+            mine._prefix_allowed_tokens_fn = lambda _, tokens, allowed=allowed: allowed(row, tokens)
+        elif isinstance(mine, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor):
             raise UserError("guidance_scale with several prompts at once is not supported; give one prompt at a time")
     return copies
 
@@ -281,26 +258,22 @@ class _Unpadded(LogitsProcessor):
         return self.processor(input_ids[:, self.start :], scores)
 
 
-def _as_row(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, tokens: Tensor) -> list[int]:
-    """Calls `prefix_allowed_tokens_fn` with the index of the row in the batch."""
-    return allowed(row, tokens)
-
-
 class SharedNoise:
     """Draws tokens of a batch that shares one generator, when rows are at different lengths.
 
     `torch.multinomial` divides p [B, V] by exponential noise [B, V] and takes the argmax. Here the noise of draw k is
-    generated once for all rows and kept until each row has emitted its k-th token, so that every row gets the same
-    token as in `generate()`.
+    generated once for all rows, and each row keeps its part until it emits its k-th token, so that every row gets the
+    same token as in `generate()`.
 
-    generator: of the whole batch of B rows; None: torch's global one. Memory: at most 8 V bytes per unfinished row and
-    per token that the row is behind the longest one.
+    generator: of the whole batch of B rows; None: torch's global one. Memory: 4 V bytes per unfinished row and per
+    token that the row is behind the longest one.
     """
 
     def __init__(self, batch: int, generator: torch.Generator | None) -> None:
         self.generator = generator
         self._count = [0] * batch  # draws of each row so far
-        self._kept: dict[int, _Noise] = {}  # draw number -> noise
+        self._generated = 0  # draws whose noise has been generated
+        self._noise: dict[tuple[int, int], Tensor] = {}  # (draw number, row) -> unused noise [V]
 
     def draw(self, p: Tensor, rows: list[int], waiting: list[int]) -> Tensor:
         """The next token of each of `rows` from p [R, V]: [R]. waiting: rows that draw now or later.
@@ -309,46 +282,19 @@ class SharedNoise:
         """
         if not bool((p.amax() < torch.inf) & (p.amin() >= 0)):
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        members: dict[int, list[int]] = {}  # draw number -> indices into `rows`
-        for i, row in enumerate(rows):
-            members.setdefault(self._count[row], []).append(i)
+        if any(self._count[row] == self._generated for row in rows):
+            noise = p.new_empty(len(self._count), p.shape[1]).exponential_(1, generator=self.generator)
+            self._noise |= {(self._generated, row): noise[row].clone() for row in waiting}
+            self._generated += 1
+        own = torch.stack([self._noise.pop((self._count[row], row)) for row in rows])
+        for row in rows:
             self._count[row] += 1
-        noise = torch.empty_like(p)
-        for k, indices in sorted(members.items()):
-            if k not in self._kept:
-                q = p.new_empty(len(self._count), p.shape[1]).exponential_(1, generator=self.generator)
-                self._kept[k] = _Noise(q, list(range(len(q))))
-            noise[indices] = self._kept[k].select([rows[i] for i in indices])
-        last = min(self._count[row] for row in waiting)
-        for k in list(self._kept):
-            if k < last:
-                del self._kept[k]
-            else:
-                self._kept[k].keep([row for row in waiting if self._count[row] <= k])
-        return (p / noise).argmax(-1)
-
-
-class _Noise:
-    """The exponential noise [R, V] of one draw, for the R `rows` that have not used it yet."""
-
-    def __init__(self, noise: Tensor, rows: list[int]) -> None:
-        self.noise, self.rows = noise, rows
-
-    def select(self, rows: list[int]) -> Tensor:
-        """The noise of `rows`, in that order."""
-        if rows == self.rows:
-            return self.noise
-        index = {row: i for i, row in enumerate(self.rows)}
-        return self.noise[[index[row] for row in rows]]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drops all other rows when they make up at least half of the buffer."""
-        if 2 * len(rows) <= len(self.rows):
-            self.noise, self.rows = self.select(rows).clone(), rows
+        unfinished = set(waiting)
+        self._noise = {key: noise for key, noise in self._noise.items() if key[1] in unfinished}
+        return (p / own).argmax(-1)
 
 
 Seed = int | Sequence[int] | torch.Generator | None
-LEAST, MOST = -(1 << 63), (1 << 64) - 1  # the range of torch.manual_seed
 
 
 def generators(seed: Any, batch: int, device: torch.device) -> list[torch.Generator] | torch.Generator | None:
@@ -373,6 +319,6 @@ def _checked(seed: Any) -> int:
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise UserError(f"the seed {seed!r} is of type {type(seed).__name__}; give an integer, or one for each answer")
     number = int(seed)
-    if not LEAST <= number <= MOST:
+    if not -(1 << 63) <= number < 1 << 64:  # the range of torch.manual_seed
         raise UserError(f"the seed {number} does not fit 64 bits; give one from -2**63 to 2**64 - 1")
     return number

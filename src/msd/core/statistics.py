@@ -66,10 +66,9 @@ class Statistics:
         self.seconds["verify"] += step.score_seconds
         if not step.prefill:
             self.count(step.tree, step.accepted)
-            self.label(step.accepted)
 
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
-        """Adds the counts of one step, for each row that was unfinished before it."""
+        """Adds the counts and predicted modalities of one step, for each row that was unfinished before it."""
         drafted, levels = torch.stack([tree.valid.sum(1) - 1, (tree.depths * tree.valid).amax(1)]).tolist()
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens and row not in accepted.padded:
@@ -80,20 +79,13 @@ class Statistics:
                 self.acceptance_histogram[len(nodes)] += 1
                 self.steps.append(RowStep(row, 1 + self._emitted[row], levels[row], len(nodes)))
                 self._emitted[row] += len(tokens)
-        if accepted.divergence is not None and accepted.modality is not None:
-            kinds_by_id = known()
-            for row, (kinds, spent) in enumerate(zip(accepted.modality, accepted.divergence, strict=True)):
-                if row in accepted.padded:
-                    continue
-                for kind, total_variation in zip(kinds, spent, strict=True):
-                    self._spend(kinds_by_id[kind].name, 1, total_variation)
-
-    def label(self, accepted: Accepted) -> None:
-        """Adds the predicted modality of each emitted token, if there is a router."""
-        kinds_by_id = known()
+        names = [modality.name for modality in known()]
         for row, kinds in enumerate(accepted.modality or ()):
             if row not in accepted.padded:
-                self.predicted.setdefault(row, []).extend(kinds_by_id[k].name for k in kinds)
+                self.predicted.setdefault(row, []).extend(names[kind] for kind in kinds)
+                if accepted.divergence is not None:
+                    for kind, total_variation in zip(kinds, accepted.divergence[row], strict=True):
+                        self._spend(names[kind], 1, total_variation)
 
     def _spend(self, modality: str, tokens: int, total_variation: float) -> None:
         """Adds `tokens` tokens with a summed total variation to the count of a modality."""

@@ -75,7 +75,6 @@ class DraftTree:
         newest: Tensor,
         tokens: list[list[int]],
         parents: list[list[int]],
-        modality: list[list[int]] | None = None,
         candidates: SampledCandidates | None = None,
         deterministic: list[list[bool]] | None = None,
     ) -> DraftTree:
@@ -95,8 +94,6 @@ class DraftTree:
             table[1, row, 1:n] = torch.tensor(above, dtype=torch.long)
             table[2, row, :n] = torch.tensor(depth)
             table[3, row, :n] = 1
-            if modality is not None:
-                table[4, row, 1:n] = torch.tensor(modality[row], dtype=torch.long)
             table[5, row, 1:n] = 1 if deterministic is None else torch.tensor(deterministic[row], dtype=torch.long)
         table = table.to(newest.device)
         table[0, :, 0] = newest

@@ -30,6 +30,21 @@ class Drafter(Protocol):
     taps: tuple[int, ...] = ()
     sampled: bool = False
 
+    def translate(self, tokenizer: Any) -> None:
+        """Maps the target's vocabulary to the drafter's own; UserError if they do not fit. Called before `attach`."""
+        return
+
+    def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
+        """Receives a function that encodes F pictures as tokens [E, H] with the target's vision tower.
+
+        Called before `attach` if the target has a processor; see `msd.drafters.auxiliary.picture_tokens`.
+        """
+        return
+
+    def thresholds(self, epsilon: float) -> dict[str, float]:
+        """Maps modality names to the θ that the `budget` policy starts with for a budget of ε; empty by default."""
+        return {}
+
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Binds the drafter to its target; UserError when the two do not fit. Called again when embeddings change.
 
@@ -39,7 +54,6 @@ class Drafter(Protocol):
 
     def twin(self, model: PreTrainedModel) -> Drafter:
         """Returns a drafter of the same kind with any weights for a tiny model, on which its sampling is tested."""
-        ...
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the `scores` of the prompt. Called once, after prefill and the first emitted token.
@@ -54,7 +68,6 @@ class Drafter(Protocol):
 
         A drafter that samples its candidates draws them with `sampler.multinomial`, which uses the request's seed.
         """
-        ...
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """Predicts the class [B, N] of the token below each scored node from the target's states; None: no router.
@@ -69,24 +82,6 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
-class Translates(Protocol):
-    """A drafter with another vocabulary than the target's."""
-
-    def translate(self, tokenizer: Any) -> None:
-        """Maps the vocabularies. Called before `attach` if the target has a tokenizer; UserError if they do not fit."""
-        ...
-
-
-@runtime_checkable
-class Calibrated(Protocol):
-    """A drafter that comes with thresholds for the `budget` policy."""
-
-    def thresholds(self, epsilon: float) -> dict[str, float]:
-        """Maps modality names to θ for a budget of ε; empty when none is calibrated."""
-        ...
-
-
-@runtime_checkable
 class ReadsAuxiliary(Protocol):
     """A drafter that reads auxiliary tokens: an encoded input that the target does not see.
 
@@ -97,19 +92,6 @@ class ReadsAuxiliary(Protocol):
 
     def encode(self, item: Any) -> Tensor:
         """Encodes one opened input of the source as tokens [E, H]. E is fixed; the tokens are never all zero."""
-        ...
-
-
-@runtime_checkable
-class SharesVisionTower(Protocol):
-    """A drafter that encodes pictures with the target's vision tower."""
-
-    def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
-        """Receives a function from F pictures to tokens [E, H] (`msd.drafters.auxiliary.picture_tokens`).
-
-        Called before `attach` if the target has a processor.
-        """
-        ...
 
 
 @runtime_checkable
@@ -121,4 +103,3 @@ class ReadsPrompt(Protocol):
 
         Runs in its own thread. No other code uses this layout. auxiliary: [B, E, H], see `State`.
         """
-        ...

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msd.core.layout import Layout
 from msd.core.statistics import Statistics
-from msd.drafters import Drafter, ReadsPrompt
+from msd.drafters.base import Drafter, ReadsPrompt
 from msd.errors import UserError
 from msd.targets.state import State
 
@@ -34,9 +34,7 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(1)
         self._busy: list[tuple[float, float]] = []  # begin and end of each piece of work, `time.perf_counter`
         self._prefills: list[tuple[float, float]] = []  # likewise, of the target's encoding and prefill
-        self._auxiliary: Tensor | Future[Tensor] | None = (
-            self._submit(auxiliary) if callable(auxiliary) else auxiliary
-        )  # fmt: skip
+        self._auxiliary = self._submit(auxiliary) if callable(auxiliary) else auxiliary
         self._memory: Future[Any] | None = None
 
     @contextmanager

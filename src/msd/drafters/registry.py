@@ -142,6 +142,9 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
     return method.load(folder, dtype)
 
 
+_loaded = cache(load)
+
+
 def catalogue() -> list[Method]:
     """Lists all methods: `ar`, those without weights, the forms of MSD, the others, and those of other targets."""
     known = _known()
@@ -179,7 +182,7 @@ def ready(name: str) -> Method:
 def create(name: str) -> Drafter:
     """Creates a drafter of method `name`; drafters of one folder share its network. UserError as in `ready`."""
     method, present = ready(name), folders()
-    return method.make(*(_shared(present[part]) for part in method.weights))
+    return method.make(*(_loaded(present[part]) for part in method.weights))
 
 
 def trainable(name: str) -> type[DraftNetwork]:
@@ -226,15 +229,10 @@ def _place(name: str) -> Path:
 
 
 def _known() -> dict[str, Method]:
-    _discover()
-    return _BUILT_IN
-
-
-@cache
-def _discover() -> None:
-    """Imports the files of `msd.drafters.algorithms`, which register their methods."""
+    """Returns the methods of the package. Their files register them when they are imported, here at first use."""
     for module in pkgutil.iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
+    return _BUILT_IN
 
 
 def _of(folder: Path | str) -> Method:
@@ -244,8 +242,3 @@ def _of(folder: Path | str) -> Method:
     if found is None or found.load is None:
         raise UserError(f"drafter '{folder}' is of method '{name}', which is not known here")
     return found
-
-
-@cache
-def _shared(folder: Path) -> Any:
-    return load(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from msd.errors import UserError
@@ -62,11 +64,7 @@ class Acceptance:
             return self.lengths.get(nodes)
         if self.length is not None:
             return min(self.length, 1.0 + min(nodes, depth))
-        total, reached = 1.0, 1.0
-        for rate in self.rates[: min(nodes, depth)]:
-            reached *= rate
-            total += reached
-        return total
+        return 1.0 + sum(accumulate(self.rates[: min(nodes, depth)], mul))
 
     def sizes(self, default: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the tree sizes with a known length; `default` if the length does not depend on the size."""

@@ -7,7 +7,7 @@ element-wise work and attention; passes over more rows and more keys separate th
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -89,9 +89,4 @@ def _pass(forward: Any, rows: int, keys: int) -> Callable[[], object]:
 def _seconds(run: Callable[[], object]) -> float:
     """Returns the median time of several runs, after a warm-up."""
     run()
-    times = []
-    for _ in range(TIMES):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return median(timeit.repeat(run, number=1, repeat=TIMES))

@@ -104,26 +104,21 @@ def of_config(name: str, config: Any) -> Sizes:
     text = config.get_text_config(decoder=True)
     if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(f"the decoder of '{name}' is a mixture of experts, which is unsupported; choose a dense model")
+    counts = (getattr(config, key, None) for key in ("image_seq_length", "mm_tokens_per_image"))
+    image_tokens = next((count for count in counts if isinstance(count, int)), 0)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Sizes(
         name, text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads,
-        getattr(text, "num_key_value_heads", None) or heads, head_dim, text.vocab_size, _image_tokens(config),
+        getattr(text, "num_key_value_heads", None) or heads, head_dim, text.vocab_size, image_tokens,
         **_vision(getattr(config, "vision_config", None)),
     )  # fmt: skip
 
 
-def _image_tokens(config: Any) -> int:
-    """Returns the placeholders of one image; 0 if the config does not hold their number."""
-    for key in ("image_seq_length", "mm_tokens_per_image"):
-        if isinstance(count := getattr(config, key, None), int):
-            return count
-    return 0
-
-
 def _vision(vision: Any) -> dict[str, Any]:
     """Returns the fields of a vision tower that is a transformer over patches of images of one size, else nothing."""
-    image, patch = (_side(getattr(vision, key, None)) for key in ("image_size", "patch_size"))
+    sides = (getattr(vision, key, None) for key in ("image_size", "patch_size"))
+    image, patch = (side[0] if isinstance(side, list | tuple) else side for side in sides)
     hidden, inner = getattr(vision, "hidden_size", None), getattr(vision, "intermediate_size", None)
     layers = getattr(vision, "num_hidden_layers", None)
     if not (image and patch and hidden and inner and layers):
@@ -132,7 +127,3 @@ def _vision(vision: Any) -> dict[str, Any]:
         "vision_layers": layers, "vision_hidden": hidden, "vision_intermediate": inner,
         "vision_patches": (image // patch) ** 2,
     }  # fmt: skip
-
-
-def _side(size: Any) -> int | None:
-    return size[0] if isinstance(size, list | tuple) else size

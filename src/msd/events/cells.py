@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from msd.errors import UserError
 from msd.events.recording import By, Events, edges, extent, frame_chunks
-from msd.events.stream import EventStream
 from msd.labels import EVENT_DENSE, EVENT_SPARSE
 
 
@@ -35,54 +34,35 @@ class Cells:
     threshold: float
 
 
-class Rates:
-    """Counts events per cell, chunk by chunk."""
-
-    def __init__(self, frames: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
-        """size: (width, height) of the sensor. grid: (columns, rows); pixel x is in column x · columns // width."""
-        columns, rows = grid
-        width, height = size
-        if not (1 <= columns <= width and 1 <= rows <= height):
-            raise UserError(
-                f"a grid of {columns}x{rows} cells on {width}x{height} pixels; give 1 to {width} columns and "
-                f"1 to {height} rows"
-            )
-        self.shape = (rows, columns)
-        self.column = np.arange(width) * columns // width
-        self.row = np.arange(height) * rows // height * columns
-        self.counts = np.zeros((frames, rows * columns), np.int64)
-        self.area = np.outer(np.bincount(self.row // columns), np.bincount(self.column))
-
-    def add(self, frame: int, chunk: EventStream) -> None:
-        """Counts some events of a frame."""
-        cell = self.row[chunk.y] + self.column[chunk.x]
-        self.counts[frame] += np.bincount(cell, minlength=self.counts.shape[1])
-
-    def cells(self, durations: NDArray[np.int64], threshold: float | None = None) -> Cells:
-        """Returns rates and kinds. durations: of each frame in µs; less than a millisecond counts as one."""
-        seconds = np.maximum(durations, 1000) / 1e6
-        rates = self.counts.reshape(-1, *self.shape) / self.area / seconds[:, None, None]
-        threshold = otsu(np.log(rates[rates > 0])) if threshold is None else threshold
-        dense = (rates > 0) & (rates >= threshold)
-        kinds = np.where(dense, EVENT_DENSE.id, EVENT_SPARSE.id).astype(np.int64)
-        return Cells(rates, kinds, float(threshold))
-
-
 def cells(
     events: Events, grid: tuple[int, int], count: int = 5, by: By = "count", threshold: float | None = None
 ) -> Cells:
-    """Labels the cells of a grid (columns, rows) sparse or dense in each of `count` frames.
+    """Labels the cells of a grid (columns, rows) sparse or dense in each of `count` frames; reads a recording twice.
 
-    The arguments are those of `event_frames`, which returns the same cells together with the frames.
+    Pixel x is in column x · columns // width. A frame shorter than a millisecond counts as one millisecond. The
+    arguments are those of `event_frames`. UserError as there, or if a column or row of the grid would have no pixel.
     """
+    columns, rows = grid
+    width, height = events.size
+    if not (1 <= columns <= width and 1 <= rows <= height):
+        raise UserError(
+            f"a grid of {columns}x{rows} cells on {width}x{height} pixels; give 1 to {width} columns and "
+            f"1 to {height} rows"
+        )
     frame_edges = edges(extent(events), count, by)
-    rates = Rates(count, events.size, grid)
-    spans = np.zeros((count, 2), np.int64)
+    column = np.arange(width) * columns // width
+    row = np.arange(height) * rows // height
+    counts = np.zeros((count, rows * columns), np.int64)
+    spans = np.zeros((count, 2), np.int64)  # times of the first and the last event
     for frame, chunk in frame_chunks(events, frame_edges, by):
-        spans[frame, 0] = spans[frame, 0] if rates.counts[frame].any() else chunk.t[0]
-        spans[frame, 1] = chunk.t[-1]
-        rates.add(frame, chunk)
-    return rates.cells(np.diff(frame_edges) if by == "time" else spans[:, 1] - spans[:, 0], threshold)
+        spans[frame] = spans[frame, 0] if counts[frame].any() else chunk.t[0], chunk.t[-1]
+        counts[frame] += np.bincount(row[chunk.y] * columns + column[chunk.x], minlength=rows * columns)
+    seconds = np.maximum(np.diff(frame_edges) if by == "time" else np.diff(spans)[:, 0], 1000) / 1e6
+    area = np.outer(np.bincount(row), np.bincount(column))
+    rates = counts.reshape(count, rows, columns) / area / seconds[:, None, None]
+    threshold = otsu(np.log(rates[rates > 0])) if threshold is None else threshold
+    kinds = np.where((rates > 0) & (rates >= threshold), EVENT_DENSE.id, EVENT_SPARSE.id).astype(np.int64)
+    return Cells(rates, kinds, float(threshold))
 
 
 def cell_kinds(recording: Events, frames: int, tokens: int) -> NDArray[np.int64]:

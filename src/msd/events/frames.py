@@ -11,12 +11,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from msd.events.cells import Cells, Rates
+from msd.events.cells import Cells, cells
 from msd.events.recording import By, Events, check_memory, edges, extent, frame_chunks
 from msd.system.files import make_folder, write_whole
 
@@ -57,7 +58,7 @@ def event_frames(
     """Draws `count` frames of a stream or recording, chunk by chunk.
 
     Args:
-        events: an `EventStream`, or a `Recording`, which is read twice.
+        events: an `EventStream`, or a `Recording`, which is read twice; four times with a grid.
         count: number of frames.
         by: "count" for equally many events per frame, "time" for equally long frames.
         grid: (columns, rows) of the input cells to label sparse or dense; none by default.
@@ -73,22 +74,16 @@ def event_frames(
     pixels = np.full((count, height * width), EMPTY, np.uint8)
     counts = np.zeros(count, np.int64)
     spans = np.zeros((count, 2), np.int64)
-    rates = None if grid is None else Rates(count, (width, height), grid)
     for frame, chunk in frame_chunks(events, frame_edges, by):
         place = chunk.y.astype(np.intp)
         place *= width
         place += chunk.x
         pixels[frame][place] = chunk.p  # numpy keeps the last value of equal places
-        if rates is not None:
-            rates.add(frame, chunk)
         spans[frame, 0] = spans[frame, 0] if counts[frame] else chunk.t[0]
         spans[frame, 1] = chunk.t[-1]
         counts[frame] += len(chunk)
-    if rates is None:
-        cells = None
-    else:
-        cells = rates.cells(np.diff(frame_edges) if by == "time" else spans[:, 1] - spans[:, 0], threshold)
-    return EventFrames(pixels.reshape(count, height, width), counts, spans, cells)
+    kinds = None if grid is None else cells(events, grid, count, by, threshold)
+    return EventFrames(pixels.reshape(count, height, width), counts, spans, kinds)
 
 
 def frames(events: Events, count: int = 5, by: By = "count", size: tuple[int, int] | None = None) -> list[Image.Image]:
@@ -102,14 +97,18 @@ def write_frames(images: Sequence[Image.Image], captions: Sequence[str], title: 
     Returns the paths written. UserError if they cannot be written.
     """
     suffix = out.suffix.lower()
-    if suffix in (".gif", ".html"):
+    if suffix == ".gif":
+        options = {"save_all": True, "append_images": images[1:], "duration": GIF_DELAY, "loop": 0}  # 0: forever
+        write_whole(out, _encoded(images[0], "GIF", **options))
+        return [out]
+    if suffix == ".html":
         head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
-        write_whole(out, _gif(images) if suffix == ".gif" else head + snippet(images, captions, title))
+        write_whole(out, head + snippet(images, captions, title))
         return [out]
     make_folder(out)
     paths = [out / f"frame-{number:03d}.png" for number in range(len(images))]
     for path, image in zip(paths, images, strict=True):
-        write_whole(path, _png(image))
+        write_whole(path, _encoded(image, "PNG"))
     return paths
 
 
@@ -117,7 +116,7 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     """Returns a `<figure>` that embeds the frames in one row, for use in any page."""
     parts = []
     for image, caption in zip(images, captions, strict=True):
-        data = base64.b64encode(_png(image, optimize=True)).decode()
+        data = base64.b64encode(_encoded(image, "PNG", optimize=True)).decode()
         text = html.escape(caption)
         parts.append(
             f'<div style="flex:1;min-width:8em"><img style="width:100%;border:1px solid #ccc" alt="{text}" '
@@ -129,14 +128,7 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     )
 
 
-def _gif(images: Sequence[Image.Image]) -> bytes:
-    """Returns an animation of the frames that repeats forever."""
+def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=list(images[1:]), duration=GIF_DELAY, loop=0)
-    return buffer.getvalue()
-
-
-def _png(image: Image.Image, optimize: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=optimize)
+    image.save(buffer, format, **options)
     return buffer.getvalue()

@@ -8,7 +8,7 @@ length. Code that needs the total count or time span first iterates twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from msd.errors import UserError
+from msd.errors import UserError, named
 from msd.events.stream import Columns, EventStream, check_size, join, unchecked, validated
 
 CHUNK = 1_000_000  # events
@@ -35,14 +35,12 @@ class Source:
         columns: decodes the file from its start; takes a number of events and yields chunks of about that many.
         size: (width, height) of the sensor, if the file or its format states it.
         size_from: origin of the size: "header", "sensor name", "format" or "events".
-        count: number of events, if the header states it.
     """
 
     format: str
     columns: Callable[[int], Iterator[Columns]]
     size: tuple[int, int] | None = None
     size_from: str = "events"
-    count: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +110,9 @@ class Recording:
         with self._naming_file():
             return check_size((width, height))
 
-    @contextmanager
-    def _naming_file(self) -> Iterator[None]:
-        """Adds the file's name to UserErrors."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"'{self.path}' ({self.format}): {error}") from error
+    def _naming_file(self) -> AbstractContextManager[None]:
+        """Puts the file's name in front of UserErrors."""
+        return named(f"'{self.path}' ({self.format})")
 
 
 Events: TypeAlias = EventStream | Recording

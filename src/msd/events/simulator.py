@@ -16,7 +16,8 @@ Simulator", 2018; Hu et al., "v2e: From Video Frames to Realistic DVS Events", 2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,7 +33,7 @@ Crossings = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]  # 
 
 
 class SimulatorSettings(BaseModel):
-    """The camera's properties. The defaults have the noise of a quiet camera; `ideal()` has none."""
+    """The camera's properties. The defaults have the noise of a quiet camera."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,12 +44,6 @@ class SimulatorSettings(BaseModel):
     leak_rate: float = Field(default=0.1, ge=0, description="leak events per second and pixel")
     shot_rate: float = Field(default=0.1, ge=0, description="shot noise events per second and pixel")
     dark: float = Field(default=0.02, gt=0, description="added to brightness (0 to 1) before the logarithm")
-
-    @classmethod
-    def ideal(cls, threshold: float = 0.2, dark: float = 0.02) -> SimulatorSettings:
-        """Returns the settings of a camera without noise, mismatch and refractory time."""
-        noise = {"mismatch": 0, "refractory": 0, "leak_rate": 0, "shot_rate": 0}
-        return cls(threshold_on=threshold, threshold_off=threshold, dark=dark, **noise)
 
 
 class Simulator:
@@ -148,11 +143,9 @@ def simulate(
     """
     parts: list[EventStream] = []
     simulator: Simulator | None = None
-    rest = iter(times)
-    for frame in frames:
-        time = next(rest, None)
-        if time is None:
-            raise UserError("there are more frames than times; give each frame its time")
+    for frame, time in zip_longest(frames, times):
+        if frame is None or time is None:
+            raise UserError("there are not as many frames as times; give each frame its time")
         if simulator is None:
             shape = np.shape(frame)
             if len(shape) < 2:
@@ -161,8 +154,6 @@ def simulate(
         parts.append(simulator.feed(frame, time))
     if simulator is None:
         raise UserError("there are no frames; give at least one")
-    if next(rest, None) is not None:
-        raise UserError("there are more times than frames; give each frame its time")
     return join(parts, simulator.size)
 
 
@@ -206,11 +197,6 @@ class Camera:
         """Returns the RGB view at a time in µs."""
         return self._view(self.photo, time)
 
-    def frames(self, duration: int, rate: float = 500.0) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yields (time in µs, brightness) from 0 to `duration` µs, `rate` frames per second."""
-        for time in _frame_times(duration, rate):
-            yield time, self.frame(time)
-
     def _view(self, image: Image.Image, time: int) -> Image.Image:
         pan_x, pan_y, zoom, roll = (self._wave(row, time) for row in range(4))
         low, high = self.motion.zoom
@@ -251,21 +237,19 @@ def events_of_photo(
 
     Args:
         photo: any mode. size: (width, height) of the sensor. duration: µs.
-        rate: simulated frames per second; an edge should move at most a pixel between two frames.
+        rate: simulated frames per second, from time 0 to `duration`; an edge should move at most a pixel between two.
         seed: of the path, the mismatch and the noise.
+
+    Raises:
+        UserError: there is no time for two frames.
     """
-    camera = Camera(photo, size, motion, seed)
-    times = _frame_times(duration, rate)
-    return simulate((camera.frame(time) for time in times), times, settings, seed)
-
-
-def _frame_times(duration: int, rate: float) -> list[int]:
-    """Returns frame times from 0 to `duration` µs inclusive, `rate` per second; UserError for less than two."""
     if not 0 < rate <= 1e6 or duration < 1e6 / rate:
         raise UserError(
             f"{rate} frames a second for {duration} µs; give time for two frames, at most a million a second"
         )
-    return [round(i * 1e6 / rate) for i in range(int(duration * rate / 1e6) + 1)]
+    camera = Camera(photo, size, motion, seed)
+    times = [round(i * 1e6 / rate) for i in range(int(duration * rate / 1e6) + 1)]
+    return simulate((camera.frame(time) for time in times), times, settings, seed)
 
 
 def _brightness(frame: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:

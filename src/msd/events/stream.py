@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,25 +57,9 @@ class EventStream:
         """Times of the first and the last event, µs; (0, 0) without events."""
         return (int(self.t[0]), int(self.t[-1])) if len(self) else (0, 0)
 
-    @property
-    def rate(self) -> float:
-        """Events per second over the span; 0 if all events have the same time."""
-        first, last = self.span
-        return len(self) * 1e6 / (last - first) if last > first else 0.0
-
     def part(self, first: int, last: int) -> EventStream:
         """Returns events number `first` to `last` - 1, as views of the same memory."""
         return unchecked(self.t[first:last], self.x[first:last], self.y[first:last], self.p[first:last], self.size)
-
-    def between(self, begin: int, end: int) -> EventStream:
-        """Returns the events with begin <= t < end (µs), as views of the same memory."""
-        first, last = np.searchsorted(self.t, (begin, end))
-        return self.part(int(first), int(last))
-
-    def split(self, count: int) -> list[EventStream]:
-        """Returns `count` parts with equally many events; the last one also has the remainder."""
-        edges = [i * (len(self) // count) for i in range(count)] + [len(self)]
-        return [self.part(a, b) for a, b in pairwise(edges)]
 
 
 def unchecked(t: Any, x: Any, y: Any, p: Any, size: tuple[int, int]) -> EventStream:

@@ -19,6 +19,7 @@ from msd.system.files import open_media, shortened
 
 MAX_BYTES = 20 * 1000 * 1000
 MAX_PIXELS = 40 * 1000 * 1000
+LIMIT = f"{MAX_PIXELS // 10**6} million pixels"
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 ORIENTATION_TAG = 0x0112
@@ -87,7 +88,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings(action="ignore"):  # about large and unusual files; this module checks them itself
             return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError as error:  # beyond PIL's own limit, the size is unknown
-        raise UserError(f"{name} has too many pixels; at most {_limit()}: resize it") from error
+        raise UserError(f"{name} has too many pixels; at most {LIMIT}: resize it") from error
     except Exception as error:  # parsers of hostile files raise anything: OSError, SyntaxError, struct.error, KeyError…
         known = "JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF"
         raise UserError(f"{name} is not a readable image; give a {known} file") from error
@@ -175,8 +176,4 @@ def _check_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise UserError(f"{name} is {width}x{height} pixels; give an image of at least 1x1")
     if width * height > MAX_PIXELS:
-        raise UserError(f"{name} is {width}x{height} pixels; at most {_limit()}: resize it")
-
-
-def _limit() -> str:
-    return f"{MAX_PIXELS // 10**6} million pixels"
+        raise UserError(f"{name} is {width}x{height} pixels; at most {LIMIT}: resize it")

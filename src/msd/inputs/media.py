@@ -91,7 +91,7 @@ class Video:
                 if frame.width * frame.height > MAX_PIXELS:
                     raise UserError(f"{name} holds a frame of {frame.width}x{frame.height} pixels; resize it")
                 if len(times) in wanted:
-                    selected[len(times)] = _upright(frame)
+                    selected[len(times)] = frame.to_image().rotate(frame.rotation, expand=True)
                 times.append(frame.pts)
             if not times:
                 raise UserError(f"{name} is broken: none of its frames can be decoded; save or download it again")
@@ -198,9 +198,3 @@ def _ascending(times: list[int | None]) -> list[int]:
     if len(known) == len(times) and known[-1] > known[0] and all(a <= b for a, b in pairwise(known)):
         return known
     return list(range(len(times)))
-
-
-def _upright(frame: Any) -> Image.Image:
-    """Converts a frame to RGB, rotated as the file states."""
-    image: Image.Image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -53,7 +53,9 @@ def prepare(
     Raises:
         UserError: an invalid chat, reserved text, unreadable media, or media that the model does not support.
     """
-    requests = _prompt_requests(prompts or (), media) if chats is None else _chat_requests(chats, media)
+    if chats is None:
+        chats = [_chat(prompt, group) for prompt, group in zip(prompts or (), media, strict=True)]
+    requests = [_request(chat, group) for chat, group in zip(chats, media, strict=True)]
     reserved = placeholders(processor)
     for chat, group in requests:
         _check(reserved, chat, [kind(source) for source in group])
@@ -61,7 +63,8 @@ def prepare(
     requests = [_with_supported_media(supported, chat, group) for chat, group in requests]
     texts = [_render(processor, chat) for chat, _ in requests]
     processor.tokenizer.padding_side = "left"
-    special = _adds_bos(texts, processor)
+    bos = processor.tokenizer.bos_token
+    special = not (bos and all(text.startswith(bos) for text in texts))  # no second BOS token after the template's
     groups = [group for _, group in requests]
     arguments = _media_arguments(processor, groups)
     try:
@@ -121,29 +124,22 @@ def placeholders(processor: Any) -> list[str]:
     return sorted(token for token in reserved if token != "None" and not token.isalnum())
 
 
-def _prompt_requests(prompts: Sequence[str], media: Sequence[Sequence[Any]]) -> list[tuple[Messages, list[Any]]]:
-    """Returns (a chat of one user turn, its media first; the loaded media) of each prompt."""
-    requests = []
-    for prompt, group in zip(prompts, media, strict=True):
-        check_text(prompt)
-        loaded = [load(source) for source in group]
-        parts = [{"type": kind(source)} for source in loaded]
-        requests.append(([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], loaded))
-    return requests
+def _chat(prompt: str, media: Sequence[Any]) -> Messages:
+    """Returns a chat of one user turn: placeholders of its media, then the text."""
+    check_text(prompt)
+    placed = [{"type": kind(source)} for source in media]
+    return [{"role": "user", "content": [*placed, {"type": "text", "text": prompt}]}]
 
 
-def _chat_requests(chats: Sequence[Any], media: Sequence[Sequence[Any]]) -> list[tuple[Messages, list[Any]]]:
-    """Returns (the messages; the loaded media, which are in the messages or given separately) of each chat."""
-    requests = []
-    for chat, group in zip(chats, media, strict=True):
-        read, carried = messages.read(chat)
-        if len(group) and carried:
-            raise UserError(
-                f"the messages carry {len(carried)} image(s), video(s) or sound(s), and {len(group)} were given "
-                "separately; give all of them in one way"
-            )
-        requests.append((read, [load(source) for source in carried or group]))
-    return requests
+def _request(chat: Any, media: Sequence[Any]) -> tuple[Messages, list[Any]]:
+    """Returns (the messages; the loaded media, which are in the messages or given separately)."""
+    read, carried = messages.read(chat)
+    if len(media) and carried:
+        raise UserError(
+            f"the messages carry {len(carried)} image(s), video(s) or sound(s), and {len(media)} were given "
+            "separately; give all of them in one way"
+        )
+    return read, [load(source) for source in carried or media]
 
 
 def _check(reserved: Sequence[str], chat: Messages, media: list[str]) -> None:
@@ -274,9 +270,3 @@ def _render(processor: Any, chat: Messages) -> str:
                 "place them in messages of the user"
             )
     return text
-
-
-def _adds_bos(texts: Sequence[str], processor: Any) -> bool:
-    """Returns whether the tokenizer must add special tokens: not if the template has already written the BOS token."""
-    bos = processor.tokenizer.bos_token
-    return not (bos and all(text.startswith(bos) for text in texts))

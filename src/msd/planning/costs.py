@@ -14,17 +14,18 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import platformdirs
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from msd.core.tree import DraftTree
 from msd.errors import UserError
 from msd.system import machine
-from msd.system.files import parse_json, write_whole
+from msd.system.files import write_whole
 from msd.targets.base import Target
 from msd.targets.registry import fingerprint
 
@@ -42,7 +43,7 @@ class Costs:
 
     nodes: tuple[int, ...]
     contexts: tuple[int, ...]
-    seconds: tuple[tuple[float, ...], ...]
+    seconds: tuple[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], ...]
 
     def curve(self, largest: int, context: int) -> list[float]:
         """Returns the seconds of passes of 1, 2, … `largest` nodes after `context` tokens.
@@ -84,14 +85,12 @@ def costs(target: Target, folder: Path | None = None) -> Costs:
 def _load(path: Path) -> Costs | None:
     """The saved measurement; None if there is no valid one."""
     try:
-        text = path.read_text(encoding="utf-8")
-        parse_json(text)  # rejects numbers that are not finite
-        loaded = TypeAdapter(Costs).validate_json(text)
+        loaded = TypeAdapter(Costs).validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     rising = all(len(axis) > 1 and list(axis) == sorted(set(axis)) for axis in (loaded.nodes, loaded.contexts))
-    timed = all(len(row) == len(loaded.nodes) and min(row) > 0 for row in loaded.seconds)
-    return loaded if rising and timed and len(loaded.seconds) == len(loaded.contexts) == len(CONTEXTS) else None
+    whole = all(len(row) == len(loaded.nodes) for row in loaded.seconds)
+    return loaded if rising and whole and len(loaded.seconds) == len(loaded.contexts) == len(CONTEXTS) else None
 
 
 @torch.inference_mode()

@@ -18,22 +18,8 @@ import logging
 from pathlib import Path
 
 import platformdirs
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from msd.reference import assemble, folder
-from msd.reference.encoder import EfficientNetLite, EfficientNetLiteConfig, load_encoder
-
-__all__ = [
-    "EfficientNetLite",
-    "EfficientNetLiteConfig",
-    "install",
-    "language_model",
-    "load_encoder",
-    "location",
-    "path",
-    "resolve",
-    "sample_photos",
-]
 
 NAME, VIDEO_NAME = "reference", "reference-video"  # as targets
 NEEDED_BYTES = 600_000_000  # the float32 checkpoint and a reserve
@@ -45,58 +31,25 @@ logger = logging.getLogger(__name__)
 def location(cache_dir: Path | str | None = None, video: bool = False) -> Path:
     """Returns the model's folder, whether it exists or not. Its name depends on the weights and on the builder.
 
-    Raises:
-        UserError: the record of the weights' checksums is unreadable.
+    UserError if the record of the weights' checksums is unreadable.
     """
     root = Path(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "reference"
     parts = json.dumps([assemble.BUILDER_VERSION, assemble.CHAT_TEMPLATE, folder.recorded(video)], sort_keys=True)
     return root / hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def path(cache_dir: Path | str | None = None, video: bool = False) -> Path:
+def path(cache_dir: Path | str | None = None, video: bool = False, *, full: bool = False, force: bool = False) -> Path:
     """Returns the model's folder; assembles it first if it is missing or has files of the wrong size.
 
     Args:
         cache_dir: parent of the folder; the user's cache by default.
         video: the video target instead.
+        full: compare the checksums of an existing folder, not only sizes.
+        force: assemble even if the folder is complete.
 
     Raises:
         UserError: an input is missing or broken, or the disk is full; the message names the command to run.
     """
-    return _ensure(cache_dir, video, full=False, force=False)
-
-
-def install(cache_dir: Path | str | None = None, force: bool = False, video: bool = False) -> Path:
-    """Does the same as `path`, but also compares an existing folder with its checksums, or rebuilds it with `force`."""
-    return _ensure(cache_dir, video, full=True, force=force)
-
-
-def resolve(target: Path | str) -> Path | str:
-    """Returns the folder of a target called `NAME` or `VIDEO_NAME`, assembled if necessary; others unchanged.
-
-    Raises:
-        UserError: as in `path`.
-    """
-    return path(video=str(target) == VIDEO_NAME) if str(target) in (NAME, VIDEO_NAME) else target
-
-
-def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Loads SmolLM2-135M-Instruct as published, float32; its token ids are those of the reference model.
-
-    Raises:
-        UserError: its file is missing or broken.
-    """
-    gguf = folder.locate().gguf
-    folder.verify(gguf)
-    return assemble.load_language_model(gguf)
-
-
-def sample_photos() -> list[Path]:
-    """Returns the bundled photos by name (CC0 or public domain, see `photos/SOURCES.md`); prompts are in the folder."""
-    return sorted(PHOTOS.glob("*.jpg"))
-
-
-def _ensure(cache_dir: Path | str | None, video: bool, full: bool, force: bool) -> Path:
     place = location(cache_dir, video)
 
     def build(destination: Path) -> None:
@@ -105,3 +58,18 @@ def _ensure(cache_dir: Path | str | None, video: bool, full: bool, force: bool) 
 
     folder.ensure(place, build, needed_bytes=NEEDED_BYTES, full=full, force=force)
     return place
+
+
+def install(cache_dir: Path | str | None = None, force: bool = False, video: bool = False) -> Path:
+    """Does the same as `path`, but also compares an existing folder with its checksums, or rebuilds it with `force`."""
+    return path(cache_dir, video, full=True, force=force)
+
+
+def resolve(target: Path | str) -> Path | str:
+    """Returns the folder of a target called `NAME` or `VIDEO_NAME`, assembled if necessary; others unchanged."""
+    return path(video=str(target) == VIDEO_NAME) if str(target) in (NAME, VIDEO_NAME) else target
+
+
+def sample_photos() -> list[Path]:
+    """Returns the bundled photos by name (CC0 or public domain, see `photos/SOURCES.md`); prompts are in the folder."""
+    return sorted(PHOTOS.glob("*.jpg"))

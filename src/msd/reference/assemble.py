@@ -74,8 +74,7 @@ def load_language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
 def add_low_rank(state: dict[str, Tensor], updates: Mapping[str, Tensor]) -> None:
     """Adds W <- W + 2·B·A in place for each `lm.NAME.A` [r, in], `lm.NAME.B` [out, r] and `NAME.weight` [out, in].
 
-    Raises:
-        KeyError: an update lacks its other factor, or there is no such weight.
+    KeyError if an update lacks its other factor, or there is no such weight.
     """
     for name in (n for n in updates if re.fullmatch(r"lm\..+\.A", n)):
         module = name.removeprefix("lm.").removesuffix(".A")
@@ -135,10 +134,7 @@ def build_model(
 def build_processor(tokenizer: PreTrainedTokenizerBase, vision_config: EfficientNetLiteConfig) -> LlavaProcessor:
     """Builds the processor: an image placeholder, the chat template, (x - 127) / 128 at the tower's size, no cropping.
 
-    The vocabulary keeps its size: the placeholder replaces `SPARE_TOKEN`.
-
-    Raises:
-        ValueError: the tokenizer has no such token.
+    The vocabulary keeps its size: the placeholder replaces `SPARE_TOKEN`. ValueError if the tokenizer has none.
     """
     from transformers import CLIPImageProcessor  # imported here: without torchvision the import prints a warning
 

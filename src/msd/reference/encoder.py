@@ -7,16 +7,14 @@ linear map of the cell's 4x4 thumbnail. The thumbnail supplies colour, which the
 (AutoAugment), hardly represents.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-
-from msd.reference.folder import WEIGHTS
 
 LITE0_STAGES = (
     # repeats, kernel, stride of the first repeat, expansion, output channels
@@ -28,8 +26,6 @@ LITE0_STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-
-
 THUMBNAIL = 4  # pixels per side of a cell's thumbnail
 
 
@@ -62,9 +58,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.stages = [list(stage) for stage in stages]
         self.layer_norm_eps = layer_norm_eps
-        reduction = 2
-        for _, _, stride, _, _ in self.stages:
-            reduction *= stride
+        reduction = 2 * math.prod(stage[2] for stage in self.stages)
         if reduction != patch_size:
             raise ValueError(f"patch_size is {patch_size}, but the strides of the stages reduce by {reduction}")
         if image_size % patch_size:
@@ -173,19 +167,15 @@ class EfficientNetLite(PreTrainedModel):
             x = block(x)
         return F.relu6(self.head(x)).flatten(2).transpose(1, 2)
 
-    def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = True, **kwargs: object
-    ) -> BaseModelOutput | tuple[Tensor, ...]:
+    def forward(self, pixel_values: Tensor, **kwargs: object) -> BaseModelOutput:
         """Computes image tokens, the input of the projector, from pixels as in `features`.
 
         Ignores `kwargs`, which LLaVA passes to towers with attention. Returns `last_hidden_state` [B, cells, 1280] and
-        `hidden_states` = (features, last_hidden_state), as a plain tuple if `return_dict` is False.
+        `hidden_states` = (features, last_hidden_state).
         """
         features = self.features(pixel_values)
         shown = thumbnails(pixel_values.to(features.dtype), self.config.image_size // self.config.patch_size)
         tokens = self.norm(features) + self.position + self.colour(shown)
-        if return_dict is False:
-            return tokens, (features, tokens)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(features, tokens))
 
 
@@ -194,16 +184,6 @@ def thumbnails(pixel_values: Tensor, side: int) -> Tensor:
     small = F.adaptive_avg_pool2d(pixel_values, side * THUMBNAIL)
     cells = small.unflatten(3, (side, THUMBNAIL)).unflatten(2, (side, THUMBNAIL))  # [B, 3, side, 4, side, 4]
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(small), side**2, -1)
-
-
-def load_encoder() -> EfficientNetLite:
-    """Loads Lite0 at 256x256 with the bundled weights, float32; the trained parts have their initial values."""
-    encoder = EfficientNetLite(EfficientNetLiteConfig())
-    weights = load_file(WEIGHTS / "encoder.safetensors") | {
-        name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "position", "colour."))
-    }
-    encoder.load_state_dict(weights)
-    return encoder.eval()
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)

@@ -62,8 +62,7 @@ def locate(video: bool = False) -> Sources:
 def recorded(video: bool = False) -> Record:
     """Returns the recorded checksums of the inputs.
 
-    Raises:
-        UserError: a record is missing or unreadable, or there is no source checkout for the video target.
+    UserError if a record is missing or unreadable, or there is no source checkout for the video target.
     """
     if not video:
         return _read(CHECKSUMS, REINSTALL_MSD)
@@ -79,8 +78,7 @@ def recorded(video: bool = False) -> Record:
 def verify(path: Path, sums: Record | None = None) -> None:
     """Reads an input in full and compares it with its checksum in `sums` (default: those of the reference model).
 
-    Raises:
-        UserError: the file is missing, truncated or altered; the message names the command that restores it.
+    UserError if the file is missing, truncated or altered; the message names the command that restores it.
     """
     remedy = {GGUF_NAME: REINSTALL_GGUF, VIDEO_PARTS: CHECK_OUT_VIDEO}.get(path.name, REINSTALL_MSD)
     if not path.is_file():
@@ -187,15 +185,3 @@ def _read(path: Path, remedy: str) -> Record:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); run: {remedy}") from error
     return sums
-
-
-def main() -> None:
-    """Updates `weights/checksums.json` to the files next to it."""
-    sums = recorded()
-    for name in ("encoder.safetensors", TRAINED_PARTS):
-        sums[name] = fingerprint(WEIGHTS / name)
-    write_whole(CHECKSUMS, json.dumps(sums, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -32,16 +32,6 @@ def use_huge_pages() -> None:
 
 
 class Cores:
-    """Controls the number of threads of torch during passes. This base class never changes it."""
-
-    def resume(self) -> None:
-        """Call it before passes that follow other work; preemptions during that work are ignored."""
-
-    def check(self) -> None:
-        """Call it after a pass: uses fewer threads after preemptions, and all of them once the cores are free."""
-
-
-class Shared(Cores):
     """Uses up to `most` threads, and fewer while other processes compete for the cores.
 
     preemptions: returns how often this process was preempted so far. free: returns whether parallel operators on that
@@ -50,9 +40,9 @@ class Shared(Cores):
 
     def __init__(
         self,
-        most: int,
-        preemptions: Callable[[], int],
-        free: Callable[[int], bool],
+        most: int = 1,
+        preemptions: Callable[[], int] = lambda: 0,
+        free: Callable[[int], bool] = lambda threads: True,
         apply: Callable[[int], None] = lambda threads: None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -62,13 +52,13 @@ class Shared(Cores):
         self._changed, self._pause = -LONGEST, PAUSE
 
     def resume(self) -> None:
-        """See `Cores`."""
+        """Call it before passes that follow other work; preemptions during that work are ignored."""
         self._count, self._since = self._preemptions(), self._now()
         self._raise_if_free()
         self._apply(self.threads)
 
     def check(self) -> None:
-        """See `Cores`."""
+        """Call it after a pass: uses fewer threads after preemptions, and all of them once the cores are free."""
         preempted, seconds = self._preemptions() - self._count, self._now() - self._since
         if self.threads == 1 or preempted < max(FEWEST, RATE * seconds):
             self._raise_if_free()
@@ -91,7 +81,7 @@ class Shared(Cores):
             self._pause = min(2 * self._pause, LONGEST)
 
 
-_shared: Shared | None = None
+_shared: Cores | None = None
 _lock, _users = threading.Lock(), 0
 
 
@@ -105,7 +95,7 @@ def share_cores(on: bool = True) -> None:
 
     global _shared
     most = torch.get_num_threads()
-    _shared = Shared(most, _preemptions, _free, _use) if on and most > 1 and resource is not None else None
+    _shared = Cores(most, _preemptions, _free, _use) if on and most > 1 and resource is not None else None
 
 
 @contextmanager
@@ -114,7 +104,7 @@ def watched() -> Iterator[Cores]:
     global _users
     cores = _shared
     if cores is None:
-        yield Cores()
+        yield Cores()  # one thread, which never changes
         return
     with _lock:
         _users += 1
@@ -130,10 +120,9 @@ def watched() -> Iterator[Cores]:
 
 def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
     """Returns (whether `measure` ran without competition, its result); True if the system counts no preemptions."""
-    preempted, begin = 0 if resource is None else _preemptions(), time.perf_counter()
+    before, begin = _preemptions(), time.perf_counter()
     result = measure()
-    preempted = 0 if resource is None else _preemptions() - preempted
-    return preempted < max(FEWEST, RATE * (time.perf_counter() - begin)), result
+    return _preemptions() - before < max(FEWEST, RATE * (time.perf_counter() - begin)), result
 
 
 def processor() -> str:
@@ -154,8 +143,8 @@ def _use(threads: int) -> None:
 
 
 def _preemptions() -> int:
-    """Returns the involuntary context switches of all threads of this process so far."""
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+    """Returns the involuntary context switches of all threads of this process so far; 0 if they are not counted."""
+    return 0 if resource is None else int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
 
 
 def _free(threads: int) -> bool:

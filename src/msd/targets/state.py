@@ -118,7 +118,7 @@ def reusable_prefix(
         for new, before, first in zip(media.get(kind, []), past.media.get(kind, []), [0, *ends], strict=False):
             if first >= len(columns) or columns[first] >= length:
                 break
-            if not _equal(new, before):
+            if new.data is not before.data and not torch.equal(new.data, before.data):  # unequal shapes too
                 length = _run_start(layout, columns[first])
     return length, {
         kind: sum(end <= bisect_left(columns, length) for end in ends) for kind, (columns, ends) in placed.items()
@@ -160,7 +160,3 @@ def _placed(layout: Layout, items: list[MediaItem], token: int) -> tuple[list[in
     if len(counts) < len(items) or sum(counts) != len(columns):
         counts = [len(columns) // len(items)] * len(items) if items else []
     return columns, list(accumulate(counts))
-
-
-def _equal(one: MediaItem, other: MediaItem) -> bool:
-    return one.data is other.data or (one.data.shape == other.data.shape and torch.equal(one.data, other.data))

@@ -29,14 +29,14 @@ class TeacherBatch:
     """B prompts of L columns (left-padded) with answers of up to A tokens (right-padded).
 
     layout: prompt and answer of each row, `end` after its answer. prompt: L. lengths: tokens of each answer, [B].
-    taps: [B, L+A, T*H], or None without taps. logits: [B, A, V] float32; entry t predicts answer token t.
+    taps: [B, L+A, T*H]; T is 0 without taps. logits: [B, A, V] float32; entry t predicts answer token t.
     auxiliary: [B, E, H] tokens that only a drafter sees, zero in rows without any.
     """
 
     layout: Layout
     prompt: int
     lengths: list[int]
-    taps: Tensor | None
+    taps: Tensor
     logits: Tensor
     auxiliary: Tensor | None = None
 
@@ -99,7 +99,9 @@ def run_teacher(
             return_dict=True,
             **inputs,
         )
-    return TeacherBatch(layout, L, [len(a) for a in answers], taps.take(), output.logits[:, -A - 1 : -1].float())
+    logits, states = output.logits[:, -A - 1 : -1].float(), taps.take()
+    states = logits.new_empty(len(answers), L + A, 0) if states is None else states
+    return TeacherBatch(layout, L, [len(a) for a in answers], states, logits)
 
 
 def _mask(target: Target, layout: Layout, prompt: int, typed: bool, masked: Tensor | None) -> masks.Mask:

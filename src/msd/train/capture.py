@@ -9,14 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor
-
-from msd.bench.data import data_lines, image_folder
+from msd.bench.data import Sample, data_lines, image_folder
 from msd.errors import UserError
 from msd.labels.label_thresholds import EventThresholds, ModalityThresholds
-from msd.system.files import append, exclusive, make_folder, named_in
+from msd.system.files import append, exclusive, make_folder, named_in, write_whole
 
 # fields of a record and their types
 IDENTITY = {"image": list, "prompt": str, "answer": str, "ids": list}
@@ -160,12 +158,9 @@ def _split_lines(path: Path) -> tuple[list[bytes], bytes]:
 def _end_last_line(path: Path) -> None:
     """Creates the file if it is missing; removes an incomplete last line, or ends a complete one with a line feed."""
     append(path, "")
-    lines, partial = _split_lines(path)
-    if partial:
-        with path.open("rb+") as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
-    elif lines and not path.read_bytes().endswith(b"\n"):
-        append(path, "\n")
+    whole = b"".join(line + b"\n" for line in _split_lines(path)[0])
+    if path.read_bytes() != whole:
+        write_whole(path, whole)
 
 
 def _parse_record(line: bytes, where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -186,14 +181,6 @@ def _parse_record(line: bytes, where: str, metadata: Mapping[str, str]) -> dict[
     return record
 
 
-class _HasTask(Protocol):
-    @property
-    def task(self) -> str: ...
-
-
-T = TypeVar("T", bound=_HasTask)
-
-
 @dataclass(frozen=True)
 class Captured:
     """A captured answer, to train on. ids: its tokens, the end token included. gain: the image gain of each, in nats.
@@ -210,9 +197,8 @@ class Captured:
     events: Path | None = None
     costs: tuple[tuple[float, ...], ...] | None = None
 
-    def labels(self, thresholds: ModalityThresholds) -> Tensor:
-        """Returns the modality id of each token, [T] int64."""
-        return thresholds.labels(self.gain, self.costs)
+
+T = TypeVar("T", Captured, Sample)
 
 
 def read_captured(path: Path, images: Path | None = None) -> list[Captured]:

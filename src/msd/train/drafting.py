@@ -27,7 +27,6 @@ from msd.drafters import registry
 from msd.drafters.auxiliary import FRAMES
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
-from msd.drafters.toolkit.training import frequent
 from msd.errors import UserError
 from msd.events.auxiliary import event_tokens
 from msd.inputs.prompts import prepare
@@ -39,7 +38,7 @@ from msd.train.capture import Captured
 from msd.train.held_out import HeldOutAcceptance
 from msd.train.loop import Loop, LoopConfig, Sink
 from msd.train.losses.msd import LossConfig
-from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache, token_counts
+from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache
 
 REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
@@ -187,9 +186,11 @@ def initial_network(
         if not isinstance(network, kind):
             raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to start from")
         return network.attach(target.model).to(target.model.device).train()
-    recording, groups = next((c.events for c in captured if c.events), None), None
-    if recording is not None:
-        groups = _event_groups(target, processor, recording) if processor and settings.events else ()
+    recording = next((c.events for c in captured if c.events), None)
+    groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()
+    if recording is not None and processor and settings.events:
+        spatial = len(event_tokens(target, processor, recording)) - FRAMES
+        groups = (FRAMES, EVENT_ENTRIES), (spatial, EVENT_ENTRIES)
     changes = kind.trained_as(settings, groups)
     if settings.layers is not None:
         changes["layers"] = settings.layers
@@ -198,16 +199,19 @@ def initial_network(
     torch.manual_seed(settings.seed)
     network = kind.for_target(config, **changes)
     if kind.reduced:
-        counts = token_counts(captured, config.vocab_size)
-        network.choose_draft_vocabulary(frequent(counts, network.config.draft_vocabulary))
+        network.choose_draft_vocabulary(_frequent(captured, config.vocab_size, network.config.draft_vocabulary))
     network.begin_from(target.model)
     return network.attach(target.model)
 
 
-def _event_groups(target: Target, processor: Any, recording: Path) -> tuple[tuple[int, int], ...]:
-    """Returns (tokens of a recording, context entries kept of them) of the temporal and of the spatial tokens."""
-    count = len(event_tokens(target, processor, recording))
-    return (FRAMES, EVENT_ENTRIES), (count - FRAMES, EVENT_ENTRIES)
+def _frequent(captured: Sequence[Captured], vocabulary: int, size: int) -> Tensor:
+    """Returns the ids of the `size` most frequent tokens of the answers, ascending.
+
+    Ties go to the lower id: byte-pair vocabularies are sorted by frequency in general text.
+    """
+    tokens = torch.tensor([token for answer in captured for token in answer.ids], dtype=torch.long)
+    counts = torch.bincount(tokens, minlength=vocabulary)
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, thresholds: ModalityThresholds) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,20 +92,15 @@ def record(
     processor: Any,
     drafter: Drafter,
     prompts: Sequence[tuple[Sequence[Any], str]],
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    report: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Samples answers to (images, text) prompts; returns modality name -> P at every position (see `Recorder`)."""
     engine = SpeculativeVLM(model, processor, SpeculativeConfig(label=True), drafter)
     recorder = Recorder()
     for number, (images, text) in enumerate(prompts):
         engine.generate(
-            list(images), text, seed=number, do_sample=True, temperature=temperature, top_k=0,
-            max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_scores=True, on_step=recorder,
+            list(images), text, seed=number, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64,
+            return_dict_in_generate=True, output_scores=True, on_step=recorder,
         )  # fmt: skip
-        if report:
-            report(number + 1)
     return {known()[kind].name: P for kind, P in recorder.probabilities.items()}
 
 

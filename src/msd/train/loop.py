@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from msd.errors import UserError
-from msd.system.files import LFS, append, make_folder, read_rows, write_whole
+from msd.system.files import append, make_folder, read_bytes, read_rows, write_whole
 
 CHECKPOINT_FIELDS = {"params": dict, "optimizer": dict, "step": int, "schedule": dict, "running": dict}
+REMEDY = "start the run again"  # for a checkpoint that cannot be read
 SMOOTHING = 0.98  # of the running means of losses
 NOT_LOSSES = ("step", "steps", "lr", "answer_tokens_per_second", "peak_gb", "acceptance", "seconds")
 
@@ -213,7 +214,7 @@ class Loop:
             try:
                 state = read_checkpoint(path)
             except UserError as error:
-                problems.append(str(error))
+                problems.append(str(error).removesuffix(f"; {REMEDY}"))
                 continue
             self._load_state(state, path)
             if problems:
@@ -269,12 +270,12 @@ def on_signals(handler: Callable[..., None]) -> Iterator[None]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Loads a checkpoint onto the CPU. Raises UserError if it is missing, damaged, or not finite."""
-    if not path.is_file():
-        raise UserError(f"there is no '{path}'")
+    data = read_bytes(path, REMEDY)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes may raise any exception
-        raise UserError(f"'{path}' is damaged: {_damage(path, error)}") from error
+        cause = (str(error).splitlines() or [""])[0][:100]
+        raise UserError(f"'{path}' is damaged: it is incomplete, or no checkpoint ({cause})") from error
     if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in CHECKPOINT_FIELDS.items()):
         raise UserError(f"'{path}' is damaged: it is no checkpoint of a run")
     if state["schedule"].keys() != {f.name for f in fields(Schedule)}:
@@ -286,22 +287,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _damage(path: Path, error: Exception) -> str:
-    if path.stat().st_size == 0:
-        return "it is empty"
-    with path.open("rb") as file:
-        if file.read(len(LFS)) == LFS:
-            return "it is a git-lfs pointer"
-    return f"it is incomplete, or no checkpoint ({(str(error).splitlines() or [''])[0][:100]})"
-
-
 def read_log(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Reads a `log.jsonl`, without damaged lines: (training rows, held-out rows without their `val_` prefix).
 
-    Raises UserError if the file does not exist.
+    Raises UserError if the file cannot be read.
     """
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist; it is written by the first steps of a run")
     found, _ = read_rows(path, "give the log that a run wrote")
     rows = [row for row in found if all(isinstance(value, int | float) for value in row.values()) and "step" in row]
     training = [r for r in rows if "lr" in r]

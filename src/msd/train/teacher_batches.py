@@ -1,15 +1,13 @@
 """Training batches for a drafter: selects the captured answers of each step and computes the target's predictions.
 
 Training has two stages (MSD, arXiv 2505.14260, section 3.3): text-only answers first, then a growing share of answers
-about images. The batches are a function of (seed, step). The target runs online; only answers are stored on disk. Its
-outputs are cached in memory (`TeacherCache`). A cached batch is bit-identical to a recomputed one, so a resumed run
-gives the same result.
+about images. The batches are a function of (seed, step). The target runs online; its outputs are cached in memory
+(`TeacherCache`). A cached batch is bit-identical to a recomputed one, so a resumed run gives the same result.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -119,7 +117,6 @@ class TeacherCache:
         if not self._check_head(batch):
             logits = batch.logits.log_softmax(-1)[..., self.ids]
             return replace(batch, taps=self._selected_taps(batch), logits=logits), labels
-        assert batch.taps is not None
         entry = replace(batch, taps=batch.taps.to(self.dtype), logits=batch.logits.logsumexp(-1, keepdim=True))
         parts = (entry.taps, entry.logits, entry.auxiliary, labels)
         size = sum(t.numel() * t.element_size() for t in parts if t is not None)
@@ -134,7 +131,6 @@ class TeacherCache:
 
     def _selected_taps(self, batch: TeacherBatch) -> Tensor:
         """Returns the tap states of the selected layers, [B, L, T*H]."""
-        assert batch.taps is not None
         by_layer = batch.taps.unflatten(-1, (len(self.layers), -1))
         return by_layer[:, :, self.columns].flatten(2)
 
@@ -145,7 +141,6 @@ class TeacherCache:
     def _check_head(self, batch: TeacherBatch) -> bool:
         """Returns whether the logits are the product of the last tap with the head's matrix; checked once."""
         if self.head_is_linear is None:
-            assert batch.taps is not None
             gap = (self._logits(batch, batch.taps.float()) - batch.logits[..., self.ids])[batch.answer_mask()]
             self.head_is_linear = bool(gap.abs().max() < 0.02 * batch.logits.abs().max())
         return self.head_is_linear
@@ -177,8 +172,9 @@ class TeacherBatches:
         usable = [c for c in captured if len(c.ids) > 1]
         if not usable:
             raise UserError("no captured answer has two tokens or more, so there is nothing to draft; capture more")
-        self.pools = {images: [c for c in usable if bool(c.images) == images] for images in (True, False)}
-        self.batches = {images: self._group(images) for images in (True, False)}
+        self.batches = {
+            images: self._group([c for c in usable if bool(c.images) == images], images) for images in (True, False)
+        }
         self._with_images: list[bool] = []  # by step
         self._orders: dict[bool, tuple[int, list[int]]] = {}  # by kind: (epoch, order of its batches)
 
@@ -188,7 +184,8 @@ class TeacherBatches:
 
     def answers_at(self, step: int) -> list[Captured]:
         """Returns the answers of a step: all with images or all without, of similar lengths."""
-        return self._answers(*self._index(step))
+        images, at = self._index(step)
+        return self.batches[images][at]
 
     def fill_cache(self, report: Callable[[int, int], None] | None = None) -> None:
         """Computes all batches, as far as the cache has room; calls `report(done, total)` after each."""
@@ -206,18 +203,15 @@ class TeacherBatches:
 
     def _get(self, images: bool, at: int) -> LabelledBatch:
         rank, processes = self.share
-        answers = self._answers(images, at)  # the same for every seed, so that runs can share a cache
+        answers = self.batches[images][at]  # the same for every seed, so that runs can share a cache
         key = images, at, self.batch, rank, processes
         return self.cache.get(key, lambda: self.compute(answers[rank::processes] or answers[:1]))
-
-    def _answers(self, images: bool, at: int) -> list[Captured]:
-        return [self.pools[images][i] for i in self.batches[images][at]]
 
     def _index(self, step: int) -> tuple[bool, int]:
         """Returns (kind, batch number) of a step. Each epoch visits all batches of a kind once, in a new order."""
         images = self._draw_kind(step)
-        before = sum(self._draw_kind(s) == images for s in range(step)) if all(self.pools.values()) else step
-        images = images if self.pools[images] else not images
+        before = sum(self._draw_kind(s) == images for s in range(step)) if all(self.batches.values()) else step
+        images = images if self.batches[images] else not images
         count = len(self.batches[images])
         epoch, at = divmod(before, count)
         if self._orders.get(images, (-1, []))[0] != epoch:
@@ -231,15 +225,14 @@ class TeacherBatches:
             self._with_images.append(random.Random(f"{self.seed}-{at}").random() < self.stages.share(at))
         return self._with_images[step]
 
-    def _group(self, images: bool) -> list[list[int]]:
-        """Groups the answers of a pool into full batches of similar lengths, each answer at most once."""
-        pool = self.pools[images]
-        if not pool:
+    def _group(self, answers: list[Captured], images: bool) -> list[list[Captured]]:
+        """Groups answers of one kind into full batches of similar lengths, each answer at most once."""
+        if not answers:
             return []
-        order = random.Random(f"batches {images}").sample(range(len(pool)), len(pool))
-        size, batches = min(self.batch, len(pool)), []
+        order = random.Random(f"batches {images}").sample(answers, len(answers))
+        size, batches = min(self.batch, len(answers)), []
         for start in range(0, len(order), WINDOW * size):
-            window = sorted(order[start : start + WINDOW * size], key=lambda i: len(pool[i].ids))
+            window = sorted(order[start : start + WINDOW * size], key=lambda answer: len(answer.ids))
             batches += [window[k : k + size] for k in range(0, len(window) - size + 1, size)]
         return batches
 
@@ -251,7 +244,7 @@ class TeacherBatches:
         batch = run_teacher(self.target, inputs, [a.ids for a in answers], dtype=self.dtype)
         labels = torch.zeros_like(batch.answers)
         for row, answer in enumerate(answers):
-            labels[row, : len(answer.ids)] = answer.labels(self.thresholds).to(labels.device)
+            labels[row, : len(answer.ids)] = self.thresholds.labels(answer.gain, answer.costs)
         return replace(batch, auxiliary=auxiliary), labels
 
     def _auxiliary(self, answers: Sequence[Captured]) -> Tensor | None:
@@ -271,11 +264,3 @@ class TeacherBatches:
             chosen = torch.randperm(length - 1)[:count].sort().values
             columns.append(torch.nn.functional.pad(chosen, (0, count - len(chosen)), value=length - 1))
         return torch.stack(columns).to(batch.answers.device)
-
-
-def token_counts(captured: Sequence[Captured], vocabulary: int) -> Tensor:
-    """Returns how often each token occurs in the answers, [V] int64."""
-    counts = torch.zeros(vocabulary, dtype=torch.long)
-    for token, n in Counter(t for c in captured for t in c.ids).items():
-        counts[token] = n
-    return counts

@@ -1,10 +1,7 @@
 """The registry of verification policies: a class in `builtin/`, or anywhere else, registers itself with `@register`.
 
-Glossary. p: the target's distribution at a node, after all logits processors. q: the draft distribution that a sampled
-token was drawn from. α = min(1, p/q): the lossless acceptance probability. θ: the value of α from which on a lossy
-policy always accepts. Accepted token: a drafted token that is emitted. Recovered token: drawn from the residual
-distribution norm(max(p - q, 0)) after a rejection. Bonus token: drawn from p at the end of an accepted path. A step
-emits its accepted tokens and then exactly one recovered or bonus token, unless the text stops before it.
+docs/glossary.md defines p, q, α, θ and the kinds of tokens. A step emits its accepted tokens and then exactly one
+recovered or bonus token, unless the text stops before it.
 """
 
 from __future__ import annotations

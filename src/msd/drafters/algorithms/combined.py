@@ -52,8 +52,7 @@ class Combined(TrainedDrafter):
 
     def all_end(self, state: State, rows: list[int]) -> bool:
         """See `TrainedDrafter`; the router's network decides."""
-        ends: bool = self.msd.network.all_end(self._router_states(state)[rows], state.layout.newest()[rows])
-        return ends
+        return self.msd.network.all_end(self._router_states(state)[rows], state.layout.newest()[rows])
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """Chooses the subtrees of the active modalities, no deeper than the trunk drafts."""
@@ -69,8 +68,7 @@ class Combined(TrainedDrafter):
             return None
         router = self.msd.network
         root = router.feature(self._router_states(state))[:, None]
-        classes: Tensor = router.classes(tree, self._select(self.msd.taps)(scores.taps), root)
-        return classes
+        return router.classes(tree, self._select(self.msd.taps)(scores.taps), root)
 
     def _router_states(self, state: State) -> Tensor:
         """Returns the router's taps of the target's states before the newest token of each row."""

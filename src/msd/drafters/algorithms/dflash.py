@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.levels import Block
-from msd.train.losses.block import dflash_loss
+from msd.train.losses.published import dflash_loss
 
 
 @learned("dflash", loss=dflash_loss)

@@ -17,7 +17,7 @@ from msd.backends.packed import Linear
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.levels import Block
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.train.losses.block import dspark_loss
+from msd.train.losses.published import dspark_loss
 
 
 @learned("dspark", loss=dspark_loss)
@@ -39,13 +39,11 @@ class DSpark(Block):
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`; base logits plus the Markov term of the parent."""
-        out: Tensor = self.head(states) + self.markov_out(self.markov_in(parents))
-        return out
+        return self.head(states) + self.markov_out(self.markov_in(parents))
 
     def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`."""
-        out: Tensor = self.confidence(torch.cat([states, self.markov_in(parents)], -1)).squeeze(-1)
-        return out
+        return self.confidence(torch.cat([states, self.markov_in(parents)], -1)).squeeze(-1)
 
     def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
         """See `DraftVocabulary`; log(q · confidence)."""

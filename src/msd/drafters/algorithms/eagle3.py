@@ -15,7 +15,7 @@ from msd.drafters.registry import learned
 from msd.drafters.toolkit.layers import PairLayer
 from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.train.losses.eagle import training_time_test_loss
+from msd.train.losses.published import training_time_test_loss
 
 
 @learned("eagle3", loss=training_time_test_loss)
@@ -61,8 +61,7 @@ class Eagle3(SelfFed):
 
     def feature(self, taps: Tensor) -> Tensor:
         """fc([low; middle; high])."""
-        out: Tensor = self.fc(torch.cat([self.tap(taps, i) for i in self.fused], -1))
-        return out.to(self.dtype)
+        return self.fc(torch.cat([self.tap(taps, i) for i in self.fused], -1)).to(self.dtype)
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
         """[emb; h]; below the root, h is the parent's draft state before the final norm."""
@@ -70,8 +69,7 @@ class Eagle3(SelfFed):
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`."""
-        out: Tensor = self.lm_head(self.norm(states))
-        return out
+        return self.lm_head(self.norm(states))
 
 
 def fused_layers(layers: int) -> list[int]:

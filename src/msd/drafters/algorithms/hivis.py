@@ -14,7 +14,7 @@ from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Selection, select_columns
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.train.losses.eagle import eagle_loss
+from msd.train.losses.published import eagle_loss
 
 
 @learned("hivis", loss=eagle_loss)

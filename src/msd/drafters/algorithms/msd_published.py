@@ -9,7 +9,7 @@ from __future__ import annotations
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Selection, select_columns
 from msd.drafters.toolkit.levels import EagleNetwork
-from msd.train.losses.eagle import eagle_loss
+from msd.train.losses.published import eagle_loss
 
 
 @learned("msd-published", loss=eagle_loss)

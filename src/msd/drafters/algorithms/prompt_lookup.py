@@ -27,11 +27,11 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.drafters import registry
-from msd.drafters.base import Calibrated, Drafter, ReadsAuxiliary, SharesVisionTower
-from msd.drafters.toolkit.network import DraftNetwork
+from msd.drafters.base import Drafter, ReadsAuxiliary
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
+BRANCHES = 2  # sampled candidates at the root
 LEAST = 10  # tokens that must match for a lookup to replace the trained drafter
 
 
@@ -54,13 +54,13 @@ class _Node:
 class PromptLookup(Drafter):
     """Looks up the last `max_ngram` to `min_ngram` tokens; a longer match has more weight."""
 
-    def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False, branches: int = 2) -> None:
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False) -> None:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
-        self.max_ngram, self.min_ngram, self.sampled, self.branches = max_ngram, min_ngram, sampled, branches
+        self.max_ngram, self.min_ngram, self.sampled = max_ngram, min_ngram, sampled
 
     def twin(self, model: PreTrainedModel) -> PromptLookup:
         """Returns another one with the same settings."""
-        return PromptLookup(self.max_ngram, self.min_ngram, self.sampled, self.branches)
+        return PromptLookup(self.max_ngram, self.min_ngram, self.sampled)
 
     def begin(self, state: State, scores: Scores) -> None:
         """Creates an empty index for each row; `propose` fills it."""
@@ -107,15 +107,15 @@ class PromptLookup(Drafter):
         return root
 
     def _draw(self, state: State, roots: list[_Node], budget: Budget, sampler: Sampler) -> DraftTree:
-        """Samples trees breadth first: `branches` candidates at the root, one at each deeper node."""
-        branches = min(self.branches, budget.width or self.branches)
+        """Samples trees breadth first: `BRANCHES` candidates at the root, one at each deeper node."""
+        branches = min(BRANCHES, budget.width or BRANCHES)
         drafts = [
             _sample_tree(root, budget.nodes, branches, partial(sampler.multinomial, rows=[row]))
             for row, root in enumerate(roots)
         ]
         size = 1 + max(len(d.tokens) for d in drafts)
         count = max(1, max(len(d.distributions) for d in drafts))
-        child = torch.full((len(drafts), size, self.branches), -1)
+        child = torch.full((len(drafts), size, BRANCHES), -1)
         source, q = torch.zeros_like(child), torch.zeros(len(drafts), count, sampler.vocabulary)
         for row, draft in enumerate(drafts):
             for parent, k, node, drawn_from in draft.candidates:
@@ -126,9 +126,7 @@ class PromptLookup(Drafter):
         candidates = SampledCandidates(child.to(device), source.to(device), q.to(device))
         fixed = [[False] * len(d.tokens) for d in drafts]
         newest = state.layout.newest()
-        return DraftTree.from_lists(
-            newest, [d.tokens for d in drafts], [d.parents for d in drafts], None, candidates, fixed
-        )
+        return DraftTree.from_lists(newest, [d.tokens for d in drafts], [d.parents for d in drafts], candidates, fixed)
 
 
 def _most_frequent(root: _Node, budget: int, width: int | None) -> tuple[list[int], list[int]]:
@@ -217,9 +215,8 @@ class Repeats(Drafter):
         return Repeats(self.drafter.twin(model), self.least)
 
     def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
-        """See `SharesVisionTower`."""
-        if isinstance(self.drafter, SharesVisionTower):
-            self.drafter.share_vision_tower(encode)
+        """See `Drafter`."""
+        self.drafter.share_vision_tower(encode)
 
     @property
     def auxiliary_source(self) -> str | None:
@@ -232,8 +229,8 @@ class Repeats(Drafter):
         return self.drafter.encode(item)
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
-        """See `Calibrated`."""
-        return self.drafter.thresholds(epsilon) if isinstance(self.drafter, Calibrated) else {}
+        """See `Drafter`."""
+        return self.drafter.thresholds(epsilon)
 
     def begin(self, state: State, scores: Scores) -> None:
         """See `Drafter`."""
@@ -264,13 +261,8 @@ class Repeats(Drafter):
         self.drafter.observe(state.memory[0], tree, scores, accepted)
 
 
-def _with_lookup(name: str, network: DraftNetwork) -> Repeats:
-    return Repeats(type(network).drafter(network, name))
-
-
 registry.add(registry.Method("prompt-lookup", PromptLookup))
 registry.add(registry.Method("prompt-lookup:sampled", partial(PromptLookup, sampled=True)))
 for _name, _target in ((registry.DEFAULT, registry.REFERENCE), (registry.DEFAULT + registry.FOR_VIDEO, registry.VIDEO)):
-    registry.add(
-        registry.Method(f"{_name}+prompt-lookup", partial(_with_lookup, _name), (_name,), form_of=_name, target=_target)
-    )
+    _make = lambda network, name=_name: Repeats(type(network).drafter(network, name))  # noqa: E731
+    registry.add(registry.Method(f"{_name}+prompt-lookup", _make, (_name,), form_of=_name, target=_target))

@@ -1,9 +1,8 @@
 """`specvlm`: an elastic visual compressor in front of EAGLE-2's layer (SpecVLM, arXiv 2509.11815, section 3).
 
 A gate reads the question and the image and chooses the compression: pruning, pooling, convolution, resampling, or
-removal of the image (the text-only branch); by Gumbel-softmax in training, by argmax at inference. The remaining tokens
-are the layer's inputs at the image's last positions, bypassing `fc`. The layer has an input norm, as the paper's
-EagleVLM.
+removal of the image; by Gumbel-softmax in training, by argmax at inference. The remaining tokens are the layer's inputs
+at the image's last positions, bypassing `fc`. The layer has an input norm, as the paper's EagleVLM.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from msd.drafters.toolkit.context import Columns, Images, Selection, pick, selec
 from msd.drafters.toolkit.layers import Adaptor, Layer
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import NetworkConfig
-from msd.train.losses.eagle import eagle_loss
+from msd.train.losses.published import eagle_loss
 
 BRANCHES = ("prune", "pool", "conv", "resample", "text")
 
@@ -89,7 +88,7 @@ class SpecVLM(EagleNetwork):
     def select_columns(self, c: Columns) -> Selection:
         """Selects the text columns and the compressed tokens of every image."""
         images = Images.of(c.visual, c.embedding)
-        if not images.spans:
+        if images is None:
             return select_columns(c, c.real)[0]
         text = c.real & ~c.visual
         prompt = (text & (torch.arange(text.shape[1], device=text.device) < c.prompt - 1))[..., None]

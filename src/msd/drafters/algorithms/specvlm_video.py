@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Selection, select_columns
+from msd.drafters.toolkit.layers import rotate
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
-from msd.train.losses.eagle import eagle_loss
+from msd.train.losses.published import eagle_loss
 
 ATTENTION_SHARE, KEPT_SHARE = 0.4, 0.1  # of the attention to visual tokens; of these tokens
 
@@ -77,7 +78,7 @@ class SpecVLMVideo(EagleNetwork):
         normed = layer.input_layernorm(self.tap(c.taps[:, :P], self.config.taps.index(self.config.taps[-1] - 1)))
         rotary = self.rotary(c.positions[:, :P])
         attention = layer.self_attn
-        q, k = (rotary.rotate(p(normed).unflatten(-1, (-1, H))) for p in (attention.q_proj, attention.k_proj))
+        q, k = (rotate(p(normed).unflatten(-1, (-1, H)), rotary) for p in (attention.q_proj, attention.k_proj))
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * H**-0.5
         column = torch.arange(P, device=q.device)

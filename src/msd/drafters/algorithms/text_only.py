@@ -18,7 +18,7 @@ from msd.drafters.toolkit.context import Selection, left_aligned, pick, real_col
 from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
 from msd.errors import UserError
-from msd.train.losses.eagle import distillation_loss
+from msd.train.losses.published import distillation_loss
 
 NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

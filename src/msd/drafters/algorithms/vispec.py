@@ -17,7 +17,7 @@ from msd.drafters.registry import learned
 from msd.drafters.toolkit.context import Columns, Images, Selection, select_columns
 from msd.drafters.toolkit.layers import Adaptor
 from msd.drafters.toolkit.levels import EagleNetwork
-from msd.train.losses.eagle import vispec_loss
+from msd.train.losses.published import vispec_loss
 
 
 @learned("vispec", loss=vispec_loss)
@@ -39,7 +39,7 @@ class ViSpec(EagleNetwork):
     def select_columns(self, c: Columns) -> Selection:
         """Selects the text columns and the last column of every image."""
         images = Images.of(c.visual, c.embedding)
-        if not images.spans:
+        if images is None:
             return select_columns(c, c.real)[0]
         adapted = self.adaptor(images.states, images.mask)
         selection, order = images.replaced(c, adapted[:, :1], [1] * len(images.spans))

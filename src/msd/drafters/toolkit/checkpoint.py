@@ -1,24 +1,20 @@
 """Reads and writes a drafter's folder: `config.json`, `model.safetensors` (fp16) and `training.json`.
 
-A configuration is a dataclass with a strict JSON form. Files are validated when read (`msd.system.files`) and written
-atomically. A missing or unknown tensor, or one of the wrong shape, is a UserError that names it.
-
-To save space, matrices can be stored as int8 with one scale per row. This changes drafts slightly. It is allowed
-because under the lossless policy the output distribution does not depend on drafts.
+Files are validated when read (`msd.system.files`) and written atomically. Where space is scarce, matrices can be stored
+as int8 with one scale per row: the output does not depend on the drafts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
@@ -66,12 +62,8 @@ class Configuration:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Parses JSON text. Raises UserError for invalid JSON, and for an unknown, missing or invalid field (named)."""
-        wrong = f"its {CONFIG} is not that of {cls.owner}"
-        try:
-            raw = parse_json(text)
-        except ValueError as error:
-            raise UserError(f"{wrong}: {error}") from error
+        """Parses a JSON object (see `configuration`); UserError names an unknown, missing or invalid field."""
+        wrong, raw = f"its {CONFIG} is not that of {cls.owner}", json.loads(text)
         names = {cls.json_keys.get(f.name, f.name): f.name for f in fields(cls)}  # type: ignore[arg-type]
         for key in sorted(names.keys() ^ raw.keys()):
             problem = "unknown; was it trained by a newer msd?" if key in raw else "missing"
@@ -144,7 +136,9 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
         raise UserError(
             f"drafter '{folder}': no network can be made of its {CONFIG} ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
-    tensors, wanted = _dequantized(read_tensors(folder / WEIGHTS, REMEDY)), network.state_dict()
+    tensors, wanted = read_tensors(folder / WEIGHTS, REMEDY), network.state_dict()
+    for name in [name for name in tensors if name + SCALE in tensors]:  # reverses `_quantized`
+        tensors[name] = tensors[name].float() * tensors.pop(name + SCALE).float()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"drafter '{folder}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
     for name, tensor in sorted(tensors.items()):
@@ -185,13 +179,6 @@ def _quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Reverses `_quantized`."""
-    names = [name for name in tensors if name + SCALE in tensors]
-    whole = {name: tensors[name].float() * tensors[name + SCALE].float() for name in names}
-    return {name: t for name, t in (tensors | whole).items() if not name.endswith(SCALE)}
-
-
 def configuration(folder: Path) -> str:
     """Returns the text of `config.json`, a JSON object; UserError if it is missing or damaged."""
     path = folder / CONFIG
@@ -222,10 +209,9 @@ def training(folder: Path | str) -> dict[str, Any]:
 def provenance(folder: Path | str) -> dict[str, Any]:
     """Reads the training record and checks its `thresholds`, str(ε) -> modality -> θ; UserError if damaged."""
     record = training(folder)
-    found = record.get("thresholds")
-    tables = found.values() if isinstance(found, dict) else [None] if found is not None else []
-    for table in tables:
-        values = table.values() if isinstance(table, dict) else [None]
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            raise UserError(f"'{Path(folder) / EXTRA}' is damaged: 'thresholds' is no table of numbers; {EXTRA_REMEDY}")
+    try:
+        TypeAdapter(dict[str, dict[str, FiniteFloat]] | None).validate_python(record.get("thresholds"), strict=True)
+    except ValidationError as error:
+        problem = "'thresholds' is no table of numbers"
+        raise UserError(f"'{Path(folder) / EXTRA}' is damaged: {problem}; {EXTRA_REMEDY}") from error
     return record

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
@@ -79,32 +80,24 @@ class Selection:
     fixed: Tensor | None = None
     given: Tensor | None = None
 
-    def entries(self, x: Tensor, feature: Tensor) -> Entries:
-        """Adds the layers' inputs x [B, S, ...] and the features [B, S, H]."""
-        return Entries(x, feature, self.embedding, self.positions, self.present, self.slot, self.image, self.shift)
-
 
 @dataclass
 class Entries:
-    """Context entries of B rows. x: [B, S, ...], the layers' input. feature: [B, S, H]. Others: see `Selection`."""
+    """Context entries of B rows at selected positions. x: [B, S, ...], the layers' input. feature: [B, S, H]."""
 
+    selection: Selection
     x: Tensor
     feature: Tensor
-    embedding: Tensor
-    positions: Tensor
-    present: Tensor
-    slot: Tensor
-    image: Tensor
-    shift: Tensor
 
     def anchors(self, columns: Tensor, context: list[KeyValues]) -> Anchors:
         """Returns the anchors at text `columns` [B, A] int64; context: keys and values of these entries."""
-        at = self.slot.gather(1, columns)
+        s = self.selection
+        at = s.slot.gather(1, columns)
         entry = torch.arange(self.x.shape[1], device=at.device)
-        visible = (entry <= at[:, :, None]) & self.present[:, None]
-        image = self.image if self.image.shape[1] == 1 else pick(self.image, at)
-        x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, self.embedding))
-        return Anchors(x, feature, embedding, self.positions.gather(1, at), visible, image, context)
+        visible = (entry <= at[:, :, None]) & s.present[:, None]
+        image = s.image if s.image.shape[1] == 1 else pick(s.image, at)
+        x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, s.embedding))
+        return Anchors(x, feature, embedding, s.positions.gather(1, at), visible, image, context)
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
@@ -158,17 +151,16 @@ class Images:
     mask: Tensor
 
     @classmethod
-    def of(cls, visual: Tensor, states: Tensor) -> Images:
-        """Finds the runs of `visual` [B, L] bool in states [B, L, W]; without any run the tensors are empty."""
+    def of(cls, visual: Tensor, states: Tensor) -> Images | None:
+        """Finds the runs of `visual` [B, L] bool in states [B, L, W]; None without any."""
         edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff(dim=1)
         firsts, ends = ((edges == sign).nonzero().tolist() for sign in (1, -1))
         spans = [(row, first, end) for (row, first), (_, end) in zip(firsts, ends, strict=True)]
-        longest = max((end - first for _, first, end in spans), default=1)
-        padded = states.new_zeros(len(spans), longest, states.shape[-1])
-        mask = torch.zeros(len(spans), longest, dtype=torch.bool, device=states.device)
-        for i, (row, first, end) in enumerate(spans):
-            padded[i, : end - first] = states[row, first:end]
-            mask[i, : end - first] = True
+        if not spans:
+            return None
+        padded, mask = (
+            pad_sequence([x[row, first:end] for row, first, end in spans], batch_first=True) for x in (states, visual)
+        )
         return cls(spans, padded, mask)
 
     @property

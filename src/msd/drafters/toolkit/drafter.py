@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from msd.backends.packed import faster_in_bf16
@@ -15,6 +16,7 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
 from msd.core.tree import Accepted, DraftTree, Scores
+from msd.drafters.base import Drafter
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import LevelCost, Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
@@ -46,10 +48,11 @@ class Memory:
         """
         L = taps.shape[1]
         entries = network.read(layout, taps, L, auxiliary)
+        s = entries.selection
         last = torch.full((len(taps), 1), L - 1, device=taps.device)
         room = entries.x.shape[1] + layout.capacity - L
-        memory = cls([0] * len(taps), entries.shift, entries.anchors(last, []))
-        memory._append(network, entries.x, entries.positions, entries.present.sum(1).tolist(), room)
+        memory = cls([0] * len(taps), s.shift, entries.anchors(last, []))
+        memory._append(network, entries.x, s.positions, s.present.sum(1).tolist(), room)
         return memory
 
     def append(self, network: DraftNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
@@ -138,22 +141,16 @@ class DecodedStates:
         if self._memory is None:
             self._memory = Memory.begin(network, layout, self._part(self._prompt), self._auxiliary)
         added = [len(tokens) for tokens in self._tokens]
-        if widest := max(added):
-            taps = self._prompt.new_zeros(len(added), widest, self._prompt.shape[-1])
-            token = torch.zeros(len(added), widest, dtype=torch.long)
-            for row, n in enumerate(added):
-                if n:
-                    taps[row, :n] = torch.cat(self._taps[row])
-                    token[row, :n] = torch.tensor(self._tokens[row])
+        if any(added):
+            taps = pad_sequence([torch.cat([self._prompt[0, :0], *new]) for new in self._taps], batch_first=True)
+            token = pad_sequence([torch.tensor(new, dtype=torch.long) for new in self._tokens], batch_first=True)
             self._memory.append(network, layout, self._part(taps), token.to(taps.device), added)
             self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
         return self._memory
 
 
-class TrainedDrafter:
+class TrainedDrafter(Drafter):
     """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's."""
-
-    sampled = False
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
@@ -180,7 +177,7 @@ class TrainedDrafter:
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
         """Creates the store of the target's states; taps: [B, L, T*H] of the prompt."""
-        return DecodedStates(taps)
+        return DecodedStates(taps, state.auxiliary)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """See `Drafter`; drafts nothing where time counts and all answers most likely end with the next token."""
@@ -207,10 +204,6 @@ class TrainedDrafter:
         c, newest = self.network.config, state.layout.newest()[rows]
         width = c.width if budget.width is None else min(budget.width, c.width)
         return Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
-
-    def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
-        """No router."""
-        return None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""

@@ -1,13 +1,12 @@
 """Grows the subtrees of a draft and merges them under one root.
 
-A drafter computes its distributions level by level (`Levels`). Each subtree has a shape and a share of the node budget,
-and keeps its nodes of highest score. The score of a node is the log-probability that the whole path to it is the
-target's choice (`DraftVocabulary.log_acceptance`). Equal paths of several subtrees become one node. Everything runs as
-tensor operations on whole batches, with two host synchronisations: which subtrees exist, and the size of the tree.
+A drafter computes its distributions level by level (`Levels`). Each subtree keeps its nodes of highest score: the
+log-probability that the whole path to a node is the target's choice. Equal paths of several subtrees become one node.
+Everything runs on whole batches, with two host synchronisations: which subtrees exist, and the size of the tree.
 
-A drafter that samples (`draw`) draws its candidates instead of ranking them. The root's draws are dealt to the
-subtrees by their share of the budget; every other node has one draw. Their number depends on the router and the budget
-alone, never on what was drawn, as exact verification requires (docs/verification.md).
+A drafter that samples (`draw`) draws its candidates instead of ranking them: one below each node, and at the root one
+for each chain. The number of draws depends on the router and the budget alone, never on what was drawn, as exact
+verification requires (docs/verification.md).
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ BRANCHES = 3  # sampled chains at the root
 
 @dataclass
 class Distributions:
-    """Draft distributions below the F nodes of a frontier.
-
-    logits: [B, F, Vd] over the draft vocabulary. confidence: [B, F] logits. weights: [B, F, M], of the modalities.
-    """
+    """Draft logits [B, F, Vd] below F frontier nodes, confidence logits [B, F], and modality weights [B, F, M]."""
 
     logits: Tensor
     confidence: Tensor
@@ -53,11 +49,9 @@ class Levels(Protocol):
 
     def root(self, weights: Tensor) -> Distributions:
         """Computes the distributions of the first draft token under F modality weights [B, F, M]."""
-        ...
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """Computes those below the frontier `tokens` [B, F]; above: [B, F], their parents in the last frontier."""
-        ...
 
 
 class DraftVocabulary(Protocol):
@@ -66,11 +60,9 @@ class DraftVocabulary(Protocol):
     @property
     def ids(self) -> Tensor:
         """[Vd] int64: the target's id of each draft token."""
-        ...
 
     def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
         """Log-probability that a candidate is the target's choice, from its log q and its parent's confidence logit."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -219,7 +211,8 @@ def grow(
         return DraftTree.root_only(newest)
     growth = _Growth(vocabulary, subtrees, modality_ids, budget, temperature, cost, deepest)
     _descend(levels, subtrees.weights, deepest, growth.expand)
-    return _merge(_select(_Candidates.joined(growth.candidates), subtrees, nodes), newest, nodes, budget.seconds)
+    selected = _select(_Candidates.joined(growth.candidates), subtrees, nodes)
+    return _merge(selected, newest, nodes, budget.seconds)
 
 
 @dataclass
@@ -296,8 +289,8 @@ class _Growth:
         return order
 
 
-def _select(candidates: _Candidates, subtrees: Subtrees, nodes: int) -> tuple[_Candidates, Tensor]:
-    """Orders the candidates by priority: (candidates [B, S], valid [B, S]).
+def _select(candidates: _Candidates, subtrees: Subtrees, nodes: int) -> _Candidates:
+    """Orders the candidates by priority: [B, S]; a score of `NEVER` marks those that must not become nodes.
 
     Those within their subtree's budget come first, by score, then the others, which fill what merging frees. A parent
     precedes its children. `parent` becomes an index into S, -1 at the root.
@@ -310,7 +303,7 @@ def _select(candidates: _Candidates, subtrees: Subtrees, nodes: int) -> tuple[_C
     slot = order.argsort(-1)
     chosen = candidates.at(order[:, : M * nodes])
     chosen.parent = torch.where(chosen.parent < 0, -1, slot.gather(-1, chosen.parent.clamp_min(0)))
-    return chosen, chosen.score > NEVER / 2
+    return chosen
 
 
 def _best_size(score: Tensor, seconds: Sequence[float]) -> Tensor:
@@ -325,11 +318,9 @@ def _best_size(score: Tensor, seconds: Sequence[float]) -> Tensor:
     return (expected / score.new_tensor(seconds[: len(expected)])).argmax()
 
 
-def _merge(
-    selected: tuple[_Candidates, Tensor], newest: Tensor, nodes: int, seconds: Sequence[float] | None
-) -> DraftTree:
+def _merge(candidates: _Candidates, newest: Tensor, nodes: int, seconds: Sequence[float] | None) -> DraftTree:
     """Builds one tree per row from the first `nodes` distinct paths; with `seconds`, from the best of them only."""
-    candidates, valid = selected
+    valid = candidates.score > NEVER / 2
     B, S = valid.shape
     same = valid[:, None].expand(-1, S, -1)
     for x in (candidates.path, candidates.tokens, candidates.depth):

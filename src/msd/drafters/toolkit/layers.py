@@ -19,6 +19,8 @@ from msd.backends.packed import Linear, Packed, can_pack
 from msd.drafters.toolkit.checkpoint import DrafterConfig
 from msd.errors import UserError
 
+Cosines = tuple[Tensor, Tensor]  # cosines and sines [..., 1, D] of positions [...]
+
 
 class TapNorm(nn.Module):
     """Normalises each of T tap states separately (RMSNorm): layers differ in scale by orders of magnitude."""
@@ -41,10 +43,6 @@ class KeyValues:
     keys: Tensor
     values: Tensor
 
-    def extended(self, new: KeyValues) -> KeyValues:
-        """Concatenates those of new draft tokens of the same anchors."""
-        return KeyValues(torch.cat([self.keys, new.keys], 2), torch.cat([self.values, new.values], 2))
-
     def write(self, new: KeyValues, start: Sequence[int], count: Sequence[int]) -> None:
         """Copies the first `count[row]` new context entries to `start[row]` of this buffer, in place."""
         for row, (first, n) in enumerate(zip(start, count, strict=True)):
@@ -62,23 +60,16 @@ class Rotary(nn.Module):
         inverse = theta ** -(torch.arange(0, dim, 2).float() / dim)
         self.register_buffer("inverse", torch.cat([inverse, inverse]), persistent=False)
 
-    def forward(self, positions: Tensor) -> RotaryTable:
+    def forward(self, positions: Tensor) -> Cosines:
         """Computes the cosines and sines [..., 1, D] of integer positions [...]."""
         angle = (positions[..., None].float() * self.inverse)[..., None, :]
-        return RotaryTable(angle.cos(), angle.sin())
+        return angle.cos(), angle.sin()
 
 
-@dataclass
-class RotaryTable:
-    """Cosines and sines [..., 1, D] of positions [...]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotates queries or keys x [..., heads, D]."""
-        a, b = x.chunk(2, -1)
-        return torch.addcmul(x * self.cos.to(x.dtype), torch.cat([-b, a], -1), self.sin.to(x.dtype))
+def rotate(x: Tensor, rotary: Cosines) -> Tensor:
+    """Rotates queries or keys x [..., heads, D] by the result of `Rotary`."""
+    (a, b), (cos, sin) = x.chunk(2, -1), rotary
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat([-b, a], -1), sin.to(x.dtype))
 
 
 class Layer(nn.Module):
@@ -109,16 +100,16 @@ class Layer(nn.Module):
             qkv = Packed.of(self.q_proj, self.k_proj, self.v_proj, dtype=dtype)
             self._packed = qkv, Packed.of(self.gate_proj, self.up_proj, dtype=dtype)
 
-    def key_values(self, x: Tensor, rotary: RotaryTable) -> KeyValues:
+    def key_values(self, x: Tensor, rotary: Cosines) -> KeyValues:
         """Computes keys and values [..., K, D] of context entries x [..., H]."""
         n = self.input_norm(x) if self.normalizes_context else x
         k, v = (p(n).unflatten(-1, (self.kv_heads, self.dim)) for p in (self.k_proj, self.v_proj))
-        return KeyValues(rotary.rotate(k), v)
+        return KeyValues(rotate(k, rotary), v)
 
     def forward(
         self,
         x: Tensor,
-        rotary: RotaryTable,
+        rotary: Cosines,
         context: KeyValues,
         visible: Tensor,
         draft: KeyValues | None = None,
@@ -132,7 +123,7 @@ class Layer(nn.Module):
         """
         q, new = self._project(self.input_norm(x), rotary, mask is not None)
         if new is not None and draft is not None:
-            new = draft.extended(new)
+            new = KeyValues(torch.cat([draft.keys, new.keys], 2), torch.cat([draft.values, new.values], 2))
         attend = self._attend_one if x.shape[1] == 1 and not torch.is_grad_enabled() else self._attend
         x = self._residual(x) + self.o_proj(attend(q, context, visible, new, mask))
         m = self.mlp_norm(x)
@@ -144,16 +135,16 @@ class Layer(nn.Module):
         """Returns the part of the input that is added to the attention output."""
         return x
 
-    def _project(self, n: Tensor, rotary: RotaryTable, with_keys: bool) -> tuple[Tensor, KeyValues | None]:
+    def _project(self, n: Tensor, rotary: Cosines, with_keys: bool) -> tuple[Tensor, KeyValues | None]:
         """Returns (queries [B, A, n, heads, D], their keys and values)."""
         if not with_keys:
-            return rotary.rotate(self.q_proj(n).unflatten(-1, (self.heads, self.dim))), None
+            return rotate(self.q_proj(n).unflatten(-1, (self.heads, self.dim)), rotary), None
         if self._packed is not None and not torch.is_grad_enabled():
             qkv = self._packed[0](n)
         else:
             qkv = torch.cat([self.q_proj(n), self.k_proj(n), self.v_proj(n)], -1)
         qkv = qkv.unflatten(-1, (-1, self.dim))
-        q, k = rotary.rotate(qkv[..., : -self.kv_heads, :]).split((self.heads, self.kv_heads), -2)
+        q, k = rotate(qkv[..., : -self.kv_heads, :], rotary).split((self.heads, self.kv_heads), -2)
         return q, KeyValues(k, qkv[..., -self.kv_heads :, :])
 
     def _attend(
@@ -252,15 +243,13 @@ class Adaptor(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """states [I, n, H], mask [I, n] bool (False at padding) -> [I, queries, H]."""
         k, v = self.k_proj(states), self.v_proj(states)
-        out: Tensor = self.o_proj(cross_attention(self.q.flatten(1), k, v, self.heads, mask[:, None, None]))
-        return out.to(states.dtype)
+        return self.o_proj(cross_attention(self.q.flatten(1), k, v, self.heads, mask[:, None, None])).to(states.dtype)
 
 
 class VisionAdaptor(nn.Module):
     """Compresses the tap states of an image [I, n, T*H] to `kept` tokens and one global vector.
 
-    It reads the target's states at the image positions instead of the projector's output, so it works for any target
-    and any number of image tokens.
+    It reads the target's states at the image positions, which every target has, instead of the projector's output.
     """
 
     def __init__(self, config: DrafterConfig, taps: int, kept: int) -> None:
@@ -284,9 +273,8 @@ class VisionAdaptor(nn.Module):
 class AuxiliaryAdaptor(nn.Module):
     """Compresses auxiliary tokens [B, E, H] to K tokens and one global vector per row.
 
-    Only the drafter sees auxiliary tokens, for example those of a second sensor. They form groups of fixed size (frames
-    in time, cells in space), concatenated along E. Each group has its own learned queries; the query of the global
-    vector reads all groups. groups: (tokens of the group, tokens kept of it) for each group.
+    The tokens form groups of fixed size (frames in time, cells in space), concatenated along E. Each group has its own
+    learned queries; the query of the global vector reads all. groups: (tokens of the group, tokens kept of it) each.
     """
 
     mask: Tensor  # [K+1, E] bool: the tokens that each query reads

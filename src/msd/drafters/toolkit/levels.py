@@ -152,8 +152,7 @@ class Block(DraftNetwork):
     def feature(self, taps: Tensor) -> Tensor:
         """norm(fc([states])), the same for all layers."""
         fused = self.fc(taps[..., : -self.config.hidden].to(self.dtype))
-        out: Tensor = self.context_norm(fused.to(self.dtype))  # as without autocast
-        return out
+        return self.context_norm(fused.to(self.dtype))  # as without autocast
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
         """The feature alone."""
@@ -167,8 +166,7 @@ class Block(DraftNetwork):
         positions = anchors.positions[..., None] + torch.arange(1, n + 1, device=x.device)
         visible = x.new_ones(*x.shape[:3], n).bool()
         state, _ = self.run_layers(x, positions, anchors.context, anchors.visible, None, visible)
-        out: Tensor = self.norm(state[:, :, n - depth :])
-        return out
+        return self.norm(state[:, :, n - depth :])
 
     def levels(self, anchors: Anchors, newest: Tensor) -> BlockLevels:
         """See `DraftNetwork`."""

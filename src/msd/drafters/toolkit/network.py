@@ -175,8 +175,7 @@ class DraftNetwork(nn.Module, ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the target's embeddings [..., H] of token ids [...]."""
-        out: Tensor = self._target[0](tokens)
-        return out.to(self.dtype)
+        return self._target[0](tokens).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,7 +217,7 @@ class DraftNetwork(nn.Module, ABC):
         """
         selection = self.select(layout, taps, taps.shape[1] if prompt is None else prompt)
         feature = self.noisy(self.feature(selection.taps))
-        return selection.entries(self.enter(selection, feature), feature)
+        return Entries(selection, self.enter(selection, feature), feature)
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
         """Returns the positions that it reads; parameters as in `read`."""
@@ -268,11 +267,11 @@ class DraftNetwork(nn.Module, ABC):
                 x = layer(x[:, :, None], self.rotary(positions[..., None]), context[-1], visible)[0][:, :, 0]
         return context
 
-    def full_context(self, entries: Entries | Selection, x: Tensor) -> tuple[list[KeyValues], Tensor]:
+    def full_context(self, selection: Selection, x: Tensor) -> tuple[list[KeyValues], Tensor]:
         """Returns (keys and values per layer, visible [B, S, S]) of a whole text with inputs x."""
         entry = torch.arange(x.shape[1], device=x.device)
-        visible = (entry[None] <= entry[:, None]) & entries.present[:, None]
-        return self.context(x, entries.positions, visible | (entry[None] == entry[:, None])), visible
+        visible = (entry[None] <= entry[:, None]) & selection.present[:, None]
+        return self.context(x, selection.positions, visible | (entry[None] == entry[:, None])), visible
 
     def run_layers(
         self,
@@ -299,9 +298,8 @@ class DraftNetwork(nn.Module, ABC):
 
     def anchors(self, batch: TeacherBatch, roots: Tensor) -> Anchors:
         """Reads a teacher batch; returns the anchors of the answer tokens `roots` [B, A]."""
-        assert batch.taps is not None
         entries = self.read(batch.layout, batch.taps[:, :-1], batch.prompt, batch.auxiliary)
-        return entries.anchors(roots + batch.prompt - 1, self.full_context(entries, entries.x)[0])
+        return entries.anchors(roots + batch.prompt - 1, self.full_context(entries.selection, entries.x)[0])
 
     def states(self, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
         """Computes the states [B, A, depth, H] below the answer tokens `roots` [B, A], by teacher forcing."""

@@ -20,10 +20,10 @@ LabelledBatches = Callable[[], Iterable[tuple[TeacherBatch, Tensor]]]  # batches
 
 @dataclass
 class TargetOutputs:
-    """The target at the D positions drafted below each of A roots per row.
+    """The target at the D positions drafted below each of A roots per row: tensors [B, A, D, ...].
 
-    p: [B, A, D, Vd], its distribution over the draft vocabulary (sums to at most 1). state: [B, A, D, H], its final
-    hidden state. token: [B, A, D], the answer's token. valid: [B, A, D] bool, False beyond the answer's end.
+    p: its distribution over the draft vocabulary (sums to at most 1). state: its final hidden state. token: the
+    answer's token. valid: bool, False beyond the answer's end.
     """
 
     p: Tensor
@@ -46,7 +46,6 @@ class TargetOutputs:
 
 def final_states(batch: TeacherBatch, hidden: int) -> Tensor:
     """Returns the target's final hidden states [B, T, H] that predict the answer tokens."""
-    assert batch.taps is not None
     return batch.taps[:, batch.prompt - 1 : -1, -hidden:]
 
 
@@ -71,14 +70,6 @@ def read(values: Tensor, index: Tensor) -> Tensor:
 def parents(batch: TeacherBatch, index: Tensor) -> Tensor:
     """Returns the tokens [B, A, D] before the answer tokens `index`."""
     return read(batch.answers, index - 1)
-
-
-def frequent(counts: Tensor, size: int) -> Tensor:
-    """Chooses a draft vocabulary: the `size` most frequent token ids by `counts` [V], ascending.
-
-    Ties go to the lower id: byte-pair vocabularies are sorted by frequency in general text.
-    """
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def count_chain(batch: TeacherBatch, labels: Tensor, guess: Tensor, names: Sequence[str]) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from msd.errors import UserError
+from msd.errors import UserError, named
 from msd.events.readers.file import File
 from msd.events.recording import CHUNK, Recording, Source
 from msd.events.stream import EventStream
@@ -61,14 +61,11 @@ def open_chunks(
         raise UserError(f"chunks of {chunk} events; give at least 1")
     path = Path(path)
     reader = _reader_of(path)
-    try:
+    with named(f"'{path}'"):
         if recording and reader.module != SEVERAL:
             raise UserError(f"there is no recording {recording}; this format holds one, number 0")
         read: Callable[[File], Source] = import_module(f"msd.events.readers.{reader.module}").read
-        source = read(File(path, recording))
-    except UserError as error:
-        raise UserError(f"'{path}': {error}") from error
-    return Recording(path, source, chunk, size)
+        return Recording(path, read(File(path, recording)), chunk, size)
 
 
 def read(path: str | os.PathLike[str], size: tuple[int, int] | None = None, recording: int = 0) -> EventStream:

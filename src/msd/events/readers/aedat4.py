@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from msd.errors import UserError
-from msd.events.readers.file import DAMAGED, File, library
+from msd.events.readers.file import File, damaged, library
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
@@ -42,7 +41,7 @@ def _check_header(file: File) -> None:
         start = stream.read(len(MAGIC) + 4)
         length = int.from_bytes(start[len(MAGIC) :], "little")
         data = stream.read(min(length, HEADER_LIMIT))
-    try:
+    with damaged("its header cannot be read"):
         if not start.startswith(MAGIC) or len(start) < len(MAGIC) + 4 or len(data) < length or data[4:8] != b"IOHE":
             raise ValueError("it is truncated, or no AEDAT 4.0 header")
         (table,) = struct.unpack_from("<I", data)
@@ -59,8 +58,6 @@ def _check_header(file: File) -> None:
         if len(about) != _number(data, text) or b"<!" in about:
             raise ValueError("its text is damaged")
         ElementTree.fromstring(about.decode("ascii"))
-    except (ValueError, struct.error, ElementTree.ParseError) as error:
-        raise UserError(f"its header cannot be read ({error}); {DAMAGED}") from error
 
 
 def _number(data: bytes, offset: int) -> int:
@@ -69,7 +66,7 @@ def _number(data: bytes, offset: int) -> int:
 
 def _open(file: File) -> Any:
     aedat = library("aedat", "AEDAT 4")
-    with _panics_as_errors("its header"):
+    with damaged("its header cannot be read"):
         return aedat.Decoder(str(file.path))
 
 
@@ -78,7 +75,7 @@ def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
     packets = iter(_open(file))
     pending: list[Any] = []
     while True:
-        with _panics_as_errors("a packet"):
+        with damaged("a packet cannot be read"):
             packet = next(packets, None)
         if packet is not None and packet["stream_id"] == number:
             pending.append(packet["events"])
@@ -88,14 +85,3 @@ def _columns(file: File, number: int, chunk: int) -> Iterator[Columns]:
             yield events["t"], events["x"], events["y"], events["p"]
         if packet is None:
             return
-
-
-@contextmanager
-def _panics_as_errors(part: str) -> Iterator[None]:
-    """Turns errors of the package into UserErrors, also Rust's panics, which are `BaseException`s."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{part} cannot be read ({error}); {DAMAGED}") from error

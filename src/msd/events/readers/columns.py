@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,6 +54,14 @@ def event_columns(table: Any, names: Names) -> Columns:
     t = integers(times, names[0]) if unit is None else microseconds(times, unit)
     x, y, p = (integers(np.asarray(table[name]), name) for name in names[1:])
     return t, x, y, p
+
+
+def common_length(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Returns the length of arrays with at most one axis longer than one; UserError for others, or several lengths."""
+    lengths = {math.prod(shape) for shape in shapes}
+    if len(lengths) != 1 or any(max(shape, default=1) != math.prod(shape) for shape in shapes):
+        raise UserError(f"its arrays have the shapes {', '.join(map(str, shapes))}; they must be lists of one length")
+    return lengths.pop()
 
 
 def integers(column: Any, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +42,22 @@ class File:
                         f"its last {len(block) % width} bytes are part of a word of {width}; "
                         "the file is truncated: copy it again"
                     )
+
+
+@contextmanager
+def damaged(problem: str) -> Iterator[None]:
+    """Turns every error of a block that decodes a file into a UserError that states the problem.
+
+    Parsers raise anything on damaged files. A panic of a Rust package is a `BaseException`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{problem} ({str(error)[:160]}); {DAMAGED}") from error
 
 
 def library(name: str, what: str) -> ModuleType:

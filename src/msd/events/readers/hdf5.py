@@ -5,7 +5,6 @@ DSEC compresses with Blosc and Zstandard, which `hdf5plugin` provides. Source: h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from msd.errors import UserError
-from msd.events.readers.columns import event_columns, find_names
-from msd.events.readers.file import DAMAGED, File, library
+from msd.events.readers.columns import common_length, event_columns, find_names
+from msd.events.readers.file import File, damaged, library
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
 GROUPS = ("events", "/", "CD/events", "davis/left/events", "prophesee/left")  # searched first
 DSEC_SIZE = (640, 480)
+MISSING = ("not available", "plugin", "not registered")  # in messages about filters
 
 
 def read(file: File) -> Source:
@@ -29,11 +29,9 @@ def read(file: File) -> Source:
         where = root[place]
         offset = next((_integer(g["t_offset"]) for g in (root, where) if _is_group(g) and "t_offset" in g), 0)
         columns = [where] if not _is_group(where) else [where[name] for name in find_names(_names(where)) or ()]
-        lengths = [_length(column) for column in columns]
-        if len(set(lengths)) != 1:
-            raise UserError(f"its t, x, y and p have lengths {', '.join(map(str, lengths))}; they must be equal")
+        count = common_length([column.shape for column in columns])
         size, size_from = _size(root, where)
-    return Source("hdf5", lambda chunk: _columns(file, place, offset, lengths[0], chunk), size, size_from, lengths[0])
+    return Source("hdf5", lambda chunk: _columns(file, place, offset, count, chunk), size, size_from)
 
 
 def _place(root: Any) -> str:
@@ -60,15 +58,8 @@ def _columns(file: File, place: str, offset: int, count: int, chunk: int) -> Ite
             yield (t if not offset else t.astype(np.int64) + offset), x, y, p
 
 
-def _length(dataset: Any) -> int:
-    """Returns the number of elements of a dataset with at most one axis longer than one; UserError for others."""
-    if max(dataset.shape, default=1) != math.prod(dataset.shape):
-        raise UserError(f"its event arrays have {len(dataset.shape)} axes; they must have one")
-    return math.prod(dataset.shape)
-
-
 def _part(dataset: Any, start: int, stop: int) -> Any:
-    """Returns elements `start` to `stop` - 1 of such a dataset, as [N]."""
+    """Returns elements `start` to `stop` - 1 of a dataset with at most one axis longer than one, as [N]."""
     axes = range(len(dataset.shape))
     longest = max(axes, key=lambda axis: dataset.shape[axis], default=None)
     index = tuple(slice(start, stop) if axis == longest else 0 for axis in axes)
@@ -76,11 +67,8 @@ def _part(dataset: Any, start: int, stop: int) -> Any:
 
 
 def _integer(value: Any) -> int:
-    """Returns a number that is stored as a scalar, as an array of one element, or as text."""
-    numbers = np.asarray(value).reshape(-1)
-    if len(numbers) != 1:
-        raise UserError(f"it has {len(numbers)} numbers where there should be one; is it an event file?")
-    return int(numbers[0])
+    """Returns a number that is stored as a scalar, as an array of one element, or as text; else ValueError."""
+    return int(np.asarray(value).item())
 
 
 def _is_group(where: Any) -> bool:
@@ -114,16 +102,13 @@ def _opened(file: File) -> Iterator[Any]:
     h5py = library("h5py", "HDF5")
     with suppress(UserError):  # only compressed files need the filters; the error below names a missing one
         library("hdf5plugin", "compressed HDF5")
-    try:
-        with h5py.File(file.path, "r") as root:
+    with damaged("HDF5 cannot read it"), h5py.File(file.path, "r") as root:
+        try:
             yield root
-    except UserError:
-        raise
-    except Exception as error:  # damage can raise OSError, KeyError, RuntimeError, ValueError…
-        text = str(error)
-        if "filter" in text and ("not available" in text or "plugin" in text or "not registered" in text):
-            raise UserError(
-                f"it is compressed with a filter that is not installed ({text[:160]}); install the filters with: "
-                "pip install 'msd-decoding[events]'"
-            ) from error
-        raise UserError(f"HDF5 cannot read it ({text[:160]}); {DAMAGED}") from error
+        except OSError as error:
+            if "filter" in str(error) and any(text in str(error) for text in MISSING):
+                raise UserError(
+                    f"it is compressed with a filter that is not installed ({str(error)[:160]}); install the filters "
+                    "with: pip install 'msd-decoding[events]'"
+                ) from error
+            raise

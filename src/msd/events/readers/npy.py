@@ -12,16 +12,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from msd.errors import UserError
 from msd.events.readers import pickled
-from msd.events.readers.columns import event_columns, find_names
-from msd.events.readers.file import DAMAGED, File
+from msd.events.readers.columns import common_length, event_columns, find_names
+from msd.events.readers.file import DAMAGED, File, damaged
 from msd.events.recording import Source
 from msd.events.stream import Columns
-
-NO_COLUMNS = f"its columns t, x, y, p are not four lists of one length; {pickled.REMEDY}"
 
 
 def read(file: File) -> Source:
@@ -30,35 +27,23 @@ def read(file: File) -> Source:
     names = find_names(table if isinstance(table, dict) else table.dtype.names or ())
     if names is None:
         raise UserError(f"it has no columns t, x, y, p; {pickled.REMEDY}")
-    flat = {name: _flattened(table[name]) for name in names}
-    lengths = {len(column) for column in flat.values()}
-    if len(lengths) != 1:
-        raise UserError(NO_COLUMNS)
-    count = lengths.pop()
+    count = common_length([table[name].shape for name in names])
+    flat = {name: table[name].reshape(-1) for name in names}
 
     def columns(chunk: int) -> Iterator[Columns]:
         for start in range(0, count, chunk):
             yield event_columns({name: column[start : start + chunk] for name, column in flat.items()}, names)
 
-    return Source("npy", columns, count=count)
+    return Source("npy", columns)
 
 
 def header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Reads the header of an array: (shape, type). UserError if it is broken."""
-    try:
+    with damaged("its numpy header cannot be read"):
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except Exception as error:  # a damaged header raises ValueError, SyntaxError, struct.error…
-        raise UserError(f"its numpy header cannot be read; {DAMAGED}") from error
     return shape, dtype
-
-
-def _flattened(array: NDArray[Any]) -> NDArray[Any]:
-    """Returns an array with at most one axis longer than one as [N]; UserError for others."""
-    if max(array.shape, default=1) != array.size:
-        raise UserError(NO_COLUMNS)
-    return array.reshape(-1)
 
 
 def _table(file: File) -> Any:

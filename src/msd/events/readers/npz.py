@@ -5,10 +5,10 @@ The members of the archive are unpacked in parallel, one chunk at a time.
 
 from __future__ import annotations
 
-import math
+import io
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import IO, Any
 
 import numpy as np
@@ -16,43 +16,41 @@ from numpy.typing import NDArray
 
 from msd.errors import UserError
 from msd.events.readers import npy, pickled
-from msd.events.readers.columns import event_columns, find_names
-from msd.events.readers.file import DAMAGED, File
+from msd.events.readers.columns import common_length, event_columns, find_names
+from msd.events.readers.file import DAMAGED, File, damaged
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
 SIZES = ("size", "sensor_size", "resolution")  # names of an array [width, height]
-STEP = 1 << 20  # bytes
+PROBLEM = "it cannot be unpacked"
 
 
 def read(file: File) -> Source:
     """Reads one recording of the archive."""
-    with _opened(file) as archive:
+    with damaged(PROBLEM), zipfile.ZipFile(file.path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         names = find_names(members)
         if names is None:
             raise UserError(f"it has no arrays t, x, y, p; {pickled.REMEDY}")
-        lengths = [_member(archive, members[name])[1] for name in names]
-        if len(set(lengths)) != 1:
-            raise UserError(f"its arrays t, x, y, p have lengths {', '.join(map(str, lengths))}; they must be equal")
-        first, last = _range(file, archive, members, lengths[0])
+        count = common_length([(_member(archive, members[name])[1],) for name in names])
+        first, last = _range(file, archive, members, count)
         size = next((_whole(archive, members[name]) for name in SIZES if name in members), None)
     if size is not None and len(size) != 2:
         raise UserError(f"its sensor size has {len(size)} numbers; give width and height")
 
     def columns(chunk: int) -> Iterator[Columns]:
-        with _opened(file) as archive, ExitStack() as stack:
+        with damaged(PROBLEM), zipfile.ZipFile(file.path) as archive, ExitStack() as stack:
             streams = [_member(archive, members[name]) for name in names]
             for stream, _, dtype in streams:
                 stack.enter_context(stream)
-                _skip(stream, first * dtype.itemsize)
+                stream.seek(first * dtype.itemsize, io.SEEK_CUR)
             for start in range(first, last, chunk):
                 count = min(chunk, last - start)
                 table = {n: _next(s, dtype, count) for n, (s, _, dtype) in zip(names, streams, strict=True)}
                 yield event_columns(table, names)
 
     known = None if size is None else (int(size[0]), int(size[1]))
-    return Source("npz", columns, known, "header" if known else "events", last - first)
+    return Source("npz", columns, known, "header" if known else "events")
 
 
 def _range(file: File, archive: zipfile.ZipFile, members: dict[str, str], length: int) -> tuple[int, int]:
@@ -71,10 +69,9 @@ def _member(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], int, np.dty
     """Opens a one-dimensional array of numbers: (stream after the header, length, type)."""
     stream = archive.open(name)
     shape, dtype = npy.header(stream)  # type: ignore[arg-type]
-    count = math.prod(shape)
-    if dtype.hasobject or max(shape, default=1) != count:
-        raise UserError(f"its array {name} has shape {shape} and type {dtype}; it must be a list of numbers")
-    return stream, count, dtype
+    if dtype.hasobject:
+        raise UserError(f"its array {name} has type {dtype}; give numbers")
+    return stream, common_length([shape]), dtype
 
 
 def _whole(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
@@ -88,20 +85,3 @@ def _next(stream: IO[bytes], dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     if len(data) < count * dtype.itemsize:
         raise UserError(f"an array ends early; {DAMAGED}")
     return np.frombuffer(data, dtype)
-
-
-def _skip(stream: IO[bytes], count: int) -> None:
-    while count > 0 and (block := stream.read(min(count, STEP))):
-        count -= len(block)
-
-
-@contextmanager
-def _opened(file: File) -> Iterator[zipfile.ZipFile]:
-    """Opens the archive; turns every error of zipfile into a UserError."""
-    try:
-        with zipfile.ZipFile(file.path) as archive:
-            yield archive
-    except UserError:
-        raise
-    except Exception as error:  # BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError…
-        raise UserError(f"it cannot be unpacked ({error}); {DAMAGED}") from error

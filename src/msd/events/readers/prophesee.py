@@ -69,14 +69,9 @@ def _header_lines(file: File) -> tuple[list[str], int]:
 
 def _fields(lines: list[str]) -> dict[str, str]:
     """Maps the first word of each header line to the rest; also the `key=value` parts of a `format` line."""
-    fields = {}
-    for line in lines:
-        key, _, value = line.partition(" ")
-        fields[key] = value.strip()
-    for part in fields.get("format", "").split(";")[1:]:
-        key, _, value = part.partition("=")
-        fields[key.strip()] = value.strip()
-    return fields
+    fields = {key: value.strip() for key, _, value in (line.partition(" ") for line in lines)}
+    parts = fields.get("format", "").split(";")[1:]
+    return fields | {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
 
 
 def _size(header: dict[str, str]) -> tuple[tuple[int, int] | None, str]:
@@ -127,8 +122,7 @@ def _dat(file: File, header: dict[str, str], offset: int, size: tuple[int, int] 
             y = address >> x_bits & ((1 << y_bits) - 1)
             yield t, x, y, address >> (x_bits + y_bits) & 1
 
-    count = (file.path.stat().st_size - offset - 2) // 8
-    return Source(f"dat{version}", columns, size, size_from, count)
+    return Source(f"dat{version}", columns, size, size_from)
 
 
 def _evt2(chunks: Iterator[NDArray[Any]]) -> Iterator[Columns]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from msd.events.readers.file import File
 from msd.events.recording import Source
 from msd.events.stream import Columns
 
+Order: TypeAlias = tuple[int, int, int, int]  # indices of the columns t, x, y, p
 LINE_LIMIT = 1000  # characters
 SAMPLE = 1000  # lines that determine the dialect
 # None: whitespace. Commas come after semicolons and tabs: a file with those may have decimal commas.
@@ -41,21 +43,16 @@ class Dialect:
 
     Attributes:
         separator: None for whitespace.
-        order: indices of the columns t, x, y, p.
         skip: lines before the first event; comments and empty lines do not count.
         unit: of times.
         integer: whether the times of the sample are integers in microseconds.
     """
 
     separator: str | None
-    order: tuple[int, int, int, int]
+    order: Order
     skip: int
     unit: Unit
     integer: bool
-
-    def clean(self, line: str) -> str:
-        """Returns a line without quotes, and with decimal points instead of commas."""
-        return _unquoted(line if self.separator == "," else line.replace(",", "."))
 
 
 def read(file: File) -> Source:
@@ -79,8 +76,10 @@ def read(file: File) -> Source:
 
 def _columns(file: File, dialect: Dialect, chunk: int) -> Iterator[Columns]:
     with _opened(file) as stream:
-        filled = (dialect.clean(line) for line in _lines(stream) if not _is_comment(line) and not line.isspace())
-        lines = itertools.islice(filled, dialect.skip, None)
+        filled = (_unquoted(line) for line in _lines(stream) if not _is_comment(line) and not line.isspace())
+        lines: Iterator[str] = itertools.islice(filled, dialect.skip, None)
+        if dialect.separator != ",":
+            lines = (line.replace(",", ".") for line in lines)  # decimal commas
         start = 1
         for block in iter(lambda: list(itertools.islice(lines, chunk)), []):
             yield _block(block, dialect, start)
@@ -115,10 +114,7 @@ def _numbers(lines: list[str], dialect: Dialect, columns: tuple[int, ...]) -> ND
         except ValueError:
             continue
     text = np.loadtxt(lines, np.str_, **options)
-    lower = np.char.lower(np.char.strip(text))
-    for name, value in VALUES.items():
-        lower = np.where(lower == name, str(value), lower)
-    return lower.astype(np.float64)
+    return np.array([[float(VALUES.get(cell.strip().lower(), cell)) for cell in row] for row in text])
 
 
 def _recognise(sample: Sequence[str], comments: Sequence[str]) -> Dialect:
@@ -129,7 +125,7 @@ def _recognise(sample: Sequence[str], comments: Sequence[str]) -> Dialect:
     if not lines:
         raise UserError(NO_EVENTS)
     separator = _separator(lines, excel[1] if excel else None)
-    named = any(cell and not _is_number(cell) for cell in _cells(lines[0], separator))
+    named = any(c and math.isnan(_number(c)) and c.lower() != "nan" for c in _cells(lines[0], separator))
     body = [_cells(line, separator) for line in lines[int(named) :]]
     order, unit = _named_order(lines[0], body, separator) if named else _unnamed_order(comments, body)
     times = [cells[order[0]] for cells in body if len(cells) > order[0]]
@@ -142,9 +138,7 @@ def _recognise(sample: Sequence[str], comments: Sequence[str]) -> Dialect:
     return Dialect(separator, order, int(named) + int(bool(excel)), unit, integer)
 
 
-def _named_order(
-    head: str, body: Sequence[list[str]], separator: str | None
-) -> tuple[tuple[int, int, int, int], Unit | None]:
+def _named_order(head: str, body: Sequence[list[str]], separator: str | None) -> tuple[Order, Unit | None]:
     """Returns (indices of t, x, y, p; the unit of t) as the first line names them."""
     width = max((len(cells) for cells in body), default=0)
     cells = _cells(_joined_units(head) if separator is None else head, separator)
@@ -158,7 +152,7 @@ def _named_order(
     return (t, x, y, p), unit_of(names[0])
 
 
-def _unnamed_order(comments: Sequence[str], body: Sequence[list[str]]) -> tuple[tuple[int, int, int, int], Unit | None]:
+def _unnamed_order(comments: Sequence[str], body: Sequence[list[str]]) -> tuple[Order, Unit | None]:
     """Returns (indices of t, x, y, p; the unit of t) as the last fitting comment names them, else by the values."""
     short = next((cells for cells in body if len(cells) < 4), None)
     if short is not None:
@@ -220,11 +214,6 @@ def _number(cell: str) -> float:
         return float(VALUES.get(cell.lower(), cell.replace(",", ".")))
     except ValueError:
         return float("nan")
-
-
-def _is_number(cell: str) -> bool:
-    value = _number(cell)
-    return value == value or cell.lower() == "nan"
 
 
 def _is_comment(line: str) -> bool:

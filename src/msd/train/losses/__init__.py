@@ -1,4 +1,4 @@
-"""Losses of draft networks, one file per family: functions of a network, a teacher batch and the draft roots.
+"""Losses of draft networks: functions of a network, a teacher batch and the draft roots.
 
 The losses do not depend on methods; a method names its loss when it is registered (`msd.drafters.registry`).
 """

@@ -43,7 +43,7 @@ class Lossless:
         child = tree.follow(node, token, tree.deterministic)
         unmatched = [i for i, c in enumerate(child.tolist()) if c < 0]  # no deterministic candidate has the token
         if unmatched:
-            part, p = tree.select(unmatched), sampler.probabilities(logits[unmatched])
+            part, p = tree.select(unmatched), logits[unmatched].softmax(-1)
             p = rejection.without(p, part.child_tokens(node[unmatched], p.shape[-1]))
             token[unmatched], child[unmatched] = rejection.try_sampled_candidates(
                 part, node[unmatched], p, sampler, [rows[i] for i in unmatched], ratio

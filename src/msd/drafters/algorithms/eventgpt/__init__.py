@@ -1,15 +1,12 @@
 """`eventgpt`: an independent model drafts; it sees a recording of an event camera, not the target's images.
 
 A map between the two vocabularies translates the text. The drafter does not use the target's hidden states, so it
-reads the prompt, and predicts the answer's first token, while the target prefills.
-
-The text of a row fills the drafter's cache slots from 0 on, so the slot of a token is also its position. Drafted
-tokens, several of which may have the same position, use the slots behind the text.
+reads the prompt, and predicts the answer's first token, while the target prefills. The slot of a text token in the
+drafter's cache is its position. Drafted tokens, which may share positions, use the slots behind the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +26,7 @@ from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, E
 from msd.drafters.algorithms.eventgpt.vocabulary import FILE, Pieces, VocabularyMap
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
-from msd.drafters.toolkit.context import pick
+from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
 from msd.errors import UserError
 from msd.planning.plan import Budget
@@ -53,8 +50,7 @@ def inputs(
     """
     E, H = network.config.tokens, network.config.hidden
     column = torch.arange(columns, device=layout.tokens.device)
-    start = torch.tensor(layout.start, device=column.device)
-    real = column >= start[:, None]
+    real = real_columns(layout, columns)
     shown = real & (layout.modality[:, :columns] != LANGUAGE.id)
     kept, place = real & ~shown, (2 * column).expand_as(real)
     entries = network.embed(mapping.read(layout.tokens[:, :columns]))
@@ -64,7 +60,7 @@ def inputs(
                 f"the drafter reads {E} event tokens of {H} numbers per recording, not {list(auxiliary.shape[1:])}; "
                 "compute them with its `encode`"
             )
-        first = torch.where(shown.any(1), shown.long().argmax(1), start + 1)[:, None]
+        first = torch.where(shown.any(1), shown.long().argmax(1), real.long().argmax(1) + 1)[:, None]
         given = auxiliary.flatten(1).any(1, keepdim=True)
         kept = torch.cat([given.expand(-1, E), kept], 1)
         place = torch.cat([(2 * first - 1).expand(-1, E), place], 1)  # between two columns
@@ -133,19 +129,6 @@ class Memory:
         return self.network.states(self.network.embed(self.mapping.read(tokens)), positions, self.cache, mask)
 
 
-class LazyMemory:
-    """The memory of a prompt that `read_prompt` has read, or that the first `propose` reads."""
-
-    def __init__(self, begin: Callable[[Layout], Memory], memory: Memory | None) -> None:
-        self._begin, self._memory = begin, memory
-
-    def get(self, layout: Layout) -> Memory:
-        """Returns the memory. layout: of the prompt and perhaps some emitted tokens."""
-        if self._memory is None:
-            self._memory = self._begin(layout)
-        return self._memory
-
-
 def logits_after(network: EventGPT, mapping: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:
     """Returns the logits [B, n] of the shared pieces after the first `length[row]` of the states [B, W, H]."""
     last = torch.tensor(length, device=states.device)[:, None] - 1
@@ -180,10 +163,6 @@ class TreeLevels:
         m.cache.advance(F)
         return _distributions(m.mapping.shared(m.network.logits(states)))
 
-    def discard(self) -> None:
-        """Frees the slots of the drafted tokens."""
-        self.memory.cache.committed = self.committed
-
 
 def _distributions(logits: Tensor) -> Distributions:
     one = torch.ones_like(logits[..., 0])
@@ -206,7 +185,7 @@ class EventGPTDrafter(Drafter):
         self._mapping: VocabularyMap | None = None  # sized for the attached target
 
     def translate(self, tokenizer: Any) -> None:
-        """See `Translates`: builds the map, or checks the saved one."""
+        """See `Drafter`: builds the map, or checks the saved one."""
         if self.pieces is None:
             return
         theirs = Pieces.of(tokenizer)
@@ -258,24 +237,26 @@ class EventGPTDrafter(Drafter):
         return Memory.begin(self.network, self.mapping, layout, layout.end[0], auxiliary)
 
     def begin(self, state: State, scores: Scores) -> None:
-        """See `Drafter`. Without `read_prompt`, the first `propose` reads the prompt."""
+        """See `Drafter`. Without `read_prompt`, the memory is a function with which the first `propose` reads it."""
         columns, auxiliary = state.layout.end[0] - 1, state.auxiliary
         begin = partial(Memory.begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
-        state.memory = LazyMemory(begin, state.memory)
+        state.memory = state.memory or begin
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts the most probable nodes of one tree, level by level."""
         newest, c = state.layout.newest(), self.network.config
         if budget.nodes < 1 or max(budget.depth, default=0) < 1:
             return DraftTree.root_only(newest)
-        memory: Memory = state.memory.get(state.layout)
+        if not isinstance(state.memory, Memory):
+            state.memory = state.memory(state.layout)
+        memory: Memory = state.memory
         memory.read(state.layout, [depth > 0 for depth in budget.depth])
         width = c.width if budget.width is None else min(budget.width, c.width)
         whole = Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
         kinds = torch.tensor([LANGUAGE.id], device=newest.device)
         levels = TreeLevels(memory)
         tree = grow(levels, self, whole, kinds, newest, budget, temperature(sampler), self.cost)
-        levels.discard()
+        memory.cache.committed = levels.committed  # frees the slots of the drafted tokens
         return tree
 
 

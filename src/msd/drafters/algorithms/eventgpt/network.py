@@ -8,7 +8,7 @@ patch position (P spatial tokens).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -59,11 +59,9 @@ class EventGPTConfig(checkpoint.Configuration):
     positions: int = 2048
     width: int = 4
     depth: int = 6
-    method: str = METHOD
+    method: Literal["eventgpt"] = "eventgpt"
 
     def __post_init__(self) -> None:
-        if self.method != METHOD:
-            raise UserError(f"its config.json belongs to method '{self.method}', not '{METHOD}'")
         if self.image_size % self.patch_size or min(self.frames, self.width, self.depth) < 1:
             raise UserError(
                 f"frames of {self.image_size} pixels in patches of {self.patch_size}, {self.frames} frames, trees "
@@ -148,8 +146,7 @@ class EventGPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeds its token ids [...] as [..., H]."""
-        out: Tensor = self.llama.get_input_embeddings()(tokens)
-        return out
+        return self.llama.get_input_embeddings()(tokens)
 
     def states(
         self, inputs: Tensor, positions: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
@@ -159,13 +156,11 @@ class EventGPT(nn.Module):
         Keys and values are written behind the committed slots of the cache. mask: [B, 1, W, S], additive; causal by
         default.
         """
-        out: Tensor = self.llama.model(
+        return self.llama.model(
             inputs_embeds=inputs, position_ids=positions, past_key_values=cache, attention_mask=mask,
             use_cache=cache is not None,
         ).last_hidden_state  # fmt: skip
-        return out
 
     def logits(self, states: Tensor) -> Tensor:
         """Computes the logits [..., N] of states [..., H]."""
-        out: Tensor = self.llama.lm_head(states)
-        return out
+        return self.llama.lm_head(states)

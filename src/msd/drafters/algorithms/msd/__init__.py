@@ -17,14 +17,12 @@ from msd.drafters.toolkit.growth import Shape
 
 __all__ = ["CONTROL", "MSD", "OURS", "SHIPPED", "SWITCHES", "DraftObjective", "MSDConfig", "MSDNetwork", "Shape"]
 
-learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD.trained)(MSDNetwork)
-registry.add(Method("msd:sampled", partial(MSD.trained, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
+learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD)(MSDNetwork)
+registry.add(Method("msd:sampled", partial(MSD, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
 SHIPPED, CONTROL = "msd", "standard"
 OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
 _others = {CONTROL: f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
 for _name, _options in _others.items():
-    registry.add(Method(_name, partial(MSD.trained, name=_name), (_name,), command=training_command(_options)))
+    registry.add(Method(_name, partial(MSD, name=_name), (_name,), command=training_command(_options)))
 _video = DEFAULT + FOR_VIDEO
-registry.add(
-    Method(_video, partial(MSD.trained, name=_video), (_video,), command="see recipes/events/README.md", target=VIDEO)
-)
+registry.add(Method(_video, partial(MSD, name=_video), (_video,), command="see recipes/events/README.md", target=VIDEO))

@@ -14,14 +14,7 @@ from msd.errors import UserError
 FORMS = ("ar", "block")
 SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")  # parts that can be left out
 OTHER = Shape(4, 6)
-SHAPES = {
-    "language": Shape(3, 6),
-    "vision": Shape(5, 6),
-    "fusion": OTHER,
-    "event_sparse": OTHER,
-    "event_dense": OTHER,
-    "video_reasoning": Shape(5, 6),
-}
+SHAPES = {"language": Shape(3, 6), "vision": Shape(5, 6), "video_reasoning": Shape(5, 6)}
 
 
 def shapes_of(modalities: Iterable[str] = ("language", "vision", "fusion")) -> dict[str, Shape]:

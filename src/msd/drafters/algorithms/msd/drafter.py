@@ -16,41 +16,31 @@ from msd.core.tree import DraftTree, Scores
 from msd.drafters import auxiliary
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
-from msd.drafters.toolkit.drafter import DecodedStates, TrainedDrafter
+from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.growth import Subtrees, draw
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
 
 class MSD(TrainedDrafter):
-    """Drafts with an MSD network.
+    """Drafts with an MSD network, and has the thresholds that were calibrated for it.
 
-    sampled: whether it draws candidates from the draft distributions instead of ranking them. calibrated: str(ε) ->
-    modality name -> θ, initial thresholds of the `budget` policy.
+    sampled: whether it draws candidates from the draft distributions instead of ranking them.
     """
 
     network: MSDNetwork
     source: ClassVar[str] = "events"  # of the auxiliary tokens that networks are trained with
 
-    def __init__(
-        self,
-        network: MSDNetwork,
-        name: str = "msd",
-        sampled: bool = False,
-        calibrated: dict[str, dict[str, float]] | None = None,
-    ) -> None:
+    def __init__(self, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> None:
         super().__init__(network, name)
-        self.sampled, self.calibrated = sampled, calibrated or {}
+        self.sampled = sampled
+        # str(ε) -> modality name -> θ, initial thresholds of the `budget` policy
+        self.calibrated: dict[str, dict[str, float]] = network.provenance.get("thresholds") or {}
         self.modality_ids = torch.tensor(network.config.modality_ids)
         self.auxiliary_source: str | None = None
 
-    @classmethod
-    def trained(cls, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> MSD:
-        """Creates a drafter with the thresholds that were calibrated for the network."""
-        return cls(network, name or network.method, sampled, network.provenance.get("thresholds"))
-
     def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
-        """See `SharesVisionTower`; ignored by a network that was trained without auxiliary tokens."""
+        """See `Drafter`; ignored by a network that was trained without auxiliary tokens."""
         if self.network.auxiliary_adaptor is not None:
             self.auxiliary_source, self._encode = self.source, encode
 
@@ -66,10 +56,6 @@ class MSD(TrainedDrafter):
         """Returns the θ calibrated for the largest known budget within ε; empty if there is none."""
         within = [known for known in self.calibrated if float(known) <= epsilon]
         return self.calibrated[max(within, key=float)] if within else {}
-
-    def decoded(self, state: State, taps: Tensor) -> DecodedStates:
-        """See `TrainedDrafter`; adds the request's auxiliary tokens."""
-        return DecodedStates(taps, state.auxiliary)
 
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
         """Grows the subtrees of the active modalities and merges them, or draws chains from their distributions."""
@@ -99,8 +85,7 @@ class MSD(TrainedDrafter):
         """See `Drafter`; it does not read the prompt, so an answer that ends before any draft costs nothing."""
         if self.network.router is None or scores.taps is None:
             return None
-        decoded: DecodedStates = state.memory
-        return self.network.classes(tree, scores.taps, self.network.feature(decoded.newest()[:, None]))
+        return self.network.classes(tree, scores.taps, self.network.feature(state.memory.newest()[:, None]))
 
 
 def choose_subtrees(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:

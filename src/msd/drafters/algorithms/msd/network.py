@@ -14,6 +14,7 @@ of the other modalities correct the language expert's output instead of the bare
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, Self
 
@@ -27,7 +28,6 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
-from msd.drafters.toolkit.calibration import calibrated
 from msd.drafters.toolkit.context import (
     Anchors,
     Columns,
@@ -63,22 +63,14 @@ class Probe(nn.Module):
 
     def forward(self, feature: Tensor, embedding: Tensor) -> Tensor:
         """feature, embedding [..., H] -> logits [..., outputs]."""
-        out: Tensor = self.out(F.silu(self.hidden(self.norm(torch.cat([feature, embedding], -1)))))
-        return out
+        return self.out(F.silu(self.hidden(self.norm(torch.cat([feature, embedding], -1)))))
 
 
-class Expert(nn.Module):
-    """A low-rank correction [..., in] -> [..., H], initially zero."""
-
-    def __init__(self, wide: int, hidden: int, rank: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(wide, rank, bias=False), nn.Linear(rank, hidden, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> correction [..., H]."""
-        out: Tensor = self.up(self.down(x))
-        return out
+def _expert(wide: int, hidden: int, rank: int) -> nn.Sequential:
+    """Creates a low-rank correction [..., wide] -> [..., hidden], initially zero."""
+    down, up = nn.Linear(wide, rank, bias=False), nn.Linear(rank, hidden, bias=False)
+    nn.init.zeros_(up.weight)
+    return nn.Sequential(OrderedDict(down=down, up=up))
 
 
 class Experts(nn.Module):
@@ -88,8 +80,8 @@ class Experts(nn.Module):
         super().__init__()
         H = config.hidden
         self.transfer = config.transfer
-        self.language = Expert(H, H, config.rank)
-        self.others = nn.ModuleList(Expert(2 * H, H, config.rank) for _ in config.modalities[1:])
+        self.language = _expert(H, H, config.rank)
+        self.others = nn.ModuleList(_expert(2 * H, H, config.rank) for _ in config.modalities[1:])
 
     def parts(self, z: Tensor, image: Tensor) -> Tensor:
         """Computes the state and each expert's correction [..., 1+M, H] from states z and image vectors [..., H].
@@ -103,6 +95,20 @@ class Experts(nn.Module):
         """Modality weights [..., M] (sum 1) -> coefficients of the parts [..., 1+M]."""
         one = torch.ones_like(weights[..., :1])
         return torch.cat([one, one if self.transfer else weights[..., :1], weights[..., 1:]], -1)
+
+
+def log_odds(log_q: Tensor) -> Tensor:
+    """Computes logit(q) from log q; finite at q = 1."""
+    return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
+
+
+def calibrated(fit: Tensor, log_q: Tensor, confidence: Tensor) -> Tensor:
+    """Computes the log-probability that a token is the target's choice: log σ(a·logit(q) + b·confidence + c).
+
+    fit: [3], (a, b, c); with (1, 0, 0) the result is log q. confidence: the parent's confidence logit.
+    """
+    slope, weight, bias = fit.unbind()
+    return F.logsigmoid(slope * log_odds(log_q) + weight * confidence + bias)
 
 
 class Heads(nn.Module):
@@ -152,13 +158,11 @@ class Heads(nn.Module):
         """
         by_expert = self.from_parent(parent).unflatten(-1, (-1, from_state.shape[-1]))
         mixed = by_expert[..., 0, :] if self.experts is None else (weights[..., None] * by_expert).sum(-2)
-        out: Tensor = self.to_words(F.silu(from_state + mixed))
-        return out
+        return self.to_words(F.silu(from_state + mixed))
 
     def confidence_logits(self, z: Tensor, parent: Tensor) -> Tensor:
         """Predicts the logit [...] of Σ min(p, q) from mixed states z and parent embeddings, both [..., H]."""
-        out: Tensor = self.confidence(torch.cat([z, parent], -1)).squeeze(-1)
-        return out
+        return self.confidence(torch.cat([z, parent], -1)).squeeze(-1)
 
 
 class MSDNetwork(SelfFed):
@@ -245,18 +249,15 @@ class MSDNetwork(SelfFed):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns normalised target embeddings [..., H] of token ids [...]: their scale is a tenth of the states'."""
-        out: Tensor = self.word_norm(self._target[0](tokens).to(self.fc.weight.dtype))
-        return out
+        return self.word_norm(self._target[0](tokens).to(self.fc.weight.dtype))
 
     def feature(self, taps: Tensor) -> Tensor:
         """Fuses tap states [..., T*H] to features [..., H]."""
-        out: Tensor = self.fuse(self.tap_norm(taps.to(self.fc.weight.dtype)))
-        return out
+        return self.fuse(self.tap_norm(taps.to(self.fc.weight.dtype)))
 
     def drafted_feature(self, state: Tensor) -> Tensor:
         """See `SelfFed`; a linear map of the draft state."""
-        out: Tensor = self.feature_state(state)
-        return out
+        return self.feature_state(state)
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int = 0) -> Tensor:
         """fc([norm(feature + image_fc(image)); emb]); `image` is zero before images and without auxiliary tokens."""
@@ -278,8 +279,7 @@ class MSDNetwork(SelfFed):
 
     def end_logits(self, feature: Tensor, embedding: Tensor) -> Tensor:
         """Predicts the logit [...] that the token after next ends the answer."""
-        out: Tensor = self.ending(feature, embedding).squeeze(-1)
-        return out
+        return self.ending(feature, embedding).squeeze(-1)
 
     def all_end(self, taps: Tensor, tokens: Tensor) -> bool:
         """Whether every answer most likely ends with the token that the target's next pass emits.
@@ -307,7 +307,7 @@ class MSDNetwork(SelfFed):
             present = auxiliary.flatten(1).any(1, keepdim=True)
             kept, vector = self.auxiliary_adaptor(auxiliary)
             selection.image = selection.image + vector.to(selection.image.dtype) * present[..., None]
-        entries = selection.entries(self.enter(selection, feature), feature)
+        entries = Entries(selection, self.enter(selection, feature), feature)
         return entries if kept is None else _preceded(entries, kept, present)
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
@@ -322,7 +322,7 @@ class MSDNetwork(SelfFed):
         columns = Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
         vector = taps.new_zeros(len(taps), 1, c.hidden, dtype=dtype)
         images = Images.of(visual, taps) if c.vision else None
-        if images is None or not images.spans:
+        if images is None:
             selection, _ = select_columns(columns, real)
             selection.image = vector
             return selection
@@ -359,21 +359,19 @@ class MSDNetwork(SelfFed):
 def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
     """Prepends the tokens `kept` [B, K, H] at the first position, in rows that are `present` [B, 1] bool."""
     B, K, H = kept.shape
-    all_present = torch.cat([present.expand(-1, K), entries.present], 1)
+    s, zero = entries.selection, kept.new_zeros(B, K, H)
+    all_present = torch.cat([present.expand(-1, K), s.present], 1)
     order = left_aligned(all_present)
-    e, zero = entries, entries.feature.new_zeros(B, K, H)
-    image = e.image if e.image.shape[1] == 1 else pick(torch.cat([e.image.new_zeros(B, K, H), e.image], 1), order)
-    x, feature, embedding, positions = (
-        pick(torch.cat([new, old], 1), order)
-        for new, old in (
-            (kept.to(e.x.dtype), e.x), (zero, e.feature), (zero.to(e.embedding.dtype), e.embedding),
-            (e.positions[:, :1].expand(-1, K), e.positions),
-        )
+
+    def joined(new: Tensor, old: Tensor) -> Tensor:
+        return pick(torch.cat([new.to(old.dtype), old], 1), order)
+
+    selection = replace(
+        s, embedding=joined(zero, s.embedding), positions=joined(s.positions[:, :1].expand(-1, K), s.positions),
+        image=s.image if s.image.shape[1] == 1 else joined(zero, s.image),
+        present=all_present.gather(1, order), slot=s.slot + K * present,
     )  # fmt: skip
-    return replace(
-        entries, x=x, feature=feature, embedding=embedding, positions=positions, image=image,
-        present=all_present.gather(1, order), slot=e.slot + K * present,
-    )  # fmt: skip
+    return Entries(selection, joined(kept, entries.x), joined(zero, entries.feature))
 
 
 class BlockLevels:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd.drafters.algorithms.msd.network import MSDNetwork
-from msd.drafters.toolkit.calibration import calibration_error, fitted
+from msd.drafters.algorithms.msd.network import MSDNetwork, log_odds
 from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.training import (
     CHAIN,
@@ -31,6 +30,7 @@ from msd.drafters.toolkit.training import (
 from msd.targets.teacher import TeacherBatch
 from msd.train.losses.msd import LossConfig, TaskWeights, position_losses
 
+BINS = 10  # of the calibration error
 CANDIDATES = 4  # most likely tokens per position that calibration is fitted on
 
 
@@ -127,21 +127,18 @@ class DraftObjective(Objective):
         total = (kind * weight).sum((0, 1, 2))  # [M]
         terms = (each[..., None] * kind * weight).sum((0, 1, 2)) / total.clamp_min(1e-6)
         loss = self.weights(terms, total > 0)
-        count = valid.sum().clamp_min(1)
-        router_loss = -((route * kind).sum(-1) * valid).sum() / count
-        confidence_loss = (
-            F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none") * valid
-        ).sum() / count
-        loss = (
-            loss + (c.router * router_loss if self.network.router is not None else 0.0) + c.confidence * confidence_loss
-        )
+        mean = lambda values: (values * valid).sum() / valid.sum().clamp_min(1)  # noqa: E731
+        router_loss = mean(-(route * kind).sum(-1))
+        confidence_loss = mean(F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none"))
+        if self.network.router is not None:
+            loss = loss + c.router * router_loss
+        loss = loss + c.confidence * confidence_loss
         end_logits, last = self.endings(batch, drafts)
         ending = F.binary_cross_entropy_with_logits(end_logits.float(), last.float(), reduction="none")
         loss = loss + c.ending * (ending * valid[:, :, 0]).sum() / valid[:, :, 0].sum().clamp_min(1)
         parts = {name: float(t) for name, t, n in zip(names, terms.detach(), total, strict=True) if n > 0}
-        acceptance = (overlap * valid).sum() / count
         weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
-        return loss, {**parts, "router": float(router_loss.detach()), "acceptance": float(acceptance), **weighting}
+        return loss, {**parts, "router": float(router_loss.detach()), "acceptance": float(mean(overlap)), **weighting}
 
     @torch.no_grad()
     def acceptance(self, batch: TeacherBatch, labels: Tensor) -> dict[str, list[int]]:
@@ -180,6 +177,35 @@ def candidates(
         found.append((log_q[valid], confidence[..., None].expand_as(log_q)[valid], correct[valid]))
     log_q, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
     return log_q, confidence, correct
+
+
+def fitted(log_q: Tensor, confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits the model to n candidates; returns (fit [3], the fitted probabilities [n]).
+
+    log_q, confidence: [n]. correct: [n] bool, whether the candidate was the target's choice.
+    """
+    features = torch.stack([log_odds(log_q), confidence.float(), torch.ones_like(log_q)], -1)
+    fit = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+    solver = torch.optim.LBFGS([fit], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.binary_cross_entropy_with_logits(features @ fit, correct.float()) + 1e-4 * fit.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return fit.detach(), torch.sigmoid(features @ fit.detach())
+
+
+def calibration_error(probability: Tensor, correct: Tensor) -> float:
+    """Computes the expected calibration error (Guo et al. 2017, section 2), from 0 to 1, over `BINS` equal bins.
+
+    probability: [n], the predicted probability of being correct. correct: [n] bool.
+    """
+    bins = (probability * BINS).long().clamp_max(BINS - 1)
+    gaps = probability.new_zeros(BINS).index_add(0, bins, probability - correct.to(probability.dtype))
+    return float(gaps.abs().sum()) / max(1, len(correct))
 
 
 def calibrate(objective: DraftObjective, batches: Iterable[tuple[TeacherBatch, Tensor]]) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""Losses of drafters that draft level by level: EAGLE's, and those of the methods that build on it."""
+"""The losses of published methods: EAGLE's and those that build on it, then those of block drafters."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msd.core.modality import LANGUAGE
 from msd.drafters.toolkit.context import Selection, pick
 from msd.drafters.toolkit.network import DraftNetwork, Parts
-from msd.drafters.toolkit.training import TargetOutputs
+from msd.drafters.toolkit.training import TargetOutputs, parents
 from msd.targets.teacher import TeacherBatch
-from msd.train.losses.terms import distance, ranking, regression, soft_entropy
+from msd.train.losses.terms import distance, hard_entropy, ranking, regression, soft_entropy
 
 DECAY = 0.8  # of the weight of a level in EAGLE-3's loss
+BLOCK_DECAY = 4.0  # position k weighs exp(-k/4), as released for blocks of 7
 
 
 def eagle_loss(network: DraftNetwork, batch: TeacherBatch, roots: Tensor) -> tuple[Tensor, Parts]:
@@ -41,7 +43,6 @@ def vispec_loss(network: DraftNetwork, batch: TeacherBatch, roots: Tensor) -> tu
     Stage 1, text: EAGLE's loss + 0.01 × ranking. Stage 2: 10 × ‖p − q‖₁ + 0.1 × ranking, averaged over a pass on the
     target's features and a pass on the features that the first pass drafted.
     """
-    assert batch.taps is not None
     target = TargetOutputs.of(batch, roots, 1, network.config.hidden)
     selection = network.select(batch.layout, batch.taps[:, :-1], batch.prompt)
     at = selection.slot.gather(1, roots + batch.prompt - 1)
@@ -78,3 +79,34 @@ def training_time_test_loss(network: DraftNetwork, batch: TeacherBatch, roots: T
     each = (entropy * counts).sum((0, 1)) / counts.sum((0, 1)).clamp_min(1)
     loss = (each * DECAY ** torch.arange(reach, device=each.device)).sum()
     return loss, {"first": each[0], "last": each[-1]}
+
+
+def _weights(depth: int, device: torch.device) -> Tensor:
+    return torch.exp(-torch.arange(depth, device=device) / BLOCK_DECAY)
+
+
+def dflash_loss(network: DraftNetwork, batch: TeacherBatch, roots: Tensor) -> tuple[Tensor, Parts]:
+    """Computes the cross entropy to the answer's tokens, with weights exp(−k/4)."""
+    D = network.config.depth
+    target = TargetOutputs.of(batch, roots, D, network.config.hidden)
+    logits = network.head(network.states(batch, roots, D))
+    loss = target.mean(hard_entropy(logits, target.token), _weights(D, roots.device))
+    return loss, {"entropy": loss}
+
+
+def dspark_loss(network: DraftNetwork, batch: TeacherBatch, roots: Tensor) -> tuple[Tensor, Parts]:
+    """Computes 0.9 × ‖p − q‖₁ + 0.1 × cross entropy to the answer + that of the confidence, with weights exp(−k/4)."""
+    D = network.config.depth
+    target = TargetOutputs.of(batch, roots, D, network.config.hidden)
+    states = network.states(batch, roots, D)
+    above = parents(batch, roots[..., None] + torch.arange(1, D + 1, device=roots.device))
+    logits, confidence = network.logits(states, above), network.confidence_logits(states, above)
+    l1 = distance(logits, target.p)
+    overlap = (1 - l1.detach() / 2).clamp(0, 1)
+    terms = {
+        "distance": l1,
+        "entropy": hard_entropy(logits, target.token),
+        "confidence": F.binary_cross_entropy_with_logits(confidence.float(), overlap, reduction="none"),
+    }
+    parts = {name: target.mean(term, _weights(D, roots.device)) for name, term in terms.items()}
+    return 0.9 * parts["distance"] + 0.1 * parts["entropy"] + parts["confidence"], parts
