@@ -38,7 +38,8 @@ LONG: dict[str, Any] = {
     "max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "logits_processor": [spaced],
 }  # fmt: skip
 SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 from msd.planning.plan import Plan
 budget = Plan.budget
 Plan.budget = lambda *given: (time.sleep(0.05), budget(*given))[1]
