@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from transformers import (
 
 import tiny
 from msd import backends
+from msd.backends.comparison import faster
 from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
+from msd.backends.kernels import ROWS
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
@@ -108,12 +111,27 @@ def test_an_unsupported_decoder_gives_the_reason(model: Any, reason: str) -> Non
         FusedDecoder(model())
 
 
+def test_the_faster_pass_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msd.backends.comparison.SECONDS", 0.0)
+    model = tiny.llava()
+    layer = model.get_decoder().layers[0]
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    forward = layer.forward
+    assert faster(model, {layer: slow}) == ()
+    layer.forward = slow
+    assert faster(model, {layer: forward}) == ROWS
+
+
 def test_names_and_errors() -> None:
     model = tiny.llava()
     assert backends.choose(model, "plain").name == "plain"
     assert backends.choose(model, "fused").name == "fused"
     assert backends.choose(model, "fused") is backends.choose(model, "fused")
-    assert backends.choose(tiny.llava()).name in ("plain", "fused")
+    assert backends.choose(tiny.llava()).name == "fused"
     with pytest.raises(UserError, match="backend 'fast' is unknown; choose one of measure, plain, fused, bf16"):
         backends.choose(model, "fast")
     half = tiny.llava().bfloat16()

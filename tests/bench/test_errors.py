@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bench_environment import ENVIRONMENT
 from msd.bench import errors, pairwise, plots, report
 from msd.bench.errors import KINDS, kind_of, kinds_of
 from msd.bench.report import page
@@ -63,15 +64,7 @@ def row(method: str, task: str, speedup: float, rates: tuple[float, ...] | None 
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    machine = {
-        "threads": 2,
-        "cpu_capability": "X",
-        "dtype": "float32",
-        "torch": "2",
-        "transformers": "5",
-        "settings": {},
-    }
-    return {"environment": machine, "rows": rows}
+    return {"environment": ENVIRONMENT, "rows": rows}
 
 
 def test_msd_is_compared_with_standard() -> None:

@@ -57,7 +57,7 @@ IN_CHECKOUTS = (*rivals.RIVALS, "msd+dspark", "msd+eagle3", "msd:15min", "msd:ar
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("verify", "--limit", "2", "--max-new-tokens", "10", "--draws", "2000")
+    arguments = ("verify", "--limit", "2", "--max-new-tokens", "6", "--draws", "1000")
     rows = {row["method"]: row for row in as_json(capsys, *arguments)["rows"]}
     assert rows.keys() == {
         "ar",

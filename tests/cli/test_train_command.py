@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_checkpoint
-from msd.backends import comparison
 from msd.drafters.algorithms.msd import DraftObjective
 from training_command import FLOAT32, STEPS, interrupt, run, train
 
@@ -45,7 +44,6 @@ def test_a_run_starts_from_a_drafter(capsys: pytest.CaptureFixture[str], place: 
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    monkeypatch.setattr(comparison, "faster", lambda model, calls: ())  # rounding must not depend on the clock
     whole = train(capsys, place, tmp_path / "whole", "--form", form, *FLOAT32)
     assert whole["finished"] and whole["steps"] == STEPS
     assert set(whole["held_out"]) == {"language", "vision", "fusion", "text", "acceptance"}

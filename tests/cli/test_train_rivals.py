@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import rivals
 import tiny_checkpoint
-from msd.backends import comparison
 from msd.drafters import registry
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.training import Objective
@@ -44,7 +43,6 @@ def test_trained_loaded_and_used(capsys: pytest.CaptureFixture[str], place: Path
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "faster", lambda model, calls: ())  # rounding must not depend on the clock
     whole = train(capsys, place, tmp_path / "whole", "--method", "vispec", *FLOAT32)
     interrupt(monkeypatch, Objective)
     assert not train(capsys, place, tmp_path / "parts", "--method", "vispec", *FLOAT32)["finished"]

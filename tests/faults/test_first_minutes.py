@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import rivals
 import tiny
 import tiny_checkpoint
+from bench_environment import ENVIRONMENT
 from msd import drafters
 from msd.bench import timing
 from msd.certify.certificate import Row
@@ -91,14 +92,6 @@ def test_the_benchmarks_table_is_whole(
 ) -> None:
     """A terminal gets a table, a pipe Markdown, and `--json` gives JSON."""
     names = ["transformers:prompt-lookup", *(method.name for method in drafters.catalogue())]
-    machine = {
-        "threads": 2,
-        "cpu_capability": "X",
-        "dtype": "float32",
-        "torch": "2",
-        "transformers": "5",
-        "settings": {},
-    }
     figures = {
         "samples": 9, "speedup_vs_ar": 1.23, "speedup_vs_ar_interval": [1.01, 1.45],
         "speedup_vs_ar_paired_median": 1.18, "speedup_vs_transformers": 12.34, "tokens_per_second": 123.4,
@@ -106,15 +99,15 @@ def test_the_benchmarks_table_is_whole(
     }  # fmt: skip
     rows = [{"method": name, "task": task, **figures} for task in ("all", "vqa") for name in names]
     rows[1]["identical"] = 0.5
-    bench._print({"environment": machine, "rows": rows}, None, False)
+    bench._print({"environment": ENVIRONMENT, "rows": rows}, None, False)
     assert "| method | vs `ar` |" in (piped := capsys.readouterr().out) and "1.18" in piped
     monkeypatch.setenv("TERM", "dumb")  # without colours
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    bench._print({"environment": machine, "rows": rows}, tmp_path, False)
+    bench._print({"environment": ENVIRONMENT, "rows": rows}, tmp_path, False)
     shown = capsys.readouterr().out
     whole(shown.replace(str(tmp_path), "OUT"), *names, "1.01–1.45", "1.18", "123.40", "all, except", "OUT/report.md")
     assert shown.count("msd+eagle3") == 1 and "|" not in shown
-    bench._print({"environment": machine, "rows": rows}, tmp_path, True)
+    bench._print({"environment": ENVIRONMENT, "rows": rows}, tmp_path, True)
     assert len(json.loads(capsys.readouterr().out)["rows"]) == len(rows)
 
 
