@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,15 +115,15 @@ def test_the_faster_pass_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msd.backends.comparison.SECONDS", 0.0)
     model = tiny.llava()
     layer = model.get_decoder().layers[0]
+    quick = type(layer).forward
 
-    def slow(*args: Any, **kwargs: Any) -> Any:
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
         time.sleep(0.05)
-        return forward(*args, **kwargs)
+        return quick(self, *args, **kwargs)
 
-    forward = layer.forward
-    assert not faster(model, {layer: slow})
-    layer.forward = slow
-    assert faster(model, {layer: forward})
+    assert not faster(model, {layer: partial(slow, layer)})
+    monkeypatch.setattr(type(layer), "forward", slow)
+    assert faster(model, {layer: partial(quick, layer)})
 
 
 def test_names_and_errors() -> None:
