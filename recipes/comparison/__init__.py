@@ -1,1 +1,1 @@
-"""Prompts for the comparison of all methods."""
+"""Prompts of the comparison."""

@@ -1,1 +1,1 @@
-"""Compares the estimator with measured passes."""
+"""How far the planner is off."""

@@ -1,1 +1,1 @@
-"""Compares measured figures with the project's targets."""
+"""The figures promised, and what was measured."""

@@ -1,1 +1,1 @@
-"""The shipped drafter: prompts, captured answers, ablations and lossy policies."""
+"""The shipped drafter: its prompts, answers, ablations and policies."""

@@ -135,7 +135,8 @@ def train(
         evaluate = HeldOutAcceptance(objective, test_batches, held_out)
         shared = accelerator.prepare_model(objective)  # the objective itself if this is the only process
         begun = time.monotonic()
-        step_loss = _step_loss(shared, batches, min(settings.anchors, network.max_roots or settings.anchors))
+        count = min(settings.anchors, network.max_roots or settings.anchors)
+        step_loss = _step_loss(shared, batches, count, network.prompt_roots)
         params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         warmup = min(20, 1 + settings.steps // 10)
         config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
@@ -271,7 +272,7 @@ def _end_tokens(model: Any) -> list[int]:
 
 
 def _step_loss(
-    objective: nn.Module, batches: TeacherBatches, anchors: int
+    objective: nn.Module, batches: TeacherBatches, roots: int, prompt_roots: int
 ) -> Callable[[int], tuple[Tensor, Mapping[str, float]]]:
     """Returns the function that computes a step's loss and its parts, with speed and memory for the log."""
     begun, tokens = time.monotonic(), 0
@@ -281,7 +282,7 @@ def _step_loss(
         batch, labels = batches(step)
         tokens += sum(batch.lengths)
         with torch.autocast(batches.target.model.device.type, batches.dtype, enabled=batches.dtype is not None):
-            loss, parts = objective(batch, labels, batches.roots(batch, anchors))
+            loss, parts = objective(batch, labels, batches.roots(batch, roots, prompt_roots))
         speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
         return loss, {**parts, **speed}
 

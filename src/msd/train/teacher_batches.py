@@ -254,13 +254,16 @@ class TeacherBatches:
             return None
         return stacked([None if f is None else event_tokens(self.target, self.processor, f) for f in files])
 
-    def roots(self, batch: TeacherBatch, count: int) -> Tensor:
+    def roots(self, batch: TeacherBatch, count: int, prompt: int = 0) -> Tensor:
         """Draws up to `count` different answer tokens per row as roots of drafts, [B, A], with torch's generator.
 
-        A shorter row is padded with its last token, which has nothing after it to draft.
+        prompt: the last tokens of the prompt to draw from too, as negative indices. A shorter row is padded with its
+        last token, which has nothing after it to draft.
         """
-        columns, count = [], min(count, max(batch.lengths) - 1)
+        if prompt:  # a root has a real column before it
+            prompt = max(0, min(prompt, batch.prompt - max(batch.layout.start) - 1))
+        columns, count = [], min(count, max(batch.lengths) - 1 + prompt)
         for length in batch.lengths:
-            chosen = torch.randperm(length - 1)[:count].sort().values
+            chosen = torch.randperm(length - 1 + prompt)[:count].sort().values - prompt
             columns.append(torch.nn.functional.pad(chosen, (0, count - len(chosen)), value=length - 1))
         return torch.stack(columns).to(batch.answers.device)

@@ -24,6 +24,7 @@ class Eagle3(SelfFed):
 
     layer = PairLayer
     reach = 7
+    prompt_roots = reach - 1  # as released: a draft counts where its token is in the answer, wherever its root is
     reduced = True
     d2t: Tensor
     t2d: Tensor

@@ -53,8 +53,8 @@ class DraftNetwork(nn.Module, ABC):
 
     method, published_loss, objective_type, drafter: set by the registration. layer: the class of its decoder layers.
     deep: whether context runs through all layers, as in a language model, or enters every layer unchanged.
-    max_roots: answer tokens per row to draft from in a training step, at most. reach: levels that training drafts
-    below each. stages: of training, as shares of its steps (steps on text alone, steps until all are about images,
+    max_roots: answer tokens per row to draft from in a training step, at most. prompt_roots: tokens at the prompt's end
+    that training drafts from too. reach: levels that training drafts below each root. stages: of training, as shares of its steps (steps on text alone, steps until all are about images,
     share of these at first, share of text kept); None: the run's settings. reduced: whether it has its own draft
     vocabulary. options: the method's own numbers and their defaults. forms, parts: what `msd train` can choose and
     leave out. routes: whether it predicts modalities for verification policies.
@@ -70,6 +70,7 @@ class DraftNetwork(nn.Module, ABC):
     width: ClassVar[int] = 10
     depth: ClassVar[int] = 5
     max_roots: ClassVar[int | None] = 48
+    prompt_roots: ClassVar[int] = 0
     reach: ClassVar[int] = 1
     stages: ClassVar[tuple[float, float, float, float] | None] = (0.02, 0.1, 0.5, 0.05)
     reduced: ClassVar[bool] = False
@@ -232,8 +233,11 @@ class DraftNetwork(nn.Module, ABC):
         return self.tap(taps, -1)
 
     def noisy(self, feature: Tensor) -> Tensor:
-        """Adds noise from U(-a, a) in training, a being option "noise" (EAGLE, section 4.1: a = 0.1)."""
-        a = self.config.options.get("noise", 0.0)
+        """Adds noise from U(-a, a) to features [B, S, H] in training, where a = option "noise" × 512 / S.
+
+        EAGLE, section 4.1, with a = 0.1; its released code scales a by 512 / S.
+        """
+        a = self.config.options.get("noise", 0.0) * 512 / feature.shape[1]
         return feature + (2 * torch.rand_like(feature) - 1) * a if self.training and a else feature
 
     @abstractmethod

@@ -50,9 +50,12 @@ def final_states(batch: TeacherBatch, hidden: int) -> Tensor:
 
 
 def drafted(batch: TeacherBatch, roots: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Answer tokens drafted below the answer tokens `roots` [B, A]: (index [B, A, D], valid [B, A, D] bool)."""
+    """Answer tokens drafted below `roots` [B, A]: (index [B, A, D], valid [B, A, D] bool).
+
+    A root is the index of an answer token; a negative one counts back from the prompt's end.
+    """
     index = roots[..., None] + torch.arange(1, depth + 1, device=roots.device)
-    return index, index < torch.tensor(batch.lengths, device=roots.device)[:, None, None]
+    return index, (index >= 0) & (index < torch.tensor(batch.lengths, device=roots.device)[:, None, None])
 
 
 def all_roots(batch: TeacherBatch) -> Tensor:
@@ -68,8 +71,8 @@ def read(values: Tensor, index: Tensor) -> Tensor:
 
 
 def parents(batch: TeacherBatch, index: Tensor) -> Tensor:
-    """Returns the tokens [B, A, D] before the answer tokens `index`."""
-    return read(batch.answers, index - 1)
+    """Returns the tokens [B, A, D] before the answer tokens `index`; the first one follows the prompt's last token."""
+    return read(batch.layout.tokens, index + batch.prompt - 1)
 
 
 def count_chain(batch: TeacherBatch, labels: Tensor, guess: Tensor, names: Sequence[str]) -> dict[str, list[int]]:
