@@ -1,0 +1,98 @@
+"""Stores the target's outputs for all training answers on disk, so that every run of the race reads the same ones.
+
+python -m recipes.race.outputs      # computes those that are missing; run it again after an interruption
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msd.core.layout import Layout
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.loading import load_target
+from msd.system.files import remove_leftovers, write_whole
+from msd.targets import adapt
+from msd.targets.teacher import TeacherBatch
+from msd.train.capture import Captured, label_thresholds_path, read_captured
+from msd.train.drafting import DraftTraining
+from msd.train.teacher_batches import LabelledBatch, TeacherBatches, TeacherCache
+
+LAYERS = (0, 2, 15, 27, 30)  # every layer that a method of the race reads of the reference model
+DTYPE = torch.bfloat16  # of the target's products here; fixed, so that all runs read the same outputs
+SECONDS = 120  # between two files
+
+
+class StoredCache(TeacherCache):
+    """A cache whose entries are also files of `folder`, read by memory mapping."""
+
+    def __init__(self, *arguments: Any, folder: Path, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.folder, self._stored, self._saved = folder, set[Hashable](), time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        with torch.serialization.safe_globals([TeacherBatch, Layout]):
+            for file in sorted(folder.glob("*.pt")):
+                self._entries |= torch.load(file, mmap=True, weights_only=True)
+        self._stored |= self._entries.keys()
+        self.head_is_linear = True if self._entries else None
+
+    def get(self, key: Hashable, compute: Any) -> LabelledBatch:
+        """See `TeacherCache.get`; saves new entries now and then."""
+        found = super().get(key, compute)
+        if time.monotonic() - self._saved > SECONDS:
+            self.save()
+        return found
+
+    def save(self) -> None:
+        """Writes all entries that are in no file yet to a new file."""
+        new = {key: entry for key, entry in self._entries.items() if key not in self._stored}
+        if new:
+            name = f"{len(self._stored):06d}.pt"
+            write_whole(self.folder / name, lambda path: torch.save(new, path))
+            self._stored |= new.keys()
+        self._saved = time.monotonic()
+
+
+def stored(
+    model: Any,
+    processor: Any,
+    answers: Sequence[Captured],
+    thresholds: ModalityThresholds,
+    root: Path,
+    gigabytes: float = 12.0,
+) -> StoredCache:
+    """Returns the cache of the target's outputs for all `answers`, complete; computes what is missing in `root`."""
+    batch = DraftTraining().batch
+    source = (answers, thresholds.model_dump(), LAYERS, batch, DTYPE)
+    folder = root / hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+    ids = torch.arange(1)
+    cache = StoredCache(model.get_output_embeddings(), ids, LAYERS, gigabytes, folder=folder)
+    batches = TeacherBatches(adapt(model, LAYERS), processor, answers, thresholds, cache, batch, dtype=DTYPE)
+    batches.fill_cache(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
+    cache.save()
+    return cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
+    parser.add_argument("--images", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--root", type=Path, default=Path("runs/race/outputs"))
+    parser.add_argument("--target", default="reference")
+    args = parser.parse_args()
+    answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
+    model, processor = load_target(args.target)
+    model.requires_grad_(False)
+    cache = stored(model, processor, answers, ModalityThresholds.load(label_thresholds_path(args.captured)), args.root)
+    print(f"{len(cache._entries)} batches in {cache.folder}")
+
+
+if __name__ == "__main__":
+    main()
