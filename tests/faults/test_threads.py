@@ -31,12 +31,6 @@ TEMPLATE = (
 PROMPTS = [tiny.llava_inputs(seed, images=seed % 2, words=6 + seed) for seed in range(8)]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which way is faster is soon told."""
-    monkeypatch.setattr("msd.backends.comparison.SECONDS", 0.0)
-
-
 def at_once(*work: Callable[[], Any]) -> list[Any]:
     """What the pieces of work give, all done at the same time; their errors are raised, and a wait for ever is one."""
     results: list[Any] = [None] * len(work)

@@ -45,6 +45,13 @@ class RecordingVerifier(Budget):
         pass
 
 
+def assert_close(one: dict[int, list[float]], two: dict[int, list[float]]) -> None:
+    """Same positions in the same order; values to float32 rounding, for two passes may round differently."""
+    assert one.keys() == two.keys()
+    for kind in one:
+        assert one[kind] == pytest.approx(two[kind], rel=1e-5, abs=1e-6)
+
+
 def test_recording_changes_nothing_and_sees_every_position() -> None:
     plain, recording = engine("lossless", adaptive=False), engine("lossless", adaptive=False, label=True)
     other, verifier = engine("lossless", adaptive=False), RecordingVerifier()
@@ -56,7 +63,7 @@ def test_recording_changes_nothing_and_sees_every_position() -> None:
         **inputs, **sampling, return_dict_in_generate=True, output_scores=True, on_step=recorder
     )  # fmt: skip
     assert one.tokens == two.tokens == other.generate(**inputs, **sampling).tokens
-    assert recorder.probabilities == verifier.probabilities
+    assert_close(recorder.probabilities, verifier.probabilities)
     positions = sum(len(m) for m in recorder.probabilities.values())
     assert 0 < positions <= len(one.tokens) - 1
     assert all(0 <= p <= 1 for values in recorder.probabilities.values() for p in values)
@@ -69,7 +76,7 @@ def test_a_batch_is_recorded_row_by_row() -> None:
     sampling = {"max_new_tokens": 20, "do_sample": True, "seed": 3}
     recording.generate(**inputs, **sampling, return_dict_in_generate=True, output_scores=True, on_step=recorder)
     other.generate(**inputs, **sampling)
-    assert recorder.probabilities == other.verifier.probabilities
+    assert_close(recorder.probabilities, other.verifier.probabilities)
 
 
 def test_solved_thresholds_keep_the_budget_on_the_records() -> None:
