@@ -14,6 +14,7 @@ import tiny
 from msd import backends
 from msd.backends import comparison, fused, kernels
 from msd.backends.kernels import KERNELS, ROWS, Choice, Kernels, Product, Weights, for_rows, measure, select
+from msd.bench.report import by_rows
 from msd.config import SpeculativeConfig
 from msd.model import SpeculativeVLM
 from msd.system import measurements
@@ -146,6 +147,14 @@ def test_measured_times_are_the_smallest_of_all_rounds() -> None:
     assert found == {"qkv": {kernel: [1.0] * len(ROWS) for kernel in KERNELS}}
     (_, sample), *_ = kernels._variants([weights(nn.Linear(8, 100))], 1 << 10)
     assert [(w.shape, b.shape) for w, b in sample._own] == [((32, 8), (32,))]
+
+
+def test_the_report_states_kernels_by_rows() -> None:
+    assert by_rows(("packed",) * 7) == "packed"
+    assert by_rows(MIXED) == (
+        "library, packed from 2 rows, library from 9 rows, packed from 17 rows, library from 64 rows, "
+        "packed from 256 rows"
+    )
 
 
 def test_copies_that_no_pass_uses_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ algorithm at some sizes. So it is measured at several sizes and two context leng
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -77,7 +78,12 @@ def costs(target: Target, folder: Path | None = None) -> Costs:
 
 
 @torch.inference_mode()
-def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int, ...] = CONTEXTS) -> Costs:
+def measure(
+    target: Target,
+    nodes: tuple[int, ...] = NODES,
+    contexts: tuple[int, ...] = CONTEXTS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
     """Measures the fastest of several passes over chains of arbitrary tokens; a disturbance only makes a pass slower.
 
     Each repeat runs all sizes in turn, so that a short disturbance does not affect all passes of one size.
@@ -91,12 +97,12 @@ def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int,
         times: list[list[float]] = [[] for _ in nodes]
         for repeat in range(REPEATS + 1):
             for i, tree in enumerate(trees):
-                start = time.perf_counter()
+                start = clock()
                 target.score(state, tree)
                 if target.model.device.type == "cuda":
                     torch.cuda.synchronize(target.model.device)
                 if repeat:  # the first one warms up
-                    times[i].append(time.perf_counter() - start)
+                    times[i].append(clock() - start)
         rows.append(tuple(min(t) for t in times))
     return Costs(nodes, contexts, tuple(rows))
 
