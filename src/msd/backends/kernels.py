@@ -54,7 +54,7 @@ class Product:
         self._transposed = self._bias = None
         self.copied: list[Tensor] = [] if set(kernels) == {"library"} else [*matrices, *biases]
         if "transposed" in kernels:
-            self._transposed = torch.cat([w.detach() for w in matrices]).T.contiguous()
+            self._transposed = torch.cat([w.detach().T for w in matrices], 1)
             self._bias = torch.cat([b.detach() for b in biases]) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:

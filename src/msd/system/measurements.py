@@ -52,6 +52,7 @@ def cached(
     if time.monotonic() - since < RECENT:
         return adapter.validate_python(recent)
     undisturbed, found = machine.quietly(measure)
+    machine.return_freed_memory()  # of copies that only the measurement needed
     _recent.pop(path, None)
     if undisturbed:
         with suppress(OSError, UserError):
