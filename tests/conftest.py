@@ -35,9 +35,9 @@ def known_kernels() -> Iterator[None]:
 
     times = {kernel: [1.0 + (kernel != "packed")] * len(kernels.ROWS) for kernel in kernels.KERNELS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "measure", lambda products: times)
-        patch.setattr(fused, "remembered", lambda key, choose: choose())
-        patch.setattr(comparison, "faster", lambda model, calls: kernels.ROWS)
+        patch.setattr(fused, "measure", lambda products: dict.fromkeys(products, times))
+        patch.setattr(fused, "cached", lambda place, key, kind, valid, measure: measure())
+        patch.setattr(comparison, "faster", lambda own, other: kernels.ROWS)
         yield
 
 

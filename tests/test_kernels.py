@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +12,59 @@ from torch import Tensor, nn
 
 import tiny
 from msd import backends
-from msd.backends import fused, kernels
-from msd.backends.kernels import KERNELS, ROWS, Kernels, Product, for_rows, measure, remembered, select
+from msd.backends import comparison, fused, kernels
+from msd.backends.kernels import KERNELS, ROWS, Choice, Kernels, Product, Weights, for_rows, measure, select
+from msd.bench.report import by_rows
 from msd.config import SpeculativeConfig
 from msd.model import SpeculativeVLM
+from msd.system import measurements
+from msd.system.measurements import cached
 
+FASTER = comparison.faster  # tests run with a fixed result
 NAMES = ("qkv", "out", "gate_up", "down", "output")
-MIXED: Kernels = ("library", "packed", "packed", "library", "packed", "library")
+MIXED: Kernels = ("library", "packed", "packed", "library", "packed", "library", "packed")
 
 
 def times(library: list[float], packed: list[float], transposed: list[float]) -> dict[str, list[float]]:
     return {"library": library, "packed": packed, "transposed": transposed}
 
 
+def weights(*linears: nn.Linear) -> Weights:
+    return [(linear.weight, linear.bias) for linear in linears]
+
+
 def choose(monkeypatch: pytest.MonkeyPatch, choice: Kernels, passes: tuple[int, ...] = ROWS) -> None:
     """Every product gets these kernels; the fused pass is faster for `passes`."""
     monkeypatch.setattr(fused, "select", lambda seconds: choice)
-    monkeypatch.setattr("msd.backends.comparison.faster", lambda model, calls: passes)
+    monkeypatch.setattr("msd.backends.comparison.faster", lambda own, other: passes)
 
 
 def test_the_model_weights_are_read_in_place_where_that_is_as_fast() -> None:
-    best = [20.0, 23.0, 26.0, 40.0, 50.0, 90.0]
+    best = [20.0, 23.0, 26.0, 40.0, 50.0, 90.0, 300.0]
     slower = [1.02 * t for t in best]
-    assert select(times(slower, best, best)) == ("library",) * 6
-    assert select(times([*slower[:5], 1.04 * best[5]], best, [2 * t for t in best])) == ("packed",) * 6
+    assert select(times(slower, best, best)) == ("library",) * 7
+    assert select(times([*slower[:6], 1.04 * best[6]], best, [2 * t for t in best])) == ("packed",) * 7
 
 
 def test_a_product_has_one_copy_and_the_faster_kernel_for_each_number_of_rows() -> None:
     # milliseconds of the reference model on a CPU with AMX
-    library, packed, transposed = [20, 23, 30, 50, 52, 90], [25, 26, 28, 32, 38, 60], [18, 28, 33, 49, 42, 95]
+    library, packed, transposed = (
+        [20, 23, 30, 50, 52, 90, 200],
+        [25, 26, 28, 32, 38, 60, 210],
+        [18, 28, 33, 49, 42, 95, 250],
+    )
     found = select(times([*map(float, library)], [*map(float, packed)], [*map(float, transposed)]))
-    assert found == ("library", "library", "packed", "packed", "packed", "packed")
-    found = select(times([2.0] * 6, [3.0] * 5 + [1.5], [1.0] * 5 + [2.5]))
-    assert found == ("transposed",) * 5 + ("library",)
+    assert found == ("library", "library", "packed", "packed", "packed", "packed", "library")
+    found = select(times([2.0] * 7, [3.0] * 5 + [1.5, 1.5], [1.0] * 5 + [2.5, 2.5]))
+    assert found == ("transposed",) * 5 + ("library",) * 2
 
 
 def test_a_number_of_rows_uses_the_kernel_measured_below_it() -> None:
     names = tuple(str(rows) for rows in ROWS)
-    found = {rows: for_rows(names, torch.zeros(1, rows, 3)) for rows in (1, 2, 3, 4, 8, 9, 16, 17, 63, 64, 1000)}
-    assert [int(name) for name in found.values()] == [1, 2, 2, 4, 4, 9, 9, 17, 17, 64, 64]
+    found = {
+        rows: for_rows(names, torch.zeros(1, rows, 3)) for rows in (1, 2, 3, 4, 8, 9, 16, 17, 63, 64, 255, 256, 1000)
+    }
+    assert [int(name) for name in found.values()] == [1, 2, 2, 4, 4, 9, 9, 17, 17, 64, 64, 256, 256]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -58,10 +73,10 @@ def test_a_number_of_rows_uses_the_kernel_measured_below_it() -> None:
 def test_every_kernel_computes_the_linear_layers(kernel: str, count: int, bias: bool) -> None:
     torch.manual_seed(0)
     linears = tuple(nn.Linear(24, 8 * (i + 1), bias=bias) for i in range(count))
-    product = Product(linears, (kernel,) * len(ROWS))
+    product = Product(weights(*linears), (kernel,) * len(ROWS))
     assert len(product.copied) == (0 if kernel == "library" else count * (1 + bias))
     with torch.no_grad():
-        for rows in (1, 5, 70):
+        for rows in (1, 5, 70, 150):
             x = torch.randn(2, rows, 24)
             expected = torch.cat([linear(x) for linear in linears], -1)
             torch.testing.assert_close(product(x), expected, atol=1e-5, rtol=1e-5)
@@ -70,7 +85,7 @@ def test_every_kernel_computes_the_linear_layers(kernel: str, count: int, bias: 
 
 
 @pytest.mark.parametrize("passes", [ROWS, (9, 17), (1,)])
-@pytest.mark.parametrize("choice", [("library",) * 6, ("packed",) * 6, ("transposed",) * 6, MIXED])
+@pytest.mark.parametrize("choice", [("library",) * 7, ("packed",) * 7, ("transposed",) * 7, MIXED])
 def test_logits_states_and_tokens_are_the_models_own(
     choice: Kernels, passes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,10 +94,11 @@ def test_logits_states_and_tokens_are_the_models_own(
     model, inputs = tiny.llava(), tiny.llava_inputs()
     backend = backends.choose(model, "measure")
     assert backend.name == "fused"
-    assert [backend.choice[name] for name in NAMES] == [choice] * 5
-    for rows in (1, 3, 9, 20):
+    used = tuple(kernel if rows in passes else "library" for rows, kernel in zip(ROWS, choice, strict=True))
+    assert [backend.choice[name] for name in NAMES] == [used] * 4 + [choice]
+    for rows in (1, 3, 9, 20, 270):
         states: dict[int, Tensor] = {}
-        ids = torch.arange(rows)[None] + 4
+        ids = torch.arange(rows)[None] % 30 + 4
         with torch.no_grad():
             own = model(input_ids=ids, output_hidden_states=True)
             with backend.running(states.__setitem__) as recorded:
@@ -100,14 +116,14 @@ def test_a_model_whose_own_code_is_faster_runs_it(monkeypatch: pytest.MonkeyPatc
     choose(monkeypatch, MIXED, ())
     model = tiny.llava()
     backend = backends.choose(model, "measure")
-    assert backend.name == "plain" and backend.choice["pass"] == ("plain",) * 6
+    assert backend.name == "plain" and backend.choice["pass"] == ("plain",) * 7
     with backend.running() as recorded:
         assert not recorded
 
 
 def test_weights_read_in_place_need_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes that no version counter shows take effect at once; only copied weights are read in each request."""
-    choose(monkeypatch, ("library",) * 6)
+    choose(monkeypatch, ("library",) * 7)
     read: list[Any] = []
     content = backends.revision._content  # type: ignore[attr-defined]
     monkeypatch.setattr("msd.backends.revision._content", lambda tensor: read.append(tensor) or content(tensor))
@@ -124,43 +140,105 @@ def test_weights_read_in_place_need_no_comparison(monkeypatch: pytest.MonkeyPatc
 
 
 def test_measured_times_are_the_smallest_of_all_rounds() -> None:
+    """Of a sample: two layers, or the first rows of a larger one."""
     now = iter(range(10**6))
-    seconds = measure([(nn.Linear(8, 8),)] * 2, clock=lambda: float(next(now)))
-    assert seconds == {kernel: [1.0] * len(ROWS) for kernel in KERNELS}
+    layers = [weights(nn.Linear(8, 8), nn.Linear(8, 12))] * 2
+    found = measure({"qkv": layers}, clock=lambda: float(next(now)))
+    assert found == {"qkv": {kernel: [1.0] * len(ROWS) for kernel in KERNELS}}
+    (_, sample), *_ = kernels._variants([weights(nn.Linear(8, 100))], 1 << 10)
+    assert [(w.shape, b.shape) for w, b in sample._own] == [((32, 8), (32,))]
+
+
+def test_the_report_states_kernels_by_rows() -> None:
+    assert by_rows(("packed",) * 7) == "packed"
+    assert by_rows(MIXED) == (
+        "library, packed from 2 rows, library from 9 rows, packed from 17 rows, library from 64 rows, "
+        "packed from 256 rows"
+    )
+
+
+def test_copies_that_no_pass_uses_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own code runs from 4 rows: only fewer rows and the output layer need their kernels."""
+    packed_once: Kernels = ("library",) * 5 + ("packed",) * 2
+    choose(monkeypatch, packed_once, (1, 2))
+    model = tiny.llava()
+    backend = backends.choose(model)
+    assert {backend.choice[name] for name in NAMES[:4]} == {("library",) * 7}
+    assert backend.choice["output"] == packed_once
+    assert backend._pass is not None and [*backend._pass.copied] == [model.lm_head.weight]
+
+
+def test_measuring_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real measurements, also when a request redirects the model at the time, or has switched autocast on."""
+    monkeypatch.setattr(fused, "measure", measure)
+    monkeypatch.setattr("msd.backends.comparison.faster", FASTER)
+    model = tiny.llava()
+    decoder, ids = model.get_decoder(), torch.arange(5)[None]
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+        before = {**vars(decoder)}
+        with backends.choose(model, "bf16").running(), torch.autocast("cpu"):
+            backend = backends.choose(model, "measure")
+        assert vars(decoder) == before and len(decoder.layers) == model.config.text_config.num_hidden_layers
+        assert torch.equal(model(input_ids=ids).logits, own)
+        assert backend.choice.keys() == {*NAMES, "pass"} and not backend.reason
+        with backend.running():
+            torch.testing.assert_close(model(input_ids=ids).logits, own, atol=1e-4, rtol=1e-4)
 
 
 def test_a_choice_is_measured_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
-    monkeypatch.setattr(kernels.machine, "quietly", lambda measure: (True, measure()))
-    choice, calls = {"qkv": MIXED}, []
+    quiet, calls, now = [True], [], [0.0]
+    monkeypatch.setattr(measurements.machine, "quietly", lambda measure: (quiet[0], measure()))
+    monkeypatch.setattr(measurements.time, "monotonic", lambda: now[0])
 
-    def found(key: str = "llama", process: bool = False) -> Any:
-        if not process:
-            kernels._measured.clear()
-        return remembered((key,), lambda: calls.append(1) or choice)  # type: ignore[func-returns-value]
+    def found(key: str = "llama", place: Path = tmp_path) -> int:
+        """The number of measurements so far."""
+        choice = {"qkv": MIXED}
+        assert cached(place, (key,), Choice, bool, lambda: calls.append(1) or choice) == choice  # type: ignore[func-returns-value]
+        return len(calls)
 
-    assert found() == found() == choice and len(calls) == 1
-    assert found("other sizes") == choice and len(calls) == 2
+    assert found() == found() == 1
+    assert found("other sizes") == 2
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert found() == choice and len(calls) == 3, "another number of threads"
+        assert found() == 3, "another number of threads"
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(kernels.machine, "quietly", lambda measure: (False, measure()))
-    found("busy"), found("busy", process=True)
-    assert len(calls) == 4, "the process remembers it"
-    assert found("busy") == choice and len(calls) == 5, "the disk does not"
+    monkeypatch.setattr(measurements.machine, "hardware", lambda: "another processor")
+    assert found() == found() == 4
+    quiet[0] = False
+    assert found("busy") == found("busy") == 5, "the process uses a disturbed measurement for a while"
+    now[0] += 601
+    assert found("busy") == 6
+    quiet[0] = True
+    now[0] += 601
+    assert found("busy") == found("busy") == 7
+    now[0] += 10**6
+    assert found("busy") == 7, "an undisturbed one is stored"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert found("llama", blocked) == found("llama", blocked) == 8
 
 
 @pytest.mark.parametrize(
-    "damage", ['{"qkv": ["library"]}', '{"qkv": ["a", "b", "c", "d", "e", "f"]}', "{", "{}", "[1]"]
-)
+    "damage",
+    [
+        '{"qkv": ["library"]}', json.dumps({"qkv": ["plain"] * 7}), json.dumps({"foreign": MIXED}),
+        json.dumps({name: ["a"] * 7 for name in NAMES}), "{", "{}", "[1]",
+    ],
+)  # fmt: skip
 def test_a_damaged_choice_is_measured_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
-    monkeypatch.setattr(kernels.machine, "quietly", lambda measure: (True, measure()))
+    monkeypatch.setattr(fused, "FOLDER", tmp_path)
+    monkeypatch.setattr(fused, "cached", cached)
+    monkeypatch.setattr(measurements.machine, "quietly", lambda measure: (True, measure()))
+    choose(monkeypatch, MIXED)
+    model = tiny.llava()
+    expected = {**dict.fromkeys(NAMES, MIXED), "pass": ("fused",) * 7}
     for _ in range(2):
-        kernels._measured.clear()
-        assert remembered(("llama",), lambda: {"qkv": MIXED}) == {"qkv": MIXED}
-        (path,) = tmp_path.iterdir()
-        path.write_text(damage)
+        backends._chosen.clear()
+        assert backends.choose(model).choice == expected
+        paths = list(tmp_path.iterdir())
+        assert len(paths) == 2, "of products and of passes"
+        for path in paths:
+            path.write_text(damage)

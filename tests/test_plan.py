@@ -47,6 +47,7 @@ def test_costs_are_measured_once_per_machine_and_model(tmp_path: Path, monkeypat
         return measure(target, (1, 3), (8, 16))
 
     monkeypatch.setattr(costs_module, "measure", measured)
+    monkeypatch.setattr("msd.system.machine.quietly", lambda measure: (True, measure()))
     model = tiny.llava()
     first = costs(adapt(model), tmp_path)
     assert first.nodes == (1, 3) and all(s > 0 for row in first.seconds for s in row)

@@ -52,6 +52,7 @@ COMMANDS = {
     "results/repeats/results.json": f"`{COMPARISON} prompt-lookup,msd,msd+prompt-lookup`",
     "results/draft_tree.json": "`python tools/pictures.py --record`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
+    "results/kernels.json": "`python -m recipes.floors.kernels results`",
     "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
     "recipes/reference_vlm/results/evaluation.json": "[recipes/reference_vlm](../recipes/reference_vlm/README.md)",
     "recipes/msd/results/trained.json": "`python -m recipes.msd.rows tell`",
@@ -202,6 +203,28 @@ def clips_table(results: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def kernels_table(measured: dict[str, Any]) -> str:
+    """Milliseconds of products and passes by code and number of rows, with the choice, and `ar` over `generate()`."""
+    made, answers = measured["environment"], measured["answers"]
+    lines = [
+        [name, kernel, *(f"**{t:.2f}**" if kernel == c else f"{t:.2f}" for t, c in zip(times, chosen, strict=True))]
+        for name, kernels in measured["products"].items()
+        for chosen in [measured["choice"][name]]
+        for kernel, times in kernels.items()
+    ]
+    rest = len(measured["rows"]) - len(measured["nodes"])
+    for name, times in measured["passes"].items():
+        lines.append(["pass", name, *(f"{t:.1f}" for t in times), *["–"] * rest])
+    speed = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in answers["ar_over_transformers"].items())
+    return (
+        table(["product", "code", *map(str, measured["rows"])], lines)
+        + f"\n\n{made['cpu']} ({made['cpu_capability']}), threads: {made['threads']}"
+        + ("" if made["quiet"] else ", **disturbed by other processes**")
+        + f". First load with measurements: {measured['first_load_seconds']:.1f} s. `ar` over `transformers`, "
+        + f"{answers['tokens']} tokens: {speed}."
+    )
+
+
 def files_table() -> str:
     """Every result file, the command that makes it, and the machine it was made on."""
     rows = []
@@ -238,6 +261,7 @@ def tables() -> dict[str, dict[str, str]]:
             "repeats": methods_table(read("results/repeats/results.json")),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),
         },
+        "docs/performance.md": {"kernels": kernels_table(read("results/kernels.json"))},
         "docs/verification.md": {
             "half precision": half_precision_table(
                 {dtype: read(f"results/verify_{dtype}.json") for dtype in ("bfloat16", "float16")}

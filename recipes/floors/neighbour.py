@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import msd
-from msd.planning.costs import _processor
 from msd.reference import sample_photos
+from msd.system import machine
 
 PROMPT = "Describe the image in detail."
 
@@ -76,7 +76,7 @@ def main() -> None:
         }
         for (share, busy), rounds in measured.items()
     ]  # fmt: skip
-    found = {"cpu": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    found = {"cpu": machine.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "neighbour.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for row in rows:

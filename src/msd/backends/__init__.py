@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from msd.backends import comparison
+from msd.backends import comparison, fused
 from msd.backends.comparison import redirected
-from msd.backends.fused import FUSED, FusedPass, Record, UnsupportedDecoderError, called_functions, measured_choice
+from msd.backends.fused import FUSED, FusedPass, Record, UnsupportedDecoderError, called_functions
 from msd.backends.kernels import Choice
 from msd.backends.revision import Revision, inside
 from msd.errors import UserError
@@ -78,21 +78,28 @@ class Backend:
         self._pass, self.reason = None, ""
         if self.requested == "plain":
             return
-        dtype = torch.bfloat16 if self.lossy else torch.float32
         try:
-            if not self.choice and not self.lossy:
-                self.choice = measured_choice(model, self.requested == "measure")
-            if "fused" not in self.choice.get("pass", FUSED):
-                return
-            fused = FusedPass(model, dtype, self.choice)
-            difference = comparison.difference(model, fused.calls(), fused.distinct_rows())
-            if not difference <= TOLERANCE[dtype]:
-                raise UnsupportedDecoderError(f"its fused pass differs from its own by {difference:.1e}")
+            with torch.autocast("cpu", enabled=False):
+                self._pass = self._useful_pass(model)
         except UnsupportedDecoderError as reason:
-            self.reason = str(reason)
-            return
-        self._pass = fused
-        now.read(fused.copied)
+            self.reason, self.choice = str(reason), {}
+        if self._pass is not None:
+            now.read(self._pass.copied)
+
+    def _useful_pass(self, model: PreTrainedModel) -> FusedPass | None:
+        """The fused pass with the fastest kernels; None if the model's own code is faster for all numbers of rows."""
+        decoder, dtype = model.get_decoder(), torch.bfloat16 if self.lossy else torch.float32
+        if not self.choice and not self.lossy:
+            self.choice = fused.kernel_choice(decoder, model.get_output_embeddings())
+            if self.requested == "measure":
+                self.choice = fused.pass_choice(decoder, self.choice)
+        if "fused" not in self.choice.get("pass", FUSED):
+            return None
+        built = FusedPass(model, dtype, self.choice)
+        difference = comparison.difference(model, built.calls(), built.distinct_rows())
+        if not difference <= TOLERANCE[dtype]:
+            raise UnsupportedDecoderError(f"its fused pass differs from its own by {difference:.1e}")
+        return built
 
     @contextmanager
     def running(self, record: Record = None, check: bool = True) -> Iterator[bool]:
@@ -108,9 +115,9 @@ class Backend:
             if moved and self.requested != "plain":
                 now = self.refresh()
             usable = now is self._built and not now.hooked() and not torch.is_autocast_enabled("cpu")
-            fused = self._pass if usable else None
-        with redirected({} if fused is None else fused.calls(record)):
-            yield fused is not None
+            built = self._pass if usable else None
+        with redirected({} if built is None else built.calls(record)):
+            yield built is not None
 
 
 def choose(model: PreTrainedModel, name: str = "measure") -> Backend:

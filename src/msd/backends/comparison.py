@@ -6,7 +6,6 @@ All other threads and contexts keep the modules' own code.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from msd.backends.kernels import ROWS
+from msd.system.machine import thread_clock
 
 Calls = Mapping[nn.Module, Callable[..., Any]]  # module -> the function that replaces its `forward`
-SECONDS, MOST_SECONDS = 0.25, 3.0  # duration of `faster`: repeats as often as fits, and three times if that fits
+ROUNDS, CLEAR = 3, 1.2  # of `faster`
 
 _calls: ContextVar[Calls | None] = ContextVar("msd_calls", default=None)
 _lock = threading.Lock()
@@ -68,17 +68,23 @@ def difference(model: PreTrainedModel, calls: Calls, rows: Iterable[int] = (5,))
     return float(torch.stack(found).max())
 
 
-def faster(model: PreTrainedModel, calls: Calls) -> tuple[int, ...]:
-    """The numbers of `ROWS` for which `calls` make a pass faster. Alternates both and compares the minima."""
-    seconds: dict[tuple[bool, int], list[float]] = {(fused, rows): [] for rows in ROWS for fused in (False, True)}
-    begin, rounds = time.perf_counter(), 0
-    while not rounds or time.perf_counter() - begin < (MOST_SECONDS if rounds < 3 else SECONDS):
-        for (fused, rows), times in seconds.items():
-            start = time.perf_counter()
-            _logits(model, calls if fused else {}, rows)
-            times.append(time.perf_counter() - start)
-        rounds += 1
-    return tuple(rows for rows in ROWS if min(seconds[True, rows]) < min(seconds[False, rows]))
+@torch.inference_mode()
+def faster(
+    own: Callable[[int], object], other: Callable[[int], object], clock: Callable[[], float] = thread_clock
+) -> tuple[int, ...]:
+    """The numbers of `ROWS` for which `other` is faster. Both run a pass over the number of rows that they get.
+
+    Alternates both and compares the fastest of each: of `ROUNDS`, or twice as many where the difference is small.
+    """
+    seconds: dict[int, tuple[list[float], list[float]]] = {rows: ([], []) for rows in ROWS}
+    for _ in range(2 * ROUNDS):
+        for rows, pair in seconds.items():
+            if len(pair[0]) < ROUNDS or max(map(min, pair)) < CLEAR * min(map(min, pair)):
+                for run, times in zip((own, other), pair, strict=True):
+                    start = clock()
+                    run(rows)
+                    times.append(clock() - start)
+    return tuple(rows for rows, (first, second) in seconds.items() if min(second) < min(first))
 
 
 def _dispatcher(module: nn.Module) -> Dispatcher:
@@ -94,7 +100,7 @@ def _dispatcher(module: nn.Module) -> Dispatcher:
 def _logits(model: PreTrainedModel, calls: Calls, rows: int) -> Tensor:
     """Logits [1, rows, V] of a pass over a few arbitrary tokens."""
     tokens = torch.arange(rows)[None] * 7 % model.config.get_text_config(decoder=True).vocab_size
-    with redirected(calls), torch.autocast("cpu", enabled=False):
+    with redirected(calls):
         embeddings = model.get_input_embeddings()(tokens.to(model.device))
         states = model.get_decoder()(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         logits: Tensor = model.get_output_embeddings()(states)

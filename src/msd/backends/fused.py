@@ -10,8 +10,10 @@ they enter attention as further rows of one head. One product computes query, ke
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -25,8 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from msd.backends import comparison
 from msd.backends.comparison import Calls, Dispatcher, redirected
-from msd.backends.kernels import PACKED, ROWS, Choice, Linears, Product, for_rows, measure, remembered, select
+from msd.backends.kernels import KERNELS, MANY, PACKED, ROWS, Choice, Product, Weights, for_rows, measure, select
 from msd.backends.packed import can_pack
+from msd.system import measurements
+from msd.system.measurements import cached
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
 PARTS = {
@@ -45,6 +49,8 @@ CALLED = ("embed_tokens", "rotary_emb")  # modules that the fused pass calls
 FUNCTIONS = ("eager_attention_forward", "apply_rotary_pos_emb", "repeat_kv")
 MANY_ROWS = 512  # from here on attention does not merge heads, because the repeated mask would be large
 FUSED = ("fused",) * len(ROWS)
+LAYERS, LAYERS_OF_MANY_ROWS = 10, 2  # that a measurement of passes runs
+FOLDER = measurements.folder("kernels")
 Record = Callable[[int, Tensor], None] | None  # receives the index and the hidden states of each layer
 
 
@@ -159,7 +165,7 @@ class FusedPass:
         self._fused, self._choice = FusedDecoder(self._decoder, dtype, choice), choice
         self._product = None
         if _is_linear(self._output):
-            self._product = Product((self._output,), choice.get("output", PACKED), dtype)
+            self._product = Product([(self._output.weight, self._output.bias)], choice.get("output", PACKED), dtype)
         products = [product for layer in self._fused.layers for product in layer.products]
         products += [] if self._product is None else [self._product]
         self.copied = [tensor for product in products for tensor in product.copied]
@@ -170,11 +176,14 @@ class FusedPass:
         return decoder if self._product is None else {**decoder, self._output: self._product}
 
     def distinct_rows(self) -> list[int]:
-        """Numbers of rows that together use each combination of kernels, and one whose causal mask matters."""
-        found: dict[tuple[str, ...], int] = {}
-        for rows, *kernels in zip(ROWS, *self._choice.values(), strict=True):
-            found.setdefault(tuple(kernels), rows)
-        return [5, *found.values()]
+        """Numbers of rows that together use each kernel of each product, the first so that the causal mask matters."""
+        chosen, seen = [5], {(name, kernels[bisect_right(ROWS, 5) - 1]) for name, kernels in self._choice.items()}
+        for rows, *column in zip(ROWS, *self._choice.values(), strict=True):
+            used = set(zip(self._choice, column, strict=True))
+            if not used <= seen:
+                chosen.append(rows)
+                seen |= used
+        return chosen
 
     def _run(self, record: Record, **kwargs: Any) -> Any:
         """The decoder's `forward`: fused, or its own code where that is faster for this number of rows."""
@@ -185,25 +194,75 @@ class FusedPass:
             return type(self._decoder).forward(self._decoder, **kwargs)
 
 
-def measured_choice(model: PreTrainedModel, passes: bool) -> Choice:
-    """The fastest kernels of a model's products and, if `passes`, the faster code of whole passes."""
-    decoder, output = model.get_decoder(), model.get_output_embeddings()
+def kernel_choice(decoder: Any, output: Any = None) -> Choice:
+    """The fastest kernels, measured, of the products of a decoder and its output layer."""
     check_supported(decoder)
     layers = [layer_products(layer) for layer in active_layers(decoder)]
-    products: dict[str, list[Linears]] = {name: [layer[name] for layer in layers] for name in layers[0]}
+    products = {name: [layer[name] for layer in layers] for name in layers[0]}
     if _is_linear(output):
-        products["output"] = [(output,)]
-    key = (
-        type(decoder).__name__,
-        {n: (len(p), [(*x.weight.shape, x.bias is None) for x in p[0]]) for n, p in products.items()},
-    )
-    kernels = remembered(key, lambda: {name: select(measure(group)) for name, group in products.items()})
+        products["output"] = [[(output.weight, output.bias)]]
+    sizes = {n: (len(p), [(tuple(weight.shape), bias is None) for weight, bias in p[0]]) for n, p in products.items()}
 
-    def faster() -> Choice:
-        found = comparison.faster(model, FusedPass(model, torch.float32, kernels).calls())
+    def fastest() -> Choice:
+        return {name: select(times) for name, times in measure(products).items()}
+
+    return cached(FOLDER, (sizes, ROWS), Choice, lambda found: _valid(found, products, KERNELS), fastest)
+
+
+def pass_choice(decoder: Any, kernels: Choice) -> Choice:
+    """`kernels`, and under "pass" which code of a decoder is faster with them, measured: "fused", or its own, "plain".
+
+    Where its own code runs, the layers need no copies.
+    """
+
+    def passes() -> Choice:
+        found = comparison.faster(*pass_functions(decoder, kernels))
         return {"pass": tuple("fused" if rows in found else "plain" for rows in ROWS)}
 
-    return {**kernels, **(remembered((key, kernels), faster) if passes else {})}
+    attention = decoder.config._attn_implementation, active_layers(decoder)[0].self_attn.head_dim
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in decoder.named_parameters()]
+    key = (type(decoder).__name__, attention, shapes, kernels, ROWS)
+    found = cached(FOLDER, key, Choice, lambda found: _valid(found, ("pass",), ("fused", "plain")), passes)
+
+    def needed(name: str) -> tuple[str, ...]:
+        pairs = zip(kernels[name], found["pass"], strict=True)
+        return tuple("library" if name != "output" and code == "plain" else kernel for kernel, code in pairs)
+
+    return {**{name: needed(name) for name in kernels}, **found}
+
+
+def pass_functions(decoder: Any, kernels: Choice) -> tuple[Callable[[int], object], Callable[[int], object]]:
+    """(the decoder's own code, its fused pass), as functions that run a pass over some number of rows.
+
+    They use the first layers only, because all have the same sizes; fewest for many rows, which take long.
+    """
+    few, many = (_shortened(decoder, layers) for layers in (LAYERS, LAYERS_OF_MANY_ROWS))
+    few_fused, many_fused = (FusedDecoder(each, kernels=kernels) for each in (few, many))
+
+    def states(rows: int) -> Tensor:
+        return torch.ones(1, rows, decoder.config.hidden_size)
+
+    def own(rows: int) -> object:
+        with redirected({}):
+            return (many if rows >= MANY else few)(inputs_embeds=states(rows), use_cache=False)
+
+    def fused(rows: int) -> object:
+        return (many_fused if rows >= MANY else few_fused).forward(inputs_embeds=states(rows))
+
+    return own, fused
+
+
+def _shortened(decoder: Any, layers: int) -> Any:
+    """A decoder of the first layers of another one, with the same modules."""
+    short = copy.copy(decoder)
+    short._modules = decoder._modules | {"layers": nn.ModuleList(active_layers(decoder)[:layers])}
+    vars(short).pop("forward", None)  # a dispatcher of the whole decoder
+    return short
+
+
+def _valid(choice: Choice, names: Collection[str], allowed: Collection[str]) -> bool:
+    """Whether a stored choice has these names and, for each number of `ROWS`, one of the allowed entries."""
+    return choice.keys() == set(names) and all(len(k) == len(ROWS) and set(k) <= set(allowed) for k in choice.values())
 
 
 def active_layers(decoder: Any) -> list[Any]:
@@ -211,13 +270,14 @@ def active_layers(decoder: Any) -> list[Any]:
     return list(decoder.layers[: decoder.config.num_hidden_layers])
 
 
-def layer_products(layer: Any) -> dict[str, Linears]:
-    """The linear layers of a decoder layer, grouped by their input."""
+def layer_products(layer: Any) -> dict[str, Weights]:
+    """The weights and biases of a decoder layer's linear layers, grouped by their input."""
     a, m = layer.self_attn, layer.mlp
-    return {
+    groups = {
         "qkv": (a.q_proj, a.k_proj, a.v_proj), "out": (a.o_proj,), "gate_up": (m.gate_proj, m.up_proj),
         "down": (m.down_proj,),
     }  # fmt: skip
+    return {name: [(linear.weight, linear.bias) for linear in linears] for name, linears in groups.items()}
 
 
 def recording_calls(decoder: Any, record: Callable[[int, Tensor], None]) -> dict[nn.Module, Callable[..., Any]]:

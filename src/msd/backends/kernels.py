@@ -7,38 +7,32 @@ the library's kernel is within 3% of the fastest for every number of rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import platformdirs
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from msd.backends.packed import Packed
-from msd.errors import UserError
-from msd.system import machine
-from msd.system.files import write_whole
+from msd.system.machine import thread_clock
 
-ROWS = (1, 2, 4, 9, 17, 64)  # measured numbers of rows; n rows use the kernel of the largest of these up to n
+ROWS = (1, 2, 4, 9, 17, 64, 256)  # measured numbers of rows; n rows use the kernel of the largest of these up to n
 KERNELS = ("library", "packed", "transposed")
 MARGIN = 1.03
 ROUNDS = 3
-SAMPLE = 1 << 28  # bytes of weights that a measurement reads: more than caches hold, if the model has as many
-FOLDER = Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "kernels"
+# bytes of each product's weights that a measurement reads; all products together are more than caches hold
+SAMPLE, SAMPLE_OF_MANY_ROWS = 1 << 25, 1 << 22
+MANY = 64  # rows from which the arithmetic takes longer than reading the weights
 
 Kernels = tuple[str, ...]  # the kernel for each number of `ROWS`
 Choice = dict[str, Kernels]  # name of a product, such as "qkv" -> its kernels
 Linears = tuple[nn.Linear, ...]  # layers with the same input
+Weights = Sequence[tuple[Tensor, Tensor | None]]  # weight [out, in] and bias [out] of each such layer
+Times = dict[str, list[float]]  # kernel -> seconds for each number of `ROWS`
 PACKED: Kernels = ("packed",) * len(ROWS)
-_measured: dict[Path, Choice] = {}  # by this process
 
 
 def for_rows(kernels: Kernels, x: Tensor) -> str:
@@ -49,20 +43,19 @@ def for_rows(kernels: Kernels, x: Tensor) -> str:
 class Product:
     """y = x Wᵀ + b of one linear layer, or of several with the same input x, whose outputs are concatenated.
 
-    dtype: of the packed product. copied: the model's weights and biases of which this product holds a copy.
+    weights: of each layer; all have a bias, or none. dtype: of the packed product. copied: the tensors of `weights` of
+    which this product holds a copy.
     """
 
-    def __init__(self, linears: Linears, kernels: Kernels = PACKED, dtype: torch.dtype = torch.float32) -> None:
-        self._kernels = kernels
-        self._own = [(linear.weight, linear.bias) for linear in linears]
-        self._packed = Packed.of(*linears, dtype=dtype) if "packed" in kernels else None
+    def __init__(self, weights: Weights, kernels: Kernels = PACKED, dtype: torch.dtype = torch.float32) -> None:
+        self._kernels, self._own = kernels, list(weights)
+        matrices, biases = [w for w, _ in weights], [b for _, b in weights if b is not None]
+        self._packed = Packed(matrices, biases, dtype) if "packed" in kernels else None
         self._transposed = self._bias = None
-        self.copied: list[Tensor] = []
-        if set(kernels) != {"library"}:
-            self.copied = [tensor for pair in self._own for tensor in pair if tensor is not None]
+        self.copied: list[Tensor] = [] if set(kernels) == {"library"} else [*matrices, *biases]
         if "transposed" in kernels:
-            self._transposed = torch.cat([w.detach() for w, _ in self._own]).T.contiguous()
-            self._bias = None if self._own[0][1] is None else torch.cat([b.detach() for _, b in self._own])
+            self._transposed = torch.cat([w.detach().T for w in matrices], 1)
+            self._bias = torch.cat([b.detach() for b in biases]) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out]."""
@@ -98,50 +91,37 @@ def select(seconds: Mapping[str, Sequence[float]]) -> Kernels:
 
 
 @torch.inference_mode()
-def measure(products: Sequence[Linears], clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Kernel -> seconds for each number of `ROWS`, for one product in all layers: the fastest of a few rounds.
+def measure(products: Mapping[str, Sequence[Weights]], clock: Callable[[], float] = thread_clock) -> dict[str, Times]:
+    """The times of each product, given its weights in each layer: the fastest of a few rounds.
 
-    Runs through the layers, so that weights come from memory; alternates kernels, so that a disturbance affects all.
+    Reads a sample of the weights. Alternates products and kernels, so that weights come from memory and a disturbance
+    affects all.
     """
-    sizes = accumulate(sum(4 * linear.weight.numel() for linear in linears) for linears in products)
-    sample = products[: max(1, sum(size <= SAMPLE for size in sizes))]
-    variants = {kernel: [Product(linears, (kernel,) * len(ROWS)) for linears in sample] for kernel in KERNELS}
-    seconds = {kernel: [float("inf")] * len(ROWS) for kernel in KERNELS}
+    few = {name: list(_variants(layers, SAMPLE)) for name, layers in products.items()}
+    many = {name: list(_variants(layers, SAMPLE_OF_MANY_ROWS)) for name, layers in products.items()}
+    seconds = {name: {kernel: [math.inf] * len(ROWS) for kernel in KERNELS} for name in products}
     for _ in range(ROUNDS):
         for i, rows in enumerate(ROWS):
-            x = torch.ones(1, rows, sample[0][0].in_features)
-            for kernel, variant in variants.items():
-                start = clock()
-                for product in variant:
-                    product(x)
-                seconds[kernel][i] = min(seconds[kernel][i], clock() - start)
+            for name, sample in (few if rows < MANY else many).items():
+                x = torch.ones(1, rows, products[name][0][0][0].shape[1])
+                for kernel, *variant in sample:
+                    start = clock()
+                    for product in variant:
+                        product(x)
+                    seconds[name][kernel][i] = min(seconds[name][kernel][i], clock() - start)
     return seconds
 
 
-def remembered(key: tuple[object, ...], choose: Callable[[], Choice]) -> Choice:
-    """The choice for `key` on this machine: from this process or the user's cache directory, or measured and stored.
+def _variants(layers: Sequence[Weights], most: int) -> Iterator[tuple[Any, ...]]:
+    """Yields (kernel, its product in each of the first layers), of at most that many bytes of weights.
 
-    A choice that was measured while other processes used the cores is not stored on disk.
+    Where a single layer has more, the first rows of its weights are used.
     """
-    parts = (key, ROWS, KERNELS, machine.processor(), torch.get_num_threads(), torch.__version__)
-    path = FOLDER / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
-    stored = _measured.get(path) or _stored(path)
-    if stored is not None:
-        return stored
-    undisturbed, choice = machine.quietly(choose)
-    _measured[path] = choice
-    if undisturbed:
-        with suppress(OSError, UserError):  # a cache that cannot be written is measured again next time
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(choice) + "\n")
-    return choice
-
-
-def _stored(path: Path) -> Choice | None:
-    """An earlier choice; None where there is none, or the file is damaged."""
-    try:
-        choice = TypeAdapter(Choice).validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    known = {*KERNELS, "fused", "plain"}
-    return choice if choice and all(len(k) == len(ROWS) and known.issuperset(k) for k in choice.values()) else None
+    size = sum(weight.numel() * weight.element_size() for weight, _ in layers[0])
+    share = min(1.0, most / size)
+    sample = [
+        [(w[: (n := math.ceil(share * len(w)))], b if b is None else b[:n]) for w, b in layer]
+        for layer in layers[: max(1, most // size)]
+    ]
+    for kernel in KERNELS:
+        yield (kernel, *(Product(weights, (kernel,) * len(ROWS)) for weights in sample))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
 
+from msd.backends.kernels import ROWS
 from msd.bench import errors, pairwise, plots
 from msd.bench.pairwise import Table
 from msd.system.files import make_folder, write_whole
@@ -39,14 +40,19 @@ def write(results: dict[str, Any], folder: Path) -> None:
     write_whole(folder / "report.html", page(results))
 
 
+def by_rows(kernels: Sequence[str]) -> str:
+    """The kernels of a product, or the code of whole passes, and from which number of rows each is used."""
+    changes = [i for i in range(len(kernels)) if i == 0 or kernels[i] != kernels[i - 1]]
+    return ", ".join(f"{kernels[i]} from {ROWS[i]} rows" if i else kernels[i] for i in changes)
+
+
 def described(environment: dict[str, Any]) -> str:
     """Returns the conditions of the measurement in a few sentences."""
     outside = environment.get("outside_kernels") or {}
     shares = ", ".join(f"{share:.0%} ({nodes} nodes)" for nodes, share in outside.items())
     partial = f"Interrupted: {environment['broken_off']} are measured. " if environment.get("broken_off") else ""
     refused = "".join(f" `{name}` does not run here ({why})." for name, why in environment.get("not_run", {}).items())
-    products = (environment.get("kernels") or {}).items()
-    kernels = ", ".join(f"{name}: {'/'.join(dict.fromkeys(used))}" for name, used in products)
+    kernels = "; ".join(f"{name}: {by_rows(used)}" for name, used in (environment.get("kernels") or {}).items())
     return (
         f"{partial}{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"{environment.get('backend', 'plain')} backend"

@@ -8,24 +8,20 @@ algorithm at some sizes. So it is measured at several sizes and two context leng
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import platformdirs
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from msd.core.tree import DraftTree
-from msd.errors import UserError
-from msd.system import machine
-from msd.system.files import write_whole
+from msd.system import measurements
+from msd.system.measurements import cached
 from msd.targets.base import Target
 from msd.targets.registry import fingerprint
 
@@ -55,6 +51,12 @@ class Costs:
         seconds: list[float] = np.maximum(short + weight * np.maximum(long - short, 0.0), 1e-9).tolist()
         return seconds
 
+    def complete(self) -> bool:
+        """Whether both axes rise and there is a time for each pair."""
+        rising = all(len(axis) > 1 and list(axis) == sorted(set(axis)) for axis in (self.nodes, self.contexts))
+        whole = all(len(row) == len(self.nodes) for row in self.seconds)
+        return rising and whole and len(self.seconds) == len(self.contexts) == len(CONTEXTS)
+
     def _interpolate(self, seconds: tuple[float, ...], largest: int) -> NDArray[np.float64]:
         """Seconds for 1 to `largest` nodes, from `seconds` for `nodes`."""
         count = np.arange(1, largest + 1)
@@ -69,32 +71,19 @@ def costs(target: Target, folder: Path | None = None) -> Costs:
 
     A measurement is not saved if other processes disturbed it, or if the folder cannot be written to.
     """
-    folder = folder or Path(platformdirs.user_cache_dir("msd", appauthor=False)) / "costs"
-    path = folder / f"{_key(target)}.json"
-    cached = _load(path)
-    if cached is not None:
-        return cached
-    undisturbed, measured = machine.quietly(lambda: measure(target))
-    if undisturbed:
-        with suppress(OSError, UserError):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(asdict(measured)) + "\n")
-    return measured
-
-
-def _load(path: Path) -> Costs | None:
-    """The saved measurement; None if there is no valid one."""
-    try:
-        loaded = TypeAdapter(Costs).validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    rising = all(len(axis) > 1 and list(axis) == sorted(set(axis)) for axis in (loaded.nodes, loaded.contexts))
-    whole = all(len(row) == len(loaded.nodes) for row in loaded.seconds)
-    return loaded if rising and whole and len(loaded.seconds) == len(loaded.contexts) == len(CONTEXTS) else None
+    device, backend = target.model.device, target.backend
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    key = (fingerprint(target.model), str(target.model.dtype), backend.name, backend.choice, name, NODES, CONTEXTS)
+    return cached(folder or measurements.folder("costs"), key, Costs, Costs.complete, lambda: measure(target))
 
 
 @torch.inference_mode()
-def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int, ...] = CONTEXTS) -> Costs:
+def measure(
+    target: Target,
+    nodes: tuple[int, ...] = NODES,
+    contexts: tuple[int, ...] = CONTEXTS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
     """Measures the fastest of several passes over chains of arbitrary tokens; a disturbance only makes a pass slower.
 
     Each repeat runs all sizes in turn, so that a short disturbance does not affect all passes of one size.
@@ -108,12 +97,12 @@ def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int,
         times: list[list[float]] = [[] for _ in nodes]
         for repeat in range(REPEATS + 1):
             for i, tree in enumerate(trees):
-                start = time.perf_counter()
+                start = clock()
                 target.score(state, tree)
                 if target.model.device.type == "cuda":
                     torch.cuda.synchronize(target.model.device)
                 if repeat:  # the first one warms up
-                    times[i].append(time.perf_counter() - start)
+                    times[i].append(clock() - start)
         rows.append(tuple(min(t) for t in times))
     return Costs(nodes, contexts, tuple(rows))
 
@@ -131,14 +120,3 @@ def arbitrary_tokens(count: int, target: Target) -> torch.Tensor:
     for placeholder in target.placeholders:
         ids = torch.where(ids == placeholder, (placeholder + 1) % size, ids)
     return ids
-
-
-def _key(target: Target) -> str:
-    """A hash of everything that a measurement depends on."""
-    device = target.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor()
-    parts = (
-        fingerprint(target.model), str(target.model.dtype), target.backend.name, target.backend.choice, name,
-        torch.get_num_threads(), torch.__version__, NODES, CONTEXTS,
-    )  # fmt: skip
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

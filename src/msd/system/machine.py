@@ -5,12 +5,13 @@ Competition is recognised by preemptions (involuntary context switches) of this 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,8 @@ except ImportError:  # Windows counts no preemptions
 RATE, FEWEST = 60.0, 5
 PROBE_SECONDS, STALL_SECONDS = 0.01, 0.002  # length of the probe for free cores; an operator this slow was preempted
 PAUSE, LONGEST = 1.0, 30.0  # seconds until all threads are tried again: at first, at most
+# processor time of the calling thread, which other processes disturb least; where it is coarse (Windows), real time
+thread_clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-5 else time.perf_counter
 T = TypeVar("T")
 
 
@@ -119,10 +122,13 @@ def watched() -> Iterator[Cores]:
 
 
 def quietly(measure: Callable[[], T]) -> tuple[bool, T]:
-    """Returns (whether `measure` ran without competition, its result); True if the system counts no preemptions."""
-    before, begin = _preemptions(), time.perf_counter()
+    """Returns (whether `measure` ran without competition, its result); True if the system counts no preemptions.
+
+    The rate is per second of this thread's processor time: a process that waits most of the time is preempted less.
+    """
+    before, begin = _preemptions(), thread_clock()
     result = measure()
-    return _preemptions() - before < max(FEWEST, RATE * (time.perf_counter() - begin)), result
+    return _preemptions() - before < max(FEWEST, RATE * (thread_clock() - begin)), result
 
 
 def processor() -> str:
@@ -132,6 +138,21 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def hardware() -> str:
+    """All that the system tells about the processors, except their momentary speed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "\n".join(line for line in lines if "MHz" not in line and "mips" not in line.lower())
+    except OSError:
+        return f"{os.cpu_count()} {platform.machine()} {platform.processor()}"
+
+
+def return_freed_memory() -> None:
+    """Returns memory that the C library keeps after it was freed to the system, where the library is glibc."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _use(threads: int) -> None:
