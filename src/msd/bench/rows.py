@@ -69,6 +69,7 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
         "best_plain": best,
         "speedup_vs_best_plain": sum(best_seconds) / seconds,
         "speedup_vs_best_plain_interval": ratio_interval(best_seconds, [r.seconds for r in own]),
+        "speedup_vs_best_plain_paired_median": median(b / r.seconds for b, r in zip(best_seconds, own, strict=True)),
         "speedup_vs_ar": _seconds(plain) / seconds,
         "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in own]),
         "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(own, plain, strict=True)),
