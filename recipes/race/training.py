@@ -26,7 +26,7 @@ PRECISION = "bf16"
 
 
 def train_runs(args: argparse.Namespace) -> None:
-    """Trains the unfinished runs. A stopped one is resumed by the same command."""
+    """Trains the unfinished runs. A stopped one (SystemExit) is resumed by the same command."""
     runs = plan(args.minutes, step_times(), args.only)
     waiting = [
         name
@@ -40,8 +40,7 @@ def train_runs(args: argparse.Namespace) -> None:
         settings = runs[name].settings
         print(f"{name}: {settings.steps} steps, {runs[name].minutes:.1f} minutes of one core", flush=True)
         if not run(folder_of(args.out, name), settings):
-            print("stopped; run again to resume")
-            return
+            raise SystemExit("stopped; run again to resume")
 
 
 def measure_steps(args: argparse.Namespace) -> None:
