@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-full test-fast wheel check format results floors comparison estimate-page pictures clean
+.PHONY: setup demo test test-full test-fast wheel check format results floors comparison race gpu-check estimate-page pictures clean
 
 setup: $(VENV)/ready
 
@@ -78,6 +78,18 @@ comparison: setup
 	$(BIN)/python -m recipes.comparison.suites --data $(DATA) --out runs/comparison
 	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all $(ONLY) --out results/comparison > /dev/null
 	$(BIN)/python tools/tables.py
+
+# The race (docs/comparison.md): 12 runs of 30 minutes of one core each, then two benchmarks. Interrupted, it resumes.
+RACE := $(BIN)/python -m recipes.race
+race: setup
+	$(RACE) train --images $(DATA)
+	for state in equal-time equal-answers; do $(RACE) bench --state $$state --images $(DATA) --threads 2 > /dev/null || exit 1; done
+	$(RACE) tell --images $(DATA)
+	$(BIN)/python tools/tables.py
+
+# Checks a machine with a GPU in at most 8 minutes: results/gpu.json. Without one it measures the CPU and says so.
+gpu-check: setup
+	$(BIN)/python tools/gpu_check.py
 
 # Writes the tables of docs/estimate.md from the presets and results/estimate.json (`recipes/estimate/validate.py`).
 estimate-page: setup

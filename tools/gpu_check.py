@@ -1,19 +1,23 @@
 """Checks a machine with a GPU in minutes: identity, step time against the roofline, drafts per second.
 
-    python tools/gpu_check.py [OUT.json]
+    python tools/gpu_check.py [OUT.json] [--quick]
 
 Decodes the bundled photos with the reference model in float32 and bfloat16 and compares with `generate()` (ties
 counted), times target passes and compares them with what `msd estimate` predicts for this card, and counts drafted
 tokens per second. Writes results/gpu.json by default. Without a GPU it runs on the CPU and says so in the file. After 7
-minutes it starts no further part, and lists the parts that it left out.
+minutes it starts no further part, and lists the parts that it left out. `--quick` answers fewer and shorter prompts.
+The exit code is 1 if a part failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +32,12 @@ from msd.estimate.sizes import of_config
 from msd.loading import load_target
 from msd.planning import costs
 from msd.system import machine
+from msd.system.files import write_whole
 from msd.targets import adapt
 
 LIMIT_SECONDS = 420.0
 METHODS = ("ar", "prompt-lookup", "msd")
-SAMPLES, TOKENS = 4, 48
+FULL, QUICK = (4, 48), (2, 16)  # samples, and tokens of each answer
 CONTEXT = 128  # tokens before the passes that are compared with the roofline
 
 
@@ -43,11 +48,11 @@ def device_name() -> tuple[str, str]:
     return "cpu", machine.processor()
 
 
-def identity(device: str, dtype: torch.dtype) -> dict[str, Any]:
+def identity(device: str, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, Any]:
     """The certificate of `METHODS` on bundled photos, as `msd verify --json` has it."""
     model, processor = load_target("reference", device, dtype=dtype)
-    samples = load_data(None)[:SAMPLES]
-    rows = certify(model, processor, samples, METHODS, TOKENS, 1000, lambda text: None)
+    samples = load_data(None)[: size[0]]
+    rows = certify(model, processor, samples, METHODS, size[1], 1000, lambda text: None)
     yardstick = rows[0].yardstick
     return {
         "rows": [row.as_dict() for row in rows],
@@ -57,11 +62,16 @@ def identity(device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def step_time(device: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds of target passes over n nodes, measured and as the roofline of the card has them."""
+    """Seconds of target passes over n nodes, measured and as the roofline of the card has them.
+
+    The roofline counts the bytes of `dtype`; a data sheet's FLOP/s are those of bfloat16, so for a GPU in float32 it is
+    too short for passes over many nodes.
+    """
     model, _ = load_target("reference", device, dtype=dtype)
     measured = costs.measure(adapt(model))
     try:
         sheet = card("cpu" if device == "cpu" else name.removeprefix("NVIDIA ").split()[0])
+        sheet = replace(sheet, dtype_bytes=float(dtype.itemsize))
     except UserError as error:  # a card that `msd estimate` does not know
         return {"measured": dict(zip(measured.nodes, measured.seconds[0], strict=True)), "roofline": str(error)}
     sizes = of_config("reference", model.config)
@@ -77,16 +87,16 @@ def step_time(device: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def drafting(device: str, dtype: torch.dtype) -> dict[str, float]:
+def drafting(device: str, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, float]:
     """Best speeds on the bundled photos: of plain decoding, of `msd`, and of drafting (drafted tokens per second)."""
     model, processor = load_target("reference", device, dtype=dtype)
-    samples = [s for s in load_data(None) if s.images][:SAMPLES]
+    samples = [s for s in load_data(None) if s.images][: size[0]]
     results: dict[str, float] = {}
     for method in ("ar", "msd"):
         vlm = SpeculativeVLM(model, processor, SpeculativeConfig(), method)
         for sample in (samples[0], *samples):  # the first one twice, since the first answer also warms up
             begin = time.perf_counter()
-            answer = vlm.generate(list(sample.images), sample.prompt, max_new_tokens=TOKENS, do_sample=False)
+            answer = vlm.generate(list(sample.images), sample.prompt, max_new_tokens=size[1], do_sample=False)
             seconds = time.perf_counter() - begin
             rates = {f"{method}_tokens_per_second": len(answer.tokens) / seconds}
             if method == "msd" and answer.statistics.seconds["draft"]:
@@ -96,28 +106,34 @@ def drafting(device: str, dtype: torch.dtype) -> dict[str, float]:
     return results
 
 
-def main() -> None:
-    """Runs the parts that fit into the time limit and writes the file after each of them."""
-    begin = time.monotonic()
-    out = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parents[1] / "results" / "gpu.json"
+def main() -> int:
+    """Runs the parts that fit into the time limit, writes the file after each of them, and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parents[1] / "results" / "gpu.json")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    begin, size = time.monotonic(), QUICK if args.quick else FULL
     device, name = device_name()
     report: dict[str, Any] = {
         "device": device,
         "name": name,
+        "cpu": machine.processor(),
+        "threads": torch.get_num_threads(),
         "note": "" if device == "cuda" else "no GPU was found: these are figures of the CPU",
         "msd": __version__,
         "torch": torch.__version__,
+        "samples": size[0],
+        "tokens": size[1],
         "left_out": [],
     }
     print(f"{device}: {name}", flush=True)
-    parts: dict[str, Callable[[], Any]] = {
-        "identity_float32": lambda: identity(device, torch.float32),
-        "step_time_float32": lambda: step_time(device, name, torch.float32),
-        "drafting_float32": lambda: drafting(device, torch.float32),
-        "identity_bfloat16": lambda: identity(device, torch.bfloat16),
-        "step_time_bfloat16": lambda: step_time(device, name, torch.bfloat16),
-        "drafting_bfloat16": lambda: drafting(device, torch.bfloat16),
-    }
+    parts: dict[str, Callable[[], Any]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        kind = str(dtype).removeprefix("torch.")
+        parts[f"identity_{kind}"] = partial(identity, device, dtype, size)
+        parts[f"step_time_{kind}"] = partial(step_time, device, name, dtype)
+        parts[f"drafting_{kind}"] = partial(drafting, device, dtype, size)
+    failed = False
     for part, run in parts.items():
         if time.monotonic() - begin > LIMIT_SECONDS:
             report["left_out"].append(part)
@@ -127,10 +143,12 @@ def main() -> None:
             report[part] = run()
         except Exception as error:  # one part must not cost the others, since the device is lent for minutes
             report[part] = {"error": f"{type(error).__name__}: {error}"}
+        failed |= "error" in report[part] or not report[part].get("passed", True)
         print(f"{part}: {time.monotonic() - start:.0f} s, {json.dumps(report[part])[:160]}", flush=True)
         report["seconds"] = round(time.monotonic() - begin, 1)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.out, json.dumps(report, indent=1) + "\n")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -52,12 +52,16 @@ COMMANDS = {
     "results/repeats/results.json": f"`{COMPARISON} prompt-lookup,msd,msd+prompt-lookup`",
     "results/draft_tree.json": "`python tools/pictures.py --record`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
+    "results/gpu.json": "`python tools/gpu_check.py`",
     "results/kernels.json": "`python -m recipes.floors.kernels results`",
     "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
     "recipes/reference_vlm/results/evaluation.json": "[recipes/reference_vlm](../recipes/reference_vlm/README.md)",
     "recipes/msd/results/trained.json": "`python -m recipes.msd.rows tell`",
     "recipes/msd/results/results.json": "`python -m recipes.msd.rows bench`",
     "recipes/msd/results/policies.json": "`python -m recipes.msd.policies --drafter src/msd/weights/msd --photos 100`",
+    "recipes/race/results/trained.json": "`python -m recipes.race tell`",
+    "recipes/race/results/equal-time/results.json": "`python -m recipes.race bench --state equal-time`",
+    "recipes/race/results/equal-answers/results.json": "`python -m recipes.race bench --state equal-answers`",
     "recipes/events/results/trained.json": "[recipes/events](../recipes/events/README.md)",
     "recipes/events/results/results.json": "[recipes/events](../recipes/events/README.md)",
 }
@@ -226,9 +230,11 @@ def kernels_table(measured: dict[str, Any]) -> str:
 
 
 def files_table() -> str:
-    """Every result file, the command that makes it, and the machine it was made on."""
+    """Every result file here, the command that makes it, and the machine it was made on."""
     rows = []
     for path, command in COMMANDS.items():
+        if not (ROOT / path).is_file():  # not measured yet
+            continue
         results = read(path)
         made = results.get("environment", results)
         threads, version = (str(made.get(name, "–")) for name in ("threads", "torch"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,13 @@ def receipts(data: Path, rng: random.Random) -> Iterator[Line]:
             yield {"image": f"sroie_lines/images/{row['image']}", "prompt": rng.choice(READ), "task": "ocr"}
 
 
-def build(data: Path, counts: dict[str, int], seed: int) -> list[Line]:
-    """Returns the lines of all tasks. Raises SystemExit if the data has fewer."""
+def build(data: Path, counts: dict[str, int], seed: int, without: Set[str] = frozenset()) -> list[Line]:
+    """Returns the lines of all tasks. Raises SystemExit if the data has fewer.
+
+    without: file names of photos, and text-only prompts, that are left out.
+    """
     rng = {kind: random.Random(f"{seed}-comparison-{kind}") for kind in ("photos", *counts)}
-    names, seen = iter(photos(data, "val", rng["photos"])), set[str]()
+    names, seen = (name for name in photos(data, "val", rng["photos"]) if name not in without), set(without)
     images = {kind: [next(names) for _ in range(counts[kind])] for kind in ("detail", "caption", "chat")}
     sources = {
         "detail": about_photos(images["detail"], DETAIL_PROMPTS, "detail", rng["detail"]),
@@ -67,7 +70,7 @@ def build(data: Path, counts: dict[str, int], seed: int) -> list[Line]:
         "cocoqa": questions(data, "cocoqa", "cocoqa", rng["cocoqa"], seen),
         "chat": conversations(images["chat"], rng["chat"]),
         "ocr": receipts(data, rng["ocr"]),
-        "text": texts(data, "val", rng["text"]),
+        "text": (line for line in texts(data, "val", rng["text"]) if line["prompt"] not in without),
     }
     lines: list[Line] = []
     for kind, source in sources.items():

@@ -162,9 +162,9 @@ def _train_waiting(queue: Any, by_name: dict[str, Row], run: Callable[..., bool]
         folder, settings = folder_of(args.out, name), by_name[name].settings
         plan = folder / "plan.json"
         if not plan.exists():
-            speed = _speed(run, folder / "probe", settings)
+            seconds = speed(run, folder / "probe", settings)
             plan.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(plan, json.dumps({"steps": steps_for(args.minutes, speed), "seconds_per_step": speed}))
+            write_whole(plan, json.dumps({"steps": steps_for(args.minutes, seconds), "seconds_per_step": seconds}))
         steps = read_json(plan, "delete it: the row's speed is measured again")["steps"]
         print(f"{name}: {steps} steps", flush=True)
         stages = replace(settings.stages, text=steps // 50, rise=steps // 10)
@@ -184,7 +184,7 @@ def fill_cache(
     return time.monotonic() - begun
 
 
-def _speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: DraftTraining) -> float:
+def speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: DraftTraining) -> float:
     """Measures the core seconds of a training step on answers about images, after a warm-up."""
     stages = replace(settings.stages, text=0, rise=1)
     times = []

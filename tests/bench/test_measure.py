@@ -39,6 +39,14 @@ def test_batches_answer_as_single_prompts(samples: list[Sample]) -> None:
         assert (row["samples"], row["tokens"], row["identical"]) == (single["samples"], single["tokens"], 1.0)
         assert (row["speedup_decode_only"] is None) == (key[0] == "transformers")
     assert rows[1]["ar", "see"]["samples"] == 3 and rows[1]["ar", "say"]["samples"] == 2
+    for (method, task), row in rows[1].items():
+        plain = [rows[1][name, task]["seconds"] for name in ("ar", "transformers")]
+        assert row["best_plain"] == ("ar" if plain[0] <= plain[1] else "transformers")
+        assert row["speedup_vs_best_plain"] == pytest.approx(min(plain) / row["seconds"])
+        low, high = row["speedup_vs_best_plain_interval"]
+        assert low <= row["speedup_vs_best_plain"] + 1e-9 and row["speedup_vs_best_plain"] <= high + 1e-9
+        counted = not method.startswith("transformers:")
+        assert (row["target_passes"] is not None) == counted
 
 
 def test_a_sampled_batch_is_not_compared_with_the_library(samples: list[Sample]) -> None:

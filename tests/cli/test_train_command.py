@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from safetensors.torch import load_file
 
 import tiny_checkpoint
 from msd.drafters.algorithms.msd import DraftObjective
+from msd.drafters.toolkit import checkpoint
+from msd.errors import UserError
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.loading import load_target
+from msd.train.capture import label_thresholds_path, read_captured
+from msd.train.drafting import DraftTraining, step_folder
+from msd.train.drafting import train as train_drafter
 from training_command import FLOAT32, STEPS, interrupt, run, train
 
 
@@ -172,3 +180,27 @@ def test_bad_policies_are_one_line(capsys: pytest.CaptureFixture[str], place: Pa
         code, out, err = run(capsys, "generate", "-p", "Hello", "--target", place, *options)
         assert (code, out) == (2, ""), options
         assert message in err, options
+
+
+@pytest.mark.parametrize("method", ["msd", "eagle2"])
+def test_a_drafter_saved_within_a_run_does_not_change_it(place: Path, tmp_path: Path, method: str) -> None:
+    """The drafter of step 3 is saved like a finished one. The run's own drafter is that of a run without copies."""
+    answers = read_captured(place / "captured.jsonl", place / "images")
+    thresholds = ModalityThresholds.load(label_thresholds_path(place / "captured.jsonl"))
+    model, processor = load_target(str(place))
+    settings = DraftTraining(method=method, steps=STEPS, batch=3, draft_vocabulary=100, precision="float32")
+    for out, keep_at in (("plain", ()), ("kept", (3, STEPS))):
+        with_copies = replace(settings, keep_at=keep_at)
+        assert train_drafter(model, processor, answers, answers[:3], thresholds, tmp_path / out, with_copies)
+    plain, kept = (tmp_path / out / "drafter" for out in ("plain", "kept"))
+    early, last = (step_folder(tmp_path / "kept", step) for step in (3, STEPS))
+    weights = {folder: load_file(folder / "model.safetensors") for folder in (plain, kept, early, last)}
+    assert all(torch.equal(weights[plain][name], weights[kept][name]) for name in weights[plain])
+    assert all(torch.equal(weights[last][name], weights[kept][name]) for name in weights[kept])
+    assert any(not torch.equal(weights[early][name], weights[kept][name]) for name in weights[kept])
+    records = [checkpoint.training(folder) for folder in (early, last, kept)]
+    assert [record["steps"] for record in records] == [3, STEPS, STEPS]
+    assert [record["finished"] for record in records] == [None, STEPS, STEPS]
+    assert records[0].keys() == records[2].keys() and records[1]["held_out"] == records[2]["held_out"]
+    with pytest.raises(UserError, match="cannot save its drafter at step 9"):
+        replace(settings, keep_at=(9,))

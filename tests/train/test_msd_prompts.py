@@ -83,5 +83,10 @@ def test_the_comparison_uses_each_photo_once_and_no_train_split(data: Path) -> N
         elif place == "sroie_lines":
             assert int(number.strip(".jpg")) % 2 == 1 and int(number.strip(".jpg")) % 3 != 1
         assert len(line.get("turns", "abc")) == 3 and line["split"] == "val"
+    left_out = {shown[0].rpartition("/")[2], lines[-1]["prompt"]}
+    others = suites.build(data, counts, 0, left_out)
+    assert Counter(line["task"] for line in others) == counts
+    assert not any(line.get("image", "").rpartition("/")[2] in left_out for line in others)
+    assert not any(line.get("prompt") in left_out for line in others)
     with pytest.raises(SystemExit, match="9 'ocr' prompts wanted"):
         suites.build(data, {**counts, "ocr": 9}, 0)

@@ -4,6 +4,7 @@ Every sample is answered by every method in turn, in an order that rotates from 
 cache. All methods share prompts, generation settings, dtype and threads. `transformers` is the library's `generate()`
 as users call it, `transformers:…` the library's own drafting where it supports the model, `ar` our loop without drafts.
 Times are wall times of the whole call, image encoding and prefill included; decode-only times start at the first token.
+A sample on which something else disturbed a method is measured again, with all methods (`msd.bench.disturbance`).
 Acceptance by modality is measured afterwards, untimed.
 """
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from msd import __version__
 from msd.bench.conversation import Conversation, check_prompts, digest
 from msd.bench.data import Sample
+from msd.bench.disturbance import REPEATS, disturbed
 from msd.bench.modality import TOP, LabelledSample, Labeller, columns, mean_top_probabilities, top_probabilities
 from msd.bench.rows import row
 from msd.bench.timing import LIBRARY, PLAIN, TRANSFORMERS, Run, outside_kernels, time_engine, time_library
@@ -87,11 +89,12 @@ class BenchSettings:
 class GroupAnswers:
     """The timed answers to one group of samples, by method.
 
-    not_run: the library's methods that do not run here, with the reason.
+    not_run: the library's methods that do not run here, with the reason. remeasured: the reason of each repetition.
     """
 
     runs: dict[str, Run]
     not_run: dict[str, str]
+    remeasured: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class Bench:
         check_prompts(self.conversation, samples, settings.max_new_tokens)
         self.groups = _grouped(samples, settings.batch)
         self.runs: dict[str, list[Run]] = {name: [] for name in self.timers}
+        self.remeasured: list[list[str]] = []
+        self._warm = False
         self.labels: list[LabelledSample] = []
         self.top_probabilities: list[Tensor] = []
         self.outside: dict[str, float] | None = {}
@@ -156,6 +161,7 @@ class Bench:
     def measure(self, report: Callable[[str], None]) -> None:
         """Measures everything that is still missing. After an error the parts measured so far remain valid."""
         self._answer(report)
+        self._repeat_disturbed(report)
         if self.settings.label_thresholds is not None and self.settings.temperature == 0 and self.settings.batch == 1:
             self._label(self.settings.label_thresholds, report)
         for number, group in enumerate(self.groups):
@@ -164,21 +170,34 @@ class Bench:
         self.outside = outside_kernels(self.engines[PLAIN].target)
 
     def _answer(self, report: Callable[[str], None]) -> None:
-        warm, unit = False, "sample" if self.settings.batch == 1 else "batch"
-        for number, group in enumerate(self.groups):
+        unit = "sample" if self.settings.batch == 1 else "batch"
+        for number in range(len(self.groups)):
             part = self.unfinished.get("Answers", GroupAnswers, number)
             if part is None or not part.runs.keys() | part.not_run.keys() >= self.timers.keys():
-                if not warm:  # the first answers are not counted
-                    self._ask_all(number, f"warming up with sample {group[0] + 1}", report)
-                    warm = True
                 runs = self._ask_all(number, f"{unit} {number + 1} of {len(self.groups)}", report)
                 part = self.unfinished.put("Answers", number, GroupAnswers(runs, self.not_run))
             self._leave_out(part.not_run)
+            self.remeasured.append(part.remeasured)
             for name in self.timers:
                 self.runs[name].append(part.runs[name])
 
+    def _repeat_disturbed(self, report: Callable[[str], None]) -> None:
+        """Measures disturbed groups again, up to `REPEATS` times each; the last measurement counts."""
+        for _ in range(REPEATS):
+            for number, reason in disturbed(self.runs).items():
+                if len(self.remeasured[number]) < REPEATS:
+                    runs = self._ask_all(number, f"again: {reason}", report)
+                    reasons = [*self.remeasured[number], reason]
+                    self.unfinished.put("Answers", number, GroupAnswers(runs, self.not_run, reasons))
+                    self.remeasured[number] = reasons
+                    for name in self.timers:
+                        self.runs[name][number] = runs[name]
+
     def _ask_all(self, number: int, progress: str, report: Callable[[str], None]) -> dict[str, Run]:
-        """Times all methods on one group of samples, in an order that rotates with `number`."""
+        """Times all methods on one group of samples, in an order that rotates with `number`; warms up first."""
+        if not self._warm:  # the first answers are not counted
+            self._warm = True
+            self._ask_all(number, f"warming up with sample {self.groups[number][0] + 1}", report)
         group = self.groups[number]
         events = [self.samples[i].events for i in group]
         inputs, runs = self.conversation(*(self.samples[i] for i in group)), {}
@@ -248,6 +267,7 @@ class Bench:
             "target_top_mass": top or None,
             "rows": rows,
             "sample_tasks": tasks,
+            "sample_remeasured": self.remeasured[: len(groups)],
             "sample_seconds": {name: [round(run_.seconds, 4) for run_ in self.runs[name]] for name in self.timers},
         }
 
@@ -255,6 +275,7 @@ class Bench:
         """Returns what `environment` of the results holds in addition to the machine and the versions."""
         settings, backend = self.settings, self.engines[PLAIN].target.backend
         config = settings.config
+        repeated = {number for number, reasons in enumerate(self.remeasured) if reasons}
         return {
             "backend": backend.name,
             "backend_lossy": backend.lossy,
@@ -265,6 +286,7 @@ class Bench:
             "batch": settings.batch,
             "outside_kernels": self.outside,
             "not_run": self.not_run,
+            "remeasured": {"samples": len(repeated), "still_disturbed": len(repeated & disturbed(self.runs).keys())},
             **({} if complete else {"broken_off": self.done}),
         }
 

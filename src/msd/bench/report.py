@@ -11,11 +11,15 @@ from jinja2 import Template
 
 from msd.backends.kernels import ROWS
 from msd.bench import errors, pairwise, plots
+from msd.bench.disturbance import SLOWER
 from msd.bench.pairwise import Table
+from msd.bench.timing import PLAIN, TRANSFORMERS
 from msd.system.files import make_folder, write_whole
 
 _COLUMNS = {
     "method": "method",
+    "speedup_vs_best_plain": "vs best plain",
+    "speedup_vs_best_plain_interval": "95%",
     "speedup_vs_ar": "vs `ar`",
     "speedup_vs_ar_interval": "95%",
     "speedup_vs_ar_paired_median": "median of the ratios per sample",
@@ -24,6 +28,7 @@ _COLUMNS = {
     "tokens_per_second": "tokens/s",
     "mean_acceptance_length": "τ",
     "tau_without_bonus": "τ without bonus",
+    "target_passes": "target passes",
     "identical": "identical",
     "mean_answer_tokens": "answer tokens",
     "host_share": "host share",
@@ -53,6 +58,7 @@ def described(environment: dict[str, Any]) -> str:
     partial = f"Interrupted: {environment['broken_off']} are measured. " if environment.get("broken_off") else ""
     refused = "".join(f" `{name}` does not run here ({why})." for name, why in environment.get("not_run", {}).items())
     kernels = "; ".join(f"{name}: {by_rows(used)}" for name, used in (environment.get("kernels") or {}).items())
+    repeated = environment.get("remeasured")
     return (
         f"{partial}{environment['threads']} threads ({environment['cpu_capability']}), {environment['dtype']}, "
         f"{environment.get('backend', 'plain')} backend"
@@ -62,13 +68,24 @@ def described(environment: dict[str, Any]) -> str:
         "empty caches. `ar` is this library's decoding without drafts: speedup over `ar` comes from drafting, speedup "
         "of `ar` over `transformers` from faster kernels."
         f"{f' A target pass spends at least {shares} of its time outside operators.' if shares else ''}"
-        f"{refused}"
+        f"{refused}{'' if repeated is None else _repeated(repeated)}"
+    )
+
+
+def _repeated(counts: dict[str, int]) -> str:
+    """Returns a sentence about the disturbed samples."""
+    if not counts["samples"]:
+        return f" No method took more than {SLOWER:g} times its usual time on any sample."
+    return (
+        f" Samples on which a method took more than {SLOWER:g} times its usual time were measured again, with all "
+        f"methods: {counts['samples']}, of which {counts['still_disturbed']} still take that long."
     )
 
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
     """Yields a table per task. By modality, acceptance is that of draft chains, coverage that of draft trees."""
-    columns = dict(_COLUMNS)
+    measured = {name for row in results["rows"] for name in row}
+    columns = {name: title for name, title in _COLUMNS.items() if name in measured}
     if any(row.get("speedup_warm_vs_ar") for row in results["rows"]):
         columns |= {"speedup_warm_vs_ar": "warm, vs `ar`"}
     kinds = list(dict.fromkeys(k for row in results["rows"] for name in _BY_MODALITY for k in row.get(name) or ()))
@@ -80,7 +97,16 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         cells = [[cell(row.get(name)) for name in columns] for row in rows]
         top = (results.get("target_top_mass") or {}).get(task)
         likely = f"; the target's 1 / 4 / 8 most probable tokens hold {cell(top)} of the probability" if top else ""
-        yield f"{task} ({rows[0]['samples']} samples{likely})", list(columns.values()), cells
+        yield f"{task} ({rows[0]['samples']} samples{_best_plain(rows)}{likely})", list(columns.values()), cells
+
+
+def _best_plain(rows: list[dict[str, Any]]) -> str:
+    """Returns which plain decoding is the best on a task, with the seconds of both; empty if it was not compared."""
+    best = rows[0].get("best_plain")
+    if best is None:
+        return ""
+    seconds = ", ".join(f"`{r['method']}` {r['seconds']:.1f} s" for r in rows if r["method"] in (PLAIN, TRANSFORMERS))
+    return f"; best plain decoding: `{best}` ({seconds})"
 
 
 def comparisons(results: dict[str, Any]) -> Iterator[Table]:

@@ -46,6 +46,7 @@ def tau_outside_repeats(answers: Iterable[tuple[Iterable[RowStep], Sequence[int]
 def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], comparable: bool) -> dict[str, Any]:
     """Returns one row. A speedup is a ratio of summed times over the same samples.
 
+    The best plain decoding is the faster one on these samples, ours or the library's.
     groups: indices into each method's list of `runs`. comparable: whether answers must equal the library's; a sampled
     batch shares one generator there, so its answers may differ.
     """
@@ -55,6 +56,8 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
         total.add(r.statistics)
     pairs = [pair for a, b in zip(own, library, strict=True) for pair in zip(a.answers, b.answers, strict=True)]
     answers, tokens, seconds = len(pairs), sum(r.tokens for r in own), _seconds(own)
+    best = min((PLAIN, TRANSFORMERS), key=lambda n: _seconds([runs[n][i] for i in groups]))
+    best_seconds = [runs[best][i].seconds for i in groups]
     parts = {part: total.seconds[part] for part in ("prefill", "draft", "verify", "host")} if total.seconds else {}
     return {
         "method": name,
@@ -63,12 +66,17 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
         "tokens": tokens,
         "mean_answer_tokens": tokens / answers,
         "speedup_vs_transformers": _seconds(library) / seconds,
+        "best_plain": best,
+        "speedup_vs_best_plain": sum(best_seconds) / seconds,
+        "speedup_vs_best_plain_interval": ratio_interval(best_seconds, [r.seconds for r in own]),
+        "speedup_vs_best_plain_paired_median": median(b / r.seconds for b, r in zip(best_seconds, own, strict=True)),
         "speedup_vs_ar": _seconds(plain) / seconds,
         "speedup_vs_ar_interval": ratio_interval([r.seconds for r in plain], [r.seconds for r in own]),
         "speedup_vs_ar_paired_median": median(b.seconds / a.seconds for a, b in zip(own, plain, strict=True)),
         "speedup_warm_vs_ar": _warm_speedup(plain, own),
         "speedup_decode_only": _decode_speedup(plain, own),
         "tokens_per_second": tokens / seconds,
+        "target_passes": total.num_spec_steps or None,
         "mean_acceptance_length": total.mean_acceptance_length if total.num_spec_steps else None,
         "tau_outside_repeated_8grams": tau_outside_repeats(row for r in own for row in r.by_row()),
         "tau_without_bonus": total.tau_without_bonus if total.num_spec_steps else None,

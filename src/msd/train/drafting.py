@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ from msd.system.files import check_place, exclusive, make_folder, read_json, rem
 from msd.targets import Target, adapt
 from msd.train.capture import Captured
 from msd.train.held_out import HeldOutAcceptance
-from msd.train.loop import Loop, LoopConfig, Sink
+from msd.train.loop import Loop, LoopConfig, Sink, StepLoss
 from msd.train.losses.msd import LossConfig
 from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache
 
 REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
+UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
 START_SETTINGS = ("method", "form", "layers", "off")  # fixed by a start drafter
 EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
 
@@ -57,7 +59,8 @@ class DraftTraining:
     always use that of the weights. remember: gigabytes for cached target outputs; it changes no result. method: a name
     in the registry; all but "msd" have the published form, parts, loss and stages. start: folder of an `msd` drafter to
     start from, which keeps its form, parts and vocabulary and begins in stage 2. events: give `msd` the event
-    recordings of the answers.
+    recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to `step-N/drafter` in
+    the run's folder, calibrated like a finished one; the learning rate has not decayed to its end there.
     """
 
     form: str = "block"
@@ -78,6 +81,7 @@ class DraftTraining:
     method: str = "msd"
     start: str | None = None
     events: bool = True
+    keep_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         changed = {f.name for f in fields(self) if f.name in START_SETTINGS and getattr(self, f.name) != f.default}
@@ -90,6 +94,9 @@ class DraftTraining:
                 f"form, weighting and parts to leave out are settings of msd; method '{self.method}' is trained as "
                 "published"
             )
+        late = [step for step in self.keep_at if not 0 < step <= self.steps]
+        if late:
+            raise UserError(f"a run of {self.steps} steps cannot save its drafter at step {late[0]}")
 
 
 def train(
@@ -137,17 +144,30 @@ def train(
         begun = time.monotonic()
         count = min(settings.anchors, network.max_roots or settings.anchors)
         step_loss = _step_loss(shared, batches, count, network.prompt_roots)
-        params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        warmup = min(20, 1 + settings.steps // 10)
-        config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
-        optimizer = _optimizer(params, settings.lr)
-        loop = Loop(params, optimizer, step_loss, config, out, evaluate, accelerator.backward, main, sink)
+        source = {"cuts": thresholds.model_dump(), "answers": len(captured)}
+
+        def save(folder: Path, complete: bool = False) -> None:
+            record = _record(settings, loop, source, evaluate, earlier, time.monotonic() - begun, complete)
+            checkpoint.save(network, folder, record)
+
+        keep = {step: partial(_keep, network, partial(save, step_folder(out, step), True)) for step in settings.keep_at}
+        loop = _loop(objective, step_loss, settings, out, evaluate, accelerator.backward, main, sink, keep)
         finished = loop.run()
         if main:
-            source = {"cuts": thresholds.model_dump(), "answers": len(captured)}
-            record = _record(settings, loop, source, evaluate, earlier, time.monotonic() - begun)
-            checkpoint.save(network, out / "drafter", record)
+            save(out / "drafter")
         return finished
+
+
+def step_folder(out: Path, step: int) -> Path:
+    """Returns where a run keeps the drafter that it had after `step` steps (`DraftTraining.keep_at`)."""
+    return out / f"step-{step}" / "drafter"
+
+
+def _keep(network: DraftNetwork, save: Callable[[], None]) -> None:
+    """Saves the network in the middle of a run, and undoes what calibration changed, so that the run is the same."""
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    save()
+    network.load_state_dict(before)
 
 
 @contextmanager
@@ -156,7 +176,7 @@ def _exclusive_folder(out: Path) -> Iterator[None]:
     check_place(out, folder=True)
     make_folder(out)
     with exclusive(out):
-        for folder in (out, out / "drafter"):
+        for folder in (out, out / "drafter", *out.glob("step-*/drafter")):
             remove_leftovers(folder)
         yield
 
@@ -217,7 +237,7 @@ def _frequent(captured: Sequence[Captured], vocabulary: int, size: int) -> Tenso
 
 def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, thresholds: ModalityThresholds) -> None:
     """Writes the settings of a new run to `run.json`. Raises UserError if those of an earlier run differ."""
-    kept = {k: v for k, v in asdict(settings).items() if k not in ("steps", "evaluate_every", "remember")}
+    kept = {k: v for k, v in asdict(settings).items() if k not in UNCHECKED}
     ids = hashlib.sha256(network.ids.cpu().numpy().tobytes()).hexdigest()[:16]
     run = json.loads(
         json.dumps({"method": settings.method, **kept, "draft vocabulary": ids, "target": thresholds.target})
@@ -271,9 +291,7 @@ def _end_tokens(model: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _step_loss(
-    objective: nn.Module, batches: TeacherBatches, roots: int, prompt_roots: int
-) -> Callable[[int], tuple[Tensor, Mapping[str, float]]]:
+def _step_loss(objective: nn.Module, batches: TeacherBatches, roots: int, prompt_roots: int) -> StepLoss:
     """Returns the function that computes a step's loss and its parts, with speed and memory for the log."""
     begun, tokens = time.monotonic(), 0
 
@@ -287,6 +305,14 @@ def _step_loss(
         return loss, {**parts, **speed}
 
     return step_loss
+
+
+def _loop(objective: nn.Module, step_loss: StepLoss, settings: DraftTraining, *others: Any) -> Loop:
+    """Returns the loop over the parameters of the objective. others: further arguments of `Loop`."""
+    params = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    warmup = min(20, 1 + settings.steps // 10)
+    config = LoopConfig(settings.steps, settings.seed, warmup, clip=0.5, evaluate_every=settings.evaluate_every)
+    return Loop(params, _optimizer(params, settings.lr), step_loss, config, *others)
 
 
 def _optimizer(params: Mapping[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
@@ -308,15 +334,17 @@ def _record(
     evaluate: HeldOutAcceptance,
     earlier: dict[str, Any],
     seconds: float,
+    complete: bool,
 ) -> dict[str, Any]:
     """Returns the record that is saved with the weights. source: the training data. earlier: of this run's first parts.
 
-    "before" is the history of the start drafter.
+    complete: measure and calibrate the drafter although the run is not finished. "before" is the history of the start
+    drafter.
     """
     finished, before = loop.step >= loop.schedule.steps, None
-    if finished and not evaluate.last:  # the run was at its end already, but its record is lost
+    if complete or (finished and not evaluate.last):  # else the run was at its end already, but its record is lost
         evaluate()
-    reports = evaluate.reports() if finished else {}
+    reports = evaluate.reports() if finished or complete else {}
     if settings.start is not None:
         start = checkpoint.training(settings.start)
         before = {name: start.get(name) for name in ("steps", "seconds", "answers", "before")}

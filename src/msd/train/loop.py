@@ -93,6 +93,7 @@ class Loop:
     `config.steps` differs from the checkpoint's, the schedule ends at the new number. The previous checkpoint stays in
     `checkpoint.previous.pt` and is used if the newest one is damaged. With several processes, each runs the loop:
     `backward` averages their gradients (accelerate's), and only the `main` process writes and evaluates.
+    keep: number of steps -> what the main process calls when the run has made so many.
     """
 
     def __init__(
@@ -106,11 +107,13 @@ class Loop:
         backward: Callable[[Tensor], None] = Tensor.backward,
         main: bool = True,
         sink: Sink | None = None,
+        keep: Mapping[int, Callable[[], None]] | None = None,
     ):
         self.params, self.optimizer, self.step_loss, self.config = dict(params), optimizer, step_loss, config
         self.folder, self.evaluate = folder, evaluate if main else None
         self.checkpoint, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
         self.backward, self.main, self.sink = backward, main, sink
+        self.keep = dict(keep or {}) if main else {}
         self.step, self.running = 0, dict[str, float]()  # running: the running mean of each logged loss
         self.averaged = {n: p.detach().clone() for n, p in self.params.items()} if config.average else {}
         self.schedule = Schedule(config.steps, warmup=config.warmup)
@@ -136,6 +139,8 @@ class Loop:
                     with self.using_average():
                         values = self.evaluate()
                     self._log({f"val_{k}": v for k, v in values.items()})
+                if self.step in self.keep:
+                    self.keep[self.step]()
                 if time.monotonic() - saved > self.config.save_seconds:
                     self.save()
                     saved = time.monotonic()

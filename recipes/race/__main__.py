@@ -1,0 +1,52 @@
+"""Trains methods for the same time and on the same number of answers, and measures them in one run each.
+
+python -m recipes.race train --only "msd seed 0"   # one run, on one core; without --only all of them
+python -m recipes.race bench --state equal-time     # speed of all trained drafters; then --state equal-answers
+python -m recipes.race tell                         # both tables: recipes/race/results/race.md
+python -m recipes.race ship                         # copies the drafters of equal time, without msd, to weights/
+
+An interrupted command is resumed when it is run again. `python -m recipes.race measure` measures the seconds of a step
+again, on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from msd.system.machine import use_huge_pages
+from recipes.race.measuring import bench_runs, ship_runs
+from recipes.race.plan import ANSWERS, MINUTES, TIME
+from recipes.race.tables import tell_runs
+from recipes.race.training import measure_steps, train_runs
+
+COMMANDS = {"train": train_runs, "bench": bench_runs, "tell": tell_runs, "ship": ship_runs, "measure": measure_steps}
+
+
+def main() -> None:
+    use_huge_pages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(COMMANDS))
+    parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
+    parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
+    parser.add_argument("--held-out-limit", type=int, default=60)
+    parser.add_argument("--images", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--root", type=Path, default=Path("runs/race/outputs"), help="the target's stored outputs")
+    parser.add_argument("--out", type=Path, default=Path("runs/race/runs"))
+    parser.add_argument("--target", default="reference")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of one core, for each run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=(), help="names of runs, in the order in which to train them")
+    parser.add_argument("--state", choices=(TIME, ANSWERS), default=TIME, help="which drafters `bench` measures")
+    parser.add_argument("--prompts", type=Path, default=Path("runs/race/val.jsonl"), help="written if it is missing")
+    parser.add_argument("--limit", type=int, help="of the prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--results", type=Path, default=Path("recipes/race/results"))
+    parser.add_argument("--weights", type=Path, default=Path("weights"), help="destination of `ship`")
+    parser.add_argument("--eight-bit", action="store_true", help="shipped weights in 8 bits instead of 16")
+    args = parser.parse_args()
+    COMMANDS[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Measures the trained drafters of the race in one state, and copies them to `weights/`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from msd import drafters
+from msd.bench import measure, report
+from msd.bench.data import load_data
+from msd.drafters import registry
+from msd.drafters.algorithms.msd import CONTROL, MSD, SHIPPED
+from msd.drafters.algorithms.msd.config import shapes_of
+from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.drafter import TrainedDrafter
+from msd.errors import UserError
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.loading import load_target
+from msd.system.files import exclusive, make_folder
+from msd.train.capture import label_thresholds_path, mixed, read_captured
+from recipes.race.plan import TIME, Run, drafter_folder, plan, step_times
+from recipes.race.prompts import write_prompts
+
+OWN = (SHIPPED, CONTROL)  # methods with MSD's network
+
+
+def finished(args: argparse.Namespace, state: str) -> dict[str, tuple[Run, Path]]:
+    """Returns name -> (run, folder of its drafter in `state`) for the finished runs."""
+    runs = plan(args.minutes, step_times(), args.only)
+    folders = {name: (run, drafter_folder(args.out, name, run, state)) for name, run in runs.items()}
+    done = {
+        name: found
+        for name, found in folders.items()
+        if checkpoint.training(drafter_folder(args.out, name, found[0], TIME)).get("finished")
+    }
+    if not done:
+        raise UserError(f"no run in '{args.out}' is finished; train one with `python -m recipes.race train`")
+    return done
+
+
+def register(done: Mapping[str, tuple[Run, Path]]) -> dict[str, str]:
+    """Registers the drafters as methods under the names of their runs; returns name -> hash of the weights."""
+    for name, (run, folder) in done.items():
+        load = partial(registry.load, folder)
+        if run.method in OWN:
+            drafters.register(name, lambda load=load, name=name: MSD(load(), name))  # type: ignore[misc]
+        else:
+            drafters.register(name, lambda load=load: TrainedDrafter(load()))  # type: ignore[misc]
+    return {name: checkpoint.digest(folder) for name, (_, folder) in done.items()}
+
+
+def bench_runs(args: argparse.Namespace) -> None:
+    """Measures all finished runs in one state, in one run that can be interrupted; writes the report."""
+    torch.set_num_threads(args.threads)
+    digests = register(finished(args, args.state))
+    if not args.prompts.exists():
+        held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
+        write_prompts(args.prompts, args.images, held_out)
+    model, processor = load_target(args.target)
+    samples = load_data(args.prompts, args.images)[: args.limit]
+    settings = measure.BenchSettings(
+        tuple(digests),
+        args.max_new_tokens,
+        label_thresholds=ModalityThresholds.load(label_thresholds_path(args.captured)),
+        baselines=(measure.TRANSFORMERS,),
+        about={"state": args.state, "drafters": digests},
+    )
+    folder = args.results / args.state
+    make_folder(folder)
+    with exclusive(folder):
+        work = measure.Bench(model, processor, samples, settings, folder)
+        work.measure(lambda text: print(text, end="\r", flush=True))
+        results = work.results()
+        assert results is not None  # there is at least one sample
+        report.write(results, folder)
+        work.unfinished.remove()
+    print(report.markdown(results))
+
+
+def ship_runs(args: argparse.Namespace) -> None:
+    """Copies the drafters of equal time to `weights/METHOD`, those of seed 0; prints their sizes.
+
+    `msd` is not copied: the shipped one is trained longer.
+    """
+    for name, (run, folder) in finished(args, TIME).items():
+        if run.method == SHIPPED or run.settings.seed or run.settings.text_only:
+            continue
+        network = registry.load(folder)
+        if run.method in OWN:
+            network.config = replace(network.config, shapes=shapes_of())
+        place = args.weights / run.method
+        checkpoint.save(network, place, checkpoint.training(folder), args.eight_bit)
+        print(f"{name}: {place}, {(place / checkpoint.WEIGHTS).stat().st_size / 1e6:.1f} MB")

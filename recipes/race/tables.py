@@ -1,0 +1,84 @@
+"""Writes the two tables of the race: drafters of equal training time, and of equally many answers seen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from msd.bench.report import cell
+from msd.drafters.toolkit import checkpoint
+from msd.system.files import make_folder, read_json, write_whole
+from recipes.race.measuring import finished
+from recipes.race.plan import ANSWERS, TIME, step_times
+
+TITLES = {TIME: "Equal training time", ANSWERS: "Equally many answers seen"}
+HELD_OUT = ("acceptance", "vision", "language", "fusion", "text")
+SPEED = {
+    "speedup_vs_best_plain": "vs best plain",
+    "speedup_vs_best_plain_interval": "95%",
+    "speedup_vs_best_plain_paired_median": "median of the ratios per sample",
+    "mean_acceptance_length": "τ",
+    "target_passes": "target passes",
+}
+DETAIL = "vs best plain, detail"
+
+
+def tell_runs(args: argparse.Namespace) -> None:
+    """Writes `trained.json` and `race.md` from the training records and, once they exist, the benchmarks' results."""
+    records = {state: _records(args, state) for state in TITLES}
+    make_folder(args.results)
+    document = {"step_times": step_times(), **records}
+    write_whole(args.results / "trained.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    text = markdown(document, {state: args.results / state / "results.json" for state in TITLES})
+    write_whole(args.results / "race.md", text)
+    print(text)
+
+
+def _records(args: argparse.Namespace, state: str) -> dict[str, dict[str, Any]]:
+    """Returns name -> steps, answers seen, minutes of one core, and held-out acceptance, in a state."""
+    return {
+        name: {
+            "steps": run.steps(state),
+            "answers": run.answers(state),
+            "minutes": round(run.minutes_at(state), 2),
+            "held_out": checkpoint.training(folder)["held_out"],
+        }
+        for name, (run, folder) in finished(args, state).items()
+    }
+
+
+def markdown(document: dict[str, Any], benchmarks: dict[str, Path]) -> str:
+    """Returns both tables; a state whose benchmark has not run has no speeds. document: content of `trained.json`."""
+    times = document["step_times"]
+    lines = [
+        "Written by `python -m recipes.race tell`. Minutes are those of one core: steps times the seconds of a step on "
+        f"an idle machine ({times['cpu']}, {times['threads']} thread, {times['precision']}). Answers are those seen in "
+        "training; an answer seen twice counts twice. In the second table each drafter is a copy from within the run "
+        "of the first: its learning rate has not decayed to the end of the schedule, except where the run ends there.",
+    ]
+    for state, title in TITLES.items():
+        speeds = _speeds(benchmarks[state])
+        head = ["drafter", "minutes", "answers", *(f"held-out {kind}" for kind in HELD_OUT)]
+        head += [*SPEED.values(), DETAIL] if speeds else []
+        lines += ["", f"**{title}**", "", _line(head), _line(["---"] * len(head))]
+        for name, record in document[state].items():
+            held_out = [f"{record['held_out'][kind]:.3f}" if kind in record["held_out"] else "–" for kind in HELD_OUT]
+            own = speeds.get(name, ["–"] * (len(SPEED) + 1)) if speeds else []
+            lines.append(_line([name, f"{record['minutes']:.1f}", f"{record['answers']:,}", *held_out, *own]))
+    return "\n".join(lines) + "\n"
+
+
+def _speeds(path: Path) -> dict[str, list[str]]:
+    """Returns method -> cells of a benchmark; empty if it has not run."""
+    if not path.exists():
+        return {}
+    rows = read_json(path, "run `python -m recipes.race bench` again")["rows"]
+    detail = {row["method"]: row["speedup_vs_best_plain"] for row in rows if row["task"] == "detail"}
+    overall = [row for row in rows if row["task"] == "all"]
+    return {r["method"]: [*(cell(r[key]) for key in SPEED), cell(detail.get(r["method"]))] for r in overall}
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,67 @@
+"""Trains the runs of the race, one after another, and measures the seconds of a step of each method."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from msd.drafters.toolkit import checkpoint
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.loading import load_target
+from msd.system import machine
+from msd.system.files import write_whole
+from msd.train.capture import label_thresholds_path, mixed, read_captured
+from msd.train.drafting import train
+from recipes.msd.rows import folder_of, speed
+from recipes.race.outputs import stored
+from recipes.race.plan import METHODS, STEP_TIMES, TIME, drafter_folder, plan, step_times
+
+PRECISION = "bf16"
+
+
+def train_runs(args: argparse.Namespace) -> None:
+    """Trains the unfinished runs. A stopped one (SystemExit) is resumed by the same command."""
+    runs = plan(args.minutes, step_times(), args.only)
+    waiting = [
+        name
+        for name, run in runs.items()
+        if not checkpoint.training(drafter_folder(args.out, name, run, TIME)).get("finished")
+    ]
+    if not waiting:
+        return
+    run = _trainer(args)
+    for name in waiting:
+        settings = runs[name].settings
+        print(f"{name}: {settings.steps} steps, {runs[name].minutes:.1f} minutes of one core", flush=True)
+        if not run(folder_of(args.out, name), settings):
+            raise SystemExit("stopped; run again to resume")
+
+
+def measure_steps(args: argparse.Namespace) -> None:
+    """Measures the seconds of a step of each method, and replaces `step_times.json`. The machine must be idle."""
+    run = _trainer(args)
+    seconds = {
+        method: round(speed(run, args.out / "probe", replace(settings, precision=PRECISION)), 4)
+        for method, settings in METHODS.items()
+    }
+    times = {"cpu": machine.processor(), "threads": args.threads, "precision": PRECISION, "seconds": seconds}
+    write_whole(STEP_TIMES, json.dumps(times, indent=1) + "\n")
+    print(json.dumps(times, indent=1))
+
+
+def _trainer(args: argparse.Namespace) -> Callable[..., bool]:
+    """Returns `train` for a folder and settings: with the answers, and with the target's outputs for them."""
+    torch.set_num_threads(args.threads)
+    captured = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
+    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
+    held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
+    model, processor = load_target(args.target)
+    model.requires_grad_(False)
+    cache: Any = stored(model, processor, captured, thresholds, args.root)
+    return partial(train, model, processor, captured, held_out, thresholds, cache=cache)

@@ -1,0 +1,73 @@
+"""The race: every run gets the same minutes, and a copy of its drafter at the same number of answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from recipes.race import plan as race
+from recipes.race.plan import ANSWERS, TIME
+from recipes.race.tables import markdown
+
+from msd.errors import UserError
+
+
+def test_runs_have_equal_minutes_and_copies_of_equal_answers() -> None:
+    times = race.step_times()
+    runs = race.plan(30, times)
+    assert len({run.answers(ANSWERS) for run in runs.values()}) == 1
+    assert min(run.answers(TIME) for run in runs.values()) == next(iter(runs.values())).answers(ANSWERS)
+    for name, run in runs.items():
+        seconds = times["seconds"][run.method]
+        assert abs(run.minutes_at(TIME) - 30) <= 10 * seconds / 60, "the steps are rounded to ten"
+        assert run.minutes_at(ANSWERS) * 60 == pytest.approx(run.steps(ANSWERS) * seconds)
+        assert run.settings.precision == times["precision"] and run.settings.keep_at[0] <= run.settings.steps
+        assert race.drafter_folder(Path("out"), name, run, ANSWERS) != race.drafter_folder(Path("out"), name, run, TIME)
+    assert {runs[f"msd seed {seed}"].settings.seed for seed in range(race.SEEDS)} == {0, 1, 2}
+    assert runs[race.ON_TEXT].settings.text_only and not runs["eagle2"].settings.text_only
+    folders = [race.drafter_folder(Path("out"), name, run, TIME) for name, run in runs.items()]
+    assert len(set(folders)) == len(folders)
+
+
+def test_some_runs_alone_are_the_same_runs() -> None:
+    times = race.step_times()
+    whole = race.plan(30, times)
+    alone = race.plan(30, times, ["vispec", "msd seed 1"])
+    assert list(alone) == ["vispec", "msd seed 1"] and all(run == whole[name] for name, run in alone.items())
+    with pytest.raises(UserError, match="no run of the race"):
+        race.plan(30, times, ["msd"])
+
+
+def test_step_times_of_all_methods_are_needed(tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps({"seconds": {"msd": 0.5}}))
+    with pytest.raises(UserError, match="lacks the step time"):
+        race.step_times(path)
+
+
+def test_both_tables_have_time_and_answers_in_every_row(tmp_path: Path) -> None:
+    record = {"steps": 10, "answers": 6560, "minutes": 19.6, "held_out": {"acceptance": 0.5}}
+    document = {
+        "step_times": {"cpu": "X", "threads": 1, "precision": "bf16"},
+        TIME: {"msd seed 0": record | {"answers": 10040, "minutes": 30.0}},
+        ANSWERS: {"msd seed 0": record},
+    }
+    rows = [
+        {
+            "method": "msd seed 0",
+            "task": task,
+            "speedup_vs_best_plain": speed,
+            "speedup_vs_best_plain_interval": [1.5, 1.7],
+            "speedup_vs_best_plain_paired_median": 1.55,
+            "mean_acceptance_length": 2.0,
+            "target_passes": 77,
+        }
+        for task, speed in (("all", 1.6), ("detail", 2.4))
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    text = markdown(document, {TIME: tmp_path / "results.json", ANSWERS: tmp_path / "none.json"})
+    time, answers = (line for line in text.splitlines() if line.startswith("| msd seed 0"))
+    assert time.startswith("| msd seed 0 | 30.0 | 10,040 | 0.500 | – ")
+    assert time.endswith("| 1.60 | 1.50–1.70 | 1.55 | 2.00 | 77 | 2.40 |")
+    assert answers == "| msd seed 0 | 19.6 | 6,560 | 0.500 | – | – | – | – |"
