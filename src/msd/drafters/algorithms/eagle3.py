@@ -23,6 +23,7 @@ class Eagle3(SelfFed):
     """Ignores modality, like `eagle2`."""
 
     layer = PairLayer
+    depth = 8  # the released code's default of 7 counts the levels below the first
     reach = 7
     reduced = True
     d2t: Tensor
