@@ -185,7 +185,7 @@ def _with_option(name: str) -> Method | None:
     if not base or wrap is None:
         return None
     method = get(base)
-    if (base in _known() and not method.weights) or base.endswith((f"+{option}", ":sampled")):
+    if (base not in _METHODS and not method.weights) or base.endswith((f"+{option}", ":sampled")):
         raise UserError(f"method '{name}': '+{option}' is an option of trained drafters that rank their candidates")
     make = lambda *weights: wrap(method.make(*weights))  # noqa: E731
     return replace(method, name=name, make=make, network=None, load=None, form_of=base)

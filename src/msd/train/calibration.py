@@ -46,7 +46,8 @@ def recalibrate_folder(
     network = registry.load(folder)
     if not isinstance(network, DraftNetwork):
         raise UserError(f"drafter '{folder}' has no node chances to fit; it scores nodes by its own probabilities")
-    chosen = mixed([a for a in answers if a.images] or list(answers), limit)
+    usable = [a for a in answers if len(a.ids) > 1]
+    chosen = mixed([a for a in usable if a.images] or usable, limit)
     fit = recalibrate(network, model, processor, chosen, thresholds)
     checkpoint.save_training(folder, checkpoint.training(folder) | fit)
     return fit

@@ -33,10 +33,10 @@ def candidates(objective: Objective, batches: Iterable[TeacherBatch]) -> tuple[N
             log_q, top = logits.float().log_softmax(-1).topk(min(CANDIDATES, logits.shape[-1]), -1)
             correct = ids[top] == read(batch.answers, index[..., d : d + 1])
             kept = valid[..., d : d + 1].expand_as(correct)
-            features = log_q, confidence.float()[..., None].expand_as(log_q), torch.full_like(log_q, d + 1)
-            found.append(tuple(x[kept].cpu() for x in (*features, correct)))
-    log_q, confidence, level, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return NodeFeatures(log_q, confidence, level), correct
+            sure = confidence.float()[..., None].expand_as(log_q)
+            found.append(tuple(x[kept].cpu() for x in (log_q, sure, correct)))
+    log_q, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return NodeFeatures(log_q, confidence), correct
 
 
 def fitted(node: NodeFeatures, correct: Tensor) -> dict[str, float]:
@@ -57,7 +57,7 @@ def fitted(node: NodeFeatures, correct: Tensor) -> dict[str, float]:
         return value
 
     solver.step(loss)
-    return {name: round(float(weight), 4) for name, weight in zip(names, fit, strict=True)}
+    return {name: round(float(weight), 4) for name, weight in zip(names, fit.detach(), strict=True)}
 
 
 def calibration_error(probability: Tensor, correct: Tensor) -> float:

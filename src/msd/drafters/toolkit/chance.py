@@ -21,13 +21,11 @@ Weights = Mapping[str, float | Tensor]  # by the name of a feature
 class NodeFeatures:
     """What the chance of a candidate is computed from; all broadcast to the shape of `log_q`.
 
-    log_q: its log draft probability. confidence: its parent's confidence logit. level: its level in the tree, 1 below
-    the root.
+    log_q: its log draft probability. confidence: its parent's confidence logit.
     """
 
     log_q: Tensor
     confidence: Tensor
-    level: Tensor | int
 
 
 def log_odds(log_q: Tensor) -> Tensor:
@@ -39,7 +37,6 @@ FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
     "log_odds": lambda node: log_odds(node.log_q),
     "confidence": lambda node: node.confidence,
     "bias": lambda node: 1.0,
-    "level": lambda node: node.level,
 }
 
 

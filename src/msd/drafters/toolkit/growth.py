@@ -267,8 +267,7 @@ class _Growth:
             q = (logits / self.temperature).log_softmax(-1).gather(-1, index)
         chance = q
         if self.temperature is None:
-            confidence = distributions.confidence.float()[..., None]
-            chance = self.vocabulary.log_acceptance(NodeFeatures(top, confidence, level))
+            chance = self.vocabulary.log_acceptance(NodeFeatures(top, distributions.confidence.float()[..., None]))
         score = self.score[..., None] + chance - 1e-5  # strictly below the parent's
         allowed = torch.arange(k, device=q.device) < self.widths[self.subtree][..., None]
         allowed = allowed & (level <= self.depths[self.subtree])[..., None] & (level <= self.limit)[:, None, None]
