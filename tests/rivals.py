@@ -31,14 +31,14 @@ def network(model: Any, method: str, seed: int = 0, **changes: Any) -> DraftNetw
     return net.attach(model).eval()
 
 
-def prompts(rows: int = 4) -> dict[str, torch.Tensor]:
-    """Returns prompts of unequal lengths; row s has s modulo 3 images."""
-    return tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(rows)))
+def prompts(rows: int = 4, first: int = 0) -> dict[str, torch.Tensor]:
+    """Returns prompts of unequal lengths, from number `first`; number s has s modulo 3 images."""
+    return tiny.batch(*(tiny.llava_inputs(s, images=s % 3, words=6 + s) for s in range(first, first + rows)))
 
 
-def teacher_batch(model: Any, net: DraftNetwork, rows: int = 4) -> TeacherBatch:
+def teacher_batch(model: Any, net: DraftNetwork, rows: int = 4, first: int = 0) -> TeacherBatch:
     """Returns greedy answers of `LENGTH` tokens with the target's log p over the network's vocabulary."""
-    inputs = prompts(rows)
+    inputs = prompts(rows, first)
     out = model.generate(
         **inputs, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False, suppress_tokens=[tiny.IMAGE]
     )

@@ -26,7 +26,7 @@ class SpeculativeConfig(BaseModel):
     drafting is slower. Without it, and always with sampled drafts, a lossy verifier or a lossy backend, the draft is
     as large as allowed.
     nodes, depth, width: the largest draft tree: drafted nodes; levels; and children of a node, as well as expanded
-    nodes of a subtree per level (1: a chain).
+    nodes of a subtree per level (1: a chain). The method's own limits hold too; no method drafts more than 8 levels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,7 +39,7 @@ class SpeculativeConfig(BaseModel):
     label: bool = False
     adaptive: bool = True
     nodes: int = Field(default=8, ge=1)
-    depth: int = Field(default=6, ge=1)
+    depth: int = Field(default=8, ge=1)
     width: int | None = Field(default=None, ge=1)
 
 

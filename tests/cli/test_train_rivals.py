@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import rivals
 import tiny_checkpoint
 from msd.drafters import registry
+from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.drafters.toolkit.training import Objective
 from training_command import FLOAT32, STEPS, interrupt, run, train
@@ -30,6 +31,7 @@ def test_trained_loaded_and_used(capsys: pytest.CaptureFixture[str], place: Path
     assert Path(summary["curves"]).read_bytes().startswith(b"\x89PNG")
     made = registry.load(summary["drafter"])
     assert type(made) is rivals.RIVALS[method] and made.config.method == method
+    assert made.calibration == made.provenance["calibration"] and {"log_odds", "bias"} <= made.calibration.keys()
     image = place / "images" / "0.png"
     command = ["generate", image, "-p", "Describe it.", "--target", place, "--max-new-tokens", 10, "--json"]
     code, out, err = run(capsys, *command, "--drafter", summary["drafter"])
@@ -55,6 +57,33 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
         "--out", tmp_path / "parts", "--method", "eagle2", "--steps", STEPS,
     )  # fmt: skip
     assert code == 2 and "holds a run with method 'vispec', not 'eagle2'" in err
+
+
+def test_the_chances_of_a_trained_drafter_are_fitted_again(
+    capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path
+) -> None:
+    drafter = Path(train(capsys, place, tmp_path / "run", "--method", "eagle2")["drafter"])
+    fitted, weights = checkpoint.training(drafter), (drafter / "model.safetensors").read_bytes()
+    answers = ["--captured", place / "captured.jsonl", "--images", place / "images"]
+    fit = ["calibrate", *answers, "--target", place, "--drafter"]
+    code, out, err = run(capsys, *fit, drafter, "--limit", 3, "--json")
+    assert code == 0, err
+    again, told = checkpoint.training(drafter), json.loads(out)
+    assert told == {"drafter": str(drafter), **{name: again[name] for name in ("calibration", "confidence")}}
+    assert again["calibration"] != fitted["calibration"] and again["settings"] == fitted["settings"]
+    assert registry.load(drafter).calibration == again["calibration"]
+    assert (drafter / "model.safetensors").read_bytes() == weights
+    code, out, err = run(capsys, *fit, drafter, "--limit", 3)
+    assert code == 0 and "candidates, calibration error" in out and len(out.splitlines()) == 1
+    code, _, err = run(capsys, *fit, tmp_path / "none")
+    assert code == 2 and "has no config.json" in err and len(err.splitlines()) == 1
+    checkpoint.save_training(drafter, {})
+    assert registry.load(drafter).calibration is None  # as in folders of earlier versions
+    code, out, err = run(
+        capsys, "generate", place / "images" / "0.png", "-p", "Describe it.", "--target", place, "--drafter", drafter,
+        "--max-new-tokens", 5, "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["method"] == "eagle2", err
 
 
 def test_weights_in_the_repository_are_methods_for_the_reference_model(

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import rivals
+import tiny
 from msd import drafters
 from msd.drafters import registry
+from msd.drafters.algorithms.prompt_lookup import Repeats
+from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
+from random_drafter import RandomDrafter
 
 
 def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +36,8 @@ def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch
         ("msd:ar", "msd train --form ar"),
         ("msd:video", "see recipes/events"),
         ("msd:video+prompt-lookup", "see recipes/events"),
+        ("eagle2+prompt-lookup", "msd train --method eagle2"),
+        ("eventgpt+prompt-lookup", "see docs/events.md"),
     ],
 )
 def test_missing_weights_name_the_command_that_trains_them(
@@ -70,3 +77,26 @@ def test_registered_methods_come_first() -> None:
     assert drafters.methods() == [*before, "mine"]
     assert drafters.create("mine").name == "prompt-lookup"
     assert "mine" in drafters.methods("another/target")
+
+
+def test_every_trained_drafter_can_look_up_repeats(tmp_path: Path) -> None:
+    for method in drafters.catalogue():
+        name = f"{method.name}+prompt-lookup"
+        if not method.weights or method.name.endswith((":sampled", "+prompt-lookup")):
+            with pytest.raises(UserError, match=f"method '{re.escape(name)}': .* trained drafters that rank"):
+                registry.get(name)
+            continue
+        assert registry.get(name).weights == method.weights and registry.get(name).target == method.target
+    with pytest.raises(UserError, match=r"unknown method 'eagle9'; known: .*; for drafters also NAME\+prompt-lookup"):
+        registry.get("eagle9+prompt-lookup")
+    drafters.register("mine", lambda: RandomDrafter(1, 9))
+    assert drafters.create("mine+prompt-lookup").name == "random+prompt-lookup"
+    with pytest.raises(UserError, match="samples its candidates"):
+        Repeats(drafters.create("prompt-lookup:sampled"))
+
+
+def test_a_named_folder_is_also_used_with_lookup(tmp_path: Path) -> None:
+    checkpoint.save(rivals.network(tiny.llava(), "eagle2"), tmp_path)
+    assert drafters.register_folder(tmp_path) == "eagle2"
+    made = drafters.create("eagle2+prompt-lookup")
+    assert isinstance(made, Repeats) and made.drafter.network.config.vocabulary == 64  # type: ignore[attr-defined]

@@ -212,15 +212,6 @@ def test_every_part_gets_a_gradient() -> None:
         assert still == []
 
 
-def test_calibration_error_by_hand() -> None:
-    from msd.drafters.algorithms.msd.objective import calibration_error
-
-    sure = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
-    right = torch.tensor([True, True, True, False, False, True])
-    assert calibration_error(sure, right) == pytest.approx(4 / 6 * 0.2 + 2 / 6 * 0.05, abs=1e-6)
-    assert calibration_error(torch.ones(5), torch.ones(5).bool()) == 0.0
-
-
 def test_router_report_counts_every_first_draft_once() -> None:
     from msd.drafters.algorithms.msd.objective import router_report
 
@@ -258,18 +249,19 @@ def test_msd_draft_loss_by_hand() -> None:
 
 
 def test_confidence_is_calibrated_on_held_out_answers() -> None:
-    from msd.drafters.algorithms.msd.objective import calibrate
+    from msd.drafters.toolkit.calibration import calibrate
+    from msd.drafters.toolkit.chance import NodeFeatures
 
     model = tiny.llava()
     made = network(model, "block")
     _, _, batch, labels = teacher_batch(model, made)
-    log_q = torch.log(torch.tensor([0.9, 0.3, 0.01]))
-    assert torch.allclose(made.log_acceptance(log_q, torch.zeros(3)), log_q, atol=1e-5)  # before any fit: q itself
+    node = NodeFeatures(torch.log(torch.tensor([0.9, 0.3, 0.01])), torch.zeros(3))
+    assert torch.allclose(made.log_acceptance(node), node.log_q, atol=1e-5)  # before any fit: q itself
     _, objective = overfit(made, batch, labels)
-    report = calibrate(objective, [(batch, labels)])
+    report = calibrate(objective, [batch])["confidence"]
     assert report["candidates"] > 100
     assert report["ece"] < max(0.05, report["ece_of_q"])
-    assert made.heads.calibration.tolist() == pytest.approx(report["fit"], abs=1e-3)
+    assert made.calibration is not None and made.calibration.keys() >= {"log_odds", "confidence", "bias"}
 
 
 def test_each_epoch_trains_on_every_answer_once() -> None:

@@ -51,9 +51,22 @@ Device = Annotated[
     str | None, typer.Option("--device", help="Torch device of the model: 'cpu' (default), 'cuda', 'cuda:1'.")
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help="Drafting method; by default the drafter trained for the target.")
+    str | None,
+    typer.Option(
+        "--method",
+        help="Drafting method, by default the drafter trained for the target; NAME+prompt-lookup adds lookup of long "
+        "repeats.",
+    ),
 ]
-Methods = Annotated[str, typer.Option("--method", help="Method names, separated by commas, or 'all'.")]
+Methods = Annotated[
+    str,
+    typer.Option(
+        "--method", help="Method names, separated by commas, or 'all'; NAME+prompt-lookup adds lookup of long repeats."
+    ),
+]
+LabelThresholds = Annotated[
+    Path | None, typer.Option("--cuts", help="Label thresholds; by default those next to the captured answers.")
+]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy decoding.")]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msd.cli.options import Device, Images, Json, Target, grouped, quiet
+from msd.cli.options import Device, Images, Json, LabelThresholds, Target, grouped, quiet
 from msd.errors import UserError
 from msd.system.files import check_place
 
@@ -32,10 +32,7 @@ class Answers:
         Path | None,
         typer.Option("--held-out", help="Captured answers to measure acceptance on; 'val' lines by default."),
     ] = None
-    thresholds: Annotated[
-        Path | None,
-        typer.Option("--cuts", help="Label thresholds; by default those next to the captured answers."),
-    ] = None
+    thresholds: LabelThresholds = None
 
     def read(self) -> tuple[list[Captured], list[Captured]]:
         """Returns (training, held-out) answers; without held-out ones, every twentieth training answer is held out.
@@ -57,15 +54,9 @@ class Answers:
 
     def label_thresholds(self) -> ModalityThresholds:
         """Loads the label thresholds of the target that wrote the answers. Raises UserError if there are none."""
-        from msd.labels.label_thresholds import ModalityThresholds
-        from msd.train.capture import label_thresholds_path
+        from msd.train.capture import load_label_thresholds
 
-        path = self.thresholds or label_thresholds_path(self.captured)
-        if not path.exists():
-            raise UserError(
-                f"no label thresholds at '{path}'; 'msd capture' without --limit fits them, or give a file with --cuts"
-            )
-        return ModalityThresholds.load(path)
+        return load_label_thresholds(self.captured, self.thresholds)
 
 
 @dataclass(frozen=True)

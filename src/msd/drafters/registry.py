@@ -6,13 +6,15 @@ that are present. Trained weights are searched in the folders `ROOTS`: the ones 
 checkout. A folder belongs to the method in its configuration; the configuration of an MSD drafter has none, and its
 folder is named after the method, with a dash for the colon. Drafters of the video target are in the folder `video` of a
 root: `video/msd` is `msd:video`.
+
+`NAME+OPTION` is method NAME with an option that works with every drafter (`add_option`), such as `+prompt-lookup`.
 """
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +73,7 @@ class Method:
 
 _BUILT_IN: dict[str, Method] = {}  # registered by files of `msd.drafters.algorithms`
 _METHODS: dict[str, Method] = {}  # registered at run time; these have precedence
+_OPTIONS: dict[str, Callable[[Drafter], Drafter]] = {}
 K = TypeVar("K", bound=type[DraftNetwork])
 
 
@@ -82,6 +85,11 @@ def training_command(options: str) -> str:
 def add(method: Method) -> None:
     """Registers a method of the package."""
     _BUILT_IN[method.name] = method
+
+
+def add_option(name: str, wrap: Callable[[Drafter], Drafter]) -> None:
+    """Registers the option `name` of all drafters: `wrap` is applied to the drafter of a method NAME in `NAME+name`."""
+    _OPTIONS[name] = wrap
 
 
 def learned(
@@ -105,6 +113,7 @@ def learned(
         def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
             network = checkpoint.load(folder, lambda text: kind(config.from_json(text)), dtype)
             network.provenance = checkpoint.provenance(folder)
+            network.calibration = network.provenance.get("calibration")
             return network
 
         make = lambda network: drafter(kind.adopted(network))  # noqa: E731
@@ -161,11 +170,25 @@ def methods(target: str = REFERENCE) -> list[str]:
 
 def get(name: str) -> Method:
     """Returns the method `name`; UserError lists all methods, and marks those whose weights are missing."""
-    known = _METHODS.get(name) or _known().get(name)
+    known = _METHODS.get(name) or _known().get(name) or _with_option(name)
     if known is None:
         listed = [m.name + (" (weights not here)" if m.missing else "") for m in catalogue()]
-        raise UserError(f"unknown method '{name}'; known: {', '.join(listed)}")
+        options = ", ".join(f"NAME+{option}" for option in _OPTIONS)
+        raise UserError(f"unknown method '{name}'; known: {', '.join(listed)}; for drafters also {options}")
     return known
+
+
+def _with_option(name: str) -> Method | None:
+    """Returns the method of a name `NAME+OPTION`; None for any other name. UserError if NAME drafts without weights."""
+    base, _, option = name.rpartition("+")
+    wrap = _OPTIONS.get(option)
+    if not base or wrap is None:
+        return None
+    method = get(base)
+    if (base not in _METHODS and not method.weights) or base.endswith((f"+{option}", ":sampled")):
+        raise UserError(f"method '{name}': '+{option}' is an option of trained drafters that rank their candidates")
+    make = lambda *weights: wrap(method.make(*weights))  # noqa: E731
+    return replace(method, name=name, make=make, network=None, load=None, form_of=base)
 
 
 def ready(name: str) -> Method:

@@ -79,7 +79,7 @@ class Plan:
     state lasts as long as the plan. Times are medians over recent steps, so one delayed step has no effect.
     """
 
-    def __init__(self, nodes: int = 8, depth: int = 6, width: int | None = None, costs: Costs | None = None) -> None:
+    def __init__(self, nodes: int = 8, depth: int = 8, width: int | None = None, costs: Costs | None = None) -> None:
         self.nodes, self.depth, self.width, self.costs = nodes, depth, width, costs
         self.governor = Governor()
         self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting

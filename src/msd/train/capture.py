@@ -271,6 +271,16 @@ def label_thresholds_path(path: Path) -> Path:
     return path.with_name(path.name + ".cuts.json")
 
 
+def load_label_thresholds(captured: Path, path: Path | None = None) -> ModalityThresholds:
+    """Loads the label thresholds in `path`, by default those next to `captured`; UserError if there are none."""
+    path = path or label_thresholds_path(captured)
+    if not path.exists():
+        raise UserError(
+            f"no label thresholds at '{path}'; 'msd capture' without --limit fits them, or give a file with --cuts"
+        )
+    return ModalityThresholds.load(path)
+
+
 def fit_label_thresholds(records: Iterable[dict[str, Any]], target: str) -> ModalityThresholds | None:
     """Fits label thresholds on the train records with images (text-only answers are language); None without any."""
     with_images = [r for r in records if r["split"] == "train" and r["image"]]

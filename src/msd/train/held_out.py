@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from msd.config import SpeculativeConfig
 from msd.core.modality import LANGUAGE, known
 from msd.core.tree import Step
 from msd.drafters import Drafter
+from msd.drafters.toolkit.calibration import calibrate
 from msd.drafters.toolkit.training import Objective
 from msd.model import SpeculativeVLM
 from msd.train.capture import Captured
-from msd.train.teacher_batches import TeacherBatches
-from msd.verify import calibrate
+from msd.train.teacher_batches import LabelledBatch, TeacherBatches
+from msd.verify import calibrate as solve_threshold
 from msd.verify.lossy import Position
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -56,8 +57,21 @@ class HeldOutAcceptance:
         return counts
 
     def reports(self) -> dict[str, Any]:
-        """Returns the objective's reports on the answers about images, or on the text-only ones if there are none."""
-        return self.objective.reports(lambda: self.batches.in_order(self.with_images or self.text_only))
+        """Fits the node chances; returns the fit and the objective's reports on a trained network.
+
+        Both use the answers about images, or the text-only ones if there are none.
+        """
+        return self.calibrate() | self.objective.reports(self._batches)
+
+    def calibrate(self) -> dict[str, Any]:
+        """Fits the network's node chances; returns the fit (see `msd.drafters.toolkit.calibration`)."""
+        self.objective.eval()
+        fit = calibrate(self.objective, (batch for batch, _ in self._batches()))
+        self.objective.train()
+        return fit
+
+    def _batches(self) -> Iterator[LabelledBatch]:
+        return self.batches.in_order(self.with_images or self.text_only)
 
 
 class Recorder:
@@ -114,4 +128,4 @@ def solve(probabilities: dict[str, list[float]], budgets: Iterable[float] = BUDG
     for name, values in probabilities.items():
         p = torch.tensor(values, dtype=torch.float64)
         records[name] = (torch.stack([p, 1 - p], 1), torch.tensor([[True, False]]).expand(len(values), -1))
-    return {str(epsilon): calibrate(records, epsilon) for epsilon in budgets}
+    return {str(epsilon): solve_threshold(records, epsilon) for epsilon in budgets}

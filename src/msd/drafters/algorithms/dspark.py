@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.levels import Block
 from msd.drafters.toolkit.network import NetworkConfig
 from msd.train.losses.published import dspark_loss
@@ -45,6 +46,6 @@ class DSpark(Block):
         """See `DraftNetwork`."""
         return self.confidence(torch.cat([states, self.markov_in(parents)], -1)).squeeze(-1)
 
-    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
-        """See `DraftVocabulary`; log(q · confidence)."""
-        return log_q + F.logsigmoid(confidence)
+    def uncalibrated(self, node: NodeFeatures) -> Tensor:
+        """See `DraftNetwork`; log(q · confidence)."""
+        return node.log_q + F.logsigmoid(node.confidence)

@@ -23,6 +23,7 @@ class Eagle3(SelfFed):
     """Ignores modality, like `eagle2`."""
 
     layer = PairLayer
+    depth = 8  # the released code's default of 7 counts the levels below the first
     reach = 7
     prompt_roots = reach - 1  # as released: a draft counts where its token is in the answer, wherever its root is
     reduced = True

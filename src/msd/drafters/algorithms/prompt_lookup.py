@@ -4,7 +4,7 @@ The last n tokens are searched in the prompt and the output so far, longest matc
 occurrences are merged into one tree, and the most frequent nodes are drafted. `sampled=True` samples the candidates
 from the same counts, which tests verification with a draft distribution q.
 
-`msd+prompt-lookup`: uses lookup where the last 10 tokens occurred before, and a trained drafter elsewhere. On 4,400
+`NAME+prompt-lookup`: uses lookup where the last 10 tokens occurred before, and the drafter NAME elsewhere. On 4,400
 answers of the reference model, a match of the last 2 tokens was followed by 1.3 equal tokens (of at most 6), a match
 of 5 by 1.6, of 10 by 3.7, and of 12 or more by 5.3; a trained drafter reaches about 3. A lookup costs almost nothing.
 """
@@ -28,6 +28,7 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, SampledCandidates, Scores
 from msd.drafters import registry
 from msd.drafters.base import Drafter, ReadsAuxiliary
+from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -199,12 +200,19 @@ def _sample_tree(root: _Node, budget: int, branches: int, draw: Callable[[Tensor
 class Repeats(Drafter):
     """Drafts by lookup in rows whose last `least` tokens occurred before, and with `drafter` in all others.
 
-    `State.memory` holds two views of the state, each with the memory of one of the two.
+    `State.memory` holds two views of the state, each with the memory of one of the two. UserError for a drafter that
+    samples its candidates, as some rows of a tree would be sampled and others not.
     """
 
     def __init__(self, drafter: Drafter, least: int = LEAST) -> None:
+        if drafter.sampled:
+            raise UserError(f"drafter '{drafter.name}' samples its candidates, which lookups cannot be mixed with")
         self.drafter, self.lookup, self.least = drafter, PromptLookup(least, least), least
         self.name, self.taps = f"{drafter.name}+{self.lookup.name}", drafter.taps
+
+    def translate(self, tokenizer: Any) -> None:
+        """See `Drafter`."""
+        self.drafter.translate(tokenizer)
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """See `Drafter`."""
@@ -263,6 +271,7 @@ class Repeats(Drafter):
 
 registry.add(registry.Method("prompt-lookup", PromptLookup))
 registry.add(registry.Method("prompt-lookup:sampled", partial(PromptLookup, sampled=True)))
+registry.add_option("prompt-lookup", Repeats)
 for _name, _target in ((registry.DEFAULT, registry.REFERENCE), (registry.DEFAULT + registry.FOR_VIDEO, registry.VIDEO)):
     _make = lambda network, name=_name: Repeats(type(network).drafter(network, name))  # noqa: E731
     registry.add(registry.Method(f"{_name}+prompt-lookup", _make, (_name,), form_of=_name, target=_target))

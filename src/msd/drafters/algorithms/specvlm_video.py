@@ -46,6 +46,7 @@ class SpecVLMVideo(EagleNetwork):
         c = trained.config
         network = cls(replace(c, method=cls.method, taps=cls.tapped(c.taps[-1])))
         network.load_state_dict(trained.state_dict())
+        network.calibration = trained.calibration
         return network.eval()
 
     def attach(self, model: PreTrainedModel, name: str | None = None) -> Self:

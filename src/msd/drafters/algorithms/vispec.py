@@ -24,7 +24,7 @@ from msd.train.losses.published import vispec_loss
 class ViSpec(EagleNetwork):
     """With several images, g is that of the last image before a position; adjacent images count as one."""
 
-    width, depth = 8, 3
+    width, depth = 8, 4  # the released code's depth of 3 counts the levels below the first
     stages = (0.3, 0.0, 1.0, 0.0)
 
     def __init__(self, config: Any) -> None:

@@ -18,14 +18,20 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
+from msd.drafters.toolkit.chance import FEATURES
 from msd.errors import UserError
 from msd.system.files import make_folder, parse_json, read_bytes, read_json, read_tensors, read_text, write_whole
 
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 SCALE = ".row_scale"
 REMEDY = "take the folder from where it came, or train it again with 'msd train'"
-EXTRA_REMEDY = "delete it: the drafter works without it; only the thresholds calibrated for 'budget' are lost"
+EXTRA_REMEDY = "delete it: the drafter works without it; only its calibration and the thresholds of 'budget' are lost"
 N = TypeVar("N", bound=nn.Module)
+# what decoding reads of the training record: str(ε) -> modality -> θ, and feature -> weight
+TABLES: dict[str, TypeAdapter[Any]] = {
+    "thresholds": TypeAdapter(dict[str, dict[str, FiniteFloat]] | None),
+    "calibration": TypeAdapter(dict[str, FiniteFloat] | None),
+}
 
 
 def sizes(text_config: Any) -> dict[str, Any]:
@@ -151,8 +157,10 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
 
 
 def digest(folder: Path) -> str:
-    """Hashes a drafter's configuration and weights. UserError as in `load`."""
-    parts = (configuration(folder).encode(), read_bytes(folder / WEIGHTS, REMEDY))
+    """Hashes a drafter's configuration, weights and calibration. UserError as in `load`."""
+    parts = [configuration(folder).encode(), read_bytes(folder / WEIGHTS, REMEDY)]
+    fit = provenance(folder).get("calibration")
+    parts += [] if fit is None else [json.dumps(fit, sort_keys=True).encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -207,11 +215,21 @@ def training(folder: Path | str) -> dict[str, Any]:
 
 
 def provenance(folder: Path | str) -> dict[str, Any]:
-    """Reads the training record and checks its `thresholds`, str(ε) -> modality -> θ; UserError if damaged."""
+    """Reads the training record and checks what decoding uses of it; UserError if damaged.
+
+    thresholds: str(ε) -> modality -> θ. calibration: feature -> weight (`msd.drafters.toolkit.chance`).
+    """
     record = training(folder)
-    try:
-        TypeAdapter(dict[str, dict[str, FiniteFloat]] | None).validate_python(record.get("thresholds"), strict=True)
-    except ValidationError as error:
-        problem = "'thresholds' is no table of numbers"
-        raise UserError(f"'{Path(folder) / EXTRA}' is damaged: {problem}; {EXTRA_REMEDY}") from error
+    for name, kind in TABLES.items():
+        try:
+            kind.validate_python(record.get(name), strict=True)
+        except ValidationError as error:
+            problem = f"'{name}' is no table of numbers"
+            raise UserError(f"'{Path(folder) / EXTRA}' is damaged: {problem}; {EXTRA_REMEDY}") from error
+    unknown = sorted((record.get("calibration") or {}).keys() - FEATURES.keys())
+    if unknown:
+        raise UserError(
+            f"drafter '{folder}': its calibration has the unknown feature '{unknown[0]}'; update msd, or "
+            "fit it again with 'msd calibrate'"
+        )
     return record

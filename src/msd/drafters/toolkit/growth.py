@@ -23,6 +23,7 @@ from torch import Tensor
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, SampledCandidates
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.planning.plan import Budget
 
 NEVER = -1e30  # score of a candidate that must not become a node
@@ -61,8 +62,8 @@ class DraftVocabulary(Protocol):
     def ids(self) -> Tensor:
         """[Vd] int64: the target's id of each draft token."""
 
-    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
-        """Log-probability that a candidate is the target's choice, from its log q and its parent's confidence logit."""
+    def log_acceptance(self, node: NodeFeatures) -> Tensor:
+        """Log-probability that a candidate is the target's choice, given that its parent was."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class _Growth:
             q = (logits / self.temperature).log_softmax(-1).gather(-1, index)
         chance = q
         if self.temperature is None:
-            chance = self.vocabulary.log_acceptance(top, distributions.confidence.float()[..., None])
+            chance = self.vocabulary.log_acceptance(NodeFeatures(top, distributions.confidence.float()[..., None]))
         score = self.score[..., None] + chance - 1e-5  # strictly below the parent's
         allowed = torch.arange(k, device=q.device) < self.widths[self.subtree][..., None]
         allowed = allowed & (level <= self.depths[self.subtree])[..., None] & (level <= self.limit)[:, None, None]

@@ -112,6 +112,7 @@ class EagleNetwork(SelfFed):
     """EAGLE's input and layer: x_i = fc([emb(y_{i+1}); h_i]) with bias, no norm before the attention (2401.15077)."""
 
     layer: ClassVar[type[Layer]] = BareLayer
+    depth = 6  # the released code's depth of 5 counts the levels below the first
     options: ClassVar[dict[str, float]] = {"noise": 0.1}
 
     def __init__(self, config: object) -> None:

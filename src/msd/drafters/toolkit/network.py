@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.core.layout import Layout
 from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance
 from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, select_columns, text_columns
 from msd.drafters.toolkit.growth import Levels
 from msd.drafters.toolkit.layers import KeyValues, Layer, Rotary
@@ -87,6 +88,7 @@ class DraftNetwork(nn.Module, ABC):
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.layers))
         self.stack: list[Layer] = list(self.layers)  # type: ignore[arg-type]
         self.provenance: dict[str, Any] = {}  # the training record
+        self.calibration: Weights | None = None  # of node chances (`msd.drafters.toolkit.chance`)
         self._target: list[nn.Module] = []  # embedding and output layer; a list keeps them out of the state dict
         self._dtype: torch.dtype | None = None  # of packed products
         self._head_packed = False
@@ -125,8 +127,8 @@ class DraftNetwork(nn.Module, ABC):
         """Returns the network that drafts with the weights of `trained`, possibly another method's."""
         return trained
 
-    def objective(self, settings: Any, ends: Sequence[int]) -> Objective:
-        """Returns what training minimises. settings: of MSD's loss. ends: token ids that end an answer."""
+    def objective(self, settings: Any = None, ends: Sequence[int] = ()) -> Objective:
+        """Returns what training minimises. settings: of MSD's loss, or its defaults. ends: ids that end an answer."""
         kind = type(self).objective_type
         return Objective(self) if kind is None else kind(self, settings, ends=ends)
 
@@ -170,9 +172,13 @@ class DraftNetwork(nn.Module, ABC):
         """[Vd] int64: the target's id of each draft token."""
         return torch.arange(self.config.vocabulary, device=self.rotary.inverse.device)
 
-    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
-        """See `DraftVocabulary`; by default the draft's log-probability (EAGLE-2, section 4.1)."""
-        return log_q
+    def log_acceptance(self, node: NodeFeatures) -> Tensor:
+        """See `DraftVocabulary`; by the fitted `calibration` if there is one."""
+        return self.uncalibrated(node) if self.calibration is None else log_chance(self.calibration, node)
+
+    def uncalibrated(self, node: NodeFeatures) -> Tensor:
+        """Computes `log_acceptance` before any fit; by default log q (EAGLE-2, section 4.1)."""
+        return node.log_q
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the target's embeddings [..., H] of token ids [...]."""

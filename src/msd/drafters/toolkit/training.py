@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,17 +102,29 @@ class Objective(nn.Module):
         loss, parts = self.network.loss(batch, roots)
         return loss, {name: float(part.detach()) for name, part in parts.items()}
 
+    @property
+    def modalities(self) -> Sequence[str]:
+        """Names of the modalities that acceptance is counted for."""
+        return [m.name for m in (LANGUAGE, VISION, FUSION)]
+
+    def levels(self, batch: TeacherBatch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (draft logits [B, A, Vd], confidence logits [B, A]) of levels 1 to `depth` below `all_roots`.
+
+        The path to a level is the answer. One level at a time: distributions over a whole vocabulary are large.
+        """
+        answers, roots = batch.answers, all_roots(batch)
+        states = self.network.states(batch, roots, depth)
+        for d in range(depth):
+            above = answers.gather(1, (roots + d).clamp_max(answers.shape[1] - 1))
+            level = states[:, :, d]
+            yield self.network.logits(level, above), self.network.confidence_logits(level, above)
+
     @torch.no_grad()
     def acceptance(self, batch: TeacherBatch, labels: Tensor) -> dict[str, list[int]]:
         """Counts [accepted, drafted] per modality name on top-1 chains from every answer token (see `count_chain`)."""
-        answers, roots = batch.answers, all_roots(batch)
-        states = self.network.states(batch, roots, min(CHAIN, self.network.config.depth))
-        guesses = []
-        for d in range(states.shape[2]):  # level by level: distributions over a whole vocabulary are large
-            above = answers.gather(1, (roots + d).clamp_max(answers.shape[1] - 1))
-            guesses.append(self.network.ids[self.network.logits(states[:, :, d], above).argmax(-1)])
-        names = [m.name for m in (LANGUAGE, VISION, FUSION)]
-        return count_chain(batch, labels, torch.stack(guesses, -1), names)
+        levels = self.levels(batch, min(CHAIN, self.network.config.depth))
+        guesses = [self.network.ids[logits.argmax(-1)] for logits, _ in levels]
+        return count_chain(batch, labels, torch.stack(guesses, -1), self.modalities)
 
     def reports(self, batches: LabelledBatches) -> dict[str, Any]:
         """Measures or fits on held-out batches, once the network is trained; by default nothing."""

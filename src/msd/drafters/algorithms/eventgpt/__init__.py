@@ -26,6 +26,7 @@ from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, E
 from msd.drafters.algorithms.eventgpt.vocabulary import FILE, Pieces, VocabularyMap
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
 from msd.errors import UserError
@@ -224,9 +225,9 @@ class EventGPTDrafter(Drafter):
         """[n] int64: the target's ids of the tokens that can be drafted."""
         return self.mapping.ids
 
-    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
+    def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
-        return log_q
+        return node.log_q
 
     def encode(self, item: Any) -> Tensor:
         """See `ReadsAuxiliary`: event tokens [E, H] of a recording."""

@@ -28,6 +28,7 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
+from msd.drafters.toolkit.chance import NodeFeatures, log_chance
 from msd.drafters.toolkit.context import (
     Anchors,
     Columns,
@@ -45,6 +46,7 @@ from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
 from msd.labels import EVENT_MODALITIES
 from msd.targets.teacher import TeacherBatch
 
+STORED = ("log_odds", "confidence", "bias")  # features of the calibration that older folders hold as a tensor
 END_LOGIT = 1.4  # of an ending (probability 0.8); above it a draft is not worth its time
 
 
@@ -97,20 +99,6 @@ class Experts(nn.Module):
         return torch.cat([one, one if self.transfer else weights[..., :1], weights[..., 1:]], -1)
 
 
-def log_odds(log_q: Tensor) -> Tensor:
-    """Computes logit(q) from log q; finite at q = 1."""
-    return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
-
-
-def calibrated(fit: Tensor, log_q: Tensor, confidence: Tensor) -> Tensor:
-    """Computes the log-probability that a token is the target's choice: log σ(a·logit(q) + b·confidence + c).
-
-    fit: [3], (a, b, c); with (1, 0, 0) the result is log q. confidence: the parent's confidence logit.
-    """
-    slope, weight, bias = fit.unbind()
-    return F.logsigmoid(slope * log_odds(log_q) + weight * confidence + bias)
-
-
 class Heads(nn.Module):
     """Computes logits over the draft vocabulary, and confidence, from trunk states.
 
@@ -119,7 +107,7 @@ class Heads(nn.Module):
     """
 
     ids: Tensor  # [Vd] int64: the target's id of each draft token
-    calibration: Tensor  # [3]: see `calibrated`; [1, 0, 0] until it is fitted
+    calibration: Tensor  # [3]: weights of the features `STORED`; [1, 0, 0], which is log q, in new networks
 
     def __init__(self, config: MSDConfig) -> None:
         super().__init__()
@@ -243,9 +231,9 @@ class MSDNetwork(SelfFed):
         """[Vd] int64: the target's id of each draft token."""
         return self.heads.ids
 
-    def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
-        """See `DraftVocabulary`; a logistic model fitted on held-out greedy answers, log q before that."""
-        return calibrated(self.heads.calibration, log_q, confidence)
+    def uncalibrated(self, node: NodeFeatures) -> Tensor:
+        """See `DraftNetwork`; older folders hold their calibration as a tensor."""
+        return log_chance(dict(zip(STORED, self.heads.calibration.unbind(), strict=True)), node)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns normalised target embeddings [..., H] of token ids [...]: their scale is a tenth of the states'."""

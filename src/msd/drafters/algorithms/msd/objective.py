@@ -6,7 +6,7 @@ network.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd.drafters.algorithms.msd.network import MSDNetwork, log_odds
+from msd.drafters.algorithms.msd.network import MSDNetwork
+from msd.drafters.toolkit.calibration import calibration_error
 from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.training import (
-    CHAIN,
     LabelledBatches,
     Objective,
     all_roots,
-    count_chain,
     drafted,
     final_states,
     parents,
@@ -29,9 +28,6 @@ from msd.drafters.toolkit.training import (
 )
 from msd.targets.teacher import TeacherBatch
 from msd.train.losses.msd import LossConfig, TaskWeights, position_losses
-
-BINS = 10  # of the calibration error
-CANDIDATES = 4  # most likely tokens per position that calibration is fitted on
 
 
 @dataclass
@@ -58,10 +54,10 @@ class DraftObjective(Objective):
 
     network: MSDNetwork
 
-    def __init__(self, network: MSDNetwork, config: LossConfig, ends: Sequence[int] = ()) -> None:
+    def __init__(self, network: MSDNetwork, config: LossConfig | None = None, ends: Sequence[int] = ()) -> None:
         super().__init__(network)
-        self.config, self.depth = config, network.config.depth
-        self.weights = TaskWeights(network.config.modalities, config.weighting)
+        self.config, self.depth = config or LossConfig(), network.config.depth
+        self.weights = TaskWeights(network.config.modalities, self.config.weighting)
         self.modality_ids = torch.tensor(network.config.modality_ids)
         self.end_ids = torch.tensor(list(ends), dtype=torch.long)
 
@@ -100,11 +96,6 @@ class DraftObjective(Objective):
             logits = logits + heads.parent_logits(heads.from_state(z), parent, weights)
         return logits, heads.confidence_logits(z.detach(), parent)
 
-    def routed_logits(self, batch: TeacherBatch) -> tuple[Drafts, Tensor, Tensor]:
-        """Computes (drafts, `logits`) below every answer token except the last, under the router's probabilities."""
-        drafts, states = self.all_states(batch)
-        return drafts, *self.logits(batch, drafts, states, self.routes(batch, drafts, states).exp())
-
     def forward(self, batch: TeacherBatch, labels: Tensor, roots: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Computes the loss and its parts below the answer tokens `roots` [B, A].
 
@@ -140,85 +131,24 @@ class DraftObjective(Objective):
         weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
         return loss, {**parts, "router": float(router_loss.detach()), "acceptance": float(mean(overlap)), **weighting}
 
-    @torch.no_grad()
-    def acceptance(self, batch: TeacherBatch, labels: Tensor) -> dict[str, list[int]]:
+    @property
+    def modalities(self) -> Sequence[str]:
         """See `Objective`."""
-        _, logits, _ = self.routed_logits(batch)
-        guess = self.network.ids[logits[:, :, :CHAIN].argmax(-1)]
-        return count_chain(batch, labels, guess, self.network.config.modalities)
+        return self.network.config.modalities
+
+    def levels(self, batch: TeacherBatch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Objective`; under the router's probabilities."""
+        drafts, states = self.all_states(batch)
+        logits, confidence = self.logits(batch, drafts, states, self.routes(batch, drafts, states).exp())
+        yield from zip(logits.unbind(2)[:depth], confidence.unbind(2)[:depth], strict=True)
 
     def reports(self, batches: LabelledBatches) -> dict[str, Any]:
-        """Fits the calibration of tree scores, and measures the router."""
-        reports = {"confidence": calibrate(self, batches())}
-        if self.network.router is not None:
-            reports["router"] = router_report(self, batches())
-        return reports
+        """Measures the router."""
+        return {} if self.network.router is None else {"router": router_report(self, batches())}
 
     def _parents(self, batch: TeacherBatch, index: Tensor) -> Tensor:
         """Embeds the tokens before the answer tokens `index`: [B, A, D, H]."""
         return self.network.embed(parents(batch, index))
-
-
-@torch.no_grad()
-def candidates(
-    objective: DraftObjective, batches: Iterable[tuple[TeacherBatch, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Collects the most likely candidates of every position: (log q [n], the parent's confidence logit, correct bool).
-
-    The answers must be the target's greedy ones. The path above a candidate is the answer's own, as for a tree node
-    whose parent was accepted.
-    """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch, _ in batches:
-        drafts, logits, confidence = objective.routed_logits(batch)
-        log_q, index = logits.float().log_softmax(-1).topk(min(CANDIDATES, logits.shape[-1]), -1)
-        correct = objective.network.ids[index] == drafts.read(batch.answers)[..., None]
-        valid = drafts.valid[..., None].expand_as(correct)
-        found.append((log_q[valid], confidence[..., None].expand_as(log_q)[valid], correct[valid]))
-    log_q, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return log_q, confidence, correct
-
-
-def fitted(log_q: Tensor, confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """Fits the model to n candidates; returns (fit [3], the fitted probabilities [n]).
-
-    log_q, confidence: [n]. correct: [n] bool, whether the candidate was the target's choice.
-    """
-    features = torch.stack([log_odds(log_q), confidence.float(), torch.ones_like(log_q)], -1)
-    fit = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
-    solver = torch.optim.LBFGS([fit], max_iter=60, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = F.binary_cross_entropy_with_logits(features @ fit, correct.float()) + 1e-4 * fit.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return fit.detach(), torch.sigmoid(features @ fit.detach())
-
-
-def calibration_error(probability: Tensor, correct: Tensor) -> float:
-    """Computes the expected calibration error (Guo et al. 2017, section 2), from 0 to 1, over `BINS` equal bins.
-
-    probability: [n], the predicted probability of being correct. correct: [n] bool.
-    """
-    bins = (probability * BINS).long().clamp_max(BINS - 1)
-    gaps = probability.new_zeros(BINS).index_add(0, bins, probability - correct.to(probability.dtype))
-    return float(gaps.abs().sum()) / max(1, len(correct))
-
-
-def calibrate(objective: DraftObjective, batches: Iterable[tuple[TeacherBatch, Tensor]]) -> dict[str, Any]:
-    """Fits `Heads.calibration` in place; reports the calibration error (0 to 1) of log q alone and of the fit."""
-    log_q, confidence, correct = (x.detach().cpu() for x in candidates(objective, batches))
-    fit, chances = fitted(log_q, confidence, correct)
-    objective.network.heads.calibration.copy_(fit)
-    return {
-        "candidates": len(correct),
-        "ece_of_q": calibration_error(log_q.exp(), correct),
-        "ece": calibration_error(chances, correct),
-        "fit": [round(float(x), 4) for x in fit],
-    }
 
 
 @torch.no_grad()

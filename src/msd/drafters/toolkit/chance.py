@@ -1,0 +1,48 @@
+"""Node chances: the probability that a drafted token is the target's choice, given that its parent was.
+
+A draft probability q is no such chance: a tree scored by log q ends early where q is too low. A logistic model over
+a few features of a node, fitted on the target's greedy answers (`msd.drafters.toolkit.calibration`), predicts it. The
+model is a mapping from features to weights; a new feature is a line in `FEATURES`, and a field of `NodeFeatures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = Mapping[str, float | Tensor]  # by the name of a feature
+
+
+@dataclass(frozen=True)
+class NodeFeatures:
+    """What the chance of a candidate is computed from; all broadcast to the shape of `log_q`.
+
+    log_q: its log draft probability. confidence: its parent's confidence logit.
+    """
+
+    log_q: Tensor
+    confidence: Tensor
+
+
+def log_odds(log_q: Tensor) -> Tensor:
+    """Computes logit(q) from log q; finite at q = 1."""
+    return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
+
+
+FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
+    "log_odds": lambda node: log_odds(node.log_q),
+    "confidence": lambda node: node.confidence,
+    "bias": lambda node: 1.0,
+}
+
+
+def log_chance(weights: Weights, node: NodeFeatures) -> Tensor:
+    """Computes log σ(Σ weight · feature), the log-probability that a candidate is the target's choice."""
+    logit = torch.zeros(())
+    for name, weight in weights.items():
+        logit = logit + weight * FEATURES[name](node)
+    return F.logsigmoid(logit)
