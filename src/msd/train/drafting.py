@@ -165,9 +165,10 @@ def step_folder(out: Path, step: int) -> Path:
 
 def _keep(network: DraftNetwork, save: Callable[[], None]) -> None:
     """Saves the network in the middle of a run, and undoes what calibration changed, so that the run is the same."""
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    before, calibration = {name: tensor.clone() for name, tensor in network.state_dict().items()}, network.calibration
     save()
     network.load_state_dict(before)
+    network.calibration = calibration
 
 
 @contextmanager
