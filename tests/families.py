@@ -79,6 +79,7 @@ from family_layouts import (
     stacked,
     tiles,
 )  # fmt: skip
+from recurrent_models import RECURRENT
 
 WINDOW = 12  # of sliding layers: shorter than every prompt
 
@@ -389,6 +390,10 @@ FAMILIES = [
         sounds(16),
         ("audio",),
         lengths=(16, 12),
+    ),
+    *(
+        Family(r.name, _made(r.model, r.config), r.place, r.tensors, r.kinds, r.sizes, r.types, r.frame)
+        for r in RECURRENT
     ),
 ]  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}
