@@ -159,5 +159,5 @@ class KVCache(Cache):
             self.committed[row] = base + len(path)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """UserError: the library's way to drop tokens does not apply to trees, nor to the states of recurrent layers."""
+        """UserError: dropping the newest columns applies neither to trees nor to the states of recurrent layers."""
         raise UserError("this cache cannot be cropped; `commit` keeps the accepted path of a tree and drops the rest")

@@ -108,11 +108,10 @@ class RecurrentCache(KVCache):
     def __init__(self, text_config: Any, batch: int, capacity: int) -> None:
         kinds = DynamicCache(config=text_config).layers
         super().__init__(sum(isinstance(kind, CacheLayerMixin) for kind in kinds), batch, capacity)
-        attention = iter(self.layers)
-        self.layers = [next(attention) if isinstance(kind, CacheLayerMixin) else kind for kind in kinds]
-        self.states = {
-            i: _States(layer) for i, layer in enumerate(self.layers) if isinstance(layer, LinearAttentionCacheLayerMixin)
-        }
+        attention = iter(self._attention())
+        self.layers: list[Any] = [next(attention) if isinstance(kind, CacheLayerMixin) else kind for kind in kinds]
+        recurrent = [i for i, kind in enumerate(kinds) if isinstance(kind, LinearAttentionCacheLayerMixin)]
+        self.states = {i: _States(self.layers[i]) for i in recurrent}
 
     @property
     def node_bytes(self) -> int:
@@ -158,8 +157,8 @@ class Recurrent(Target):
                 f"the text model '{self.text_config.model_type}' has layers of kind '{unknown[0]}', whose state no "
                 f"adapter keeps yet; supported: {', '.join(sorted(RECURRENT))}"
             )
-        window = getattr(self.text_config, "sliding_window", None)
-        return {kind: window if kind == masks.SLIDING else None for kind in (masks.FULL, masks.SLIDING) if kind in kinds}
+        windows = {masks.FULL: None, masks.SLIDING: getattr(self.text_config, "sliding_window", None)}
+        return {kind: window for kind, window in windows.items() if kind in kinds}
 
     def layer_masks(self, mask: masks.Mask, columns: Tensor | None) -> masks.Mask:
         """Adds the mask of the mixers: [B, S], 0 at columns whose input is zero to them; None for trees."""
@@ -205,18 +204,19 @@ def _levels(tree: DraftTree) -> list[Level]:
             if d >= 0:
                 found[d][0].append(row * N + node)
                 found[d][1].append(row * N + parent)
-    tensors = [(torch.tensor(nodes, device=device), torch.tensor(above, device=device)) for nodes, above in found if nodes]
-    return [(nodes, above if i else None) for i, (nodes, above) in enumerate(tensors)]
+    tensors = [[torch.tensor(x, device=device) for x in level] for level in found if level[0]]
+    return [(nodes, above if depth else None) for depth, (nodes, above) in enumerate(tensors)]
 
 
 def _mixer(layer: nn.Module) -> nn.Module:
     """The part of a decoder layer that reads the cache. UserError unless there is exactly one."""
-    found = [part for part in layer.children() if _reads_cache(type(part))]
+    found = [part for part in layer.children() if _reads_cache(type(part))]  # type: ignore[arg-type]
     if len(found) != 1:
         raise UserError(f"a {type(layer).__name__} has {len(found)} parts that read a cache, and its mixer must be one")
     return found[0]
 
 
 @cache
-def _reads_cache(kind: type[nn.Module]) -> bool:
+def _reads_cache(kind: Any) -> bool:
+    """Whether the `forward` of a class of modules has a cache among its arguments."""
     return bool(inspect.signature(kind.forward).parameters.keys() & CACHE_ARGUMENTS)
