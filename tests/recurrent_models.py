@@ -12,8 +12,17 @@ from transformers import (
     Lfm2Config,
     Lfm2VlConfig,
     Lfm2VlForConditionalGeneration,
+    Lfm3Config,
+    Lfm3VlConfig,
+    Lfm3VlForConditionalGeneration,
+    MiniCPMOcrConfig,
+    MiniCPMOcrForConditionalGeneration,
     MiniCPMV4_6Config,
     MiniCPMV4_6ForConditionalGeneration,
+    MiniCPMV4_7Config,
+    MiniCPMV4_7ForConditionalGeneration,
+    NemotronH_Omni_Reasoning_V3,
+    NemotronH_Omni_Reasoning_V3_Config,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
@@ -21,14 +30,18 @@ from transformers import (
     Siglip2VisionConfig,
 )
 
-from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, Picture, Rows, grid, of, qwen
+from family_layouts import BOS, BREAK, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, Picture, Rows, grid, of, qwen
 
+SLICE = 1000  # a token that no prompt has
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 
 
 @dataclass(frozen=True)
 class Recurrent:
-    """The fields of a `Family`, with the class and config of its model instead of a maker."""
+    """The fields of a `Family`, with the class and config of its model instead of a maker.
+
+    weights: how much larger than at the start of training: those of the output layer, and all others.
+    """
 
     name: str
     model: type
@@ -39,6 +52,7 @@ class Recurrent:
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 24), (24, 8))
     types: str | None = None
     frame: tuple[int, int] = (8, 16)
+    weights: tuple[float, float] = (10.0, 6.0)
 
 
 def _sizes(**more: Any) -> dict[str, Any]:
@@ -111,6 +125,36 @@ def _packed(rows: Rows) -> dict[str, Tensor]:
     return out
 
 
+_MINICPM = {
+    "text_config": _delta_net(model_type="qwen3_5_text"), "vision_config": _TOWER | {"image_size": 16},
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "insert_layer_id": 0, "image_size": 16,
+}  # fmt: skip
+
+
+# Nemotron 3 Nano Omni: rows of patches of 4x4 pixels; a placeholder for each block of 2x2
+
+
+def _gridded(rows: Rows) -> dict[str, Tensor]:
+    images = of(rows, "image")
+    cut = [x.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1) for x in images]
+    return {
+        "pixel_values": torch.cat(cut),
+        "image_grid_hw": torch.tensor([[x.shape[1] // 4, x.shape[2] // 4] for x in images]),
+    }
+
+
+_MAMBA = {
+    "model_type": "nemotron_h", "hidden_size": 32, "vocab_size": VOCABULARY, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "intermediate_size": 64,
+    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "conv_kernel": 4, "chunk_size": 16,
+    "n_routed_experts": 4, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+    "num_experts_per_tok": 2, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+    "layer_types": ["linear_attention", "moe", "full_attention", "linear_attention", "mlp"],
+}  # fmt: skip
+_RADIO = {
+    "model_type": "radio", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "patch_size": 4, "image_size": 16, "video_temporal_patch_size": 2, "max_img_size": 16,
+}  # fmt: skip
 _VIDEOS = ("image", "video")
 RECURRENT = [
     Recurrent(
@@ -136,11 +180,42 @@ RECURRENT = [
         _blocks(8), _shaped,
     ),
     Recurrent(
-        "minicpmv4_6", MiniCPMV4_6ForConditionalGeneration,
-        MiniCPMV4_6Config(
-            text_config=_delta_net(model_type="qwen3_5_text"), vision_config=_TOWER | {"image_size": 16},
-            image_token_id=IMAGE, video_token_id=VIDEO, insert_layer_id=0, image_size=16,
+        "lfm3_vl", Lfm3VlForConditionalGeneration,
+        Lfm3VlConfig(
+            text_config=Lfm3Config(**_sizes(
+                layer_types=["conv", "full_attention", "conv", "sliding_attention"], num_hidden_layers=4, head_dim=8,
+                conv_L_cache=3, sliding_window=12, tie_word_embeddings=False,
+            )),
+            vision_config={
+                "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "patch_size": 4, "layer_types": ["conv", "full_attention"],
+            },
+            projector_hidden_size=32, tie_word_embeddings=False, **_MARKS,
         ),
+        grid(True), qwen(False), _VIDEOS,
+    ),
+    Recurrent(
+        "minicpm_ocr", MiniCPMOcrForConditionalGeneration, MiniCPMOcrConfig(**_MINICPM),
+        _blocks(8), _packed, _VIDEOS, ((16, 32), (32, 16)), frame=(16, 16), weights=(20.0, 12.0),
+    ),
+    Recurrent(
+        "minicpmv4_6", MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config(**_MINICPM),
         _blocks(16), _packed, _VIDEOS, ((16, 32), (32, 16)), frame=(16, 16),
+    ),
+    Recurrent(
+        "minicpmv4_7", MiniCPMV4_7ForConditionalGeneration,
+        MiniCPMV4_7Config(
+            **_MINICPM, image_start_id=START, image_end_id=END, slice_start_id=SLICE, slice_end_id=SLICE,
+            newline_id=BREAK,
+        ),
+        _blocks(16), _packed, _VIDEOS, ((16, 32), (32, 16)), "mm_token_type_ids", (16, 16),
+    ),
+    Recurrent(
+        "nemotron_h_omni", NemotronH_Omni_Reasoning_V3,
+        NemotronH_Omni_Reasoning_V3_Config(
+            text_config=_MAMBA, vision_config=_RADIO, vision_hidden_size=16, projector_hidden_size=32,
+            image_token_id=IMAGE, video_token_id=VIDEO, force_image_size=16,
+        ),
+        _blocks(8), _gridded, weights=(10.0, 24.0),
     ),
 ]  # fmt: skip

@@ -195,10 +195,19 @@ class AnyResolution(Pictures):
 
 @dataclass(frozen=True)
 class Packed(Pictures):
-    """The patches of all images side by side, [1, 3, P, patches * P], with [rows, columns] of patches per image."""
+    """The patches of all images side by side, [1, 3, P, patches * P], with [rows, columns] of patches per image.
+
+    keeps: whether these sizes remain in the inputs, because rotary positions depend on them.
+    """
 
     extra_tensors: tuple[str, ...] = ("target_sizes",)
     limit: int = 512
+    keeps: bool = False
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """See `Pictures`."""
+        return (self.pixels,) if self.keeps else super().consumed
 
     def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
         """See `Pictures`."""

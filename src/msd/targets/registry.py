@@ -53,7 +53,9 @@ _ONE_VISION = (
 
 _SHAPES = Pictures(extra_tensors=("spatial_shapes", "pixel_attention_mask"), limit=512)
 _PACKED = (Packed(), Packed("video", "pixel_values_videos", ("target_sizes_videos",)))
-_STATES = "recurrent layers: a turn reuses an earlier one only whole"
+_SIZED = (Packed(keeps=True), Packed("video", "pixel_values_videos", ("target_sizes_videos",), keeps=True))
+_GRIDS = Patches(extra_tensors=("image_grid_hw",))
+_STATES = "turns reuse whole states only"
 
 _FAMILIES: dict[str, Family] = {
     "gemma3": Family("Gemma 3", _VISION, Gemma3, (_STACK,)),
@@ -74,7 +76,11 @@ _FAMILIES: dict[str, Family] = {
     "qwen3_5": Family("Qwen3.5", _VIDEO, RecurrentMRope, _QWEN, _TORCHVISION, _STATES),
     "qwen3_5_moe": Family("Qwen3.5 MoE", _VIDEO, RecurrentMRope, _QWEN, _TORCHVISION, _STATES),
     "lfm2_vl": Family("LFM2-VL", _VISION, Recurrent, (_SHAPES,), _TORCHVISION, _STATES),
+    "lfm3_vl": Family("LFM3-VL", _VIDEO, Recurrent, _QWEN, _TORCHVISION, _STATES),
+    "minicpm_ocr": Family("MiniCPM-OCR", _VIDEO, Recurrent, _PACKED, _TORCHVISION, f"{_STATES}; needs opencv-python"),
     "minicpmv4_6": Family("MiniCPM-V 4.6", _VIDEO, Recurrent, _PACKED, _TORCHVISION, _STATES),
+    "minicpmv4_7": Family("MiniCPM-V 4.7", _VIDEO, RecurrentMRope, _SIZED, _TORCHVISION, _STATES),
+    "nemotron_h_omni": Family("Nemotron 3 Omni", _VISION, Recurrent, (_GRIDS,), _TORCHVISION, _STATES),
 }
 
 

@@ -27,6 +27,12 @@ def text_decoder(model: PreTrainedModel) -> Any:
     return decoder if hasattr(decoder, "layers") else decoder.model
 
 
+def output_layer(model: PreTrainedModel) -> Any:
+    """The layer that computes the logits; Nemotron-H Omni has it in its language model only."""
+    own = model.get_output_embeddings()
+    return model.get_decoder().get_output_embeddings() if own is None else own
+
+
 def final_norm(decoder: Any) -> nn.Module:
     """The norm after the last layer, which LFM2 and Nemotron-H call otherwise than most."""
     norm: nn.Module = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
