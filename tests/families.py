@@ -79,6 +79,8 @@ from family_layouts import (
     stacked,
     tiles,
 )  # fmt: skip
+from msd.targets.taps import output_layer
+from recurrent_models import RECURRENT
 
 WINDOW = 12  # of sliding layers: shorter than every prompt
 
@@ -109,7 +111,7 @@ def _made(model: type, config: Any, sharpness: float = 10.0, strength: float = 6
         torch.manual_seed(0)
         made = model(config)
         with torch.no_grad():
-            made.lm_head.weight.mul_(sharpness)
+            output_layer(made).weight.mul_(sharpness)
             for name, weight in made.named_parameters():
                 if weight.dim() > 1 and not weight.any():  # such as Gemma 3's projector
                     torch.nn.init.normal_(weight, std=0.02)
@@ -389,6 +391,10 @@ FAMILIES = [
         sounds(16),
         ("audio",),
         lengths=(16, 12),
+    ),
+    *(
+        Family(r.name, _made(r.model, r.config, *r.weights), r.place, r.tensors, r.kinds, r.sizes, r.types, r.frame)
+        for r in RECURRENT
     ),
 ]  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -175,7 +175,7 @@ def ours(engine: SpeculativeVLM) -> list[int]:
 def wrapped(model: Any, backend: str = "fused", taps: tuple[int, ...] = ()) -> SpeculativeVLM:
     engine = SpeculativeVLM(model, None, SpeculativeConfig(backend=backend), "prompt-lookup")
     if taps:
-        engine.target.taps = type(engine.target.taps)(model.get_decoder, taps)
+        engine.target.taps = type(engine.target.taps)(model, taps)
     return engine
 
 

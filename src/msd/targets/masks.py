@@ -7,6 +7,7 @@ more. A tree node of depth d is d columns after the prefix, whatever its cache s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from msd.errors import UserError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Windows = dict[str | None, int | None]  # layer type -> columns that such a layer attends to, None: all
-Mask = Tensor | dict[str | None, Tensor]
+Mask = Tensor | Mapping[str | None, Tensor | None]
 
 
 def attention_windows(text_config: Any) -> Windows:

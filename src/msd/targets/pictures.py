@@ -191,3 +191,35 @@ class AnyResolution(Pictures):
                 output = self._run(model, {**(options or {}), **batch})
                 found.update(zip(some, self._unbatch(output, len(some)), strict=True))
         return [found[i] for i in range(len(items))]
+
+
+@dataclass(frozen=True)
+class Packed(Pictures):
+    """The patches of all images side by side, [1, 3, P, patches * P], with [rows, columns] of patches per image.
+
+    keeps: whether these sizes remain in the inputs, because rotary positions depend on them.
+    """
+
+    extra_tensors: tuple[str, ...] = ("target_sizes",)
+    limit: int = 512
+    keeps: bool = False
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """See `Pictures`."""
+        return (self.pixels,) if self.keeps else super().consumed
+
+    def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
+        """See `Pictures`."""
+        (name,) = self.extra_tensors
+        sizes, pixels = inputs[name], inputs[self.pixels][0]
+        patches = sizes.prod(-1).tolist()
+        parts = pixels.split([n * (pixels.shape[-1] // sum(patches)) for n in patches], -1)
+        return [{self.pixels: part, name: size} for part, size in zip(parts, sizes, strict=True)]
+
+    def _batch(self, items: Sequence[VisionItem]) -> dict[str, Any]:
+        (name,) = self.extra_tensors
+        return {
+            self.pixels: torch.cat([item[self.pixels] for item in items], -1)[None],
+            name: torch.stack([item[name] for item in items]),
+        }

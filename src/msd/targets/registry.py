@@ -14,8 +14,9 @@ from msd.errors import UserError
 from msd.targets.base import Target
 from msd.targets.bidirectional import Gemma3, PaliGemma
 from msd.targets.mrope import MRope
-from msd.targets.pictures import AnyResolution, NestedTiles, Patches, Pictures
+from msd.targets.pictures import AnyResolution, NestedTiles, Packed, Patches, Pictures
 from msd.targets.qwen2_audio import Qwen2Audio
+from msd.targets.recurrent import Recurrent, RecurrentMRope
 from msd.targets.video_llava import VideoLlava
 from msd.targets.vision import VisionCache
 
@@ -50,6 +51,12 @@ _ONE_VISION = (
     Pictures("video", "pixel_values_videos", ("image_sizes_videos",), join="stack"),
 )
 
+_SHAPES = Pictures(extra_tensors=("spatial_shapes", "pixel_attention_mask"), limit=512)
+_PACKED = (Packed(), Packed("video", "pixel_values_videos", ("target_sizes_videos",)))
+_SIZED = (Packed(keeps=True), Packed("video", "pixel_values_videos", ("target_sizes_videos",), keeps=True))
+_GRIDS = Patches(extra_tensors=("image_grid_hw",))
+_STATES = "turns reuse whole states only"
+
 _FAMILIES: dict[str, Family] = {
     "gemma3": Family("Gemma 3", _VISION, Gemma3, (_STACK,)),
     "idefics3": Family("Idefics3", _VISION, Target, (NestedTiles(),)),
@@ -66,6 +73,14 @@ _FAMILIES: dict[str, Family] = {
     "smolvlm": Family("SmolVLM", _VIDEO, Target, (NestedTiles(),), _TORCHVISION, "frames enter as images"),
     "video_llava": Family("Video-LLaVA", _VIDEO, VideoLlava, (_STACK, _FRAMES), _TORCHVISION),
     "voxtral": Family("Voxtral", ("audio",), Target, (), ("mistral-common",), "every prefill encodes its sounds"),
+    "qwen3_5": Family("Qwen3.5", _VIDEO, RecurrentMRope, _QWEN, _TORCHVISION, _STATES),
+    "qwen3_5_moe": Family("Qwen3.5 MoE", _VIDEO, RecurrentMRope, _QWEN, _TORCHVISION, _STATES),
+    "lfm2_vl": Family("LFM2-VL", _VISION, Recurrent, (_SHAPES,), _TORCHVISION, _STATES),
+    "lfm3_vl": Family("LFM3-VL", _VIDEO, Recurrent, _QWEN, _TORCHVISION, _STATES),
+    "minicpm_ocr": Family("MiniCPM-OCR", _VIDEO, Recurrent, _PACKED, _TORCHVISION, f"{_STATES}; needs opencv-python"),
+    "minicpmv4_6": Family("MiniCPM-V 4.6", _VIDEO, Recurrent, _PACKED, _TORCHVISION, _STATES),
+    "minicpmv4_7": Family("MiniCPM-V 4.7", _VIDEO, RecurrentMRope, _SIZED, _TORCHVISION, _STATES),
+    "nemotron_h_omni": Family("Nemotron 3 Omni", _VISION, Recurrent, (_GRIDS,), _TORCHVISION, _STATES),
 }
 
 

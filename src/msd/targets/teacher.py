@@ -111,7 +111,8 @@ def _mask(target: Target, layout: Layout, prompt: int, typed: bool, masked: Tens
     bidirectional = target.bidirectional_mask(layout, prompt) if typed else None
     if bidirectional is not None:
         visible = visible | bidirectional
+    columns = torch.arange(S, device=device) >= torch.tensor(layout.start, device=device)[:, None]  # [B, S]
     if masked is not None:
-        visible = visible & ~torch.nn.functional.pad(masked.to(device), (0, S - prompt))[:, None, :]
-    visible = visible | torch.eye(S, dtype=torch.bool, device=device)
-    return masks.masks(visible, distance, target.windows, target.model.dtype)
+        columns = columns & ~torch.nn.functional.pad(masked.to(device), (0, S - prompt))
+    visible = (visible & columns[:, None]) | torch.eye(S, dtype=torch.bool, device=device)
+    return target.layer_masks(masks.masks(visible, distance, target.windows, target.model.dtype), columns)
