@@ -25,7 +25,8 @@ class Family:
     make: a fresh model. place: the ids of a picture; told whether it is its prompt's only one of the kind. tensors:
     what describes the pictures of all rows. sizes: of an image, [h, w], and of another one; frame: of a video's.
     lengths: of a sound, in mel frames, and of another one.
-    types: the name of the token types that the processor returns. opens: pictures stand before all words.
+    types: the names of the token types that the processor returns. opens: pictures stand before all words.
+    one_mark: videos stand in image tokens, so the model has either images or videos in one call.
     """
 
     name: str
@@ -34,10 +35,11 @@ class Family:
     tensors: Callable[[Rows], dict[str, Tensor]]
     kinds: tuple[str, ...] = ("image",)
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (16, 16))
-    types: str | None = None
+    types: tuple[str, ...] = ()
     frame: tuple[int, int] = (16, 16)
     lengths: tuple[int, int] = (16, 16)
     opens: bool = False
+    one_mark: bool = False
 
     def picture(self, seed: int, kind: str = "image") -> Picture:
         """A random picture: sizes take turns; a video has 8 frames."""
@@ -74,7 +76,8 @@ class Family:
             "input_ids": torch.tensor([[PAD] * (width - len(x)) + x for x in ids]),
             "attention_mask": torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids]),
         }
-        if self.types is not None:
-            kinds = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO)
-            out[self.types] = torch.zeros_like(kinds) if self.opens else kinds
+        kinds = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO)
+        out |= {name: torch.zeros_like(kinds) if self.opens else kinds for name in self.types}
+        if self.one_mark:
+            out["input_ids"][out["input_ids"] == VIDEO] = IMAGE
         return {**out, **(self.tensors(shown) if any(shown) else {})}

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES, WINDOW
+from families import BY_NAME, FAMILIES
 from family import Family, Part
 from family_layouts import VOCABULARY, WORDS
+from family_models import WINDOW
 from msd.core.modality import LANGUAGE
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.targets import State, Target, adapt
@@ -44,8 +45,8 @@ def alone(family: Family, parts: list[Part], emitted: list[int]) -> Any:
     more = torch.tensor([emitted], dtype=torch.long)
     row["input_ids"] = torch.cat([row["input_ids"], more], 1)
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    if family.types is not None:  # answer tokens have the causal type
-        row[family.types] = torch.cat([row[family.types], torch.full_like(more, int(family.opens))], 1)
+    for types in family.types:  # answer tokens have the causal type
+        row[types] = torch.cat([row[types], torch.full_like(more, int(family.opens))], 1)
     return model(family.name)(**row, use_cache=False, output_hidden_states=True)
 
 
