@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
 from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY
+from msd.targets.taps import output_layer
 
 WINDOW = 12  # of sliding layers: shorter than every prompt
 MARKS = {
@@ -71,7 +72,7 @@ def made(
     def make() -> PreTrainedModel:
         torch.manual_seed(0)
         model = build()
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        head, embeddings = output_layer(model), model.get_input_embeddings()
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1 and not weight.any():  # such as Gemma 3's projector

@@ -46,7 +46,7 @@ def decode(
     drafter.begin(state, prompt)
     yield Step(tree, prompt, accepted, time.perf_counter() - start, 0.0, prefill=True)
     while sampler.alive:
-        budget = plan.budget(sampler)
+        budget = plan.budget(sampler, state.cache.node_bytes)
         state.cache.keep(sampler.alive)
         start = time.perf_counter()
         tree = drafter.propose(state, budget, sampler)

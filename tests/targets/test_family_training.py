@@ -20,6 +20,7 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.targets import adapt
+from msd.targets.taps import final_norm, output_layer, text_decoder
 from msd.train.capture import Captured
 from msd.train.drafting import DraftTraining, initial_network, train
 from msd.train.teacher_batches import Stages
@@ -71,7 +72,7 @@ def test_an_untrained_head_gives_the_targets_logits(name: str) -> None:
     network = initial_network(adapt(model, backend="plain"), some, SETTINGS)
     state = torch.randn(3, 32)
     with torch.no_grad():
-        own = model.get_output_embeddings()(model.get_decoder().norm(state))[:, network.heads.ids]
+        own = output_layer(model)(final_norm(text_decoder(model))(state))[:, network.heads.ids]
         ours = network.heads.head(network.heads.norm(state))
     assert (own - ours).abs().max() <= 1e-3 * own.abs().max()
 

@@ -30,6 +30,7 @@ class Dispatcher:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.own, self.users = module, module.forward, 0
+        self.replaced = vars(module).get("forward")  # by other code, such as a hook of accelerate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls this context's function for the module, or the module's own forward."""
@@ -38,10 +39,7 @@ class Dispatcher:
 
 @contextmanager
 def redirected(calls: Calls) -> Iterator[None]:
-    """Inside, in this context, the functions `calls` replace their modules; all other modules run their own code.
-
-    A module whose `forward` has been replaced by other code must not be among them.
-    """
+    """Inside, in this context, the functions `calls` replace their modules; all other modules run their own code."""
     with _lock:
         dispatchers = [_dispatcher(module) for module in calls]
     token = _calls.set(calls)
@@ -54,6 +52,14 @@ def redirected(calls: Calls) -> Iterator[None]:
                 dispatcher.users -= 1
                 if not dispatcher.users and vars(dispatcher.module).get("forward") is dispatcher:
                     del vars(dispatcher.module)["forward"]
+                    if dispatcher.replaced is not None:
+                        vars(dispatcher.module)["forward"] = dispatcher.replaced
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's `forward` without the functions of `redirected`."""
+    forward = module.forward
+    return forward.own if isinstance(forward, Dispatcher) else forward
 
 
 def difference(model: PreTrainedModel, calls: Calls, rows: Iterable[int] = (5,)) -> float:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from msd.errors import UserError
+
 
 class _Layer(CacheLayerMixin):
     """The view that one decoder layer has of the cache. `keys`, `values`: [B, H, C, D]."""
@@ -74,6 +76,11 @@ class KVCache(Cache):
         self._layers = layers
         super().__init__(layers=[_Layer(self, i) for i in range(layers)])
 
+    @property
+    def node_bytes(self) -> int:
+        """Bytes that a scored node of one row takes until `commit`, besides its slot."""
+        return 0
+
     def _allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         B, H, _, D = keys.shape
         if keys.shape != values.shape:
@@ -120,13 +127,17 @@ class KVCache(Cache):
 
     def copy_prefix(self, other: KVCache, count: int) -> None:
         """Copies the first `count` slots of `other`, a cache of the same model and batch, into this empty cache."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        for mine, theirs in zip(self._attention(), other._attention(), strict=True):
             assert theirs.keys is not None and theirs.values is not None
             mine.lazy_initialization(theirs.keys, theirs.values)
             assert mine.keys is not None and mine.values is not None
             mine.keys[:, :, :count] = theirs.keys[:, :, :count]
             mine.values[:, :, :count] = theirs.values[:, :, :count]
         self.committed = [count] * self.batch
+
+    def _attention(self) -> list[_Layer]:
+        """The layers that store keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, _Layer)]
 
     def advance(self, count: int) -> None:
         """Commits the last `count` written slots of every row: the prompt, after prefill."""
@@ -146,3 +157,7 @@ class KVCache(Cache):
                     # the right side is a copy, so overlapping rows are safe
                     block[:, :, index, :, target] = block[:, :, index, :, source]
             self.committed[row] = base + len(path)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """UserError: dropping the newest columns applies neither to trees nor to the states of recurrent layers."""
+        raise UserError("this cache cannot be cropped; `commit` keeps the accepted path of a tree and drops the rest")

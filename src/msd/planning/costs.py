@@ -4,6 +4,8 @@
 
 The curve is not linear in n: reading the weights costs the same for one row and for eight, and kernels change their
 algorithm at some sizes. So it is measured at several sizes and two context lengths, and interpolated between them.
+Recurrent layers run once per level of a tree, so their targets are measured with all drafted nodes on one level, and
+each further level adds `Costs.level`.
 """
 
 from __future__ import annotations
@@ -28,22 +30,27 @@ from msd.system import machine
 from msd.system.files import write_whole
 from msd.targets.base import Target
 from msd.targets.registry import fingerprint
+from msd.targets.state import State
 
 NODES = (1, 2, 3, 5, 9, 13, 17, 25, 33, 65)  # with the root
 CONTEXTS = (64, 512)  # tokens
 REPEATS = 5
+LONG = 9  # nodes of the chain that shows the cost of a level
+STATE_BYTES = 1 << 30  # that the recurrent states of all scored nodes may take
 
 
 @dataclass(frozen=True)
 class Costs:
     """Measured times: `seconds[j][i]`, of a pass of `nodes[i]` nodes with the root, after `contexts[j]` tokens.
 
-    For one prompt; a batch counts the nodes of all its trees.
+    For one prompt; a batch counts the nodes of all its trees. level: further seconds for each level of drafted nodes
+    below the first; 0 for targets without recurrent layers.
     """
 
     nodes: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: tuple[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], ...]
+    level: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def curve(self, largest: int, context: int) -> list[float]:
         """Returns the seconds of passes of 1, 2, … `largest` nodes after `context` tokens.
@@ -95,27 +102,54 @@ def _load(path: Path) -> Costs | None:
 
 @torch.inference_mode()
 def measure(target: Target, nodes: tuple[int, ...] = NODES, contexts: tuple[int, ...] = CONTEXTS) -> Costs:
-    """Measures the fastest of several passes over chains of arbitrary tokens; a disturbance only makes a pass slower.
+    """Measures the fastest of several passes over arbitrary tokens; a disturbance only makes a pass slower.
 
-    Each repeat runs all sizes in turn, so that a short disturbance does not affect all passes of one size.
+    The trees are chains. Of a target with recurrent layers they have one level of drafted nodes and no more nodes than
+    `STATE_BYTES` allows, and a chain shows what a level costs.
     """
     limit = target.context_length or 10**9
     contexts = tuple(min(c, max(1, limit - max(nodes) - 1) - (len(contexts) - 1 - i)) for i, c in enumerate(contexts))
-    rows = []
+    rows, level = [], 0.0
     for context in contexts:
         state, _ = target.prefill(arbitrary_tokens(context, target)[None], {}, context + max(nodes) + 1)
-        trees = [chain(n, target) for n in nodes]
-        times: list[list[float]] = [[] for _ in nodes]
-        for repeat in range(REPEATS + 1):
-            for i, tree in enumerate(trees):
-                start = time.perf_counter()
-                target.score(state, tree)
-                if target.model.device.type == "cuda":
-                    torch.cuda.synchronize(target.model.device)
-                if repeat:  # the first one warms up
-                    times[i].append(time.perf_counter() - start)
-        rows.append(tuple(min(t) for t in times))
-    return Costs(nodes, contexts, tuple(rows))
+        node_bytes = state.cache.node_bytes
+        if not node_bytes:
+            rows.append(_fastest(target, state, [chain(n, target) for n in nodes]))
+            continue
+        nodes = tuple(n for n in nodes if n <= max(nodes[1], most_nodes(node_bytes)))
+        long = max(nodes[1], *(n for n in nodes if n <= LONG))
+        *seconds, of_chain = _fastest(target, state, [*(flat(n, target) for n in nodes), chain(long, target)])
+        rows.append(tuple(seconds))
+        level = max(0.0, of_chain - seconds[nodes.index(long)]) / max(1, long - 2)
+    return Costs(nodes, contexts, tuple(rows), level)
+
+
+def _fastest(target: Target, state: State, trees: list[DraftTree]) -> tuple[float, ...]:
+    """The seconds of the fastest pass over each tree.
+
+    Each repeat runs all trees in turn, so that a short disturbance does not affect all passes of one tree.
+    """
+    times: list[list[float]] = [[] for _ in trees]
+    for repeat in range(REPEATS + 1):
+        for i, tree in enumerate(trees):
+            start = time.perf_counter()
+            target.score(state, tree)
+            if target.model.device.type == "cuda":
+                torch.cuda.synchronize(target.model.device)
+            if repeat:  # the first one warms up
+                times[i].append(time.perf_counter() - start)
+    return tuple(min(t) for t in times)
+
+
+def most_nodes(node_bytes: int, state_bytes: int = STATE_BYTES) -> int:
+    """The number of scored nodes, of all rows together, whose states fit in `state_bytes`."""
+    return state_bytes // max(1, node_bytes)
+
+
+def flat(nodes: int, target: Target) -> DraftTree:
+    """A tree of `nodes` arbitrary tokens, all but the root on one level."""
+    tokens = arbitrary_tokens(nodes, target)
+    return DraftTree.from_lists(tokens[:1], [tokens[1:].tolist()], [[0] * (nodes - 1)])
 
 
 def chain(nodes: int, target: Target) -> DraftTree:

@@ -5,6 +5,9 @@ its acceptance probability, which the drafter estimates. So a budget gives the d
 of 0, 1, 2, … nodes, drafting included, and the drafter keeps the number of nodes with the most tokens per second. In
 addition, a governor compares the measured time and tokens of each step with plain decoding, and pauses drafting while
 it loses time.
+
+A target with recurrent layers keeps a state for every scored node (`msd.targets.recurrent`). Its trees have no more
+nodes than the states' bytes allow, and it drafts a chain where a second candidate cannot pay.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from msd.core.sampling import Sampler
-from msd.planning.costs import Costs
+from msd.planning.costs import STATE_BYTES, Costs, most_nodes
 
 TRUST, PROBE = 4.0, 1.5  # time that drafting may lose before it stops, in plain steps: at first, and after a pause
 PAUSE, LONGEST = 16, 256  # steps without drafting: the first pause, and the longest one
@@ -77,10 +80,18 @@ class Plan:
 
     costs: measured costs of the target. With them, budgets contain seconds, and a governor can pause drafting; its
     state lasts as long as the plan. Times are medians over recent steps, so one delayed step has no effect.
+    state_bytes: what the recurrent states of all scored nodes may take.
     """
 
-    def __init__(self, nodes: int = 8, depth: int = 6, width: int | None = None, costs: Costs | None = None) -> None:
-        self.nodes, self.depth, self.width, self.costs = nodes, depth, width, costs
+    def __init__(
+        self,
+        nodes: int = 8,
+        depth: int = 6,
+        width: int | None = None,
+        costs: Costs | None = None,
+        state_bytes: int = STATE_BYTES,
+    ) -> None:
+        self.nodes, self.depth, self.width, self.costs, self.state_bytes = nodes, depth, width, costs, state_bytes
         self.governor = Governor()
         self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting
         self._slowness: deque[float] = deque(maxlen=RECENT)  # seconds of target passes / measured seconds
@@ -95,32 +106,56 @@ class Plan:
         """Median ratio of the seconds of recent target passes to the measured ones; 1 before the first step."""
         return median(self._slowness) if self._slowness else 1.0
 
-    def budget(self, sampler: Sampler) -> Budget:
-        """The budget of the next step. A row that may emit r more tokens drafts at most r - 1 levels."""
+    def budget(self, sampler: Sampler, node_bytes: int = 0) -> Budget:
+        """The budget of the next step. A row that may emit r more tokens drafts at most r - 1 levels.
+
+        node_bytes: of a node's recurrent states; 0 for targets without any.
+        """
         alive = set(sampler.alive)
         rows = range(sampler.layout.batch)
         depth = [min(self.depth, sampler.tokens_left(r) - 1) if r in alive else 0 for r in rows]
-        if self.costs is None:
-            return Budget(self.nodes, depth, self.width)
-        passes = self._passes(self.costs, sampler)
-        if not self.governor.drafts():
-            return Budget(0, [0 for _ in rows], self.width, passes=passes)
+        nodes = self.nodes
+        if node_bytes:
+            nodes = max(0, min(nodes, most_nodes(node_bytes, self.state_bytes) // max(1, len(alive)) - 1))
+        passes = None if self.costs is None else self._passes(self.costs, sampler, nodes)
+        width = self._width(nodes, passes) if node_bytes else self.width
+        if passes is None:
+            return Budget(nodes, depth if nodes else [0 for _ in rows], width)
+        if not self.governor.drafts() or not nodes:
+            return Budget(0, [0 for _ in rows], width, passes=passes)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
-        return Budget(self.nodes, depth, self.width, seconds, passes)
+        return Budget(nodes, depth, width, seconds, passes)
 
     def learn(self, budget: Budget, drafted: int, emitted: float, draft_seconds: float, score_seconds: float) -> None:
         """Records a step: its budget, nodes drafted and tokens emitted per row, seconds of drafting and of the pass."""
         if budget.passes is None:
             return
-        nodes = min(drafted, self.nodes)
+        nodes = min(drafted, len(budget.passes) - 1)
         self._slowness.append(score_seconds / budget.passes[nodes])
         if budget.nodes:
             self._drafts.append(draft_seconds)
             step = self.draft_seconds + self.slowness * budget.passes[nodes]
             self.governor.learn(emitted - step / (self.slowness * budget.passes[0]))
 
-    def _passes(self, costs: Costs, sampler: Sampler) -> tuple[float, ...]:
-        """Seconds of a target pass over trees of 0, 1, … drafted nodes in each unfinished row."""
+    def _width(self, nodes: int, passes: tuple[float, ...] | None) -> int | None:
+        """1 where a target with recurrent layers should draft a chain, else the plan's own width.
+
+        That is where the states' bytes leave no more nodes than levels, and where a node costs half a plain pass even
+        on a level that exists already: a second candidate is accepted with a probability of at most 1/2, because the
+        first one is at least as probable, and a token costs at most a plain pass.
+        """
+        if self.costs is None or passes is None or not nodes:
+            sibling, token = 0.0, 1.0
+        else:
+            levels = self.costs.level * max(0, min(nodes, self.depth) - 1)
+            sibling, token = (passes[-1] - passes[0] - levels) / nodes, passes[0]
+        return 1 if nodes <= min(self.depth, self.nodes - 1) or sibling >= token / 2 else self.width
+
+    def _passes(self, costs: Costs, sampler: Sampler, nodes: int) -> tuple[float, ...]:
+        """Seconds of a target pass over trees of 0, 1, … `nodes` drafted nodes in each unfinished row.
+
+        Levels are those of the deepest tree: a chain down to the plan's depth.
+        """
         R = len(sampler.alive)
-        curve = costs.curve(R * (self.nodes + 1), max(sampler.layout.end))
-        return tuple(curve[R - 1 :: R])
+        curve = costs.curve(R * (nodes + 1), max(sampler.layout.end))[R - 1 :: R]
+        return tuple(s + costs.level * max(0, min(n, self.depth) - 1) for n, s in enumerate(curve))

@@ -9,7 +9,7 @@ This module does not depend on drafters, probability distributions or randomness
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from msd.targets import masks
 from msd.targets.pictures import Pictures
 from msd.targets.state import (
     AUDIO_FEATURES,
+    Media,
     MediaItem,
     Source,
     State,
@@ -48,6 +49,7 @@ class Target:
     """
 
     reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
+    bidirectional_layers: str | None = None  # the layer type to which `bidirectional_mask` is limited
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class Target:
         self.text_config = model.config.get_text_config(decoder=True)
         self.windows = self.attention_windows()
         self.model, self.backend, self.pictures = model, choose(model, backend), tuple(pictures)
-        self.taps = Taps(model.get_decoder, taps)
+        self.taps = Taps(model, taps)
         limit = max((p.limit for p in self.pictures), default=1)
         self.vision = vision_cache if vision_cache is not None else VisionCache(limit)
 
@@ -128,8 +130,8 @@ class Target:
             source.revision.read()
         if past is not None and (past.source is None or not source.same(past.source) or not self.reuses_prefix):
             past = None
-        reused, counts = (0, {}) if past is None else reusable_prefix(layout, media, past, self.placeholder_ids)
-        cache = KVCache(self.text_config.num_hidden_layers, B, capacity)
+        reused, counts = (0, {}) if past is None else self.reusable(layout, media, past)
+        cache = self.new_cache(B, capacity)
         if past is not None and reused:
             cache.copy_prefix(past.cache, reused)
             model_kwargs = without_reused(model_kwargs, counts)
@@ -159,7 +161,7 @@ class Target:
         rows, batch = state.cache.rows, tree.batch
         tree = tree.select(rows)
         positions = state.layout.next_positions(tree.depths, rows)  # [A, R, N]
-        with self.recording(check=False) as recorded:
+        with self.recording(check=False) as recorded, self.scoring(state, tree):
             output = self.model(
                 input_ids=tree.tokens,
                 attention_mask=self.tree_mask(state, tree),
@@ -179,6 +181,25 @@ class Target:
         with self.taps.recording(partial(self.backend.running, check=check)) as recorded:
             yield recorded
 
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of `capacity` slots."""
+        return KVCache(self.text_config.num_hidden_layers, batch, capacity)
+
+    def reusable(self, layout: Layout, media: Media, past: State) -> tuple[int, dict[str, int]]:
+        """What a prompt reuses of an earlier turn; see `reusable_prefix`."""
+        return reusable_prefix(layout, media, past, self.placeholder_ids)
+
+    def scoring(self, state: State, tree: DraftTree) -> AbstractContextManager[None]:
+        """Context of a pass over trees, for models that need more than a mask. tree: of the R rows in the cache."""
+        return nullcontext()
+
+    def layer_masks(self, mask: masks.Mask, columns: Tensor | None) -> masks.Mask:
+        """The masks of the attention layers, and of layers of other kinds, which the base class does not have.
+
+        columns: [B, S] bool, False at columns of whole rows that these layers must not read; None: they read all.
+        """
+        return mask
+
     def layout_positions(self, position_ids: Tensor) -> Tensor:
         """Layout positions [A, B, L] (or [B, L] for one axis) from the `position_ids` that `generate()` prepares."""
         return position_ids
@@ -191,10 +212,10 @@ class Target:
         """The decoder's layer types with their windows; see `masks.attention_windows`."""
         return masks.attention_windows(self.text_config)
 
-    def bidirectional_mask(self, layout: Layout, prompt: int) -> Tensor | None:
-        """[B, S, S] bool: pairs of columns that attend to each other in any order, for prompts of `prompt` columns.
+    def bidirectional_mask(self, layout: Layout, types: Tensor) -> Tensor | None:
+        """[B, S, S] bool: pairs of columns that attend to each other in any order. None for causal models.
 
-        None for causal models.
+        types: [B, L] token types of the prompt.
         """
         return None
 
@@ -211,7 +232,8 @@ class Target:
         committed, start = state.cache.base, [state.layout.start[row] for row in state.cache.rows]
         if tree.size == 1 and not any(start) and min(committed) == max(committed) and self.windows == {None: None}:
             return None
-        return masks.masks(*masks.tree_tables(tree, start, committed), self.windows, self.model.dtype)
+        mask = masks.masks(masks.tree_tables(tree, start, committed), self.windows, self.model.dtype)
+        return self.layer_masks(mask, None)
 
     def commit(self, state: State, accepted: Accepted) -> None:
         """Keeps the root and the accepted nodes in the cache, for each row that emitted a token."""

@@ -1,4 +1,6 @@
-"""Targets with M-RoPE: three rotary positions (time, height, width) per token (Qwen2-VL, arXiv 2409.12191, 2.1).
+"""Targets with rotary positions of their own.
+
+M-RoPE: three rotary positions (time, height, width) per token (Qwen2-VL, arXiv 2409.12191, 2.1).
 
 A token has a *cache slot*, its column, and one *rotary position* per axis, from the model's own `get_rope_index`. The
 three are equal for text and differ in images, which occupy fewer positions than columns. The model also stores a *rope
@@ -8,13 +10,14 @@ and passes positions in every call. A tree continues each axis from the newest t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from msd.targets.base import Target
 
 
 class MRope(Target):
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+    """Qwen2-VL and its successors.
 
     Qwen3-VL's deepstack features enter early layers only at image columns of the prompt, so trees need none.
     """
@@ -26,3 +29,19 @@ class MRope(Target):
     def position_ids(self, positions: Tensor) -> Tensor:
         """[3, B, N], unchanged."""
         return positions
+
+
+class HunYuan(MRope):
+    """HunYuan-VL: as many axes as the config has sections, usually four; none of them counts columns."""
+
+    def layout_positions(self, position_ids: Tensor) -> Tensor:
+        """[A, B, L], unchanged."""
+        return position_ids
+
+
+class Columns(Target):
+    """EXAONE 4.5: its `prepare_inputs_for_generation` drops the positions, so they are columns, with the padding."""
+
+    def layout_positions(self, position_ids: Tensor) -> Tensor:
+        """[B, L] columns, for [B, L]."""
+        return torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)

@@ -1,4 +1,4 @@
-"""Qwen2-Audio: the number of placeholders of a sound follows from its mask of mel frames.
+"""Qwen2-Audio and Qwen-Omni: the number of placeholders of a sound follows from its mask of mel frames.
 
 Every prefill encodes its sounds: the model's `forward` has no argument for audio features.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from msd.targets.base import Target
+from msd.targets.mrope import MRope
 from msd.targets.state import AUDIO_TENSORS, MediaItem
 
 
@@ -25,3 +26,7 @@ class Qwen2Audio(Target):
             MediaItem(sound[:, :n], count)
             for sound, n, count in zip(features, frames.tolist(), columns.tolist(), strict=True)
         ]
+
+
+class Omni(MRope, Qwen2Audio):
+    """The thinkers of Qwen2.5-Omni and Qwen3-Omni."""

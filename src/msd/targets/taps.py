@@ -13,10 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from msd.errors import UserError
 
+NORMS = ("norm", "embedding_norm", "norm_f", "final_layernorm")
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
+
+
+def text_decoder(model: PreTrainedModel) -> Any:
+    """The module that has the decoder's `.layers`; for Nemotron-H and Llama 4 `get_decoder()` returns the module around it."""
+    decoder: Any = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
+def output_layer(model: PreTrainedModel) -> Any:
+    """The layer that computes the logits; Nemotron-H Omni has it in its language model only."""
+    own = model.get_output_embeddings()
+    return model.get_decoder().get_output_embeddings() if own is None else own
+
+
+def final_norm(decoder: Any) -> nn.Module:
+    """The norm after the last layer, which LFM2, Nemotron-H and Persimmon call otherwise than most."""
+    norm: nn.Module = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
+    return norm
 
 
 class Recording:
@@ -43,13 +63,10 @@ _current: ContextVar[Recording | None] = ContextVar("msd_recording", default=Non
 
 
 class Taps:
-    """Records hidden states `indices` of `decoder()`, a module with `.layers` and `.norm`.
+    """Records hidden states `indices` of a model's decoder. UserError for an index that it does not have."""
 
-    UserError for an index that the decoder does not have.
-    """
-
-    def __init__(self, decoder: Callable[[], nn.Module], indices: tuple[int, ...] = ()) -> None:
-        self.indices, self._decoder = tuple(indices), decoder
+    def __init__(self, model: PreTrainedModel, indices: tuple[int, ...] = ()) -> None:
+        self.indices, self._model = tuple(indices), model
         self._modules()
 
     @contextmanager
@@ -70,12 +87,12 @@ class Taps:
         """(layers, final norm) of the decoder as it is now. UserError for an index outside its layers."""
         if not self.indices:
             return [], None
-        decoder: Any = self._decoder()
+        decoder = text_decoder(self._model)
         layers = list(decoder.layers[: getattr(decoder.config, "num_hidden_layers", None)])  # those that `forward` runs
         for index in self.indices:
             if not 0 <= index <= len(layers):
                 raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
-        return layers, decoder.norm
+        return layers, final_norm(decoder)
 
 
 def _hook(recording: Recording, layers: list[nn.Module], norm: nn.Module | None, hooks: ExitStack) -> None:

@@ -34,6 +34,7 @@ from msd.labels.gain import assert_images_matter
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.system.files import check_place, exclusive, make_folder, read_json, remove_leftovers, write_whole
 from msd.targets import Target, adapt
+from msd.targets.taps import output_layer
 from msd.train.capture import Captured
 from msd.train.held_out import HeldOutAcceptance
 from msd.train.loop import Loop, LoopConfig, Sink
@@ -121,7 +122,7 @@ def train(
         earlier = _read_record(out / "drafter")
         if earlier.get("finished") == settings.steps and checkpoint.is_whole(out / "drafter"):
             return True
-        head, ids, taps = model.get_output_embeddings(), network.ids, network.config.taps
+        head, ids, taps = output_layer(model), network.ids, network.config.taps
         target, cache = adapt(model, taps), cache or TeacherCache(head, ids, taps, settings.remember)
         _check_images_matter(target, processor, captured)
         batches = TeacherBatches(

@@ -15,6 +15,7 @@ from msd.drafters.registry import learned
 from msd.drafters.toolkit.layers import PairLayer
 from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
+from msd.targets.taps import output_layer
 from msd.train.losses.published import training_time_test_loss
 
 
@@ -55,7 +56,7 @@ class Eagle3(SelfFed):
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """Copies the target's rows to the output layer."""
-        rows = model.get_output_embeddings().weight.detach()
+        rows = output_layer(model).weight.detach()
         with torch.no_grad():
             self.lm_head.weight.copy_(rows[self.ids.to(rows.device)])
 

@@ -20,6 +20,7 @@ from msd.drafters.toolkit.layers import rotate
 from msd.drafters.toolkit.levels import EagleNetwork
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
+from msd.targets.taps import text_decoder
 from msd.train.losses.published import eagle_loss
 
 ATTENTION_SHARE, KEPT_SHARE = 0.4, 0.1  # of the attention to visual tokens; of these tokens
@@ -50,7 +51,7 @@ class SpecVLMVideo(EagleNetwork):
 
     def attach(self, model: PreTrainedModel, name: str | None = None) -> Self:
         """Also takes the target's last layer; UserError if its attention is not Llama's."""
-        layer = model.get_decoder().layers[-1]
+        layer = text_decoder(model).layers[-1]
         attention = getattr(layer, "self_attn", None)
         if not hasattr(attention, "q_proj") or not hasattr(layer, "input_layernorm") or hasattr(attention, "q_norm"):
             kind = model.config.model_type

@@ -18,6 +18,7 @@ from msd.drafters.toolkit.context import Selection, left_aligned, pick, real_col
 from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
 from msd.errors import UserError
+from msd.targets.taps import text_decoder
 from msd.train.losses.published import distillation_loss
 
 NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -37,7 +38,7 @@ class TextOnly(SelfFed):
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """Copies layers and final norm of the target; UserError if its layers are not Llama's."""
-        decoder, own = model.get_decoder(), self.state_dict()
+        decoder, own = text_decoder(model), self.state_dict()
         sources = torch.linspace(0, len(decoder.layers) - 1, len(self.layers)).round().long().tolist()
         target = dict(decoder.state_dict())
         copied = {"norm.weight": target.get("norm.weight")}

@@ -25,6 +25,7 @@ from msd.drafters.toolkit.growth import Levels
 from msd.drafters.toolkit.layers import KeyValues, Layer, Rotary
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
+from msd.targets.taps import output_layer
 from msd.targets.teacher import TeacherBatch
 
 Store = Callable[[int, KeyValues], KeyValues]
@@ -161,7 +162,7 @@ class DraftNetwork(nn.Module, ABC):
                 f"method '{name or self.method}' was trained for a target with {c.vocabulary} tokens and hidden size "
                 f"{c.hidden}, not {vocabulary} and {hidden}; train one with `msd train --method {self.method}`"
             )
-        self._target = [model.get_input_embeddings(), model.get_output_embeddings()]
+        self._target = [model.get_input_embeddings(), output_layer(model)]
         return self
 
     @property

@@ -43,6 +43,7 @@ from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, TapNorm, VisionAdaptor
 from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
 from msd.labels import EVENT_MODALITIES
+from msd.targets.taps import final_norm, output_layer, text_decoder
 from msd.targets.teacher import TeacherBatch
 
 END_LOGIT = 1.4  # of an ending (probability 0.8); above it a draft is not worth its time
@@ -227,12 +228,12 @@ class MSDNetwork(SelfFed):
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """Copies the target's rows to the output layer, and the target's final norm to its norm."""
-        rows = model.get_output_embeddings().weight.detach()[self.ids.to(model.device)]
+        rows = output_layer(model).weight.detach()[self.ids.to(model.device)]
         with torch.no_grad():
             self.heads.head.weight.copy_(rows)
             # the rows expect states of the target's scale; norm(1) is that scale, also where weights are offsets from
             # one (Gemma)
-            self.heads.norm.weight.copy_(model.get_decoder().norm(torch.ones_like(rows[0])))
+            self.heads.norm.weight.copy_(final_norm(text_decoder(model))(torch.ones_like(rows[0])))
 
     def choose_draft_vocabulary(self, ids: Tensor) -> None:
         """See `DraftNetwork`."""
