@@ -54,7 +54,14 @@ def _masked(rows: Any) -> dict[str, torch.Tensor]:
 
 def _deepseek_ocr2() -> Any:
     """With 4 queries of the vision model instead of 144, which are fixed in its code."""
-    sam = tower(patch_size=2, output_channels=8, window_size=4, global_attn_indexes=[1], downsample_channels=[8, 16])
+    sam = tower(
+        patch_size=2,
+        output_channels=8,
+        initializer_range=0.02,
+        window_size=4,
+        global_attn_indexes=[1],
+        downsample_channels=[8, 16],
+    )
     encoder = tower(num_key_value_heads=2, max_position_embeddings=64)
     text = sizes(n_routed_experts=4, n_shared_experts=1, mlp_layer_types=["dense", "sparse", "sparse"], **_EXPERTS)
     make = tiny("deepseek_ocr2", text_config=text, vision_config={"sam_config": sam, "encoder_config": encoder},
@@ -71,7 +78,7 @@ def _deepseek_ocr2() -> Any:
 PLAIN = [
     Family(
         "aya_vision",
-        tiny("aya_vision", text_config=_COHERE, vision_config=SIGLIP, image_token_index=IMAGE),
+        tiny("aya_vision", strength=12.0, text_config=_COHERE, vision_config=SIGLIP, image_token_index=IMAGE),
         marked,
         tiled,
         sizes=TILED,
@@ -79,7 +86,7 @@ PLAIN = [
     Family(
         "cohere2_vision",
         tiny(
-            "cohere2_vision", text_config=_COHERE, vision_config=SIGLIP, image_token_id=IMAGE,
+            "cohere2_vision", strength=12.0, text_config=_COHERE, vision_config=SIGLIP, image_token_id=IMAGE,
             alignment_intermediate_size=32,
         ),
         marked,
@@ -106,7 +113,7 @@ PLAIN = [
         "got_ocr2",
         tiny(
             "got_ocr2", text_config=QWEN2, image_token_index=IMAGE,
-            vision_config=tower(patch_size=2, output_channels=8, window_size=4, global_attn_indexes=[1], mlp_dim=32),
+            vision_config=tower(patch_size=2, output_channels=8, initializer_range=0.02, window_size=4, global_attn_indexes=[1], mlp_dim=32),
         ),
         several(4),
         stacked,
@@ -200,7 +207,7 @@ PLAIN = [
     Family(
         "muse_glimmer",
         tiny(
-            "muse_glimmer", image_token_id=IMAGE, video_token_id=VIDEO, out_hidden_size=64, projector_hidden_size=16,
+            "muse_glimmer", strength=24.0, image_token_id=IMAGE, video_token_id=VIDEO, out_hidden_size=64, projector_hidden_size=16,
             text_config=sizes(head_dim=8, layer_types=LAYERS, sliding_window=WINDOW),
             vision_config=tower(patch_size=4, pos_emb_height=4, pos_emb_width=4),
         ),
@@ -227,7 +234,7 @@ PLAIN = [
     Family(
         "idefics2",
         tiny(
-            "idefics2", image_token_id=IMAGE, text_config=sizes(model_type="mistral", sliding_window=None),
+            "idefics2", sharpness=4.0, strength=24.0, image_token_id=IMAGE, text_config=sizes(model_type="mistral", sliding_window=None),
             vision_config=tower(),
             perceiver_config={
                 "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,

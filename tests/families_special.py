@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from family import Family
@@ -42,8 +44,13 @@ _GEMMA4_MARKS = _MARKS | {"audio_token_id": AUDIO, "boi_token_id": START, "eoi_t
 _OMNI_MARKS = {"audio_start_token_id": BREAK, "vision_start_token_id": START, "vision_end_token_id": END}
 
 
-def _omni(p: Picture, alone: bool) -> list[int]:
-    return [BREAK, *[AUDIO] * (p.data.shape[1] // 4), END] if p.kind == "audio" else grid()(p, alone)
+def _omni(frames: int) -> Callable[[Picture, bool], list[int]]:
+    """frames: of a sound, for each of its tokens."""
+
+    def place(p: Picture, alone: bool) -> list[int]:
+        return [BREAK, *[AUDIO] * -(-p.data.shape[1] // frames), END] if p.kind == "audio" else grid()(p, alone)
+
+    return place
 
 
 def _omni_tensors(rows: Rows) -> dict[str, Tensor]:
@@ -58,7 +65,7 @@ SPECIAL = [
     Family(
         "gemma4",
         tiny(
-            "gemma4", sharpness=10.0, strength=4.0,
+            "gemma4", sharpness=4.0, strength=12.0,
             text_config=sizes(
                 num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
                 use_bidirectional_attention="vision", **_GEMMA4,
@@ -98,7 +105,7 @@ SPECIAL = [
             "llama4", image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END,
             text_config=sizes(
                 num_hidden_layers=4, head_dim=8, intermediate_size_mlp=32, num_local_experts=4, attention_chunk_size=8,
-                interleave_moe_layer_step=2, no_rope_layer_interval=2, floor_scale=8, attn_scale=0.5,
+                interleave_moe_layer_step=2, no_rope_layer_interval=2,
             ),
             vision_config=tower(
                 patch_size=4, vision_output_dim=16, projector_input_dim=16, projector_output_dim=16,
@@ -153,6 +160,7 @@ SPECIAL = [
         sizes=((16, 32), (16, 16)),
         types=TYPES,
         one_mark=True,
+        marks=(START, END),
     ),
     Family(
         "exaone4_5",
@@ -183,7 +191,7 @@ SPECIAL = [
             },
             audio_token_index=AUDIO, image_token_index=IMAGE, video_token_index=VIDEO, **_OMNI_MARKS,
         ),
-        _omni,
+        _omni(4),
         _omni_tensors,
         ("image", "video", "audio"),
         SIDES,
@@ -200,12 +208,12 @@ SPECIAL = [
             vision_config=DEEP,
             audio_config={
                 "d_model": 16, "encoder_ffn_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
-                "num_mel_bins": 8, "max_source_positions": 16, "n_window": 8, "n_window_infer": 16, "output_dim": 32,
+                "num_mel_bins": 8, "max_source_positions": 16, "n_window": 50, "n_window_infer": 100, "output_dim": 32,
                 "downsample_hidden_size": 8,
             },
             audio_token_id=AUDIO, **_MARKS, **_OMNI_MARKS,
         ),
-        _omni,
+        _omni(8),
         _omni_tensors,
         ("image", "video", "audio"),
         SIDES,

@@ -26,7 +26,8 @@ class Family:
     what describes the pictures of all rows. sizes: of an image, [h, w], and of another one; frame: of a video's.
     lengths: of a sound, in mel frames, and of another one.
     types: the names of the token types that the processor returns. opens: pictures stand before all words.
-    one_mark: videos stand in image tokens, so the model has either images or videos in one call.
+    one_mark: videos stand in image tokens, so the model has either images or videos in one call. marks: ids around
+    images that have their token type.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     lengths: tuple[int, int] = (16, 16)
     opens: bool = False
     one_mark: bool = False
+    marks: tuple[int, ...] = ()
 
     def picture(self, seed: int, kind: str = "image") -> Picture:
         """A random picture: sizes take turns; a video has 8 frames."""
@@ -59,6 +61,11 @@ class Family:
         opening = [BOS, *text[:3]]
         return [*([*shown, *opening] if self.opens else [*opening, *shown]), *text, *text[: words // 2]]
 
+    @property
+    def mixed(self) -> list[str]:
+        """A video and an image, where a prompt may have both."""
+        return ["video", "image"] if "video" in self.kinds and not self.one_mark else []
+
     def row(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Processor output of one prompt."""
         return self.batch([parts])
@@ -77,6 +84,7 @@ class Family:
             "attention_mask": torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids]),
         }
         kinds = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO)
+        kinds[torch.isin(out["input_ids"], torch.tensor(self.marks, dtype=torch.long))] = 1
         out |= {name: torch.zeros_like(kinds) if self.opens else kinds for name in self.types}
         if self.one_mark:
             out["input_ids"][out["input_ids"] == VIDEO] = IMAGE

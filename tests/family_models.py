@@ -72,14 +72,13 @@ def made(
     def make() -> PreTrainedModel:
         torch.manual_seed(0)
         model = build()
-        head, embeddings = output_layer(model), model.get_input_embeddings()
         with torch.no_grad():
-            for weight in model.parameters():
+            for name, weight in model.named_parameters():
                 if weight.dim() > 1 and not weight.any():  # such as Gemma 3's projector
                     torch.nn.init.normal_(weight, std=0.02)
-                if weight.dim() > 1 and weight is not embeddings.weight and weight is not head.weight:
+                if weight.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
                     weight.mul_(strength)
-            head.weight.mul_(sharpness)
+            output_layer(model).weight.mul_(sharpness)
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
         return model.eval()
 

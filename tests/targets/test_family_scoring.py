@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES
+from families import BY_NAME, NAMES
 from family import Family, Part
 from family_layouts import VOCABULARY, WORDS
 from family_models import WINDOW
@@ -23,7 +23,6 @@ from msd.targets import State, Target, adapt
 from msd.targets.teacher import run_teacher
 
 TOLERANCE = 1e-4
-NAMES = [family.name for family in FAMILIES]
 TAPS = (1, 3)
 
 
@@ -35,8 +34,7 @@ def model(name: str) -> Any:
 def prompts(family: Family) -> list[list[Part]]:
     """Three of unequal length and with different numbers of images, and a video where the family supports it."""
     kind = family.kinds[0]
-    last = ["video", "image"] if "video" in family.kinds else []
-    return [family.parts(1, [kind]), family.parts(2, [kind, kind], words=8), family.parts(3, last, words=10)]
+    return [family.parts(1, [kind]), family.parts(2, [kind, kind], words=8), family.parts(3, family.mixed, words=10)]
 
 
 @torch.no_grad()

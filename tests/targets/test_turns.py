@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES
+from families import BY_NAME, NAMES
 from family import Family, Part
 from family_layouts import AUDIO, IMAGE, VIDEO, WORDS, Picture
 from family_processor import FamilyProcessor, photos
@@ -23,7 +23,6 @@ from msd.result import Result
 from msd.targets import Past, State
 from msd.targets.recurrent import Recurrent
 
-NAMES = [family.name for family in FAMILIES]
 PLACEHOLDERS = {IMAGE, VIDEO, AUDIO}
 WORDS_ONLY: dict[str, Any] = {
     "do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "suppress_tokens": list(range(WORDS)),

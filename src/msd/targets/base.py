@@ -137,7 +137,8 @@ class Target:
             model_kwargs = without_reused(model_kwargs, counts)
         arguments = {**model_kwargs, "position_ids": positions, "past_key_values": cache}
         inputs = self.model.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=True, next_sequence_length=L - reused, use_cache=True, logits_to_keep=1,
+            input_ids, is_first_iteration=True, next_sequence_length=L - reused, use_cache=True,
+            logits_to_keep=self.kept_logits(1),
             **{k: v for k, v in arguments.items() if k not in ("use_cache", "logits_to_keep")},
         )  # fmt: skip
         with self.recording(check=False) as recorded:
@@ -199,6 +200,10 @@ class Target:
         columns: [B, S] bool, False at columns of whole rows that these layers must not read; None: they read all.
         """
         return mask
+
+    def kept_logits(self, count: int) -> int | Tensor:
+        """The `logits_to_keep` argument of a pass that needs the logits of the last `count` columns."""
+        return count
 
     def layout_positions(self, position_ids: Tensor) -> Tensor:
         """Layout positions [A, B, L] (or [B, L] for one axis) from the `position_ids` that `generate()` prepares."""

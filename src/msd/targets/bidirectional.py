@@ -28,10 +28,8 @@ class Gemma3(Target):
         return image[:, :, None] & image[:, None] & (number[:, :, None] == number[:, None])
 
 
-class Gemma4(Gemma3):
-    """Columns of one image or frame attend to each other in sliding layers, where the config says so."""
-
-    bidirectional_layers = SLIDING
+class Gemma4Unified(Gemma3):
+    """Columns of one image or frame attend to each other where the config says so."""
 
     def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """See `Target`. UserError for sounds."""
@@ -43,6 +41,21 @@ class Gemma4(Gemma3):
         """See `Gemma3`; None for models that are causal."""
         seeing = getattr(self.text_config, "use_bidirectional_attention", None) == "vision"
         return super().bidirectional_mask(layout, types) if seeing else None
+
+
+class Gemma4(Gemma4Unified):
+    """As Gemma 4 Unified, but in sliding layers only.
+
+    Layers that share keys compute only the columns whose logits are needed, so their states are asked of all columns
+    with a tensor of these, which turns this off.
+    """
+
+    bidirectional_layers = SLIDING
+
+    def kept_logits(self, count: int) -> int | Tensor:
+        """See `Target`."""
+        shared = self.text_config.num_hidden_layers - self.text_config.num_kv_shared_layers
+        return torch.arange(-count, 0) if any(index > shared for index in self.taps.indices) else count
 
 
 class Molmo2(SharedMark):

@@ -20,7 +20,7 @@ from msd.targets.pictures import Features, Patches, Pictures, VisionItem
 class Grouped(Pictures):
     """Some tensors have several rows per item; `counts` is the name of the tensor with their numbers.
 
-    grouped: the names of these tensors. A tensor without any row is left out.
+    grouped: the names of these tensors. An item without rows of one lacks it.
     """
 
     counts: str = "num_local_patches"
@@ -35,17 +35,15 @@ class Grouped(Pictures):
         """See `Pictures`."""
         counts = torch.as_tensor(inputs[self.counts])
         tensors = {name: inputs[name] for name in self.consumed if inputs.get(name) is not None}
-        parts = {
-            name: t.split(counts.tolist()) if name in self.grouped else torch.as_tensor(t)
-            for name, t in tensors.items()
-        }
-        return [{name: part[i] for name, part in parts.items()} for i in range(len(counts))]
+        parts = {name: t.split(counts.tolist()) if name in self.grouped else t for name, t in tensors.items()}
+        items = [{name: torch.as_tensor(part[i]) for name, part in parts.items()} for i in range(len(counts))]
+        return [{name: t for name, t in item.items() if name not in self.grouped or len(t)} for item in items]
 
     def _batch(self, items: Sequence[VisionItem]) -> dict[str, Any]:
         """See `Pictures`."""
-        grouped = {name: torch.cat([item[name] for item in items]) for name in self.grouped if name in items[0]}
-        single = super()._batch([{k: v for k, v in item.items() if k not in grouped} for item in items])
-        return {**single, **{name: t for name, t in grouped.items() if len(t)}}
+        single = super()._batch([{k: v for k, v in item.items() if k not in self.grouped} for item in items])
+        grouped = {name: [item[name] for item in items if name in item] for name in self.grouped}
+        return {**single, **{name: torch.cat(parts) for name, parts in grouped.items() if parts}}
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,11 @@ class Compressed(Patches):
     ) -> list[Features]:
         """See `Pictures`."""
         plain = [{k: v for k, v in item.items() if k != self.kept} for item in items]
-        found = zip(super().encode(model, plain, options), items, strict=True)
-        return [
-            replace(f, states=f.states[x[self.kept].to(f.states.device)]) if self.kept in x else f for f, x in found
-        ]
+        found = super().encode(model, plain, options)
+        if not items or self.kept not in items[0]:
+            return found
+        kept = [item[self.kept].to(f.states.device) for item, f in zip(items, found, strict=True)]
+        return [replace(f, states=f.states[mask]) for f, mask in zip(found, kept, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ and passes positions in every call. A tree continues each axis from the newest t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from msd.core.layout import Layout
 from msd.targets.base import Target
 
 
@@ -32,7 +35,31 @@ class MRope(Target):
 
 
 class HunYuan(MRope):
-    """HunYuan-VL: as many axes as the config has sections, usually four; none of them counts columns."""
+    """HunYuan-VL: as many axes as the config has sections, usually four; none of them counts columns.
+
+    One axis has the number of the image, which the model counts through the whole batch; here each row counts its own,
+    so that a row's answer does not depend on the others.
+    """
+
+    def lay_out(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[Layout, Tensor]:
+        """See `Target`."""
+        grids, types = model_kwargs.get("image_grid_thw"), model_kwargs.get("mm_token_type_ids")
+        if len(input_ids) > 1 and grids is not None and types is not None:
+            first = (types == 1) & (torch.nn.functional.pad(types, (1, 0))[:, :-1] != 1)
+            rows = zip(
+                input_ids, types, model_kwargs["attention_mask"], grids.split(first.sum(1).tolist()), strict=True
+            )
+            positions = [
+                self.model._prepare_position_ids_for_generation(
+                    ids[None],
+                    {"mm_token_type_ids": kinds[None], "attention_mask": mask[None], "image_grid_thw": shown}
+                    if len(shown)
+                    else {"attention_mask": mask[None]},
+                )
+                for ids, kinds, mask, shown in rows
+            ]
+            model_kwargs = {**model_kwargs, "position_ids": torch.cat(positions, 1)}
+        return super().lay_out(input_ids, model_kwargs, capacity)
 
     def layout_positions(self, position_ids: Tensor) -> Tensor:
         """[A, B, L], unchanged."""

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from msd.backends.revision import plain_tensors
 from msd.errors import UserError
 from msd.targets.base import Target
-from msd.targets.bidirectional import Gemma3, Gemma4, Molmo2, PaliGemma
+from msd.targets.bidirectional import Gemma3, Gemma4, Gemma4Unified, Molmo2, PaliGemma
 from msd.targets.grouped import Compressed, Crops, Grouped, Indicated, Layered
 from msd.targets.llama4 import Llama4
 from msd.targets.mrope import Columns, HunYuan, MRope
 from msd.targets.pictures import AnyResolution, NestedTiles, Packed, Patches, Pictures
-from msd.targets.qwen2_audio import Omni, Qwen2Audio
+from msd.targets.qwen2_audio import Omni, Qwen2Audio, Qwen3Omni
 from msd.targets.recurrent import Recurrent, RecurrentMRope
 from msd.targets.renamed import Fuyu, VideoLlava
 from msd.targets.shared_mark import Glm
@@ -109,7 +109,7 @@ _FAMILIES: dict[str, Family] = {
     "exaone4_5": Family("EXAONE 4.5", _VIDEO, Columns, _QWEN, _TORCHVISION),
     "fuyu": Family("Fuyu", _VISION, Fuyu, (Pictures("image", "pixel_values", (), "stack", 4096, "last_hidden_state"),)),
     "gemma4": Family("Gemma 4", _VIDEO, Gemma4, _PLACED, _TORCHVISION, "no sounds"),
-    "gemma4_unified": Family("Gemma 4 Unified", _VIDEO, Gemma4, _PLACED, _TORCHVISION, "no sounds"),
+    "gemma4_unified": Family("Gemma 4 Unified", _VIDEO, Gemma4Unified, _PLACED, _TORCHVISION, "no sounds"),
     "glm46v": Family("GLM-4.6V", _VIDEO, Glm, _QWEN, _TORCHVISION, _ONE_KIND),
     "glm4v": Family("GLM-4.1V", _VIDEO, Glm, _QWEN, _TORCHVISION, _ONE_KIND),
     "glm4v_moe": Family("GLM-4.5V", _VIDEO, Glm, _QWEN, _TORCHVISION, _ONE_KIND),
@@ -135,7 +135,7 @@ _FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family("PaddleOCR-VL", _VISION, MRope, _GRID),
     "qianfan_ocr": Family("Qianfan-OCR", _VISION, Target, (_TILES,)),
     "qwen2_5_omni_thinker": Family("Qwen2.5-Omni thinker", _ALL, Omni, _QWEN, _TORCHVISION, _SOUNDS),
-    "qwen3_omni_moe_thinker": Family("Qwen3-Omni thinker", _ALL, Omni, _QWEN, _TORCHVISION, _SOUNDS),
+    "qwen3_omni_moe_thinker": Family("Qwen3-Omni thinker", _ALL, Qwen3Omni, _QWEN, _TORCHVISION, _SOUNDS),
     "qwen3_vl_moe": Family("Qwen3-VL MoE", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "step3p7": Family("Step 3.7", _VISION, Target, _LOCAL, _TORCHVISION),
     "video_llama_3": Family("VideoLLaMA 3", _VIDEO, Target, _MERGED, _TORCHVISION),

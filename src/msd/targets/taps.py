@@ -22,7 +22,7 @@ Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManage
 
 
 def text_decoder(model: PreTrainedModel) -> Any:
-    """The module that has the decoder's `.layers`; for Nemotron-H and Llama 4 `get_decoder()` returns the module around it."""
+    """The module that has the decoder's `.layers`; `get_decoder()` of Nemotron-H and Llama 4 returns the one around."""
     decoder: Any = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else decoder.model
 

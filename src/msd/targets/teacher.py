@@ -97,7 +97,7 @@ def run_teacher(
             attention_mask=_mask(target, layout, L, types, masked),
             position_ids=target.position_ids(layout.positions),
             use_cache=False,
-            logits_to_keep=A + 1,
+            logits_to_keep=target.kept_logits(A + 1),
             return_dict=True,
             **inputs,
         )
@@ -122,5 +122,8 @@ def _mask(target: Target, layout: Layout, prompt: int, types: Tensor | None, mas
     both = None if types is None else target.bidirectional_mask(layout, types)  # without token types all are causal
     if both is not None:
         wide = found(visible | both)
-        mask = wide if only is None or isinstance(mask, Tensor) else {**mask, only: wide[only]}
+        if only is None or isinstance(mask, Tensor) or isinstance(wide, Tensor):
+            mask = wide
+        else:
+            mask = {**mask, only: wide[only]}
     return target.layer_masks(mask, columns)
