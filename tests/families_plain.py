@@ -113,7 +113,8 @@ PLAIN = [
         "got_ocr2",
         tiny(
             "got_ocr2", text_config=QWEN2, image_token_index=IMAGE,
-            vision_config=tower(patch_size=2, output_channels=8, initializer_range=0.02, window_size=4, global_attn_indexes=[1], mlp_dim=32),
+            vision_config=tower(patch_size=2, output_channels=8, initializer_range=0.02,
+            window_size=4, global_attn_indexes=[1], mlp_dim=32),
         ),
         several(4),
         stacked,
@@ -207,7 +208,8 @@ PLAIN = [
     Family(
         "muse_glimmer",
         tiny(
-            "muse_glimmer", strength=24.0, image_token_id=IMAGE, video_token_id=VIDEO, out_hidden_size=64, projector_hidden_size=16,
+            "muse_glimmer", strength=24.0,
+            image_token_id=IMAGE, video_token_id=VIDEO, out_hidden_size=64, projector_hidden_size=16,
             text_config=sizes(head_dim=8, layer_types=LAYERS, sliding_window=WINDOW),
             vision_config=tower(patch_size=4, pos_emb_height=4, pos_emb_width=4),
         ),
@@ -234,7 +236,8 @@ PLAIN = [
     Family(
         "idefics2",
         tiny(
-            "idefics2", sharpness=4.0, strength=24.0, image_token_id=IMAGE, text_config=sizes(model_type="mistral", sliding_window=None),
+            "idefics2", sharpness=4.0, strength=24.0, image_token_id=IMAGE,
+            text_config=sizes(model_type="mistral", sliding_window=None),
             vision_config=tower(),
             perceiver_config={
                 "hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
