@@ -64,7 +64,8 @@ def _deepseek_ocr2() -> Any:
     )
     encoder = tower(num_key_value_heads=2, max_position_embeddings=64)
     text = sizes(n_routed_experts=4, n_shared_experts=1, mlp_layer_types=["dense", "sparse", "sparse"], **_EXPERTS)
-    make = tiny("deepseek_ocr2", text_config=text, vision_config={"sam_config": sam, "encoder_config": encoder},
+    make = tiny("deepseek_ocr2", strength=12.0, text_config=text,
+                vision_config={"sam_config": sam, "encoder_config": encoder},
                 image_token_id=IMAGE)  # fmt: skip
 
     def build() -> Any:
@@ -112,7 +113,8 @@ PLAIN = [
     Family(
         "got_ocr2",
         tiny(
-            "got_ocr2", text_config=QWEN2, image_token_index=IMAGE,
+            "got_ocr2",
+            sharpness=8.0, text_config=QWEN2, image_token_index=IMAGE,
             vision_config=tower(patch_size=2, output_channels=8, initializer_range=0.02,
             window_size=4, global_attn_indexes=[1], mlp_dim=32),
         ),
@@ -167,7 +169,7 @@ PLAIN = [
             "llava_next_video", text_config=LLAMA, vision_config=CLIP, image_token_index=IMAGE,
             video_token_index=VIDEO, image_grid_pinpoints=[[16, 32], [32, 16]], **CUT,
         ),
-        lambda p, _: [VIDEO] * 8 if p.kind == "video" else [IMAGE] * (14 if p.data.shape[2] == 32 else 16),
+        lambda p, _: [VIDEO] * len(p.data) if p.kind == "video" else [IMAGE] * (14 if p.data.shape[2] == 32 else 16),
         lambda rows: (next_views(rows) if of(rows, "image") else {})
         | stacked([[p for p in row if p.kind == "video"] for row in rows]),
         ("image", "video"),
@@ -179,10 +181,10 @@ PLAIN = [
             "emu3",
             text_config=sizes(attention_dropout=0.0),
             vq_config={
-                "codebook_size": 8, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "hidden_size": 32,
+                "codebook_size": 32, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "hidden_size": 32,
                 "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [],
             },
-            vocabulary_map={f"<|visual token {i:06d}|>": 50 + i for i in range(8)}
+            vocabulary_map={f"<|visual token {i:06d}|>": 30 + i for i in range(32)}
             | {"<|extra_200|>": BREAK, "<image>": IMAGE},
         ),
         several(6),

@@ -184,7 +184,7 @@ SPECIAL = [
     Family(
         "qwen2_5_omni_thinker",
         tiny(
-            "qwen2_5_omni_thinker", text_config=sizes(rope_parameters=ROPE), vision_config=WINDOWED,
+            "qwen2_5_omni_thinker", strength=12.0, text_config=sizes(rope_parameters=ROPE), vision_config=WINDOWED,
             audio_config={
                 "d_model": 16, "encoder_ffn_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
                 "num_mel_bins": 8, "max_source_positions": 16, "n_window": 8, "output_dim": 32,
@@ -202,6 +202,7 @@ SPECIAL = [
         "qwen3_omni_moe_thinker",
         tiny(
             "qwen3_omni_moe_thinker",
+            strength=12.0,
             text_config=sizes(
                 head_dim=8, rope_parameters=ROPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
             ),
