@@ -150,6 +150,7 @@ _MAMBA = {
     "n_routed_experts": 4, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
     "num_experts_per_tok": 2, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
     "layer_types": ["linear_attention", "moe", "full_attention", "linear_attention", "mlp"],
+    "time_step_min": 1e-9,  # the library clamps time steps to it where it reads several tokens, not where it reads one
 }  # fmt: skip
 _RADIO = {
     "model_type": "radio", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
