@@ -21,10 +21,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Runs the target tests with the real processors; installs torchvision and a matching torch, several GB.
+# Runs the tests of all target families, with the real processors; installs torchvision and a matching torch, several GB.
 FULL := .venv-full
 test-full: $(FULL)/ready
-	$(FULL)/bin/python -m pytest tests/targets tests/test_quantised.py
+	$(FULL)/bin/python -m pytest --full tests/targets tests/test_quantised.py
 
 $(FULL)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FULL)

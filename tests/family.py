@@ -25,7 +25,9 @@ class Family:
     make: a fresh model. place: the ids of a picture; told whether it is its prompt's only one of the kind. tensors:
     what describes the pictures of all rows. sizes: of an image, [h, w], and of another one; frame: of a video's.
     lengths: of a sound, in mel frames, and of another one.
-    types: the name of the token types that the processor returns. opens: pictures stand before all words.
+    types: the names of the token types that the processor returns. opens: pictures stand before all words.
+    one_mark: videos stand in image tokens, so the model has either images or videos in one call. marks: ids around
+    images that have their token type.
     """
 
     name: str
@@ -34,10 +36,12 @@ class Family:
     tensors: Callable[[Rows], dict[str, Tensor]]
     kinds: tuple[str, ...] = ("image",)
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (16, 16))
-    types: str | None = None
+    types: tuple[str, ...] = ()
     frame: tuple[int, int] = (16, 16)
     lengths: tuple[int, int] = (16, 16)
     opens: bool = False
+    one_mark: bool = False
+    marks: tuple[int, ...] = ()
 
     def picture(self, seed: int, kind: str = "image") -> Picture:
         """A random picture: sizes take turns; a video has 8 frames."""
@@ -57,6 +61,11 @@ class Family:
         opening = [BOS, *text[:3]]
         return [*([*shown, *opening] if self.opens else [*opening, *shown]), *text, *text[: words // 2]]
 
+    @property
+    def mixed(self) -> list[str]:
+        """A video and an image, where a prompt may have both."""
+        return ["video", "image"] if "video" in self.kinds and not self.one_mark else []
+
     def row(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Processor output of one prompt."""
         return self.batch([parts])
@@ -74,7 +83,9 @@ class Family:
             "input_ids": torch.tensor([[PAD] * (width - len(x)) + x for x in ids]),
             "attention_mask": torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids]),
         }
-        if self.types is not None:
-            kinds = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO)
-            out[self.types] = torch.zeros_like(kinds) if self.opens else kinds
+        kinds = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO)
+        kinds[torch.isin(out["input_ids"], torch.tensor(self.marks, dtype=torch.long))] = 1
+        out |= {name: torch.zeros_like(kinds) if self.opens else kinds for name in self.types}
+        if self.one_mark:
+            out["input_ids"][out["input_ids"] == VIDEO] = IMAGE
         return {**out, **(self.tensors(shown) if any(shown) else {})}

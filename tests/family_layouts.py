@@ -105,35 +105,46 @@ def lines(unit: int) -> Callable[[Picture, bool], list[int]]:
 # Qwen-VL: rows of patches of 4x4 pixels and 2 frames, merged by 2x2
 
 
-def patches(frames: Tensor) -> tuple[Tensor, list[int]]:
-    """([patches, 96], grid [t, h, w]) of frames [2t, 3, 4h, 4w], in the order of merged blocks."""
-    t, h, w = frames.shape[0] // 2, frames.shape[2] // 4, frames.shape[3] // 4
-    cut = frames.reshape(t, 2, 3, h // 2, 2, 4, w // 2, 2, 4).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+def patches(frames: Tensor, times: int = 2) -> tuple[Tensor, list[int]]:
+    """([patches, 48 * times], grid [t, h, w]) of frames [t * times, 3, 4h, 4w], in the order of merged blocks."""
+    t, h, w = frames.shape[0] // times, frames.shape[2] // 4, frames.shape[3] // 4
+    cut = frames.reshape(t, times, 3, h // 2, 2, 4, w // 2, 2, 4).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return cut.reshape(t * h * w, -1), [t, h, w]
 
 
-def qwen(seconds: bool) -> Callable[[Rows], dict[str, Tensor]]:
+def qwen(
+    seconds: str | None = None, times: int = 2, square: bool = False, merged: bool = False
+) -> Callable[[Rows], dict[str, Tensor]]:
+    """seconds: the name of the videos' seconds per grid. times: frames of a patch. square: patches are [3, 4, 4].
+    merged: with the side of a merged block, 2.
+    """
+
     def tensors(rows: Rows) -> dict[str, Tensor]:
         out = {}
         for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             found = of(rows, kind)
             if found:
-                cut = [patches(torch.stack([x, x]) if kind == "image" else x) for x in found]
-                out[pixels] = torch.cat([patches for patches, _ in cut])
+                cut = [patches(torch.stack([x] * times) if kind == "image" else x, times) for x in found]
+                out[pixels] = torch.cat([patches.unflatten(1, (3, 4, 4)) if square else patches for patches, _ in cut])
                 out[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in cut])
+                if merged:
+                    out[f"{kind}_merge_sizes"] = torch.tensor([2] * len(found))
         if seconds and of(rows, "video"):
-            out["second_per_grid_ts"] = torch.tensor([1.0] * len(of(rows, "video")))
+            out[seconds] = torch.tensor([1.0] * len(of(rows, "video")))
         return out
 
     return tensors
 
 
-def grid(frame_by_frame: bool) -> Callable[[Picture, bool], list[int]]:
+def grid(frame_by_frame: bool = False, frames: int = 2, breaks: bool = False) -> Callable[[Picture, bool], list[int]]:
+    """frames: of a video that share their tokens. breaks: each line and each image has further placeholders."""
+
     def place(p: Picture, _: bool) -> list[int]:
-        each = p.data.shape[-2] // 8 * (p.data.shape[-1] // 8)
+        high, wide = p.data.shape[-2] // 8, p.data.shape[-1] // 8
+        each = high * (wide + 1) + 2 if breaks else high * wide
         if p.kind == "image":
             return [START, *[IMAGE] * each, END]
-        times = len(p.data) // 2
+        times = len(p.data) // frames
         if not frame_by_frame:
             return [START, *[VIDEO] * (each * times), END]
         return [token for t in range(times) for token in (WORDS + t, START, *[VIDEO] * each, END)]
@@ -151,6 +162,10 @@ def tiles(data: Tensor) -> list[Tensor]:
     return [data] if data.shape[1] == data.shape[2] else list(views(data))
 
 
+def tiled(rows: Rows) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack([tile for row in rows for p in row for tile in tiles(p.data)])}
+
+
 def nested(rows: Rows) -> dict[str, Tensor]:
     found = [[tile for p in row for tile in tiles(p.data)] for row in rows]
     pixels = torch.zeros(len(rows), max(map(len, found)), 3, 16, 16)
@@ -165,12 +180,86 @@ def marked(p: Picture, _: bool) -> list[int]:
     return [token for _ in tiles(p.data) for token in (START, *[IMAGE] * 4, END)]
 
 
+# DeepSeek-OCR2 and Step3: a whole view of each image, and tiles of wide ones
+
+
+def local_views(rows: Rows) -> dict[str, Tensor]:
+    found = [tiles(x) for x in of(rows, "image")]
+    near = [tile for views in found for tile in views[1:]]
+    return {
+        "pixel_values": torch.stack([views[0] for views in found]),
+        "num_local_patches": torch.tensor([len(views) - 1 for views in found]),
+        **({"pixel_values_local": torch.stack(near)} if near else {}),
+    }
+
+
+# Gemma 4 and Fuyu: flat patches in raster order
+
+
+def raster(image: Tensor, side: int) -> Tensor:
+    """[h * w, 3 * side * side] of an image [3, h * side, w * side]."""
+    cut = image.unflatten(1, (-1, side)).unflatten(3, (-1, side))  # [3, h, side, w, side]
+    return cut.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+
+
+def placed_patches(side: int, pool: int) -> Callable[[Rows], dict[str, Tensor]]:
+    """Patches with their (x, y), padded to the most in a largest image; pool * pool of them to a token."""
+
+    def placed(image: Tensor) -> tuple[Tensor, Tensor]:
+        high, wide = image.shape[1] // side, image.shape[2] // side
+        xy = torch.tensor([[x, y] for y in range(high) for x in range(wide)])
+        more = 24 * 16 // side**2 - len(xy)
+        pad = torch.nn.functional.pad
+        return pad(raster(image, side), (0, 0, 0, more)), pad(xy, (0, 0, 0, more), value=-1)
+
+    def tensors(rows: Rows) -> dict[str, Tensor]:
+        videos = [list(video) for video in of(rows, "video")]
+        out = {"num_frames_per_video": torch.tensor([len(frames) for frames in videos])} if videos else {}
+        shown = {"image": of(rows, "image"), "video": [frame for frames in videos for frame in frames]}
+        for kind, found in shown.items():
+            if found:
+                cut = [placed(x) for x in found]
+                out["pixel_values" if kind == "image" else "pixel_values_videos"] = torch.stack([x for x, _ in cut])
+                out[f"{kind}_position_ids"] = torch.stack([xy for _, xy in cut])
+        return out
+
+    return tensors
+
+
+def flat_patches(side: int) -> Callable[[Rows], dict[str, Tensor]]:
+    return lambda rows: {"pixel_values": torch.cat([raster(x, side) for x in of(rows, "image")])}
+
+
+# Molmo2: crops of an image, and the patches that each of its tokens pools
+
+
+def crops(rows: Rows) -> dict[str, Tensor]:
+    """Crops of 4x4 patches; a token pools 2x2 of them."""
+    out = {}
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        found = [tiles(x) for x in of(rows, kind)]
+        if not found:
+            continue
+        cut = [torch.stack([raster(view, 4) for view in views]) for views in found]
+        pool = torch.arange(16).reshape(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)  # [tokens of a crop, patches]
+        out[pixels] = torch.cat(cut)
+        out[f"{kind}_token_pooling"] = torch.cat([pool + 16 * i for i in range(sum(map(len, cut)))])
+        if kind == "image":
+            out["image_grids"] = torch.tensor([[2, 2, 2 * (len(x) > 1), 2 * (len(x) - 1)] for x in cut])
+            out["image_num_crops"] = torch.tensor([len(x) for x in cut])
+        else:
+            out["video_grids"] = torch.tensor([[len(x), 2, 2] for x in cut])
+    return out
+
+
 # Qwen2-Audio: mel frames padded to one length, with a mask; four of them to a token
 
 
 def sounds(length: int) -> Callable[[Rows], dict[str, Tensor]]:
     def tensors(rows: Rows) -> dict[str, Tensor]:
         heard = of(rows, "audio")
+        if not heard:
+            return {}
         return {
             "input_features": torch.stack([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in heard]),
             "feature_attention_mask": torch.tensor([[int(i < x.shape[1]) for i in range(length)] for x in heard]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from families import FAMILIES
+from families_classic import CLASSIC
 from msd.cli import main
 from msd.errors import UserError
 from msd.estimate import Acceptance, Card, Sizes, Workload, card, pass_seconds, plans, sizes
@@ -112,7 +112,7 @@ def test_built_in_models_have_their_published_size() -> None:
     assert sizes("llava-hf/llava-1.5-7b-hf") is sizes("LLaVA-1.5-7B")
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", CLASSIC, ids=lambda family: family.name)
 def test_sizes_follow_from_a_config(family: Any) -> None:
     """The size of a layer counts its weight matrices, not norms and biases."""
     model = family.make()
@@ -141,7 +141,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = json.loads(run("--target", "llava-1.5-13b", "--gpu", "A100-80", "--acceptance", "60=4.7", "--json")[1])
     assert [row["nodes"] for row in found["rows"]] == [60] * 6
     assert found["card"]["name"] == "A100-80" and found["target"]["layers"] == 40
-    FAMILIES[0].make().save_pretrained(tmp_path)
+    CLASSIC[0].make().save_pretrained(tmp_path)
     code, out, _ = run("--target", str(tmp_path))
     assert code == 0 and "H100" in out and "whole answer" in out
     for arguments, part in (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import BY_NAME, FAMILIES
+from families import BY_NAME, NAMES
 from family import Family, Part
 from family_layouts import Picture
 from msd.backends import choose
@@ -23,7 +23,6 @@ from msd.model import SpeculativeVLM
 from msd.result import Result
 from random_drafter import RandomDrafter
 
-NAMES = [family.name for family in FAMILIES]
 NEW = 14
 SETTINGS: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True, "temperature": 0.9, "top_k": 0}]
 METHODS = ("prompt-lookup", "msd", "random")
@@ -37,7 +36,9 @@ def model(name: str) -> Any:
 def contents(family: Family) -> list[list[str]]:
     """The media of each prompt: none, one image, two, and for video families a video alone and one after an image."""
     kind = family.kinds[0]
-    return [[], [kind], [kind, kind], *([["video"], ["image", "video"]] if "video" in family.kinds else [])]
+    videos = [["video"], *([family.mixed[::-1]] if family.mixed else [])] if "video" in family.kinds else []
+    sounds = [["audio"], ["image", "audio"]] if family.kinds[-1] == "audio" != kind else []
+    return [[], [kind], [kind, kind], *videos, *sounds]
 
 
 @cache
@@ -89,12 +90,17 @@ def test_one_prompt(name: str, method: str) -> None:
     assert accepted > 0 or method != "random", "no draft was accepted, so the test shows nothing"
 
 
+def _batch(family: Family) -> list[list[str]]:
+    """The media of three rows of one batch."""
+    return contents(family)[:3] if family.one_mark else contents(family)[-3:]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_left_padded_batch_of_unequal_prompts(name: str, method: str) -> None:
     """Rows with different media."""
     family = BY_NAME[name]
-    rows = [(tuple(kinds), words) for kinds, words in zip(contents(family)[-3:], (12, 8, 10), strict=True)]
+    rows = [(tuple(kinds), words) for kinds, words in zip(_batch(family), (12, 8, 10), strict=True)]
     for setting, settings in enumerate(SETTINGS):
         wanted = [alone(name, kinds, setting, 40 + i, words) for i, (kinds, words) in enumerate(rows)]
         inputs = family.batch([parts(name, kinds, words) for kinds, words in rows])
@@ -133,7 +139,7 @@ def test_an_image_is_encoded_once(name: str) -> None:
     vlm = engine(name, "prompt-lookup", [])
     if not vlm.target.pictures:
         pytest.skip("this family's models have no argument for cached features")
-    for kind in family.kinds:
+    for kind in (pictures.modality for pictures in vlm.target.pictures):
         first, second = family.picture(1, kind), family.picture(2, kind)
         vision = vlm.target.vision
         words: list[Part] = [20, 21, 22, 23]

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import BY_NAME, FAMILIES, WINDOW
+from families import BY_NAME, NAMES
 from family import Family, Part
 from family_layouts import VOCABULARY, WORDS
+from family_models import WINDOW
 from msd.core.modality import LANGUAGE
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.targets import State, Target, adapt
 from msd.targets.teacher import run_teacher
 
 TOLERANCE = 1e-4
-NAMES = [family.name for family in FAMILIES]
 TAPS = (1, 3)
 
 
@@ -34,8 +34,7 @@ def model(name: str) -> Any:
 def prompts(family: Family) -> list[list[Part]]:
     """Three of unequal length and with different numbers of images, and a video where the family supports it."""
     kind = family.kinds[0]
-    last = ["video", "image"] if "video" in family.kinds else []
-    return [family.parts(1, [kind]), family.parts(2, [kind, kind], words=8), family.parts(3, last, words=10)]
+    return [family.parts(1, [kind]), family.parts(2, [kind, kind], words=8), family.parts(3, family.mixed, words=10)]
 
 
 @torch.no_grad()
@@ -44,8 +43,8 @@ def alone(family: Family, parts: list[Part], emitted: list[int]) -> Any:
     more = torch.tensor([emitted], dtype=torch.long)
     row["input_ids"] = torch.cat([row["input_ids"], more], 1)
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    if family.types is not None:  # answer tokens have the causal type
-        row[family.types] = torch.cat([row[family.types], torch.full_like(more, int(family.opens))], 1)
+    for types in family.types:  # answer tokens have the causal type
+        row[types] = torch.cat([row[types], torch.full_like(more, int(family.opens))], 1)
     return model(family.name)(**row, use_cache=False, output_hidden_states=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clips import write_clip, write_sound
-from families import BY_NAME, FAMILIES
+from families import BY_NAME, named
 from family_layouts import WORDS
 from family_processor import FamilyProcessor, photos
 from msd import Audio, Video
@@ -20,8 +20,7 @@ from msd.inputs.prompts import prepare
 from msd.model import SpeculativeVLM
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "top_k": 0, "eos_token_id": None}
-SEEING = [family.name for family in FAMILIES if "image" in family.kinds]
-HEARING = [family.name for family in FAMILIES if "audio" in family.kinds]
+SEEING, HEARING = named("image"), named("audio")
 
 
 def engine(name: str) -> SpeculativeVLM:

@@ -41,7 +41,14 @@ def targets(as_json: Json = False) -> None:
         ]
         print(json.dumps({"targets": rows}))
         return
-    shown = table("architecture", "models", "takes", "processor\nneeds", "note", wrapped=("note",))
+    shown = table(
+        "architecture",
+        "models",
+        "takes",
+        "processor\nneeds",
+        "note",
+        wrapped=("models", "takes", "processor\nneeds", "note"),
+    )
     for name, family in supported.items():
         shown.add_row(name, family.models, ", ".join(family.modalities), ", ".join(family.packages), family.note)
     console = Console()

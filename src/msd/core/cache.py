@@ -128,7 +128,8 @@ class KVCache(Cache):
     def copy_prefix(self, other: KVCache, count: int) -> None:
         """Copies the first `count` slots of `other`, a cache of the same model and batch, into this empty cache."""
         for mine, theirs in zip(self._attention(), other._attention(), strict=True):
-            assert theirs.keys is not None and theirs.values is not None
+            if theirs.keys is None or theirs.values is None:  # this layer reads the keys of another
+                continue
             mine.lazy_initialization(theirs.keys, theirs.values)
             assert mine.keys is not None and mine.values is not None
             mine.keys[:, :, :count] = theirs.keys[:, :, :count]

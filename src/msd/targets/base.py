@@ -49,6 +49,7 @@ class Target:
     """
 
     reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
+    bidirectional_layers: str | None = None  # the layer type to which `bidirectional_mask` is limited
 
     def __init__(
         self,
@@ -136,7 +137,8 @@ class Target:
             model_kwargs = without_reused(model_kwargs, counts)
         arguments = {**model_kwargs, "position_ids": positions, "past_key_values": cache}
         inputs = self.model.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=True, next_sequence_length=L - reused, use_cache=True, logits_to_keep=1,
+            input_ids, is_first_iteration=True, next_sequence_length=L - reused, use_cache=True,
+            logits_to_keep=self.kept_logits(1),
             **{k: v for k, v in arguments.items() if k not in ("use_cache", "logits_to_keep")},
         )  # fmt: skip
         with self.recording(check=False) as recorded:
@@ -199,6 +201,10 @@ class Target:
         """
         return mask
 
+    def kept_logits(self, count: int) -> int | Tensor:
+        """The `logits_to_keep` argument of a pass that needs the logits of the last `count` columns."""
+        return count
+
     def layout_positions(self, position_ids: Tensor) -> Tensor:
         """Layout positions [A, B, L] (or [B, L] for one axis) from the `position_ids` that `generate()` prepares."""
         return position_ids
@@ -211,10 +217,10 @@ class Target:
         """The decoder's layer types with their windows; see `masks.attention_windows`."""
         return masks.attention_windows(self.text_config)
 
-    def bidirectional_mask(self, layout: Layout, prompt: int) -> Tensor | None:
-        """[B, S, S] bool: pairs of columns that attend to each other in any order, for prompts of `prompt` columns.
+    def bidirectional_mask(self, layout: Layout, types: Tensor) -> Tensor | None:
+        """[B, S, S] bool: pairs of columns that attend to each other in any order. None for causal models.
 
-        None for causal models.
+        types: [B, L] token types of the prompt.
         """
         return None
 
@@ -231,7 +237,7 @@ class Target:
         committed, start = state.cache.base, [state.layout.start[row] for row in state.cache.rows]
         if tree.size == 1 and not any(start) and min(committed) == max(committed) and self.windows == {None: None}:
             return None
-        mask = masks.masks(*masks.tree_tables(tree, start, committed), self.windows, self.model.dtype)
+        mask = masks.masks(masks.tree_tables(tree, start, committed), self.windows, self.model.dtype)
         return self.layer_masks(mask, None)
 
     def commit(self, state: State, accepted: Accepted) -> None:

@@ -1,4 +1,6 @@
-"""Targets with M-RoPE: three rotary positions (time, height, width) per token (Qwen2-VL, arXiv 2409.12191, 2.1).
+"""Targets with rotary positions of their own.
+
+M-RoPE: three rotary positions (time, height, width) per token (Qwen2-VL, arXiv 2409.12191, 2.1).
 
 A token has a *cache slot*, its column, and one *rotary position* per axis, from the model's own `get_rope_index`. The
 three are equal for text and differ in images, which occupy fewer positions than columns. The model also stores a *rope
@@ -8,13 +10,17 @@ and passes positions in every call. A tree continues each axis from the newest t
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from msd.core.layout import Layout
 from msd.targets.base import Target
 
 
 class MRope(Target):
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+    """Qwen2-VL and its successors.
 
     Qwen3-VL's deepstack features enter early layers only at image columns of the prompt, so trees need none.
     """
@@ -26,3 +32,43 @@ class MRope(Target):
     def position_ids(self, positions: Tensor) -> Tensor:
         """[3, B, N], unchanged."""
         return positions
+
+
+class HunYuan(MRope):
+    """HunYuan-VL: as many axes as the config has sections, usually four; none of them counts columns.
+
+    One axis has the number of the image, which the model counts through the whole batch; here each row counts its own,
+    so that a row's answer does not depend on the others.
+    """
+
+    def lay_out(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[Layout, Tensor]:
+        """See `Target`."""
+        grids, types = model_kwargs.get("image_grid_thw"), model_kwargs.get("mm_token_type_ids")
+        if len(input_ids) > 1 and grids is not None and types is not None:
+            first = (types == 1) & (torch.nn.functional.pad(types, (1, 0))[:, :-1] != 1)
+            rows = zip(
+                input_ids, types, model_kwargs["attention_mask"], grids.split(first.sum(1).tolist()), strict=True
+            )
+            positions = [
+                self.model._prepare_position_ids_for_generation(
+                    ids[None],
+                    {"mm_token_type_ids": kinds[None], "attention_mask": mask[None], "image_grid_thw": shown}
+                    if len(shown)
+                    else {"attention_mask": mask[None]},
+                )
+                for ids, kinds, mask, shown in rows
+            ]
+            model_kwargs = {**model_kwargs, "position_ids": torch.cat(positions, 1)}
+        return super().lay_out(input_ids, model_kwargs, capacity)
+
+    def layout_positions(self, position_ids: Tensor) -> Tensor:
+        """[A, B, L], unchanged."""
+        return position_ids
+
+
+class Columns(Target):
+    """EXAONE 4.5: its `prepare_inputs_for_generation` drops the positions, so they are columns, with the padding."""
+
+    def layout_positions(self, position_ids: Tensor) -> Tensor:
+        """[B, L] columns, for [B, L]."""
+        return torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)

@@ -23,10 +23,15 @@ VisionItem = dict[str, Tensor]  # name in processor output -> this item's part o
 
 @dataclass(frozen=True)
 class Features:
-    """Encoder output for one item. states: usually [tokens, H]. deep: deepstack features, one tensor per layer."""
+    """Encoder output for one item.
+
+    states: usually [tokens, H]. deep: deepstack features, one tensor per layer. layers: their decoder layers, where the
+    encoder chooses them.
+    """
 
     states: Tensor
     deep: tuple[Tensor, ...] = ()
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Pictures:
 
     modality: "image" or "video". pixels: name of the pixel tensor. extra_tensors: names of the encoder's other tensors.
     join: the form in which `forward` expects the features: a "list", or one tensor by "stack" or "cat".
-    limit: default number of items in the cache.
+    limit: default number of items in the cache. output: the encoder's output that has the features.
+    reads_embeddings: whether the encoder looks its features up in the text embeddings.
     """
 
     modality: str = "image"
@@ -43,6 +49,8 @@ class Pictures:
     extra_tensors: tuple[str, ...] = ("image_sizes",)
     join: str = "list"
     limit: int = 32
+    output: str = "pooler_output"
+    reads_embeddings: bool = False
 
     @property
     def consumed(self) -> tuple[str, ...]:
@@ -85,7 +93,7 @@ class Pictures:
         if self.join != "list":
             states = torch.stack(states) if self.join == "stack" else torch.cat(states)
         if not features[0].deep:
-            return BaseModelOutputWithPooling(pooler_output=states)
+            return BaseModelOutputWithPooling(**{"pooler_output": states, self.output: states})
         deep = [list(layer) for layer in zip(*(f.deep for f in features), strict=True)]
         return BaseModelOutputWithDeepstackFeatures(pooler_output=states, deepstack_features=deep)
 
@@ -104,7 +112,7 @@ class Pictures:
 
     def _unbatch(self, output: Any, count: int) -> list[Features]:
         """The encoder's output by item. Where the output has one tensor for all, items have equal lengths."""
-        states = output.pooler_output
+        states = output[self.output]
         if len(states) != count:
             states = (states if isinstance(states, Tensor) else torch.cat(list(states))).chunk(count)
         deep = getattr(output, "deepstack_features", None) or ()
@@ -113,9 +121,10 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Patches(Pictures):
-    """Images of any size as concatenated rows of patches, with a grid of [frames, rows, columns] per image.
+    """Images of any size as concatenated rows of patches, with a grid of [frames, rows, columns] per image first in
+    `extra_tensors`.
 
-    The grids remain in the inputs, because rotary positions depend on them.
+    The extra tensors remain in the inputs, because rotary positions depend on them.
     """
 
     extra_tensors: tuple[str, ...] = ("image_grid_thw",)
@@ -127,17 +136,13 @@ class Patches(Pictures):
 
     def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
         """See `Pictures`."""
-        (name,) = self.extra_tensors
-        grids = inputs[name]
-        parts = inputs[self.pixels].split(grids.prod(-1).tolist())
-        return [{self.pixels: part, name: grid} for part, grid in zip(parts, grids, strict=True)]
+        each = {name: inputs[name] for name in self.extra_tensors}
+        parts = inputs[self.pixels].split(each[self.extra_tensors[0]].prod(-1).tolist())
+        return [{self.pixels: part, **{name: t[i] for name, t in each.items()}} for i, part in enumerate(parts)]
 
     def _batch(self, items: Sequence[VisionItem]) -> dict[str, Any]:
-        (name,) = self.extra_tensors
-        return {
-            self.pixels: torch.cat([item[self.pixels] for item in items]),
-            name: torch.stack([item[name] for item in items]),
-        }
+        each = {name: torch.stack([item[name] for item in items]) for name in self.extra_tensors}
+        return {self.pixels: torch.cat([item[self.pixels] for item in items]), **each}
 
 
 @dataclass(frozen=True)

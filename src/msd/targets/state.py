@@ -132,10 +132,7 @@ def without_reused(model_kwargs: dict[str, Any], counts: dict[str, int]) -> dict
     for kind, output in (left.pop("mm_encoder_outputs", None) or {}).items():
         n = counts.get(kind, 0)
         if n < len(output.pooler_output):
-            parts: dict[str, Any] = {"pooler_output": output.pooler_output[n:]}
-            if getattr(output, "deepstack_features", None):
-                parts["deepstack_features"] = [layer[n:] for layer in output.deepstack_features]
-            outputs[kind] = type(output)(**parts)
+            outputs[kind] = type(output)(**{name: _later(name, value, n) for name, value in output.items()})
     if outputs:
         left["mm_encoder_outputs"] = outputs
     reused = counts.get("audio", 0)
@@ -144,6 +141,13 @@ def without_reused(model_kwargs: dict[str, Any], counts: dict[str, int]) -> dict
         if sounds is not None and len(sounds) > reused:
             left[name] = sounds[reused:]
     return left
+
+
+def _later(name: str, value: Any, count: int) -> Any:
+    """An encoder output without its first `count` items; deepstack features are lists, or (layer, list), by layer."""
+    if name == "deepstack_features":
+        return [(x[0], x[1][count:]) if isinstance(x, tuple) else x[count:] for x in value]
+    return value[count:] if name in ("pooler_output", "last_hidden_state") else value
 
 
 def _run_start(layout: Layout, column: int) -> int:

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from msd.errors import UserError
 
-NORMS = ("norm", "embedding_norm", "norm_f")
+NORMS = ("norm", "embedding_norm", "norm_f", "final_layernorm")
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 
 def text_decoder(model: PreTrainedModel) -> Any:
-    """The module that has the decoder's `.layers`; Nemotron-H's `get_decoder()` returns the module around it."""
+    """The module that has the decoder's `.layers`; `get_decoder()` of Nemotron-H and Llama 4 returns the one around."""
     decoder: Any = model.get_decoder()
     return decoder if hasattr(decoder, "layers") else decoder.model
 
@@ -34,7 +34,7 @@ def output_layer(model: PreTrainedModel) -> Any:
 
 
 def final_norm(decoder: Any) -> nn.Module:
-    """The norm after the last layer, which LFM2 and Nemotron-H call otherwise than most."""
+    """The norm after the last layer, which LFM2, Nemotron-H and Persimmon call otherwise than most."""
     norm: nn.Module = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
     return norm
 

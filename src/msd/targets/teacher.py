@@ -19,9 +19,10 @@ from msd.errors import UserError
 from msd.targets import masks
 from msd.targets.base import Target
 
-_TYPES = "token_type_ids"
-# tensors of processor output that cover the prompt only; `run_teacher` replaces or drops them
-_REPLACED = ("attention_mask", "position_ids", _TYPES, "mm_token_type_ids", "labels")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+# tensors of processor output that cover the prompt only: `run_teacher` replaces or drops these, and extends those
+_REPLACED = ("attention_mask", "position_ids", *_TYPES, "labels")
+_EXTENDED = ("moe_mm_token_type_ids",)  # the expert of a column; an answer has those of text
 
 
 @dataclass
@@ -79,8 +80,9 @@ def run_teacher(
     L = ids.shape[1]
     A = max(map(len, answers))
     layout, _ = target.lay_out(ids, inputs, L + A)
-    typed = inputs.get(_TYPES) is not None  # without token types every model is causal
+    types = next((inputs[name] for name in _TYPES if inputs.get(name) is not None), None)
     inputs = {k: v for k, v in inputs.items() if k not in _REPLACED}
+    inputs |= {k: torch.nn.functional.pad(inputs[k], (0, A)) for k in _EXTENDED if inputs.get(k) is not None}
     for row, answer in enumerate(answers):
         layout.append(row, list(answer))
         rest = torch.arange(1, L + A - layout.end[row] + 1, device=ids.device)
@@ -92,10 +94,10 @@ def run_teacher(
             input_ids=torch.cat(
                 [ids, layout.tokens[:, L:]], 1
             ),  # not the layout's padding, which may be an image token
-            attention_mask=_mask(target, layout, L, typed, masked),
+            attention_mask=_mask(target, layout, L, types, masked),
             position_ids=target.position_ids(layout.positions),
             use_cache=False,
-            logits_to_keep=A + 1,
+            logits_to_keep=target.kept_logits(A + 1),
             return_dict=True,
             **inputs,
         )
@@ -104,15 +106,24 @@ def run_teacher(
     return TeacherBatch(layout, L, [len(a) for a in answers], states, logits)
 
 
-def _mask(target: Target, layout: Layout, prompt: int, typed: bool, masked: Tensor | None) -> masks.Mask:
+def _mask(target: Target, layout: Layout, prompt: int, types: Tensor | None, masked: Tensor | None) -> masks.Mask:
     """Additive masks [B, 1, S, S] of whole rows. Padding columns attend to themselves, so that no softmax is empty."""
     S, device = layout.capacity, layout.tokens.device
-    visible, distance = masks.row_tables(layout.start, S, device)
-    bidirectional = target.bidirectional_mask(layout, prompt) if typed else None
-    if bidirectional is not None:
-        visible = visible | bidirectional
-    columns = torch.arange(S, device=device) >= torch.tensor(layout.start, device=device)[:, None]  # [B, S]
+    visible, distance, column = masks.row_tables(layout.start, S, device)
+    columns = column >= 0  # [B, S]
     if masked is not None:
         columns = columns & ~torch.nn.functional.pad(masked.to(device), (0, S - prompt))
-    visible = (visible & columns[:, None]) | torch.eye(S, dtype=torch.bool, device=device)
-    return target.layer_masks(masks.masks(visible, distance, target.windows, target.model.dtype), columns)
+
+    def found(visible: Tensor) -> masks.Mask:
+        seen = (visible & columns[:, None]) | torch.eye(S, dtype=torch.bool, device=device)
+        return masks.masks((seen, distance, column), target.windows, target.model.dtype)
+
+    mask, only = found(visible), target.bidirectional_layers
+    both = None if types is None else target.bidirectional_mask(layout, types)  # without token types all are causal
+    if both is not None:
+        wide = found(visible | both)
+        if only is None or isinstance(mask, Tensor) or isinstance(wide, Tensor):
+            mask = wide
+        else:
+            mask = {**mask, only: wide[only]}
+    return target.layer_masks(mask, columns)

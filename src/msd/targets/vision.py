@@ -59,7 +59,7 @@ class VisionCache:
         self, model: PreTrainedModel, kind: Pictures, items: list[VisionItem], options: dict[str, Any]
     ) -> list[Features]:
         """Features of the items, from the cache where the encoder is unchanged."""
-        revision = _encoder_revision(model)
+        revision = _encoder_revision(model, kind)
         if revision.hooked():
             return kind.encode(model, items, options)
         keys = [_key(f"{kind.modality}{options or ''}", kind.unpadded(item)) for item in items]
@@ -84,11 +84,14 @@ class VisionCache:
         return [found[key] for key in keys]
 
 
-def _encoder_revision(model: PreTrainedModel) -> Revision:
-    """The revision of all modules outside the language model: those that vision features may depend on."""
+def _encoder_revision(model: PreTrainedModel, kind: Pictures) -> Revision:
+    """The revision of the modules that vision features may depend on: all outside the language model.
+
+    The text embeddings too where the encoder reads them.
+    """
     text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
     modules, parents = inside(model, text)
-    return Revision(modules, unhooked=parents)
+    return Revision([*modules, *([model.get_input_embeddings()] if kind.reads_embeddings else [])], unhooked=parents)
 
 
 def _key(encoding: str, tensors: VisionItem) -> str:

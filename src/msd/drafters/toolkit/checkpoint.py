@@ -37,6 +37,8 @@ TABLES: dict[str, TypeAdapter[Any]] = {
 def sizes(text_config: Any) -> dict[str, Any]:
     """Returns the configuration fields that a `transformers` text config determines, whatever the method."""
     c = text_config
+    if getattr(c, "is_heterogeneous", False):  # sizes differ by layer
+        c = c.per_layer_config[-1]
     rope = getattr(c, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # where layer types differ, that of full attention
     return {

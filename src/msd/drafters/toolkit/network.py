@@ -159,7 +159,8 @@ class DraftNetwork(nn.Module, ABC):
 
         name: the method's name in messages.
         """
-        vocabulary, hidden = model.get_input_embeddings().weight.shape
+        hidden = model.get_input_embeddings().weight.shape[1]
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size  # Molmo2 embeds more tokens than it predicts
         c = self.config
         if (vocabulary, hidden) != (c.vocabulary, c.hidden):
             raise UserError(
