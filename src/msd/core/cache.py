@@ -6,6 +6,8 @@ the accepted path together and discards the others. For `transformers` this is a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +133,16 @@ class KVCache(Cache):
     def advance(self, count: int) -> None:
         """Commits the last `count` written slots of every row: the prompt, after prefill."""
         self.committed = [c + count for c in self.committed]
+
+    @contextmanager
+    def behind(self, count: int) -> Iterator[None]:
+        """Inside, passes write behind the first `count` uncommitted slots of every row, and keep these."""
+        committed = self.committed
+        self.committed = [c + count for c in committed]
+        try:
+            yield
+        finally:
+            self.committed = committed
 
     def commit(self, paths: list[list[int]]) -> None:
         """Keeps the nodes `paths[row]` of the N slots written last, in that order, and discards the others.

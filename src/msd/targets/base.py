@@ -151,18 +151,20 @@ class Target:
             state.tap_history[:, :L] = taps
         return state, Scores(output.logits[:, -1:], taps)
 
-    def score(self, state: State, tree: DraftTree) -> Scores:
+    def score(self, state: State, tree: DraftTree, scored: int = 0) -> Scores:
         """Scores the trees in one pass: each node attends to the committed prefix and its ancestors.
 
-        Writes N cache slots. Skips rows that the cache has dropped.
+        Writes N cache slots. Skips rows that the cache has dropped. scored: the first nodes, whose slots earlier calls
+        for a smaller tree have written; the scores [B, N - scored, V] are those of the other nodes.
         """
         rows, batch = state.cache.rows, tree.batch
         tree = tree.select(rows)
-        positions = state.layout.next_positions(tree.depths, rows)  # [A, R, N]
-        with self.recording(check=False) as recorded:
+        positions = state.layout.next_positions(tree.depths[:, scored:], rows)  # [A, R, N - scored]
+        mask = self.tree_mask(state, tree, scored)
+        with state.cache.behind(scored), self.recording(check=False) as recorded:
             output = self.model(
-                input_ids=tree.tokens,
-                attention_mask=self.tree_mask(state, tree),
+                input_ids=tree.tokens[:, scored:],
+                attention_mask=mask,
                 position_ids=self.position_ids(positions),
                 past_key_values=state.cache,
                 use_cache=True,
@@ -203,15 +205,16 @@ class Target:
         sounds = model_kwargs.get(AUDIO_FEATURES)
         return [] if sounds is None else [MediaItem(sound, None) for sound in sounds]
 
-    def tree_mask(self, state: State, tree: DraftTree) -> masks.Mask | None:
-        """Additive mask [R, 1, N, S] over the S slots in use, by layer type; None where it would be all zero.
+    def tree_mask(self, state: State, tree: DraftTree, scored: int = 0) -> masks.Mask | None:
+        """Additive mask [R, 1, N - scored, S] over the S slots in use, by layer type; None where it would be all zero.
 
-        tree: the trees of the R rows in the cache.
+        tree: the trees of the R rows in the cache. scored: see `score`.
         """
         committed, start = state.cache.base, [state.layout.start[row] for row in state.cache.rows]
         if tree.size == 1 and not any(start) and min(committed) == max(committed) and self.windows == {None: None}:
             return None
-        return masks.masks(*masks.tree_tables(tree, start, committed), self.windows, self.model.dtype)
+        visible, distance = masks.tree_tables(tree, start, committed)
+        return masks.masks(visible[:, scored:], distance[:, scored:], self.windows, self.model.dtype)
 
     def commit(self, state: State, accepted: Accepted) -> None:
         """Keeps the root and the accepted nodes in the cache, for each row that emitted a token."""
