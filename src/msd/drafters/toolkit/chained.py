@@ -30,7 +30,9 @@ class ChainedLevels:
     where an earlier pass has scored them.
     """
 
-    def __init__(self, score: Score, unread: list[list[int]], device: torch.device, known: Tensor | None = None) -> None:
+    def __init__(
+        self, score: Score, unread: list[list[int]], device: torch.device, known: Tensor | None = None
+    ) -> None:
         first = torch.tensor([tokens[0] for tokens in unread], device=device)
         chain = [list(range(len(tokens) - 1)) for tokens in unread]
         self.score, self.known = score, known

@@ -22,13 +22,13 @@ from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, EventGPTConfig
-from msd.drafters.toolkit.vocabulary import FILE, Pieces, VocabularyMap
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
-from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.chained import drafts
+from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.growth import LevelCost, Shape
 from msd.drafters.toolkit.second_model import SecondModel, room
+from msd.drafters.toolkit.vocabulary import FILE, Pieces, VocabularyMap
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.system.files import write_whole

@@ -149,7 +149,7 @@ class EventGPT(nn.Module):
         return self.llama.get_input_embeddings()(tokens)
 
     def states(self, inputs: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Computes the final states [B, S, H] of inputs [B, S, H] at positions [B, S]; writes their keys to the cache."""
+        """Computes the final states [B, S, H] of inputs [B, S, H] at positions [B, S], and caches their keys."""
         return self.llama.model(
             inputs_embeds=inputs, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
