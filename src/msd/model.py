@@ -52,7 +52,7 @@ class SpeculativeVLM:
         drafter: str | Drafter | None = None,
     ) -> None:
         self.config = config or SpeculativeConfig()
-        chosen = drafter or self.config.method or drafters.default(fingerprint(model))
+        chosen = drafter or self._draft_model(model) or self.config.method or drafters.default(fingerprint(model))
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
@@ -270,6 +270,13 @@ class SpeculativeVLM:
             past.renew(state)
         fields = outputs.fields()
         return [self._result(tokens, sampler.finish[i], i, statistics, fields) for i, tokens in enumerate(answers)]
+
+    def _draft_model(self, model: PreTrainedModel) -> Drafter | None:
+        """Loads the config's draft model, in the target's dtype and on its device; None if it has none."""
+        c = self.config
+        if c.draft_model is None:
+            return None
+        return loading.load_draft_model(c.draft_model, c.draft_sees, str(model.device), dtype=model.dtype)
 
     def _embedding(self) -> tuple[Any, ...]:
         """Returns what the drafter is attached to: the embedding layer, the shape of its weights, and the device."""

@@ -67,6 +67,8 @@ def bench(
     policy: options.Policy,
     method: options.Methods = "all",
     drafter: options.DrafterFolder = None,
+    draft_model: options.DraftModel = None,
+    draft_sees: options.DraftSees = None,
     max_new_tokens: options.MaxNewTokens = 96,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
@@ -81,7 +83,8 @@ def bench(
         check_place(out, folder=True)
     verification = policy.checked()
     options.use_drafter(drafter)
-    methods = options.method_names(method, model.target, greedy=measurement.temperature == 0)
+    added = options.use_draft_model(draft_model, draft_sees, None if draft_model else method, model.device)
+    methods = options.method_names(method, model.target, measurement.temperature == 0, added)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
@@ -103,7 +106,10 @@ def bench(
     settings = measure.BenchSettings(
         tuple(methods), max_new_tokens, measurement.temperature, label_thresholds,
         SpeculativeConfig(**verification, backend=model.backend), measurement.warm, measurement.batch, baselines,
-        {"drafter": None if drafter is None else checkpoint.digest(drafter)},
+        {
+            "drafter": None if drafter is None else checkpoint.digest(drafter),
+            "draft_model": draft_model, "draft_sees": draft_sees,
+        },
     )  # fmt: skip
     if out is not None:
         make_folder(out)
