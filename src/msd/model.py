@@ -41,7 +41,8 @@ class SpeculativeVLM:
     """A vision-language model that decodes speculatively; its output is the same as without speculation.
 
     model: a `transformers` image-text-to-text model of a supported architecture. processor: its processor.
-    drafter: a method name or a drafter; by default the config's method, else the one that ships for this model.
+    drafter: a method name or a drafter; by default the config's method, else the best that there is for this model
+    (`msd.drafters.choose`). Attribute `reason`: why this drafter was chosen.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class SpeculativeVLM:
         drafter: str | Drafter | None = None,
     ) -> None:
         self.config = config or SpeculativeConfig()
-        chosen = drafter or self._draft_model(model) or self.config.method or drafters.default(fingerprint(model))
+        self.reason, chosen = "the user's choice", drafter or self._draft_model(model) or self.config.method
+        if chosen is None:
+            chosen, self.reason = drafters.choose(fingerprint(model), model)
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)

@@ -34,7 +34,7 @@ from msd.targets.state import (
     reusable_prefix,
     without_reused,
 )
-from msd.targets.taps import Recording, Taps
+from msd.targets.taps import FINAL, Recording, Taps
 from msd.targets.vision import VisionCache
 
 MODALITIES = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}
@@ -43,7 +43,7 @@ MODALITIES = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}
 class Target:
     """Adapter of one model.
 
-    taps: hidden-state indices to record for the drafter (see `Taps`). backend: a name of `msd.backends.NAMES`.
+    taps: hidden-state indices to record for the drafter (see `Taps`), or `FINAL`. backend: one of `msd.backends.NAMES`.
     pictures: the tensor layouts of the family's images and videos. UserError for a decoder layer of an unknown type.
     """
 
@@ -60,7 +60,8 @@ class Target:
         self.text_config = model.config.get_text_config(decoder=True)
         self.windows = self.attention_windows()
         self.model, self.backend, self.pictures = model, choose(model, backend), tuple(pictures)
-        self.taps = Taps(model.get_decoder, taps)
+        last = self.text_config.num_hidden_layers
+        self.taps = Taps(model.get_decoder, tuple(last if index == FINAL else index for index in taps))
         limit = max((p.limit for p in self.pictures), default=1)
         self.vision = vision_cache if vision_cache is not None else VisionCache(limit)
 

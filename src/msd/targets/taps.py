@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from msd.errors import UserError
 
+FINAL = -1  # index of the final, normalised state of a model with any number of layers
+
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 
