@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from msd import reference
+from msd.drafters import Drafter
+from msd.drafters.algorithms.assistant import ARCHITECTURES, AssistantDrafter
 from msd.drafters.algorithms.draft_model import DraftModel
 from msd.errors import UserError, named
 from msd.inputs.text import TextProcessor
@@ -72,8 +74,8 @@ def _model(auto: Any, target: str | Path, path: str | Path, kwargs: dict[str, An
     return model
 
 
-def load_draft_model(name: str | Path, sees: str | None = None, device: str | None = None, **kwargs: Any) -> DraftModel:
-    """Loads a drafter by the name of its model: a supported vision-language model, or a language model.
+def load_draft_model(name: str | Path, sees: str | None = None, device: str | None = None, **kwargs: Any) -> Drafter:
+    """Loads a drafter by the name of its model: a supported vision-language model, a language model or an assistant.
 
     sees: see `DraftModel`. The other arguments are those of `load_target`. UserError as there, and for a model that is
     neither.
@@ -82,14 +84,19 @@ def load_draft_model(name: str | Path, sees: str | None = None, device: str | No
     if config.model_type in families():
         model, processor = load_target(name, device, **kwargs)
         return DraftModel(model, processor, sees, str(name))
+    assistant = config.model_type in ARCHITECTURES
+    if assistant and sees is not None:
+        raise UserError(f"assistant '{name}' reads the target's keys and values; leave out draft_sees ('{sees}')")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
             f"draft model '{name}' has architecture '{config.model_type}', which is neither a supported target nor a "
-            "language model; choose another"
+            "language model or an assistant; choose another"
         )
     place, path = _device(device), reference.resolve(name)
     if "dtype" not in kwargs and place.type == "cpu":
         kwargs["dtype"] = torch.float32
+    if assistant:  # it has no tokenizer
+        return AssistantDrafter(_model(AutoModelForCausalLM, name, path, kwargs).to(place), str(name))
     tokenizer = _processor(name, path)
     model = _model(AutoModelForCausalLM, name, path, kwargs).to(place)
     return DraftModel(model, TextProcessor(getattr(tokenizer, "tokenizer", tokenizer)), sees, str(name))

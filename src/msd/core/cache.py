@@ -120,10 +120,17 @@ class KVCache(Cache):
                 for block in self._storage:
                     block[:, :, index, :, :used] = block[:, :, len(self.rows), :, :used]
 
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values [R, H, S, D] of a layer in the first `slots` slots of the stored rows."""
+        stored, rows = self.layers[layer], len(self.rows)
+        assert stored.keys is not None and stored.values is not None
+        return stored.keys[:rows, :, :slots], stored.values[:rows, :, :slots]
+
     def copy_prefix(self, other: KVCache, count: int) -> None:
         """Copies the first `count` slots of `other`, a cache of the same model and batch, into this empty cache."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            assert theirs.keys is not None and theirs.values is not None
+            if theirs.keys is None or theirs.values is None:  # a layer that uses the keys of another one
+                continue
             mine.lazy_initialization(theirs.keys, theirs.values)
             assert mine.keys is not None and mine.values is not None
             mine.keys[:, :, :count] = theirs.keys[:, :, :count]

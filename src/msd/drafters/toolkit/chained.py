@@ -16,7 +16,7 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import Distributions, DraftVocabulary, LevelCost, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import Distributions, DraftVocabulary, LevelCost, Levels, Shape, Subtrees, grow
 from msd.planning.plan import Budget
 
 Score = Callable[[DraftTree, int], Tensor]
@@ -42,24 +42,25 @@ class ChainedLevels:
     def root(self, weights: Tensor) -> Distributions:
         """See `Levels`; weights [R, 1, 1]."""
         if self.known is not None:
-            return _distributions(self.known[:, None])
-        return _distributions(pick(self.score(self.tree, 0), self.frontier))
+            return distributions(self.known[:, None])
+        return distributions(pick(self.score(self.tree, 0), self.frontier))
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
         size = self.tree.size
         self.tree = self.tree.extended(tokens, self.frontier.gather(1, above))
         self.frontier = torch.arange(size, self.tree.size, device=tokens.device).expand_as(tokens)
-        return _distributions(self.score(self.tree, size))
+        return distributions(self.score(self.tree, size))
 
 
-def _distributions(logits: Tensor) -> Distributions:
+def distributions(logits: Tensor) -> Distributions:
+    """Returns the distributions of `logits` [R, F, Vd], for a drafter with one subtree and no confidence."""
     one = torch.ones_like(logits[..., 0])
     return Distributions(logits, 0 * one, one[..., None])
 
 
 def draft(
-    levels: ChainedLevels,
+    levels: Levels,
     vocabulary: DraftVocabulary,
     newest: Tensor,
     shape: Shape,
