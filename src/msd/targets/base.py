@@ -134,9 +134,14 @@ class Target:
         if past is not None and reused:
             cache.copy_prefix(past.cache, reused)
             model_kwargs = without_reused(model_kwargs, counts)
+        last: int | Tensor = 1
+        if self.taps.indices and getattr(self.text_config, "num_kv_shared_layers", None):
+            last = torch.tensor(
+                [L - reused - 1], device=input_ids.device
+            )  # for 1, Gemma 4 drops the other columns early
         arguments = {**model_kwargs, "position_ids": positions, "past_key_values": cache}
         inputs = self.model.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=True, next_sequence_length=L - reused, use_cache=True, logits_to_keep=1,
+            input_ids, is_first_iteration=True, next_sequence_length=L - reused, use_cache=True, logits_to_keep=last,
             **{k: v for k, v in arguments.items() if k not in ("use_cache", "logits_to_keep")},
         )  # fmt: skip
         with self.recording(check=False) as recorded:
