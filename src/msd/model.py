@@ -232,9 +232,7 @@ class SpeculativeVLM:
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        if (
-            generation_config.max_length > L + 2
-        ):  # the first token of an answer and the last that fits are never drafted
+        if generation_config.max_length > L + 2:  # the first token and the last that fits are never drafted
             prefetch.read_prompt(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
         with prefetch.prefill():
             before = past.state if past else None

@@ -65,10 +65,7 @@ def bench(
     lines: options.DataLines,
     measurement: Measurement,
     policy: options.Policy,
-    method: options.Methods = "all",
-    drafter: options.DrafterFolder = None,
-    draft_model: options.DraftModel = None,
-    draft_sees: options.DraftSees = None,
+    compared: options.Compared,
     max_new_tokens: options.MaxNewTokens = 96,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
@@ -82,9 +79,7 @@ def bench(
     if out is not None:
         check_place(out, folder=True)
     verification = policy.checked()
-    options.use_drafter(drafter)
-    added = options.use_draft_model(draft_model, draft_sees, None if draft_model else method, model.device)
-    methods = options.method_names(method, model.target, measurement.temperature == 0, added)
+    methods = compared.names(model, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
@@ -107,8 +102,8 @@ def bench(
         tuple(methods), max_new_tokens, measurement.temperature, label_thresholds,
         SpeculativeConfig(**verification, backend=model.backend), measurement.warm, measurement.batch, baselines,
         {
-            "drafter": None if drafter is None else checkpoint.digest(drafter),
-            "draft_model": draft_model, "draft_sees": draft_sees,
+            "drafter": None if compared.drafter is None else checkpoint.digest(compared.drafter),
+            "draft_model": compared.draft_model, "draft_sees": compared.draft_sees,
         },
     )  # fmt: skip
     if out is not None:

@@ -145,6 +145,26 @@ class Drafting:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """The methods that a command compares."""
+
+    method: Methods = "all"
+    drafter: DrafterFolder = None
+    draft_model: DraftModel = None
+    draft_sees: DraftSees = None
+
+    def names(self, model: Model, greedy: bool = False, **kwargs: Any) -> list[str]:
+        """Returns the names of the methods, a draft model's among them. Raises UserError for an unknown one.
+
+        greedy: see `method_names`. kwargs: of `load_draft_model`.
+        """
+        use_drafter(self.drafter)
+        method = None if self.draft_model else self.method
+        added = use_draft_model(self.draft_model, self.draft_sees, method, model.device, **kwargs)
+        return method_names(self.method, model.target, greedy, added)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """Sampling options; greedy decoding at temperature 0."""
 

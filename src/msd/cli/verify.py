@@ -18,10 +18,7 @@ from msd.errors import InterruptedRunError, UserError
 def verify(
     model: options.Model,
     lines: options.DataLines,
-    method: options.Methods = "all",
-    drafter: options.DrafterFolder = None,
-    draft_model: options.DraftModel = None,
-    draft_sees: options.DraftSees = None,
+    compared: options.Compared,
     max_new_tokens: options.MaxNewTokens = 32,
     draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = 100_000,
     outputs: Annotated[
@@ -41,10 +38,8 @@ def verify(
 
     if outputs and dtype != "float32":
         raise UserError(f"--outputs are audited in float32; leave out --dtype {dtype}")
-    options.use_drafter(drafter)
     kind = getattr(torch, dtype)
-    added = options.use_draft_model(draft_model, draft_sees, None if draft_model else method, model.device, dtype=kind)
-    methods = options.method_names(method, model.target, added=added)
+    methods = compared.names(model, dtype=kind)
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
     options.quiet()
