@@ -132,6 +132,19 @@ def test_tokens_of_steps_without_drafts_are_read_later(monkeypatch: pytest.Monke
         assert found.num_accepted_draft_tokens == found.num_draft_tokens > 3 * 4
 
 
+def test_a_model_that_scores_whole_trees_only_drafts_the_same() -> None:
+    """As models with recurrent layers do: each level's pass repeats the levels above."""
+    model, given = LLAVA.make(), inputs("llava", 3)
+    found = []
+    for resumes in (True, False):
+        drafter = DraftModel(noisy(model))
+        engine = SpeculativeVLM(model, None, TREE, drafter)
+        drafter.own.resumes = resumes
+        results = answers(engine, **given, **GREEDY)
+        found.append([[r.tokens for r in results], results[0].statistics.num_accepted_draft_tokens])
+    assert found[0] == found[1] and found[0][1] > 0
+
+
 def test_several_answers_to_one_prompt() -> None:
     model, given = LLAVA.make(), inputs("llava")
     for sees in ("image", "nothing"):

@@ -47,6 +47,7 @@ class Target:
     pictures: the tensor layouts of the family's images and videos. UserError for a decoder layer of an unknown type.
     """
 
+    resumes = True  # whether `score` can leave out nodes that it has scored before
     reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
 
     def __init__(

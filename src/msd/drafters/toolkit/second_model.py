@@ -110,4 +110,6 @@ class SecondModel:
         rows = list(self.state.cache.rows)
         own = replace(tree, tokens=self.mapping.read(tree.tokens))
         whole = own.scatter(rows, tree.tokens.new_zeros(len(self.seen)))
-        return self.mapping.shared(self.target.score(self.state, whole, scored).logits[rows])
+        if self.target.resumes:
+            return self.mapping.shared(self.target.score(self.state, whole, scored).logits[rows])
+        return self.mapping.shared(self.target.score(self.state, whole).logits[rows, scored:])
