@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
@@ -15,6 +15,8 @@ class SpeculativeConfig(BaseModel):
     """The options of speculation.
 
     method: a name of `msd.drafters.methods()`; by default the one that ships for the target (`msd.drafters.default`).
+    draft_model: a folder or hub id of a smaller model that drafts (method `draft-model`); draft_sees: what it sees of
+    the prompt's images, "image", "caption" or "nothing" (by default the images if it takes any).
     verifier: a name of `msd.verify.policies()`.
     thresholds: modality name -> θ of `threshold`, or the initial θ of `budget`. Without them, `budget` uses the
     thresholds calibrated for the drafter, or else the registry's.
@@ -32,6 +34,8 @@ class SpeculativeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str | None = None
+    draft_model: str | None = None
+    draft_sees: Literal["image", "caption", "nothing"] | None = None
     verifier: str = "lossless"
     thresholds: dict[str, float] = Field(default_factory=dict)
     epsilon: float = 0.0
@@ -41,6 +45,23 @@ class SpeculativeConfig(BaseModel):
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=8, ge=1)
     width: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _draft_model_fits(self) -> SpeculativeConfig:
+        """UserError for a draft model with another method, and for `draft_sees` without a draft model."""
+        check_draft_model(self.draft_model, self.draft_sees, self.method)
+        return self
+
+
+def check_draft_model(model: str | None, sees: str | None, method: str | None) -> None:
+    """UserError for a draft model with another method, for the method without one, and for `sees` without one."""
+    chosen = method is not None and "draft-model" in method.split(",")
+    if model is None and sees is not None:
+        raise UserError(f"draft_sees '{sees}' is for a draft model; name one with draft_model (--draft-model ID)")
+    if model is None and chosen:
+        raise UserError("method 'draft-model' needs a model; name one with draft_model (--draft-model ID)")
+    if model is not None and method is not None and not chosen:
+        raise UserError(f"draft model '{model}' is for method 'draft-model', not '{method}'; leave out one of the two")
 
 
 CACHES = (None, "dynamic", "static")  # our cache is both: it grows with the answer, in preallocated memory

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -25,9 +26,14 @@ from transformers import (
 )
 
 from msd import reference
+from msd.drafters import Drafter
+from msd.drafters.algorithms.assistant import ARCHITECTURES, AssistantDrafter
+from msd.drafters.algorithms.draft_model import DraftModel
 from msd.errors import UserError, named
+from msd.inputs.text import TextProcessor
 from msd.system.files import damage
 from msd.targets import family
+from msd.targets.registry import families
 
 FAULTS = (  # raised by the library for damaged checkpoints and missing packages
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, EOFError,
@@ -53,13 +59,47 @@ def load_target(
     with_images = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if with_images else AutoModelForMultimodalLM
     processor = _processor(target, path)  # before the model: it fails more often, and quickly
+    model = _model(auto, target, path, kwargs)
+    return (model if device is None else model.to(place)), processor
+
+
+def _model(auto: Any, target: str | Path, path: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Loads a model with the library's class `auto`, and checks that its weights are complete."""
     try:
         model, report = auto.from_pretrained(path, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
     except FAULTS as error:
         raise UserError(f"target '{target}' cannot be loaded: {_reason(path, error)}") from error
     with named(f"target '{target}'"):
         check_tensors(model, report)
-    return (model if device is None else model.to(place)), processor
+    return model
+
+
+def load_draft_model(name: str | Path, sees: str | None = None, device: str | None = None, **kwargs: Any) -> Drafter:
+    """Loads a drafter by the name of its model: a supported vision-language model, a language model or an assistant.
+
+    sees: see `DraftModel`. The other arguments are those of `load_target`. UserError as there, and for a model that is
+    neither.
+    """
+    config = load_config(name)
+    if config.model_type in families():
+        model, processor = load_target(name, device, **kwargs)
+        return DraftModel(model, processor, sees, str(name))
+    assistant = config.model_type in ARCHITECTURES
+    if assistant and sees is not None:
+        raise UserError(f"assistant '{name}' reads the target's keys and values; leave out draft_sees ('{sees}')")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"draft model '{name}' has architecture '{config.model_type}', which is neither a supported target nor a "
+            "language model or an assistant; choose another"
+        )
+    place, path = _device(device), reference.resolve(name)
+    if "dtype" not in kwargs and place.type == "cpu":
+        kwargs["dtype"] = torch.float32
+    if assistant:  # it has no tokenizer
+        return AssistantDrafter(_model(AutoModelForCausalLM, name, path, kwargs).to(place), str(name))
+    tokenizer = _processor(name, path)
+    model = _model(AutoModelForCausalLM, name, path, kwargs).to(place)
+    return DraftModel(model, TextProcessor(getattr(tokenizer, "tokenizer", tokenizer)), sees, str(name))
 
 
 def _device(name: str | None) -> torch.device:

@@ -41,7 +41,8 @@ class SpeculativeVLM:
     """A vision-language model that decodes speculatively; its output is the same as without speculation.
 
     model: a `transformers` image-text-to-text model of a supported architecture. processor: its processor.
-    drafter: a method name or a drafter; by default the config's method, else the one that ships for this model.
+    drafter: a method name or a drafter; by default the config's method, else the best that there is for this model
+    (`msd.drafters.choose`). Attribute `reason`: why this drafter was chosen.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class SpeculativeVLM:
         drafter: str | Drafter | None = None,
     ) -> None:
         self.config = config or SpeculativeConfig()
-        chosen = drafter or self.config.method or drafters.default(fingerprint(model))
+        self.reason, chosen = "the user's choice", drafter or self._draft_model(model) or self.config.method
+        if chosen is None:
+            chosen, self.reason = drafters.choose(fingerprint(model), model)
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
@@ -126,6 +129,7 @@ class SpeculativeVLM:
         sources of auxiliary tokens register their own keyword (`msd.drafters.auxiliary`).
         auxiliary: instead of a source, auxiliary tokens [B, E, H], zero in rows without any, or a function that
         computes them (their times in `statistics.seconds`: see `msd.drafters.overlap`).
+        request: with processor output, the `prompts.Request` that it was made of, for drafters that read prompts.
         past: the state of a conversation (`Past`), which this method reuses and updates; `chat` keeps one.
         on_step: called with each `msd.core.tree.Step`: its tree, scores and accepted tokens.
         kwargs: any option of `transformers`' `generate()` with one beam: generation_config, do_sample, temperature,
@@ -152,7 +156,8 @@ class SpeculativeVLM:
             return []
         listed = prompt is not None and not isinstance(prompt, str)
         if "input_ids" not in kwargs:
-            kwargs = {**self._inputs(images, prompt, messages), **kwargs}
+            request = self._request(images, prompt, messages)
+            kwargs = {**request.inputs(), "request": request, **kwargs}
         elif images is not None or prompt is not None or messages is not None:
             raise UserError("give processor output or images with a prompt, not both")
         results = yield from self._generate(kwargs, seed, past)
@@ -166,8 +171,8 @@ class SpeculativeVLM:
         """Starts a conversation; see `Chat`."""
         return Chat(self._answers, self._lock, self.processor)
 
-    def _inputs(self, images: Any, prompt: Any, messages: Any) -> dict[str, Any]:
-        """Returns the processor output for a prompt, a list of prompts, or messages."""
+    def _request(self, images: Any, prompt: Any, messages: Any) -> prompts.Request:
+        """Returns the request for a prompt, a list of prompts, or messages."""
         if (prompt is None) == (messages is None):
             raise UserError("give a prompt or messages (one of the two), or processor output")
         if self.processor is None:
@@ -175,10 +180,10 @@ class SpeculativeVLM:
         if messages is not None or isinstance(prompt, str):
             group = [] if images is None else images if isinstance(images, list | tuple) else [images]
             chats = None if messages is None else [messages]
-            return prompts.prepare(self.processor, [group], None if prompt is None else [prompt], chats)
+            return prompts.Request.of(self.processor, [group], None if prompt is None else [prompt], chats)
         if not isinstance(prompt, list | tuple):
             raise UserError(f"the prompt must be text or a list of texts, got {type(prompt).__name__}")
-        return prompts.prepare(self.processor, prompts.grouped(images, len(prompt)), prompt)
+        return prompts.Request.of(self.processor, prompts.grouped(images, len(prompt)), prompt)
 
     @torch.inference_mode()
     def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> Steps[list[Result]]:
@@ -186,10 +191,15 @@ class SpeculativeVLM:
         begin = time.perf_counter()
         statistics = Statistics()
         self._reattach()
+        request = kwargs.pop("request", None)
         kwargs = self._with_stop_strings(kwargs, config.checked(self.model, kwargs))
         streamer = kwargs.pop("streamer", None)
         prefetch = Prefetch(self.drafter, auxiliary.take(self.drafter, kwargs), statistics)
-        run = partial(self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, prefetch=prefetch)
+        inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        run = partial(
+            self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, prefetch=prefetch,
+            asked=(inputs, request),
+        )  # fmt: skip
         with watched() as cores:
             with prefetch.prefill():
                 kwargs = self.target.encode_images(kwargs)
@@ -214,6 +224,7 @@ class SpeculativeVLM:
         statistics: Statistics,
         past: Past | None,
         prefetch: Prefetch,
+        asked: tuple[dict[str, Any], prompts.Request | None],
         cores: Cores,
         **model_kwargs: Any,
     ) -> Steps[list[Result]]:
@@ -221,13 +232,12 @@ class SpeculativeVLM:
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
-        if (
-            generation_config.max_length > L + 2
-        ):  # the first token of an answer and the last that fits are never drafted
+        if generation_config.max_length > L + 2:  # the first token and the last that fits are never drafted
             prefetch.read_prompt(lambda: self.target.lay_out(input_ids, model_kwargs, capacity)[0])
         with prefetch.prefill():
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
+        state.inputs, state.request = asked
         statistics.num_prefill_rows = B * state.prefilled
         prefetch.finish(state)
         vocabulary = prompt.logits.shape[-1]
@@ -261,6 +271,13 @@ class SpeculativeVLM:
             past.renew(state)
         fields = outputs.fields()
         return [self._result(tokens, sampler.finish[i], i, statistics, fields) for i, tokens in enumerate(answers)]
+
+    def _draft_model(self, model: PreTrainedModel) -> Drafter | None:
+        """Loads the config's draft model, in the target's dtype and on its device; None if it has none."""
+        c = self.config
+        if c.draft_model is None:
+            return None
+        return loading.load_draft_model(c.draft_model, c.draft_sees, str(model.device), dtype=model.dtype)
 
     def _embedding(self) -> tuple[Any, ...]:
         """Returns what the drafter is attached to: the embedding layer, the shape of its weights, and the device."""

@@ -256,18 +256,15 @@ def test_all_drafts_of_a_copy_of_the_target_are_accepted() -> None:
     assert result.statistics.mean_acceptance_length > 4
 
 
-def test_the_first_token_is_read_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_token_is_read_before_the_first_step() -> None:
     """A copy predicts the answer's first token correctly, so its first step needs no pass for the root."""
     passes: list[int] = []
-    states = EventGPT.states
-
-    def counted(made: EventGPT, inputs: Tensor, *others: Any) -> Tensor:
-        passes.append(inputs.shape[1])
-        return states(made, inputs, *others)
-
-    monkeypatch.setattr(EventGPT, "states", counted)
+    made = copied()
+    made.network.llama.model.register_forward_hook(
+        lambda _module, _args, output: passes.append(output.last_hidden_state.shape[1])
+    )
     settings, inputs = {"do_sample": False, "max_new_tokens": 3}, prompts(())
-    SpeculativeVLM(MODEL, None, CONFIG, copied()).generate(**inputs, **settings)
+    SpeculativeVLM(MODEL, None, CONFIG, made).generate(**inputs, **settings)
     assert passes == [inputs["input_ids"].shape[1], 1], "prompt and guess; one level of drafts takes no more"
 
 

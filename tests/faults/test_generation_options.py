@@ -139,7 +139,7 @@ def test_precedence_of_stop_strings(given: dict[str, Any], own: str | None) -> N
     """A keyword has precedence over the model's config, even if it is None."""
     model, processor = tiny.llava(len(tiny_checkpoint.SPECIAL) + 256), tiny_checkpoint.processor()
     vlm = SpeculativeVLM(model, processor, drafter="prompt-lookup")
-    prompt = vlm._inputs(None, "What it says, it says again.", None)
+    prompt = vlm._request(None, "What it says, it says again.", None).inputs()
     length, settings = prompt["input_ids"].shape[1], {"max_new_tokens": 24, "suppress_tokens": [tiny.EOS]}
     free = processor.tokenizer.decode(model.generate(**prompt, **settings)[0, length:])
     names = {"says": free[4:6], "again": free[8:10]}

@@ -34,8 +34,12 @@ class Conversation:
 
         answered: if False, "-" replaces each earlier answer, so that nothing is decoded.
         """
+        return self.request(*samples, answered=answered).inputs()
+
+    def request(self, *samples: Sample, answered: bool = True) -> prompts.Request:
+        """Returns what the processor output is made of; our engines get both, as `transformers` gets the tensors."""
         chats = [self._chat(sample, answered) for sample in samples]
-        return prompts.prepare(self.engine.processor, [list(sample.images) for sample in samples], chats=chats)
+        return prompts.Request.of(self.engine.processor, [list(sample.images) for sample in samples], chats=chats)
 
     def _chat(self, sample: Sample, answered: bool) -> prompts.Messages:
         chat: prompts.Messages = []

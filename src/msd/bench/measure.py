@@ -200,12 +200,15 @@ class Bench:
             self._ask_all(number, f"warming up with sample {self.groups[number][0] + 1}", report)
         group = self.groups[number]
         events = [self.samples[i].events for i in group]
-        inputs, runs = self.conversation(*(self.samples[i] for i in group)), {}
+        request = self.conversation.request(*(self.samples[i] for i in group))
+        inputs, runs = request.inputs(), {}
         turn = (number + 1) % len(self.timers)
         for name in [*list(self.timers)[turn:], *list(self.timers)[:turn]]:
             report(f"{progress}, {name}")
             try:
-                extra = auxiliary.argument(self.engines[name].drafter, "events", events) if name in self.engines else {}
+                extra: dict[str, Any] = {}
+                if name in self.engines:
+                    extra = {"request": request, **auxiliary.argument(self.engines[name].drafter, "events", events)}
                 runs[name] = self.timers[name]({**inputs, **extra}, seed=group[0])
             except REFUSALS as error:
                 if name not in LIBRARY or name == TRANSFORMERS:

@@ -133,7 +133,8 @@ def certify(
     yardstick = Row("yardstick", finished=False) if half else None
     rows += [Row(name, finished=False, yardstick=yardstick) for name in methods]
     for seed, sample in enumerate(samples):
-        inputs = ask(sample)
+        asked = ask.request(sample)
+        inputs = asked.inputs()
         for setting, options in ({"greedy": GREEDY} if half else SETTINGS).items():
             report(f"sample {seed + 1} of {len(samples)}, {setting}")
             request = _Request(
@@ -146,7 +147,7 @@ def certify(
                 if reference is None:
                     reference = request.generate(model)
                 seen = auxiliary.argument(engine.drafter, "events", [sample.events])
-                tokens = engine.generate(**inputs, **seen, **request.options, seed=seed).tokens
+                tokens = engine.generate(**inputs, **seen, request=asked, **request.options, seed=seed).tokens
                 judge.compare(row, request, tokens, reference)
             if yardstick is not None and reference is not None:
                 judge.compare(yardstick, request, request.generate(model, copies=2), reference)

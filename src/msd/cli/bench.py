@@ -65,8 +65,7 @@ def bench(
     lines: options.DataLines,
     measurement: Measurement,
     policy: options.Policy,
-    method: options.Methods = "all",
-    drafter: options.DrafterFolder = None,
+    compared: options.Compared,
     max_new_tokens: options.MaxNewTokens = 96,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
@@ -80,8 +79,7 @@ def bench(
     if out is not None:
         check_place(out, folder=True)
     verification = policy.checked()
-    options.use_drafter(drafter)
-    methods = options.method_names(method, model.target, greedy=measurement.temperature == 0)
+    methods = compared.names(model, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
@@ -103,7 +101,10 @@ def bench(
     settings = measure.BenchSettings(
         tuple(methods), max_new_tokens, measurement.temperature, label_thresholds,
         SpeculativeConfig(**verification, backend=model.backend), measurement.warm, measurement.batch, baselines,
-        {"drafter": None if drafter is None else checkpoint.digest(drafter)},
+        {
+            "drafter": None if compared.drafter is None else checkpoint.digest(compared.drafter),
+            "draft_model": compared.draft_model, "draft_sees": compared.draft_sees,
+        },
     )  # fmt: skip
     if out is not None:
         make_folder(out)

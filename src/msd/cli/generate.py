@@ -33,7 +33,8 @@ def generate(
     loaded = options.load_inputs(inputs, drafting.target, audio)
     vlm, settings = options.load_engine(loaded, drafting, sampling.settings(max_new_tokens), **policy.checked())
     if as_json:
-        print(json.dumps(vlm.generate(loaded.media, inputs.prompt, **settings).as_dict()))
+        answer = vlm.generate(loaded.media, inputs.prompt, **settings).as_dict()
+        print(json.dumps({**answer, "method_reason": vlm.reason}))
         return
     stream = vlm.stream(loaded.media, inputs.prompt, **settings)
     for piece in stream:

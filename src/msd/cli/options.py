@@ -11,8 +11,9 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from msd.events import Recording
     from msd.inputs.media import Clip
 
+DRAFT_MODEL = "draft-model"  # the method of `--draft-model`
+
 Target = Annotated[
     str,
     typer.Option("--target", help="'reference', 'reference-video' (for clips), a checkpoint folder, or a hub id."),
@@ -39,6 +42,14 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maxi
 DrafterFolder = Annotated[
     Path | None,
     typer.Option("--drafter", help="Folder of a trained drafter; it determines the method unless --method does."),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option("--draft-model", help="Folder or hub id of a smaller model that drafts (method 'draft-model')."),
+]
+DraftSees = Annotated[
+    Literal["image", "caption", "nothing"] | None,
+    typer.Option("--draft-sees", help="What the draft model sees of an image; by default the image if it can."),
 ]
 Backend = Annotated[
     str,
@@ -127,6 +138,8 @@ class Drafting:
     ] = None
     method: Method = None
     drafter: DrafterFolder = None
+    draft_model: DraftModel = None
+    draft_sees: DraftSees = None
     backend: Backend = "measure"
     device: Device = None
 
@@ -137,9 +150,31 @@ class Drafting:
         """
         trained = use_drafter(self.drafter)
         method = trained if self.method is None else self.method
+        if use_draft_model(self.draft_model, self.draft_sees, method, self.device):
+            return DRAFT_MODEL
         if method is not None:
             method_names(method, target)
         return method
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The methods that a command compares."""
+
+    method: Methods = "all"
+    drafter: DrafterFolder = None
+    draft_model: DraftModel = None
+    draft_sees: DraftSees = None
+
+    def names(self, model: Model, greedy: bool = False, **kwargs: Any) -> list[str]:
+        """Returns the names of the methods, a draft model's among them. Raises UserError for an unknown one.
+
+        greedy: see `method_names`. kwargs: of `load_draft_model`.
+        """
+        use_drafter(self.drafter)
+        method = None if self.draft_model else self.method
+        added = use_draft_model(self.draft_model, self.draft_sees, method, model.device, **kwargs)
+        return method_names(self.method, model.target, greedy, added)
 
 
 @dataclass(frozen=True)
@@ -319,6 +354,29 @@ def use_drafter(folder: Path | None) -> str | None:
     return drafters.register_folder(folder)
 
 
+def use_draft_model(model: str | None, sees: str | None, method: str | None, device: str | None, **kwargs: Any) -> bool:
+    """Registers a `--draft-model` as the method `draft-model`; returns whether there is one.
+
+    method: the other choice of the user, None for none. kwargs: of `load_draft_model`. Raises UserError for options
+    that do not belong together.
+    """
+    from msd import drafters
+    from msd.config import check_draft_model
+
+    check_draft_model(model, sees, method)
+    if model is None:
+        return False
+
+    @cache
+    def make() -> Drafter:
+        from msd.loading import load_draft_model
+
+        return load_draft_model(model, sees, device, **kwargs)
+
+    drafters.register(DRAFT_MODEL, make)
+    return True
+
+
 def quiet() -> None:
     """Silences progress bars and warnings of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -330,16 +388,20 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def method_names(names: str, target: str, greedy: bool = False) -> list[str]:
+def method_names(names: str, target: str, greedy: bool = False, added: bool = False) -> list[str]:
     """Parses a `--method` value; "all" means all methods for that target. Raises UserError for an unknown method.
 
     greedy: "all" leaves out methods that sample their drafts, which equal their deterministic forms at temperature 0.
+    added: whether the method of a `--draft-model` is added.
     """
     from msd import drafters
 
     if names == "all":
-        return [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
-    listed = [name.strip() for name in names.split(",") if name.strip()]
+        listed = [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
+    else:
+        listed = [name.strip() for name in names.split(",") if name.strip()]
+    if added and DRAFT_MODEL not in listed:
+        listed.append(DRAFT_MODEL)
     for name in listed or [""]:
         drafters.ready(name)
     return listed

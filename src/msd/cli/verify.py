@@ -18,8 +18,7 @@ from msd.errors import InterruptedRunError, UserError
 def verify(
     model: options.Model,
     lines: options.DataLines,
-    method: options.Methods = "all",
-    drafter: options.DrafterFolder = None,
+    compared: options.Compared,
     max_new_tokens: options.MaxNewTokens = 32,
     draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = 100_000,
     outputs: Annotated[
@@ -39,8 +38,8 @@ def verify(
 
     if outputs and dtype != "float32":
         raise UserError(f"--outputs are audited in float32; leave out --dtype {dtype}")
-    options.use_drafter(drafter)
-    methods = options.method_names(method, model.target)
+    kind = getattr(torch, dtype)
+    methods = compared.names(model, dtype=kind)
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
     options.quiet()
@@ -49,7 +48,7 @@ def verify(
     from msd.loading import load_target
 
     conversation.check_files(samples)
-    target, processor = load_target(model.target, model.device, dtype=getattr(torch, dtype))
+    target, processor = load_target(model.target, model.device, dtype=kind)
     rows: list[certificate.Row] = []
     try:
         with terminal.status("verifying…") as status:

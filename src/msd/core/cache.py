@@ -6,6 +6,8 @@ the accepted path together and discards the others. For `transformers` this is a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +127,12 @@ class KVCache(Cache):
                 for block in self._storage:
                     block[:, :, index, :, :used] = block[:, :, len(self.rows), :, :used]
 
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values [R, H, S, D] of a layer in the first `slots` slots of the stored rows."""
+        stored, rows = self.layers[layer], len(self.rows)
+        assert stored.keys is not None and stored.values is not None
+        return stored.keys[:rows, :, :slots], stored.values[:rows, :, :slots]
+
     def copy_prefix(self, other: KVCache, count: int) -> None:
         """Copies the first `count` slots of `other`, a cache of the same model and batch, into this empty cache."""
         for mine, theirs in zip(self._attention(), other._attention(), strict=True):
@@ -143,6 +151,16 @@ class KVCache(Cache):
     def advance(self, count: int) -> None:
         """Commits the last `count` written slots of every row: the prompt, after prefill."""
         self.committed = [c + count for c in self.committed]
+
+    @contextmanager
+    def behind(self, count: int) -> Iterator[None]:
+        """Inside, passes write behind the first `count` uncommitted slots of every row, and keep these."""
+        committed = self.committed
+        self.committed = [c + count for c in committed]
+        try:
+            yield
+        finally:
+            self.committed = committed
 
     def commit(self, paths: list[list[int]]) -> None:
         """Keeps the nodes `paths[row]` of the N slots written last, in that order, and discards the others.

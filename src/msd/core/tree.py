@@ -114,6 +114,17 @@ class DraftTree:
         """The tensors [B, N] of these trees by field name."""
         return {name: getattr(self, name) for name in _PADDING if getattr(self, name) is not None}
 
+    def extended(self, tokens: Tensor, parents: Tensor) -> DraftTree:
+        """These trees with one more level of F deterministic nodes: `tokens` [B, F] below the nodes `parents` [B, F].
+
+        The trees must have neither sampled candidates nor draft probabilities.
+        """
+        one = torch.ones_like(tokens, dtype=torch.bool)
+        new = {"tokens": tokens, "parents": parents, "depths": self.depths.gather(1, parents) + 1, "valid": one,
+               "modality": torch.full_like(tokens, LANGUAGE.id), "deterministic": one}  # fmt: skip
+        joined: dict[str, Any] = {name: torch.cat([x, new[name]], 1) for name, x in self._tensors().items()}
+        return replace(self, height=self.height + 1, **joined)
+
     def select(self, rows: list[int]) -> DraftTree:
         """The trees of `rows`, in that order."""
         if rows == list(range(self.batch)):
@@ -152,11 +163,13 @@ class DraftTree:
 
     def ancestors(self) -> Tensor:
         """[B, N, N] bool: entry (i, j) is True if node j is node i or one of its ancestors."""
-        identity = torch.eye(self.size, dtype=torch.bool, device=self.tokens.device).expand(self.batch, -1, -1)
-        parent = self.parents.clamp_min(0)[:, :, None].expand(-1, -1, self.size)
-        reached = identity
-        for _ in range(self.height):
-            reached = identity | (reached.gather(1, parent) & (self.parents >= 0)[:, :, None])
+        reached = torch.eye(self.size, dtype=torch.bool, device=self.tokens.device).expand(self.batch, -1, -1)
+        jump = self.parents  # the ancestor at distance 1, 2, 4, …; -1 above the root
+        for _ in range(self.height.bit_length()):
+            exists, at = jump >= 0, jump.clamp_min(0)
+            above = reached.gather(1, at[:, :, None].expand(-1, -1, self.size))
+            reached = reached | (above & exists[:, :, None])
+            jump = jump.gather(1, at).masked_fill(~exists, -1)
         return reached
 
     def children(self, node: Tensor) -> Tensor:

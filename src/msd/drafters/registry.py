@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from msd.drafters import algorithms as package
 from msd.drafters.base import Drafter
@@ -46,7 +47,8 @@ class Method:
     make: creates a drafter; its arguments are the loaded `weights`. weights: names of the trained drafters that it
     uses. network: the class that `msd train` trains. load: loads a folder (in a dtype) as an argument of `make`;
     UserError if the folder is damaged. form_of: the method whose weights this one uses differently. command: how to
-    train its weights. target: the name of the target that its weights are trained for.
+    train its weights. target: the name of the target that its weights are trained for. native: whether a target's own
+    checkpoint brings what the method drafts with; None for a method that needs nothing of it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Method:
     form_of: str | None = None
     command: str = ""
     target: str = REFERENCE
+    native: Callable[[PreTrainedModel], bool] | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -163,9 +166,12 @@ def catalogue() -> list[Method]:
 
 
 def methods(target: str = REFERENCE) -> list[str]:
-    """Names of the methods that can draft for a target: without weights, or with weights trained for it and present."""
-    present = folders().keys()
-    return [m.name for m in catalogue() if not m.weights or (m.target == target and present >= set(m.weights))]
+    """Names of the methods that can draft for a target: without weights, or with weights trained for it and present.
+
+    Native methods, which only some checkpoints have, are not among them.
+    """
+    present, known = folders().keys(), [m for m in catalogue() if m.native is None]
+    return [m.name for m in known if not m.weights or (m.target == target and present >= set(m.weights))]
 
 
 def get(name: str) -> Method:
@@ -217,15 +223,26 @@ def trainable(name: str) -> type[DraftNetwork]:
     return kinds[name]
 
 
-def default(target: str) -> str:
-    """Returns the default method for a target's `fingerprint`: a drafter trained for it, or else prompt lookup."""
+def default(target: str, model: PreTrainedModel | None = None) -> str:
+    """Returns the default method for a target's `fingerprint`; see `choose`."""
+    return choose(target, model)[0]
+
+
+def choose(target: str, model: PreTrainedModel | None = None) -> tuple[str, str]:
+    """Returns (the default method for a target's `fingerprint`, why).
+
+    A drafter trained for it, or else what the checkpoint of `model` brings, or else prompt lookup.
+    """
     present = folders()
     for name in (DEFAULT, DEFAULT + FOR_VIDEO):
         if name in present and name not in _METHODS:
             thresholds = checkpoint.training(present[name]).get("cuts")
             if isinstance(thresholds, dict) and thresholds.get("target") == target:
-                return f"{name}+{FALLBACK}"
-    return FALLBACK
+                return f"{name}+{FALLBACK}", "a drafter trained for this target"
+    for method in catalogue() if model is not None else ():
+        if method.native is not None and method.native(model):
+            return method.name, "the target's checkpoint brings it"
+    return FALLBACK, "there is no drafter for this target"
 
 
 def folders() -> dict[str, Path]:

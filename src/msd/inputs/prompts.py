@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,28 +54,73 @@ def prepare(
     Raises:
         UserError: an invalid chat, reserved text, unreadable media, or media that the model does not support.
     """
-    if chats is None:
-        chats = [_chat(prompt, group) for prompt, group in zip(prompts or (), media, strict=True)]
-    requests = [_request(chat, group) for chat, group in zip(chats, media, strict=True)]
-    reserved = placeholders(processor)
-    for chat, group in requests:
-        _check(reserved, chat, [kind(source) for source in group])
-    supported = _supported(processor, {kind(source) for _, group in requests for source in group})
-    requests = [_with_supported_media(supported, chat, group) for chat, group in requests]
-    texts = [_render(processor, chat) for chat, _ in requests]
-    processor.tokenizer.padding_side = "left"
-    bos = processor.tokenizer.bos_token
-    special = not (bos and all(text.startswith(bos) for text in texts))  # no second BOS token after the template's
-    groups = [group for _, group in requests]
-    arguments = _media_arguments(processor, groups)
-    try:
-        batch = processor(
-            text=texts, padding=len(texts) > 1, return_tensors="pt", add_special_tokens=special, **arguments
-        )
-    except ValueError as error:
-        what = "does not accept these media" if any(groups) else "accepts no prompt without an image"  # PaliGemma
-        raise UserError(f"this model's processor {what} ({error})") from error
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}  # PaliGemma's, for training
+    return Request.of(processor, media, prompts, chats).inputs()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the prompts of a batch ask, before a processor turns it into tensors.
+
+    processor: of the model that is asked. media: the loaded images, videos and sounds of each prompt, in reading order.
+    chats: the messages of each prompt, whose media parts are placeholders. A drafter that reads prompts itself, with
+    its own processor, finds the request in `State.request`.
+    """
+
+    processor: Any
+    media: list[list[Any]]
+    chats: list[Messages]
+
+    @classmethod
+    def of(
+        cls,
+        processor: Any,
+        media: Sequence[Sequence[Any]],
+        prompts: Sequence[str] | None = None,
+        chats: Sequence[Messages] | None = None,
+    ) -> Request:
+        """Checks and loads a request. Arguments and errors: see `prepare`."""
+        if chats is None:
+            chats = [_chat(prompt, group) for prompt, group in zip(prompts or (), media, strict=True)]
+        requests = [_request(chat, group) for chat, group in zip(chats, media, strict=True)]
+        reserved = placeholders(processor)
+        for chat, group in requests:
+            _check(reserved, chat, [kind(source) for source in group])
+        return cls(processor, [group for _, group in requests], [chat for chat, _ in requests])
+
+    def inputs(self) -> dict[str, Any]:
+        """Returns the processor's output. UserError for media that the model does not support."""
+        processor = self.processor
+        supported = _supported(processor, {kind(source) for group in self.media for source in group})
+        pairs = zip(self.chats, self.media, strict=True)
+        requests = [_with_supported_media(supported, chat, group) for chat, group in pairs]
+        texts = [_render(processor, chat) for chat, _ in requests]
+        processor.tokenizer.padding_side = "left"
+        bos = processor.tokenizer.bos_token
+        special = not (bos and all(text.startswith(bos) for text in texts))  # no second BOS token after the template's
+        groups = [group for _, group in requests]
+        arguments = _media_arguments(processor, groups)
+        try:
+            batch = processor(
+                text=texts, padding=len(texts) > 1, return_tensors="pt", add_special_tokens=special, **arguments
+            )
+        except ValueError as error:
+            what = "does not accept these media" if any(groups) else "accepts no prompt without an image"  # PaliGemma
+            raise UserError(f"this model's processor {what} ({error})") from error
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}  # PaliGemma's, for training
+
+    def described(self, texts: Sequence[Sequence[str]] | None = None) -> Request:
+        """Returns the request without media. texts: for each medium, the text that replaces it; else it is left out."""
+        chats: list[Messages] = []
+        for row, chat in enumerate(self.chats):
+            words = iter(()) if texts is None else iter(texts[row])
+            chats.append([{**message, "content": _described(messages.parts(message), words)} for message in chat])
+        return replace(self, media=[[] for _ in chats], chats=chats)
+
+
+def _described(parts: list[dict[str, Any]], words: Iterator[str]) -> list[dict[str, Any]]:
+    """Replaces each media part by a text part with the next of `words`; drops it if there are none left."""
+    texts = [part["text"] if part["type"] == "text" else next(words, "") for part in parts]
+    return [{"type": "text", "text": text} for text in texts if text]
 
 
 def grouped(images: Any, count: int) -> list[list[Any]]:
@@ -191,7 +237,7 @@ def _with_supported_media(supported: set[str], chat: Messages, media: Sequence[A
     replaced: list[Any] = []
     remaining = iter(media)
 
-    def replace(part: dict[str, Any]) -> list[dict[str, Any]]:
+    def supported_parts(part: dict[str, Any]) -> list[dict[str, Any]]:
         if part.get("type") not in KINDS:
             return [part]
         source = next(remaining)
@@ -201,7 +247,10 @@ def _with_supported_media(supported: set[str], chat: Messages, media: Sequence[A
         replaced.extend(source.frames if as_images else [source])
         return [{"type": "image"}] * len(source.frames) if as_images else [part]
 
-    chat = [{**message, "content": [p for part in messages.parts(message) for p in replace(part)]} for message in chat]
+    chat = [
+        {**message, "content": [p for part in messages.parts(message) for p in supported_parts(part)]}
+        for message in chat
+    ]
     return chat, replaced
 
 

@@ -313,6 +313,24 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
     return tensors
 
 
+def tensor_names(checkpoint: Path | str) -> list[str]:
+    """Names of the tensors in a checkpoint folder's safetensors files, or in a hub id's that were downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found: list[str] = []
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        path = Path(checkpoint) / name
+        if not Path(checkpoint).is_dir():
+            cached = try_to_load_from_cache(str(checkpoint), name)
+            path = Path(cached) if isinstance(cached, str) else path
+        if path.is_file() and path.suffix == ".json":
+            return list(parse_json(path.read_text(encoding="utf-8"))["weight_map"])
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                found = list(file.keys())
+    return found
+
+
 def damage(folder: Path) -> str | None:
     """Describes the first damaged file of a checkpoint folder, or returns None. Of weights it reads only headers."""
     weights = () if any(folder.glob("model*.safetensors")) else ("pytorch_model*.bin",)

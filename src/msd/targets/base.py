@@ -35,7 +35,7 @@ from msd.targets.state import (
     reusable_prefix,
     without_reused,
 )
-from msd.targets.taps import Recording, Taps
+from msd.targets.taps import FINAL, Recording, Taps
 from msd.targets.vision import VisionCache
 
 MODALITIES = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}
@@ -44,10 +44,11 @@ MODALITIES = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}
 class Target:
     """Adapter of one model.
 
-    taps: hidden-state indices to record for the drafter (see `Taps`). backend: a name of `msd.backends.NAMES`.
+    taps: hidden-state indices to record for the drafter (see `Taps`), or `FINAL`. backend: one of `msd.backends.NAMES`.
     pictures: the tensor layouts of the family's images and videos. UserError for a decoder layer of an unknown type.
     """
 
+    resumes = True  # whether `score` can leave out nodes that it has scored before
     reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
     bidirectional_layers: str | None = None  # the layer type to which `bidirectional_mask` is limited
 
@@ -62,7 +63,8 @@ class Target:
         self.text_config = model.config.get_text_config(decoder=True)
         self.windows = self.attention_windows()
         self.model, self.backend, self.pictures = model, choose(model, backend), tuple(pictures)
-        self.taps = Taps(model, taps)
+        last = self.text_config.num_hidden_layers
+        self.taps = Taps(model, tuple(last if index == FINAL else index for index in taps))
         limit = max((p.limit for p in self.pictures), default=1)
         self.vision = vision_cache if vision_cache is not None else VisionCache(limit)
 
@@ -154,18 +156,20 @@ class Target:
             state.tap_history[:, :L] = taps
         return state, Scores(output.logits[:, -1:], taps)
 
-    def score(self, state: State, tree: DraftTree) -> Scores:
+    def score(self, state: State, tree: DraftTree, scored: int = 0) -> Scores:
         """Scores the trees in one pass: each node attends to the committed prefix and its ancestors.
 
-        Writes N cache slots. Skips rows that the cache has dropped.
+        Writes N cache slots. Skips rows that the cache has dropped. scored: the first nodes, whose slots earlier calls
+        for a smaller tree have written; the scores [B, N - scored, V] are those of the other nodes.
         """
         rows, batch = state.cache.rows, tree.batch
         tree = tree.select(rows)
-        positions = state.layout.next_positions(tree.depths, rows)  # [A, R, N]
-        with self.recording(check=False) as recorded, self.scoring(state, tree):
+        positions = state.layout.next_positions(tree.depths[:, scored:], rows)  # [A, R, N - scored]
+        mask = self.tree_mask(state, tree, scored)
+        with state.cache.behind(scored), self.recording(check=False) as recorded, self.scoring(state, tree):
             output = self.model(
-                input_ids=tree.tokens,
-                attention_mask=self.tree_mask(state, tree),
+                input_ids=tree.tokens[:, scored:],
+                attention_mask=mask,
                 position_ids=self.position_ids(positions),
                 past_key_values=state.cache,
                 use_cache=True,
@@ -229,16 +233,16 @@ class Target:
         sounds = model_kwargs.get(AUDIO_FEATURES)
         return [] if sounds is None else [MediaItem(sound, None) for sound in sounds]
 
-    def tree_mask(self, state: State, tree: DraftTree) -> masks.Mask | None:
-        """Additive mask [R, 1, N, S] over the S slots in use, by layer type; None where it would be all zero.
+    def tree_mask(self, state: State, tree: DraftTree, scored: int = 0) -> masks.Mask | None:
+        """Additive mask [R, 1, N - scored, S] over the S slots in use, by layer type; None where it would be all zero.
 
-        tree: the trees of the R rows in the cache.
+        tree: the trees of the R rows in the cache. scored: see `score`.
         """
         committed, start = state.cache.base, [state.layout.start[row] for row in state.cache.rows]
         if tree.size == 1 and not any(start) and min(committed) == max(committed) and self.windows == {None: None}:
             return None
-        mask = masks.masks(masks.tree_tables(tree, start, committed), self.windows, self.model.dtype)
-        return self.layer_masks(mask, None)
+        tables = masks.without_first(masks.tree_tables(tree, start, committed), scored)
+        return self.layer_masks(masks.masks(tables, self.windows, self.model.dtype), None)
 
     def commit(self, state: State, accepted: Accepted) -> None:
         """Keeps the root and the accepted nodes in the cache, for each row that emitted a token."""

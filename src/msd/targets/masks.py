@@ -60,6 +60,12 @@ def tree_tables(tree: DraftTree, start: list[int], committed: list[int]) -> Tabl
     return prefix[:, None] | (ancestor & in_tree[:, None]), own[:, :, None] - column[:, None], own - first
 
 
+def without_first(tables: Tables, count: int) -> Tables:
+    """The tables of all nodes but the first `count`."""
+    visible, distance, column = tables
+    return visible[:, count:], distance[:, count:], column[:, count:]
+
+
 def row_tables(start: list[int], columns: int, device: torch.device) -> Tables:
     """(visible [B, S, S] bool, distance [1, S, S], column [B, S]) of whole left-padded rows.
 

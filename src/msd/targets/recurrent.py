@@ -148,6 +148,8 @@ class Recurrent(Target):
     A later turn reuses the state of an earlier one only if its prompt begins with all columns of that state.
     """
 
+    resumes = False
+
     def attention_windows(self) -> masks.Windows:
         """The windows of the attention layers. UserError for a layer of an unknown kind."""
         kinds = set(self.text_config.layer_types)

@@ -19,6 +19,7 @@ from msd.backends.revision import Revision
 from msd.core.cache import KVCache
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
+from msd.inputs.prompts import Request
 
 AUDIO_FEATURES = "input_features"
 AUDIO_TENSORS = (AUDIO_FEATURES, "feature_attention_mask")  # the first dimension of each is the number of sounds
@@ -56,6 +57,8 @@ class State:
     """One batch during generation: its layout, its key/value cache and the drafter's memory of it.
 
     auxiliary: [B, E, H] auxiliary tokens of the drafter, zero in rows without any.
+    inputs, request: the processor's output for the prompts, and what it was made of (None where the caller gave only
+    tensors), for a drafter that reads prompts itself. They have one entry per prompt, which can have several rows.
     prefilled: columns that the prefill computed, without those reused from an earlier turn.
 
     Set only where a later turn may reuse the state:
@@ -68,6 +71,8 @@ class State:
     memory: Any = field(default=None)
     auxiliary: Tensor | None = None
     source: Source | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    request: Request | None = None
     prefilled: int = 0
     media: Media = field(default_factory=dict)
     tap_history: Tensor | None = None
@@ -91,7 +96,8 @@ class Past:
 
     def renew(self, state: State) -> None:
         """Stores the state of a finished generation, without the tensors that only decoding needs."""
-        state.memory = state.tree_taps = None
+        state.memory = state.tree_taps = state.request = None
+        state.inputs = {}
         self.state = state
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from msd.errors import UserError
 
 NORMS = ("norm", "embedding_norm", "norm_f", "final_layernorm")
+FINAL = -1  # index of the final, normalised state of a model with any number of layers
 Running = Callable[[Callable[[int, Tensor], None] | None], AbstractContextManager[bool]]
 
 

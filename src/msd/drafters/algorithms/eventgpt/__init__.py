@@ -2,12 +2,11 @@
 
 A map between the two vocabularies translates the text. The drafter does not use the target's hidden states, so it
 reads the prompt, and predicts the answer's first token, while the target prefills. The slot of a text token in the
-drafter's cache is its position. Drafted tokens, which may share positions, use the slots behind the text.
+drafter's cache is its position. From there on it drafts as any second model (`toolkit/second_model.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,22 @@ from transformers import PreTrainedModel
 from msd.core.cache import KVCache
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
-from msd.core.sampling import Sampler, temperature
+from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, EventGPTConfig
-from msd.drafters.algorithms.eventgpt.vocabulary import FILE, Pieces, VocabularyMap
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.chance import NodeFeatures
+from msd.drafters.toolkit.chained import drafts
 from msd.drafters.toolkit.context import pick, real_columns
-from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.second_model import SecondModel, room
+from msd.drafters.toolkit.vocabulary import FILE, Pieces, VocabularyMap
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.system.files import write_whole
-from msd.targets.masks import additive
+from msd.targets.base import Target
 from msd.targets.state import State
 
 __all__ = ["METHOD", "EventGPT", "EventGPTConfig", "EventGPTDrafter", "Pieces", "VocabularyMap", "load", "save"]
@@ -71,103 +72,24 @@ def inputs(
     return pick(entries, order), count.tolist()
 
 
-@dataclass
-class Memory:
-    """The drafter's state of B rows.
-
-    seen: number of layout columns read, per row. logits: [B, n] of the shared pieces after the last token read.
-    guess: [B] target ids, the drafter's prediction of the answer's first token. It is read already (`logits` follow
-    it) but not committed; None after the first step.
-    """
-
-    network: EventGPT
-    mapping: VocabularyMap
-    cache: KVCache
-    seen: list[int]
-    logits: Tensor
-    guess: Tensor | None = None
-
-    @classmethod
-    def begin(
-        cls, network: EventGPT, mapping: VocabularyMap, layout: Layout, columns: int, auxiliary: Tensor | None
-    ) -> Memory:
-        """Reads a prompt of `columns` columns, predicts the answer's first token, and reads it as well."""
-        c = network.config
-        entries, length = inputs(network, mapping, layout, columns, auxiliary)
-        B, S, _ = entries.shape
-        room = S + layout.capacity - columns + c.width * c.depth
-        cache = KVCache(c.layers, B, room)
-        states = network.states(entries, torch.arange(S, device=entries.device).expand(B, -1), cache)
-        cache.committed = list(length)  # the padding behind a shorter row is overwritten
-        memory = cls(network, mapping, cache, [columns] * B, logits_after(network, mapping, states, length))
-        memory.guess = mapping.ids[memory.logits.argmax(-1)]
-        memory.logits = logits_after(network, mapping, memory._states(memory.guess[:, None]), [1] * B)
-        return memory
-
-    def read(self, layout: Layout, drafting: list[bool]) -> None:
-        """Reads the emitted tokens; `logits` then predict the token after the newest. drafting: rows that may draft.
-
-        A row that may not draft now never will again: its answer has ended, or lacks one token. Its slots are freed.
-        """
-        added = [end - seen if go else 0 for end, seen, go in zip(layout.end, self.seen, drafting, strict=True)]
-        base = [at if go else 0 for at, go in zip(self.cache.committed, drafting, strict=True)]
-        self.cache.committed, self.seen = base, list(layout.end)
-        guess, self.guess = self.guess, None
-        first = all(n == go for n, go in zip(added, drafting, strict=True))
-        expected = guess is not None and first and torch.equal(guess[drafting], layout.newest()[drafting])
-        if max(added) and not expected:
-            column = torch.arange(max(added)) + torch.tensor(layout.end)[:, None] - torch.tensor(added)[:, None]
-            column = column.clamp_max(layout.capacity - 1).to(layout.tokens.device)
-            self.logits = logits_after(self.network, self.mapping, self._states(layout.tokens.gather(1, column)), added)
-        self.cache.committed = [at + n for at, n in zip(base, added, strict=True)]
-
-    def _states(self, tokens: Tensor) -> Tensor:
-        """Computes the states [B, W, H] of target tokens [B, W] behind the committed text; does not commit them."""
-        base = torch.tensor(self.cache.committed, device=tokens.device)[:, None]
-        positions = base + torch.arange(tokens.shape[1], device=tokens.device)
-        slot = torch.arange(max(self.cache.committed) + tokens.shape[1], device=tokens.device)
-        mask = additive(slot <= positions[..., None], self.network.dtype)
-        return self.network.states(self.network.embed(self.mapping.read(tokens)), positions, self.cache, mask)
-
-
-def logits_after(network: EventGPT, mapping: VocabularyMap, states: Tensor, length: list[int]) -> Tensor:
-    """Returns the logits [B, n] of the shared pieces after the first `length[row]` of the states [B, W, H]."""
+def begin(
+    network: EventGPT, mapping: VocabularyMap, layout: Layout, columns: int, auxiliary: Tensor | None
+) -> SecondModel:
+    """Reads a prompt of `columns` columns, predicts the answer's first token, and reads it as well."""
+    c = network.config
+    entries, length = inputs(network, mapping, layout, columns, auxiliary)
+    B, S, _ = entries.shape
+    capacity = S + room(layout, columns, Shape(c.width, c.depth))
+    cache = KVCache(c.layers, B, capacity)
+    states = network.states(entries, torch.arange(S, device=entries.device).expand(B, -1), cache)
+    cache.committed = list(length)  # the padding behind a shorter row is overwritten
+    own = Layout.from_prompt(torch.zeros(B, S, dtype=torch.long, device=entries.device), capacity)
+    own.end = list(length)
+    target = Target(network.llama, backend="plain", pictures=())
+    memory = SecondModel(target, mapping, State(own, cache), [columns] * B)
     last = torch.tensor(length, device=states.device)[:, None] - 1
-    return mapping.shared(network.logits(pick(states, last.clamp_min(0))[:, 0]))
-
-
-class TreeLevels:
-    """The distributions of one step (see `msd.drafters.toolkit.growth.Levels`), for one subtree."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.memory, self.level = memory, 0
-        self.committed = list(memory.cache.committed)
-        self.lineage = memory.logits.new_zeros(len(memory.logits), 1, 0, dtype=torch.bool)  # [B, F, m]
-
-    def root(self, weights: Tensor) -> Distributions:
-        """See `Levels`; weights [B, 1, 1]."""
-        return _distributions(self.memory.logits[:, None])
-
-    def below(self, tokens: Tensor, above: Tensor) -> Distributions:
-        """See `Levels`."""
-        self.level += 1
-        m, (B, F), device = self.memory, tokens.shape, tokens.device
-        eye = torch.eye(F, dtype=torch.bool, device=device).expand(B, -1, -1)
-        self.lineage = torch.cat([pick(self.lineage, above), eye], -1)
-        base = torch.tensor(self.committed, device=device)[:, None]
-        drafts = base + torch.arange(self.lineage.shape[-1], device=device)  # their slots [B, m]
-        slot = torch.arange(max(self.committed) + self.lineage.shape[-1], device=device)
-        seen = (slot < base)[:, None].repeat(1, F, 1).scatter_(2, drafts[:, None].expand(-1, F, -1), self.lineage)
-        positions = (base + self.level - 1).expand(-1, F)
-        embedded = m.network.embed(m.mapping.read(tokens))
-        states = m.network.states(embedded, positions, m.cache, additive(seen, m.network.dtype))
-        m.cache.advance(F)
-        return _distributions(m.mapping.shared(m.network.logits(states)))
-
-
-def _distributions(logits: Tensor) -> Distributions:
-    one = torch.ones_like(logits[..., 0])
-    return Distributions(logits, 0 * one, one[..., None])
+    memory.predict(mapping.shared(network.logits(pick(states, last)[:, 0])))
+    return memory
 
 
 class EventGPTDrafter(Drafter):
@@ -233,32 +155,24 @@ class EventGPTDrafter(Drafter):
         """See `ReadsAuxiliary`: event tokens [E, H] of a recording."""
         return self.network.encode(item)
 
-    def read_prompt(self, layout: Layout, auxiliary: Tensor | None) -> Memory:
+    def read_prompt(self, layout: Layout, auxiliary: Tensor | None) -> SecondModel:
         """See `ReadsPrompt`."""
-        return Memory.begin(self.network, self.mapping, layout, layout.end[0], auxiliary)
+        return begin(self.network, self.mapping, layout, layout.end[0], auxiliary)
 
     def begin(self, state: State, scores: Scores) -> None:
         """See `Drafter`. Without `read_prompt`, the memory is a function with which the first `propose` reads it."""
         columns, auxiliary = state.layout.end[0] - 1, state.auxiliary
-        begin = partial(Memory.begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
-        state.memory = state.memory or begin
+        state.memory = state.memory or partial(begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts the most probable nodes of one tree, level by level."""
-        newest, c = state.layout.newest(), self.network.config
-        if budget.nodes < 1 or max(budget.depth, default=0) < 1:
-            return DraftTree.root_only(newest)
-        if not isinstance(state.memory, Memory):
+        if not drafts(budget):
+            return DraftTree.root_only(state.layout.newest())
+        if not isinstance(state.memory, SecondModel):
             state.memory = state.memory(state.layout)
-        memory: Memory = state.memory
-        memory.read(state.layout, [depth > 0 for depth in budget.depth])
-        width = c.width if budget.width is None else min(budget.width, c.width)
-        whole = Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
-        kinds = torch.tensor([LANGUAGE.id], device=newest.device)
-        levels = TreeLevels(memory)
-        tree = grow(levels, self, whole, kinds, newest, budget, temperature(sampler), self.cost)
-        memory.cache.committed = levels.committed  # frees the slots of the drafted tokens
-        return tree
+        c, memory = self.network.config, state.memory
+        shape, alive = Shape(c.width, c.depth), state.cache.rows
+        return memory.propose(state.layout, alive, shape, self, budget, sampler, self.cost)
 
 
 def save(

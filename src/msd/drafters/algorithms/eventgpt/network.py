@@ -148,18 +148,11 @@ class EventGPT(nn.Module):
         """Embeds its token ids [...] as [..., H]."""
         return self.llama.get_input_embeddings()(tokens)
 
-    def states(
-        self, inputs: Tensor, positions: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Computes the final states [B, W, H] of inputs [B, W, H] at positions [B, W].
-
-        Keys and values are written behind the committed slots of the cache. mask: [B, 1, W, S], additive; causal by
-        default.
-        """
+    def states(self, inputs: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Computes the final states [B, S, H] of inputs [B, S, H] at positions [B, S], and caches their keys."""
         return self.llama.model(
-            inputs_embeds=inputs, position_ids=positions, past_key_values=cache, attention_mask=mask,
-            use_cache=cache is not None,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=inputs, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
         """Computes the logits [..., N] of states [..., H]."""

@@ -1,8 +1,8 @@
 """A map between the drafter's vocabulary and the target's.
 
-Two tokens are the same if their piece strings and kinds (special or normal) agree. Video-LLaVA and EventGPT both extend
-LLaMA's 32,000 pieces, so their map is the identity on these; in general it is any one-to-one pairing. A piece that only
-the drafter has is masked in the draft; one that only the target has is read as the drafter's unknown piece.
+Two tokens are the same if their piece strings and kinds (special or normal) agree. Two models that extend one table,
+such as LLaMA's 32,000 pieces, map its ids to themselves; in general the map is any one-to-one pairing. A piece that
+only the drafter has is masked in the draft; one that only the target has is read as the drafter's unknown piece.
 
 A saved map holds the hashes of both piece tables and is refused for other tables.
 """

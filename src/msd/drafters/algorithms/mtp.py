@@ -1,0 +1,254 @@
+"""`mtp`: the multi-token-prediction layers of the target's own checkpoint draft (DeepSeek-V3, arXiv 2412.19437, 2.2).
+
+Layer k reads the embedding of a token and layer k-1's state of the token before it; for k = 0 that state is the
+target's, after its final norm. Its output predicts the next token. The library loads the layers (`MtpModel`) and drafts
+chains with them, for one prompt at a time. Here they draft trees, for batches. A single layer drafts any number of
+levels from its own states. Of n layers, layer k drafts level k, so trees have n levels.
+
+The slot of a token in the layers' cache is its column. Column c has no entry in layer k if c < start + 1 + k, since the
+tokens that its state would come from do not exist. At images the layers read the placeholder's embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.modeling_layers import MtpModel
+
+from msd.core.cache import KVCache
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+from msd.core.tree import Accepted, DraftTree, Scores
+from msd.drafters import registry
+from msd.drafters.base import Drafter
+from msd.drafters.toolkit.chance import NodeFeatures
+from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
+from msd.drafters.toolkit.context import pick
+from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.errors import UserError
+from msd.planning.plan import Budget
+from msd.system.files import tensor_names
+from msd.targets import masks
+from msd.targets.state import State
+from msd.targets.taps import FINAL
+
+METHOD = "mtp"
+WIDTH, DEPTH = 3, 6  # of trees; the depth is that of a single layer
+FAULTS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError)  # of the library, without such layers
+
+
+class Memory:
+    """The layers' cache of B rows, and the target's states before the tokens that they have not read.
+
+    carry: for each layer, its output [B, 1, H] at the last column that was read.
+    """
+
+    def __init__(self, network: MtpModel, layout: Layout, taps: Tensor, room: int) -> None:
+        """Reads the prompt's L columns. taps: [B, L, H], the target's states. room: slots for the drafts of a step."""
+        (B, L, _), self.network, self.layout = taps.shape, network, layout
+        self.cache = KVCache(len(network.layers), B, layout.capacity + room)
+        self.windows = masks.attention_windows(network.config)
+        self.carry: list[Tensor] = []
+        self.seen = [L] * B
+        self.unread = [[row[-1:]] for row in taps]
+        state = taps
+        for k in range(len(network.layers)):
+            tables = masks.row_tables([first + 1 + k for first in layout.start], L, taps.device)
+            state = self._layer(k, layout.tokens[:, :L], shifted(state), layout.positions[:, :, :L], tables)
+            self.carry.append(state[:, -1:].clone())
+        self.cache.advance(L)
+
+    def propose(self, alive: list[int], depth: int, drafter: MtpDrafter, budget: Budget, sampler: Sampler) -> DraftTree:
+        """Reads the emitted tokens of the rows `alive`, and grows trees of at most `depth` levels within the budget."""
+        self.cache.keep(alive)
+        newest, rows = self.layout.newest(), list(self.cache.rows)
+        unread = [self.layout.tokens[row, self.seen[row] : self.layout.end[row]].tolist() for row in rows]
+        levels = ChainedLevels(self._score, unread, newest.device)
+        shape = Shape(WIDTH, depth)
+        tree = draft(levels, drafter, newest[rows], shape, budget.select(rows), sampler, drafter.cost)
+        paths: list[list[int]] = [[] for _ in self.seen]
+        for row, tokens in zip(rows, unread, strict=True):
+            paths[row], self.unread[row] = list(range(len(tokens))), []
+            self.seen[row] += len(tokens)
+        self.cache.commit(paths)
+        return tree.scatter(rows, newest)
+
+    def _score(self, tree: DraftTree, scored: int) -> Tensor:
+        """See `chained.Score`."""
+        if not scored:
+            self._read(tree)
+            return self._logits(self.states[0])
+        self.level += 1
+        single = len(self.network.layers) == 1
+        k, first = (0, scored) if single else (self.level, self.chain)  # layer k has read no draft before
+        above = pick(self.states[0 if single else k - 1], tree.parents[:, first:])
+        new = self._nodes(k, tree, first, above)
+        self.states[k] = torch.cat([self.states[k], new], 1)
+        return self._logits(new[:, scored - first :])
+
+    def _read(self, chain: DraftTree) -> None:
+        """Reads a chain of unread tokens; `states` are then each layer's outputs [R, N, H] at the nodes of the tree."""
+        rows = self.cache.rows
+        above = pad_sequence([torch.cat(self.unread[row]) for row in rows], batch_first=True)
+        self.states, self.level, self.chain = list[Tensor](), 0, chain.size
+        last = chain.valid.sum(1, keepdim=True) - 1
+        for k in range(len(self.network.layers)):
+            self.states.append(self._nodes(k, chain, 0, above))
+            above = torch.cat([self.carry[k][rows], self.states[k][:, :-1]], 1)
+            self.carry[k][rows] = pick(self.states[k], last)
+
+    def _nodes(self, k: int, tree: DraftTree, first: int, above: Tensor) -> Tensor:
+        """Computes layer k's outputs [R, N - first, H] at the nodes from `first` on. above: the states they read."""
+        rows = self.cache.rows
+        root = self.layout.positions[:, rows, [self.seen[row] for row in rows]]  # [A, R]
+        positions = root[:, :, None] + tree.depths[:, first:]
+        start = [self.layout.start[row] + 1 + k for row in rows]
+        tables = masks.without_first(masks.tree_tables(tree, start, self.cache.base), first)
+        with self.cache.behind(first):
+            return self._layer(k, tree.tokens[:, first:], above, positions, tables)
+
+    def _layer(self, k: int, tokens: Tensor, above: Tensor, positions: Tensor, tables: masks.Tables) -> Tensor:
+        """Runs layer k on tokens [R, W] with states [R, W, H] at positions [A, R, W]: [R, W, H]."""
+        network = self.network
+        kinds = getattr(network.config, "layer_types", None)
+        kind = kinds[k] if kinds else None
+        found = masks.masks(tables, self.windows, above.dtype)
+        embedded, place, rope = network.embed_tokens(tokens), positions if len(positions) > 1 else positions[0], None
+        if network.rotary_emb is not None:
+            options = {"layer_type": kind} if network.has_per_layer_rope else {}
+            rope = network.rotary_emb(embedded, position_ids=place, **options)
+        states: Tensor = network.layers[k](
+            embedded, above, position_embeddings=rope, position_ids=positions[0], past_key_values=self.cache,
+            attention_mask=found if isinstance(found, Tensor) else found[kind],
+        )  # fmt: skip
+        return network.shared_post_norm(states) if network.use_shared_post_norm else states
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.network._project_to_logits(states)
+        return logits
+
+
+def shifted(states: Tensor) -> Tensor:
+    """States [B, L, H] of the column before each column; zero for the first."""
+    return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+
+
+class MtpDrafter(Drafter):
+    """Drafts with the target's own layers; its candidates are deterministic.
+
+    network: the layers; by default those of the target's checkpoint.
+    """
+
+    name, taps = METHOD, (FINAL,)
+
+    def __init__(self, network: MtpModel | None = None) -> None:
+        self._network, self.cost = network, LevelCost()
+
+    def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
+        """Loads the layers from the target's checkpoint; UserError if it has none."""
+        if self._network is None:
+            self._network = load(model)
+        else:
+            self._network.tie_with_main_model(model)
+        self._network.eval()
+        size = getattr(self._network.config, "unpadded_vocab_size", None) or self._network.shared_head.weight.shape[0]
+        self._ids = torch.arange(size, device=model.device)
+
+    def twin(self, model: PreTrainedModel) -> Drafter:
+        """See `Drafter`; UserError, because another model has no such layers, and the method does not sample."""
+        raise UserError(f"method '{self.name}' has no twin: its layers belong to one target")
+
+    @property
+    def network(self) -> MtpModel:
+        """The layers."""
+        assert self._network is not None, "call attach first"
+        return self._network
+
+    @property
+    def ids(self) -> Tensor:
+        """[V] int64: all tokens of the target."""
+        return self._ids
+
+    def log_acceptance(self, node: NodeFeatures) -> Tensor:
+        """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
+        return node.log_q
+
+    @property
+    def depth(self) -> int:
+        """Levels of a tree: as many as layers, or `DEPTH` with a single layer."""
+        n = len(self.network.layers)
+        return DEPTH if n == 1 else n
+
+    def begin(self, state: State, scores: Scores) -> None:
+        """Stores the prompt's states; the first draft reads them. See `observe`."""
+        assert scores.taps is not None
+        state.memory = scores.taps, [list[Tensor]() for _ in scores.taps]
+
+    def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
+        """Drafts the most probable nodes of one tree, level by level."""
+        if not drafts(budget):
+            return DraftTree.root_only(state.layout.newest())
+        if not isinstance(state.memory, Memory):
+            taps, later = state.memory
+            room = (1 + WIDTH) * (1 + self.depth)
+            state.memory = Memory(self.network, state.layout, taps, room)
+            for states, new in zip(state.memory.unread, later, strict=True):
+                states += new
+        return state.memory.propose(state.cache.rows, self.depth, self, budget, sampler)
+
+    def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
+        """Stores the target's state before every emitted token: that of the node above it."""
+        assert scores.taps is not None
+        unread = state.memory.unread if isinstance(state.memory, Memory) else state.memory[1]
+        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
+            if tokens:
+                unread[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
+
+
+def load(model: PreTrainedModel) -> MtpModel:
+    """Loads the layers of a target from its checkpoint. UserError if it has none, or the library cannot load them."""
+    try:
+        with declared(model):
+            return MtpModel.from_pretrained(model, device_map={"": model.device})
+    except FAULTS as error:
+        raise UserError(
+            f"method '{METHOD}': target '{model.config.name_or_path}' has no multi-token-prediction layers that the "
+            f"library can load ({error}); choose another method"
+        ) from error
+
+
+def present(model: PreTrainedModel) -> bool:
+    """Whether the target's checkpoint has such layers, and they can be found without loading anything."""
+    try:
+        with declared(model):
+            wanted = MtpModel.get_mtp_weights_regex(model)
+            layers = getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None)
+            return bool(layers) and any(wanted.search(name) for name in tensor_names(model.config.name_or_path))
+    except FAULTS:
+        return False
+
+
+@contextmanager
+def declared(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the config of a checkpoint with tensors `mtp.…` says so, as the library expects (Qwen3.5's does not)."""
+    config: Any = model.config.get_text_config(decoder=True)
+    added = {}
+    if not hasattr(config, "num_mtp_layers") and hasattr(config, "mtp_num_hidden_layers"):
+        count = config.mtp_num_hidden_layers
+        added = {"num_mtp_layers": count, "mtp_layer_types": [masks.FULL] * count}
+    for name, value in added.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(config, name)
+
+
+registry.add(registry.Method(METHOD, MtpDrafter, native=present))
