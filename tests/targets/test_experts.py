@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from family_models import DEEP, HEAD, MARKS, sizes, tiny
@@ -27,23 +26,22 @@ class Clock:
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
 
-    def perf_counter(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, **experts: int) -> tuple[list[float], int]:
+def planned(**experts: int) -> tuple[list[float], int]:
     """(seconds of passes of 1 to 9 nodes, the planned number of drafted nodes) of a tiny Qwen3-VL."""
     text = sizes(**HEAD, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=16, **experts)
     model = tiny("qwen3_vl_moe", text_config=text, vision_config=DEEP, **MARKS)()
     clock = Clock(model)
-    monkeypatch.setattr(costs, "time", clock)
-    curve = costs.measure(adapt(model, backend="plain"), NODES, (16, 64)).curve(9, 32)
+    curve = costs.measure(adapt(model, backend="plain"), NODES, (16, 64), clock).curve(9, 32)
     return curve, int(_best_size(CHANCES, curve))
 
 
-def test_the_planned_size_follows_the_experts_that_a_pass_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixture, few = planned(monkeypatch)
-    dense, many = planned(monkeypatch, mlp_only_layers=[0, 1, 2])
+def test_the_planned_size_follows_the_experts_that_a_pass_reads() -> None:
+    mixture, few = planned()
+    dense, many = planned(mlp_only_layers=[0, 1, 2])
     assert mixture == sorted(mixture) and mixture[8] > 2 * mixture[0], "more nodes read more experts"
     assert max(dense) == min(dense), "in a dense model every pass reads all weights"
     assert few < many == CHANCES.shape[1]

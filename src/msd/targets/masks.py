@@ -77,7 +77,7 @@ def row_tables(start: list[int], columns: int, device: torch.device) -> Tables:
     return (distance >= 0) & (column >= first), distance[None], column - first[:, :, 0]
 
 
-def masks(tables: Tables, windows: Windows, dtype: torch.dtype) -> Mask:
+def masks(tables: Tables, windows: Windows, dtype: torch.dtype) -> Tensor | dict[str | None, Tensor]:
     """Additive masks [B, 1, N, S], one per layer type, or a single tensor where the model expects one.
 
     Additive, because `eager` attention adds a boolean mask without an error.

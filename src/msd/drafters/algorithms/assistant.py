@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.chained import distributions, draft, drafts
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape
 from msd.errors import UserError

@@ -25,8 +25,8 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters.base import Drafter
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.chained import drafts
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.growth import LevelCost, Shape
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import Pieces, VocabularyMap

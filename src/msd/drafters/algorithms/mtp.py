@@ -27,8 +27,8 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.base import Drafter
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import LevelCost, Shape
 from msd.errors import UserError

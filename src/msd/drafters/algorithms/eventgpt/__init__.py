@@ -24,8 +24,8 @@ from msd.drafters import registry
 from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, EventGPTConfig
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.chained import drafts
+from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.growth import LevelCost, Shape
 from msd.drafters.toolkit.second_model import SecondModel, room
