@@ -16,7 +16,9 @@ import typer
 from typer.exceptions import TyperException
 
 from msd import __version__
-from msd.cli import bench, capture, demo, estimate, events, generate, inspect, reference, targets, train, verify
+from msd.cli import (
+    bench, capture, check, demo, estimate, events, export, generate, inspect, reference, targets, train, verify,
+)  # fmt: skip
 from msd.cli.terminal import any_encoding, flush, give_up_output
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import FULL
@@ -35,6 +37,8 @@ app.command("verify", short_help="Certify that answers are those of transformers
 app.command("bench", short_help="Time methods against transformers' generate().")(bench.bench)
 app.command("capture", short_help="Let the target answer prompts, to train drafters on.")(capture.capture)
 app.command("train", short_help="Train a drafter for a target; resumable.")(train.train)
+app.command("check", short_help="Check a draft head, ours or published.")(check.check)
+app.command("export", short_help="Write a drafter in the format of another project.")(export.export)
 app.command("targets", short_help="List the supported architectures.")(targets.targets)
 app.command("estimate", short_help="Estimate the speedup on a GPU, without GPU or weights.")(estimate.estimate)
 app.command("events", short_help="Describe and draw an event camera's recording.")(events.events)

@@ -38,7 +38,10 @@ Images = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer.")]
 DrafterFolder = Annotated[
     Path | None,
-    typer.Option("--drafter", help="Folder of a trained drafter; it determines the method unless --method does."),
+    typer.Option(
+        "--drafter",
+        help="Folder or hub id of a trained or published draft head; it determines the method unless --method does.",
+    ),
 ]
 Backend = Annotated[
     str,
@@ -301,9 +304,9 @@ def use_drafter(folder: Path | None) -> str | None:
     """Registers the drafter in a `--drafter` folder as a method, and returns its name. Raises UserError for none."""
     if folder is None:
         return None
-    from msd import drafters
+    from msd import formats
 
-    return drafters.register_folder(folder)
+    return formats.register_folder(folder)
 
 
 def quiet() -> None:

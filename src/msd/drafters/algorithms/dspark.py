@@ -30,21 +30,37 @@ class DSpark(Block):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
-        rank, c = int(config.options["markov_rank"]), config
-        self.markov_in = nn.Embedding(c.vocabulary, rank)
-        self.markov_out = Linear(rank, c.vocabulary, bias=False)
-        nn.init.normal_(self.markov_in.weight, std=0.02)
-        nn.init.normal_(self.markov_out.weight, std=0.02)
-        self.confidence = nn.Linear(c.hidden + rank, 1)
+        rank, c, v = int(config.options["markov_rank"]), config, config.variant
+        if v.markov != "none":
+            self.markov_in = nn.Embedding(c.vocabulary, rank)
+            self.markov_out = Linear(rank, c.draft_vocabulary, bias=False)
+            nn.init.normal_(self.markov_in.weight, std=0.02)
+            nn.init.normal_(self.markov_out.weight, std=0.02)
+        if v.confidence != "none":
+            self.confidence = nn.Linear(c.hidden + (rank if v.confidence == "markov" else 0), 1)
+        if v.markov == "gated":
+            self.markov_gate = nn.Linear(c.hidden + rank, rank)
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
-        """See `DraftNetwork`; base logits plus the Markov term of the parent."""
-        return self.head(states) + self.markov_out(self.markov_in(parents))
+        """See `DraftNetwork`; base logits plus the Markov term of the parent, which a gate may scale."""
+        if self.config.variant.markov == "none":
+            return self.head(states)
+        above = self._above(parents)
+        if self.config.variant.markov == "gated":
+            above = torch.sigmoid(self.markov_gate(torch.cat([states, above.expand(*states.shape[:-1], -1)], -1))) * above
+        return self.head(states) + self.markov_out(above)
+
+    def _above(self, parents: Tensor) -> Tensor:
+        """Returns W1 of parent tokens [...]: [..., rank]; ids above its rows are padding of the target's."""
+        return self.markov_in(parents.clamp_max(len(self.markov_in.weight) - 1))
 
     def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`."""
-        return self.confidence(torch.cat([states, self.markov_in(parents)], -1)).squeeze(-1)
+        reads = self.config.variant.confidence
+        if reads == "none":
+            return super().confidence_logits(states, parents)
+        return self.confidence(torch.cat([states, self._above(parents)], -1) if reads == "markov" else states).squeeze(-1)
 
     def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
         """See `DraftVocabulary`; log(q · confidence)."""
-        return log_q + F.logsigmoid(confidence)
+        return log_q if self.config.variant.confidence == "none" else log_q + F.logsigmoid(confidence)

@@ -206,6 +206,11 @@ class Repeats(Drafter):
         self.drafter, self.lookup, self.least = drafter, PromptLookup(least, least), least
         self.name, self.taps = f"{drafter.name}+{self.lookup.name}", drafter.taps
 
+    def fit(self, layers: int) -> None:
+        """See `Drafter`."""
+        self.drafter.fit(layers)
+        self.taps = self.drafter.taps
+
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """See `Drafter`."""
         self.drafter.attach(model, backend)
