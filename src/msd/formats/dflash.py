@@ -20,7 +20,8 @@ WIDTH = 8
 BLOCK = (("context_norm.", "hidden_norm."),)
 HEADS = (
     *BLOCK, ("markov_in.", "markov_head.markov_w1."), ("markov_out.", "markov_head.markov_w2."),
-    ("markov_gate.", "markov_head.gate_proj."), ("confidence.", "confidence_head.proj."),
+    ("markov_gate.", "markov_head.gate_proj."), ("markov_joint.", "markov_head.joint_proj."),
+    ("confidence.", "confidence_head.proj."),
 )  # fmt: skip
 FLAT = {name: value for name, value in QWEN3.items() if name in ("num_key_value_heads", "head_dim", "rms_norm_eps")}
 
@@ -45,7 +46,7 @@ def block_network(
     if method == "dspark":
         rank = own.whole("markov_rank", 0, least=0)
         options = {"markov_rank": rank}
-        markov = own.choice("markov_head_type", "vanilla", ("vanilla", "gated")) if rank else "none"
+        markov = own.choice("markov_head_type", "vanilla", ("vanilla", "gated", "rnn")) if rank else "none"
         with_markov = own.flag("confidence_head_with_markov")
         enabled = own.flag("enable_confidence_head", own.real("confidence_head_alpha", 1e-9) > 1e-9)
         reads = ("markov" if with_markov else "state") if enabled else "none"

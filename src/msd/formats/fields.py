@@ -109,7 +109,7 @@ class Fields:
             return theta, None, sections, interleaved
         if kind not in SCALINGS or "full_attention" in rope:
             raise UserError(f"its config.json: rotary scaling '{kind}' is not supported; known: {', '.join(SCALINGS)}")
-        if "max_position_embeddings" in self.values:
+        if kind == "yarn" and "max_position_embeddings" in self.values:
             rope.setdefault("original_max_position_embeddings", self.values["max_position_embeddings"])
         rope = {"rope_type": kind, **{key: value for key, value in rope.items() if type(value) in (int, float)}}
         try:

@@ -21,7 +21,8 @@ def frequencies(dim: int, theta: float, rope: dict[str, Any] | None = None) -> t
         return theta ** -(torch.arange(0, dim, 2).float() / dim), 1.0
     config = LlamaConfig(head_dim=dim, hidden_size=dim, num_attention_heads=1)
     config.rope_parameters = {"rope_theta": theta, **rope}
-    inverse, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    with torch.device("cpu"):  # also where a network is made without storage, to compare shapes
+        inverse, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     return inverse, float(scale)
 
 

@@ -53,5 +53,5 @@ class Variant:
     interleaved: bool = False
     mask_token: int | None = None
     from_root: bool | None = None
-    markov: Literal["vanilla", "gated", "none"] = "vanilla"
+    markov: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
     confidence: Literal["markov", "state", "none"] = "markov"
