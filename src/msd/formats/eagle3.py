@@ -40,9 +40,7 @@ def eagle3_network(
     rows = outer.whole("draft_vocab_size", sizes["vocabulary"])
     taps = (*sorted({0, *fused}), -1) if fused else ()
     made = Variant(fused=fused, rope=fields.rope()[1], **variant)
-    return network_config(
-        "eagle3", outer, sizes, made, taps=taps, draft_vocabulary=rows, width=WIDTH, depth=depth
-    )
+    return network_config("eagle3", outer, sizes, made, taps=taps, draft_vocabulary=rows, width=WIDTH, depth=depth)
 
 
 def _network(kind: str, fields: Fields, names: Names) -> NetworkConfig:
@@ -73,7 +71,7 @@ def _config(c: NetworkConfig) -> dict[str, Any]:
 def _specforge_config(c: NetworkConfig) -> dict[str, Any]:
     ids = [tap - 1 for tap in fused_taps(c)]
     eagle = {"use_aux_hidden_state": True} | ({"eagle_aux_hidden_state_layer_ids": ids} if ids else {})
-    more = {"fc_norm": c.variant.fc_norm == "each", "norm_output": c.variant.final_norm, "eagle_config": eagle}
+    more: dict[str, Any] = {"fc_norm": c.variant.fc_norm == "each", "norm_output": c.variant.final_norm, "eagle_config": eagle}
     return flat(c, SPECFORGE, draft_vocab_size=c.draft_vocabulary, target_hidden_size=c.hidden, **more)
 
 

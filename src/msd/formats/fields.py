@@ -115,5 +115,7 @@ class Fields:
         try:
             frequencies(8, theta, rope)
         except Exception as error:  # the library reads the parameters unchecked
-            raise UserError(f"its config.json: the parameters of rotary scaling '{kind}' are wrong ({error})") from error
+            raise UserError(
+                f"its config.json: the parameters of rotary scaling '{kind}' are wrong ({error})"
+            ) from error
         return theta, rope, sections, interleaved

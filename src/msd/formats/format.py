@@ -65,7 +65,7 @@ def network_config(method: str, fields: Fields, sizes: dict[str, Any], variant: 
     tree = fields.part(OURS)
     own = {"method": method, "draft_vocabulary": sizes["vocabulary"], "options": {}} | sizes | more
     own |= {name: tree.whole(name, own[name]) for name in ("width", "depth")}
-    merged = {name: tree.flag(name, getattr(variant, name)) for name in ("placeholders", "columns")}
+    merged: dict[str, Any] = {name: tree.flag(name, getattr(variant, name)) for name in ("placeholders", "columns")}
     return NetworkConfig(**own, variant=replace(variant, published=True, **merged))
 
 

@@ -40,7 +40,9 @@ class Checked:
     def as_dict(self) -> dict[str, Any]:
         """For `msd check --json`."""
         c = self.config
-        target = None if c is None else {"hidden_size": c.hidden, "vocabulary": c.vocabulary, "layers_read": list(c.taps)}
+        target = (
+            None if c is None else {"hidden_size": c.hidden, "vocabulary": c.vocabulary, "layers_read": list(c.taps)}
+        )
         method = getattr(c, "method", None if c is None else registry.DEFAULT)
         return {
             "path": self.place, "format": self.format, "method": method, "target": target, "faults": self.faults

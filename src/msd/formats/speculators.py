@@ -60,7 +60,12 @@ def _block(method: str, fields: Fields, names: Names) -> NetworkConfig:
 
 def _wrapped(kind: str, c: NetworkConfig, layer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Returns the config of a head: its own fields around those of its layers."""
-    proposal = {"proposal_type": "greedy", "speculative_tokens": c.depth, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": c.depth,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
     extra = layer.pop(OURS)
     name = {"eagle3": "Eagle3", "dflash": "DFlash", "dspark": "DSpark"}[kind]
     return {

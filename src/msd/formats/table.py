@@ -26,7 +26,9 @@ def format_of(head: Head) -> Format:
     """Returns the format of a head; UserError says what its config and tensors look like."""
     found = next((f for f in FORMATS if f.recognises(head.config, frozenset(head.tensors))), None)
     if found is None:
-        kind = head.config.get("speculators_model_type") or architecture_of(head.config) or head.config.get("model_type")
+        kind = (
+            head.config.get("speculators_model_type") or architecture_of(head.config) or head.config.get("model_type")
+        )
         names = ", ".join(sorted(head.tensors)[:3])
         raise UserError(
             f"'{head.place}' has no known format of draft heads (its config names {kind!r}, its tensors begin with "

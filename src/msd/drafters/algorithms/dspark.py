@@ -89,7 +89,9 @@ class DSpark(Block):
         reads = self.config.variant.confidence
         if reads == "none":
             return super().confidence_logits(states, parents)
-        return self.confidence(torch.cat([states, self._above(parents)], -1) if reads == "markov" else states).squeeze(-1)
+        return self.confidence(torch.cat([states, self._above(parents)], -1) if reads == "markov" else states).squeeze(
+            -1
+        )
 
     def log_acceptance(self, log_q: Tensor, confidence: Tensor) -> Tensor:
         """See `DraftVocabulary`; log(q · confidence)."""

@@ -115,7 +115,12 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
 
 
 def text_columns(
-    layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hidden: int, prompt: int, placeholders: bool = False
+    layout: Layout,
+    taps: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    hidden: int,
+    prompt: int,
+    placeholders: bool = False,
 ) -> Columns:
     """Returns the columns with tap states `taps` [B, L, T*H]; the first tap must be the input of layer 0.
 

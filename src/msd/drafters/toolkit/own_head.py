@@ -30,8 +30,8 @@ def set_vocabulary(network: Any, ids: Tensor) -> None:
     network.t2d = torch.zeros_like(network.t2d).index_fill_(0, ids, True)
 
 
-def copy_rows(head: nn.Module, ids: Tensor, own: nn.Linear) -> None:
+def copy_rows(head: Any, ids: Tensor, own: nn.Linear) -> None:
     """Copies the target's output rows of the draft vocabulary."""
-    rows: Tensor = head.weight.detach()  # type: ignore[assignment]
+    rows = head.weight.detach()
     with torch.no_grad():
         own.weight.copy_(rows[ids.to(rows.device)])
