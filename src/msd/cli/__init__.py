@@ -17,7 +17,19 @@ from typer.exceptions import TyperException
 
 from msd import __version__
 from msd.cli import (
-    bench, capture, check, demo, estimate, events, export, generate, inspect, reference, targets, train, verify,
+    bench,
+    capture,
+    check,
+    demo,
+    estimate,
+    events,
+    export,
+    generate,
+    inspect,
+    reference,
+    targets,
+    train,
+    verify,
 )  # fmt: skip
 from msd.cli.terminal import any_encoding, flush, give_up_output
 from msd.errors import InterruptedRunError, UserError

@@ -85,7 +85,7 @@ class Network:
         Path | None,
         typer.Option(
             "--start",
-            help="Folder or hub id of a draft head to start from, ours or published; it fixes method, form, parts and vocabulary.",
+            help="Folder or hub id of a head to start from, ours or published; it fixes method, form and vocabulary.",
         ),
     ] = None
     events: Annotated[

@@ -1,8 +1,8 @@
 """DFlash (z-lab and SpecForge) and DSpark (DeepSpec and SpecForge): block drafters with norms of query and key heads.
 
 Sources: `DFlashDraftModel` of z-lab/dflash, `DFlashDraftModel` and `DSparkDraftModel` of sgl-project/SpecForge,
-`Qwen3DSparkModel` of deepseek-ai/DeepSpec. Layer id i is `hidden_states[i + 1]`; DeepSpec's -1 is the embedding. A block
-of B positions drafts B - 1 tokens, and DeepSpec's, whose root drafts too, B. Positions count columns.
+`Qwen3DSparkModel` of deepseek-ai/DeepSpec. Layer id i is `hidden_states[i + 1]`; DeepSpec's -1 is the embedding.
+A block of B positions drafts B - 1 tokens, and DeepSpec's, whose root drafts too, B. Positions count columns.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ EAGLE_FORMATS = (
     ),
     Format(
         "eagle2", "eagle2", "EAGLE-1 and EAGLE-2",
-        lambda config, names: "fc.weight" in names and has(names, "layers.0.self_attn.") and "lm_head.weight" not in names
-        and "hidden_norm.weight" not in names,
+        lambda config, names: {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= names
+        and not {"lm_head.weight", "hidden_norm.weight"} & names,
         partial(_network, "eagle2"), (), partial(_config, "llama"), _fits,
     ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """EAGLE-3 as its authors, SpecForge (SGLang) and AngelSlim write it: one layer named `midlayer`.
 
-Sources: `cnets.Model` of SafeAILab/EAGLE, `LlamaForCausalLMEagle3` of sgl-project/SpecForge, `Eagle3LlamaForCausalLM` of
-Tencent/AngelSlim. A layer id i of the last two is `hidden_states[i + 1]`. Without ids all fuse layers 2, L//2 and L-3.
+Sources: `cnets.Model` of SafeAILab/EAGLE, `LlamaForCausalLMEagle3` of sgl-project/SpecForge, `Eagle3LlamaForCausalLM`
+of Tencent/AngelSlim. A layer id i of the last two is `hidden_states[i + 1]`. Without ids all fuse layers 2, L//2 and L-3.
 AngelSlim's image positions have the placeholder token's embedding, and its M-RoPE sections are always interleaved.
 """
 
@@ -71,8 +71,10 @@ def _config(c: NetworkConfig) -> dict[str, Any]:
 def _specforge_config(c: NetworkConfig) -> dict[str, Any]:
     ids = [tap - 1 for tap in fused_taps(c)]
     eagle = {"use_aux_hidden_state": True} | ({"eagle_aux_hidden_state_layer_ids": ids} if ids else {})
-    more: dict[str, Any] = {"fc_norm": c.variant.fc_norm == "each", "norm_output": c.variant.final_norm, "eagle_config": eagle}
-    return flat(c, SPECFORGE, draft_vocab_size=c.draft_vocabulary, target_hidden_size=c.hidden, **more)
+    more: dict[str, Any] = {"fc_norm": c.variant.fc_norm == "each", "norm_output": c.variant.final_norm}
+    return flat(
+        c, SPECFORGE, draft_vocab_size=c.draft_vocabulary, target_hidden_size=c.hidden, **more, eagle_config=eagle
+    )
 
 
 def fused_taps(c: NetworkConfig) -> tuple[int, ...]:

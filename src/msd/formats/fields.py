@@ -1,4 +1,4 @@
-"""Fields of another project's `config.json`: typed access, and the sizes and rotary parameters that all formats share."""
+"""Fields of another project's `config.json`: typed access, sizes and rotary parameters."""
 
 from __future__ import annotations
 

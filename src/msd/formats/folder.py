@@ -34,7 +34,7 @@ class Head:
 
 
 def local(place: Path | str) -> Path:
-    """Returns the folder of a head, there or not; a hub id, such as `owner/name`, is downloaded or taken from the cache.
+    """Returns the folder of a head, there or not; a hub id (`owner/name`) is downloaded or taken from the cache.
 
     UserError if the hub has none.
     """

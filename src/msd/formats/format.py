@@ -1,4 +1,4 @@
-"""What describes one published format: how it is recognised, its names of tensors, and its config in both directions."""
+"""What describes one published format: how it is recognised, its tensors, and its config in both directions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Heads of vllm-project/speculators, for vLLM: EAGLE-3 with LLaMA or Qwen3 layers, DFlash and DSpark.
 
 Sources: `Eagle3DraftModel`, `DFlashDraftModel` and `DSparkDraftModel` of that project. A layer id i is
-`hidden_states[i]`. Image positions have the placeholder token's embedding, as vLLM gives them to draft heads. The config
-of the layers leaves out what equals the defaults of their class.
+`hidden_states[i]`. Image positions have the placeholder token's embedding, as vLLM gives them to draft heads. The
+config of the layers leaves out what equals the defaults of their class.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from msd.backends.packed import faster_in_bf16
 from msd import formats
+from msd.backends.packed import faster_in_bf16
 from msd.drafters import registry
 from msd.drafters.auxiliary import FRAMES
 from msd.drafters.toolkit import checkpoint
@@ -57,8 +57,8 @@ class DraftTraining:
     "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster); held-out figures
     always use that of the weights. remember: gigabytes for cached target outputs; it changes no result. method: a name
     in the registry; all but "msd" have the published form, parts, loss and stages. start: folder or hub id of a head of
-    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2. events: give `msd` the event
-    recordings of the answers.
+    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2. events:
+    give `msd` the event recordings of the answers.
     """
 
     form: str = "block"

@@ -18,7 +18,7 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
-from msd.drafters.toolkit.variant import Variant
+from msd.drafters.toolkit.variant import PLAIN, Variant
 from msd.errors import UserError
 from msd.system.files import make_folder, parse_json, read_bytes, read_json, read_tensors, read_text, write_whole
 
@@ -101,7 +101,7 @@ class DrafterConfig(Configuration):
     taps: tuple[int, ...]
     rope_theta: float = 10000.0
     eps: float = 1e-5
-    variant: Variant = Variant()
+    variant: Variant = PLAIN
 
 
 def save(network: Any, folder: Path, training: dict[str, Any] | None = None, eight_bit: bool = False) -> None:

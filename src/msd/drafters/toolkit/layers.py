@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.drafters.toolkit.checkpoint import DrafterConfig
 from msd.drafters.toolkit.rotary import axes, frequencies
-from msd.drafters.toolkit.variant import Variant
+from msd.drafters.toolkit.variant import PLAIN, Variant
 from msd.errors import UserError
 
 Cosines = tuple[Tensor, Tensor]  # cosines and sines [..., 1, D] of positions [...]
@@ -53,14 +53,13 @@ class KeyValues:
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does. variant: a published head's."""
+    """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does. v: a published head's."""
 
     inverse: Tensor
     axis: Tensor  # [D] int64: the M-RoPE axis of each frequency
 
-    def __init__(self, dim: int, theta: float, variant: Variant | None = None) -> None:
+    def __init__(self, dim: int, theta: float, v: Variant = PLAIN) -> None:
         super().__init__()
-        v = variant or Variant()
         inverse, self.scale = frequencies(dim, theta, v.rope)
         self.sectioned = bool(v.sections)
         self.register_buffer("inverse", torch.cat([inverse, inverse]), persistent=False)

@@ -177,8 +177,8 @@ class Block(DraftNetwork):
     def block(self, anchors: Anchors, depth: int) -> Tensor:
         """Computes normalised states [B, A, D, H] that draft the D = depth tokens below each root."""
         n = depth + 1 - self.offset
-        token = self.config.variant.mask_token
-        mask = self.mask if token is None else self.embed(torch.tensor(token, device=anchors.embedding.device))
+        token, given = self.config.variant.mask_token, self.mask
+        mask = self.embed(torch.tensor(token, device=anchors.embedding.device)) if given is None else given
         masks = mask.expand(*anchors.embedding.shape[:2], n - 1, -1)
         x = torch.cat([anchors.embedding[:, :, None], masks], 2)
         positions = anchors.positions[..., None] + torch.arange(1, n + 1, device=x.device)

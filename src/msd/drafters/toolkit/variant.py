@@ -55,3 +55,6 @@ class Variant:
     from_root: bool | None = None
     markov: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
     confidence: Literal["markov", "state", "none"] = "markov"
+
+
+PLAIN = Variant()
