@@ -1,4 +1,4 @@
-"""The layouts of published heads, written from the authors' classes: names and shapes of all tensors, and the config."""
+"""The layouts of published heads, from the authors' classes: names and shapes of all tensors, and the config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ SIZES: dict[str, Any] = {
     "hidden_size": H, "intermediate_size": I, "num_attention_heads": HEADS, "num_key_value_heads": KV,
     "num_hidden_layers": 1, "rms_norm_eps": 1e-6, "vocab_size": V, "hidden_act": "silu",
 }  # fmt: skip
-BLOCK = SIZES | {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": D, "rope_theta": 1e6, "num_target_layers": 8}
+BLOCK = SIZES | {
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "head_dim": D,
+    "rope_theta": 1e6,
+    "num_target_layers": 8,
+}
 
 
 def layer(prefix: str, width: int = H, kv: int = KV, bias: bool = False, norms: tuple[str, ...] = ()) -> Shapes:
@@ -39,7 +45,8 @@ HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 TOP: Shapes = {"fc.weight": (H, 3 * H), "norm.weight": (H,), "lm_head.weight": (VD, H), "d2t": (VD,), "t2d": (V,)}
 INJECTED: Shapes = {
     "fc.weight": (H, 3 * H), "hidden_norm.weight": (H,), "norm.weight": (H,),
-    **layer("layers.0", norms=("input_layernorm", *HEAD_NORMS)), **layer("layers.1", norms=("input_layernorm", *HEAD_NORMS)),
+    **layer("layers.0", norms=("input_layernorm", *HEAD_NORMS)),
+    **layer("layers.1", norms=("input_layernorm", *HEAD_NORMS)),
 }  # fmt: skip
 
 
@@ -110,7 +117,7 @@ LAYOUTS = [
     Layout("msd-llava", "msd-llava", SIZES | {"model_type": "llava"}, EAGLE | layer("layers.0")),
     Layout(
         "msd-qwen2-vl", "msd-qwen2-vl",
-        SIZES | {"model_type": "qwen2_vl", "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        SIZES | {"model_type": "qwen2_vl", "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
         EAGLE | layer("layers.0", bias=True, norms=("input_layernorm",)), "qwen2_vl",
     ),
     *(
@@ -137,7 +144,7 @@ LAYOUTS = [
     ),
     Layout(
         "angelslim", "angelslim",
-        SIZES | {"draft_vocab_size": VD, "architectures": ["Eagle3LlamaForCausalLM"], "head_dim": D, "rope_scaling": MROPE},
+        SIZES | {"draft_vocab_size": VD, "architectures": ["Eagle3LlamaForCausalLM"], "rope_scaling": MROPE},
         TOP | layer("midlayer", 2 * H, norms=PAIR), "qwen3_vl",
     ),
     Layout(
@@ -187,7 +194,8 @@ LAYOUTS = [
             "dspark", block_size=6, aux_hidden_state_layer_ids=[2, 4, 6], mask_token_id=5, markov_rank=RANK,
             markov_head_type="gated",
         ),
-        INJECTED | markov(VD) | {"markov_head.gate_proj.weight": (RANK, H + RANK), "markov_head.gate_proj.bias": (RANK,)}
+        INJECTED | markov(VD)
+        | {"markov_head.gate_proj.weight": (RANK, H + RANK), "markov_head.gate_proj.bias": (RANK,)}
         | {"embed_tokens.weight": (V, H), "lm_head.weight": (VD, H), "d2t": (VD,), "t2d": (V,)},
     ),
 ]  # fmt: skip

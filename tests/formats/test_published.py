@@ -19,10 +19,12 @@ import rivals
 import tiny
 from msd import SpeculativeConfig, SpeculativeVLM, formats
 from msd.drafters import registry
+from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from published_layouts import LAYOUTS, VD, H, Layout, V
 from training_command import run
 
+SETTINGS = SpeculativeConfig(nodes=9, depth=4, adaptive=False, backend="plain")
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT)
 
@@ -57,9 +59,10 @@ def test_a_head_loads_and_the_output_stays_exact(layout: Layout, tmp_path: Path)
     found = formats.check(folder)
     assert (found.format, found.faults) == (layout.format, [])
     network = formats.load(folder)
-    assert sum(p.numel() for p in network.state_dict().values()) == sum(t.numel() for t in layout.tensors().values())
+    floats = sum(t.numel() for t in layout.tensors().values() if t.is_floating_point())
+    assert sum(p.numel() for p in network.parameters()) == floats
     model, inputs = target(layout.family)
-    engine = SpeculativeVLM(model, None, SpeculativeConfig(nodes=9, depth=4, adaptive=False), type(network).drafter(network))
+    engine = SpeculativeVLM(model, None, SETTINGS, type(network).drafter(network))
     options = {"max_new_tokens": 10, "min_new_tokens": 10}
     result = engine.generate(**inputs, **options, do_sample=False)
     plain = model.generate(**inputs, **options, do_sample=False)
@@ -80,12 +83,12 @@ def test_each_fault_is_named(layout: Layout, tmp_path: Path) -> None:
 
     assert f"tensor '{name}' is missing" in reasons(layout.write(tmp_path / "a", lambda t: t.pop(name)), layout.format)
     assert "tensor 'more' is unknown" in changed(1, lambda t: t.update(more=torch.zeros(1)))
-    assert f"tensor '{name}' has shape [3], not" in changed(2, lambda t: t.update({name: torch.zeros(3)}))
+    assert f"tensor '{name}' has shape [{H}, 3], not" in changed(2, lambda t: t.update({name: torch.zeros(H, 3)}))
     assert f"tensor '{name}' holds numbers that are not finite" in changed(3, lambda t: t[name][0].fill_(torch.inf))
     assert f"tensor '{name}' has torch.int64" in changed(4, lambda t: t.update({name: t[name].long()}))
     nested = "transformer_layer_config"
     other = {nested: layout.config[nested] | {"hidden_size": 40}} if nested in layout.config else {"hidden_size": 40}
-    assert f"tensor '{name}' has shape" in changed(5, lambda t: None, **other)
+    assert f"its config.json is of hidden size 40, its tensor '{name}' of {H}" in changed(5, lambda t: None, **other)
 
 
 @pytest.mark.parametrize("name", ["eagle3", "specforge", "angelslim", "speculators-llama", "speculators-dspark"])
@@ -122,9 +125,7 @@ class Code:
 
 
 @every_layout
-def test_pickles_hold_tensors_alone(
-    layout: Layout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickles_hold_tensors_alone(layout: Layout, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = layout.write(tmp_path / "a", pickled=True)
     assert formats.check(folder).faults == []
     torch.save({"fc.weight": Code()}, folder / "pytorch_model.bin")
@@ -169,8 +170,16 @@ def test_other_models_have_no_format(tmp_path: Path) -> None:
 
 @every_layout
 def test_a_head_is_written_as_it_was_read(layout: Layout, tmp_path: Path) -> None:
-    folder = layout.write(tmp_path / "in", lambda t: t.update({n: x.bfloat16() for n, x in t.items() if x.is_floating_point()}))
-    kinds = {"speculators": "speculators", "specforge": "sglang", "eagle3": "eagle", "dflash": "dflash", "dspark": "dflash"}
+    folder = layout.write(
+        tmp_path / "in", lambda t: t.update({n: x.bfloat16() for n, x in t.items() if x.is_floating_point()})
+    )
+    kinds = {
+        "speculators": "speculators",
+        "specforge": "sglang",
+        "eagle3": "eagle",
+        "dflash": "dflash",
+        "dspark": "dflash",
+    }
     if layout.format == "angelslim":
         with pytest.raises(UserError, match="has no place for sections"):
             formats.export(folder, "eagle", tmp_path / "out")
@@ -182,7 +191,7 @@ def test_a_head_is_written_as_it_was_read(layout: Layout, tmp_path: Path) -> Non
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "one" / "model.safetensors")
     assert name in (layout.format, "eagle2") and before.keys() == after.keys()
-    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
+    assert all(torch.equal(before[n].double(), after[n].double()) for n in before)
     assert formats.load(folder).config.variant == formats.load(tmp_path / "one").config.variant
 
 
@@ -221,7 +230,7 @@ def test_what_a_layout_cannot_express_is_refused(method: str, to: str, message: 
 def trees(network: Any, inputs: dict[str, Tensor]) -> list[Any]:
     """The drafts of an answer, with the engine's own steps."""
     steps: list[Any] = []
-    engine = SpeculativeVLM(rivals_model(), None, SpeculativeConfig(nodes=9, depth=4, adaptive=False), type(network).drafter(network))
+    engine = SpeculativeVLM(rivals_model(), None, SETTINGS, type(network).drafter(network))
     engine.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, on_step=steps.append)
     return [(s.tree.tokens.tolist(), s.tree.parents.tolist()) for s in steps if s.tree is not None]
 
@@ -233,8 +242,6 @@ def rivals_model() -> Any:
 
 @pytest.mark.parametrize(("method", "to"), [("eagle2", "eagle2"), ("vispec", "eagle2"), ("eagle3", "speculators")])
 def test_trees_of_a_written_head_are_the_same(method: str, to: str, tmp_path: Path) -> None:
-    from msd.drafters.toolkit import checkpoint
-
     network = rivals.network(rivals_model(), method)
     checkpoint.save(network, tmp_path / "own")
     formats.export(tmp_path / "own", to, tmp_path / "out")
@@ -246,7 +253,9 @@ def test_trees_of_a_written_head_are_the_same(method: str, to: str, tmp_path: Pa
 def test_an_embedding_of_its_own_is_used_unless_it_is_the_targets(tmp_path: Path) -> None:
     model, _ = target("llava")
     rows = model.get_input_embeddings().weight.detach()
-    same = formats.load(LAYOUT["eagle2"].write(tmp_path / "a", lambda t: t.update({"embed_tokens.weight": rows.clone()})))
+    same = formats.load(
+        LAYOUT["eagle2"].write(tmp_path / "a", lambda t: t.update({"embed_tokens.weight": rows.clone()}))
+    )
     other = formats.load(LAYOUT["eagle2"].write(tmp_path / "b")).attach(model)
     assert same.embed_tokens is not None and same.attach(model).embed_tokens is None
     assert torch.equal(same.embed(torch.tensor([3])), rows[[3]])

@@ -1,7 +1,7 @@
 """EAGLE-3 as its authors, SpecForge (SGLang) and AngelSlim write it: one layer named `midlayer`.
 
 Sources: `cnets.Model` of SafeAILab/EAGLE, `LlamaForCausalLMEagle3` of sgl-project/SpecForge, `Eagle3LlamaForCausalLM`
-of Tencent/AngelSlim. A layer id i of the last two is `hidden_states[i + 1]`. Without ids all fuse layers 2, L//2 and L-3.
+of Tencent/AngelSlim. A layer id i of the last two is `hidden_states[i + 1]`. Without ids all fuse layers 2, L//2, L-3.
 AngelSlim's image positions have the placeholder token's embedding, and its M-RoPE sections are always interleaved.
 """
 

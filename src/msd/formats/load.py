@@ -134,11 +134,14 @@ def _faults(head: Head, form: Format, config: NetworkConfig) -> list[str]:
     spare = form.spare(config)
     named = {form.theirs(name): tensor for name, tensor in wanted.items()}
     optional = {form.theirs(name) for name in spare}
+    rows = head.tensors.get("fc.weight", torch.empty(config.hidden, 0)).shape[0]
+    if rows != config.hidden:
+        return [f"its config.json is of hidden size {config.hidden}, its tensor 'fc.weight' of {rows}"]
     faults = _misnamed(named, head.tensors)
     if not faults:
         faults = [f"tensor '{name}' is missing" for name in named if name not in head.tensors and name not in optional]
         faults += [f"tensor '{name}' is unknown" for name in sorted(head.tensors.keys() - named.keys())]
-    for name, tensor in head.tensors.items():
+    for name, tensor in sorted(head.tensors.items()):
         if name in named:
             faults += _tensor_faults(name, tensor, named[name])
     return faults or _vocabulary_faults(head.tensors, config)
