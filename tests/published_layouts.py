@@ -110,7 +110,7 @@ class Layout:
         return folder
 
 
-MROPE = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+MROPE = {"rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}}
 DSPARK = {"markov_rank": RANK, "markov_head_type": "vanilla", "enable_confidence_head": True}
 LAYOUTS = [
     Layout("eagle2", "eagle2", SIZES | {"model_type": "llama"}, EAGLE | layer("layers.0")),
@@ -144,7 +144,7 @@ LAYOUTS = [
     ),
     Layout(
         "angelslim", "angelslim",
-        SIZES | {"draft_vocab_size": VD, "architectures": ["Eagle3LlamaForCausalLM"], "rope_scaling": MROPE},
+        SIZES | {"draft_vocab_size": VD, "architectures": ["Eagle3LlamaForCausalLM"], "head_dim": D} | MROPE,
         TOP | layer("midlayer", 2 * H, norms=PAIR), "qwen3_vl",
     ),
     Layout(

@@ -17,12 +17,13 @@ from torch import Tensor
 import families
 import rivals
 import tiny
+import tiny_checkpoint
 from msd import SpeculativeConfig, SpeculativeVLM, formats
 from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from published_layouts import LAYOUTS, VD, H, Layout, V
-from training_command import run
+from training_command import run, train
 
 SETTINGS = SpeculativeConfig(nodes=9, depth=4, adaptive=False, backend="plain")
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
@@ -307,3 +308,23 @@ def test_a_hub_id_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     (place / "refs" / "main").write_text("0" * 40)
     LAYOUT["eagle2"].write(place / "snapshots" / ("0" * 40))
     assert formats.load("some/head").method == "eagle2"
+
+
+@pytest.mark.slow
+def test_a_published_head_is_trained_further(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without learning it is unchanged; the result is a folder of ours that keeps what the format needs."""
+    place = tiny_checkpoint.captured(tmp_path / "target")
+    capsys.readouterr()
+    text = json.loads((place / "config.json").read_text())["text_config"]
+    rows = text["vocab_size"]
+    layout = LAYOUT["eagle2"]
+    shapes = layout.shapes | {"embed_tokens.weight": (rows, H)}
+    head = Layout("eagle2", "eagle2", layout.config | {"vocab_size": rows}, shapes).write(tmp_path / "head")
+    kept = Path(train(capsys, place, tmp_path / "kept", "--start", head, "--lr", 0)["drafter"])
+    learnt = Path(train(capsys, place, tmp_path / "learnt", "--start", head)["drafter"])
+    before, same, other = (load_file(f / "model.safetensors") for f in (head, kept, learnt))
+    assert torch.equal(before["fc.weight"].half(), same["fc.weight"])
+    assert not torch.equal(other["fc.weight"], same["fc.weight"])
+    assert formats.method_of(learnt) == "eagle2" and formats.load(learnt).config.variant.published
+    assert torch.equal(before["embed_tokens.weight"].half(), other["embed_tokens.weight"]), "it stays frozen"
+    assert formats.export(learnt, "eagle2", tmp_path / "out") == "eagle2"
