@@ -201,7 +201,7 @@ def test_a_head_is_written_as_it_was_read(layout: Layout, tmp_path: Path) -> Non
     [("eagle2", "eagle2"), ("msd-published", "eagle2"), ("vispec", "eagle2"), ("eagle3", "eagle"), ("eagle3", "sglang"),
      ("eagle3", "speculators")],
 )  # fmt: skip
-def test_a_shipped_head_drafts_the_same_trees_after_the_round_trip(method: str, to: str, tmp_path: Path) -> None:
+def test_a_shipped_head_has_the_same_network_after_the_round_trip(method: str, to: str, tmp_path: Path) -> None:
     shipped = registry.ROOTS[-1] / method
     formats.export(shipped, to, tmp_path)
     one, two = registry.load(shipped), formats.load(tmp_path)
