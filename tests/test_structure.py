@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"drafters.toolkit"},
     {"train.losses"},
     {"drafters"},
+    {"formats"},
     {"decode", "events"},
     {"config", "result", "reference", "loading", "streaming", "chat", "model"},
     {"certify", "bench", "train", "estimate", "inspect", "msd"},

@@ -58,6 +58,7 @@ class SpeculativeVLM:
             chosen, self.reason = drafters.choose(fingerprint(model), model)
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
+        self.drafter.fit(model.config.get_text_config(decoder=True).num_hidden_layers)
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
         if processor is not None:
             self.drafter.translate(processor.tokenizer)

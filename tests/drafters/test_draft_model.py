@@ -113,9 +113,9 @@ class Pausing(Plan):
 
     steps = 0
 
-    def budget(self, sampler: Any) -> Budget:
+    def budget(self, sampler: Any, node_bytes: int = 0) -> Budget:
         self.steps += 1
-        found = super().budget(sampler)
+        found = super().budget(sampler, node_bytes)
         return found if self.steps % 4 == 1 else Budget(0, [0 for _ in found.depth])
 
 

@@ -20,9 +20,11 @@ from msd.cli import (
     bench,
     calibrate,
     capture,
+    check,
     demo,
     estimate,
     events,
+    export,
     generate,
     inspect,
     reference,
@@ -49,6 +51,8 @@ app.command("bench", short_help="Time methods against transformers' generate()."
 app.command("capture", short_help="Let the target answer prompts, to train drafters on.")(capture.capture)
 app.command("train", short_help="Train a drafter for a target; resumable.")(train.train)
 app.command("calibrate", short_help="Fit the chances by which a drafter chooses drafts.")(calibrate.calibrate)
+app.command("check", short_help="Check a draft head, ours or published.")(check.check)
+app.command("export", short_help="Write a drafter in the format of another project.")(export.export)
 app.command("targets", short_help="List the supported architectures.")(targets.targets)
 app.command("estimate", short_help="Estimate the speedup on a GPU, without GPU or weights.")(estimate.estimate)
 app.command("events", short_help="Describe and draw an event camera's recording.")(events.events)

@@ -41,7 +41,10 @@ Images = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer.")]
 DrafterFolder = Annotated[
     Path | None,
-    typer.Option("--drafter", help="Folder of a trained drafter; it determines the method unless --method does."),
+    typer.Option(
+        "--drafter",
+        help="Folder or hub id of a trained or published draft head; it determines the method unless --method does.",
+    ),
 ]
 DraftModel = Annotated[
     str | None,
@@ -349,9 +352,9 @@ def use_drafter(folder: Path | None) -> str | None:
     """Registers the drafter in a `--drafter` folder as a method, and returns its name. Raises UserError for none."""
     if folder is None:
         return None
-    from msd import drafters
+    from msd import formats
 
-    return drafters.register_folder(folder)
+    return formats.register_folder(folder)
 
 
 def use_draft_model(model: str | None, sees: str | None, method: str | None, device: str | None, **kwargs: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +74,10 @@ class Network:
     off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = ""
     start: Annotated[
         Path | None,
-        typer.Option("--start", help="An msd drafter to start from; it fixes the form, parts and vocabulary."),
+        typer.Option(
+            "--start",
+            help="Folder or hub id of a head to start from, ours or published; it fixes method, form and vocabulary.",
+        ),
     ] = None
     events: Annotated[
         bool, typer.Option(help="Give the drafter the event recordings of the answers.", show_default=False)
@@ -155,10 +158,13 @@ def train(
 
 def _settings(network: Network, training: Training, calibrate: int) -> DraftTraining:
     """Returns the settings of the run. Raises UserError for options that the method does not have."""
+    from msd import formats
     from msd.drafters import registry
     from msd.train.drafting import DraftTraining
     from msd.train.losses.msd import LossConfig
 
+    if network.start is not None and network.method == registry.DEFAULT:
+        network = replace(network, method=formats.method_of(network.start))
     kind = registry.trainable(network.method)
     off = tuple(name.strip() for name in network.off.split(",") if name.strip())
     unknown = sorted(set(off) - set(kind.parts))

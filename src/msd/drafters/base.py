@@ -45,6 +45,10 @@ class Drafter(Protocol):
         """Maps modality names to the θ that the `budget` policy starts with for a budget of ε; empty by default."""
         return {}
 
+    def fit(self, layers: int) -> None:
+        """Learns the number of the target's layers, before `taps` is read."""
+        return
+
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Binds the drafter to its target; UserError when the two do not fit. Called again when embeddings change.
 

@@ -136,12 +136,16 @@ def register_folder(folder: Path | str) -> str:
 
     The method and its other forms (such as `msd:sampled`) then use this drafter. UserError if the folder holds none.
     """
-    trained = load(folder)
     name = _of(folder).name
+    register_network(load(folder), name)
+    return name
+
+
+def register_network(trained: Any, name: str) -> None:
+    """Makes a loaded network the one that method `name` and its other forms use."""
     for method in _known().values():
         if name in (method.name, method.form_of) and method.weights:
             register(method.name, partial(method.make, trained))
-    return name
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:

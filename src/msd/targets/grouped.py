@@ -18,7 +18,7 @@ from msd.targets.pictures import Features, Patches, Pictures, VisionItem
 
 @dataclass(frozen=True)
 class Grouped(Pictures):
-    """Some tensors have several rows per item; `counts` is the name of the tensor with their numbers.
+    """Some tensors have several rows per item; `counts` is the name of the tensor with their numbers (without it, 0).
 
     grouped: the names of these tensors. An item without rows of one lacks it.
     """
@@ -33,7 +33,7 @@ class Grouped(Pictures):
 
     def split(self, inputs: dict[str, Any]) -> list[VisionItem]:
         """See `Pictures`."""
-        counts = torch.as_tensor(inputs[self.counts])
+        counts = torch.as_tensor(inputs.get(self.counts, [0] * len(inputs[self.pixels])))
         tensors = {name: inputs[name] for name in self.consumed if inputs.get(name) is not None}
         parts = {name: t.split(counts.tolist()) if name in self.grouped else t for name, t in tensors.items()}
         items = [{name: torch.as_tensor(part[i]) for name, part in parts.items()} for i in range(len(counts))]

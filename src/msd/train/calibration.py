@@ -12,6 +12,7 @@ from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.targets import adapt
+from msd.targets.taps import output_layer
 from msd.train.capture import Captured, mixed
 from msd.train.held_out import HeldOutAcceptance
 from msd.train.teacher_batches import TeacherBatches, TeacherCache
@@ -25,7 +26,7 @@ def recalibrate(
     The network must not have been trained on the answers. Only the answers about images count, if there are any.
     """
     network.attach(model).to(model.device)
-    head, taps = model.get_output_embeddings(), network.config.taps
+    head, taps = output_layer(model), network.config.taps
     cache = TeacherCache(head, network.ids, taps, 0.0)
     batches = TeacherBatches(adapt(model, taps), processor, answers, thresholds, cache, 4)
     return HeldOutAcceptance(network.objective().to(model.device), batches, answers).calibrate()

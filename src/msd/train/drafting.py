@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from msd import formats
 from msd.backends.packed import faster_in_bf16
 from msd.drafters import registry
 from msd.drafters.auxiliary import FRAMES
@@ -45,7 +46,7 @@ from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, T
 REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
 UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
-START_SETTINGS = ("method", "form", "layers", "off")  # fixed by a start drafter
+START_SETTINGS = ("form", "layers", "off")  # fixed by a start drafter, as its method is
 EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
 
 
@@ -58,10 +59,11 @@ class DraftTraining:
     of the network to leave out, from its `parts`. text_only: stage 1 alone. precision: of matrix products in training,
     "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster); held-out figures
     always use that of the weights. remember: gigabytes for cached target outputs; it changes no result. method: a name
-    in the registry; all but "msd" have the published form, parts, loss and stages. start: folder of an `msd` drafter to
-    start from, which keeps its form, parts and vocabulary and begins in stage 2. events: give `msd` the event
-    recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to `step-N/drafter` in
-    the run's folder, calibrated like a finished one; the learning rate has not decayed to its end there.
+    in the registry; all but "msd" have the published form, parts, loss and stages. start: folder or hub id of a head of
+    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2. events:
+    give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to
+    `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not decayed to its end
+    there.
     """
 
     form: str = "block"
@@ -205,9 +207,13 @@ def initial_network(
     """
     kind, config = registry.trainable(settings.method), target.text_config
     if settings.start is not None:
-        network = registry.load(settings.start)
+        network = formats.load(settings.start)
         if not isinstance(network, kind):
             raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to start from")
+        if network.config.variant.head and network.config.draft_vocabulary < network.config.vocabulary:
+            raise UserError(
+                f"'{settings.start}' drafts from a vocabulary of its own; its published loss needs all tokens"
+            )
         return network.attach(target.model).to(target.model.device).train()
     recording = next((c.events for c in captured if c.events), None)
     groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()

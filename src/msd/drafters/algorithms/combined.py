@@ -34,7 +34,12 @@ class Combined(TrainedDrafter):
             raise UserError(f"method '{self.name}' needs a router; the network given was trained without one")
         self.msd = type(router).drafter(router, self.name)
         self.modality_ids = self.msd.modality_ids
-        self.taps = tuple(sorted({*trunk.config.taps, *router.config.taps}))
+        self.fit(router.config.taps[-1])
+
+    def fit(self, layers: int) -> None:
+        """See `Drafter`."""
+        super().fit(layers)
+        self.taps = tuple(sorted({*self.taps, *self.msd.taps}))
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """See `Drafter`."""

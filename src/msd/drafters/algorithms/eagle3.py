@@ -15,6 +15,7 @@ from msd.drafters.registry import learned
 from msd.drafters.toolkit.layers import PairLayer
 from msd.drafters.toolkit.levels import SelfFed
 from msd.drafters.toolkit.network import NetworkConfig
+from msd.drafters.toolkit.own_head import add_head, copy_rows, draft_ids, set_vocabulary
 from msd.targets.taps import output_layer
 from msd.train.losses.published import training_time_test_loss
 
@@ -29,17 +30,17 @@ class Eagle3(SelfFed):
     prompt_roots = reach - 1  # as released: a draft counts where its token is in the answer, wherever its root is
     reduced = True
     d2t: Tensor
-    t2d: Tensor
+    lm_head: Linear
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
-        c, H = config, config.hidden
-        self.fused = [c.taps.index(layer) for layer in fused_layers(c.taps[-1])]
-        self.fc = Linear(len(self.fused) * H, H, bias=False)
+        c, H, v = config, config.hidden, config.variant
+        count = len(self.fused) if c.taps else 3
+        self.fc = Linear(count * H, H, bias=False)
         self.norm = nn.RMSNorm(H, c.eps)
-        self.lm_head = Linear(H, c.draft_vocabulary, bias=False)
-        self.register_buffer("d2t", torch.zeros(c.draft_vocabulary, dtype=torch.long))
-        self.register_buffer("t2d", torch.arange(c.vocabulary) < c.draft_vocabulary)
+        self.input_norm = nn.RMSNorm(count * H, c.eps) if v.fc_norm == "all" else None
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(H, c.eps) for _ in range(count if v.fc_norm == "each" else 0))
+        add_head(self)
 
     @classmethod
     def tapped(cls, layers: int) -> tuple[int, ...]:
@@ -47,24 +48,37 @@ class Eagle3(SelfFed):
         return tuple(sorted({0, *fused_layers(layers), layers}))
 
     @property
+    def fused(self) -> list[int]:
+        """The places among the taps of the states that `fc` reads."""
+        c = self.config
+        return [c.taps.index(layer) for layer in c.variant.fused or fused_layers(c.taps[-1])]
+
+    @property
     def ids(self) -> Tensor:
         """See `DraftNetwork`."""
-        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+        return draft_ids(self.d2t)
 
     def choose_draft_vocabulary(self, ids: Tensor) -> None:
         """See `DraftNetwork`."""
-        self.d2t = ids.to(self.d2t.device) - torch.arange(len(ids), device=self.d2t.device)
-        self.t2d = torch.zeros_like(self.t2d).index_fill_(0, ids.to(self.t2d.device), True)
+        set_vocabulary(self, ids)
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """Copies the target's rows to the output layer."""
-        rows = output_layer(model).weight.detach()
-        with torch.no_grad():
-            self.lm_head.weight.copy_(rows[self.ids.to(rows.device)])
+        copy_rows(output_layer(model), self.ids, self.lm_head)
 
     def feature(self, taps: Tensor) -> Tensor:
-        """fc([low; middle; high])."""
-        return self.fc(torch.cat([self.tap(taps, i) for i in self.fused], -1)).to(self.dtype)
+        """fc([low; middle; high]), of normalised states where the variant says so."""
+        states = torch.cat([self.tap(taps, i) for i in self.fused], -1)
+        if self.input_norm is not None:
+            states = self.input_norm(states)
+        elif len(self.fc_norm):
+            parts = states.chunk(len(self.fc_norm), -1)
+            states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        return self.fc(states).to(self.dtype)
+
+    def drafted_feature(self, state: Tensor) -> Tensor:
+        """See `SelfFed`."""
+        return self.norm(state) if self.config.variant.fed_norm else state
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
         """[emb; h]; below the root, h is the parent's draft state before the final norm."""
@@ -72,7 +86,7 @@ class Eagle3(SelfFed):
 
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`."""
-        return self.lm_head(self.norm(states))
+        return self.lm_head(self.norm(states) if self.config.variant.final_norm else states)
 
 
 def fused_layers(layers: int) -> list[int]:

@@ -214,6 +214,11 @@ class Repeats(Drafter):
         """See `Drafter`."""
         self.drafter.translate(tokenizer)
 
+    def fit(self, layers: int) -> None:
+        """See `Drafter`."""
+        self.drafter.fit(layers)
+        self.taps = self.drafter.taps
+
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """See `Drafter`."""
         self.drafter.attach(model, backend)

@@ -30,11 +30,12 @@ class ViSpec(EagleNetwork):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         H = config.hidden
-        self.adaptor = Adaptor(H, config.heads, 2)
-        self.img_fc = Linear(2 * H, H, bias=True)
+        self.adaptor = Adaptor(H, config.heads, 2, config.variant.qkv_bias)
+        self.img_fc = Linear(2 * H, H, bias=config.variant.fc_bias)
         with torch.no_grad():
             self.img_fc.weight.copy_(torch.eye(H, 2 * H))
-            self.img_fc.bias.zero_()
+            if self.img_fc.bias is not None:
+                self.img_fc.bias.zero_()
 
     def select_columns(self, c: Columns) -> Selection:
         """Selects the text columns and the last column of every image."""

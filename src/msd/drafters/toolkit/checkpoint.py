@@ -19,6 +19,7 @@ from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from msd.drafters.toolkit.chance import FEATURES
+from msd.drafters.toolkit.variant import PLAIN, Variant
 from msd.errors import UserError
 from msd.system.files import make_folder, parse_json, read_bytes, read_json, read_tensors, read_text, write_whole
 
@@ -57,15 +58,19 @@ class Configuration:
     """Base of a drafter's configuration dataclass. Its JSON form has exactly the fields, each of the declared type.
 
     Class variables: owner, the drafter's name in error messages; json_keys, field name -> key in the file for fields
-    whose key differs.
+    whose key differs; omitted, fields that the file leaves out at their default.
     """
 
     owner: ClassVar[str] = "a drafter here"
     json_keys: ClassVar[dict[str, str]] = {}
+    omitted: ClassVar[tuple[str, ...]] = ("variant",)
 
     def as_json(self) -> str:
         """Returns JSON text that `from_json` reads back."""
         values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        defaults = {f.name: f.default for f in fields(self) if f.name in self.omitted}  # type: ignore[arg-type]
+        for name in [name for name, default in defaults.items() if getattr(self, name) == default]:
+            del values[name]
         return json.dumps({self.json_keys.get(name, name): value for name, value in values.items()}, indent=1)
 
     @classmethod
@@ -73,7 +78,7 @@ class Configuration:
         """Parses a JSON object (see `configuration`); UserError names an unknown, missing or invalid field."""
         wrong, raw = f"its {CONFIG} is not that of {cls.owner}", json.loads(text)
         names = {cls.json_keys.get(f.name, f.name): f.name for f in fields(cls)}  # type: ignore[arg-type]
-        for key in sorted(names.keys() ^ raw.keys()):
+        for key in sorted((names.keys() ^ raw.keys()) - (set(cls.omitted) - raw.keys())):
             problem = "unknown; was it trained by a newer msd?" if key in raw else "missing"
             raise UserError(f"{wrong}: field '{key}' is {problem}")
         renamed = json.dumps({names[key]: value for key, value in raw.items()})
@@ -90,7 +95,8 @@ class DrafterConfig(Configuration):
     """The sizes of a drafter that is trained for one target; most are the target's own.
 
     hidden: hidden size H. vocabulary: token ids of the target, V. draft_vocabulary: token ids that the drafter can
-    propose. taps: indices of the target's hidden states that it reads, the final one last.
+    propose. taps: indices of the target's hidden states that it reads, the final one last; -1 is the final one of a
+    target that is not known yet, and empty means the method's own (`DraftNetwork.fit`). variant: see `Variant`.
     """
 
     hidden: int
@@ -103,6 +109,7 @@ class DrafterConfig(Configuration):
     taps: tuple[int, ...]
     rope_theta: float = 10000.0
     eps: float = 1e-5
+    variant: Variant = PLAIN
 
 
 def save(network: Any, folder: Path, training: dict[str, Any] | None = None, eight_bit: bool = False) -> None:

@@ -49,6 +49,7 @@ class Columns:
 
     taps: [B, L, T*H]. embedding: [B, L, H], of the token after each column. real: [B, L] bool, False at padding.
     visual: [B, L] bool, columns of an image. positions: [B, L], rotary. prompt: number of columns of the prompt.
+    axes: [B, L, 3], the positions of each M-RoPE axis; None: the same on all.
     """
 
     taps: Tensor
@@ -57,6 +58,7 @@ class Columns:
     visual: Tensor
     positions: Tensor
     prompt: int
+    axes: Tensor | None = None
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Selection:
     shift: [B, 1] int64, the position of an entry minus that of its column, at the end of the text.
     image: [B, S, H], a vector of the images before an entry; [B, 1, H or 1] where it is the same for all entries.
     fixed: [B, S] bool, the entries whose input is `given` [B, S, H] instead of the method's `entry`; None: no entry.
+    axes: [B, S, 3], as in `Columns`.
     """
 
     taps: Tensor
@@ -79,6 +82,12 @@ class Selection:
     image: Tensor
     fixed: Tensor | None = None
     given: Tensor | None = None
+    axes: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """The positions of the entries' keys: [B, S], or [B, S, 3] by axis."""
+        return self.positions if self.axes is None else self.axes
 
 
 @dataclass
@@ -105,13 +114,23 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
-def text_columns(layout: Layout, taps: Tensor, embed: Callable[[Tensor], Tensor], hidden: int, prompt: int) -> Columns:
-    """Returns the columns with tap states `taps` [B, L, T*H]; the first tap must be the input of layer 0."""
+def text_columns(
+    layout: Layout,
+    taps: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    hidden: int,
+    prompt: int,
+    placeholders: bool = False,
+) -> Columns:
+    """Returns the columns with tap states `taps` [B, L, T*H]; the first tap must be the input of layer 0.
+
+    placeholders: image columns have the embedding of the placeholder token, not the projector's output.
+    """
     L = taps.shape[1]
     real = real_columns(layout, L)
     visual = real & (layout.modality[:, 1 : L + 1] != LANGUAGE.id)
     embedding = embed(layout.tokens[:, 1 : L + 1])
-    if L > 1:  # token L has been emitted: it is text
+    if L > 1 and not placeholders:  # token L has been emitted: it is text
         projected = torch.cat([taps[:, 1:, :hidden], taps[:, -1:, :hidden]], 1)
         embedding = torch.where(visual[..., None], projected.to(embedding.dtype), embedding)
     return Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
@@ -136,6 +155,7 @@ def select_columns(c: Columns, kept: Tensor) -> tuple[Selection, Tensor]:
         (kept.cumsum(1) - 1).clamp_min(0), torch.zeros(len(kept), 1, dtype=torch.long, device=kept.device),
         c.embedding.new_zeros(len(kept), 1, 1),
     )  # fmt: skip
+    selection.axes = None if c.axes is None else pick(c.axes, order)
     return selection, order
 
 

@@ -52,7 +52,7 @@ class Memory:
         last = torch.full((len(taps), 1), L - 1, device=taps.device)
         room = entries.x.shape[1] + layout.capacity - L
         memory = cls([0] * len(taps), s.shift, entries.anchors(last, []))
-        memory._append(network, entries.x, s.positions, s.present.sum(1).tolist(), room)
+        memory._append(network, entries.x, s.places, s.present.sum(1).tolist(), room)
         return memory
 
     def append(self, network: DraftNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
@@ -62,7 +62,7 @@ class Memory:
         """
         first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
         column = (first[:, None] + torch.arange(token.shape[1])).clamp_min(0).to(taps.device)
-        positions = layout.positions_1d().gather(1, column) + self.shift
+        positions = network.positions(layout).gather(1, column) + self.shift
         feature, embedding, old = network.feature(taps), network.embed(token), self.anchor
         x = network.entry(feature, embedding, old.image, 0)
         self._append(network, x, positions, added, old.visible.shape[-1])
@@ -156,6 +156,10 @@ class TrainedDrafter(Drafter):
         self.network: Any = network.eval()  # a `DraftNetwork`
         self.name, self.taps, self.cost = name or network.method, network.config.taps, LevelCost()
         self.modality_ids = torch.tensor([LANGUAGE.id])  # of the subtrees' modalities
+
+    def fit(self, layers: int) -> None:
+        """See `Drafter`."""
+        self.taps = self.network.fit(layers).config.taps
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Takes the target's embedding and output layer; UserError if it was trained for another target."""

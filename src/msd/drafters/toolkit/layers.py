@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.drafters.toolkit.checkpoint import DrafterConfig
+from msd.drafters.toolkit.rotary import axes, frequencies
+from msd.drafters.toolkit.variant import PLAIN, Variant
 from msd.errors import UserError
 
 Cosines = tuple[Tensor, Tensor]  # cosines and sines [..., 1, D] of positions [...]
@@ -51,19 +53,29 @@ class KeyValues:
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does."""
+    """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does. v: a published head's."""
 
     inverse: Tensor
+    axis: Tensor  # [D] int64: the M-RoPE axis of each frequency
 
-    def __init__(self, dim: int, theta: float) -> None:
+    def __init__(self, dim: int, theta: float, v: Variant = PLAIN) -> None:
         super().__init__()
-        inverse = theta ** -(torch.arange(0, dim, 2).float() / dim)
+        inverse, self.scale = frequencies(dim, theta, v.rope)
+        self.sectioned = bool(v.sections)
         self.register_buffer("inverse", torch.cat([inverse, inverse]), persistent=False)
+        self.register_buffer("axis", axes(dim // 2, v.sections, v.interleaved).repeat(2), persistent=False)
 
     def forward(self, positions: Tensor) -> Cosines:
         """Computes the cosines and sines [..., 1, D] of integer positions [...]."""
-        angle = (positions[..., None].float() * self.inverse)[..., None, :]
-        return angle.cos(), angle.sin()
+        return self._turned(positions[..., None].float() * self.inverse)
+
+    def by_axis(self, positions: Tensor) -> Cosines:
+        """Computes them of the three positions [..., 3] that each token has under M-RoPE."""
+        return self._turned(positions[..., self.axis].float() * self.inverse)
+
+    def _turned(self, angle: Tensor) -> Cosines:
+        cos, sin = angle[..., None, :].cos(), angle[..., None, :].sin()
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
 
 def rotate(x: Tensor, rotary: Cosines) -> Tensor:
@@ -87,12 +99,19 @@ class Layer(nn.Module):
         self.heads, self.kv_heads, self.dim = c.heads, c.kv_heads, c.head_dim
         self.input_norm: nn.Module = nn.RMSNorm(H, c.eps)
         self.mlp_norm = nn.RMSNorm(H, c.eps)
-        self.q_proj = Linear(H, c.heads * c.head_dim, bias=False)
-        self.k_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = Linear(H, c.kv_heads * c.head_dim, bias=False)
-        self.o_proj = Linear(c.heads * c.head_dim, H, bias=False)
+        self._add_projections(H, c)
+        self.o_proj = Linear(c.heads * c.head_dim, H, bias=c.variant.o_bias)
         self.gate_proj, self.up_proj = (nn.Linear(H, c.intermediate, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate, H, bias=False)
+        normed = c.variant.head_norm
+        self.q_norm = nn.RMSNorm(c.head_dim, c.eps) if normed else None
+        self.k_norm = nn.RMSNorm(c.head_dim, c.eps) if normed else None
+
+    def _add_projections(self, width: int, c: DrafterConfig) -> None:
+        """Creates the projections of inputs [..., width] to queries, keys and values."""
+        self.q_proj = Linear(width, c.heads * c.head_dim, bias=c.variant.qkv_bias)
+        self.k_proj = Linear(width, c.kv_heads * c.head_dim, bias=c.variant.qkv_bias)
+        self.v_proj = Linear(width, c.kv_heads * c.head_dim, bias=c.variant.qkv_bias)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Packs together the products that read the same input; see `msd.backends.packed.Linear`."""
@@ -104,7 +123,7 @@ class Layer(nn.Module):
         """Computes keys and values [..., K, D] of context entries x [..., H]."""
         n = self.input_norm(x) if self.normalizes_context else x
         k, v = (p(n).unflatten(-1, (self.kv_heads, self.dim)) for p in (self.k_proj, self.v_proj))
-        return KeyValues(rotate(k, rotary), v)
+        return KeyValues(rotate(k if self.k_norm is None else self.k_norm(k), rotary), v)
 
     def forward(
         self,
@@ -138,14 +157,21 @@ class Layer(nn.Module):
     def _project(self, n: Tensor, rotary: Cosines, with_keys: bool) -> tuple[Tensor, KeyValues | None]:
         """Returns (queries [B, A, n, heads, D], their keys and values)."""
         if not with_keys:
-            return rotate(self.q_proj(n).unflatten(-1, (self.heads, self.dim)), rotary), None
+            q = self.q_proj(n).unflatten(-1, (self.heads, self.dim))
+            return rotate(q if self.q_norm is None else self.q_norm(q), rotary), None
         if self._packed is not None and not torch.is_grad_enabled():
             qkv = self._packed[0](n)
         else:
             qkv = torch.cat([self.q_proj(n), self.k_proj(n), self.v_proj(n)], -1)
         qkv = qkv.unflatten(-1, (-1, self.dim))
-        q, k = rotate(qkv[..., : -self.kv_heads, :], rotary).split((self.heads, self.kv_heads), -2)
+        q, k = rotate(self._head_normed(qkv[..., : -self.kv_heads, :]), rotary).split((self.heads, self.kv_heads), -2)
         return q, KeyValues(k, qkv[..., -self.kv_heads :, :])
+
+    def _head_normed(self, qk: Tensor) -> Tensor:
+        """Normalises queries and keys [..., heads + kv_heads, D], each head alone, where the variant does."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        return torch.cat([self.q_norm(qk[..., : self.heads, :]), self.k_norm(qk[..., self.heads :, :])], -2)
 
     def _attend(
         self, q: Tensor, context: KeyValues, visible: Tensor, draft: KeyValues | None, mask: Tensor | None
@@ -190,7 +216,8 @@ class BareLayer(Layer):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
-        self.input_norm = nn.Identity()
+        if not config.variant.input_norm:
+            self.input_norm = nn.Identity()
 
 
 class PairNorm(nn.Module):
@@ -214,14 +241,13 @@ class PairLayer(Layer):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
-        c, wide = config, 2 * config.hidden
-        self.input_norm = PairNorm(c.hidden, c.eps)
-        self.q_proj = Linear(wide, c.heads * c.head_dim, bias=False)
-        self.k_proj = Linear(wide, c.kv_heads * c.head_dim, bias=False)
-        self.v_proj = Linear(wide, c.kv_heads * c.head_dim, bias=False)
+        self.input_norm: PairNorm = PairNorm(config.hidden, config.eps)
+        self.normed_residual = config.variant.residual_norm
+        self._add_projections(2 * config.hidden, config)
 
     def _residual(self, x: Tensor) -> Tensor:
-        return x.chunk(2, -1)[1]
+        feature = x.chunk(2, -1)[1]
+        return self.input_norm.feature(feature) if self.normed_residual else feature
 
 
 class InjectedLayer(Layer):
@@ -233,11 +259,11 @@ class InjectedLayer(Layer):
 class Adaptor(nn.Module):
     """Compresses the embeddings of an image with learned queries: [I, n, H] -> [I, queries, H]."""
 
-    def __init__(self, hidden: int, heads: int, queries: int) -> None:
+    def __init__(self, hidden: int, heads: int, queries: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.q = nn.Parameter(torch.randn(queries, heads, hidden // heads) * (hidden // heads) ** -0.5)
-        self.k_proj, self.v_proj = Linear(hidden, hidden, bias=False), Linear(hidden, hidden, bias=False)
+        self.k_proj, self.v_proj = Linear(hidden, hidden, bias=bias), Linear(hidden, hidden, bias=bias)
         self.o_proj = Linear(hidden, hidden, bias=False)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:

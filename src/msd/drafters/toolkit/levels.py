@@ -13,6 +13,7 @@ from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, KeyValues, Layer
 from msd.drafters.toolkit.network import DraftNetwork
+from msd.drafters.toolkit.own_head import add_head, draft_ids
 from msd.drafters.toolkit.training import parents
 from msd.targets.teacher import TeacherBatch
 
@@ -117,7 +118,7 @@ class EagleNetwork(SelfFed):
 
     def __init__(self, config: object) -> None:
         super().__init__(config)
-        self.fc = Linear(2 * self.config.hidden, self.config.hidden, bias=True)
+        self.fc = Linear(2 * self.config.hidden, self.config.hidden, bias=self.config.variant.fc_bias)
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:
         """fc([emb; h])."""
@@ -135,14 +136,29 @@ class Block(DraftNetwork):
     layer = InjectedLayer
     layer_count = 2
     max_roots = 16
-    offset = 0
+    offset: int = 0
+    d2t: Tensor
+    lm_head: Linear
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         H = config.hidden
         self.fc = Linear(len(config.taps[:-1]) * H, H, bias=False)
         self.context_norm, self.norm = nn.RMSNorm(H, config.eps), nn.RMSNorm(H, config.eps)
-        self.mask = nn.Parameter(torch.randn(H) * 0.02)
+        v = config.variant
+        self.mask = nn.Parameter(torch.randn(H) * 0.02) if v.mask_token is None else None
+        self.offset = type(self).offset if v.from_root is None else int(v.from_root)
+        if v.head:
+            add_head(self)
+
+    @property
+    def ids(self) -> Tensor:
+        """See `DraftNetwork`."""
+        return draft_ids(self.d2t) if self.config.variant.head else super().ids
+
+    def head(self, state: Tensor) -> Tensor:
+        """See `DraftNetwork`; the output layer of its own, where it has one."""
+        return self.lm_head(state) if self.config.variant.head else super().head(state)
 
     @classmethod
     def tapped(cls, layers: int) -> tuple[int, ...]:
@@ -162,7 +178,9 @@ class Block(DraftNetwork):
     def block(self, anchors: Anchors, depth: int) -> Tensor:
         """Computes normalised states [B, A, D, H] that draft the D = depth tokens below each root."""
         n = depth + 1 - self.offset
-        masks = self.mask.expand(*anchors.embedding.shape[:2], n - 1, -1)
+        token, given = self.config.variant.mask_token, self.mask
+        mask = self.embed(torch.tensor(token, device=anchors.embedding.device)) if given is None else given
+        masks = mask.expand(*anchors.embedding.shape[:2], n - 1, -1)
         x = torch.cat([anchors.embedding[:, :, None], masks], 2)
         positions = anchors.positions[..., None] + torch.arange(1, n + 1, device=x.device)
         visible = x.new_ones(*x.shape[:3], n).bool()

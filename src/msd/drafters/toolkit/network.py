@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
@@ -32,6 +32,7 @@ from msd.targets.teacher import TeacherBatch
 Store = Callable[[int, KeyValues], KeyValues]
 Parts = dict[str, Tensor]
 Loss = Callable[[Any, TeacherBatch, Tensor], tuple[Tensor, Parts]]
+PADDING = 256  # rows by which checkpoints of one model pad their vocabularies differently
 _packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, Packed]] = WeakKeyDictionary()
 
 
@@ -86,9 +87,10 @@ class DraftNetwork(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.add_inputs()
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.variant)
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.layers))
         self.stack: list[Layer] = list(self.layers)  # type: ignore[arg-type]
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden) if config.variant.embedding else None
         self.provenance: dict[str, Any] = {}  # the training record
         self.calibration: Weights | None = None  # of node chances (`msd.drafters.toolkit.chance`)
         self._target: list[nn.Module] = []  # embedding and output layer; a list keeps them out of the state dict
@@ -159,21 +161,43 @@ class DraftNetwork(nn.Module, ABC):
 
         name: the method's name in messages.
         """
+        self.fit(model.config.get_text_config(decoder=True).num_hidden_layers)
         hidden = model.get_input_embeddings().weight.shape[1]
         vocabulary = model.config.get_text_config(decoder=True).vocab_size  # Molmo2 embeds more tokens than it predicts
         c = self.config
-        if (vocabulary, hidden) != (c.vocabulary, c.hidden):
+        padding = PADDING if c.variant.published else 0
+        if hidden != c.hidden or abs(vocabulary - c.vocabulary) > padding:
             raise UserError(
                 f"method '{name or self.method}' was trained for a target with {c.vocabulary} tokens and hidden size "
                 f"{c.hidden}, not {vocabulary} and {hidden}; train one with `msd train --method {self.method}`"
             )
         self._target = [model.get_input_embeddings(), output_layer(model)]
+        self._share_embedding()
         return self
+
+    def fit(self, layers: int) -> Self:
+        """Completes the taps of a published head, whose file does not say how many layers its target has."""
+        c = self.config
+        if not c.taps or c.taps[-1] < 0:
+            self.config = replace(c, taps=(*c.taps[:-1], layers) if c.taps else self.tapped(layers))
+        return self
+
+    @torch.no_grad()
+    def _share_embedding(self) -> None:
+        """Drops an embedding of its own that is that of the target."""
+        own, target = self.embed_tokens, self._target[0]
+        if own is None or len(own.weight) > len(target.weight):  # type: ignore[arg-type]
+            return
+        tokens = torch.arange(len(own.weight), device=target.weight.device)  # type: ignore[arg-type]
+        if torch.equal(target(tokens).to(own.weight), own.weight):
+            self.embed_tokens = None
+            self.config = replace(self.config, variant=replace(self.config.variant, embedding=False))
 
     @property
     def ids(self) -> Tensor:
         """[Vd] int64: the target's id of each draft token."""
-        return torch.arange(self.config.vocabulary, device=self.rotary.inverse.device)
+        count = len(self._target[1].weight) if self._target else self.config.vocabulary  # type: ignore[arg-type]
+        return torch.arange(count, device=self.rotary.inverse.device)
 
     def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """See `DraftVocabulary`; by the fitted `calibration` if there is one."""
@@ -185,6 +209,8 @@ class DraftNetwork(nn.Module, ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the target's embeddings [..., H] of token ids [...]."""
+        if self.embed_tokens is not None:  # ids above its rows are padding of the target's vocabulary
+            return self.embed_tokens(tokens.clamp_max(len(self.embed_tokens.weight) - 1))
         return self._target[0](tokens).to(self.dtype)
 
     @property
@@ -231,7 +257,20 @@ class DraftNetwork(nn.Module, ABC):
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
         """Returns the positions that it reads; parameters as in `read`."""
-        return self.select_columns(text_columns(layout, taps, self.embed, self.config.hidden, prompt))
+        v = self.config.variant
+        columns = text_columns(layout, taps, self.embed, self.config.hidden, prompt, v.placeholders)
+        L = taps.shape[1]
+        columns.positions = self.positions(layout)[:, :L]
+        if self.rotary.sectioned and len(layout.positions) > 1:
+            columns.axes = layout.positions[:, :, :L].movedim(0, -1)
+        return self.select_columns(columns)
+
+    def positions(self, layout: Layout) -> Tensor:
+        """Returns the rotary positions [B, C] of a layout's columns."""
+        if not self.config.variant.columns:
+            return layout.positions_1d()
+        start = torch.tensor(layout.start, device=layout.tokens.device)[:, None]
+        return (torch.arange(layout.capacity, device=start.device) - start).clamp_min(0)
 
     def select_columns(self, c: Columns) -> Selection:
         """Returns the positions of a text that it reads; by default all real columns."""
@@ -266,12 +305,12 @@ class DraftNetwork(nn.Module, ABC):
     def context(
         self, x: Tensor, positions: Tensor, visible: Tensor | None = None, store: Store | None = None
     ) -> list[KeyValues]:
-        """Computes keys and values of every layer for entries x [B, S, ...] at positions [B, S].
+        """Computes keys and values of every layer for entries x [B, S, ...] at positions [B, S], or [B, S, 3] by axis.
 
         store: appends a layer's new keys to the stored ones and returns all. visible: [B, S, all] bool, the entries
         that an entry sees, itself included; only deep context needs it.
         """
-        rotary, context = self.rotary(positions), []
+        rotary, context = self.rotary(positions) if positions.dim() == 2 else self.rotary.by_axis(positions), []
         for i, layer in enumerate(self.stack):
             new = layer.key_values(x, rotary)
             context.append(store(i, new) if store else new)
@@ -284,7 +323,7 @@ class DraftNetwork(nn.Module, ABC):
         """Returns (keys and values per layer, visible [B, S, S]) of a whole text with inputs x."""
         entry = torch.arange(x.shape[1], device=x.device)
         visible = (entry[None] <= entry[:, None]) & selection.present[:, None]
-        return self.context(x, selection.positions, visible | (entry[None] == entry[:, None])), visible
+        return self.context(x, selection.places, visible | (entry[None] == entry[:, None])), visible
 
     def run_layers(
         self,

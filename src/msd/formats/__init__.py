@@ -1,0 +1,11 @@
+"""Formats of published draft heads: what other projects trained is read, checked to the last tensor, and written.
+
+`msd` heads are folders of `msd.drafters.toolkit.checkpoint`; all other folders are recognised by their config and the
+names of their tensors (`FORMATS`). docs/published_heads.md lists the formats.
+"""
+
+from msd.formats.export import LAYOUTS, export
+from msd.formats.load import Checked, check, load, method_of, register_folder
+from msd.formats.table import FORMATS
+
+__all__ = ["FORMATS", "LAYOUTS", "Checked", "check", "export", "load", "method_of", "register_folder"]

@@ -1,0 +1,68 @@
+"""Writes a trained head in the format of another project.
+
+The tensors have the narrowest type that holds every value exactly, so that a head that was read is written unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as packed
+from torch import Tensor
+
+from msd.errors import UserError
+from msd.formats.load import load
+from msd.formats.table import FORMATS
+from msd.system.files import make_folder, write_whole
+
+# --to -> the formats that it can mean, one for each kind of network
+LAYOUTS = {
+    "eagle": ("eagle3",),
+    "eagle2": ("eagle2", "msd-qwen2-vl", "msd-llava", "vispec"),
+    "speculators": ("speculators", "speculators-dflash", "speculators-dspark"),
+    "sglang": ("specforge",),
+    "dflash": ("dflash", "dspark"),
+}
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def export(head: Path | str, layout: str, out: Path) -> str:
+    """Writes a head, ours or published, to the folder `out`; returns the format's name.
+
+    layout: a key of `LAYOUTS`. UserError, in one line, for a network that the layout cannot express.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"--to '{layout}' is unknown; choose one of {', '.join(LAYOUTS)}")
+    network = load(head)
+    c: Any = network.config
+    candidates = [f for f in FORMATS if f.name in LAYOUTS[layout] and f.method == network.method]
+    if not candidates:
+        methods = sorted({f.method for f in FORMATS if f.name in LAYOUTS[layout]})
+        raise UserError(
+            f"a head of method '{network.method}' has no place in layout '{layout}', which is for {', '.join(methods)}"
+        )
+    reasons = [f.fits(c) for f in candidates]
+    form = next((f for f, reason in zip(candidates, reasons, strict=True) if not reason), None)
+    if form is None or form.config is None:
+        raise UserError(f"head '{head}' cannot be written in layout '{layout}': {reasons[0]}")
+    spare = form.spare(c)
+    tensors = {form.theirs(name): t for name, t in network.state_dict().items() if name not in spare}
+    make_folder(out)
+    write_whole(out / "model.safetensors", packed(_narrowed(tensors), metadata={"format": "pt"}))
+    write_whole(out / "config.json", json.dumps(form.config(c) | {"dtype": _dtype(tensors)}, indent=2) + "\n")
+    return form.name
+
+
+def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors in the narrowest floating-point type that holds all their values exactly."""
+    kind = getattr(torch, _dtype(tensors))
+    return {n: (t.to(kind) if t.is_floating_point() else t).contiguous() for n, t in sorted(tensors.items())}
+
+
+def _dtype(tensors: dict[str, Tensor]) -> str:
+    floats = [t for t in tensors.values() if t.is_floating_point()]
+    exact = next(kind for kind in NARROW if all(torch.equal(t.to(kind).to(t.dtype), t) for t in floats))
+    return str(exact).removeprefix("torch.")
