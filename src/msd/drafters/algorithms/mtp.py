@@ -6,7 +6,9 @@ chains with them, for one prompt at a time. Here they draft trees, for batches. 
 levels from its own states. Of n layers, layer k drafts level k, so trees have n levels.
 
 The slot of a token in the layers' cache is its column. Column c has no entry in layer k if c < start + 1 + k, since the
-tokens that its state would come from do not exist. At images the layers read the placeholder's embedding.
+tokens that its state would come from do not exist. Its rotary position is that of the target's state that it reads,
+1 + k columns before it. Text alone does not depend on the choice; beside images, under M-RoPE, it does, and this one is
+that of vLLM. At images the layers read the placeholder's embedding.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Memory:
         state = taps
         for k in range(len(network.layers)):
             tables = masks.row_tables([first + 1 + k for first in layout.start], L, taps.device)
-            state = self._layer(k, layout.tokens[:, :L], shifted(state), layout.positions[:, :, :L], tables)
+            positions = layout.positions[:, :, (torch.arange(L) - 1 - k).clamp_min(0)]
+            state = self._layer(k, layout.tokens[:, :L], shifted(state), positions, tables)
             self.carry.append(state[:, -1:].clone())
         self.cache.advance(L)
 
@@ -106,7 +109,7 @@ class Memory:
     def _nodes(self, k: int, tree: DraftTree, first: int, above: Tensor) -> Tensor:
         """Computes layer k's outputs [R, N - first, H] at the nodes from `first` on. above: the states they read."""
         rows = self.cache.rows
-        root = self.layout.positions[:, rows, [self.seen[row] for row in rows]]  # [A, R]
+        root = self.layout.positions[:, rows, [self.seen[row] - 1 - k for row in rows]]  # [A, R]
         positions = root[:, :, None] + tree.depths[:, first:]
         start = [self.layout.start[row] + 1 + k for row in rows]
         tables = masks.without_first(masks.tree_tables(tree, start, self.cache.base), first)
