@@ -54,6 +54,15 @@ def known_kernels() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def observed_chances(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what the user's drafters, or those of another test, had accepted."""
+    from msd.drafters.toolkit.observed import measurements
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(measurements, "folder", lambda name: folder / name)
+
+
+@pytest.fixture(autouse=True)
 def methods_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     from msd.drafters import registry

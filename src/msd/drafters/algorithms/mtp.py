@@ -30,13 +30,14 @@ from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.system.files import tensor_names
 from msd.targets import masks
+from msd.targets.registry import fingerprint
 from msd.targets.state import State
 from msd.targets.taps import FINAL
 
@@ -142,7 +143,7 @@ def shifted(states: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
 
 
-class MtpDrafter(Drafter):
+class MtpDrafter(ObservedDrafter):
     """Drafts with the target's own layers; its candidates are deterministic.
 
     network: the layers; by default those of the target's checkpoint.
@@ -167,6 +168,10 @@ class MtpDrafter(Drafter):
         """See `Drafter`; UserError, because another model has no such layers, and the method does not sample."""
         raise UserError(f"method '{self.name}' has no twin: its layers belong to one target")
 
+    def fingerprint(self) -> str:
+        """See `ObservedDrafter`."""
+        return fingerprint(self.network)
+
     @property
     def network(self) -> MtpModel:
         """The layers."""
@@ -177,10 +182,6 @@ class MtpDrafter(Drafter):
     def ids(self) -> Tensor:
         """[V] int64: all tokens of the target."""
         return self._ids
-
-    def log_acceptance(self, node: NodeFeatures) -> Tensor:
-        """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
-        return node.log_q
 
     @property
     def depth(self) -> int:
@@ -207,6 +208,7 @@ class MtpDrafter(Drafter):
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's state before every emitted token: that of the node above it."""
+        super().observe(state, tree, scores, accepted)
         assert scores.taps is not None
         unread = state.memory.unread if isinstance(state.memory, Memory) else state.memory[1]
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
