@@ -19,6 +19,8 @@ from msd.system import machine, measurements
 from msd.system.machine import LONGEST, PAUSE, Cores, share_cores, watched
 from msd.targets import adapt
 
+pytestmark = pytest.mark.alone
+
 COSTS = Costs((1, 9, 33), (100, 200), ((1.0, 1.1, 4.0), (1.0, 1.1, 6.0)))
 
 
