@@ -33,7 +33,7 @@ class Combined(TrainedDrafter):
         if router.router is None:
             raise UserError(f"method '{self.name}' needs a router; the network given was trained without one")
         self.msd = type(router).drafter(router, self.name)
-        self.modality_ids = self.msd.modality_ids
+        self.modality_ids: tuple[int, ...] = self.msd.modality_ids
         self.taps = tuple(sorted({*trunk.config.taps, *router.config.taps}))
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:

@@ -18,8 +18,9 @@ from msd.core.sampling import Sampler, temperature
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.context import Anchors, pick
-from msd.drafters.toolkit.growth import LevelCost, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets.state import State
@@ -155,7 +156,7 @@ class TrainedDrafter(Drafter):
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
         self.name, self.taps, self.cost = name or network.method, network.config.taps, LevelCost()
-        self.modality_ids = torch.tensor([LANGUAGE.id])  # of the subtrees' modalities
+        self.modality_ids: tuple[int, ...] = (LANGUAGE.id,)  # of the subtrees' modalities
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Takes the target's embedding and output layer; UserError if it was trained for another target."""
@@ -191,8 +192,10 @@ class TrainedDrafter(Drafter):
         newest = state.layout.newest()
         anchors = state.memory.read(self.network, state.layout).anchors(rows)
         levels, subtrees = self.network.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
-        ids, heat = self.modality_ids.to(newest.device), temperature(sampler)
-        tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.select(rows), heat, self.cost)
+        tree = grow(
+            levels, self.network, subtrees, self.modality_ids, newest[rows], budget.select(rows), temperature(sampler),
+            self.cost,
+        )  # fmt: skip
         return tree.scatter(rows, newest)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
@@ -203,7 +206,7 @@ class TrainedDrafter(Drafter):
         """Returns the subtrees of `rows`: one for each row, `config.width` wide."""
         c, newest = self.network.config, state.layout.newest()[rows]
         width = c.width if budget.width is None else min(budget.width, c.width)
-        return Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
+        return Subtrees.single(newest, Shape(width, c.depth))
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""

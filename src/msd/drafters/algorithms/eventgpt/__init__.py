@@ -27,7 +27,8 @@ from msd.drafters.algorithms.eventgpt.vocabulary import FILE, Pieces, Vocabulary
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.context import pick, real_columns
-from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import Distributions, Shape, Subtrees, grow
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.system.files import write_whole
@@ -252,10 +253,9 @@ class EventGPTDrafter(Drafter):
         memory: Memory = state.memory
         memory.read(state.layout, [depth > 0 for depth in budget.depth])
         width = c.width if budget.width is None else min(budget.width, c.width)
-        whole = Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
-        kinds = torch.tensor([LANGUAGE.id], device=newest.device)
+        whole = Subtrees.single(newest, Shape(width, c.depth))
         levels = TreeLevels(memory)
-        tree = grow(levels, self, whole, kinds, newest, budget, temperature(sampler), self.cost)
+        tree = grow(levels, self, whole, (LANGUAGE.id,), newest, budget, temperature(sampler), self.cost)
         memory.cache.committed = levels.committed  # frees the slots of the drafted tokens
         return tree
 
