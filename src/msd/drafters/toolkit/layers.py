@@ -52,7 +52,7 @@ class KeyValues:
         return KeyValues(self.keys[:, :used], self.values[:, :used], self)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> KeyValues:
-        """Returns this context followed by keys and values [B, n, K, D], which are written to its buffer if they fit."""
+        """Returns this context followed by keys and values [B, n, K, D]; they are written to its buffer if they fit."""
         start, end = self.keys.shape[1], self.keys.shape[1] + keys.shape[1]
         if self.room is None or self.room.keys.shape[1] < end:
             return KeyValues(torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1))
