@@ -21,7 +21,8 @@ from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import distributions, draft, drafts
 from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape
+from msd.drafters.toolkit.growth import Distributions, Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets import masks

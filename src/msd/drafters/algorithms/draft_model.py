@@ -27,7 +27,8 @@ from msd.core.tree import DraftTree, Scores
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import drafts
 from msd.drafters.toolkit.chance import NodeFeatures
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import Pieces, VocabularyMap
 from msd.errors import UserError, named

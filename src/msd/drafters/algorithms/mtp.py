@@ -30,7 +30,8 @@ from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
 from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.system.files import tensor_names

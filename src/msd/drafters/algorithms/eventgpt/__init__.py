@@ -27,7 +27,8 @@ from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.chained import drafts
 from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick, real_columns
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import FILE, Pieces, VocabularyMap
 from msd.errors import UserError
