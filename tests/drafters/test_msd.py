@@ -307,17 +307,16 @@ def test_levels_that_do_not_pay_are_not_drafted(form: str) -> None:
     heights: dict[float, list[int]] = {}
     for token_seconds in (1e9, 1e-9):
         cost = LevelCost()
-        for passes in ((token_seconds,) * 13, (token_seconds,) * 13, None):
+        for passes in (*[(token_seconds,) * 13] * 3, None):
             levels, budget = net.levels(anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
             before = cost.seconds
             with torch.inference_mode():
                 drafted = grow(levels, net, subtrees, ids, layout.newest(), budget, None, cost)
             heights.setdefault(token_seconds, []).append(drafted.height)
             assert passes is not None or cost.seconds == before
-        cost.learn([0.5, 0.3], 0.1)  # measured from the second draft on
-        assert cost.seconds > 0
-    assert heights[1e9][0] == heights[1e9][1] == heights[1e9][2] == heights[1e-9][2] > 1
-    assert heights[1e-9][1] == 1 or heights[1e-9][1] == heights[1e9][1]
+    assert heights[1e9] == heights[1e9][:1] * 4 and heights[1e9][0] > 1
+    # the first draft is not timed, so the third one is the first for which the seconds of a level are known
+    assert heights[1e-9] == [*heights[1e9][:2], 1, heights[1e9][0]]
 
 
 def test_a_level_pays_if_its_expected_tokens_save_more_time_than_it_costs() -> None:

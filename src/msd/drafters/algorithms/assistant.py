@@ -112,6 +112,7 @@ class AssistantDrafter(Drafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the target's state [1, H] before the newest token of each row."""
+        self.cost.begin()
         assert scores.taps is not None
         state.memory = list(scores.taps[:, -1:])
 

@@ -110,6 +110,7 @@ class DraftModel(Drafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the number of columns of the prompt; the first draft reads it."""
+        self.cost.begin()
         state.memory = state.layout.end[0] - 1
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:

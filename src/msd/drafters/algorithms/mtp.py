@@ -188,6 +188,7 @@ class MtpDrafter(Drafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the prompt's states; the first draft reads them. See `observe`."""
+        self.cost.begin()
         assert scores.taps is not None
         state.memory = scores.taps, [list[Tensor]() for _ in scores.taps]
 

@@ -183,12 +183,7 @@ class _Growth:
     def __init__(
         self, vocabulary: DraftVocabulary, subtrees: Subtrees, budget: Budget, temperature: float | None
     ) -> None:
-        self.vocabulary, self.temperature, self.share, self.ids = (
-            vocabulary,
-            temperature,
-            subtrees.share,
-            vocabulary.ids,
-        )
+        self.vocabulary, self.temperature, self.ids = vocabulary, temperature, vocabulary.ids
         shapes, self.share, self.device = tuple(subtrees.shapes), subtrees.share, subtrees.share.device
         self.widths = tuple(s.width for s in shapes)
         self.children = min(max(self.widths), len(self.ids))

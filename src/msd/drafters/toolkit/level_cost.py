@@ -19,9 +19,7 @@ class LevelCost:
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._cold = True  # the first draft of a process allocates and is not measured
-        self._tokens: list[
-            tuple[float, float]
-        ] = []  # of each level: decayed sums of its expected tokens, of its parent's
+        self._tokens: list[tuple[float, float]] = []  # by level, decayed sums of expected tokens: its own, its parent's
 
     @property
     def seconds(self) -> float:

@@ -162,6 +162,7 @@ class EventGPTDrafter(Drafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """See `Drafter`. Without `read_prompt`, the memory is a function with which the first `propose` reads it."""
+        self.cost.begin()
         columns, auxiliary = state.layout.end[0] - 1, state.auxiliary
         state.memory = state.memory or partial(begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
 
