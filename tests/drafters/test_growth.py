@@ -249,7 +249,7 @@ def counted(
     return found
 
 
-# operators of (a whole draft, one level), views included: a tenth more than measured. A level without layers costs top-k
+# operators of (a whole draft, one level), views included, a tenth more than measured. A level without layers has top-k
 # and the next frontier, 28 operators; one with a layer 50 more; three subtrees, the router and experts 50 more.
 LIMITS = {
     "msd": (775, 88), "msd:ar": (990, 152), "eagle3": (835, 92), "eagle2": (615, 89), "vispec": (450, 92),
