@@ -25,7 +25,8 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters.toolkit.chained import drafts
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import Pieces, VocabularyMap
@@ -108,6 +109,7 @@ class DraftModel(ObservedDrafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the number of columns of the prompt; the first draft reads it."""
+        self.cost.begin()
         state.memory = state.layout.end[0] - 1
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:

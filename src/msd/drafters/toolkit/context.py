@@ -24,23 +24,23 @@ class Anchors:
     """A positions per row that drafts start from, and their context. B rows, S context entries.
 
     x, feature: [B, A, H]. embedding: [B, A, H], of the token after the anchor (the root). positions: [B, A], rotary.
-    visible: [B, A, S] bool, the entries that an anchor sees. image: [B, A or 1, H], see `Selection`. context: keys and
-    values [B, S, K, D] of each layer.
+    visible: [B, A, S] bool, the entries that an anchor sees; None in decoding where all rows see all entries.
+    image: [B, A or 1, H], see `Selection`. context: keys and values [B, S, K, D] of each layer.
     """
 
     x: Tensor
     feature: Tensor
     embedding: Tensor
     positions: Tensor
-    visible: Tensor
+    visible: Tensor | None
     image: Tensor
     context: list[KeyValues]
 
-    def of(self, rows: list[int] | slice, used: int) -> Anchors:
-        """Selects rows and the first `used` context entries."""
+    def of(self, rows: list[int], used: int) -> Anchors:
+        """Selects rows, with the first `used` context entries."""
         context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
         x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
-        return Anchors(x, feature, embedding, positions, self.visible[rows][..., :used], self.image[rows], context)
+        return Anchors(x, feature, embedding, positions, None, self.image[rows], context)
 
 
 @dataclass
@@ -111,6 +111,8 @@ class Entries:
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
     """Gathers x [B, S, ...] at indices [B, A]: [B, A, ...]."""
+    if len(x) == 1:
+        return x.index_select(1, at[0])
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 

@@ -15,7 +15,8 @@ from msd.core.layout import Layout
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.chained import ChainedLevels, draft
-from msd.drafters.toolkit.growth import DraftVocabulary, LevelCost, Shape
+from msd.drafters.toolkit.growth import DraftVocabulary, Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.vocabulary import VocabularyMap
 from msd.planning.plan import Budget
 from msd.targets.base import Target
