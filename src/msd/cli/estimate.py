@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from msd.cli.options import Json, Target, quiet
 from msd.cli.terminal import table
+
+if TYPE_CHECKING:
+    from msd.estimate import Acceptance, Card, Sizes
 
 WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}  # bytes per weight
 
@@ -56,6 +59,11 @@ def estimate(
     if as_json:
         print(json.dumps({"target": model.as_dict(), "card": asdict(device), "workload": asdict(work), "rows": rows}))
         return
+    _show(model, device, accepted, images, rows)
+
+
+def _show(model: Sizes, device: Card, accepted: Acceptance, images: int, rows: list[dict[str, Any]]) -> None:
+    """Prints a table of the rows, and notes."""
     shown = table("batch", "nodes", "τ", "prefill", "plain", "draft", "verify", "decode", "answer", "tokens/s")
     for row in rows:
         shown.add_row(
