@@ -52,6 +52,7 @@ def stop_one(process: subprocess.Popen[str], out: Path) -> None:
     trained[1].send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     place = tiny_checkpoint.captured(tmp_path / "place")
     lines = (place / "captured.jsonl").read_text().splitlines(keepends=True)
