@@ -156,7 +156,7 @@ def test_bad_policies_are_one_line(capsys: pytest.CaptureFixture[str], place: Pa
         (["--threshold", "vision"], "--threshold 'vision' is not NAME=NUMBER"),
         (["--verifier", "threshold", "--threshold", "smell=0.5"], "unknown modality 'smell'"),
         (["--epsilon", "0.1"], "verifier 'lossless' has no epsilon"),
-        (["--drafter", str(place)], "is not that of an MSD drafter"),
+        (["--drafter", str(place)], "has no known format of draft heads"),
     ):
         code, out, err = run(capsys, "generate", "-p", "Hello", "--target", place, *options)
         assert (code, out) == (2, ""), options
