@@ -133,11 +133,12 @@ def plans(
     for batch in batches:
         prefill = prefill_seconds(sizes, card, total, work.images, batch, work.weight_bytes)
         plain = pass_seconds(sizes, card, 1, context, batch, work.weight_bytes)
-        cache = batch * (total + work.answer) * sizes.kv * card.dtype_bytes
-        memory = (sizes.decoder + sizes.vision + sizes.hidden * sizes.vocabulary) * weight_bytes + cache
+        memory = sizes.model * weight_bytes + batch * (total + work.answer) * sizes.kv * card.dtype_bytes
         for size in acceptance.sizes(tuple(nodes)):
             draft = draft_seconds(sizes, card, size, context, batch, work)
-            verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes)
+            levels = min(work.depth, size) + 1
+            verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes, levels=levels)
+            states = batch * (size + 2) * sizes.counts.states * card.dtype_bytes  # after each node, and before the root
             length = acceptance.of(size, work.depth)
             assert length is not None
             token = (draft + verify) / length
@@ -147,7 +148,7 @@ def plans(
                     "plain_s": plain, "draft_s": draft, "verify_s": verify, "speedup_decode": plain / token,
                     "speedup": (prefill + work.answer * plain) / (prefill + work.answer * token),
                     "tokens_per_second": batch * work.answer / (prefill + work.answer * token),
-                    "fits": memory <= USABLE * card.memory,
+                    "fits": memory + states <= USABLE * card.memory,
                 }
             )  # fmt: skip
     return rows
