@@ -112,6 +112,18 @@ def test_unsupported_media_are_refused(tmp_path: Path) -> None:
         engine("qwen2_vl").generate(None, "what is <video>")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "tensor"),
+    [("kimi_k25", "video", "pixel_values_videos"), ("gemma4", "audio", "input_features"),
+     ("nemotron_h_omni", "audio", "input_features"), ("qwen2_audio", "image", "pixel_values")],
+)  # fmt: skip
+def test_tensors_of_unsupported_media_are_refused(name: str, kind: str, tensor: str) -> None:
+    """Such as a processor prepares them, although the architecture in the library knows them."""
+    row = BY_NAME[name].row(BY_NAME[name].parts(3, []))
+    with pytest.raises(UserError, match=rf"'{name}' supports [a-z ]+, not {kind}; see 'msd targets'$"):
+        engine(name).generate(**row, **{tensor: torch.zeros(1, 3, 16, 16)}, **SETTINGS)
+
+
 def test_pixels_of_video_llava_under_its_processors_name() -> None:
     """They are encoded once and cached, as under the model's own name."""
     family, vlm = BY_NAME["video_llava"], engine("video_llava")
