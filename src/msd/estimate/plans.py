@@ -128,8 +128,7 @@ def _draft_model(card: Card, batch: int, work: Workload) -> tuple[float, float]:
     if work.model is None:
         return 0.0, 0.0
     model, tokens = work.model, work.prompt + work.images * work.model.image_tokens
-    weights = model.decoder + model.vision + model.hidden * model.vocabulary
-    memory = (weights + batch * (tokens + work.answer) * model.kv) * card.dtype_bytes
+    memory = (model.model + batch * (tokens + work.answer) * model.kv) * card.dtype_bytes
     return prefill_seconds(model, card, tokens, work.images, batch), memory
 
 
@@ -140,8 +139,8 @@ def plans(
     """Returns a row for each batch and tree size.
 
     A row holds the seconds of prefill, plain step, draft and verification, and the speedups over plain decoding on the
-    same kernels: of decoding alone and of a whole answer. `memory_bytes`: weights and cache of the target and of a
-    draft model; `fits`: whether they fit into memory.
+    same kernels: of decoding alone and of a whole answer. `memory_bytes`: weights, cache and states of the target,
+    weights and cache of a draft model; `fits`: whether they fit into memory.
     """
     work = work or Workload()
     total = work.prompt + work.images * sizes.image_tokens
@@ -151,12 +150,13 @@ def plans(
     for batch in batches:
         prefill = prefill_seconds(sizes, card, total, work.images, batch, work.weight_bytes)
         plain = pass_seconds(sizes, card, 1, context, batch, work.weight_bytes)
-        cache = batch * (total + work.answer) * sizes.kv * card.dtype_bytes
-        memory = (sizes.decoder + sizes.vision + sizes.hidden * sizes.vocabulary) * weight_bytes + cache
+        memory = sizes.model * weight_bytes + batch * (total + work.answer) * sizes.kv * card.dtype_bytes
         own, drafter_memory = _draft_model(card, batch, work)
         for size in acceptance.sizes(tuple(nodes)):
             draft = draft_seconds(sizes, card, size, context, batch, work)
-            verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes)
+            levels = min(work.depth, size) + 1
+            verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes, levels=levels)
+            states = batch * (size + 2) * sizes.counts.states * card.dtype_bytes  # after each node, and before the root
             length = acceptance.of(size, work.depth)
             assert length is not None
             token = (draft + verify) / length
@@ -166,8 +166,8 @@ def plans(
                     "plain_s": plain, "draft_s": draft, "verify_s": verify, "speedup_decode": plain / token,
                     "speedup": (prefill + work.answer * plain) / (prefill + own + work.answer * token),
                     "tokens_per_second": batch * work.answer / (prefill + own + work.answer * token),
-                    "memory_bytes": memory + drafter_memory,
-                    "fits": memory + drafter_memory <= USABLE * card.memory,
+                    "memory_bytes": memory + states + drafter_memory,
+                    "fits": memory + states + drafter_memory <= USABLE * card.memory,
                 }
             )  # fmt: skip
     return rows

@@ -180,7 +180,9 @@ def adapt(
 ) -> Target:
     """The adapter of `model`; the other arguments are those of `Target`. UserError for an unsupported architecture."""
     found = family(model.config)
-    return found.adapter(model, taps, vision_cache, backend, found.pictures)
+    target = found.adapter(model, taps, vision_cache, backend, found.pictures)
+    target.modalities = found.modalities
+    return target
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -18,7 +18,8 @@ from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.chained import ChainedLevels, draft
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import DraftVocabulary, LevelCost, Shape
+from msd.drafters.toolkit.growth import DraftVocabulary, Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.second_model import SecondModel
 from msd.planning.plan import Budget
 
