@@ -21,8 +21,10 @@ from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
 from msd.drafters.toolkit.level_cost import LevelCost
+from msd.drafters.toolkit.observed import Observed, observed
 from msd.errors import UserError
 from msd.planning.plan import Budget
+from msd.targets.registry import weights_hash
 from msd.targets.state import State
 
 if TYPE_CHECKING:
@@ -192,7 +194,13 @@ class DecodedStates:
 
 
 class TrainedDrafter(Drafter):
-    """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's."""
+    """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's.
+
+    A head that another project trained has no calibration; it is calibrated by what the target accepts (`observed`),
+    unless its nodes have a confidence of their own.
+    """
+
+    observed: Observed | None = None
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
@@ -259,6 +267,21 @@ class TrainedDrafter(Drafter):
         width = c.width if budget.width is None else min(budget.width, c.width)
         return Subtrees.single(newest, Shape(width, c.depth))
 
+    def remember(self, target: str) -> None:
+        """See `Drafter`."""
+        network = self.network
+        if network.config.variant.published and not network.confident and network.calibration is None:
+            self.observed = observed(target, f"{self.name} {weights_hash(network)}")
+            network.calibration = self.observed.weights or None
+
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
+        if self.observed is not None:
+            self.observed.add(tree, accepted)
+
+    def finish(self) -> None:
+        """See `Drafter`."""
+        if self.observed is not None:
+            self.observed.finish()
+            self.network.calibration = self.observed.weights or None

@@ -395,6 +395,11 @@ class DraftNetwork(nn.Module, ABC):
         """Computes draft logits [..., Vd] from states [..., H]; most methods ignore the parent tokens [...]."""
         return self.head(states)
 
+    @property
+    def confident(self) -> bool:
+        """Whether `confidence_logits` are learned."""
+        return False
+
     def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """Computes confidence logits [...] from states [..., H] and parent tokens [...]; by default 0."""
         return torch.zeros_like(states[..., 0])

@@ -84,6 +84,12 @@ class Observed:
         self.weights = weights if weights.get("log_odds", 0.0) > 0 else {}
 
 
+def observed(target: str, drafter: str) -> Observed:
+    """The counts of a drafter at a target, from the user's cache directory. target, drafter: fingerprints."""
+    key = hashlib.sha256(f"{target}|{drafter}".encode()).hexdigest()[:16]
+    return Observed(measurements.folder("chances") / f"{key}.json")
+
+
 class ObservedDrafter(Drafter):
     """A drafter whose chances are its draft probabilities, until the target has accepted or rejected enough of them."""
 
@@ -95,8 +101,7 @@ class ObservedDrafter(Drafter):
 
     def remember(self, target: str) -> None:
         """See `Drafter`."""
-        key = hashlib.sha256(f"{self.name}|{target}|{self.fingerprint()}".encode()).hexdigest()[:16]
-        self.observed = Observed(measurements.folder("chances") / f"{key}.json")
+        self.observed = observed(target, f"{self.name} {self.fingerprint()}")
 
     def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """Log-probability that a candidate is the target's choice: fitted, or else its log draft probability."""
