@@ -53,6 +53,7 @@ COMMANDS = {
     "results/draft_tree.json": "`python tools/pictures.py --record`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
     "results/gpu.json": "`python tools/gpu_check.py`",
+    "results/drafts.json": "`python -m recipes.floors.drafts results`",
     "results/kernels.json": "`python -m recipes.floors.kernels results`",
     "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
     "recipes/reference_vlm/results/evaluation.json": "[recipes/reference_vlm](../recipes/reference_vlm/README.md)",
@@ -229,6 +230,24 @@ def kernels_table(measured: dict[str, Any]) -> str:
     )
 
 
+def drafts_table(measured: dict[str, Any]) -> str:
+    """Operators, host reads and milliseconds of a draft and of a level, by method, and their share of a one-row pass."""
+    made = measured["environment"]
+    lines = [
+        [
+            f"`{name}`", f"{m['operators']:.0f}", f"{m['reads']:.0f}", f"{m['draft_ms']:.1f}",
+            f"{m['draft_of_pass']:.0%}", f"{m['level_ms']:.1f}", f"{m['level_of_pass']:.0%}",
+        ]
+        for name, m in measured["methods"].items()
+    ]  # fmt: skip
+    head = ["method", "operators", "reads", "a draft (ms)", "of a pass", "a further level (ms)", "of a pass"]
+    disturbed = "" if made["quiet"] else ", **disturbed by other processes**"
+    return (
+        table(head, lines)
+        + f"\n\n{made['cpu']}, threads: {made['threads']}{disturbed}. A one-row pass: {measured['pass_ms']:.1f} ms."
+    )
+
+
 def files_table() -> str:
     """Every result file here, the command that makes it, and the machine it was made on."""
     rows = []
@@ -267,7 +286,10 @@ def tables() -> dict[str, dict[str, str]]:
             "repeats": methods_table(read("results/repeats/results.json")),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),
         },
-        "docs/performance.md": {"kernels": kernels_table(read("results/kernels.json"))},
+        "docs/performance.md": {
+            "kernels": kernels_table(read("results/kernels.json")),
+            "drafts": drafts_table(read("results/drafts.json")),
+        },
         "docs/verification.md": {
             "half precision": half_precision_table(
                 {dtype: read(f"results/verify_{dtype}.json") for dtype in ("bfloat16", "float16")}
