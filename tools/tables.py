@@ -231,7 +231,7 @@ def kernels_table(measured: dict[str, Any]) -> str:
 
 
 def drafts_table(measured: dict[str, Any]) -> str:
-    """Operators, host reads and milliseconds of a draft and of a level, and their share of a one-row pass, by method."""
+    """Operators, host reads and milliseconds of a draft and of a level, and their shares of a one-row pass."""
     made = measured["environment"]
     lines = [
         [
