@@ -268,6 +268,7 @@ def test_the_first_token_is_read_before_the_first_step() -> None:
     assert passes == [inputs["input_ids"].shape[1], 1], "prompt and guess; one level of drafts takes no more"
 
 
+@pytest.mark.alone
 def test_statistics_of_work_that_overlaps_with_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """First prefill ends 0.1 s after the drafter's work, then 0.1 s before it."""
     made, inputs = drafter(), prompts(("video",))

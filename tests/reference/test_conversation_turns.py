@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
 
 
+@pytest.mark.alone
 def test_the_second_turn_about_a_photo(reference_model: tuple[Any, Any]) -> None:
     model, processor = reference_model
     vlm = SpeculativeVLM(model, processor, SpeculativeConfig(), "prompt-lookup")
