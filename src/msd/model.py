@@ -74,7 +74,7 @@ class SpeculativeVLM:
         adaptive = self.config.adaptive and not self.drafter.sampled and not lossy and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         if adaptive and self.config.calibrate:
-            self.drafter.remember(fingerprint(model))
+            self.drafter.remember(model)
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
         self._lock = request_lock(model)
         self._attached = self._embedding()

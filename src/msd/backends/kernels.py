@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from msd.backends.packed import Packed
 from msd.system.machine import thread_clock
@@ -29,7 +29,6 @@ MANY = 64  # rows from which the arithmetic takes longer than reading the weight
 
 Kernels = tuple[str, ...]  # the kernel for each number of `ROWS`
 Choice = dict[str, Kernels]  # name of a product, such as "qkv" -> its kernels
-Linears = tuple[nn.Linear, ...]  # layers with the same input
 Weights = Sequence[tuple[Tensor, Tensor | None]]  # weight [out, in] and bias [out] of each such layer
 Times = dict[str, list[float]]  # kernel -> seconds for each number of `ROWS`
 PACKED: Kernels = ("packed",) * len(ROWS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from msd.system.files import as_text, check_place
 from msd.system.machine import share_cores
 
 BATCH = 16
+KEPT = "finished answers are kept in {}, and the same command resumes"
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
@@ -204,14 +207,19 @@ def _write(
             with named(places[prompt.key]):
                 writer.check(prompt)
         bar = progress.add_task("capturing", total=None)
-        try:
+        with _kept(out):
             return write_answers(
                 prompts, writer, out, batch, lambda done, n: progress.update(bar, completed=done, total=n), metadata
             )
-        except KeyboardInterrupt as stop:
-            raise InterruptedRunError(
-                f"interrupted; finished answers are kept in {out}, and the same command resumes"
-            ) from stop
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Reports an interruption inside as one that loses nothing."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise InterruptedRunError(f"interrupted; {KEPT.format(out)}") from stop
 
 
 def _from_server(
@@ -232,16 +240,13 @@ def _from_server(
     todo = pending(prompts, out, metadata)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("capturing", total=None)
-        try:
-            records = keep(
-                prompts, writer, out, lambda done, n: progress.update(bar, completed=done, total=n), metadata
-            )
-        except UserError as error:
-            raise UserError(f"{error}; finished answers are kept in {out}, and the same command resumes") from error
-        except KeyboardInterrupt as stop:
-            raise InterruptedRunError(
-                f"interrupted; finished answers are kept in {out}, and the same command resumes"
-            ) from stop
+        with _kept(out):
+            try:
+                records = keep(
+                    prompts, writer, out, lambda done, n: progress.update(bar, completed=done, total=n), metadata
+                )
+            except UserError as error:
+                raise UserError(f"{error}; {KEPT.format(out)}") from error
     return {
         "out": str(out), "records": len(records), "written": len(todo), "model": model,
         "with_ids": sum(bool(r["ids"]) for r in records), "seconds": round(time.perf_counter() - begin, 3),

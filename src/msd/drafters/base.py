@@ -80,10 +80,10 @@ class Drafter(Protocol):
         """
         return None
 
-    def remember(self, target: str) -> None:
+    def remember(self, model: PreTrainedModel) -> None:
         """Improves the drafts of later requests by what the target accepts, and keeps what it learns between runs.
 
-        target: the target's fingerprint. Called after `attach`, only where drafts cannot change answers.
+        Called after `attach`, only where drafts cannot change answers.
         """
         return
 

@@ -16,12 +16,11 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
 from msd.core.tree import Accepted, DraftTree, Scores
-from msd.drafters.base import Drafter
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
 from msd.drafters.toolkit.level_cost import LevelCost
-from msd.drafters.toolkit.observed import Observed, observed
+from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets.registry import weights_hash
@@ -193,14 +192,12 @@ class DecodedStates:
         return self._memory
 
 
-class TrainedDrafter(Drafter):
+class TrainedDrafter(ObservedDrafter):
     """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's.
 
-    A head that another project trained has no calibration; it is calibrated by what the target accepts (`observed`),
-    unless its nodes have a confidence of their own.
+    The network has the node chances. Only a head that another project trained, without calibration or a confidence of
+    its own, is calibrated by what the target accepts.
     """
-
-    observed: Observed | None = None
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
@@ -267,21 +264,28 @@ class TrainedDrafter(Drafter):
         width = c.width if budget.width is None else min(budget.width, c.width)
         return Subtrees.single(newest, Shape(width, c.depth))
 
-    def remember(self, target: str) -> None:
+    def fingerprint(self) -> str:
+        """See `ObservedDrafter`."""
+        return weights_hash(self.network)
+
+    def remember(self, model: PreTrainedModel) -> None:
         """See `Drafter`."""
         network = self.network
         if network.config.variant.published and not network.confident and network.calibration is None:
-            self.observed = observed(target, f"{self.name} {weights_hash(network)}")
-            network.calibration = self.observed.weights or None
+            super().remember(model)
+            self._calibrate()
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
-        if self.observed is not None:
-            self.observed.add(tree, accepted)
+        super().observe(state, tree, scores, accepted)
 
     def finish(self) -> None:
         """See `Drafter`."""
+        super().finish()
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        """Gives the network the chances that were observed."""
         if self.observed is not None:
-            self.observed.finish()
             self.network.calibration = self.observed.weights or None

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
@@ -24,6 +25,7 @@ from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance, log_o
 from msd.errors import UserError
 from msd.system import measurements
 from msd.system.files import write_whole
+from msd.targets.registry import fingerprint
 from msd.targets.state import State
 
 LARGEST, WIDTH = 14.0, 0.5  # of log odds: the outermost bin, and the width of a bin
@@ -84,12 +86,6 @@ class Observed:
         self.weights = weights if weights.get("log_odds", 0.0) > 0 else {}
 
 
-def observed(target: str, drafter: str) -> Observed:
-    """The counts of a drafter at a target, from the user's cache directory. target, drafter: fingerprints."""
-    key = hashlib.sha256(f"{target}|{drafter}".encode()).hexdigest()[:16]
-    return Observed(measurements.folder("chances") / f"{key}.json")
-
-
 class ObservedDrafter(Drafter):
     """A drafter whose chances are its draft probabilities, until the target has accepted or rejected enough of them."""
 
@@ -99,9 +95,10 @@ class ObservedDrafter(Drafter):
         """Of the draft network, and of all else that its draft probabilities depend on."""
         raise NotImplementedError
 
-    def remember(self, target: str) -> None:
-        """See `Drafter`."""
-        self.observed = observed(target, f"{self.name} {self.fingerprint()}")
+    def remember(self, model: PreTrainedModel) -> None:
+        """See `Drafter`; the counts are in the user's cache directory."""
+        key = hashlib.sha256(f"{fingerprint(model)}|{self.name} {self.fingerprint()}".encode()).hexdigest()[:16]
+        self.observed = Observed(measurements.folder("chances") / f"{key}.json")
 
     def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """Log-probability that a candidate is the target's choice: fitted, or else its log draft probability."""
