@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -41,6 +42,19 @@ class Anchors:
         context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
         x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
         return Anchors(x, feature, embedding, positions, self.visible[rows][..., :used], self.image[rows], context)
+
+    def joined(self, other: Anchors) -> Anchors:
+        """The rows of both, those of `other` last; the shorter context is padded with entries that no anchor sees."""
+        S = max(self.visible.shape[-1], other.visible.shape[-1])
+        x, feature, embedding, positions = (
+            torch.cat([getattr(self, name), getattr(other, name)])
+            for name in ("x", "feature", "embedding", "positions")
+        )
+        visible = torch.cat([F.pad(a.visible, (0, S - a.visible.shape[-1])) for a in (self, other)])
+        width = max(self.image.shape[-1], other.image.shape[-1])
+        image = torch.cat([a.image.expand(-1, -1, width) for a in (self, other)])
+        context = [mine.joined(theirs, S) for mine, theirs in zip(self.context, other.context, strict=True)]
+        return Anchors(x, feature, embedding, positions, visible, image, context)
 
 
 @dataclass

@@ -106,6 +106,16 @@ class Memory:
             return self.anchor.of(slice(None), max(self.length))
         return self.anchor.of(rows, max(self.length[row] for row in rows))
 
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self.length, self.shift = [self.length[row] for row in rows], self.shift[rows]
+        self.anchor = self.anchor.of(rows, self.anchor.visible.shape[-1])
+
+    def join(self, other: Memory) -> None:
+        """Appends the rows of `other`."""
+        self.length, self.shift = self.length + other.length, torch.cat([self.shift, other.shift])
+        self.anchor = self.anchor.joined(other.anchor)
+
 
 class DecodedStates:
     """The target's states of the decoded tokens; they become a `Memory` when the first draft needs it."""
@@ -148,9 +158,28 @@ class DecodedStates:
             self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
         return self._memory
 
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self._prompt, self._newest = self._prompt[rows], [self._newest[row] for row in rows]
+        self._taps, self._tokens = [self._taps[row] for row in rows], [self._tokens[row] for row in rows]
+        if self._auxiliary is not None:
+            self._auxiliary = self._auxiliary[rows]
+        if self._memory is not None:
+            self._memory.select(rows)
+
+    def join(self, other: DecodedStates, network: DraftNetwork, layout: Layout, added: Layout) -> None:
+        """Appends the rows of `other`. The network reads both first: their prompts differ in length."""
+        self.read(network, layout).join(other.read(network, added))
+        self._newest += other._newest
+        count = len(self._newest)
+        self._prompt, self._auxiliary = self._prompt.new_empty(count, 0, self._prompt.shape[-1]), None
+        self._taps, self._tokens = [[] for _ in range(count)], [[] for _ in range(count)]
+
 
 class TrainedDrafter(Drafter):
     """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's."""
+
+    joinable = True
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
@@ -212,3 +241,11 @@ class TrainedDrafter(Drafter):
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """See `Drafter`."""
+        state.memory.select(rows)
+
+    def join(self, state: State, other: State) -> None:
+        """See `Drafter`; reads the prompts of both."""
+        state.memory.join(other.memory, self.network, state.layout, other.layout)

@@ -51,6 +51,14 @@ class KeyValues:
             self.keys[row, first : first + n] = new.keys[row, :n]
             self.values[row, first : first + n] = new.values[row, :n]
 
+    def joined(self, other: KeyValues, room: int) -> KeyValues:
+        """The rows of both context buffers, those of `other` last, with room for `room` entries."""
+
+        def both(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, room - x.shape[1])) for x in (mine, theirs)])
+
+        return KeyValues(both(self.keys, other.keys), both(self.values, other.values))
+
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does. v: a published head's."""
