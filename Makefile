@@ -18,8 +18,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/msd demo
 
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 # Runs the tests of all target families, with the real processors; installs torchvision and a matching torch, several GB.
 FULL := .venv-full
@@ -36,7 +38,7 @@ $(FULL)/ready: pyproject.toml constraints.txt
 	touch $@
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not alone'
 
 # The wheel in an empty environment: same methods, same answer, under 100 MB. Two minutes.
 wheel: setup

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MKL_CBWR", "AUTO")  # the same product rounds alike each time: tests compare runs
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers do not compete for cores
 
 from collections.abc import Iterator
 from typing import Any
@@ -51,6 +53,15 @@ def known_kernels() -> Iterator[None]:
         patch.setattr(fused, "cached", lambda place, key, kind, valid, measure: measure())
         patch.setattr(comparison, "faster", lambda own, other: kernels.ROWS)
         yield
+
+
+@pytest.fixture(autouse=True)
+def observed_chances(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what the user's drafters, or those of another test, had accepted."""
+    from msd.drafters.toolkit.observed import measurements
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(measurements, "folder", lambda name: folder / name)
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,18 @@ from transformers import (
     Kimi_K25Config,
     Kimi_K25ForConditionalGeneration,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Step3p7Config,
     Step3p7ForConditionalGeneration,
 )
 from transformers.modeling_layers import MtpModel
 
+import recurrent_models as hybrids
 from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, WORDS
+from msd.drafters.algorithms.mtp import declared
 
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2}
 GROUPS = {**EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
@@ -81,13 +87,35 @@ def step3p7(layers: int) -> PreTrainedModel:
     return _finished(Step3p7ForConditionalGeneration(config))
 
 
+def _qwen3_5(kind: type, config: type, layers: int, **more: Any) -> PreTrainedModel:
+    """A hybrid with M-RoPE, whose checkpoints count the layers under a name of their own."""
+    torch.manual_seed(0)
+    text = hybrids._delta_net(**more, mtp_num_hidden_layers=layers)
+    text |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "tie_word_embeddings": False}
+    return _finished(kind(config(text_config=text, vision_config=hybrids._PATCH, **hybrids._MARKS)))
+
+
+def qwen3_5(layers: int) -> PreTrainedModel:
+    """Dense."""
+    return _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, layers)
+
+
+def qwen3_5_moe(layers: int) -> PreTrainedModel:
+    """With a mixture of experts, also in the multi-token-prediction layers."""
+    return _qwen3_5(Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, layers, **hybrids._EXPERTS)
+
+
 @dataclass(frozen=True)
 class MtpTarget:
-    """make: a model with a number of layers. pixels: the tensors of n images; None for a text model. places: tokens."""
+    """make: a model with a number of layers. pixels: the tensors of n images; None for a text model. places: tokens.
+
+    typed: the processor returns token types.
+    """
 
     make: Callable[[int], PreTrainedModel]
     pixels: Callable[[int, torch.Generator], dict[str, Any]] | None = None
     places: int = 0
+    typed: bool = False
 
     def inputs(self, rows: int, words: int = 14) -> dict[str, Any]:
         """Prompts of different lengths, left-padded, with an image in each."""
@@ -98,11 +126,14 @@ class MtpTarget:
                 [BOS, *text[:3], *([START, *[IMAGE] * self.places, END] if self.places else []), *text, *text[:5]]
             )
         width = max(map(len, ids))
-        return {
-            "input_ids": torch.tensor([[PAD] * (width - len(x)) + x for x in ids]),
-            "attention_mask": torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids]),
-            **(self.pixels(rows, g) if self.pixels else {}),
-        }
+        padded = torch.tensor([[PAD] * (width - len(x)) + x for x in ids])
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids])
+        return self.text(padded, mask) | (self.pixels(rows, g) if self.pixels else {})
+
+    def text(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of a prompt's tokens [B, L]."""
+        types = {"mm_token_type_ids": (ids == IMAGE).long()} if self.typed else {}
+        return {"input_ids": ids, "attention_mask": mask, **types}
 
 
 def _kimi_pixels(rows: int, g: torch.Generator) -> dict[str, Any]:
@@ -111,17 +142,26 @@ def _kimi_pixels(rows: int, g: torch.Generator) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _qwen_pixels(rows: int, g: torch.Generator) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.randn(24 * rows, 96, generator=g), "image_grid_thw": torch.tensor([[1, 4, 6]] * rows)
+    }  # fmt: skip
+
+
 TARGETS = {
     "kimi_k25": MtpTarget(kimi_k25, _kimi_pixels, 2),
     "glm4_moe": MtpTarget(glm4_moe),
     "step3p7": MtpTarget(step3p7, lambda n, g: {"pixel_values": torch.randn(n, 3, 32, 32, generator=g)}, 4),
+    "qwen3_5": MtpTarget(qwen3_5, _qwen_pixels, 6, True),
+    "qwen3_5_moe": MtpTarget(qwen3_5_moe, _qwen_pixels, 6, True),
 }
 
 
 def layers_of(model: PreTrainedModel, count: int, seed: int = 7) -> MtpModel:
     """Random multi-token-prediction layers for a model."""
     torch.manual_seed(seed)
-    made = MtpModel(model, count).eval()
+    with declared(model):
+        made = MtpModel(model, count).eval()
     with torch.no_grad():
         for weight in made.layers.parameters():
             if weight.dim() > 1:

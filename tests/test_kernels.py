@@ -20,6 +20,8 @@ from msd.model import SpeculativeVLM
 from msd.system import measurements
 from msd.system.measurements import cached
 
+pytestmark = pytest.mark.alone
+
 FASTER = comparison.faster  # tests run with a fixed result
 NAMES = ("qkv", "out", "gate_up", "down", "output")
 MIXED: Kernels = ("library", "packed", "packed", "library", "packed", "library", "packed")

@@ -27,6 +27,8 @@ class SpeculativeConfig(BaseModel):
     adaptive: whether the size of a step's draft follows the measured costs of the target's passes, down to none if
     drafting is slower. Without it, and always with sampled drafts, a lossy verifier or a lossy backend, the draft is
     as large as allowed.
+    calibrate: whether `mtp`, an assistant or a draft model is calibrated by what the target accepts of its drafts, and
+    this is kept in the user's cache directory. Only if `adaptive` applies.
     nodes, depth, width: the largest draft tree: drafted nodes; levels; and children of a node, as well as expanded
     nodes of a subtree per level (1: a chain). The method's own limits hold too; no method drafts more than 8 levels.
     """
@@ -42,6 +44,7 @@ class SpeculativeConfig(BaseModel):
     backend: str = "measure"
     label: bool = False
     adaptive: bool = True
+    calibrate: bool = True
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=8, ge=1)
     width: int | None = Field(default=None, ge=1)

@@ -87,6 +87,8 @@ class SpeculativeVLM:
         lossy = not policy.lossless or self.target.backend.lossy
         adaptive = self.config.adaptive and not self.drafter.sampled and not lossy and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
+        if adaptive and self.config.calibrate:
+            self.drafter.remember(fingerprint(model))
         self.plan = Plan(self.config.nodes, self.config.depth, self.config.width, measured)
         self._lock = request_lock(model)
         self._attached = self._embedding()
@@ -298,6 +300,7 @@ class SpeculativeVLM:
             with statistics.timed("paused"):
                 yield step
             cores.resume()
+        self.drafter.finish()
         if streamer is not None:
             streamer.end()
         fields = outputs.fields()

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers.generation.candidate_generator as library
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DynamicCache
 from transformers.modeling_layers import MtpModel
 
 import tiny
@@ -26,8 +28,10 @@ from mtp_targets import TARGETS, layers_of
 
 TREE = SpeculativeConfig(nodes=12, depth=4, adaptive=False, backend="plain")
 GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None}
+ONLY_WORDS = {**GREEDY, "suppress_tokens": list(range(WORDS))}
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 16, "eos_token_id": None}
-SHAPES = [("kimi_k25", 1), ("kimi_k25", 2), ("glm4_moe", 1), ("step3p7", 1), ("step3p7", 3)]
+ASSISTED = [("kimi_k25", 1), ("kimi_k25", 2), ("glm4_moe", 1), ("step3p7", 1), ("step3p7", 3)]
+HYBRIDS = [("qwen3_5", 1), ("qwen3_5", 2), ("qwen3_5_moe", 1)]  # the library refuses to draft for them
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +47,7 @@ def plain(model: Any, given: dict[str, Any], seed: int = 0, **settings: Any) -> 
     return model.generate(**given, **settings)[:, given["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize(("name", "layers"), SHAPES)
+@pytest.mark.parametrize(("name", "layers"), [*ASSISTED, *HYBRIDS])
 def test_output_is_the_targets(name: str, layers: int) -> None:
     """Greedy in a left-padded batch of three, and with a seed."""
     model, some = TARGETS[name].make(layers), TARGETS[name].inputs(3)
@@ -55,12 +59,16 @@ def test_output_is_the_targets(name: str, layers: int) -> None:
     assert engine.generate(**one, **SAMPLED, seed=3).tokens == plain(model, one, 3, **SAMPLED)[0]
 
 
+def chain(depth: int) -> SpeculativeConfig:
+    return SpeculativeConfig(nodes=depth, depth=depth, width=1, adaptive=False, backend="plain")
+
+
 def chains(model: Any, network: MtpModel, given: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[tuple, list[int]]:
     """The library's drafts for one prompt: text so far -> drafted tokens."""
     found = {}
     propose = library.MTPCandidateGenerator.get_candidates
 
-    def noted(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+    def noted(self: Any, input_ids: Tensor, **options: Any) -> Any:
         out = propose(self, input_ids, **options)
         found[tuple(input_ids[0].tolist())] = out[0][0, input_ids.shape[1] :].tolist()
         return out
@@ -71,7 +79,7 @@ def chains(model: Any, network: MtpModel, given: dict[str, Any], patch: pytest.M
     return {text: drafted for text, drafted in found.items() if drafted}
 
 
-@pytest.mark.parametrize(("name", "layers"), SHAPES)
+@pytest.mark.parametrize(("name", "layers"), ASSISTED)
 def test_the_most_probable_path_is_the_librarys_chain(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, and as a row of a left-padded batch of three."""
     model = TARGETS[name].make(layers)
@@ -87,8 +95,7 @@ def test_the_most_probable_path_is_the_librarys_chain(name: str, layers: int, mo
         return tree
 
     monkeypatch.setattr(MtpDrafter, "propose", noted)
-    chain = SpeculativeConfig(nodes=layers, depth=layers, width=1, adaptive=False, backend="plain")
-    SpeculativeVLM(model, None, chain, MtpDrafter(network)).generate(**several, **GREEDY)
+    SpeculativeVLM(model, None, chain(layers), MtpDrafter(network)).generate(**several, **GREEDY)
     width = several["input_ids"].shape[1]
     start = (several["attention_mask"] == 0).sum(1).tolist()
     for row in rows:
@@ -102,6 +109,62 @@ def test_the_most_probable_path_is_the_librarys_chain(name: str, layers: int, mo
         assert [drafted[text] for text in common] == [theirs[text] for text in common]
         most = max(most, len(common))
     assert most > 6
+
+
+@torch.no_grad()
+def from_scratch(network: MtpModel, ids: Tensor, states: Tensor, positions: Tensor, depth: int) -> list[int]:
+    """Drafts by the library's layers, which read the whole text [1, L] anew; a single layer does so for each level.
+
+    states: [1, L - 1, H], the target's at all tokens but the last. positions: [3, 1, L - 1], those of the states.
+    """
+    read, cache, above, tokens = ids[:, 1:], DynamicCache(), states, list[int]()
+    for k in range(depth):
+        single = len(network.layers) == 1
+        above = network.forward_layer(0 if single else k, above, positions, cache, input_ids=read)
+        tokens.append(int(network._project_to_logits(above[:, -1]).argmax()))
+        drafted = torch.tensor([tokens[-1:]])
+        read = torch.cat([read if single else read[:, 1:], drafted], 1)
+        if single:
+            states = above = torch.cat([states, above[:, -1:]], 1)
+            positions, cache = torch.cat([positions, positions[:, :, -1:] + 1], 2), DynamicCache()
+    return tokens
+
+
+@pytest.mark.parametrize(("name", "layers"), HYBRIDS)
+def test_the_most_probable_path_on_a_hybrid(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the library's layers, beside images, at the positions of the states; in a left-padded batch of three."""
+    target, depth = TARGETS[name], 3 if layers == 1 else layers
+    model, several = target.make(layers), target.inputs(3)
+    network = layers_of(model, layers)
+    drafted: list[dict[int, list[int]]] = [{}, {}, {}]
+    propose = MtpDrafter.propose
+
+    def noted(self: Any, state: Any, *others: Any) -> DraftTree:
+        tree = propose(self, state, *others)
+        for row, found in enumerate(drafted):
+            found[state.layout.end[row]] = tree.tokens[row, 1:][tree.valid[row, 1:]].tolist()
+        return tree
+
+    monkeypatch.setattr(MtpDrafter, "propose", noted)
+    results = SpeculativeVLM(model, None, chain(depth), MtpDrafter(network)).generate(**several, **ONLY_WORDS)
+    width = several["input_ids"].shape[1]
+    compared = 0
+    for row, start in enumerate((several["attention_mask"] == 0).sum(1).tolist()):
+        text = torch.tensor([several["input_ids"][row, start:].tolist() + results[row].tokens])
+        images = {k: v.chunk(3)[row] for k, v in several.items() if k in ("pixel_values", "image_grid_thw")}
+        given = target.text(text, torch.ones_like(text)) | images
+        places = model._prepare_position_ids_for_generation(text, dict(given))[-3:]
+        assert (places[0] != places[1]).any(), "M-RoPE"
+        with torch.no_grad():
+            states = model.model(**given, position_ids=places).last_hidden_state
+        for end, tokens in drafted[row].items():
+            L = end - start
+            assert end >= width
+            if len(tokens) == depth:
+                wanted = from_scratch(network, text[:, :L], states[:, : L - 1], places[:, :, : L - 1], depth)
+                assert tokens == wanted
+                compared += 1
+    assert compared > 20
 
 
 @pytest.mark.parametrize(("name", "layers"), [("kimi_k25", 1), ("step3p7", 3)])
@@ -133,17 +196,18 @@ def test_a_tree_contains_the_chain(name: str, layers: int, monkeypatch: pytest.M
     assert len(common) > 9 and max(len(paths[3][text]) for text in common) == (4 if layers == 1 else 3)
 
 
-def test_turns_of_a_chat() -> None:
+@pytest.mark.parametrize(("name", "layers"), [("step3p7", 3), ("qwen3_5", 1)])
+def test_turns_of_a_chat(name: str, layers: int) -> None:
     """A later turn reuses the target's states; the layers read the whole text."""
-    target = TARGETS["step3p7"]
-    model, past = target.make(3), Past()
-    engine = SpeculativeVLM(model, None, TREE, MtpDrafter(layers_of(model, 3)))
-    given, words = target.inputs(1), {**GREEDY, "suppress_tokens": list(range(WORDS))}
+    target = TARGETS[name]
+    model, past = target.make(layers), Past()
+    engine = SpeculativeVLM(model, None, TREE, MtpDrafter(layers_of(model, layers)))
+    given = target.inputs(1)
     for _ in range(3):
-        result = engine.generate(**given, **words, past=past)
-        assert result.tokens == plain(model, given, **words)[0] and result.statistics.num_draft_tokens > 16
+        result = engine.generate(**given, **ONLY_WORDS, past=past)
+        assert result.tokens == plain(model, given, **ONLY_WORDS)[0] and result.statistics.num_draft_tokens > 16
         ids = torch.cat([given["input_ids"], torch.tensor([[*result.tokens, 20, 21]])], 1)
-        given = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given |= target.text(ids, torch.ones_like(ids))
     assert result.statistics.num_prefill_rows < 8
 
 

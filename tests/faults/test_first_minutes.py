@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from msd.cli import app, bench, demo, verify
 from msd.config import SpeculativeConfig
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import Drafter
-from msd.drafters.algorithms import eventgpt as eventgpt_memory
+from msd.drafters.algorithms import eventgpt as eventgpt_module
 from msd.drafters.algorithms import prompt_lookup
 from msd.drafters.algorithms.combined import Combined
 from msd.drafters.algorithms.eventgpt import EventGPT, EventGPTDrafter, VocabularyMap
@@ -175,14 +176,14 @@ def methods() -> dict[str, Drafter]:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by one each time a drafter reads a prompt."""
     found: list[str] = []
-    for module in (toolkit_memory, eventgpt_memory):
-        begin = module.Memory.begin.__func__  # type: ignore[attr-defined]
+    begins = toolkit_memory.Memory.begin.__func__, eventgpt_module.begin  # type: ignore[attr-defined]
 
-        def noted(cls: Any, *args: Any, begin: Any = begin, name: str = module.__name__, **kwargs: Any) -> Any:
-            found.append(name)
-            return begin(cls, *args, **kwargs)
+    def noted(begin: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(begin.__module__)
+        return begin(*args, **kwargs)
 
-        monkeypatch.setattr(module.Memory, "begin", classmethod(noted))
+    monkeypatch.setattr(toolkit_memory.Memory, "begin", classmethod(partial(noted, begins[0])))
+    monkeypatch.setattr(eventgpt_module, "begin", partial(noted, begins[1]))
     read = prompt_lookup.PromptLookup._read
 
     def indexed(self: prompt_lookup.PromptLookup, state: State) -> None:

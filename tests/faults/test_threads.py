@@ -22,6 +22,8 @@ from msd.model import SpeculativeVLM
 from msd.targets import adapt
 from msd.targets.vision import VisionCache
 
+pytestmark = pytest.mark.alone
+
 NEW = 12
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
 TEMPLATE = (

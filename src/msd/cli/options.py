@@ -143,6 +143,13 @@ class Drafting:
     drafter: DrafterFolder = None
     draft_model: DraftModel = None
     draft_sees: DraftSees = None
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Improve the trees of the target's own layers, an assistant or a draft model by what was accepted, "
+            "and remember it."
+        ),
+    ] = True
     backend: Backend = "measure"
     device: Device = None
 
@@ -348,7 +355,7 @@ def load_vlm(target: str, drafting: Drafting, **config: Any) -> SpeculativeVLM:
     share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
 
-    speculative = SpeculativeConfig(label=True, backend=drafting.backend, **config)
+    speculative = SpeculativeConfig(label=True, backend=drafting.backend, calibrate=drafting.calibrate, **config)
     with terminal.loading():
         return SpeculativeVLM.from_pretrained(target, method, speculative, device=drafting.device)
 

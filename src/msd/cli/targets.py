@@ -41,18 +41,16 @@ def targets(as_json: Json = False) -> None:
         ]
         print(json.dumps({"targets": rows}))
         return
-    shown = table(
-        "architecture",
-        "models",
-        "takes",
-        "processor\nneeds",
-        "note",
-        wrapped=("models", "takes", "processor\nneeds", "note"),
-    )
+    shown = table("architecture", "models", "takes", "needs", "note", wrapped=("takes",))
+    notes = list(dict.fromkeys(family.note for family in supported.values() if family.note))
     for name, family in supported.items():
-        shown.add_row(name, family.models, ", ".join(family.modalities), ", ".join(family.packages), family.note)
+        note = str(notes.index(family.note) + 1) if family.note else ""
+        shown.add_row(name, family.models, ", ".join(family.modalities), ", ".join(family.packages), note)
     console = Console()
     console.print(shown)
+    console.print("needs: packages of its processor. Notes:")
+    for number, note in enumerate(notes, 1):
+        console.print(f"  {number}  {note}", soft_wrap=True)
     console.print("Tested for each, on tiny random models:")
     for check in TESTED:
         console.print(f"  - {check}", soft_wrap=True)

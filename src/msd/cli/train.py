@@ -126,7 +126,7 @@ def train(
     captured, held_out = answers.read()
     thresholds = answers.label_thresholds()
     quiet()
-    from msd.drafters.toolkit import checkpoint
+    from msd.drafters.toolkit import checkpoint, processes
     from msd.loading import load_target
     from msd.targets.registry import fingerprint
     from msd.train import drafting, loop
@@ -138,6 +138,8 @@ def train(
     sink = loop.tensorboard(out / "tensorboard") if tensorboard else None
     with contextlib.redirect_stdout(sys.stderr):
         finished = drafting.train(model, processor, captured, held_out, thresholds, out, settings, sink)
+    if processes.place()[0]:
+        return  # the first process reports
     log, picture = out / "log.jsonl", out / "curves.png"
     if log.exists():  # a run that was stopped in its first steps has no log yet
         loop.draw(log, picture)

@@ -86,8 +86,19 @@ class Drafter(Protocol):
         """
         return None
 
+    def remember(self, target: str) -> None:
+        """Improves the drafts of later requests by what the target accepts, and keeps what it learns between runs.
+
+        target: the target's fingerprint. Called after `attach`, only where drafts cannot change answers.
+        """
+        return
+
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Receives what a step accepted. Called after each step, before the next `propose`."""
+        return
+
+    def finish(self) -> None:
+        """Called after the last step of a request that was not interrupted."""
         return
 
     def select(self, state: State, rows: list[int]) -> None:

@@ -85,7 +85,8 @@ class Batch(Generic[M]):
         drafted = (step.tree.valid.sum(1) - 1).tolist()
         finish = self._sampler.finish
         emitted = [(member, _emission(step, row, drafted[row], finish[row])) for row, member in enumerate(self.members)]
-        self._drop_ended()
+        if self._drop_ended():
+            self.engine.drafter.finish()
         return emitted
 
     @torch.inference_mode()
@@ -96,19 +97,20 @@ class Batch(Generic[M]):
                 self._sampler.end(row, reason)
         self._drop_ended()
 
-    def _drop_ended(self) -> None:
-        """Removes ended rows from the state, the sampler and the members."""
+    def _drop_ended(self) -> bool:
+        """Removes ended rows from the state, the sampler and the members; returns whether there were any."""
         if self._state is None or self._sampler is None:
-            return
+            return False
         rows = self._sampler.alive
         if len(rows) == len(self.members):
-            return
+            return False
         self.members = [self.members[row] for row in rows]
         if not rows:
             self._state = self._sampler = None
-            return
+            return True
         self.engine.select(self._state, rows)
         self._sampler.select(rows)
+        return True
 
 
 def _emission(step: Step, row: int, drafted: int, finish: str | None) -> Emission:

@@ -112,7 +112,7 @@ class Pictures:
 
     def _unbatch(self, output: Any, count: int) -> list[Features]:
         """The encoder's output by item. Where the output has one tensor for all, items have equal lengths."""
-        states = output[self.output]
+        states = getattr(output, self.output)  # not an item: LLaVA adds it to outputs of any class
         if len(states) != count:
             states = (states if isinstance(states, Tensor) else torch.cat(list(states))).chunk(count)
         deep = getattr(output, "deepstack_features", None) or ()

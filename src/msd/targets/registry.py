@@ -104,7 +104,7 @@ _FAMILIES: dict[str, Family] = {
     "cosmos3_omni": Family("Cosmos 3 Omni", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "deepseek_ocr2": Family("DeepSeek-OCR 2", _VISION, Target, _LOCAL),
     "deepseek_vl": Family("DeepSeek-VL", _VISION, Target, (_STACK,)),
-    "emu3": Family("Emu3 (answers in text)", _VISION, Target, (Pictures(reads_embeddings=True),)),
+    "emu3": Family("Emu3", _VISION, Target, (Pictures(reads_embeddings=True),), note="answers in text only"),
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", _VIDEO, MRope, _QWEN, _TORCHVISION),
     "exaone4_5": Family("EXAONE 4.5", _VIDEO, Columns, _QWEN, _TORCHVISION),
     "fuyu": Family("Fuyu", _VISION, Fuyu, (Pictures("image", "pixel_values", (), "stack", 4096, "last_hidden_state"),)),
@@ -118,7 +118,7 @@ _FAMILIES: dict[str, Family] = {
     "granite4_vision": Family("Granite 4 Vision", _VISION, Target, (Layered(),)),
     "hunyuan_vl": Family("HunYuan-VL", _VISION, HunYuan, _GRID),
     "idefics2": Family("Idefics2", _VISION, Target, (NestedTiles(),)),
-    "janus": Family("Janus (answers in text)", _VISION, Target, (_STACK,)),
+    "janus": Family("Janus", _VISION, Target, (_STACK,), note="answers in text only"),
     "kimi_k25": Family("Kimi K2.5", _VISION, Target, _GRID, _TORCHVISION, "no videos: transformers 5.23 fails"),
     "lighton_ocr": Family("LightOnOCR", _VISION, Target, (_IMAGES,)),
     "llama4": Family(

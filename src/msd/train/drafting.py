@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from msd import formats
@@ -47,6 +49,8 @@ REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
 UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
 START_SETTINGS = ("form", "layers", "off")  # fixed by a start drafter, as its method is
+SHARED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one copy of the drafter each
+EVALUATION_LIMIT = timedelta(hours=12)  # for which the other processes wait for the main one
 EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
 
 
@@ -119,13 +123,11 @@ def train(
     run's network reads. A finished run is left unchanged. Raises UserError if images do not change the target's logits,
     if `out` holds a run with other settings, data or target, or if another process trains there.
     """
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
+    accelerator = _accelerator(model.device, settings.batch)
     main = accelerator.is_main_process
     with _exclusive_folder(out) if main else nullcontext():
         model.requires_grad_(False)
-        settings = resolve_precision(settings, out, model.device)
+        settings = broadcast_object_list([resolve_precision(settings, out, model.device) if main else settings])[0]
         network = initial_network(adapt(model), captured, settings, processor).to(model.device)
         _check_same_run(out, settings, network, thresholds)
         earlier = _read_record(out / "drafter")
@@ -147,7 +149,9 @@ def train(
         begun = time.monotonic()
         count = min(settings.anchors, network.max_roots or settings.anchors)
         step_loss = _step_loss(shared, batches, count, network.prompt_roots)
-        source = {"cuts": thresholds.model_dump(), "answers": len(captured)}
+        source = {
+            "cuts": thresholds.model_dump(), "answers": len(captured), "processes": accelerator.num_processes
+        }  # fmt: skip
 
         def save(folder: Path, complete: bool = False) -> None:
             record = _record(settings, loop, source, evaluate, earlier, time.monotonic() - begun, complete)
@@ -158,7 +162,29 @@ def train(
         finished = loop.run()
         if main:
             save(out / "drafter")
+        accelerator.wait_for_everyone()
         return finished
+
+
+def _accelerator(device: torch.device, batch: int) -> Accelerator:
+    """Returns the processes that `accelerate launch` started, or this one. UserError for FSDP and too few answers."""
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=EVALUATION_LIMIT)
+        ],
+    )  # fmt: skip
+    if accelerator.distributed_type not in SHARED:
+        raise UserError(
+            f"training with {accelerator.distributed_type.value} is not supported, as the drafter fits one GPU; launch "
+            "it with recipes/scale/ddp.yaml"
+        )
+    if batch < accelerator.num_processes:
+        raise UserError(
+            f"{accelerator.num_processes} processes cannot share a batch of {batch}; give --batch "
+            f"{accelerator.num_processes} or more"
+        )
+    return accelerator
 
 
 def step_folder(out: Path, step: int) -> Path:
@@ -306,9 +332,10 @@ def _step_loss(objective: nn.Module, batches: TeacherBatches, roots: int, prompt
     def step_loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         nonlocal tokens
         batch, labels = batches(step)
-        tokens += sum(batch.lengths)
+        lengths = [len(answer.ids) for answer in batches.answers_at(step)]
+        tokens += sum(lengths)
         with torch.autocast(batches.target.model.device.type, batches.dtype, enabled=batches.dtype is not None):
-            loss, parts = objective(batch, labels, batches.roots(batch, roots, prompt_roots))
+            loss, parts = objective(batch, labels, batches.roots(batch, roots, prompt_roots, lengths))
         speed = {"answer_tokens_per_second": tokens / (time.monotonic() - begun), "peak_gb": peak_gigabytes()}
         return loss, {**parts, **speed}
 

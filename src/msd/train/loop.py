@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msd.drafters.toolkit import processes
 from msd.errors import UserError
 from msd.system.files import append, make_folder, read_bytes, read_rows, write_whole
 
@@ -92,7 +93,8 @@ class Loop:
     `step_loss(step)` returns the loss to minimise and named losses to log. A folder with a checkpoint is resumed; if
     `config.steps` differs from the checkpoint's, the schedule ends at the new number. The previous checkpoint stays in
     `checkpoint.previous.pt` and is used if the newest one is damaged. With several processes, each runs the loop:
-    `backward` averages their gradients (accelerate's), and only the `main` process writes and evaluates.
+    `backward` averages their gradients (accelerate's), the log holds averages over them, a signal to one of them stops
+    all after the same step, and only the `main` process writes and evaluates.
     keep: number of steps -> what the main process calls when the run has made so many.
     """
 
@@ -118,7 +120,7 @@ class Loop:
         self.averaged = {n: p.detach().clone() for n, p in self.params.items()} if config.average else {}
         self.schedule = Schedule(config.steps, warmup=config.warmup)
         self._peaks = [g["lr"] for g in optimizer.param_groups]
-        self._stop = False
+        self._stop, self.device = False, next(iter(self.params.values())).device
         make_folder(folder)
         if self.checkpoint.exists() or self.previous.exists():
             self._restore()
@@ -129,7 +131,7 @@ class Loop:
         """Trains to the end of the schedule, or until a signal stops it (returns False). Both save the state."""
         saved, begun, first = time.monotonic(), time.monotonic(), self.step
         with on_signals(self._request_stop):
-            while self.step < self.schedule.steps and not self._stop:
+            while self.step < self.schedule.steps and not processes.anywhere(self._stop, self.device):
                 self._one_step()
                 done = self.step >= self.schedule.steps
                 if self.step % self.config.log_every == 0 or done:
@@ -163,7 +165,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         for name, average in self.averaged.items():
             average.lerp_(self.params[name].detach(), 1 - self.config.average)
-        for name, value in {"loss": loss.item(), **parts}.items():
+        for name, value in processes.averaged({"loss": loss.item(), **parts}, loss.device).items():
             self.running[name] = SMOOTHING * self.running.get(name, value) + (1 - SMOOTHING) * value
         self.step += 1
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from msd.drafters.auxiliary import stacked
+from msd.drafters.toolkit.processes import largest
 from msd.errors import UserError
 from msd.events.auxiliary import event_tokens
 from msd.inputs import prompts
@@ -254,16 +255,22 @@ class TeacherBatches:
             return None
         return stacked([None if f is None else event_tokens(self.target, self.processor, f) for f in files])
 
-    def roots(self, batch: TeacherBatch, count: int, prompt: int = 0) -> Tensor:
+    def roots(self, batch: TeacherBatch, count: int, prompt: int = 0, lengths: Sequence[int] | None = None) -> Tensor:
         """Draws up to `count` different answer tokens per row as roots of drafts, [B, A], with torch's generator.
 
         prompt: the last tokens of the prompt to draw from too, as negative indices. A shorter row is padded with its
-        last token, which has nothing after it to draft.
+        last token, which has nothing after it to draft. lengths: of the answers of all processes, so that a row has the
+        roots it would have in one process; by default those of `batch`. A process without answers of its own, which
+        holds another's, drafts nothing.
         """
+        rank, shares = self.share
         if prompt:  # a root has a real column before it
-            prompt = max(0, min(prompt, batch.prompt - max(batch.layout.start) - 1))
-        columns, count = [], min(count, max(batch.lengths) - 1 + prompt)
-        for length in batch.lengths:
+            shortest = -largest(batch.answers.new_tensor(max(batch.layout.start) - batch.prompt))
+            prompt = max(0, min(prompt, int(shortest) - 1))
+        lengths = batch.lengths if lengths is None else lengths
+        columns, count = [], min(count, max(lengths) - 1 + prompt)
+        for length in lengths:
             chosen = torch.randperm(length - 1 + prompt)[:count].sort().values - prompt
             columns.append(torch.nn.functional.pad(chosen, (0, count - len(chosen)), value=length - 1))
-        return torch.stack(columns).to(batch.answers.device)
+        own = columns[rank::shares] or [torch.full((count,), batch.lengths[0] - 1)]
+        return torch.stack(own).to(batch.answers.device)

@@ -19,12 +19,13 @@ from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import distributions, draft, drafts
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape
+from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets import masks
+from msd.targets.registry import fingerprint
 from msd.targets.state import State
 from msd.targets.taps import FINAL
 
@@ -71,7 +72,7 @@ class AssistantLevels:
         return distributions(model.lm_head(last) if ordered is None else ordered(last, model.lm_head.weight))
 
 
-class AssistantDrafter(Drafter):
+class AssistantDrafter(ObservedDrafter):
     """Drafts with an assistant of the target; its candidates are deterministic. label: its name in messages."""
 
     name, taps = METHOD, (FINAL,)
@@ -100,14 +101,14 @@ class AssistantDrafter(Drafter):
         """See `Drafter`; UserError, because another model has no such assistant, and the method does not sample."""
         raise UserError(f"method '{self.name}' has no twin: an assistant belongs to one target")
 
+    def fingerprint(self) -> str:
+        """See `ObservedDrafter`."""
+        return fingerprint(self.model)
+
     @property
     def ids(self) -> Tensor:
         """[V] int64: all tokens of the target."""
         return self._ids
-
-    def log_acceptance(self, node: NodeFeatures) -> Tensor:
-        """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
-        return node.log_q
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the target's state [1, H] before the newest token of each row."""
@@ -116,6 +117,7 @@ class AssistantDrafter(Drafter):
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the state before the newest token: that of the node above it."""
+        super().observe(state, tree, scores, accepted)
         assert scores.taps is not None
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens:

@@ -24,10 +24,9 @@ from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
-from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import drafts
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import Pieces, VocabularyMap
 from msd.errors import UserError, named
@@ -47,7 +46,7 @@ SHARED = 0.5  # least share of the smaller vocabulary that both models have
 TREE = Shape(width=3, depth=6)
 
 
-class DraftModel(Drafter):
+class DraftModel(ObservedDrafter):
     """Drafts with `model`; its candidates are deterministic.
 
     processor: the model's own (a `TextProcessor` for a language model); without one, the token ids of both models are
@@ -98,14 +97,14 @@ class DraftModel(Drafter):
         """Returns a drafter with the model itself as its draft model, which sees what it sees."""
         return DraftModel(model, None, self.sees if self.sees != "caption" else "nothing", self.label)
 
+    def fingerprint(self) -> str:
+        """See `ObservedDrafter`."""
+        return f"{targets.fingerprint(self.model)} sees {self.sees}"
+
     @property
     def ids(self) -> Tensor:
         """[n] int64: the target's ids of the tokens that can be drafted."""
         return self.mapping.ids
-
-    def log_acceptance(self, node: NodeFeatures) -> Tensor:
-        """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
-        return node.log_q
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the number of columns of the prompt; the first draft reads it."""

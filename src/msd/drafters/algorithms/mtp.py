@@ -6,7 +6,9 @@ chains with them, for one prompt at a time. Here they draft trees, for batches. 
 levels from its own states. Of n layers, layer k drafts level k, so trees have n levels.
 
 The slot of a token in the layers' cache is its column. Column c has no entry in layer k if c < start + 1 + k, since the
-tokens that its state would come from do not exist. At images the layers read the placeholder's embedding.
+tokens that its state would come from do not exist. Its rotary position is that of the target's state that it reads,
+1 + k columns before it. Text alone does not depend on the choice; beside images, under M-RoPE, it does, and this one is
+that of vLLM. At images the layers read the placeholder's embedding.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
-from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.system.files import tensor_names
 from msd.targets import masks
+from msd.targets.registry import fingerprint
 from msd.targets.state import State
 from msd.targets.taps import FINAL
 
@@ -60,7 +63,8 @@ class Memory:
         state = taps
         for k in range(len(network.layers)):
             tables = masks.row_tables([first + 1 + k for first in layout.start], L, taps.device)
-            state = self._layer(k, layout.tokens[:, :L], shifted(state), layout.positions[:, :, :L], tables)
+            positions = layout.positions[:, :, (torch.arange(L) - 1 - k).clamp_min(0)]
+            state = self._layer(k, layout.tokens[:, :L], shifted(state), positions, tables)
             self.carry.append(state[:, -1:].clone())
         self.cache.advance(L)
 
@@ -106,7 +110,7 @@ class Memory:
     def _nodes(self, k: int, tree: DraftTree, first: int, above: Tensor) -> Tensor:
         """Computes layer k's outputs [R, N - first, H] at the nodes from `first` on. above: the states they read."""
         rows = self.cache.rows
-        root = self.layout.positions[:, rows, [self.seen[row] for row in rows]]  # [A, R]
+        root = self.layout.positions[:, rows, [self.seen[row] - 1 - k for row in rows]]  # [A, R]
         positions = root[:, :, None] + tree.depths[:, first:]
         start = [self.layout.start[row] + 1 + k for row in rows]
         tables = masks.without_first(masks.tree_tables(tree, start, self.cache.base), first)
@@ -139,7 +143,7 @@ def shifted(states: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
 
 
-class MtpDrafter(Drafter):
+class MtpDrafter(ObservedDrafter):
     """Drafts with the target's own layers; its candidates are deterministic.
 
     network: the layers; by default those of the target's checkpoint.
@@ -164,6 +168,10 @@ class MtpDrafter(Drafter):
         """See `Drafter`; UserError, because another model has no such layers, and the method does not sample."""
         raise UserError(f"method '{self.name}' has no twin: its layers belong to one target")
 
+    def fingerprint(self) -> str:
+        """See `ObservedDrafter`."""
+        return fingerprint(self.network)
+
     @property
     def network(self) -> MtpModel:
         """The layers."""
@@ -174,10 +182,6 @@ class MtpDrafter(Drafter):
     def ids(self) -> Tensor:
         """[V] int64: all tokens of the target."""
         return self._ids
-
-    def log_acceptance(self, node: NodeFeatures) -> Tensor:
-        """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
-        return node.log_q
 
     @property
     def depth(self) -> int:
@@ -204,6 +208,7 @@ class MtpDrafter(Drafter):
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's state before every emitted token: that of the node above it."""
+        super().observe(state, tree, scores, accepted)
         assert scores.taps is not None
         unread = state.memory.unread if isinstance(state.memory, Memory) else state.memory[1]
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):

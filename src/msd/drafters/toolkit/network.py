@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.core.layout import Layout
-from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit import checkpoint, processes
 from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance
 from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, select_columns, text_columns
 from msd.drafters.toolkit.growth import Levels
@@ -286,7 +286,7 @@ class DraftNetwork(nn.Module, ABC):
         EAGLE, section 4.1, with a = 0.1; its released code scales a by 512 / S.
         """
         a = self.config.options.get("noise", 0.0) * 512 / feature.shape[1]
-        return feature + (2 * torch.rand_like(feature) - 1) * a if self.training and a else feature
+        return feature + (2 * processes.uniform(feature) - 1) * a if self.training and a else feature
 
     @abstractmethod
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from msd.core import modality
 from msd.core.modality import FUSION, LANGUAGE, VISION
+from msd.drafters.toolkit import processes
 from msd.drafters.toolkit.context import pick
 from msd.targets.teacher import TeacherBatch
 
@@ -39,9 +40,8 @@ class TargetOutputs:
         return cls(read(batch.logits, index).exp(), state, read(batch.answers, index), valid)
 
     def mean(self, values: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-        """Weighted mean of values [B, A, D] over valid positions."""
-        w = self.valid * weight
-        return (values * w).sum() / w.sum().clamp_min(1e-6)
+        """Weighted mean of values [B, A, D] over valid positions, also those of other processes (`processes.mean`)."""
+        return processes.mean(values, self.valid * weight)
 
 
 def final_states(batch: TeacherBatch, hidden: int) -> Tensor:

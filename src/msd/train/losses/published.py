@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd.core.modality import LANGUAGE
+from msd.drafters.toolkit import processes
 from msd.drafters.toolkit.context import Selection, pick
 from msd.drafters.toolkit.network import DraftNetwork, Parts
 from msd.drafters.toolkit.training import TargetOutputs, parents
@@ -76,7 +77,7 @@ def training_time_test_loss(network: DraftNetwork, batch: TeacherBatch, roots: T
     logits = network.logits(network.states(batch, roots, reach), target.token)
     entropy = soft_entropy(logits, target.p / target.p.sum(-1, keepdim=True).clamp_min(1e-9))
     counts = (target.valid & torch.isin(target.token, network.ids)).to(entropy.dtype)
-    each = (entropy * counts).sum((0, 1)) / counts.sum((0, 1)).clamp_min(1)
+    each = processes.ratio((entropy * counts).sum((0, 1)), counts.sum((0, 1)), 1)
     loss = (each * DECAY ** torch.arange(reach, device=each.device)).sum()
     return loss, {"first": each[0], "last": each[-1]}
 

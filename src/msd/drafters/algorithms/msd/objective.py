@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msd.drafters.algorithms.msd.network import MSDNetwork
+from msd.drafters.toolkit import processes
 from msd.drafters.toolkit.calibration import calibration_error
 from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.training import (
@@ -115,21 +116,29 @@ class DraftObjective(Objective):
             logits.float().log_softmax(-1), drafts.read(batch.logits.exp()), self.network.heads.norm(states), truth, c
         )
         weight = (c.decay ** torch.arange(self.depth, device=kind.device) * valid)[..., None]
-        total = (kind * weight).sum((0, 1, 2))  # [M]
-        terms = (each[..., None] * kind * weight).sum((0, 1, 2)) / total.clamp_min(1e-6)
-        loss = self.weights(terms, total > 0)
-        mean = lambda values: (values * valid).sum() / valid.sum().clamp_min(1)  # noqa: E731
-        router_loss = mean(-(route * kind).sum(-1))
-        confidence_loss = mean(F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none"))
+        own = (kind * weight).sum((0, 1, 2))  # [M]
+        terms, present = (
+            processes.ratio((each[..., None] * kind * weight).sum((0, 1, 2)), own),
+            processes.summed(own) > 0,
+        )
+        loss = self.weights(terms, present)
+        router_loss = processes.mean(-(route * kind).sum(-1), valid, 1)
+        unsure = F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none")
+        confidence_loss = processes.mean(unsure, valid, 1)
         if self.network.router is not None:
             loss = loss + c.router * router_loss
         loss = loss + c.confidence * confidence_loss
         end_logits, last = self.endings(batch, drafts)
         ending = F.binary_cross_entropy_with_logits(end_logits.float(), last.float(), reduction="none")
-        loss = loss + c.ending * (ending * valid[:, :, 0]).sum() / valid[:, :, 0].sum().clamp_min(1)
-        parts = {name: float(t) for name, t, n in zip(names, terms.detach(), total, strict=True) if n > 0}
+        loss = loss + c.ending * processes.mean(ending, valid[:, :, 0], 1)
+        parts = {name: float(t) for name, t, n in zip(names, terms.detach(), present, strict=True) if n}
         weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
-        return loss, {**parts, "router": float(router_loss.detach()), "acceptance": float(mean(overlap)), **weighting}
+        return loss, {
+            **parts,
+            "router": float(router_loss.detach()),
+            "acceptance": float(processes.mean(overlap, valid, 1)),
+            **weighting,
+        }
 
     @property
     def modalities(self) -> Sequence[str]:

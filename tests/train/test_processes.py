@@ -1,0 +1,90 @@
+"""`accelerate launch` with two processes: the losses are those of one process, and a stopped run resumes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import tiny_checkpoint
+from msd.train.loop import read_checkpoint
+from training_command import FLOAT32, run
+
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
+    "--dynamo_backend", "no", "-m", "msd",
+]  # fmt: skip
+# with --cpu, accelerate starts one process unless it has mpirun; --multi_gpu starts both, and msd keeps to the CPU
+TWO = [*LAUNCH[:3], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCH[3:]]
+STEPS = 50
+OWN = ("answer_tokens_per_second", "peak_gb", "seconds")  # figures of the machine
+
+
+def command(place: Path, out: Path, *more: object) -> list[str]:
+    """Batches of three answers, so that two processes have unequal shares."""
+    arguments = (
+        "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place, "--out", out,
+        "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *FLOAT32, *more,
+    )  # fmt: skip
+    return [str(a) for a in arguments]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    log = out / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def stop_one(process: subprocess.Popen[str], out: Path) -> None:
+    """Asks one of the two processes to stop, once the log has a row."""
+    deadline = time.monotonic() + 120
+    while not rows(out) and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before its tenth step"
+        time.sleep(0.02)
+    trained = [p for p in psutil.Process(process.pid).children() if p.is_running()]
+    assert len(trained) == 2
+    trained[1].send_signal(signal.SIGTERM)
+
+
+def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    place = tiny_checkpoint.captured(tmp_path / "place")
+    capsys.readouterr()
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, _, err = run(capsys, *command(place, one))
+    assert code == 0, err
+    # a signal to one of them stops both after the same step; the same command goes on
+    first = subprocess.Popen([*TWO, *command(place, two)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stop_one(first, two)
+    out, err = first.communicate(timeout=240)
+    assert first.returncode == 0, err[-2000:]
+    stopped = json.loads(out)
+    assert not stopped["finished"] and 10 <= stopped["steps"] < STEPS
+    again = subprocess.run([*TWO, *command(place, two)], capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads(again.stdout)["steps"] == STEPS, "one process reports"
+    assert [json.loads((o / "drafter" / "training.json").read_text())["processes"] for o in (one, two)] == [1, 2]
+
+    for mine, theirs in zip(rows(one), rows(two), strict=True):
+        assert {k: v for k, v in mine.items() if k not in OWN} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in OWN}, abs=1.01e-4
+        )
+    exact = [read_checkpoint(o / "checkpoint.pt") for o in (one, two)]
+    for name, value in exact[0]["running"].items():
+        assert name in OWN or exact[1]["running"][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_batch_too_small_to_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from msd.errors import UserError
+    from msd.train import drafting
+
+    monkeypatch.setattr(drafting.Accelerator, "num_processes", 4)
+    with pytest.raises(UserError, match="4 processes cannot share a batch of 3; give --batch 4 or more"):
+        drafting._accelerator(torch.device("cpu"), 3)
