@@ -74,12 +74,19 @@ class FamilyProcessor:
 
     def _picture(self, kind: str, source: Any) -> Picture:
         if kind == "audio":
-            return Picture(kind, self.family.picture(0, kind).data.mul(float(np.abs(source).mean())))
+            return Picture(kind, _spectrogram(source, self.family.lengths[0]))
         if kind == "video":
             return Picture(
                 kind, torch.stack([_pixels(Image.fromarray(frame), [self.family.frame]) for frame in source])
             )
         return Picture(kind, _pixels(source, self.family.sizes))
+
+
+def _spectrogram(samples: np.ndarray, frames: int) -> torch.Tensor:
+    """[8, frames]: the logarithm of the mean amplitude in each of 8 bands of equal width."""
+    cut = samples[: len(samples) // frames * frames].reshape(frames, -1)
+    bands = np.array_split(np.abs(np.fft.rfft(cut)), 8, axis=1)
+    return torch.from_numpy(np.stack([np.log(band.mean(1) + 1e-2) for band in bands])).float()
 
 
 def _pixels(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:

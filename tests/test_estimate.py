@@ -68,6 +68,24 @@ def test_a_plan_by_hand() -> None:
     assert row["fits"]
 
 
+def test_a_draft_model_by_hand() -> None:
+    """Its passes per level, its own prompt with the images, and its memory."""
+    small = replace(TOY, name="small", layers=2, image_tokens=8)
+    target = replace(TOY, image_tokens=16)
+    work = Workload(100, 2, 200, 4, model=small)
+    with_model, alone = (
+        plans(target, CARD, Acceptance(length=3.0), w, [8], [2])[0] for w in (work, replace(work, model=None))
+    )
+    context, own = 100 + 2 * 16 + 100, prefill_seconds(small, CARD, 116, 2, 2)
+    draft = sum(pass_seconds(small, CARD, n, context, 2) for n in (1, 2, 2, 2))
+    assert with_model["draft_s"] == pytest.approx(draft)
+    plain, token = with_model["plain_s"], (draft + with_model["verify_s"]) / 3
+    first = with_model["prefill_s"]
+    assert with_model["speedup"] == pytest.approx((first + 200 * plain) / (first + own + 200 * token))
+    bytes_of_model = 2 * (2 * 10_000_000 + 2 * 5_000_000 + 2 * (116 + 200) * 4_000)
+    assert with_model["memory_bytes"] - alone["memory_bytes"] == bytes_of_model
+
+
 def test_larger_batches_gain_less_and_block_drafts_cost_less() -> None:
     for drafter in ("levels", "block"):
         rows = plans(PRESETS["llava-1.5-7b"], card("H100"), Acceptance(length=3.5), Workload(drafter=drafter), [32])
@@ -144,7 +162,11 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     CLASSIC[0].make().save_pretrained(tmp_path)
     code, out, _ = run("--target", str(tmp_path))
     assert code == 0 and "H100" in out and "whole answer" in out
+    found = json.loads(run("--draft-model", str(tmp_path), "--json")[1])  # for the default target
+    assert found["workload"]["model"]["layers"] == CLASSIC[0].make().config.get_text_config().num_hidden_layers
+    assert found["rows"][-1]["memory_bytes"] > found["rows"][0]["memory_bytes"] > 14e9  # 7B weights in bfloat16
     for arguments, part in (
+        (["--draft-model", str(tmp_path), "--drafter-kind", "block"], "leave out --drafter-kind block"),
         (["--gpu", "abacus"], "unknown card"),
         (["--acceptance", "no"], "--acceptance"),
         (["--weights", "int3"], "--weights"),

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import resource, sys, torch
 from msd import SpeculativeVLM
 from msd.inputs import prompts
 from msd.bench.data import load_data
 
-pytestmark = pytest.mark.alone
 vlm = SpeculativeVLM.from_pretrained("reference", sys.argv[1].removeprefix("transformers") or "ar")
 for sample in load_data(None)[7:9]:
     inputs = prompts.prepare(vlm.processor, [list(sample.images)], [sample.prompt])

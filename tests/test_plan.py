@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from msd.drafters.toolkit.growth import NEVER, _best_size
+from msd.drafters.toolkit.selection import best_size
 from msd.model import SpeculativeVLM
 from msd.planning import costs as costs_module
 from msd.planning.costs import Costs, costs, measure
@@ -74,10 +73,8 @@ def test_measuring_fits_a_short_context() -> None:
     st.lists(st.floats(0.1, 3.0), min_size=7, max_size=7),
 )
 def test_the_best_size_equals_that_of_exhaustive_search(chances: list[list[float]], seconds: list[float]) -> None:
-    worth = torch.tensor(chances, dtype=torch.float64).log()
-    worth = torch.cat([worth, torch.full((len(chances), 2), NEVER, dtype=torch.float64)], 1)
     rates = [(len(chances) + sum(sum(sorted(row, reverse=True)[:n]) for row in chances)) / seconds[n] for n in range(7)]
-    assert rates[int(_best_size(worth, seconds))] == pytest.approx(max(rates))
+    assert rates[best_size(chances, seconds)] == pytest.approx(max(rates))
 
 
 def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from msd.drafters.algorithms.draft_model import views
 from msd.errors import UserError
 
 
@@ -16,7 +17,7 @@ class SpeculativeConfig(BaseModel):
 
     method: a name of `msd.drafters.methods()`; by default the one that ships for the target (`msd.drafters.default`).
     draft_model: a folder or hub id of a smaller model that drafts (method `draft-model`); draft_sees: what it sees of
-    the prompt's images, "image", "caption" or "nothing" (by default the images if it takes any).
+    the prompt's images, "image", "caption", "nothing", or several with commas (by default the images if it takes any).
     verifier: a name of `msd.verify.policies()`.
     thresholds: modality name -> θ of `threshold`, or the initial θ of `budget`. Without them, `budget` uses the
     thresholds calibrated for the drafter, or else the registry's.
@@ -27,8 +28,9 @@ class SpeculativeConfig(BaseModel):
     adaptive: whether the size of a step's draft follows the measured costs of the target's passes, down to none if
     drafting is slower. Without it, and always with sampled drafts, a lossy verifier or a lossy backend, the draft is
     as large as allowed.
-    calibrate: whether `mtp`, an assistant or a draft model is calibrated by what the target accepts of its drafts, and
-    this is kept in the user's cache directory. Only if `adaptive` applies.
+    calibrate: whether a drafter that nobody calibrated (`mtp`, an assistant, a draft model, a published head) is
+    calibrated by what the target accepts of its drafts, and this is kept in the user's cache directory. Only if
+    `adaptive` applies.
     nodes, depth, width: the largest draft tree: drafted nodes; levels; and children of a node, as well as expanded
     nodes of a subtree per level (1: a chain). The method's own limits hold too; no method drafts more than 8 levels.
     """
@@ -37,7 +39,7 @@ class SpeculativeConfig(BaseModel):
 
     method: str | None = None
     draft_model: str | None = None
-    draft_sees: Literal["image", "caption", "nothing"] | None = None
+    draft_sees: str | None = None
     verifier: str = "lossless"
     thresholds: dict[str, float] = Field(default_factory=dict)
     epsilon: float = 0.0
@@ -61,6 +63,8 @@ def check_draft_model(model: str | None, sees: str | None, method: str | None) -
     chosen = method is not None and "draft-model" in method.split(",")
     if model is None and sees is not None:
         raise UserError(f"draft_sees '{sees}' is for a draft model; name one with draft_model (--draft-model ID)")
+    if sees is not None:
+        views(sees)
     if model is None and chosen:
         raise UserError("method 'draft-model' needs a model; name one with draft_model (--draft-model ID)")
     if model is not None and method is not None and not chosen:

@@ -47,6 +47,13 @@ def test_batches_answer_as_single_prompts(samples: list[Sample]) -> None:
         assert low <= row["speedup_vs_best_plain"] + 1e-9 and row["speedup_vs_best_plain"] <= high + 1e-9
         counted = not method.startswith("transformers:")
         assert (row["target_passes"] is not None) == counted
+        engine = row["speculative_decoding"]  # under vLLM's names
+        if engine is not None:
+            steps, accepted = engine["num_spec_steps"], engine["num_accepted_draft_tokens"]
+            assert steps == row["target_passes"] == sum(engine["acceptance_histogram"].values())
+            assert accepted == sum(int(n) * count for n, count in engine["acceptance_histogram"].items())
+            assert engine["draft_acceptance_rate"] == pytest.approx(accepted / engine["num_draft_tokens"])
+    assert any(row["speculative_decoding"] for row in results["rows"])
 
 
 def test_a_sampled_batch_is_not_compared_with_the_library(samples: list[Sample]) -> None:

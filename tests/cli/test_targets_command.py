@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +40,8 @@ def test_the_table_names_all(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys)
     assert all(name in text for name in supported())
     assert "docs/targets.md" in text
+
+
+def test_the_readme_counts_them() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"{len(supported())} model architectures" in readme.read_text()

@@ -20,6 +20,7 @@ from msd.cli import main
 from msd.config import SpeculativeConfig
 from msd.drafters.algorithms.draft_model import DraftModel
 from msd.drafters.toolkit import second_model
+from msd.drafters.toolkit.ensemble import MEMORY, Ensemble
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
@@ -88,7 +89,7 @@ def test_every_draft_of_a_copy_of_the_target_is_accepted(name: str) -> None:
         assert found.num_accepted_draft_tokens == found.num_draft_tokens == rows * 9, "4, 4 and 1 of 12 after the first"
 
 
-@pytest.mark.parametrize("sees", ["image", "nothing"])
+@pytest.mark.parametrize("sees", ["image", "nothing", "image,nothing"])
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_trees_of_another_model_change_no_answer(sees: str, settings: dict[str, Any]) -> None:
     model = BY_NAME["qwen3_vl"].make()
@@ -157,7 +158,7 @@ def with_processors(model: PreTrainedModel, name: str = "llava", **more: Any) ->
     return DraftModel(model, FamilyProcessor(BY_NAME[name]), **more)
 
 
-@pytest.mark.parametrize("sees", ["image", "caption", "nothing"])
+@pytest.mark.parametrize("sees", ["image", "caption", "nothing", "image,caption,nothing"])
 def test_its_own_prompt_in_chats_and_batches(sees: str, tmp_path: Path) -> None:
     """A model of another family drafts for two turns about pictures, and for three prompts at once."""
     target = SpeculativeVLM(BY_NAME["qwen3_vl"].make(), FamilyProcessor(BY_NAME["qwen3_vl"]), TREE, "ar")
@@ -189,6 +190,62 @@ def test_what_it_sees(tmp_path: Path) -> None:
     image, caption, nothing = (ids[0].tolist() for ids in read[::2])
     assert [ids.count(IMAGE) for ids in (image, caption, nothing)] == [4, 0, 0]
     assert [token for token in image if token != IMAGE] == nothing and len(caption) > len(nothing)
+
+
+def test_a_mixture_follows_the_member_that_is_right() -> None:
+    """A copy sees the image, and nothing: the weight moves to the view that knows what the target sees, in each row."""
+    model, given = BY_NAME["qwen3_vl"].make(), inputs("qwen3_vl", 3)
+    engine = SpeculativeVLM(model, None, TREE, DraftModel(copy.deepcopy(model), sees="image,nothing"))
+    weights: list[Tensor] = []
+    propose = Ensemble.propose
+
+    def noted(self: Ensemble, *others: Any) -> Any:
+        tree = propose(self, *others)
+        weights.append(self.weights.exp().clone())
+        return tree
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ensemble, "propose", noted)
+        results = answers(engine, **given, **GREEDY)
+    assert [r.tokens for r in results] == plain(model, given, **GREEDY)
+    assert torch.allclose(weights[-1].sum(1), torch.ones(3)) and (weights[-1][:, 0] > 0.9).all()
+    alone = answers(
+        SpeculativeVLM(model, None, TREE, DraftModel(copy.deepcopy(model), sees="nothing")), **given, **GREEDY
+    )
+    found = [r[0].statistics.mean_acceptance_length for r in (results, alone)]
+    assert found[0] > found[1]
+
+
+def test_the_weights_of_a_mixture_by_hand() -> None:
+    """w ∝ w^MEMORY · Π q(token), over every emitted token after the first, from single passes of the members."""
+    model, given = LLAVA.make(), inputs("llava")
+    engine, kept = SpeculativeVLM(model, None, CHAIN, DraftModel(noisy(model), sees="image,nothing")), []
+    propose = Ensemble.propose
+
+    def noted(self: Ensemble, layout: Any, *others: Any) -> Any:
+        tree = propose(self, layout, *others)
+        kept.append((layout.end[0], self.weights[0].clone()))
+        return tree
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ensemble, "propose", noted)
+        (result,) = answers(engine, **given, **GREEDY)
+    ids = given["input_ids"][0].tolist()
+    shown, words = [*ids, *result.tokens], [token for token in ids if token != IMAGE] + result.tokens
+    drafter, start = engine.drafter, len(ids)
+    assert isinstance(drafter, DraftModel)
+    with torch.no_grad():
+        seeing = drafter.model(input_ids=torch.tensor([shown]), pixel_values=given["pixel_values"]).logits[0]
+        blind = drafter.model(input_ids=torch.tensor([words])).logits[0]
+    scored = [logits[-len(result.tokens) - 1 :].log_softmax(-1) for logits in (seeing, blind)]
+    weights, read = torch.zeros(2).log_softmax(-1), start + 1  # the first token has no earlier prediction
+    for end, found in kept:
+        emitted = torch.stack(
+            [sum((q[i - start, shown[i]] for i in range(read, end)), torch.zeros(())) for q in scored]
+        )
+        weights, read = (MEMORY * weights + emitted).log_softmax(-1), end
+        assert torch.allclose(found, weights, atol=1e-3)
+    assert len(kept) > 3
 
 
 def watched(prefill: Any, read: list[Tensor]) -> Any:
@@ -231,6 +288,8 @@ class Foreign(Letters):
 def test_options_that_do_not_belong_together() -> None:
     for fields, message in (
         ({"draft_sees": "image"}, "draft_sees 'image' is for a draft model"),
+        ({"draft_model": "x", "draft_sees": "image,sound"}, "draft_sees 'sound' is unknown"),
+        ({"draft_model": "x", "draft_sees": "image,image"}, "names one view twice"),
         ({"draft_model": "x", "method": "ar"}, "draft model 'x' is for method 'draft-model', not 'ar'"),
         ({"method": "draft-model"}, "method 'draft-model' needs a model"),
     ):
@@ -249,7 +308,7 @@ def test_a_folder_drafts_in_the_commands(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "data.jsonl").write_text(json.dumps({"image": photo, "prompt": "Who?"}))
     asked = ["--target", str(target), "--draft-model"]
     lines = ["--data", str(tmp_path / "data.jsonl"), "--max-new-tokens", "8", "--json"]
-    for folder, sees in ((small, "image"), (text, "caption")):
+    for folder, sees in ((small, "image"), (text, "caption"), (small, "image,caption,nothing")):
         chosen = [*asked, str(folder), "--draft-sees", sees]
         rows = command(capsys, "verify", *chosen, *lines, "--method", "draft-model")["rows"]
         assert [(row["method"], row["passed"]) for row in rows] == [("draft-model", True)] and rows[0]["compared"] == 6

@@ -21,7 +21,9 @@ from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork, Shape
 from msd.drafters.algorithms.msd.drafter import choose_subtrees
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import Memory
-from msd.drafters.toolkit.growth import LevelCost, expected_accepted, grow
+from msd.drafters.toolkit.growth import grow
+from msd.drafters.toolkit.level_cost import LevelCost
+from msd.drafters.toolkit.selection import budgets
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
@@ -66,9 +68,8 @@ def tree(
     decoding_memory, layout = memory(net, len(route))
     anchors = decoding_memory.anchors()
     levels = net.levels(anchors, layout.newest())
-    ids = torch.tensor(net.config.modality_ids)
-    subtrees = choose_subtrees(net.config, route, nodes, width)
-    return grow(levels, net, subtrees, ids, layout.newest(), Budget(nodes, depth), temperature)
+    subtrees = choose_subtrees(net.config, route, width)
+    return grow(levels, net, subtrees, net.config.modality_ids, layout.newest(), Budget(nodes, depth), temperature)
 
 
 def paths(drafted: DraftTree, row: int) -> list[tuple[int, ...]]:
@@ -116,20 +117,19 @@ def test_rows_of_a_batch_draft_as_if_alone(form: str) -> None:
 
 
 def test_dynamic_selection() -> None:
+    def nodes(net: MSDNetwork, *route: list[float]) -> list[list[int]]:
+        return [budgets(share, 10) for share in choose_subtrees(net.config, torch.tensor(route)).share.tolist()]
+
     net = network(active_from=0.2)
-    confident = choose_subtrees(net.config, torch.tensor([[0.95, 0.03, 0.02]]), 10)
-    assert confident.shapes == [net.config.within(net.config.shapes["language"])]
-    assert confident.budget.tolist() == [[10]]
-    split = choose_subtrees(net.config, torch.tensor([[0.5, 0.1, 0.4]]), 10)
-    assert split.shapes == [net.config.within(net.config.shapes[n]) for n in ("language", "fusion")]
-    assert split.budget.sum() == 10
-    assert split.budget[0, 0] > split.budget[0, 1] > 0
-    rows = choose_subtrees(net.config, torch.tensor([[0.95, 0.03, 0.02], [0.03, 0.95, 0.02]]), 10)
-    assert rows.budget.tolist() == [[10, 0], [0, 10]]
-    always = choose_subtrees(network(dynamic=False).config, torch.tensor([[0.95, 0.03, 0.02]]), 10)
-    assert len(always.shapes) == 3
-    shared = choose_subtrees(network(subtrees=False).config, torch.tensor([[0.5, 0.1, 0.4]]), 10)
-    assert shared.budget.tolist() == [[10]]
+    assert nodes(net, [0.95, 0.03, 0.02], [0.03, 0.95, 0.02]) == [[10, 0, 0], [0, 10, 0]]
+    assert nodes(net, [0.5, 0.1, 0.4]) == [[6, 0, 4]]  # 5.6 and 4.4
+    assert nodes(net, [0.12, 0.5, 0.38]) == [[0, 6, 4]]
+    assert nodes(network(active_from=0.9), [0.3, 0.4, 0.3]) == [[0, 10, 0]]  # the largest, where none reaches it
+    assert nodes(network(dynamic=False), [0.8, 0.14, 0.06]) == [[8, 1, 1]]
+    chosen = choose_subtrees(net.config, torch.tensor([[0.5, 0.1, 0.4]]))
+    assert chosen.shapes == [net.config.within(net.config.shapes[n]) for n in net.config.modalities]
+    shared = choose_subtrees(network(subtrees=False).config, torch.tensor([[0.5, 0.1, 0.4]]))
+    assert budgets(shared.share[0].tolist(), 10) == [10]
     assert shared.weights[0, 0].tolist() == pytest.approx([0.5, 0.1, 0.4])
 
 
@@ -297,37 +297,44 @@ def test_calibration_ranks_greedy_trees_only(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_levels_end_where_they_no_longer_pay(form: str) -> None:
-    """Cheap levels are all drafted, expensive ones are not, and levels are timed only if the plan measures seconds."""
+def test_levels_that_do_not_pay_are_not_drafted(form: str) -> None:
+    """Where a token costs much time, or nothing is known, all are; they are timed only if the plan measures seconds."""
     net = network(form)
     route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
     decoding_memory, layout = memory(net, 2)
     anchors = decoding_memory.anchors()
-    ids, subtrees = torch.tensor(net.config.modality_ids), choose_subtrees(net.config, route, 12)
-    heights = {}
-    for seconds in (0.0, 1e-4, 1e9):
+    subtrees, ids = choose_subtrees(net.config, route), net.config.modality_ids
+    heights: dict[float, list[int]] = {}
+    for token_seconds in (1e9, 1e-9):
         cost = LevelCost()
-        for passes in (None, (1.0,) * 13):
-            cost.seconds = seconds
+        for passes in (*[(token_seconds,) * 13] * 3, None):
             levels, budget = net.levels(anchors, layout.newest()), Budget(12, [4, 4], passes=passes)
+            before = cost.seconds
             with torch.inference_mode():
-                heights[seconds, passes is None] = grow(
-                    levels, net, subtrees, ids, layout.newest(), budget, None, cost
-                ).height
-            assert (cost.seconds == seconds) == (passes is None or seconds == 1e9)
-    assert heights[1e9, False] == 1 and heights[0.0, False] > 1
-    assert len({h for (_, untimed), h in heights.items() if untimed}) == 1
+                drafted = grow(levels, net, subtrees, ids, layout.newest(), budget, None, cost)
+            heights.setdefault(token_seconds, []).append(drafted.height)
+            assert passes is not None or cost.seconds == before
+    assert heights[1e9] == heights[1e9][:1] * 4 and heights[1e9][0] > 1
+    # the first draft is not timed, so the third one is the first for which the seconds of a level are known
+    assert heights[1e-9] == [*heights[1e9][:2], 1, heights[1e9][0]]
 
 
 def test_a_level_pays_if_its_expected_tokens_save_more_time_than_it_costs() -> None:
     cost = LevelCost()
-    cost.seconds = 0.003
-    assert cost.pays(before=0.5, expected=0.25, token_seconds=0.03, node_seconds=0.0)  # 0.125 tokens, 3.75 ms
-    assert not cost.pays(before=0.5, expected=0.2, token_seconds=0.03, node_seconds=0.0)  # 0.08 tokens, 2.4 ms
-    # a large batch: the pass takes 2 ms longer
-    assert not cost.pays(before=0.5, expected=0.25, token_seconds=0.03, node_seconds=0.002)
-    score = torch.tensor([[0.5, 0.25, 0.5, 1e-30], [0.1, 0.1, 0.1, 0.1]]).log()
-    assert expected_accepted(score, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 2) == pytest.approx((0.75 + 0.3) / 2)
+    assert cost.levels(5, 0.03, 0.0) == 5  # nothing is known
+    cost.learn([0.5, 0.25], 1.0)  # the first draft of a process is not timed
+    assert cost.seconds == 0 and cost.levels(5, 0.03, 0.0) == 5
+    cost.learn([0.5, 0.25], 0.003)
+    assert cost.seconds == pytest.approx(0.003)
+    assert cost.levels(5, 0.03, 0.0) == 3  # a third level gives 0.125 tokens, 3.75 ms; a fourth one half of that
+    assert cost.levels(5, 0.03, 0.002) == 2  # a large batch: the pass takes 2 ms longer
+    for _ in range(20):
+        cost.learn([0.1], 0.0)  # a difficult text; without a second level the measurements expire
+    assert cost.seconds == 0
+    cost.learn([0.1, 0.05], 0.003)
+    assert cost.levels(5, 0.03, 0.0) == 1
+    cost.begin()  # another request
+    assert cost.levels(5, 0.03, 0.0) == 5
 
 
 def test_shipped_folders_are_methods_for_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

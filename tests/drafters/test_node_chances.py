@@ -111,9 +111,9 @@ def tree(net: Any, temperature: float | None = None) -> DraftTree:
     with torch.inference_mode():
         memory = Memory.begin(net, _layout(batch), batch.taps[:, : batch.prompt])
         newest = batch.answers[:, 0]
-        subtrees = Subtrees.single(newest, 7, Shape(4, 6))
+        subtrees = Subtrees.single(newest, Shape(4, 6))
         levels = net.levels(memory.anchors(), newest)
-        return grow(levels, net, subtrees, torch.zeros(1).long(), newest, Budget(7, [6] * 4), temperature)
+        return grow(levels, net, subtrees, (0,), newest, Budget(7, [6] * 4), temperature)
 
 
 def test_a_calibration_changes_greedy_trees_only() -> None:

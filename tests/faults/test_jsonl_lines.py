@@ -91,7 +91,7 @@ GOOD = b'{"prompt": "a"}\n'
         (b'{"prompt": 3}', "'prompt' must be text, got 3"),
         (b'{"prompt": ["a"]}', "'prompt' must be text"),
         (b'{"prompt": "\\u2028"}', "'prompt' must be text"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "'prompt' must be text"),
+        (b'{"messages": [{"role": "system", "content": "a"}]}', "a message of role 'system'"),
         (b'{"prompt": "a", "answer": 3}', "'answer' must be text, got 3"),
         (b'{"prompt": "a", "task": ["b"]}', "'task' must be text"),
         (b'{"prompt": "a", "split": {}}', "'split' must be text"),

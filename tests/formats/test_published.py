@@ -22,6 +22,7 @@ from msd import SpeculativeConfig, SpeculativeVLM, formats
 from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
+from msd.planning.plan import Plan
 from published_layouts import LAYOUTS, VD, H, Layout, V
 from training_command import run, train
 
@@ -249,6 +250,32 @@ def test_trees_of_a_written_head_are_the_same(method: str, to: str, tmp_path: Pa
     inputs = tiny.llava_inputs(1, images=1, words=6)
     drafts = trees(registry.load(tmp_path / "own"), inputs)
     assert len(drafts) > 1 and trees(formats.load(tmp_path / "out"), inputs) == drafts
+
+
+def test_a_loaded_head_is_calibrated_by_what_the_target_accepts(tmp_path: Path) -> None:
+    """And only its trees change. A later process begins with what this one learnt."""
+    folder, (model, inputs) = LAYOUT["eagle2"].write(tmp_path), target("llava")
+    options: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+
+    def engine() -> SpeculativeVLM:
+        network = formats.load(folder)
+        found = SpeculativeVLM(
+            model, None, SETTINGS.model_copy(update={"adaptive": True}), type(network).drafter(network)
+        )
+        found.plan = Plan(SETTINGS.nodes, SETTINGS.depth)  # whose trees do not depend on the clock
+        return found
+
+    vlm: Any = engine()
+    raw = vlm.generate(**inputs, **options)
+    counts = vlm.drafter.observed.counts
+    assert counts[0].sum() > 0 and vlm.drafter.network.calibration is None
+    counts[0] += 100
+    counts[1] += torch.linspace(5, 95, counts.shape[1]).long()  # the larger q, the more were right
+    again = vlm.generate(**inputs, **options)
+    learnt = vlm.drafter.network.calibration
+    later: Any = engine()
+    assert learnt["log_odds"] > 0 and later.drafter.network.calibration == learnt
+    assert raw.tokens == again.tokens == later.generate(**inputs, **options).tokens
 
 
 def test_an_embedding_of_its_own_is_used_unless_it_is_the_targets(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
-import httpx  # noqa: E402
+import httpx2  # noqa: E402
 
 from msd.serve.scheduler import Scheduler  # noqa: E402
 from msd.streaming import request_lock  # noqa: E402
@@ -136,7 +136,7 @@ BODY: dict[str, Any] = {"model": NAME, "messages": asks("Hi"), "max_tokens": 4}
 def test_what_is_not_supported_is_refused(
     served: tuple[str, Scheduler], change: dict[str, Any], status: int, said: str
 ) -> None:
-    answer = httpx.post(served[0] + CHAT, json={**BODY, **change})
+    answer = httpx2.post(served[0] + CHAT, json={**BODY, **change})
     assert answer.status_code == status
     error = answer.json()["error"]
     assert said in error["message"]
@@ -145,7 +145,7 @@ def test_what_is_not_supported_is_refused(
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 1}', b"\xff\xfe", b"[" * 50_000])
 def test_malformed_bodies_are_refused(served: tuple[str, Scheduler], body: bytes) -> None:
-    answer = httpx.post(served[0] + CHAT, content=body, headers={"content-type": "application/json"})
+    answer = httpx2.post(served[0] + CHAT, content=body, headers={"content-type": "application/json"})
     assert 400 <= answer.status_code < 500
     assert answer.json()["error"]["message"]
     assert "Traceback" not in answer.text
@@ -153,19 +153,19 @@ def test_malformed_bodies_are_refused(served: tuple[str, Scheduler], body: bytes
 
 def test_the_status_of_the_server(served: tuple[str, Scheduler]) -> None:
     address = served[0]
-    assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == NAME
-    assert httpx.get(f"{address}/v1/models/other").json()["error"]["code"] == "model_not_found"
-    assert httpx.get(f"{address}/health/live").status_code == httpx.get(f"{address}/health/ready").status_code == 200
-    assert "version" in httpx.get(f"{address}/version").json()
+    assert httpx2.get(f"{address}/v1/models").json()["data"][0]["id"] == NAME
+    assert httpx2.get(f"{address}/v1/models/other").json()["error"]["code"] == "model_not_found"
+    assert httpx2.get(f"{address}/health/live").status_code == httpx2.get(f"{address}/health/ready").status_code == 200
+    assert "version" in httpx2.get(f"{address}/version").json()
     before = metric(address, "generation_tokens_total")
-    answer = httpx.post(address + CHAT, json=BODY, timeout=60).json()
+    answer = httpx2.post(address + CHAT, json=BODY, timeout=60).json()
     assert metric(address, "generation_tokens_total") - before == answer["usage"]["completion_tokens"]
-    assert httpx.get(f"{address}/nothing").json()["error"]["type"] == "not_found_error"
-    assert httpx.get(f"{address}/version").headers["x-content-type-options"] == "nosniff"
+    assert httpx2.get(f"{address}/nothing").json()["error"]["type"] == "not_found_error"
+    assert httpx2.get(f"{address}/version").headers["x-content-type-options"] == "nosniff"
 
 
 def metric(address: str, name: str) -> float:
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    lines = httpx2.get(f"{address}/metrics").text.splitlines()
     return float(next(line for line in lines if line.startswith(f"vllm:{name}")).rsplit(" ", 1)[1])
 
 
@@ -176,15 +176,15 @@ def test_a_client_that_leaves_ends_its_request(served: tuple[str, Scheduler], st
     steps = scheduler.steps
     with request_lock(VLM.model):  # no step is computed meanwhile
         if stream:
-            with httpx.stream("POST", address + CHAT, json=body) as answer:
+            with httpx2.stream("POST", address + CHAT, json=body) as answer:
                 next(answer.iter_lines())
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(address + CHAT, json=body, timeout=0.5)
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(address + CHAT, json=body, timeout=0.5)
         wait(lambda: all(job.cancelled for job in scheduler._waiting))
     wait(lambda: not scheduler.waiting)
     assert scheduler.steps == steps
-    assert 'finished_reason="cancelled"' in httpx.get(f"{address}/metrics").text
+    assert 'finished_reason="cancelled"' in httpx2.get(f"{address}/metrics").text
 
 
 def wait(condition: Callable[[], bool]) -> None:
@@ -196,16 +196,16 @@ def wait(condition: Callable[[], bool]) -> None:
 
 def test_a_full_server_says_when_to_come_back() -> None:
     with running(VLM, rows=1, waiting=1) as (address, _, scheduler):
-        first = threading.Thread(target=httpx.post, args=(address + CHAT,), kwargs={"json": BODY, "timeout": 60})
+        first = threading.Thread(target=httpx2.post, args=(address + CHAT,), kwargs={"json": BODY, "timeout": 60})
         with request_lock(VLM.model):
             first.start()
             wait(lambda: scheduler.waiting == 1)
-            second = httpx.post(address + CHAT, json=BODY, timeout=60)
+            second = httpx2.post(address + CHAT, json=BODY, timeout=60)
         first.join(60)
         assert second.status_code == 429
         assert int(second.headers["retry-after"]) >= 1
         assert second.json()["error"]["code"] == "queue_full"
-        assert httpx.post(address + CHAT, json=BODY, timeout=60).status_code == 200
+        assert httpx2.post(address + CHAT, json=BODY, timeout=60).status_code == 200
 
 
 def test_keys_are_needed_everywhere_but_for_health() -> None:
@@ -214,5 +214,5 @@ def test_keys_are_needed_everywhere_but_for_health() -> None:
             ({}, 401), ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "Basic sesame"}, 401),
             ({"Authorization": "Bearer open"}, 200),
         ):  # fmt: skip
-            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
-        assert httpx.get(f"{address}/health/live").status_code == 200
+            assert httpx2.get(f"{address}/v1/models", headers=headers).status_code == status
+        assert httpx2.get(f"{address}/health/live").status_code == 200

@@ -17,6 +17,7 @@ from msd.config import SpeculativeConfig
 from msd.drafters.algorithms.combined import Combined
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
+from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.serve.batch import Batch
@@ -72,6 +73,8 @@ def made(method: str) -> Any:
     if method.startswith("msd"):
         drafter = MSD(network(MODEL))
         return Repeats(drafter, 2) if method == "msd+prompt-lookup" else drafter
+    if method in rivals.RIVALS:
+        return TrainedDrafter(rivals.network(MODEL, method))
     return drafters.create(method)
 
 
@@ -89,7 +92,9 @@ def test_answers_are_those_of_generate(method: str) -> None:
         assert accepted > 3 or method != "prompt-lookup"  # the other drafters' parameters are random
 
 
-@pytest.mark.parametrize("method", ["prompt-lookup", "msd", "msd+prompt-lookup", "msd+eagle3"])
+@pytest.mark.parametrize(
+    "method", ["prompt-lookup", "msd", "msd+prompt-lookup", "msd+eagle3", "dspark", "specvlm", "vispec"]
+)
 def test_drafts_are_those_that_a_request_gets_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [(tiny.llava_inputs(i, images=i % 3, words=6 + 5 * (i % 4)), {"max_new_tokens": 9}) for i in range(6)]
     vlm = SpeculativeVLM(MODEL, None, ALWAYS, made(method))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
-httpx = pytest.importorskip("httpx")
+httpx2 = pytest.importorskip("httpx2")
 from PIL import Image  # noqa: E402
 
 from msd.errors import UserError  # noqa: E402
@@ -42,7 +42,7 @@ def address() -> Iterator[str]:
 
 
 def ask(address: str, *uris: str, **more: Any) -> Any:
-    return httpx.post(address + CHAT, json={"model": NAME, "messages": asks("Hi", *uris), "max_tokens": 3, **more})
+    return httpx2.post(address + CHAT, json={"model": NAME, "messages": asks("Hi", *uris), "max_tokens": 3, **more})
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_tensors_pickles_and_templates_are_no_inputs(address: str) -> None:
 
 
 def test_the_body_is_limited_while_it_arrives(address: str) -> None:
-    assert httpx.post(address + CHAT, content=(b"x" * 100_000 for _ in range(40))).status_code == 413
-    assert httpx.post(address + CHAT, content=b"x" * 3_100_000).status_code == 413
+    assert httpx2.post(address + CHAT, content=(b"x" * 100_000 for _ in range(40))).status_code == 413
+    assert httpx2.post(address + CHAT, content=b"x" * 3_100_000).status_code == 413
 
 
 def test_a_slow_body_ends(address: str) -> None:

@@ -144,6 +144,26 @@ def test_a_drafter_uses_the_positions_of_text(name: str) -> None:
         assert int(positions.max()) < layout.end[row] - layout.start[row] - 1 or not shown
 
 
+@pytest.mark.full
+def test_images_are_numbered_by_row_unless_positions_are_given() -> None:
+    """HunYuan-VL: the library counts on from row to row, so that a row depends on those above it."""
+    family, target = BY_NAME["hunyuan_vl"], adapt(model("hunyuan_vl"), backend="plain")
+    prompts = [family.parts(3, ["image"]), family.parts(4, ["image", "image"], 9), family.parts(5, [])]
+    inputs = family.batch(prompts)
+    ids = inputs.pop("input_ids")
+    library = target.model._prepare_position_ids_for_generation(ids, {**inputs, "input_ids": ids})
+    layout, _ = target.lay_out(ids, inputs, 96)
+    for row, parts in enumerate(prompts):
+        alone = family.row(parts)
+        own, _ = target.lay_out(alone.pop("input_ids"), alone, 96)
+        start, end = layout.start[row], layout.end[row]
+        assert torch.equal(layout.positions[:, row, start:end], own.positions[:, 0, : end - start])
+    ours = layout.positions[:, :, : ids.shape[1]]
+    assert not torch.equal(ours[-1, 1], library[-1, 1]) and torch.equal(ours[:, [0, 2]], library[:, [0, 2]])
+    given, _ = target.lay_out(ids, {**inputs, "position_ids": library}, 96)
+    assert torch.equal(given.positions[:, :, : ids.shape[1]], library)
+
+
 def test_families_with_1_d_positions_have_one_axis() -> None:
     family = BY_NAME["llava"]
     target = adapt(family.make(), backend="plain")

@@ -33,7 +33,7 @@ from recurrent_models import RECURRENT
 
 ALL = [r.name for r in RECURRENT]
 TWO = ["qwen3_5", "lfm2_vl"]  # a delta net, a short convolution
-NAMES = [pytest.param(name, marks=[] if name in TWO else pytest.mark.slow) for name in ALL]
+NAMES = [pytest.param(name, marks=[] if name in TWO else pytest.mark.full) for name in ALL]
 NEW = 16
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
 

@@ -52,8 +52,12 @@ def stop_one(process: subprocess.Popen[str], out: Path) -> None:
     trained[1].send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     place = tiny_checkpoint.captured(tmp_path / "place")
+    lines = (place / "captured.jsonl").read_text().splitlines(keepends=True)
+    about_images = [line for line in lines if json.loads(line)["image"]]  # without others, stage 1 has nothing to train
+    (place / "captured.jsonl").write_text("".join(about_images))
     capsys.readouterr()
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = run(capsys, *command(place, one))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from msd.bench.chat_lines import as_turns
 from msd.errors import UserError
 from msd.inputs.media import Video
 from msd.system.files import named_in, shortened
@@ -41,14 +42,16 @@ class Sample:
 def load_data(path: Path | None, images: Path | None = None) -> list[Sample]:
     """Reads `{"image": "x.jpg" or […], "prompt": "…", "answer": "…", "task": "…", "split": "…"}` lines.
 
-    Only the prompt is required. `"turns": [prompt, …]` instead of it gives one sample per turn of a conversation.
+    Only the prompt is required. `"turns": [prompt, …]` instead of it gives one sample per turn of a conversation, and
+    so does a chat in `"messages"` or `"conversations"` (`msd.bench.chat_lines`). A line without task has its
+    `"category"` as the task (MMSpec, Spec-Bench, SPEED-Bench).
     `"video": "x.mp4" or […]` adds videos after the images; `"events": "x.raw"` adds an event camera's recording.
     path: by default the bundled prompts. images: the folder of the images, by default `images/` next to the data file,
     or else the file's own folder. Raises UserError that names the wrong line.
     """
     path = path or BUNDLED / "prompts.jsonl"
     folder = image_folder(path, images)
-    return [sample for where, line in data_lines(path) for sample in _turns(line, where, folder)]
+    return [s for where, line in data_lines(path) for s in _turns(as_turns(line, where), where, folder)]
 
 
 def in_suites(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
@@ -151,7 +154,7 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
     prompt = line.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: 'prompt' must be text, got {shortened(repr(prompt))}")
-    for name in ("answer", "task", "split"):
+    for name in ("answer", "task", "category", "split"):
         if not isinstance(line.get(name), str | None):
             raise UserError(f"{where}: '{name}' must be text, got {shortened(repr(line[name]))}")
     images: tuple[Path | Video, ...] = (
@@ -161,7 +164,7 @@ def _sample(line: dict[str, Any], where: str, folder: Path) -> Sample:
     events = _files(line, "events", where, folder)
     if len(events) > 1:
         raise UserError(f"{where}: {len(events)} 'events'; a line has one recording")
-    task, split = line.get("task") or "default", line.get("split") or "train"
+    task, split = line.get("task") or line.get("category") or "default", line.get("split") or "train"
     return Sample(images, prompt, line.get("answer"), task, None, split, (), where, events[0] if events else None)
 
 

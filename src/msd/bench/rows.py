@@ -14,6 +14,11 @@ BY_MODALITY = (  # filled in by `msd.bench.modality`
     "acceptance_by_modality", "coverage_by_modality", "acceptance_by_depth", "positions_by_modality", "errors",
 )  # fmt: skip
 
+VLLM = (  # names in vLLM's results
+    "mean_acceptance_length", "draft_acceptance_rate", "acceptance_histogram", "num_spec_steps", "num_draft_tokens",
+    "num_accepted_draft_tokens",
+)  # fmt: skip
+
 
 def repeating(tokens: Sequence[int], n: int = 8) -> list[bool]:
     """Returns for each token whether it completes an n-gram that occurred earlier in the answer."""
@@ -81,6 +86,7 @@ def row(name: str, task: str, groups: list[int], runs: dict[str, list[Run]], com
         "tau_outside_repeated_8grams": tau_outside_repeats(row for r in own for row in r.by_row()),
         "tau_without_bonus": total.tau_without_bonus if total.num_spec_steps else None,
         "draft_acceptance_rate": total.draft_acceptance_rate if total.num_spec_steps else None,
+        "speculative_decoding": {name: total.as_dict()[name] for name in VLLM} if total.num_draft_tokens else None,
         **dict.fromkeys(BY_MODALITY),
         "divergence": total.as_dict()["divergence"],
         "identical": sum(a == b for a, b in pairs) / answers if comparable else None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +20,63 @@ from msd.errors import InterruptedRunError, UserError, named
 from msd.system.files import as_text, check_place
 from msd.system.machine import share_cores
 
+BATCH = 16
+
 if TYPE_CHECKING:
     from msd.bench.data import Sample
     from msd.train.capture import Prompt
+
+
+@dataclass(frozen=True)
+class Served:
+    """Answers from a server, or answers that one wrote before."""
+
+    server: Annotated[
+        str | None,
+        typer.Option("--server", help="URL of an OpenAI-compatible server that answers instead of the target."),
+    ] = None
+    served_model: Annotated[
+        str | None, typer.Option("--served-model", help="Name of the model there; by default the only one.")
+    ] = None
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests to the server at a time.")] = 32
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="I/N: only every N-th prompt from the I-th, written to OUT-I-of-N.")
+    ] = None
+    patience: Annotated[
+        float, typer.Option("--patience", min=0.0, help="Seconds for which a failed request is repeated.")
+    ] = 60.0
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Key of the server.", show_envvar=True)
+    ] = None
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option("--answers", help="Label the answers that --server wrote to this file; repeatable."),
+    ] = None
+
+    def check(self, model: Model, batch: int) -> None:
+        """Raises UserError for options without effect."""
+        if self.server is not None:
+            if self.answers:
+                raise UserError("--server writes answers and --answers labels them; do one after the other")
+            if model != Model() or batch != BATCH:
+                raise UserError(
+                    "--server answers by itself; --target, --backend, --device and --batch are for --answers"
+                )
+            return
+        default = Served(api_key=self.api_key, answers=self.answers)
+        changed = next((f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)), None)
+        if changed:
+            raise UserError(f"--{changed.replace('_', '-')} is for --server; leave it out")
+
+    def chosen(self, prompts: list[Prompt], out: Path) -> tuple[list[Prompt], Path]:
+        """Returns the prompts of the shard, and its file."""
+        if self.shard is None:
+            return prompts, out
+        number, slash, count = self.shard.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise UserError(f"--shard '{self.shard}' is not I/N with 1 ≤ I ≤ N, such as 1/8")
+        first = list({p.key: p for p in prompts}.values())  # equal prompts are answered in one shard
+        return first[int(number) - 1 :: int(count)], out.with_name(f"{out.stem}-{number}-of-{count}{out.suffix}")
 
 
 @grouped
@@ -28,30 +84,62 @@ def capture(
     out: Annotated[Path, typer.Option("--out", help="File for the answers (jsonl); an earlier run there is resumed.")],
     lines: DataLines,
     model: Model,
+    served: Served,
     max_new_tokens: MaxNewTokens = 128,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = BATCH,
     as_json: Json = False,
 ) -> None:
     """Generate the target's greedy answers, and label each token by how much the image changes its probability."""
     from msd.bench.data import BUNDLED, image_folder, load_data
-    from msd.train.capture import pending
 
-    begin = time.perf_counter()
+    served.check(model, batch)
     check_place(out)
     every = load_data(lines.data, lines.images)
     samples = every[: lines.limit]
     folder = image_folder(lines.data or BUNDLED / "prompts.jsonl", lines.images)
     prompts = [_prompt(sample, folder) for sample in samples]
     places = {p.key: s.where for p, s in zip(prompts, samples, strict=True)}
+    if served.server is not None:
+        summary = _from_server(served, prompts, places, folder, out, max_new_tokens)
+        print(
+            json.dumps(summary) if as_json else "{out}: {records} answers, {written} new, of {model}".format(**summary)
+        )
+        return
+    summary = _from_target(
+        served, model, prompts, places, folder, out, max_new_tokens, batch, len(samples) == len(every)
+    )
+    print(json.dumps(summary) if as_json else _text(summary))
+
+
+def _from_target(
+    served: Served,
+    model: Model,
+    prompts: list[Prompt],
+    places: dict[Any, str],
+    folder: Path,
+    out: Path,
+    max_new_tokens: int,
+    batch: int,
+    complete: bool,
+) -> dict[str, Any]:
+    """Writes and labels the target's answers, or labels given ones. Returns the summary.
+
+    complete: `prompts` are those of all data lines, so label thresholds are fitted.
+    """
+    from msd.train.capture import pending
+
+    begin = time.perf_counter()
     pending(prompts, out)  # an --out that cannot be resumed fails before any model loads
     quiet()
     share_cores()
     from msd.labels.label_thresholds import ModalityThresholds
     from msd.loading import load_target
     from msd.targets.registry import fingerprint
-    from msd.train.capture import check_labelled, fit_label_thresholds, label_thresholds_path
+    from msd.train.capture import check_labelled, fit_label_thresholds, label_thresholds_path, read_answers
+    from msd.train.given_answers import AnswerLabeller
     from msd.train.target_writer import TargetWriter
 
+    given = read_answers(served.answers or ())
     path = label_thresholds_path(out)
     thresholds = ModalityThresholds.load(path) if path.exists() else None
     with terminal.status("loading the target…"):
@@ -59,24 +147,25 @@ def capture(
         name = fingerprint(loaded)
     if thresholds is not None:
         thresholds.check_target(name)
-    writer = TargetWriter(loaded, processor, folder, max_new_tokens, model.backend)
+    kind = partial(AnswerLabeller, given) if given else TargetWriter
+    writer = kind(loaded, processor, folder, max_new_tokens, model.backend)
     lossy = writer.engine.target.backend.lossy
     metadata = {"target": name} | ({"backend": model.backend} if lossy else {})
     todo = pending(prompts, out, metadata)
     records = _write(prompts, todo, places, writer, out, batch, metadata)
     check_labelled(records, out)
-    if thresholds is None and not lossy and len(samples) == len(every):  # only exact gains of all data lines are fitted
+    if thresholds is None and not lossy and complete:  # only exact gains of all data lines are fitted
         thresholds = fit_label_thresholds(records, name)
         if thresholds is not None:
             thresholds.save(path)
-    summary = {
+    greedy = {"greedy": writer.greedy_share()} if isinstance(writer, AnswerLabeller) else {}
+    return {
         "out": str(out), "records": len(records), "written": len(todo),
         "tokens": sum(len(r["gain"]) for r in records),
-        "finished": sum(r["finished"] for r in records) / len(records), "target": name,
+        "finished": sum(r["finished"] for r in records) / len(records), "target": name, **greedy,
         "cuts": None if thresholds is None else {"path": str(path), **thresholds.model_dump()},
         "seconds": round(time.perf_counter() - begin, 3),
     }  # fmt: skip
-    print(json.dumps(summary) if as_json else _text(summary))
 
 
 def _prompt(sample: Sample, folder: Path) -> Prompt:
@@ -125,10 +214,46 @@ def _write(
             ) from stop
 
 
+def _from_server(
+    served: Served, prompts: list[Prompt], places: dict[Any, str], folder: Path, out: Path, max_new_tokens: int
+) -> dict[str, Any]:
+    """Lets the server answer, with a progress bar. Returns the summary."""
+    from msd.system.server import Server
+    from msd.train.capture import keep, pending
+    from msd.train.server_writer import ServerWriter
+
+    begin = time.perf_counter()
+    assert served.server is not None
+    prompts, out = served.chosen(prompts, out)
+    server = Server(served.server, served.api_key, served.patience)
+    model = server.model(served.served_model)
+    writer = ServerWriter(server, model, folder, max_new_tokens, served.concurrency, places)
+    metadata, console = {"served_model": model}, Console(file=sys.stderr)
+    todo = pending(prompts, out, metadata)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("capturing", total=None)
+        try:
+            records = keep(
+                prompts, writer, out, lambda done, n: progress.update(bar, completed=done, total=n), metadata
+            )
+        except UserError as error:
+            raise UserError(f"{error}; finished answers are kept in {out}, and the same command resumes") from error
+        except KeyboardInterrupt as stop:
+            raise InterruptedRunError(
+                f"interrupted; finished answers are kept in {out}, and the same command resumes"
+            ) from stop
+    return {
+        "out": str(out), "records": len(records), "written": len(todo), "model": model,
+        "with_ids": sum(bool(r["ids"]) for r in records), "seconds": round(time.perf_counter() - begin, 3),
+    }  # fmt: skip
+
+
 def _text(summary: dict[str, object]) -> str:
     """Formats the summary as text."""
     thresholds = summary["cuts"]
     text = f"{summary['out']}: {summary['records']} answers, {summary['tokens']} tokens, {summary['written']} new"
+    if summary.get("greedy") is not None:
+        text += f"; {summary['greedy']:.2%} of the tokens are the target's greedy ones"
     if not isinstance(thresholds, dict):
         return f"{text}; no label thresholds (they are fitted on all train lines with images, without --limit)"
     limits = f"language ≤ {thresholds['language_max']:.4f}, vision ≥ {thresholds['vision_min']:.4f} nats"

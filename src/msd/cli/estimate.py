@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from msd.cli.options import Json, Target, quiet
 from msd.cli.terminal import table
+
+if TYPE_CHECKING:
+    from msd.estimate import Acceptance, Card, Sizes
 
 WEIGHTS = {"own": None, "int8": 1.0, "int4": 0.5}  # bytes per weight
 
@@ -31,6 +34,10 @@ def estimate(
         str,
         typer.Option("--drafter-kind", help="'levels': a pass per tree level (EAGLE-2); 'block': one pass for all."),
     ] = "levels",
+    draft_model: Annotated[
+        str | None,
+        typer.Option("--draft-model", help="A smaller model that drafts, named as a target, instead of a draft head."),
+    ] = None,
     weights: Annotated[str, typer.Option("--weights", help="Of the target: 'own', 'int8' or 'int4'.")] = "own",
     prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt.")] = 64,
     images: Annotated[int, typer.Option("--image-count", min=0, help="Images in the prompt.")] = 1,
@@ -45,12 +52,18 @@ def estimate(
 
     if weights not in WEIGHTS:
         raise UserError(f"--weights '{weights}' is unknown; choose one of {', '.join(WEIGHTS)}")
-    work = Workload(prompt, images, answer, depth, drafter, WEIGHTS[weights])
+    helper = None if draft_model is None else sizes(draft_model)
+    work = Workload(prompt, images, answer, depth, drafter, WEIGHTS[weights], helper)
     accepted, model, device = Acceptance.parse(acceptance), sizes(target), card(gpu)
     rows = plans(model, device, accepted, work)
     if as_json:
         print(json.dumps({"target": model.as_dict(), "card": asdict(device), "workload": asdict(work), "rows": rows}))
         return
+    _show(model, device, accepted, images, rows)
+
+
+def _show(model: Sizes, device: Card, accepted: Acceptance, images: int, rows: list[dict[str, Any]]) -> None:
+    """Prints a table of the rows, and notes."""
     shown = table("batch", "nodes", "τ", "prefill", "plain", "draft", "verify", "decode", "answer", "tokens/s")
     for row in rows:
         shown.add_row(
@@ -60,7 +73,9 @@ def estimate(
             f"{row['tokens_per_second']:.0f}" if row["fits"] else "too big",
         )  # fmt: skip
     speed = f"{device.bandwidth / 1e9:.0f} GB/s, {device.flops / 1e12:.3g} TFLOP/s ({device.source})"
-    notes = ["prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer"]
+    smallest, largest = (rows[i]["memory_bytes"] / 1e9 for i in (0, -1))
+    notes = [f"weights and cache: {smallest:.1f} GB in batch {rows[0]['batch']}, {largest:.1f} in {rows[-1]['batch']}"]
+    notes += ["prefill, plain step, draft and verification in ms; speedup of decoding, and of a whole answer"]
     if accepted.length is not None:
         notes.append("τ is assumed equal for all tree sizes, although a smaller tree accepts less.")
     if images and not model.vision_layers:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -51,8 +51,12 @@ DraftModel = Annotated[
     typer.Option("--draft-model", help="Folder or hub id of a smaller model that drafts (method 'draft-model')."),
 ]
 DraftSees = Annotated[
-    Literal["image", "caption", "nothing"] | None,
-    typer.Option("--draft-sees", help="What the draft model sees of an image; by default the image if it can."),
+    str | None,
+    typer.Option(
+        "--draft-sees",
+        help="What the draft model sees of an image: 'image' (the default if it can), 'caption' or 'nothing'; several "
+        "with commas mix their drafts.",
+    ),
 ]
 Backend = Annotated[
     str,

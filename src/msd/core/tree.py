@@ -9,6 +9,7 @@ one node. See docs/verification.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +20,17 @@ from torch import Tensor
 from msd.core.modality import LANGUAGE
 
 # the value of each tensor of a tree at padding nodes
-_PADDING = {
+_PADDING: dict[str, float] = {
     "tokens": 0, "parents": -1, "depths": 0, "valid": 0, "modality": LANGUAGE.id, "deterministic": 0, "q": 0.0,
 }  # fmt: skip
+
+
+def _depths(parents: Sequence[int]) -> list[int]:
+    """The depths of drafted nodes from their parents' numbers."""
+    depth = [0]
+    for parent in parents:
+        depth.append(depth[parent] + 1)
+    return depth[1:]
 
 
 @dataclass
@@ -77,28 +86,33 @@ class DraftTree:
         parents: list[list[int]],
         candidates: SampledCandidates | None = None,
         deterministic: list[list[bool]] | None = None,
+        modality: list[list[int]] | None = None,
+        q: list[list[float]] | None = None,
     ) -> DraftTree:
-        """Builds trees from lists of drafted nodes, one list per row, without the root; parent 0 is the root."""
-        B, N = len(tokens), 1 + max(map(len, tokens), default=0)
-        table = torch.zeros(6, B, N, dtype=torch.long)
-        table[1] = -1
-        table[4] = LANGUAGE.id
-        height = 0
-        for row, (drafted, above) in enumerate(zip(tokens, parents, strict=True)):
-            depth = [0]
-            for p in above:
-                depth.append(depth[p] + 1)
-            height = max(height, *depth)
-            n = len(depth)
-            table[0, row, 1:n] = torch.tensor(drafted, dtype=torch.long)
-            table[1, row, 1:n] = torch.tensor(above, dtype=torch.long)
-            table[2, row, :n] = torch.tensor(depth)
-            table[3, row, :n] = 1
-            table[5, row, 1:n] = 1 if deterministic is None else torch.tensor(deterministic[row], dtype=torch.long)
-        table = table.to(newest.device)
+        """Builds trees from lists of drafted nodes, one list per row, without the root; parent 0 is the root.
+
+        By default all nodes are deterministic candidates of the language modality.
+        """
+        most, depths = max(map(len, tokens), default=0), [_depths(row) for row in parents]
+
+        def padded(rows: Sequence[Sequence[float]], root: float, name: str) -> list[list[float]]:
+            return [[root, *row, *[_PADDING[name]] * (most - len(row))] for row in rows]
+
+        ones = [[1] * len(row) for row in tokens]
+        language = [[LANGUAGE.id] * len(row) for row in tokens]
+        table = torch.tensor(
+            [
+                padded(tokens, 0, "tokens"), padded(parents, -1, "parents"), padded(depths, 0, "depths"),
+                padded(ones, 1, "valid"), padded(modality or language, LANGUAGE.id, "modality"),
+                padded(deterministic or ones, 0, "deterministic"),
+            ],
+            dtype=torch.long, device=newest.device,
+        )  # fmt: skip
         table[0, :, 0] = newest
-        t, p, d, v, m, f = table
-        return cls(t, p, d, v.bool(), m, f.bool(), height, candidates)
+        t, p, d, v, m, f = table.unbind()
+        height = max((max(row, default=0) for row in depths), default=0)
+        chances = None if q is None else torch.tensor(padded(q, 1.0, "q"), device=newest.device)
+        return cls(t, p, d, v.bool(), m, f.bool(), height, candidates, chances)
 
     @property
     def batch(self) -> int:

@@ -77,7 +77,8 @@ class Workload:
 
     drafter: "levels", one decoder layer and the whole output layer for each level, as in EAGLE-2; or "block", two
     layers and an output layer of 4,096 tokens, once for all levels. weight_bytes: bytes per weight of the target, by
-    default those of the card's dtype, which the drafter always has.
+    default those of the card's dtype, which the drafter always has. model: a smaller model that drafts instead, one
+    pass per level, after a prompt of its own with the same images.
     """
 
     prompt: int = 64
@@ -86,10 +87,13 @@ class Workload:
     depth: int = 5
     drafter: str = "levels"
     weight_bytes: float | None = None
+    model: Sizes | None = None
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
             raise UserError(f"drafter '{self.drafter}' is unknown; choose one of {', '.join(DRAFTERS)}")
+        if self.model is not None and self.drafter == "block":
+            raise UserError("a draft model drafts level by level; leave out --drafter-kind block")
 
 
 def card(name: str) -> Card:
@@ -108,12 +112,24 @@ def draft_seconds(sizes: Sizes, card: Card, nodes: int, context: int, batch: int
     """Estimates the seconds that drafting one tree for each of `batch` sequences takes."""
     depth = min(work.depth, nodes)
     width = max(1, -(-nodes // depth))
+    if work.model is not None:
+        first, other = (pass_seconds(work.model, card, rows, context, batch) for rows in (1, width))
+        return first + (depth - 1) * other
     if work.drafter == "block":
         head = sizes.hidden * BLOCK_VOCABULARY
         return pass_seconds(sizes, card, depth, context, batch, layers=BLOCK_LAYERS, head=head)
     head = sizes.head + 2 * sizes.hidden * sizes.hidden  # with the layer that joins hidden state and embedding
     first = pass_seconds(sizes, card, 1, context, batch, layers=1, head=head)
     return first + (depth - 1) * pass_seconds(sizes, card, width, context, batch, layers=1, head=head)
+
+
+def _draft_model(card: Card, batch: int, work: Workload) -> tuple[float, float]:
+    """Estimates (seconds of a draft model's own prompt, bytes of its weights and cache); zeros without one."""
+    if work.model is None:
+        return 0.0, 0.0
+    model, tokens = work.model, work.prompt + work.images * work.model.image_tokens
+    memory = (model.model + batch * (tokens + work.answer) * model.kv) * card.dtype_bytes
+    return prefill_seconds(model, card, tokens, work.images, batch), memory
 
 
 def plans(
@@ -123,7 +139,8 @@ def plans(
     """Returns a row for each batch and tree size.
 
     A row holds the seconds of prefill, plain step, draft and verification, and the speedups over plain decoding on the
-    same kernels: of decoding alone and of a whole answer. `fits`: whether weights and cache fit into memory.
+    same kernels: of decoding alone and of a whole answer. `memory_bytes`: weights, cache and states of the target,
+    weights and cache of a draft model; `fits`: whether they fit into memory.
     """
     work = work or Workload()
     total = work.prompt + work.images * sizes.image_tokens
@@ -133,11 +150,13 @@ def plans(
     for batch in batches:
         prefill = prefill_seconds(sizes, card, total, work.images, batch, work.weight_bytes)
         plain = pass_seconds(sizes, card, 1, context, batch, work.weight_bytes)
-        cache = batch * (total + work.answer) * sizes.kv * card.dtype_bytes
-        memory = (sizes.decoder + sizes.vision + sizes.hidden * sizes.vocabulary) * weight_bytes + cache
+        memory = sizes.model * weight_bytes + batch * (total + work.answer) * sizes.kv * card.dtype_bytes
+        own, drafter_memory = _draft_model(card, batch, work)
         for size in acceptance.sizes(tuple(nodes)):
             draft = draft_seconds(sizes, card, size, context, batch, work)
-            verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes)
+            levels = min(work.depth, size) + 1
+            verify = pass_seconds(sizes, card, size + 1, context, batch, work.weight_bytes, levels=levels)
+            states = batch * (size + 2) * sizes.counts.states * card.dtype_bytes  # after each node, and before the root
             length = acceptance.of(size, work.depth)
             assert length is not None
             token = (draft + verify) / length
@@ -145,9 +164,10 @@ def plans(
                 {
                     "batch": batch, "nodes": size, "acceptance_length": length, "prefill_s": prefill,
                     "plain_s": plain, "draft_s": draft, "verify_s": verify, "speedup_decode": plain / token,
-                    "speedup": (prefill + work.answer * plain) / (prefill + work.answer * token),
-                    "tokens_per_second": batch * work.answer / (prefill + work.answer * token),
-                    "fits": memory <= USABLE * card.memory,
+                    "speedup": (prefill + work.answer * plain) / (prefill + own + work.answer * token),
+                    "tokens_per_second": batch * work.answer / (prefill + own + work.answer * token),
+                    "memory_bytes": memory + states + drafter_memory,
+                    "fits": memory + states + drafter_memory <= USABLE * card.memory,
                 }
             )  # fmt: skip
     return rows

@@ -62,32 +62,36 @@ CARDS = {card.name.lower(): card for card in _SHEETS}
 
 def pass_seconds(
     sizes: Sizes, card: Card, rows: int, context: int, batch: int = 1, weight_bytes: float | None = None,
-    layers: int | None = None, head: int | None = None, head_rows: int | None = None,
+    layers: int | None = None, head: int | None = None, head_rows: int | None = None, levels: int | None = None,
 ) -> float:  # fmt: skip
     """Estimates the seconds of one pass over `rows` tokens after `context` tokens, in each of `batch` sequences.
 
     weight_bytes: bytes per weight, by default those of the card's dtype; products and cache always have that dtype.
-    layers: number of decoder layers, all by default. head: weights of the output layer. head_rows: rows of each
-    sequence that the output layer computes, all by default.
+    layers: of a decoder of that many equal layers, by default of the model's own. head: weights of the output layer.
+    head_rows: rows of each sequence that the output layer computes, all by default. levels: of the tree whose nodes
+    the rows are, with the root; by default the rows are one sequence. Recurrent layers run once for each level.
     """
     real = card.reached()
-    layers = sizes.layers if layers is None else layers
+    sizes = sizes if layers is None else sizes.uniform(layers)
+    counts = sizes.counts
     head = sizes.head if head is None else head
     weight_bytes = real.dtype_bytes if weight_bytes is None else weight_bytes
-    linear, tokens = layers * sizes.layer, batch * rows
-    head_tokens = batch * (rows if head_rows is None else head_rows)
-    flops = 2 * (linear * tokens + head * head_tokens)
-    products = hypot((linear + head) * weight_bytes / real.bandwidth, flops / real.flops)
-    part = batch * layers / sizes.layers
-    cache = part * (context + rows) * sizes.kv * real.dtype_bytes / real.bandwidth
-    attention = hypot(cache, part * attention_work(sizes, rows, context) / (real.attention or real.flops))
+    tokens, head_tokens = batch * rows, batch * (rows if head_rows is None else head_rows)
+    again = 0 if levels is None else levels - 1
+    read = counts.weights(tokens) + counts.mixers * again + head
+    flops = 2 * ((counts.dense + counts.active) * tokens + head * head_tokens)
+    products = hypot(read * weight_bytes / real.bandwidth, flops / real.flops)
+    states = 2 * counts.states * (1 if levels is None else rows)
+    cache = batch * ((context + rows) * counts.read + states) * real.dtype_bytes / real.bandwidth
+    attention = hypot(cache, batch * attention_work(sizes, rows, context) / (real.attention or real.flops))
     touch = real.dtype_bytes / real.bandwidth if real.touch is None else real.touch
-    return products + attention + layers * STEPS * real.step + part * touched(sizes, rows) * touch
+    steps = (counts.layers + counts.recurrent * again) * STEPS
+    return products + attention + steps * real.step + batch * touched(sizes, rows) * touch
 
 
 def attention_work(sizes: Sizes, rows: int, context: int) -> float:
     """Returns the FLOPs of attention over `rows` rows after `context` tokens; a row sees half of the other rows."""
-    return 4 * sizes.layers * sizes.heads * sizes.head_dim * rows * (context + (rows + 1) / 2)
+    return sizes.counts.attention * rows * (context + (rows + 1) / 2)
 
 
 def touched(sizes: Sizes, rows: int) -> float:

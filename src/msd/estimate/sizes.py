@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from msd.errors import UserError
+from msd.estimate.counts import Counts, counted
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a decoder with gated MLPs, and of its vision tower.
+    """Sizes of a decoder, and of its vision tower.
 
-    vocabulary: rows of the output layer. image_tokens: prompt tokens of one image. vision_*: of the vision tower, whose
-    MLP may be gated; vision_patches: of one image; vision_layers: 0 if the tower is unknown.
+    Without `counted`, all layers have attention and a gated MLP of these sizes; with it, only those of a drafter do.
+    total: weights of the whole model, if they were counted. vocabulary: rows of the output layer. image_tokens: prompt
+    tokens of one image. vision_*: of the vision tower, whose MLP may be gated; vision_patches: of one image;
+    vision_layers: 0 if the tower is unknown.
     """
 
     name: str
@@ -30,14 +33,28 @@ class Sizes:
     vision_intermediate: int = field(default=0, kw_only=True)
     vision_gated: bool = field(default=False, kw_only=True)
     vision_patches: int = field(default=0, kw_only=True)
+    counted: Counts | None = field(default=None, kw_only=True)
+    total: int = field(default=0, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready. The keys of the vision tower begin with "eye", as in existing result files."""
         return {name.replace("vision_", "eye_"): value for name, value in asdict(self).items()}
 
+    def uniform(self, layers: int) -> Sizes:
+        """The sizes of a decoder of `layers` equal layers, such as a drafter's."""
+        return replace(self, layers=layers, counted=None, total=0)
+
+    @property
+    def counts(self) -> Counts:
+        """What was counted, or what follows from equal layers."""
+        if self.counted is not None:
+            return self.counted
+        kept = 2 * self.layers * self.kv_heads * self.head_dim
+        return Counts(self.layers, self.layers * self.layer, kept, kept, 4 * self.layers * self.heads * self.head_dim)
+
     @property
     def layer(self) -> int:
-        """Weights of one decoder layer."""
+        """Weights of one layer of equal ones."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate
 
@@ -48,13 +65,18 @@ class Sizes:
 
     @property
     def decoder(self) -> int:
-        """Weights that a pass reads: all layers and the output layer."""
-        return self.layers * self.layer + self.head
+        """Weights of all layers, experts too, and of the output layer."""
+        return self.counts.dense + self.counts.experts + self.head
+
+    @property
+    def model(self) -> int:
+        """Weights of the whole model."""
+        return self.total or self.decoder + self.vision + self.hidden * self.vocabulary
 
     @property
     def kv(self) -> int:
         """Numbers in the cache for one token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return self.counts.kept
 
     @property
     def vision(self) -> int:
@@ -100,18 +122,17 @@ def sizes(target: str) -> Sizes:
 
 
 def of_config(name: str, config: Any) -> Sizes:
-    """Returns the sizes in a `transformers` config of a multimodal model."""
+    """Returns the sizes in a `transformers` config of a multimodal model. UserError if it cannot be built."""
     text = config.get_text_config(decoder=True)
-    if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise UserError(f"the decoder of '{name}' is a mixture of experts, which is unsupported; choose a dense model")
-    counts = (getattr(config, key, None) for key in ("image_seq_length", "mm_tokens_per_image"))
-    image_tokens = next((count for count in counts if isinstance(count, int)), 0)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    counts, total = counted(name, config)
+    numbers = (getattr(config, key, None) for key in ("image_seq_length", "mm_tokens_per_image"))
+    image_tokens = next((count for count in numbers if isinstance(count, int)), 0)
+    own = text.to_dict()  # the common sizes also where those of single layers differ, as in Gemma 4
+    heads, kv_heads, head_dim = (own.get(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    inner = own.get("intermediate_size") or own["moe_intermediate_size"] * own["num_experts_per_tok"]
     return Sizes(
-        name, text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads,
-        getattr(text, "num_key_value_heads", None) or heads, head_dim, text.vocab_size, image_tokens,
-        **_vision(getattr(config, "vision_config", None)),
+        name, counts.layers, text.hidden_size, inner, heads, kv_heads or heads, head_dim or text.hidden_size // heads,
+        text.vocab_size, image_tokens, **_vision(getattr(config, "vision_config", None)), counted=counts, total=total,
     )  # fmt: skip
 
 

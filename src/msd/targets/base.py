@@ -39,6 +39,7 @@ from msd.targets.taps import FINAL, Recording, Taps
 from msd.targets.vision import VisionCache
 
 MODALITIES = {"image": VISION.id, "video": VISION.id, "audio": AUDIO.id}
+TENSORS = {"image": "pixel_values", "video": "pixel_values_videos", "audio": AUDIO_FEATURES}
 
 
 class Target:
@@ -50,6 +51,7 @@ class Target:
 
     resumes = True  # whether `score` can leave out nodes that it has scored before
     reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
+    modalities: tuple[str, ...] = tuple(MODALITIES)  # what a prompt may contain besides text
     bidirectional_layers: str | None = None  # the layer type to which `bidirectional_mask` is limited
 
     def __init__(
@@ -93,8 +95,13 @@ class Target:
         """Replaces pixels in processor output by vision features from the cache, or from the encoder.
 
         Returns the inputs with `mm_encoder_outputs` instead of the pixel tensors; unchanged without images or videos.
-        Audio tensors remain: `forward` has no argument for encoded sounds, so prefill encodes them.
+        Audio tensors remain: `forward` has no argument for encoded sounds, so prefill encodes them. UserError for a
+        kind of input that is not supported.
         """
+        for kind, name in TENSORS.items():
+            if kind not in self.modalities and inputs.get(name) is not None:
+                own = self.model.config.model_type
+                raise UserError(f"'{own}' supports {' and '.join(self.modalities)}, not {kind}; see 'msd targets'")
         return self.vision.encode(self.model, inputs, self.pictures)
 
     def lay_out(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[Layout, Tensor]:

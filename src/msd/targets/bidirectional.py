@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from msd.core.layout import Layout
 from msd.core.modality import VISION
-from msd.errors import UserError
 from msd.targets.base import Target
 from msd.targets.masks import SLIDING, Windows
 from msd.targets.shared_mark import SharedMark
-from msd.targets.state import AUDIO_FEATURES, Media, State
+from msd.targets.state import Media, State
 
 
 class Gemma3(Target):
@@ -30,12 +27,6 @@ class Gemma3(Target):
 
 class Gemma4Unified(Gemma3):
     """Columns of one image or frame attend to each other where the config says so."""
-
-    def encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """See `Target`. UserError for sounds."""
-        if inputs.get(AUDIO_FEATURES) is not None:
-            raise UserError("sounds are not supported for Gemma 4; give it images and videos only")
-        return super().encode_images(inputs)
 
     def bidirectional_mask(self, layout: Layout, types: Tensor) -> Tensor | None:
         """See `Gemma3`; None for models that are causal."""

@@ -37,14 +37,16 @@ class MRope(Target):
 class HunYuan(MRope):
     """HunYuan-VL: as many axes as the config has sections, usually four; none of them counts columns.
 
-    One axis has the number of the image, which the model counts through the whole batch; here each row counts its own,
-    so that a row's answer does not depend on the others.
+    One axis has the number of the image "in the input sequence", as the documentation of the library's
+    `get_rope_index` says; its code counts on from row to row of a batch. Here each row counts its own, so that its
+    answer is that of `generate()` for the row alone. `position_ids` that are given are used unchanged.
     """
 
     def lay_out(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[Layout, Tensor]:
         """See `Target`."""
         grids, types = model_kwargs.get("image_grid_thw"), model_kwargs.get("mm_token_type_ids")
-        if len(input_ids) > 1 and grids is not None and types is not None:
+        given = model_kwargs.get("position_ids") is not None
+        if len(input_ids) > 1 and not given and grids is not None and types is not None:
             first = (types == 1) & (torch.nn.functional.pad(types, (1, 0))[:, :-1] != 1)
             rows = zip(
                 input_ids, types, model_kwargs["attention_mask"], grids.split(first.sum(1).tolist()), strict=True

@@ -192,9 +192,9 @@ class Recurrent(Target):
         levels, layers = _levels(tree), text_decoder(self.model).layers
         with redirected(
             {
-                mixer: partial(states.run, own_forward(mixer), levels)
+                reader: partial(states.run, own_forward(reader), levels)
                 for index, states in state.cache.states.items()
-                for mixer in [_mixer(layers[index])]
+                for reader in [mixer(layers[index])]
             }
         ):
             yield
@@ -218,7 +218,7 @@ def _levels(tree: DraftTree) -> list[Level]:
     return [(nodes, above if depth else None) for depth, (nodes, above) in enumerate(tensors)]
 
 
-def _mixer(layer: nn.Module) -> nn.Module:
+def mixer(layer: nn.Module) -> nn.Module:
     """The part of a decoder layer that reads the cache. UserError unless there is exactly one."""
     found = [part for part in layer.children() if _reads_cache(type(part))]  # type: ignore[arg-type]
     if len(found) != 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from msd.backends.revision import plain_tensors
@@ -180,20 +181,26 @@ def adapt(
 ) -> Target:
     """The adapter of `model`; the other arguments are those of `Target`. UserError for an unsupported architecture."""
     found = family(model.config)
-    return found.adapter(model, taps, vision_cache, backend, found.pictures)
+    target = found.adapter(model, taps, vision_cache, backend, found.pictures)
+    target.modalities = found.modalities
+    return target
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Model type and weight hash, such as "llava-3f9a0c12b7d4".
+    """Model type and `weights_hash`, such as "llava-3f9a0c12b7d4"."""
+    return f"{model.config.model_type}-{weights_hash(model)}"
 
-    Hashes names, shapes and evenly spaced elements of all weights, rounded to bfloat16: a checkpoint loaded in float32
-    and in bfloat16 has one fingerprint; training and quantisation change it.
+
+def weights_hash(module: nn.Module) -> str:
+    """Hashes names, shapes and evenly spaced elements of all weights, rounded to bfloat16.
+
+    A checkpoint loaded in float32 and in bfloat16 has one hash; training and quantisation change it.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(module.named_parameters()):
         digest.update(f"{name}|{tuple(weight.shape)}|".encode())
         for tensor in plain_tensors(weight.detach()):
             flat = tensor.reshape(-1)
             samples = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
             digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{model.config.model_type}-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]

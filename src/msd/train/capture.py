@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -57,8 +57,14 @@ class Answer:
     gain: tuple[float, ...] | None = None
     costs: tuple[tuple[float, ...], ...] | None = None
 
+    @property
+    def tokens(self) -> list[int]:
+        """The ids, with the end token if there is one."""
+        return [*self.ids, *(() if self.end is None else (self.end,))]
+
 
 Writer = Callable[[Sequence[Prompt]], list[Answer]]  # generates one answer per prompt, in order
+Stream = Callable[[Sequence[Prompt]], Iterator[list[tuple[Prompt, Answer]]]]  # yields answers as they are ready
 
 
 def capture(
@@ -77,25 +83,53 @@ def capture(
     all prompts, in the order of `prompts`. Raises UserError if `path` holds other content or records with other
     metadata, cannot be written, or is being written by another process.
     """
+
+    def batches(todo: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, Answer]]]:
+        for start in range(0, len(todo), batch):
+            group = todo[start : start + batch]
+            yield list(zip(group, write(group), strict=True))
+
+    return keep(prompts, batches, path, report, metadata)
+
+
+def keep(
+    prompts: Iterable[Prompt],
+    stream: Stream,
+    path: Path,
+    report: Callable[[int, int], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Does `capture` with answers that come in any order: each list that `stream` yields is written at once."""
     metadata = metadata or {}
     make_folder(path.parent)
     with exclusive(path):
         distinct, done = _distinct(prompts), _read_records(path, metadata)
         todo = _sorted_todo(distinct, done)
         _end_last_line(path)
-        for start in range(0, len(todo), batch):
-            group = todo[start : start + batch]
-            records = [_record(p, a, metadata) for p, a in zip(group, write(group), strict=True)]
-            done |= {p.key: r for p, r in zip(group, records, strict=True)}
-            append(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        count = len(distinct) - len(todo)
+        for answers in stream(todo):
+            records = {p.key: _record(p, a, metadata) for p, a in answers}
+            done |= records
+            append(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
+            count += len(answers)
             if report:
-                report(len(distinct) - len(todo) + start + len(group), len(distinct))
+                report(count, len(distinct))
     return [done[p.key] for p in distinct]
 
 
 def pending(prompts: Iterable[Prompt], path: Path, metadata: Mapping[str, str] | None = None) -> list[Prompt]:
     """Returns the distinct prompts that `capture` has yet to answer, in the order in which it answers them."""
     return _sorted_todo(_distinct(prompts), _read_records(path, metadata or {}))
+
+
+def read_answers(paths: Iterable[Path]) -> dict[Key, dict[str, Any]]:
+    """Reads the records in files of captured answers, by prompt. Raises UserError for a missing file."""
+    found: dict[Key, dict[str, Any]] = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no file '{path}' of captured answers")
+        found |= _read_records(path, {})
+    return found
 
 
 def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:

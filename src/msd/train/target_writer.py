@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +76,31 @@ class TargetWriter:
             parts = {n: iter(self([p for p, m in zip(prompts, kinds, strict=True) if m == n])) for n in set(kinds)}
             return [next(parts[n]) for n in kinds]
         target, raw = self.engine.target, self._prepare(prompts)
-        inputs, recorder = target.encode_images(raw), LogitsRecorder()
+        inputs = target.encode_images(raw)
+        answers, logits = self.generate(prompts, inputs)
+        tokens = [answer.tokens for answer in answers]
+        if not self._images_checked and any(raw.get(name) is not None for name in target.media_tensors):
+            assert_images_matter(target, raw, tokens)
+            self._images_checked = True
+        gains = image_gain(target, inputs, tokens, logits)
+        costs = self._costs(prompts, inputs, tokens, logits)
+        return [
+            replace(answer, gain=_rounded(gain), costs=None if cost is None else _rounded(cost))
+            for answer, gain, cost in zip(answers, gains, costs, strict=True)
+        ]
+
+    def generate(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> tuple[list[Answer], list[Tensor]]:
+        """Returns the answers, and the target's logits [T, V] at each one's tokens.
+
+        inputs: the processor's output for the prompts, with images encoded.
+        """
+        recorder = LogitsRecorder()
         results = self.engine.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, suppress_tokens=list(target.placeholders),
-            on_step=recorder,
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False,
+            suppress_tokens=list(self.engine.target.placeholders), on_step=recorder,
         )  # fmt: skip
         results = [results] if isinstance(results, Result) else results
-        answers = [r.tokens for r in results]
-        if not self._images_checked and any(raw.get(name) is not None for name in target.media_tensors):
-            assert_images_matter(target, raw, answers)
-            self._images_checked = True
-        logits = [torch.stack(row) for row in recorder.rows]
-        gains = image_gain(target, inputs, answers, logits)
-        costs = self._costs(prompts, inputs, answers, logits)
-        return [
-            _answer(result, _rounded(gain), None if cost is None else _rounded(cost))
-            for result, gain, cost in zip(results, gains, costs, strict=True)
-        ]
+        return [_answer(result) for result in results], [torch.stack(row) for row in recorder.rows]
 
     def _costs(
         self, prompts: Sequence[Prompt], inputs: dict[str, Any], answers: list[list[int]], logits: list[Tensor]
@@ -115,9 +124,9 @@ def _rounded(nats: Tensor) -> Any:
     return tuple(values if nats.dim() == 1 else map(tuple, values))
 
 
-def _answer(result: Result, gain: tuple[float, ...], costs: tuple[tuple[float, ...], ...] | None) -> Answer:
+def _answer(result: Result) -> Answer:
     """Separates the end token. An answer that a stop string ended is finished and has no end token."""
     ended = result.finish == "eos"
     ids = tuple(result.tokens[:-1] if ended else result.tokens)
     end = result.tokens[-1] if ended else None
-    return Answer(result.text, ids, result.finish in ("eos", "criteria"), end, gain, costs)
+    return Answer(result.text, ids, result.finish in ("eos", "criteria"), end)

@@ -20,7 +20,8 @@ from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import distributions, draft, drafts
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import Distributions, LevelCost, Shape
+from msd.drafters.toolkit.growth import Distributions, Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
@@ -112,6 +113,7 @@ class AssistantDrafter(ObservedDrafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the target's state [1, H] before the newest token of each row."""
+        self.cost.begin()
         assert scores.taps is not None
         state.memory = list(scores.taps[:, -1:])
 

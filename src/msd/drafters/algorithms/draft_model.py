@@ -1,9 +1,9 @@
 """`draft-model`: a smaller vision-language or language model drafts, with a cache and a prompt of its own.
 
-It sees the images of the prompt (as in Spec-LLaVA and MASSV), a caption of each, or neither (Gagrani
-et al., arXiv 2404.08856). Its own processor prepares its prompt from the messages of the request. Where only tensors
-were given, a model of the target's architecture reads them as they are, and any model reads the text without images.
-Captions are written once per image: by the draft model if it sees images, else by the target.
+It sees the images of the prompt (as in Spec-LLaVA and MASSV), a caption of each, neither (Gagrani et al., arXiv
+2404.08856), or several of these at once (as in TABED). Its own processor prepares its prompt from the messages of the
+request. Where only tensors were given, a model of the target's architecture reads them as they are, and any model reads
+the text without images. Captions are written once per image: by the draft model if it sees images, else by the target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters.toolkit.chained import drafts
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.ensemble import Ensemble
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import Pieces, VocabularyMap
@@ -50,8 +52,8 @@ class DraftModel(ObservedDrafter):
     """Drafts with `model`; its candidates are deterministic.
 
     processor: the model's own (a `TextProcessor` for a language model); without one, the token ids of both models are
-    taken to be the same. sees: one of `SEES`; by default the images if the model takes any, else nothing. label: its
-    name in messages.
+    taken to be the same. sees: one of `SEES`, or several with commas, whose drafts are mixed (`toolkit/ensemble.py`);
+    by default the images if the model takes any, else nothing. label: its name in messages.
     """
 
     name = METHOD
@@ -61,10 +63,8 @@ class DraftModel(ObservedDrafter):
     ) -> None:
         takes = model.config.model_type in targets.families()
         self.model, self.processor, self.label, self.cost = model.eval(), processor, label, LevelCost()
-        self.sees = sees or ("image" if takes else "nothing")
-        if self.sees not in SEES:
-            raise UserError(f"draft_sees '{self.sees}' is unknown; choose one of {', '.join(SEES)}")
-        if self.sees == "image" and not takes:
+        self.sees = views(sees or ("image" if takes else "nothing"))
+        if "image" in self.sees and not takes:
             raise UserError(f"draft model '{label}' takes no images; let it see a caption or nothing (--draft-sees)")
         self._takes_images = takes
         self._theirs: PreTrainedModel | None = None
@@ -95,11 +95,12 @@ class DraftModel(ObservedDrafter):
 
     def twin(self, model: PreTrainedModel) -> DraftModel:
         """Returns a drafter with the model itself as its draft model, which sees what it sees."""
-        return DraftModel(model, None, self.sees if self.sees != "caption" else "nothing", self.label)
+        seen = dict.fromkeys("nothing" if view == "caption" else view for view in self.sees)
+        return DraftModel(model, None, ",".join(seen), self.label)
 
     def fingerprint(self) -> str:
         """See `ObservedDrafter`."""
-        return f"{targets.fingerprint(self.model)} sees {self.sees}"
+        return f"{targets.fingerprint(self.model)} sees {','.join(self.sees)}"
 
     @property
     def ids(self) -> Tensor:
@@ -108,21 +109,24 @@ class DraftModel(ObservedDrafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the number of columns of the prompt; the first draft reads it."""
+        self.cost.begin()
         state.memory = state.layout.end[0] - 1
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts the most probable nodes of one tree, level by level; nothing where its context is too short."""
         if drafts(budget) and isinstance(state.memory, int):
-            state.memory = self._read(state, state.memory)
+            read = [self._read(state, state.memory, view) for view in self.sees]
+            members = [member for member in read if member is not None]
+            state.memory = Ensemble(members) if len(members) > 1 else members[0] if members else None
         if not drafts(budget) or state.memory is None:
             return DraftTree.root_only(state.layout.newest())
         return state.memory.propose(state.layout, state.cache.rows, TREE, self, budget, sampler, self.cost)
 
-    def _read(self, state: State, columns: int) -> SecondModel | None:
-        """Reads the prompt; None if prompt and answer do not fit the draft model's context."""
+    def _read(self, state: State, columns: int, view: str) -> SecondModel | None:
+        """Reads the prompt with one view of the images; None if prompt and answer do not fit the model's context."""
         own, device, B = self.own, self.model.device, state.layout.batch
         with named(f"draft model '{self.label}'"):
-            inputs = self._prompt(state, columns)
+            inputs = self._prompt(state, columns, view)
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         inputs = own.encode_images(inputs)
         ids = inputs.pop("input_ids")
@@ -134,17 +138,17 @@ class DraftModel(ObservedDrafter):
         prefilled, _ = own.prefill(ids, inputs, capacity)
         return SecondModel(own, self.mapping, prefilled, [columns] * B)
 
-    def _prompt(self, state: State, columns: int) -> dict[str, Any]:
+    def _prompt(self, state: State, columns: int, view: str) -> dict[str, Any]:
         """Returns the draft model's prompts as its processor prepares them, or from the target's tensors."""
         request = state.request
         if self.processor is not None and request is not None:
             own = replace(request, processor=self.processor)
-            if self.sees == "image":
+            if view == "image":
                 return own.inputs()
-            return own.described(self._described(request) if self.sees == "caption" else None).inputs()
-        if self.sees == "caption":
+            return own.described(self._described(request) if view == "caption" else None).inputs()
+        if view == "caption":
             raise UserError("a caption needs images and messages, and both processors; give images and a prompt")
-        if self.sees == "nothing":
+        if view == "nothing":
             return self._text(state.layout, columns)
         assert self._theirs is not None
         kinds = [m.config.model_type for m in (self.model, self._theirs)]
@@ -185,6 +189,17 @@ class DraftModel(ObservedDrafter):
             text = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             self._captions[key] = text.strip()
         return self._captions[key]
+
+
+def views(sees: str) -> tuple[str, ...]:
+    """Parses what a draft model sees, such as "image,nothing". UserError for an unknown or a repeated part."""
+    parts = tuple(part.strip() for part in sees.split(","))
+    for part in parts:
+        if part not in SEES:
+            raise UserError(f"draft_sees '{part}' is unknown; choose one of {', '.join(SEES)}, or several with commas")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"draft_sees '{sees}' names one view twice; name each once")
+    return parts
 
 
 def text_target(model: PreTrainedModel, backend: str) -> Target:

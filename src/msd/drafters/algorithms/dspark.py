@@ -85,6 +85,11 @@ class DSpark(Block):
         """Returns W1 of parent tokens [...]: [..., rank]; ids above its rows are padding of the target's."""
         return self.markov_in(parents.clamp_max(len(self.markov_in.weight) - 1))
 
+    @property
+    def confident(self) -> bool:
+        """See `DraftNetwork`."""
+        return self.config.variant.confidence != "none"
+
     def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """See `DraftNetwork`."""
         reads = self.config.variant.confidence
@@ -96,7 +101,7 @@ class DSpark(Block):
 
     def uncalibrated(self, node: NodeFeatures) -> Tensor:
         """See `DraftNetwork`; log(q · confidence)."""
-        return node.log_q if self.config.variant.confidence == "none" else node.log_q + F.logsigmoid(node.confidence)
+        return node.log_q + F.logsigmoid(node.confidence) if self.confident else node.log_q
 
 
 class RecurrentLevels(BlockLevels):

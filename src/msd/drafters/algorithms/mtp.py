@@ -31,7 +31,8 @@ from msd.drafters import registry
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
@@ -191,6 +192,7 @@ class MtpDrafter(ObservedDrafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """Stores the prompt's states; the first draft reads them. See `observe`."""
+        self.cost.begin()
         assert scores.taps is not None
         state.memory = scores.taps, [list[Tensor]() for _ in scores.taps]
 

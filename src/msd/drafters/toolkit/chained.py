@@ -16,7 +16,8 @@ from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler, temperature
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.context import pick
-from msd.drafters.toolkit.growth import Distributions, DraftVocabulary, LevelCost, Levels, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import Distributions, DraftVocabulary, Levels, Shape, Subtrees, grow
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.planning.plan import Budget
 
 Score = Callable[[DraftTree, int], Tensor]
@@ -70,9 +71,8 @@ def draft(
 ) -> DraftTree:
     """Grows one tree for each row, of the most probable nodes, below `newest` [R]."""
     width = shape.width if budget.width is None else min(budget.width, shape.width)
-    whole = Subtrees.single(newest, budget.nodes, Shape(width, shape.depth))
-    kinds = torch.tensor([LANGUAGE.id], device=newest.device)
-    return grow(levels, vocabulary, whole, kinds, newest, budget, temperature(sampler), cost)
+    whole = Subtrees.single(newest, Shape(width, shape.depth))
+    return grow(levels, vocabulary, whole, (LANGUAGE.id,), newest, budget, temperature(sampler), cost)
 
 
 def drafts(budget: Budget) -> bool:

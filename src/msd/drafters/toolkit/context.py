@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,36 +24,34 @@ class Anchors:
     """A positions per row that drafts start from, and their context. B rows, S context entries.
 
     x, feature: [B, A, H]. embedding: [B, A, H], of the token after the anchor (the root). positions: [B, A], rotary.
-    visible: [B, A, S] bool, the entries that an anchor sees. image: [B, A or 1, H], see `Selection`. context: keys and
-    values [B, S, K, D] of each layer.
+    visible: [B, A, S] bool, the entries that an anchor sees; None in decoding where all rows see all entries.
+    image: [B, A or 1, H], see `Selection`. context: keys and values [B, S, K, D] of each layer.
     """
 
     x: Tensor
     feature: Tensor
     embedding: Tensor
     positions: Tensor
-    visible: Tensor
+    visible: Tensor | None
     image: Tensor
     context: list[KeyValues]
 
-    def of(self, rows: list[int] | slice, used: int) -> Anchors:
-        """Selects rows and the first `used` context entries."""
+    def of(self, rows: list[int], used: int | None = None) -> Anchors:
+        """Selects rows, with the first `used` context entries, by default all; each row must see all of them."""
         context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
         x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
-        return Anchors(x, feature, embedding, positions, self.visible[rows][..., :used], self.image[rows], context)
+        return Anchors(x, feature, embedding, positions, None, self.image[rows], context)
 
     def joined(self, other: Anchors) -> Anchors:
-        """The rows of both, those of `other` last; the shorter context is padded with entries that no anchor sees."""
-        S = max(self.visible.shape[-1], other.visible.shape[-1])
+        """The rows of both, those of `other` last, with buffers as long as the longer ones; their `visible` is None."""
         x, feature, embedding, positions = (
             torch.cat([getattr(self, name), getattr(other, name)])
             for name in ("x", "feature", "embedding", "positions")
         )
-        visible = torch.cat([F.pad(a.visible, (0, S - a.visible.shape[-1])) for a in (self, other)])
         width = max(self.image.shape[-1], other.image.shape[-1])
         image = torch.cat([a.image.expand(-1, -1, width) for a in (self, other)])
-        context = [mine.joined(theirs, S) for mine, theirs in zip(self.context, other.context, strict=True)]
-        return Anchors(x, feature, embedding, positions, visible, image, context)
+        context = [mine.joined(theirs) for mine, theirs in zip(self.context, other.context, strict=True)]
+        return Anchors(x, feature, embedding, positions, None, image, context)
 
 
 @dataclass
@@ -125,6 +122,8 @@ class Entries:
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
     """Gathers x [B, S, ...] at indices [B, A]: [B, A, ...]."""
+    if len(x) == 1:
+        return x.index_select(1, at[0])
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 

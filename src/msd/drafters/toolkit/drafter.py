@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,19 @@ from msd.core.sampling import Sampler, temperature
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.context import Anchors, pick
-from msd.drafters.toolkit.growth import LevelCost, Shape, Subtrees, grow
+from msd.drafters.toolkit.growth import Shape, Subtrees, grow
 from msd.drafters.toolkit.layers import KeyValues
+from msd.drafters.toolkit.level_cost import LevelCost
+from msd.drafters.toolkit.observed import Observed, observed
 from msd.errors import UserError
 from msd.planning.plan import Budget
+from msd.targets.registry import weights_hash
 from msd.targets.state import State
 
 if TYPE_CHECKING:
     from msd.drafters.toolkit.network import DraftNetwork
+
+SPARE = 64  # entries of a buffer for the draft tokens of one step; with more the buffer is copied
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Memory:
         entries = network.read(layout, taps, L, auxiliary)
         s = entries.selection
         last = torch.full((len(taps), 1), L - 1, device=taps.device)
-        room = entries.x.shape[1] + layout.capacity - L
+        room = entries.x.shape[1] + layout.capacity - L + SPARE
         memory = cls([0] * len(taps), s.shift, entries.anchors(last, []))
         memory._append(network, entries.x, s.places, s.present.sum(1).tolist(), room)
         return memory
@@ -60,61 +65,95 @@ class Memory:
 
         taps: [B, W, T*H], the target's states before each token. token: [B, W]. Values beyond `added[row]` are ignored.
         """
-        first = torch.tensor([e - 1 - n for e, n in zip(layout.end, added, strict=True)])
-        column = (first[:, None] + torch.arange(token.shape[1])).clamp_min(0).to(taps.device)
-        positions = network.positions(layout).gather(1, column) + self.shift
-        feature, embedding, old = network.feature(taps), network.embed(token), self.anchor
+        old = self.anchor
+        positions = old.positions + torch.arange(1, 1 + token.shape[1], device=taps.device)  # text follows text
+        feature, embedding = network.feature(taps), network.embed(token)
         x = network.entry(feature, embedding, old.image, 0)
-        self._append(network, x, positions, added, old.visible.shape[-1])
-        last = torch.tensor(added, device=taps.device)[:, None] - 1
+        self._append(network, x, positions, added)
 
         def newest(new: Tensor, before: Tensor) -> Tensor:
             """Returns the last new value of each row [B, 1, ...], or the one before where the row has none."""
-            grown = (last >= 0).view(-1, *[1] * (new.dim() - 1))
-            return torch.where(grown, pick(new, last.clamp_min(0)), before)
+            return torch.stack([new[row, n - 1 : n] if n else before[row] for row, n in enumerate(added)])
 
         self.anchor = replace(
-            self.anchor, x=newest(x, old.x), feature=newest(feature, old.feature),
+            old, x=newest(x, old.x), feature=newest(feature, old.feature),
             embedding=newest(embedding, old.embedding), positions=newest(positions, old.positions),
         )  # fmt: skip
 
-    def _append(self, network: DraftNetwork, x: Tensor, positions: Tensor, added: list[int], room: int) -> None:
-        """Writes the keys of new entries x [B, W, ...], `added[row]` of them real, to buffers of `room` entries."""
-        begin, B, W = torch.tensor(self.length, device=x.device), len(x), x.shape[1]
+    def _append(
+        self, network: DraftNetwork, x: Tensor, positions: Tensor, added: list[int], room: int | None = None
+    ) -> None:
+        """Writes the keys of new entries x [B, W, ...], `added[row]` of them real; first creates buffers of `room`."""
         used = max(old + n for old, n in zip(self.length, added, strict=True))
 
         def store(layer: int, new: KeyValues) -> KeyValues:
-            if layer == len(self.anchor.context):
-                shape = (B, room, *new.keys.shape[2:])
+            if room is not None:
+                shape = (len(x), room, *new.keys.shape[2:])
                 self.anchor.context.append(KeyValues(new.keys.new_zeros(shape), new.values.new_zeros(shape)))
             buffer = self.anchor.context[layer]
             buffer.write(new, self.length, added)
-            return KeyValues(buffer.keys[:, :used], buffer.values[:, :used])
+            return buffer.first(used)
 
         visible = None
         if network.deep:
-            entry, new = torch.arange(used, device=x.device), torch.arange(W, device=x.device)
-            visible = entry <= (begin[:, None] + new)[..., None]  # [B, W, used]
+            begin = torch.tensor(self.length, device=x.device)[:, None]
+            entry, new = torch.arange(used, device=x.device), torch.arange(x.shape[1], device=x.device)
+            visible = entry <= (begin + new)[..., None]  # [B, W, used]
         network.context(x, positions, visible, store)
         self.length = [old + n for old, n in zip(self.length, added, strict=True)]
-        present = torch.arange(room) < torch.tensor(self.length)[:, None]
-        self.anchor = replace(self.anchor, visible=present.to(x.device)[:, None])
 
     def anchors(self, rows: list[int] | None = None) -> Anchors:
         """Returns the anchors of some rows, by default of all, with the used part of their context."""
-        if rows is None or rows == list(range(len(self.length))):
-            return self.anchor.of(slice(None), max(self.length))
-        return self.anchor.of(rows, max(self.length[row] for row in rows))
+        everything = list(range(len(self.length)))
+        rows = everything if rows is None else rows
+        length = [self.length[row] for row in rows]
+        used, visible = max(length), None
+        if min(length) < used:
+            end = torch.tensor(length, device=self.anchor.x.device)
+            visible = (torch.arange(used, device=end.device) < end[:, None])[:, None]
+        if rows != everything:
+            return replace(self.anchor.of(rows, used), visible=visible)
+        return replace(self.anchor, visible=visible, context=[buffer.first(used) for buffer in self.anchor.context])
 
     def select(self, rows: list[int]) -> None:
         """Drops all other rows."""
         self.length, self.shift = [self.length[row] for row in rows], self.shift[rows]
-        self.anchor = self.anchor.of(rows, self.anchor.visible.shape[-1])
+        self.anchor = self.anchor.of(rows)
 
     def join(self, other: Memory) -> None:
         """Appends the rows of `other`."""
         self.length, self.shift = self.length + other.length, torch.cat([self.shift, other.shift])
         self.anchor = self.anchor.joined(other.anchor)
+
+
+@dataclass
+class _Emitted:
+    """The tokens that one step emitted. taps: [B, W, T*H], the target's states before each. tokens: [B, W].
+
+    count: tokens of each row; values beyond are undefined.
+    """
+
+    taps: Tensor
+    tokens: Tensor
+    count: list[int]
+
+    @classmethod
+    def joined(cls, steps: Sequence[_Emitted]) -> _Emitted:
+        """Joins several steps."""
+        if len(steps) == 1:
+            return steps[0]
+        rows = range(len(steps[0].count))
+        taps, tokens = (
+            pad_sequence(
+                [torch.cat([getattr(s, name)[r, : s.count[r]] for s in steps]) for r in rows], batch_first=True
+            )
+            for name in ("taps", "tokens")
+        )
+        return cls(taps, tokens, [sum(s.count[r] for s in steps) for r in rows])
+
+    def select(self, rows: list[int]) -> _Emitted:
+        """Selects rows."""
+        return _Emitted(self.taps[rows], self.tokens[rows], [self.count[row] for row in rows])
 
 
 class DecodedStates:
@@ -129,18 +168,29 @@ class DecodedStates:
         """
         self._prompt, self._auxiliary, self._part = taps, auxiliary, part or (lambda taps: taps)
         self._newest = list(taps[:, -1])
-        self._taps: list[list[Tensor]] = [[] for _ in taps]
-        self._tokens: list[list[int]] = [[] for _ in taps]
+        self._steps: list[_Emitted] = []
         self._memory: Memory | None = None
+
+    @property
+    def unread(self) -> bool:
+        """Whether the prompt has not been read yet."""
+        return self._memory is None
 
     def observe(self, scores: Scores, accepted: Accepted) -> None:
         """Stores the state before every emitted token: that of the node above it."""
         assert scores.taps is not None
-        for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
-            if tokens:
-                self._taps[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
-                self._newest[row] = self._taps[row][-1][-1]
-                self._tokens[row] += tokens
+        count = [len(tokens) for tokens in accepted.tokens]
+        if not any(count):
+            return
+        nodes = [[0, *above][:n] for above, n in zip(accepted.nodes, count, strict=True)]
+        fill = [[0] * (max(count) - n) for n in count]
+        table = [[*row, *rest] for part in (nodes, accepted.tokens) for row, rest in zip(part, fill, strict=True)]
+        node, tokens = torch.tensor(table, device=scores.taps.device).split(len(count))
+        taps = pick(scores.taps, node)
+        self._steps.append(_Emitted(taps, tokens, count))
+        for row, n in enumerate(count):
+            if n:
+                self._newest[row] = taps[row, n - 1]
 
     def newest(self) -> Tensor:
         """Returns the target's state before the newest emitted token of every row: [B, T*H]."""
@@ -150,18 +200,17 @@ class DecodedStates:
         """Returns the memory of everything decoded so far."""
         if self._memory is None:
             self._memory = Memory.begin(network, layout, self._part(self._prompt), self._auxiliary)
-        added = [len(tokens) for tokens in self._tokens]
-        if any(added):
-            taps = pad_sequence([torch.cat([self._prompt[0, :0], *new]) for new in self._taps], batch_first=True)
-            token = pad_sequence([torch.tensor(new, dtype=torch.long) for new in self._tokens], batch_first=True)
-            self._memory.append(network, layout, self._part(taps), token.to(taps.device), added)
-            self._taps, self._tokens = [[] for _ in added], [[] for _ in added]
+        if self._steps:
+            new = _Emitted.joined(self._steps)
+            self._memory.append(network, layout, self._part(new.taps), new.tokens, new.count)
+            self._steps = []
         return self._memory
 
     def select(self, rows: list[int]) -> None:
         """Drops all other rows."""
         self._prompt, self._newest = self._prompt[rows], [self._newest[row] for row in rows]
-        self._taps, self._tokens = [self._taps[row] for row in rows], [self._tokens[row] for row in rows]
+        steps = [step.select(rows) for step in self._steps]
+        self._steps = [step for step in steps if any(step.count)]
         if self._auxiliary is not None:
             self._auxiliary = self._auxiliary[rows]
         if self._memory is not None:
@@ -171,20 +220,23 @@ class DecodedStates:
         """Appends the rows of `other`. The network reads both first: their prompts differ in length."""
         self.read(network, layout).join(other.read(network, added))
         self._newest += other._newest
-        count = len(self._newest)
-        self._prompt, self._auxiliary = self._prompt.new_empty(count, 0, self._prompt.shape[-1]), None
-        self._taps, self._tokens = [[] for _ in range(count)], [[] for _ in range(count)]
+        self._prompt, self._auxiliary = self._prompt.new_empty(len(self._newest), 0, self._prompt.shape[-1]), None
 
 
 class TrainedDrafter(Drafter):
-    """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's."""
+    """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's.
+
+    A head that another project trained has no calibration; it is calibrated by what the target accepts (`observed`),
+    unless its nodes have a confidence of their own.
+    """
 
     joinable = True
+    observed: Observed | None = None
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
         self.name, self.taps, self.cost = name or network.method, network.config.taps, LevelCost()
-        self.modality_ids = torch.tensor([LANGUAGE.id])  # of the subtrees' modalities
+        self.modality_ids: tuple[int, ...] = (LANGUAGE.id,)  # of the subtrees' modalities
 
     def fit(self, layers: int) -> None:
         """See `Drafter`."""
@@ -207,15 +259,21 @@ class TrainedDrafter(Drafter):
                 f"method '{self.name}' needs the target's states at layers {self.taps}, which were not kept"
             )
         state.memory = self.decoded(state, scores.taps)
+        self.cost.begin()
 
     def decoded(self, state: State, taps: Tensor) -> DecodedStates:
         """Creates the store of the target's states; taps: [B, L, T*H] of the prompt."""
         return DecodedStates(taps, state.auxiliary)
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
-        """See `Drafter`; drafts nothing where time counts and all answers most likely end with the next token."""
+        """See `Drafter`; does not read a prompt to draft where all answers most likely end with the next token.
+
+        Only before the first draft, which reads the prompt, is that worth another look at the host.
+        """
         newest, rows = state.layout.newest(), budget.rows
-        if budget.nodes < 1 or not rows or (budget.seconds is not None and self.all_end(state, rows)):
+        if budget.nodes < 1 or not rows:
+            return DraftTree.root_only(newest)
+        if budget.seconds is not None and state.memory.unread and self.all_end(state, rows):
             return DraftTree.root_only(newest)
         return self.draft(state, rows, budget, sampler)
 
@@ -224,8 +282,10 @@ class TrainedDrafter(Drafter):
         newest = state.layout.newest()
         anchors = state.memory.read(self.network, state.layout).anchors(rows)
         levels, subtrees = self.network.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
-        ids, heat = self.modality_ids.to(newest.device), temperature(sampler)
-        tree = grow(levels, self.network, subtrees, ids, newest[rows], budget.select(rows), heat, self.cost)
+        tree = grow(
+            levels, self.network, subtrees, self.modality_ids, newest[rows], budget.select(rows), temperature(sampler),
+            self.cost,
+        )  # fmt: skip
         return tree.scatter(rows, newest)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
@@ -236,11 +296,20 @@ class TrainedDrafter(Drafter):
         """Returns the subtrees of `rows`: one for each row, `config.width` wide."""
         c, newest = self.network.config, state.layout.newest()[rows]
         width = c.width if budget.width is None else min(budget.width, c.width)
-        return Subtrees.single(newest, budget.nodes, Shape(width, c.depth))
+        return Subtrees.single(newest, Shape(width, c.depth))
+
+    def remember(self, target: str) -> None:
+        """See `Drafter`."""
+        network = self.network
+        if network.config.variant.published and not network.confident and network.calibration is None:
+            self.observed = observed(target, f"{self.name} {weights_hash(network)}")
+            network.calibration = self.observed.weights or None
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
+        if self.observed is not None:
+            self.observed.add(tree, accepted)
 
     def select(self, state: State, rows: list[int]) -> None:
         """See `Drafter`."""
@@ -249,3 +318,9 @@ class TrainedDrafter(Drafter):
     def join(self, state: State, other: State) -> None:
         """See `Drafter`; reads the prompts of both."""
         state.memory.join(other.memory, self.network, state.layout, other.layout)
+
+    def finish(self) -> None:
+        """See `Drafter`."""
+        if self.observed is not None:
+            self.observed.finish()
+            self.network.calibration = self.observed.weights or None

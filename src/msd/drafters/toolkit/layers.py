@@ -40,10 +40,26 @@ class TapNorm(nn.Module):
 
 @dataclass
 class KeyValues:
-    """Keys and values with K key heads of size D: [B, S, K, D] of a context, or [B, A, m, K, D] of draft tokens."""
+    """Keys and values with K key heads of size D: [B, S, K, D] of a context, or [B, A, m, K, D] of draft tokens.
+
+    room: the larger buffer that a context is the beginning of; None without one.
+    """
 
     keys: Tensor
     values: Tensor
+    room: KeyValues | None = None
+
+    def first(self, used: int) -> KeyValues:
+        """Returns the first `used` entries of this buffer."""
+        return KeyValues(self.keys[:, :used], self.values[:, :used], self)
+
+    def followed_by(self, keys: Tensor, values: Tensor) -> KeyValues:
+        """Returns this context followed by keys and values [B, n, K, D]; they are written to its buffer if they fit."""
+        start, end = self.keys.shape[1], self.keys.shape[1] + keys.shape[1]
+        if self.room is None or self.room.keys.shape[1] < end:
+            return KeyValues(torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1))
+        self.room.keys[:, start:end], self.room.values[:, start:end] = keys, values
+        return self.room.first(end)
 
     def write(self, new: KeyValues, start: Sequence[int], count: Sequence[int]) -> None:
         """Copies the first `count[row]` new context entries to `start[row]` of this buffer, in place."""
@@ -51,8 +67,9 @@ class KeyValues:
             self.keys[row, first : first + n] = new.keys[row, :n]
             self.values[row, first : first + n] = new.values[row, :n]
 
-    def joined(self, other: KeyValues, room: int) -> KeyValues:
-        """The rows of both context buffers, those of `other` last, with room for `room` entries."""
+    def joined(self, other: KeyValues) -> KeyValues:
+        """The rows of both context buffers, those of `other` last; the shorter one is padded with zeros."""
+        room = max(self.keys.shape[1], other.keys.shape[1])
 
         def both(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.cat([F.pad(x, (0, 0, 0, 0, 0, room - x.shape[1])) for x in (mine, theirs)])
@@ -142,7 +159,7 @@ class Layer(nn.Module):
         draft: KeyValues | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues | None]:
-        """Transforms queries x [B, A, n, H]; returns (states [B, A, n, H], `draft` extended by the queries).
+        """Transforms queries x [B, A, n, ...]; returns (states [B, A, n, H], `draft` extended by the queries).
 
         visible: [B, A, S] bool, the context entries that an anchor sees. draft: of the m earlier draft tokens.
         mask: [B, A, n, m+n] bool, the draft tokens (earlier ones, then the queries) that a query sees. Without a mask
@@ -151,19 +168,39 @@ class Layer(nn.Module):
         q, new = self._project(self.input_norm(x), rotary, mask is not None)
         if new is not None and draft is not None:
             new = KeyValues(torch.cat([draft.keys, new.keys], 2), torch.cat([draft.values, new.values], 2))
-        attend = self._attend_one if x.shape[1] == 1 and not torch.is_grad_enabled() else self._attend
-        x = self._residual(x) + self.o_proj(attend(q, context, visible, new, mask))
+        return self._finish(x, self._attend(q, context, visible, new, mask)), new
+
+    def draft(
+        self, x: Tensor, rotary: Cosines, context: KeyValues, seen: Tensor | None, stored: bool
+    ) -> tuple[Tensor, KeyValues]:
+        """`forward` for one anchor per row: queries x [B, n, ...]; returns (states [B, n, H], extended context).
+
+        stored: whether the queries are context entries, which have keys and values already. seen: [B, n, all] bool, the
+        entries of the context and draft tokens that a query sees, the queries included; None: all.
+        """
+        q, new = self._project(self.input_norm(x), rotary, not stored)
+        if new is not None:
+            context = context.followed_by(new.keys, new.values)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), context.keys.transpose(1, 2), context.values.transpose(1, 2),
+            attn_mask=None if seen is None else seen[:, None], enable_gqa=True,
+        )  # fmt: skip
+        return self._finish(x, out.transpose(1, 2).flatten(2)), context
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Adds the attention output and the gated MLP to the residual of inputs x."""
+        x = self.o_proj.plus(attended, self._residual(x))
         m = self.mlp_norm(x)
         packed = self._packed if not torch.is_grad_enabled() else None
         gate, up = packed[1](m).chunk(2, -1) if packed else (self.gate_proj(m), self.up_proj(m))
-        return x + self.down_proj(F.silu(gate) * up), new
+        return self.down_proj.plus(F.silu(gate) * up, x)
 
     def _residual(self, x: Tensor) -> Tensor:
         """Returns the part of the input that is added to the attention output."""
         return x
 
     def _project(self, n: Tensor, rotary: Cosines, with_keys: bool) -> tuple[Tensor, KeyValues | None]:
-        """Returns (queries [B, A, n, heads, D], their keys and values)."""
+        """Returns (queries [..., n, heads, D], their keys and values); n [..., n, H] are the normalised inputs."""
         if not with_keys:
             q = self.q_proj(n).unflatten(-1, (self.heads, self.dim))
             return rotate(q if self.q_norm is None else self.q_norm(q), rotary), None
@@ -201,22 +238,6 @@ class Layer(nn.Module):
         if draft is not None:
             out = out + torch.einsum("bkangm,bamkd->bkangd", weights[..., S:], draft.values)
         return out.permute(0, 2, 3, 1, 4, 5).reshape(B, A, n, -1)
-
-    def _attend_one(
-        self, q: Tensor, context: KeyValues, visible: Tensor, draft: KeyValues | None, mask: Tensor | None
-    ) -> Tensor:
-        """`_attend` for one anchor per row: context and draft form one sequence, and the queries of a key head one."""
-        B, _, n = q.shape[:3]
-        k, v, seen = context.keys, context.values, visible[:, :, None].expand(-1, -1, n, -1)
-        if draft is not None and mask is not None:
-            k, v = torch.cat([k, draft.keys[:, 0]], 1), torch.cat([v, draft.values[:, 0]], 1)
-            seen = torch.cat([seen, mask], -1)
-        q = q[:, 0].unflatten(-2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, n, D]
-        groups = q.shape[2]
-        out = F.scaled_dot_product_attention(
-            q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen.repeat(1, 1, groups, 1)
-        )
-        return out.unflatten(2, (groups, n)).permute(0, 3, 1, 2, 4).reshape(B, 1, n, -1)
 
 
 class BareLayer(Layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from msd.backends.packed import Linear
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, KeyValues, Layer
+from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, Layer
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.own_head import add_head, draft_ids
 from msd.drafters.toolkit.training import parents
@@ -34,11 +35,12 @@ class SelfFed(DraftNetwork):
 
     def anchor_states(self, anchors: Anchors) -> Tensor:
         """Computes the states [B, A, 1, H] at the anchors."""
-        return self.run_layers(anchors.x[:, :, None], anchors.positions[..., None], anchors.context, anchors.visible)[0]
+        return self.run_anchors(anchors.x[:, :, None], anchors.positions[..., None], anchors, stored=True)
 
     def draft_states(self, anchors: Anchors, batch: TeacherBatch, roots: Tensor, depth: int) -> Tensor:
         """See `DraftNetwork`."""
         state = self.anchor_states(anchors)
+        assert anchors.visible is not None
         out, draft = [state], None
         for d in range(1, depth):
             embedding = self.embed(parents(batch, roots[..., None] + d + 1))
@@ -69,7 +71,8 @@ class StateLevels(ABC):
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
-        self.weights = pick(self.weights, above)
+        F = self.weights.shape[1]
+        self.weights = pick(self.weights, above) if F > 1 else self.weights.expand(-1, tokens.shape[1], -1)
         self.descend(tokens, above)
         return self._distributions(tokens)
 
@@ -89,24 +92,31 @@ class SelfFedLevels(StateLevels):
 
     def __init__(self, network: SelfFed, anchors: Anchors, newest: Tensor) -> None:
         super().__init__(network, network.anchor_states(anchors)[:, 0], newest)
-        self.anchors = anchors
-        self.draft: list[KeyValues] | None = None
-        self.lineage: Tensor | None = None  # [B, F, m] bool: the draft tokens that are ancestors, and itself
+        self.anchors, self.context = anchors, anchors.context
+        self.seen: Tensor | None = None  # [B, F, all] bool: the entries that a frontier node sees (see `Layer.draft`)
 
     def descend(self, tokens: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
         """See `StateLevels`; returns the frontier's input features and embeddings, [B, F, H] each."""
         self.level += 1
-        network, F = self.network, tokens.shape[1]
+        network, (B, F), anchors = self.network, tokens.shape, self.anchors
         feature, embedding = network.drafted_feature(pick(self.states, above)), network.embed(tokens)
-        x = network.entry(feature, embedding, self.anchors.image, self.level)
-        eye = torch.eye(F, dtype=torch.bool, device=x.device).expand(len(x), -1, -1)
-        self.lineage = eye if self.lineage is None else torch.cat([pick(self.lineage, above), eye], -1)
-        positions = (self.anchors.positions + self.level)[..., None].expand(-1, -1, F)
-        state, self.draft = network.run_layers(
-            x[:, None], positions, self.anchors.context, self.anchors.visible, self.draft, self.lineage[:, None]
-        )
-        self.states = state[:, 0]
+        x = network.entry(feature, embedding, anchors.image, self.level)
+        own = identity(F, x.device).expand(B, -1, -1)
+        if self.seen is not None:
+            self.seen = torch.cat([pick(self.seen, above), own], -1)
+        elif anchors.visible is None:
+            self.seen = nn.functional.pad(own, (anchors.context[0].keys.shape[1], 0), value=True)
+        else:
+            self.seen = torch.cat([anchors.visible.expand(-1, F, -1), own], -1)
+        positions = anchors.positions + self.level
+        self.states, self.context = network.run_draft(x, positions, self.context, self.seen)
         return feature, embedding
+
+
+@lru_cache(maxsize=64)
+def identity(size: int, device: torch.device) -> Tensor:
+    """Returns the identity matrix [size, size] bool."""
+    return torch.eye(size, dtype=torch.bool, device=device)
 
 
 class EagleNetwork(SelfFed):
@@ -183,9 +193,7 @@ class Block(DraftNetwork):
         masks = mask.expand(*anchors.embedding.shape[:2], n - 1, -1)
         x = torch.cat([anchors.embedding[:, :, None], masks], 2)
         positions = anchors.positions[..., None] + torch.arange(1, n + 1, device=x.device)
-        visible = x.new_ones(*x.shape[:3], n).bool()
-        state, _ = self.run_layers(x, positions, anchors.context, anchors.visible, None, visible)
-        return self.norm(state[:, :, n - depth :])
+        return self.norm(self.run_anchors(x, positions, anchors)[:, :, n - depth :])
 
     def levels(self, anchors: Anchors, newest: Tensor) -> BlockLevels:
         """See `DraftNetwork`."""

@@ -344,6 +344,36 @@ class DraftNetwork(nn.Module, ABC):
             extended.append(new)
         return x, None if mask is None else extended
 
+    def run_draft(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        context: Sequence[KeyValues],
+        seen: Tensor | None = None,
+        stored: bool = False,
+    ) -> tuple[Tensor, list[KeyValues]]:
+        """`run_layers` for one anchor per row: n queries x [B, n, ...] at positions [B, n or 1] (see `Layer.draft`).
+
+        Returns (states [B, n, H], the contexts with the queries).
+        """
+        rotary, extended = self.rotary(positions), []
+        for layer, keys in zip(self.stack, context, strict=True):
+            x, keys = layer.draft(x, rotary, keys, seen, stored)
+            extended.append(keys)
+        return x, extended
+
+    def run_anchors(self, x: Tensor, positions: Tensor, anchors: Anchors, stored: bool = False) -> Tensor:
+        """Runs n queries x [B, A, n, ...] at positions [B, A, n], which see their anchor's context and each other.
+
+        stored: whether they are context entries, which do not see each other. Returns states [B, A, n, H].
+        """
+        n, visible = x.shape[2], anchors.visible
+        if visible is None or (x.shape[1] == 1 and not torch.is_grad_enabled()):
+            seen = None if visible is None else F.pad(visible, (0, 0 if stored else n), value=True).expand(-1, n, -1)
+            return self.run_draft(x[:, 0], positions[:, 0], anchors.context, seen, stored)[0][:, None]
+        mask = None if stored else torch.ones(*x.shape[:3], n, dtype=torch.bool, device=x.device)
+        return self.run_layers(x, positions, anchors.context, visible, None, mask)[0]
+
     @abstractmethod
     def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """Returns the draft distributions of one decoding step, with one anchor per row; newest: [B], the roots."""
@@ -364,6 +394,11 @@ class DraftNetwork(nn.Module, ABC):
     def logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """Computes draft logits [..., Vd] from states [..., H]; most methods ignore the parent tokens [...]."""
         return self.head(states)
+
+    @property
+    def confident(self) -> bool:
+        """Whether `confidence_logits` are learned."""
+        return False
 
     def confidence_logits(self, states: Tensor, parents: Tensor) -> Tensor:
         """Computes confidence logits [...] from states [..., H] and parent tokens [...]; by default 0."""

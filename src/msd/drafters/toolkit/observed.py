@@ -2,8 +2,8 @@
 
 Every step shows, for each child of an accepted node, whether it was the target's choice: what a fit needs, at no cost.
 `Observed` counts these candidates by the log odds of their draft probability, and keeps the counts between runs, under
-the fingerprints of the target and of the draft network. The chances of a request never change while it runs. They
-choose the nodes of trees, so they change no lossless answer.
+the fingerprints of the target and of the draft network. The chances change only when a request ends. They choose the
+nodes of trees, so they change no lossless answer.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ class Observed:
         self.weights = weights if weights.get("log_odds", 0.0) > 0 else {}
 
 
+def observed(target: str, drafter: str) -> Observed:
+    """The counts of a drafter at a target, from the user's cache directory. target, drafter: fingerprints."""
+    key = hashlib.sha256(f"{target}|{drafter}".encode()).hexdigest()[:16]
+    return Observed(measurements.folder("chances") / f"{key}.json")
+
+
 class ObservedDrafter(Drafter):
     """A drafter whose chances are its draft probabilities, until the target has accepted or rejected enough of them."""
 
@@ -95,8 +101,7 @@ class ObservedDrafter(Drafter):
 
     def remember(self, target: str) -> None:
         """See `Drafter`."""
-        key = hashlib.sha256(f"{self.name}|{target}|{self.fingerprint()}".encode()).hexdigest()[:16]
-        self.observed = Observed(measurements.folder("chances") / f"{key}.json")
+        self.observed = observed(target, f"{self.name} {self.fingerprint()}")
 
     def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """Log-probability that a candidate is the target's choice: fitted, or else its log draft probability."""

@@ -15,7 +15,8 @@ from msd.core.layout import Layout
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.chained import ChainedLevels, draft
-from msd.drafters.toolkit.growth import DraftVocabulary, LevelCost, Shape
+from msd.drafters.toolkit.growth import DraftVocabulary, Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.vocabulary import VocabularyMap
 from msd.planning.plan import Budget
 from msd.targets.base import Target
@@ -55,7 +56,7 @@ class SecondModel:
         tokens = self.mapping.ids[logits.argmax(-1)]
         end = list(self.state.layout.end)
         self._append(list(range(len(tokens))), tokens[:, None].tolist())
-        self.guess = tokens, self._score(DraftTree.root_only(tokens), 0)[:, 0]
+        self.guess = tokens, self.score(DraftTree.root_only(tokens), 0)[:, 0]
         self.state.layout.end = end
 
     def propose(
@@ -66,18 +67,23 @@ class SecondModel:
 
         The budget allows drafts, and each of these rows has emitted tokens since the last call.
         """
+        newest, (rows, unread) = layout.newest(), self.open(layout, alive)
+        known = self._known(rows, unread)
+        levels = ChainedLevels(self.score, unread, newest.device, known)
+        tree = draft(levels, vocabulary, newest[rows], shape, budget.select(rows), sampler, cost)
+        self.close(rows, unread)
+        return tree.scatter(rows, newest)
+
+    def open(self, layout: Layout, alive: list[int]) -> tuple[list[int], list[list[int]]]:
+        """Begins a step of the rows `alive`; returns (the rows, their unread tokens, at most `LONGEST` in one)."""
         self.state.cache.keep(alive)
-        newest, rows = layout.newest(), list(self.state.cache.rows)
+        rows = list(self.state.cache.rows)
         unread = [layout.tokens[row, self.seen[row] : layout.end[row]].tolist() for row in rows]
         while min(map(len, unread)) > LONGEST:
             self._read(rows, [tokens[:LONGEST] for tokens in unread])
             unread = [tokens[LONGEST:] for tokens in unread]
-        known = self._known(rows, unread)
         self._append(rows, [tokens[:1] for tokens in unread])
-        levels = ChainedLevels(self._score, unread, newest.device, known)
-        tree = draft(levels, vocabulary, newest[rows], shape, budget.select(rows), sampler, cost)
-        self._commit(rows, unread)
-        return tree.scatter(rows, newest)
+        return rows, unread
 
     def _known(self, rows: list[int], unread: list[list[int]]) -> Tensor | None:
         """Takes the guess: returns the logits after it if it was right in all rows, none of which was dropped."""
@@ -88,15 +94,15 @@ class SecondModel:
     def _read(self, rows: list[int], tokens: list[list[int]]) -> None:
         """Reads tokens without drafting."""
         self._append(rows, [row[:1] for row in tokens])
-        levels = ChainedLevels(self._score, tokens, self.state.layout.tokens.device)
-        self._score(levels.tree, 0)
-        self._commit(rows, tokens)
+        levels = ChainedLevels(self.score, tokens, self.state.layout.tokens.device)
+        self.score(levels.tree, 0)
+        self.close(rows, tokens)
 
     def _append(self, rows: list[int], tokens: list[list[int]]) -> None:
         for row, own in zip(rows, tokens, strict=True):
             self.state.layout.append(row, self.mapping.read(torch.tensor(own, dtype=torch.long)).tolist())
 
-    def _commit(self, rows: list[int], unread: list[list[int]]) -> None:
+    def close(self, rows: list[int], unread: list[list[int]]) -> None:
         """Keeps the chain, whose first token is in the layout already, and drops the drafts."""
         paths: list[list[int]] = [[] for _ in self.seen]
         for row, tokens in zip(rows, unread, strict=True):
@@ -105,7 +111,7 @@ class SecondModel:
         self._append(rows, [tokens[1:] for tokens in unread])
         self.state.cache.commit(paths)
 
-    def _score(self, tree: DraftTree, scored: int) -> Tensor:
+    def score(self, tree: DraftTree, scored: int) -> Tensor:
         """See `Score`: the logits of the shared tokens."""
         rows = list(self.state.cache.rows)
         own = replace(tree, tokens=self.mapping.read(tree.tokens))

@@ -27,7 +27,8 @@ from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.chained import drafts
 from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick, real_columns
-from msd.drafters.toolkit.growth import LevelCost, Shape
+from msd.drafters.toolkit.growth import Shape
+from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.second_model import SecondModel, room
 from msd.drafters.toolkit.vocabulary import FILE, Pieces, VocabularyMap
 from msd.errors import UserError
@@ -161,6 +162,7 @@ class EventGPTDrafter(Drafter):
 
     def begin(self, state: State, scores: Scores) -> None:
         """See `Drafter`. Without `read_prompt`, the memory is a function with which the first `propose` reads it."""
+        self.cost.begin()
         columns, auxiliary = state.layout.end[0] - 1, state.auxiliary
         state.memory = state.memory or partial(begin, self.network, self.mapping, columns=columns, auxiliary=auxiliary)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,8 +15,9 @@ from msd.core.tree import DraftTree, Scores
 from msd.drafters import auxiliary
 from msd.drafters.algorithms.msd.config import MSDConfig
 from msd.drafters.algorithms.msd.network import MSDNetwork
+from msd.drafters.toolkit.chains import draw
 from msd.drafters.toolkit.drafter import TrainedDrafter
-from msd.drafters.toolkit.growth import Subtrees, draw
+from msd.drafters.toolkit.growth import Subtrees
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -36,7 +36,7 @@ class MSD(TrainedDrafter):
         self.sampled = sampled
         # str(ε) -> modality name -> θ, initial thresholds of the `budget` policy
         self.calibrated: dict[str, dict[str, float]] = network.provenance.get("thresholds") or {}
-        self.modality_ids = torch.tensor(network.config.modality_ids)
+        self.modality_ids = network.config.modality_ids
         self.auxiliary_source: str | None = None
 
     def share_vision_tower(self, encode: Callable[[list[Image.Image]], Tensor]) -> None:
@@ -65,8 +65,8 @@ class MSD(TrainedDrafter):
         memory = state.memory.read(self.network, state.layout)
         levels = self.network.levels(memory.anchors(), newest)
         subtrees = self.choose(self.network.routed(memory.anchor), budget)
-        ids, shape = self.modality_ids.to(newest.device), config.within(config.shared)
-        return draw(levels, self.network, subtrees, ids, newest, budget, sampler, shape)
+        shape = config.within(config.shared)
+        return draw(levels, self.network, subtrees, self.modality_ids, newest, budget, sampler, shape)
 
     def all_end(self, state: State, rows: list[int]) -> bool:
         """See `TrainedDrafter`."""
@@ -79,7 +79,7 @@ class MSD(TrainedDrafter):
 
     def choose(self, route: Tensor, budget: Budget) -> Subtrees:
         """See `choose_subtrees`; route: [R, experts]."""
-        return choose_subtrees(self.network.config, route, budget.nodes, budget.width)
+        return choose_subtrees(self.network.config, route, budget.width)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """See `Drafter`; it does not read the prompt, so an answer that ends before any draft costs nothing."""
@@ -88,16 +88,16 @@ class MSD(TrainedDrafter):
         return self.network.classes(tree, scores.taps, self.network.feature(state.memory.newest()[:, None]))
 
 
-def choose_subtrees(config: MSDConfig, route: Tensor, nodes: int, width: int | None = None) -> Subtrees:
-    """Chooses the subtrees that share `nodes`, from router probabilities [B, experts] (dynamic subtree selection).
+def choose_subtrees(config: MSDConfig, route: Tensor, width: int | None = None) -> Subtrees:
+    """Chooses the subtrees from router probabilities [B, experts], their shares (dynamic subtree selection).
 
-    A modality has a subtree if its probability reaches `active_from` in some row, or is the largest of a row. Without
-    subtrees, or for a chain (`width` 1), one subtree follows the router's mixture.
+    A row has a modality's subtree if its probability reaches `active_from`, or is the row's largest. Without subtrees,
+    or for a chain (`width` 1), one subtree follows the router's mixture.
     """
     B, M = route.shape
     if not config.subtrees or width == 1:
-        budget = torch.full((B, 1), nodes, device=route.device)
-        return Subtrees(route[:, None], torch.ones_like(route[:, :1]), budget, [config.within(config.shared, width)])
-    active = route >= (config.active_from if config.dynamic else -1.0)
-    active = active | F.one_hot(route.argmax(-1), M).bool()
-    return Subtrees.chosen(route, active, nodes, [config.within(config.shapes[m], width) for m in config.modalities])
+        return Subtrees(route[:, None], torch.ones_like(route[:, :1]), [config.within(config.shared, width)])
+    if config.dynamic:
+        route = route * (route >= route.amax(-1, keepdim=True).clamp_max(config.active_from))
+    weights = torch.eye(M, device=route.device, dtype=route.dtype).expand(B, -1, -1)
+    return Subtrees(weights, route, [config.within(config.shapes[m], width) for m in config.modalities])

@@ -87,17 +87,13 @@ class Experts(nn.Module):
         self.others = nn.ModuleList(_expert(2 * H, H, config.rank) for _ in config.modalities[1:])
 
     def parts(self, z: Tensor, image: Tensor) -> Tensor:
-        """Computes the state and each expert's correction [..., 1+M, H] from states z and image vectors [..., H].
+        """Computes each expert's corrected state [..., M, H] from states z and image vectors [..., H].
 
         A mixture of experts is linear in these parts, so its logits are a mixture of the parts' logits.
         """
-        both = torch.cat([z, image.expand_as(z)], -1)
-        return torch.stack([z, self.language(z), *(expert(both) for expert in self.others)], -2)
-
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """Modality weights [..., M] (sum 1) -> coefficients of the parts [..., 1+M]."""
-        one = torch.ones_like(weights[..., :1])
-        return torch.cat([one, one if self.transfer else weights[..., :1], weights[..., 1:]], -1)
+        both, language = torch.cat([z, image.expand_as(z)], -1), z + self.language(z)
+        base = language if self.transfer else z
+        return torch.stack([language, *(base + expert(both) for expert in self.others)], -2)
 
 
 class Heads(nn.Module):
@@ -132,22 +128,19 @@ class Heads(nn.Module):
         z = self.norm(state)
         return z[..., None, :] if self.experts is None else self.experts.parts(z, image)
 
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """Modality weights [..., M] -> coefficients of the parts [..., P]."""
-        return torch.ones_like(weights[..., :1]) if self.experts is None else self.experts.coefficients(weights)
-
     def mixed(self, state: Tensor, image: Tensor, weights: Tensor) -> Tensor:
-        """Mixes the parts by the modality weights [..., M]: [..., H]."""
-        return (self.coefficients(weights)[..., None] * self.parts(state, image)).sum(-2)
+        """Mixes the parts by the modality weights [..., M] (sum 1): [..., H]."""
+        parts = self.parts(state, image)
+        return parts[..., 0, :] if self.experts is None else (weights[..., None, :] @ parts).squeeze(-2)
 
-    def parent_logits(self, from_state: Tensor, parent: Tensor, weights: Tensor) -> Tensor:
-        """Computes the block form's logits term [..., Vd] of the parent token.
+    def parent_logits(self, logits: Tensor, from_state: Tensor, parent: Tensor, weights: Tensor) -> Tensor:
+        """Adds the block form's term of the parent token to logits [..., Vd].
 
         from_state: [..., R], `self.from_state` of the mixed parts. parent: [..., H], embedded. weights: [..., M].
         """
         by_expert = self.from_parent(parent).unflatten(-1, (-1, from_state.shape[-1]))
-        mixed = by_expert[..., 0, :] if self.experts is None else (weights[..., None] * by_expert).sum(-2)
-        return self.to_words(F.silu(from_state + mixed))
+        mixed = by_expert[..., 0, :] if self.experts is None else (weights[..., None, :] @ by_expert).squeeze(-2)
+        return self.to_words.plus(F.silu(from_state + mixed), logits)
 
     def confidence_logits(self, z: Tensor, parent: Tensor) -> Tensor:
         """Predicts the logit [...] of Σ min(p, q) from mixed states z and parent embeddings, both [..., H]."""
@@ -262,9 +255,16 @@ class MSDNetwork(SelfFed):
         logits: Tensor = self.router(feature, embedding)
         return logits.log_softmax(-1)
 
+    def probabilities(self, feature: Tensor, embedding: Tensor) -> Tensor:
+        """Predicts the probabilities [..., M] of `route`."""
+        if self.router is None:
+            return self.route(feature, embedding).exp()
+        logits: Tensor = self.router(feature, embedding)
+        return logits.softmax(-1)
+
     def routed(self, anchor: Anchors) -> Tensor:
         """Predicts the modality probabilities [B, M] of the first draft token of each row."""
-        return self.route(anchor.feature, anchor.embedding)[:, 0].exp()
+        return self.probabilities(anchor.feature, anchor.embedding)[:, 0]
 
     def end_logits(self, feature: Tensor, embedding: Tensor) -> Tensor:
         """Predicts the logit [...] that the token after next ends the answer."""
@@ -329,8 +329,7 @@ class MSDNetwork(SelfFed):
         D = len(self.depths)
         h = anchors.x[:, :, None] + self.depths
         positions = anchors.positions[..., None] + torch.arange(D, device=h.device)
-        mask = torch.ones(*h.shape[:3], D, dtype=torch.bool, device=h.device)
-        return self.run_layers(h, positions, anchors.context, anchors.visible, None, mask)[0]
+        return self.run_anchors(h, positions, anchors)
 
     def levels(self, anchors: Anchors, newest: Tensor) -> Levels:
         """See `DraftNetwork`."""
@@ -373,6 +372,7 @@ class BlockLevels:
         self.parts = heads.parts(self.states, anchors.image)  # [B, D, P, H]
         self.logits = heads.head(self.parts)  # [B, D, P, Vd]
         self.from_state = heads.from_state(self.parts)  # [B, D, P, R]
+        self.features = network.feature_state(self.states)  # [B, D, H]
 
     def root(self, weights: Tensor) -> Distributions:
         """See `Levels`."""
@@ -382,14 +382,16 @@ class BlockLevels:
         """See `Levels`."""
         self.depth += 1
         embedding = self.network.embed(tokens)
-        state = self.network.feature_state(self.states[:, self.depth - 1, None]).expand_as(embedding)
-        return self._distributions(embedding, self.network.route(state, embedding).exp())
+        feature = self.features[:, self.depth - 1, None].expand_as(embedding)
+        return self._distributions(embedding, self.network.probabilities(feature, embedding))
 
     def _distributions(self, parent: Tensor, weights: Tensor) -> Distributions:
         heads, d = self.network.heads, self.depth
-        mix = heads.coefficients(weights)  # [B, F, P]
-        logits = mix @ self.logits[:, d] + heads.parent_logits(mix @ self.from_state[:, d], parent, weights)
-        return Distributions(logits, heads.confidence_logits(mix @ self.parts[:, d], parent), weights)
+        mix = weights if heads.experts is not None else torch.ones_like(weights[..., :1])  # [B, F, P]
+        z, logits, from_state = (mix @ x[:, d] for x in (self.parts, self.logits, self.from_state))
+        return Distributions(
+            heads.parent_logits(logits, from_state, parent, weights), heads.confidence_logits(z, parent), weights
+        )
 
 
 class ArLevels(SelfFedLevels):
@@ -406,7 +408,7 @@ class ArLevels(SelfFedLevels):
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
         feature, embedding = self.descend(tokens, above)
-        return self._weighted(embedding, self.network.route(feature, embedding).exp())
+        return self._weighted(embedding, self.network.probabilities(feature, embedding))
 
     def _weighted(self, parent: Tensor, weights: Tensor) -> Distributions:
         heads = self.network.heads

@@ -94,7 +94,7 @@ class DraftObjective(Objective):
         z = heads.mixed(states, drafts.anchors.image[:, :, None], weights)
         logits = heads.head(z)
         if heads.block:
-            logits = logits + heads.parent_logits(heads.from_state(z), parent, weights)
+            logits = heads.parent_logits(logits, heads.from_state(z), parent, weights)
         return logits, heads.confidence_logits(z.detach(), parent)
 
     def forward(self, batch: TeacherBatch, labels: Tensor, roots: Tensor) -> tuple[Tensor, dict[str, float]]:
