@@ -49,6 +49,10 @@ def test_an_answer_is_that_of_generate(client: Any) -> None:
     assert 0 <= counted["num_accepted_tokens"] <= counted["num_draft_tokens"]
     assert counted["mean_acceptance_length"] == pytest.approx(alone.statistics.mean_acceptance_length)
     assert extra["method"] == "prompt-lookup"
+    kinds = extra["drafts_by_modality"]
+    assert set(kinds) <= {"language"}  # this drafter has one subtree
+    for name, total in (("drafted", "num_draft_tokens"), ("accepted", "num_accepted_tokens")):
+        assert sum(of[name] for of in kinds.values()) == counted[total]
 
 
 def test_a_stream_gives_the_same_text_and_the_usage(client: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,12 +15,16 @@ import tiny
 from families import BY_NAME
 from msd import drafters
 from msd.config import SpeculativeConfig
+from msd.core.modality import known
+from msd.decode import Engine
 from msd.drafters.algorithms.combined import Combined
 from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork
 from msd.drafters.algorithms.prompt_lookup import Repeats
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
+from msd.planning.costs import Costs
+from msd.planning.plan import Plan
 from msd.serve.batch import Batch
 from random_drafter import RandomDrafter
 
@@ -56,7 +61,7 @@ def served(
         if batch.members:
             for number, emission in batch.step():
                 answers[number] += emission.tokens
-                accepted += emission.accepted
+                accepted += emission.accepted.total()
     return answers, accepted
 
 
@@ -121,6 +126,43 @@ def test_drafts_are_those_that_a_request_gets_alone(method: str, monkeypatch: py
         if method == "msd+prompt-lookup":  # it cuts the trees of lookups to the size of the others
             drafted, wanted = (x[: min(len(drafted), len(wanted))] for x in (drafted, wanted))
         assert drafted == wanted
+
+
+def test_drafts_are_counted_by_the_modality_of_their_subtrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = SpeculativeVLM(MODEL, None, ALWAYS, made("msd"))
+    batch: Batch[int] = Batch(vlm.engine)
+    steps: list[Any] = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda *given: steps.append(step(*given)) or steps[-1])
+    for i in range(2):
+        batch.join(i, vlm.prefill(tiny.llava_inputs(i, images=1 + i), max_new_tokens=12, eos_token_id=None))
+    emitted = []
+    while batch.members:
+        emitted += batch.step()
+    drafted, accepted = (sum((getattr(e, n) for _, e in emitted), start=Counter()) for n in ("drafted", "accepted"))
+    assert len(drafted) > 1
+    for kind in known():
+        wanted = sum(int(((s.tree.modality == kind.id) & s.tree.valid)[:, 1:].sum()) for s in steps)
+        assert drafted[kind.name] == wanted
+    assert accepted.total() == sum(len(nodes) for s in steps for nodes in s.accepted.nodes)
+    assert accepted <= drafted
+
+
+def test_less_is_drafted_the_more_requests_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over up to nine nodes costs the same, so one row drafts for nothing; nine rows have no room to draft."""
+    vlm = SpeculativeVLM(MODEL, None, ALWAYS, made("msd"))
+    vlm.engine.plan.costs = Costs((1, 9, 33), (100, 200), ((1.0, 1.0, 9.0), (1.0, 1.0, 9.0)))
+    monkeypatch.setattr(Plan, "learn", lambda *_: None)  # budgets must not depend on the clock
+    nodes: dict[int, float] = {}
+    for rows in (1, 3, 9):
+        batch: Batch[int] = Batch(vlm.engine)
+        for i in range(rows):
+            batch.join(i, vlm.prefill(tiny.llava_inputs(1), max_new_tokens=24, eos_token_id=None))
+        emitted = []
+        while batch.members:
+            emitted += batch.step()
+        nodes[rows] = sum(emission.drafted.total() for _, emission in emitted) / len(emitted)
+    assert nodes[1] > nodes[3] > nodes[9] == 0
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl", "qwen3_5", "llama4", "gemma4", "mistral3_window"])

@@ -34,12 +34,12 @@ class Piece:
 
 @dataclass
 class Counts:
-    """The drafting of an answer."""
+    """The drafting of an answer. drafted, accepted: nodes by modality."""
 
     tokens: int = 0
     drafts: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    drafted: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     modality: Counter[str] = field(default_factory=Counter)
 
@@ -47,9 +47,9 @@ class Counts:
         """Adds one step."""
         self.tokens += len(emission.tokens)
         self.steps += 1
-        self.drafts += emission.drafted > 0
-        self.drafted += emission.drafted
-        self.accepted += emission.accepted
+        self.drafts += bool(emission.drafted)
+        self.drafted.update(emission.drafted)
+        self.accepted.update(emission.accepted)
         self.modality.update(emission.modality)
 
 

@@ -5,7 +5,8 @@ A row keeps its own columns, sampler and random generator, so every answer is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -26,14 +27,15 @@ class Emission:
     """What one step emitted in one row.
 
     tokens: ids. logits: for each token, (raw, processed) logits [V]; empty unless the request keeps them. finish: why
-    the row ended ("eos", "length", "criteria", or the reason given to `end`), or None. drafted, accepted: its drafts in
-    this step; modality: of each token, as the router predicts it, empty without a router.
+    the row ended ("eos", "length", "criteria", or the reason given to `end`), or None. drafted, accepted: number of its
+    drafted nodes by the modality whose subtree they are in; modality: of each token, as the router predicts it, empty
+    without a router.
     """
 
     tokens: list[int]
     finish: str | None
-    drafted: int = 0
-    accepted: int = 0
+    drafted: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
     logits: tuple[tuple[Tensor, Tensor], ...] = ()
     modality: tuple[str, ...] = ()
 
@@ -66,7 +68,7 @@ class Batch(Generic[M]):
         """Emits the first token of a prefilled request of one row, and adds it unless that token ends it."""
         assert len(request.input_ids) == 1 and self.open
         step = self.engine.begin(request.sampler, request.state, request.prompt)
-        first = _emission(step, 0, 0, request.sampler.finish[0])
+        first = _emission(step, 0, [], request.sampler.finish[0])
         if first.finish is not None:
             return first
         if self._state is None or self._sampler is None:
@@ -82,9 +84,9 @@ class Batch(Generic[M]):
         """Computes one step of all rows; returns what each emitted. Rows that have ended leave."""
         assert self._state is not None and self._sampler is not None
         step = self.engine.step(self._sampler, self._state)
-        drafted = (step.tree.valid.sum(1) - 1).tolist()
+        kinds = step.tree.modality.where(step.tree.valid, -1).tolist()
         finish = self._sampler.finish
-        emitted = [(member, _emission(step, row, drafted[row], finish[row])) for row, member in enumerate(self.members)]
+        emitted = [(member, _emission(step, row, kinds[row], finish[row])) for row, member in enumerate(self.members)]
         if self._drop_ended():
             self.engine.drafter.finish()
         return emitted
@@ -113,10 +115,13 @@ class Batch(Generic[M]):
         return True
 
 
-def _emission(step: Step, row: int, drafted: int, finish: str | None) -> Emission:
-    """What `step` emitted in `row`."""
+def _emission(step: Step, row: int, kinds: list[int], finish: str | None) -> Emission:
+    """What `step` emitted in `row`. kinds: modality ids of its nodes, the root's first; -1 for none."""
     accepted, names = step.accepted, [modality.name for modality in known()]
     logits = accepted.logits[row] if accepted.logits is not None else ()
-    kinds = accepted.modality[row] if accepted.modality is not None else ()
-    modality = tuple(names[kind] for kind in kinds)
-    return Emission(accepted.tokens[row], finish, drafted, len(accepted.nodes[row]), tuple(logits), modality)
+    modality = tuple(names[kind] for kind in accepted.modality[row]) if accepted.modality is not None else ()
+    drafted, correct = (
+        Counter(names[kind] for kind in some if kind >= 0)
+        for some in (kinds[1:], [kinds[node] for node in accepted.nodes[row]])
+    )
+    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -145,9 +146,12 @@ class Running:
         """The usage, and what the drafts did, in vLLM's field and in our own."""
         counts, jobs = [answer.counts for answer in self.answers], [answer.job for answer in self.answers]
         prompt, new = jobs[0].prompt_tokens, sum(c.tokens for c in counts)
-        drafts, drafted, accepted = (
-            sum(getattr(c, name) for c in counts) for name in ("drafts", "drafted", "accepted")
-        )
+        drafts, kinds = sum(c.drafts for c in counts), {name for c in counts for name in c.drafted}
+        by_modality = {
+            name: {"drafted": sum(c.drafted[name] for c in counts), "accepted": sum(c.accepted[name] for c in counts)}
+            for name in sorted(kinds)
+        }
+        drafted, accepted = (sum(n[of] for n in by_modality.values()) for of in ("drafted", "accepted"))
         steps = sum(c.steps for c in counts) - len(counts)  # without prefill
         config, vlm = self.owner.scheduler.vlm.config, self.owner.scheduler.vlm
         usage = {
@@ -161,7 +165,8 @@ class Running:
         }  # fmt: skip
         own = {
             "method": vlm.drafter.name, "policy": config.verifier, "epsilon": config.epsilon,
-            "tokens_by_modality": dict(sum((c.modality for c in counts), start=counts[0].modality.__class__())),
+            "tokens_by_modality": dict(sum((c.modality for c in counts), start=Counter())),
+            "drafts_by_modality": by_modality,
         }  # fmt: skip
         return {"usage": usage, "metrics": {"speculative_decoding": speculative}, "msd": own}
 

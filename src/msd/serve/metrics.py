@@ -26,10 +26,14 @@ class Metrics:
         self.drafts = self._counter("spec_decode_num_drafts", "Steps of rows that drafted.")
         self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafted tokens.")
         self.accepted = self._counter("spec_decode_num_accepted_tokens", "Accepted drafted tokens.")
-        self.by_modality = Counter(
-            "msd:emitted_tokens_by_modality", "Tokens by predicted modality.", ("model_name", "modality"),
-            registry=self.registry,
-        )  # fmt: skip
+        self.by_modality, self.drafted_by_modality, self.accepted_by_modality = (
+            Counter(f"msd:{name}_by_modality", text, ("model_name", "modality"), registry=self.registry)
+            for name, text in (
+                ("emitted_tokens", "Tokens by predicted modality."),
+                ("spec_decode_num_draft_tokens", "Drafted tokens by the modality that drafted them."),
+                ("spec_decode_num_accepted_tokens", "Accepted drafted tokens by the modality that drafted them."),
+            )
+        )
         self.ended = Counter(
             "vllm:request_success", "Answers by the reason of their end.", ("model_name", "finished_reason"),
             registry=self.registry,
@@ -43,8 +47,13 @@ class Metrics:
         self.tokens.inc(len(emission.tokens))
         if emission.drafted:
             self.drafts.inc()
-            self.draft_tokens.inc(emission.drafted)
-            self.accepted.inc(emission.accepted)
+            self.draft_tokens.inc(emission.drafted.total())
+            self.accepted.inc(emission.accepted.total())
+            for counter, kinds in (
+                (self.drafted_by_modality, emission.drafted), (self.accepted_by_modality, emission.accepted),
+            ):  # fmt: skip
+                for name, n in kinds.items():
+                    counter.labels(self._model, name).inc(n)
         for name in emission.modality:
             self.by_modality.labels(self._model, name).inc()
 
