@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 import httpx2  # noqa: E402
 
+from clips import write_clip  # noqa: E402
 from msd.serve.scheduler import Scheduler  # noqa: E402
 from msd.streaming import request_lock  # noqa: E402
 from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
@@ -53,6 +55,21 @@ def test_an_answer_is_that_of_generate(client: Any) -> None:
     assert set(kinds) <= {"language"}  # this drafter has one subtree
     for name, total in (("drafted", "num_draft_tokens"), ("accepted", "num_accepted_tokens")):
         assert sum(of[name] for of in kinds.values()) == counted[total]
+
+
+def test_a_video_is_read_as_generate_reads_it(client: Any, tmp_path: Path) -> None:
+    """This model takes images only, so it sees the frames as images."""
+    path = write_clip(tmp_path / "a.mp4", range(20))
+    parts = [{"type": "video_url", "video_url": {"url": data_uri(path.read_bytes(), "video/mp4")}}]
+    text = {"type": "text", "text": "What moves?"}
+    answer = client.create(
+        model=NAME, messages=[{"role": "user", "content": [*parts, text]}], temperature=0, max_tokens=12
+    )
+    alone = wanted([{"role": "user", "content": [{"type": "video", "video": str(path)}, text]}], max_new_tokens=12)
+    assert answer.choices[0].message.content == alone.text
+    with pytest.raises(openai.BadRequestError, match="video 1: it is not a readable video file"):
+        parts[0]["video_url"]["url"] = data_uri(b"\x00\x00\x00\x18ftypmp42" + b"x" * 99)
+        client.create(model=NAME, messages=[{"role": "user", "content": [*parts, text]}])
 
 
 def test_a_stream_gives_the_same_text_and_the_usage(client: Any) -> None:

@@ -82,9 +82,9 @@ def test_errors_tell_nothing_of_the_inside(address: str, monkeypatch: pytest.Mon
 
 def test_pictures_of_the_same_bytes_and_another_shape_are_not_confused(images: Decoder) -> None:
     """CVE-2025-46722."""
-    wide, tall = (images.image(picture(size=size, kind="BMP")) for size in ((40, 10), (10, 40)))
+    wide, tall = (images.medium("image", picture(size=size, kind="BMP")) for size in ((40, 10), (10, 40)))
     assert (wide.size, tall.size) == ((40, 10), (10, 40))
-    assert images.image(picture(size=(40, 10), kind="BMP")).size == (40, 10)
+    assert images.medium("image", picture(size=(40, 10), kind="BMP")).size == (40, 10)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (300, 1), (1, 300)])
@@ -106,18 +106,18 @@ def test_counts_and_sizes_are_checked_before_anything_is_decoded(images: Decoder
         Completion.model_validate({"model": NAME, "messages": asks("Hi", *["data:,"] * 17)})
     monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(UserError, match="image 1 is larger than 20 MB"):
-        images.images([f"data:;base64,{'A' * 28_000_000}"])
+        images.media([("image", f"data:;base64,{'A' * 28_000_000}")])
     monkeypatch.setattr("msd.serve.media.TOTAL", 100)
     with pytest.raises(UserError, match="together"):
-        images.images([data_uri(b"x" * 60), data_uri(b"y" * 60)])
+        images.media([("image", data_uri(b"x" * 60)), ("image", data_uri(b"y" * 60))])
 
 
 def test_a_bomb_is_refused_by_its_header(images: Decoder) -> None:
     bomb = bytearray(picture(size=(8, 8), kind="BMP"))
     bomb[18:26] = (100_000).to_bytes(4, "little") * 2
     with pytest.raises(UserError, match=r"image 1: .*pixels"):
-        images.image(bytes(bomb))
-    assert images.image(picture(5)).size == (20, 16)
+        images.medium("image", bytes(bomb))
+    assert images.medium("image", picture(5)).size == (20, 16)
 
 
 def test_tensors_pickles_and_templates_are_no_inputs(address: str) -> None:
@@ -147,11 +147,11 @@ def test_a_decoder_that_hangs_or_dies_is_replaced(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("msd.serve.media.subprocess.Popen", lambda _, **pipes: start(hangs, **pipes))
     begin = time.monotonic()
     with pytest.raises(UserError, match="could not be decoded within the limits"):
-        made.image(picture(1))
+        made.medium("image", picture(1))
     assert time.monotonic() - begin < 20
     monkeypatch.undo()
     made.seconds = 30.0
-    assert made.image(picture(1)).size == (20, 16)
+    assert made.medium("image", picture(1)).size == (20, 16)
     made.close()
 
 
@@ -174,9 +174,9 @@ def test_a_child_that_wants_too_much_ends_alone(monkeypatch: pytest.MonkeyPatch)
     made = Decoder(seconds=60.0)
     for data in (b"memory", b"time", b"crash"):
         with pytest.raises(UserError, match="could not be decoded within the limits"):
-            made.image(data)
+            made.medium("image", data)
     helper = made._process
-    assert made.image(picture(2)).size == (20, 16)
+    assert made.medium("image", picture(2)).size == (20, 16)
     assert made._process is helper  # none of them ended the helper itself
     made.close()
 
@@ -184,7 +184,8 @@ def test_a_child_that_wants_too_much_ends_alone(monkeypatch: pytest.MonkeyPatch)
 def test_images_arrive_as_they_were_sent(images: Decoder) -> None:
     found: dict[int, Image.Image] = {}
     threads = [
-        threading.Thread(target=lambda i=i: found.update({i: images.image(picture(i, (30 + i, 20)))})) for i in range(6)
+        threading.Thread(target=lambda i=i: found.update({i: images.medium("image", picture(i, (30 + i, 20)))}))
+        for i in range(6)
     ]
     for thread in threads:
         thread.start()
@@ -201,6 +202,6 @@ def test_images_arrive_as_they_were_sent(images: Decoder) -> None:
 def test_addresses_that_are_no_data_uris_are_not_repeated() -> None:
     for uri in ("data:image/png,abc", "data:;base64,@@@", "data:;base64", os.fspath("/etc/shadow")):
         with pytest.raises(UserError) as refused:
-            data_of(uri, 3)
+            data_of(uri, "image 3")
         assert "image 3" in str(refused.value)
         assert "shadow" not in str(refused.value)

@@ -8,13 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from msd.errors import UserError
 from msd.inputs.prompts import Request
 from msd.serve.batch import Emission
+from msd.serve.media import Medium
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import CANCELLED, LATE, Job
 from msd.serve.schema import Completion
@@ -57,10 +57,10 @@ class Answer:
     """The answer `number` of a completion. Its `job` runs in the scheduler's thread, `pieces` is read in the loop's."""
 
     def __init__(
-        self, processor: Any, body: Completion, images: list[Image.Image], number: int, metrics: Metrics, most: int
+        self, processor: Any, body: Completion, media: list[Medium], number: int, metrics: Metrics, most: int
     ) -> None:  # fmt: skip
         self.number, self.counts, self._body, self._metrics = number, Counts(), body, metrics
-        self._processor, self._images, self._loop = processor, images, asyncio.get_running_loop()
+        self._processor, self._media, self._loop = processor, media, asyncio.get_running_loop()
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._text = AnswerText(processor.tokenizer, body.stops)
         self._over = False
@@ -73,7 +73,7 @@ class Answer:
         for text in self._body.texts():
             if found := next((token for token in tokenizer.all_special_tokens if token in text), None):
                 raise UserError(f"the text contains '{found}', which this model reserves; leave it out")
-        request = Request.of(self._processor, [self._images], None, [self._body.chat()])
+        request = Request.of(self._processor, [self._media], None, [self._body.chat()])
         return {**request.inputs(), "request": request}
 
     def _receive(self, outcome: Emission | Exception | None) -> None:

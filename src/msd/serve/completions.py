@@ -33,11 +33,11 @@ class Completions:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
         self._check(body)
         try:
-            images = await asyncio.to_thread(self.decoder.images, body.images)
+            media = await asyncio.to_thread(self.decoder.media, body.media)
         except UserError as error:
             raise HTTPError(400, str(error), "messages") from error
         processor = self.scheduler.vlm.processor
-        answers = [Answer(processor, body, images, i, self.metrics, self.most) for i in range(body.n)]
+        answers = [Answer(processor, body, media, i, self.metrics, self.most) for i in range(body.n)]
         try:
             self.scheduler.submit(*(answer.job for answer in answers))
         except QueueFullError as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-IMAGES = 16  # per request
+IMAGES, VIDEOS = 16, 4  # per request
 MESSAGES = 256
 ANSWERS = 8  # n
 STOPS = 4
@@ -44,11 +44,24 @@ class ImagePart(Strict):
     image_url: ImageUrl
 
 
+class VideoUrl(Strict):
+    """A video as a data URI."""
+
+    url: str
+
+
+class VideoPart(Strict):
+    """A video of a message."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
 class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Text | list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]]
 
 
 class StreamOptions(Strict):
@@ -98,8 +111,10 @@ class Completion(Strict):
             raise ValueError("top_logprobs needs logprobs=true")
         if len(self.stops) > STOPS:
             raise ValueError(f"{len(self.stops)} stop strings; at most {STOPS}")
-        if len(self.images) > IMAGES:
-            raise ValueError(f"{len(self.images)} images; at most {IMAGES} in a request")
+        for kind, most in (("image", IMAGES), ("video", VIDEOS)):
+            count = sum(part == kind for part, _ in self.media)
+            if count > most:
+                raise ValueError(f"{count} {kind}s; at most {most} in a request")
         return self
 
     @property
@@ -108,12 +123,12 @@ class Completion(Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def images(self) -> list[str]:
-        """The addresses of all images, in reading order."""
+    def media(self) -> list[tuple[str, str]]:
+        """("image" or "video", address) of all media, in reading order."""
         return [
-            part.image_url.url
+            ("image", part.image_url.url) if isinstance(part, ImagePart) else ("video", part.video_url.url)
             for message in self.messages if isinstance(message.content, list)
-            for part in message.content if isinstance(part, ImagePart)
+            for part in message.content if not isinstance(part, TextPart)
         ]  # fmt: skip
 
     def texts(self) -> list[str]:
@@ -126,14 +141,16 @@ class Completion(Strict):
         ]
 
     def chat(self) -> list[dict[str, object]]:
-        """The messages, with placeholders for the images."""
+        """The messages, with placeholders for the media."""
         return [
             {
                 "role": message.role,
                 "content": message.content
                 if isinstance(message.content, str)
                 else [
-                    {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                    {"type": "text", "text": part.text}
+                    if isinstance(part, TextPart)
+                    else {"type": "image" if isinstance(part, ImagePart) else "video"}
                     for part in message.content
                 ],
             }
