@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores, Step
@@ -23,41 +24,67 @@ from msd.targets.state import State
 from msd.verify import Verifier
 
 
-def decode(
-    target: Target,
-    drafter: Drafter,
-    verifier: Verifier,
-    plan: Plan,
-    sampler: Sampler,
-    state: State,
-    prompt: Scores,
-    label: bool = False,
-) -> Iterator[Step]:
-    """Continues a prefilled batch until every row has finished; yields each step.
+@dataclass(frozen=True)
+class Engine:
+    """What decodes a batch. label: whether to fill `Accepted.modality` even if the verifier does not need it."""
 
-    prompt: the scores [B, 1, V] of the prompt's last token. They count as the scores of a tree without drafts, which
-    gives the first token of each answer. label: whether to fill `Accepted.modality` even if the verifier does not need
-    it.
-    """
-    tree = DraftTree.root_only(state.layout.newest())
-    accepted = verifier.accept(tree, prompt, sampler)
-    accepted.modality = None  # the router has not run yet
-    start = time.perf_counter()
-    drafter.begin(state, prompt)
-    yield Step(tree, prompt, accepted, time.perf_counter() - start, 0.0, prefill=True)
-    while sampler.alive:
-        budget = plan.budget(sampler, state.cache.node_bytes)
+    target: Target
+    drafter: Drafter
+    verifier: Verifier
+    plan: Plan
+    label: bool = False
+
+    def begin(self, sampler: Sampler, state: State, prompt: Scores) -> Step:
+        """Emits the first token of every row of a prefilled batch.
+
+        prompt: the scores [B, 1, V] of the prompt's last token. They count as the scores of a tree without drafts.
+        """
+        tree = DraftTree.root_only(state.layout.newest())
+        accepted = self.verifier.accept(tree, prompt, sampler)
+        accepted.modality = None  # the router has not run yet
+        start = time.perf_counter()
+        self.drafter.begin(state, prompt)
+        return Step(tree, prompt, accepted, time.perf_counter() - start, 0.0, prefill=True)
+
+    def step(self, sampler: Sampler, state: State) -> Step:
+        """Drafts, scores and accepts once, in the rows of `sampler.alive`; the cache drops all others."""
+        budget = self.plan.budget(sampler, state.cache.node_bytes)
         state.cache.keep(sampler.alive)
         start = time.perf_counter()
-        tree = drafter.propose(state, budget, sampler)
+        tree = self.drafter.propose(state, budget, sampler)
         drafted = time.perf_counter()
-        scores = target.score(state, tree)
-        if verifier.routed or label:
-            scores.modality = drafter.route(state, tree, scores)
+        scores = self.target.score(state, tree)
+        if self.verifier.routed or self.label:
+            scores.modality = self.drafter.route(state, tree, scores)
         scored = time.perf_counter()
-        accepted = verifier.accept(tree, scores, sampler)
-        target.commit(state, accepted)
-        drafter.observe(state, tree, scores, accepted)
+        accepted = self.verifier.accept(tree, scores, sampler)
+        self.target.commit(state, accepted)
+        self.drafter.observe(state, tree, scores, accepted)
         step = Step(tree, scores, accepted, drafted - start, scored - drafted)
-        plan.learn(budget, tree.size - 1, accepted.tokens_per_row, step.draft_seconds, step.score_seconds)
-        yield step
+        self.plan.learn(budget, tree.size - 1, accepted.tokens_per_row, step.draft_seconds, step.score_seconds)
+        return step
+
+    @property
+    def joins(self) -> bool:
+        """Whether requests can join and leave a batch without a change to any answer.
+
+        Lossy policies book what they spend by batch, and sampled candidates depend on how much is drafted.
+        """
+        return self.drafter.joinable and not self.drafter.sampled and self.verifier.lossless
+
+    def join(self, state: State, other: State) -> None:
+        """Appends the rows of `other` to a batch; both have begun. UserError if the drafter cannot join them."""
+        self.drafter.join(state, other)
+        state.join(other)
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """Drops all other rows of a batch; `rows`, all unfinished, become rows 0, 1, … in this order."""
+        self.drafter.select(state, rows)
+        state.select(rows)
+
+
+def decode(engine: Engine, sampler: Sampler, state: State, prompt: Scores) -> Iterator[Step]:
+    """Continues a prefilled batch until every row has finished; yields each step. prompt: see `Engine.begin`."""
+    yield engine.begin(sampler, state, prompt)
+    while sampler.alive:
+        yield engine.step(sampler, state)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -22,8 +23,8 @@ from msd.chat import Chat
 from msd.config import SpeculativeConfig
 from msd.core.sampling import Sampler, Seed, generators
 from msd.core.statistics import Statistics
-from msd.core.tree import Step
-from msd.decode import decode
+from msd.core.tree import Scores, Step
+from msd.decode import Engine, decode
 from msd.drafters import Drafter, auxiliary
 from msd.drafters.overlap import Prefetch
 from msd.errors import UserError
@@ -35,6 +36,19 @@ from msd.streaming import Steps, Stream, request_lock, run_to_end
 from msd.system.machine import Cores, watched
 from msd.targets import Past, adapt
 from msd.targets.registry import fingerprint
+from msd.targets.state import State
+
+
+@dataclass
+class Prefilled:
+    """A batch of requests after its prompts have been read. input_ids: [B, L]. prompt: their scores, [B, 1, V]."""
+
+    input_ids: Tensor
+    config: GenerationConfig
+    sampler: Sampler
+    state: State
+    prompt: Scores
+    statistics: Statistics
 
 
 class SpeculativeVLM:
@@ -190,32 +204,53 @@ class SpeculativeVLM:
 
     @torch.inference_mode()
     def _generate(self, kwargs: dict[str, Any], seed: Seed, past: Past | None = None) -> Steps[list[Result]]:
-        """Calls the model's `generate()`, which prepares the generation and then calls `_run`."""
+        """Prefills the prompts of a request and decodes them."""
         begin = time.perf_counter()
-        statistics = Statistics()
-        self._reattach()
-        request = kwargs.pop("request", None)
-        kwargs = self._with_stop_strings(kwargs, config.checked(self.model, kwargs))
         streamer = kwargs.pop("streamer", None)
-        prefetch = Prefetch(self.drafter, auxiliary.take(self.drafter, kwargs), statistics)
-        inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        run = partial(
-            self._run, seed=seed, streamer=streamer, statistics=statistics, past=past, prefetch=prefetch,
-            asked=(inputs, request),
-        )  # fmt: skip
         with watched() as cores:
-            with prefetch.prefill():
-                kwargs = self.target.encode_images(kwargs)
-            cores.check()
-            results: list[Result] = yield from self.model.generate(
-                **kwargs, custom_generate=lambda _, input_ids, **options: run(input_ids, **options, cores=cores)
-            )
-        seconds = statistics.seconds
+            request = self._prefill(kwargs, seed, past, streamer, cores)
+            results = yield from self._decode(request, streamer, cores)
+        if past is not None:
+            past.renew(request.state)
+        seconds = request.statistics.seconds
         seconds["total"] = time.perf_counter() - begin - seconds.pop("paused")
         seconds["host"] = seconds["total"] - seconds["prefill"] - seconds["draft"] - seconds["verify"]
         return results
 
-    def _run(
+    @torch.inference_mode()
+    def prefill(self, inputs: dict[str, Any], seed: Seed = None, past: Past | None = None, **kwargs: Any) -> Prefilled:
+        """Prefills a request, whose answer `msd.decode` then computes, for a caller that batches requests itself.
+
+        inputs: processor output. seed, past, kwargs: as for `generate`. The caller holds the lock of the model's
+        requests (`msd.streaming.request_lock`). UserError: as from `generate`.
+        """
+        with watched() as cores:
+            return self._prefill({**inputs, **kwargs}, seed, past, None, cores)
+
+    def _prefill(
+        self, kwargs: dict[str, Any], seed: Seed, past: Past | None, streamer: Any, cores: Cores
+    ) -> Prefilled:  # fmt: skip
+        """Has the model's `generate()` prepare a request, then encodes its images and runs its prompt."""
+        statistics = Statistics()
+        self._reattach()
+        request = kwargs.pop("request", None)
+        kwargs = self._with_stop_strings(kwargs, config.checked(self.model, kwargs))
+        prefetch = Prefetch(self.drafter, auxiliary.take(self.drafter, kwargs), statistics)
+        inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        with prefetch.prefill():
+            kwargs = self.target.encode_images(kwargs)
+        cores.check()
+        prefilled: Prefilled = self.model.generate(
+            **kwargs,
+            custom_generate=lambda _, input_ids, **options: partial(
+                self._run_prompt, input_ids, **options, seed=seed, streamer=streamer, past=past, prefetch=prefetch
+            ),
+        )()
+        prefilled.state.inputs, prefilled.state.request = inputs, request
+        prefetch.finish(prefilled.state)
+        return prefilled
+
+    def _run_prompt(
         self,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -224,14 +259,11 @@ class SpeculativeVLM:
         *,
         seed: Seed,
         streamer: Any,
-        statistics: Statistics,
         past: Past | None,
         prefetch: Prefetch,
-        asked: tuple[dict[str, Any], prompts.Request | None],
-        cores: Cores,
         **model_kwargs: Any,
-    ) -> Steps[list[Result]]:
-        """Prefills the prompt and runs the decoding loop; `generate()` calls it as its decoding method."""
+    ) -> Prefilled:
+        """Runs the prompt and creates the sampler; `generate()` calls it as its decoding method."""
         B, L = input_ids.shape
         self._refuse(generation_config, B, L, streamer)
         capacity = generation_config.max_length + self.plan.nodes + 1
@@ -240,23 +272,23 @@ class SpeculativeVLM:
         with prefetch.prefill():
             before = past.state if past else None
             state, prompt = self.target.prefill(input_ids, model_kwargs, capacity, before, past is not None)
-        state.inputs, state.request = asked
-        statistics.num_prefill_rows = B * state.prefilled
-        prefetch.finish(state)
-        vocabulary = prompt.logits.shape[-1]
-        randomness = generators(seed, B, input_ids.device)
-        do_sample = bool(generation_config.do_sample)
+        prefetch.statistics.num_prefill_rows = B * state.prefilled
         padding = generation_config._pad_token_tensor
         sampler = Sampler(
-            state.layout, logits_processor, stopping_criteria, do_sample, vocabulary, randomness, input_ids,
+            state.layout, logits_processor, stopping_criteria, bool(generation_config.do_sample),
+            prompt.logits.shape[-1], generators(seed, B, input_ids.device), input_ids,
             None if padding is None else int(padding), Outputs.need_logits(generation_config),
         )  # fmt: skip
-        outputs = Outputs(input_ids, generation_config)
+        return Prefilled(input_ids, generation_config, sampler, state, prompt, prefetch.statistics)
+
+    def _decode(self, request: Prefilled, streamer: Any, cores: Cores) -> Steps[list[Result]]:
+        """Runs the decoding loop on a prefilled batch."""
+        statistics, sampler = request.statistics, request.sampler
+        outputs = Outputs(request.input_ids, request.config)
         if streamer is not None:
-            streamer.put(input_ids.cpu())
-        parts = (self.target, self.drafter, self.verifier, self.plan, sampler, state, prompt)
-        answers: list[list[int]] = [[] for _ in range(B)]
-        for step in decode(*parts, label=self.config.label):
+            streamer.put(request.input_ids.cpu())
+        answers: list[list[int]] = [[] for _ in request.input_ids]
+        for step in decode(self.engine, sampler, request.state, request.prompt):
             statistics.read(step)
             outputs.read(step)
             for row, tokens in enumerate(step.accepted.tokens):
@@ -271,10 +303,13 @@ class SpeculativeVLM:
         self.drafter.finish()
         if streamer is not None:
             streamer.end()
-        if past is not None:
-            past.renew(state)
         fields = outputs.fields()
         return [self._result(tokens, sampler.finish[i], i, statistics, fields) for i, tokens in enumerate(answers)]
+
+    @property
+    def engine(self) -> Engine:
+        """What decodes prefilled requests."""
+        return Engine(self.target, self.drafter, self.verifier, self.plan, self.config.label)
 
     def _draft_model(self, model: PreTrainedModel) -> Drafter | None:
         """Loads the config's draft model, in the target's dtype and on its device; None if it has none."""

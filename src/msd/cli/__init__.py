@@ -28,6 +28,7 @@ from msd.cli import (
     generate,
     inspect,
     reference,
+    serve,
     targets,
     train,
     verify,
@@ -46,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("generate", short_help="Answer a prompt about images, videos, sounds or events.")(generate.generate)
+app.command("serve", short_help="Serve a model over OpenAI's HTTP interface.")(serve.serve)
 app.command("verify", short_help="Certify that answers are those of transformers' generate().")(verify.verify)
 app.command("bench", short_help="Time methods against transformers' generate().")(bench.bench)
 app.command("capture", short_help="Let the target answer prompts, to train drafters on.")(capture.capture)

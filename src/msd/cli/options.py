@@ -348,15 +348,20 @@ def load_engine(
 
     config: fields of `SpeculativeConfig`.
     """
-    method = drafting.method_name(inputs.target)
+    vlm = load_vlm(inputs.target, drafting, **config)
+    return vlm, {**settings, **inputs.arguments(vlm.drafter)}
+
+
+def load_vlm(target: str, drafting: Drafting, **config: Any) -> SpeculativeVLM:
+    """Returns the engine for a target. config: fields of `SpeculativeConfig`."""
+    method = drafting.method_name(target)
     quiet()
     share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
 
     speculative = SpeculativeConfig(label=True, backend=drafting.backend, calibrate=drafting.calibrate, **config)
     with terminal.loading():
-        vlm = SpeculativeVLM.from_pretrained(inputs.target, method, speculative, device=drafting.device)
-    return vlm, {**settings, **inputs.arguments(vlm.drafter)}
+        return SpeculativeVLM.from_pretrained(target, method, speculative, device=drafting.device)
 
 
 def use_drafter(folder: Path | None) -> str | None:

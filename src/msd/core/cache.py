@@ -26,7 +26,12 @@ class _Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the layer's storage once the shape of its keys is known."""
-        self.keys, self.values = self.owner._allocate(self.index, key_states, value_states)
+        self.owner._allocate(self.index, key_states, value_states)
+        self.bind()
+
+    def bind(self) -> None:
+        """Takes the views of the owner's storage that belong to this layer."""
+        self.keys, self.values = self.owner._views(self.index)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -36,6 +41,7 @@ class _Layer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         base, width = self.owner.base, key_states.shape[-2]
         first, stop, rows = min(base), max(base) + width, len(base)
+        self.owner.written = max(self.owner.written, stop)
         keys, values = self.keys[:rows], self.values[:rows]
         if first + width == stop:
             keys[:, :, first:stop] = key_states
@@ -64,17 +70,21 @@ class KVCache(Cache):
 
     committed: for each row, the number of slots that hold committed tokens.
     rows: the rows that are stored, in the order in which passes write them; all rows until `keep` drops some.
+    written: one past the last slot that any pass has written. Slots behind a row's committed ones may hold old values.
     """
 
     def __init__(self, layers: int, batch: int, capacity: int) -> None:
         self.capacity, self.batch = capacity, batch
         self.committed = [0] * batch
         self.rows = list(range(batch))
+        self.written = 0
         self._index: tuple[tuple[list[int], int], tuple[Tensor, Tensor]] | None = None  # of the newest pass
         # Blocks of [layers, 2, B, H, C, D]. Layers with the shape of the first layer share one block, every other layer
         # has its own, or two of [1, 1, B, H, C, D] where its keys and values differ in shape.
         self._storage: list[Tensor] = []
-        self._shared_block: Tensor | None = None
+        self._shared_block: int | None = None
+        # (block, i, j) of the keys and of the values of each layer: `_storage[block][i, j]`
+        self._places: dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]] = {}
         self._layers = layers
         super().__init__(layers=[_Layer(self, i) for i in range(layers)])
 
@@ -83,22 +93,32 @@ class KVCache(Cache):
         """Bytes that a scored node of one row takes until `commit`, besides its slot."""
         return 0
 
-    def _allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one slot of one row; 0 before the first pass."""
+        return sum(x[:, :, 0, :, 0].numel() * x.element_size() for x in self._storage)
+
+    def _allocate(self, index: int, keys: Tensor, values: Tensor) -> None:
         B, H, _, D = keys.shape
         if keys.shape != values.shape:
-            pair = [x.new_zeros(1, 1, *x.shape[:2], self.capacity, x.shape[3]) for x in (keys, values)]
-            self._storage += pair
-            return pair[0][0, 0], pair[1][0, 0]
+            block = len(self._storage)
+            self._storage += [x.new_zeros(1, 1, *x.shape[:2], self.capacity, x.shape[3]) for x in (keys, values)]
+            self._places[index] = (block, 0, 0), (block + 1, 0, 0)
+            return
         if self._shared_block is None:
             # zeros, not empty: attention multiplies masked slots by 0, and 0 * NaN is NaN
-            self._shared_block = keys.new_zeros(self._layers, 2, B, H, self.capacity, D)
-            self._storage.append(self._shared_block)
-        block = self._shared_block
-        if block.shape[2:4] == (B, H) and block.shape[5] == D:
-            return block[index, 0], block[index, 1]
-        own = keys.new_zeros(1, 2, B, H, self.capacity, D)
-        self._storage.append(own)
-        return own[0, 0], own[0, 1]
+            self._shared_block = len(self._storage)
+            self._storage.append(keys.new_zeros(self._layers, 2, B, H, self.capacity, D))
+        block, at, shared = self._shared_block, index, self._storage[self._shared_block]
+        if shared.shape[2:4] != (B, H) or shared.shape[5] != D:
+            block, at = len(self._storage), 0
+            self._storage.append(keys.new_zeros(1, 2, B, H, self.capacity, D))
+        self._places[index] = (block, at, 0), (block, at, 1)
+
+    def _views(self, index: int) -> tuple[Tensor, Tensor]:
+        """The keys and values [B, H, C, D] of a layer."""
+        keys, values = (self._storage[block][i, j] for block, i, j in self._places[index])
+        return keys, values
 
     @property
     def base(self) -> list[int]:
@@ -126,6 +146,41 @@ class KVCache(Cache):
                 self.rows[index], used = last, self.committed[last]
                 for block in self._storage:
                     block[:, :, index, :, :used] = block[:, :, len(self.rows), :, :used]
+                    block[:, :, index, :, used : self.written] = 0  # a NaN of the dropped row must not stay
+
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows for good, and numbers `rows`, all of them stored, 0, 1, … in this order."""
+        self.keep(rows)
+        number = {row: i for i, row in enumerate(rows)}
+        self.rows = [number[row] for row in self.rows]
+        self.committed, self.batch = [self.committed[row] for row in rows], len(rows)
+
+    def join(self, other: KVCache) -> None:
+        """Appends the rows of `other`, a cache of the same model; their numbers follow those of this cache."""
+        first, added, slots = len(self.rows), len(other.rows), max(other.base)
+        self._reserve(first + added, max(self.capacity, other.capacity))
+        for mine, theirs in zip(self._storage, other._storage, strict=True):
+            mine[:, :, first : first + added, :, :slots] = theirs[:, :, :added, :, :slots]
+            mine[:, :, first : first + added, :, slots : self.written] = 0
+        self.rows += [self.batch + row for row in other.rows]
+        self.committed += other.committed
+        self.batch += other.batch
+        self.written = max(self.written, slots)
+
+    def _reserve(self, rows: int, capacity: int) -> None:
+        """Moves to larger storage if it has no room for `rows` rows of `capacity` slots; rows grow by doubling."""
+        held = self._storage[0].shape[2]
+        if rows <= held and capacity <= self.capacity:
+            return
+        rows, stored = held if rows <= held else max(rows, 2 * held), len(self.rows)
+        for n, block in enumerate(self._storage):
+            sides, (H, D) = block.shape[:2], block.shape[3::2]
+            self._storage[n] = block.new_zeros(*sides, rows, H, capacity, D)
+            self._storage[n][:, :, :stored, :, : self.written] = block[:, :, :stored, :, : self.written]
+        self.capacity = capacity
+        for layer in self._attention():
+            if layer.index in self._places:
+                layer.bind()
 
     def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
         """Returns the keys and values [R, H, S, D] of a layer in the first `slots` slots of the stored rows."""

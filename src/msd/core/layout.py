@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msd.core.modality import LANGUAGE
@@ -111,3 +112,26 @@ class Layout:
     def history(self, row: int) -> Tensor:
         """All tokens of `row` up to the newest one, with the padding: [end]."""
         return self.tokens[row, : self.end[row]]
+
+    def row(self, row: int) -> Layout:
+        """One row as a layout that shares the tensors of this one; `start` and `end` are copies."""
+        part = slice(row, row + 1)
+        return Layout(
+            self.tokens[part], self.modality[part], self.positions[:, part], self.start[part], self.end[part]
+        )  # fmt: skip
+
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows; `rows` become rows 0, 1, … in this order."""
+        self.tokens, self.modality, self.positions = self.tokens[rows], self.modality[rows], self.positions[:, rows]
+        self.start, self.end = [self.start[row] for row in rows], [self.end[row] for row in rows]
+
+    def join(self, other: Layout) -> None:
+        """Appends the rows of `other`. Every row keeps its columns; the capacity becomes the larger one."""
+        C = max(self.capacity, other.capacity)
+
+        def joined(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([F.pad(x, (0, C - x.shape[-1])) for x in (mine, theirs)], -2)
+
+        self.tokens, self.modality = joined(self.tokens, other.tokens), joined(self.modality, other.modality)
+        self.positions = joined(self.positions, other.positions)
+        self.start, self.end = self.start + other.start, self.end + other.end

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
+from msd.errors import UserError
 from msd.planning.plan import Budget
 from msd.targets.state import State
 
@@ -29,6 +30,11 @@ class Drafter(Protocol):
     name: str
     taps: tuple[int, ...] = ()
     sampled: bool = False
+
+    @property
+    def joinable(self) -> bool:
+        """Whether `select` and `join` are implemented; by default they are not."""
+        return False
 
     def translate(self, tokenizer: Any) -> None:
         """Maps the target's vocabulary to the drafter's own; UserError if they do not fit. Called before `attach`."""
@@ -94,6 +100,14 @@ class Drafter(Protocol):
     def finish(self) -> None:
         """Called after the last step of a request that was not interrupted."""
         return
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """Drops all other rows from the memory; `rows` become rows 0, 1, … Called before the state's own `select`."""
+        raise UserError(f"method '{self.name}' cannot change the rows of a running batch")
+
+    def join(self, state: State, other: State) -> None:
+        """Appends the memory of `other`, which has begun too, to that of `state`. Called before the state's `join`."""
+        raise UserError(f"method '{self.name}' cannot change the rows of a running batch")
 
 
 @runtime_checkable

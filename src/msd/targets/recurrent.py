@@ -127,6 +127,14 @@ class RecurrentCache(KVCache):
             for states in self.states.values():
                 states.replace([state[held] for state in states.committed])
 
+    def join(self, other: KVCache) -> None:
+        """See `KVCache`."""
+        assert isinstance(other, RecurrentCache)
+        super().join(other)
+        for index, states in self.states.items():
+            pairs = zip(states.committed, other.states[index].committed, strict=True)
+            states.replace([torch.cat(pair) for pair in pairs])
+
     def copy_prefix(self, other: KVCache, count: int) -> None:
         """See `KVCache`; `count` must be all of the slots that `other` has committed."""
         assert isinstance(other, RecurrentCache) and count == other.committed[0]

@@ -78,6 +78,21 @@ class State:
     tap_history: Tensor | None = None
     tree_taps: Tensor | None = None
 
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows; `rows`, all stored in the cache, become rows 0, 1, … The memory is the drafter's."""
+        self.layout.select(rows)
+        self.cache.select(rows)
+
+    def join(self, other: State) -> None:
+        """Appends the rows of `other`, a state of the same target; the memory is the drafter's to join.
+
+        What only a first draft or a later turn reads is dropped: inputs, request, auxiliary tokens and tap history.
+        """
+        self.layout.join(other.layout)
+        self.cache.join(other.cache)
+        self.inputs, self.request, self.auxiliary = {}, None, None
+        self.media, self.tap_history, self.tree_taps = {}, None, None
+
     def append_taps(self, nodes: list[int]) -> None:
         """Appends the tap states of the accepted `nodes` to the history. Call it before the cache commits."""
         if self.tap_history is not None and self.tree_taps is not None:

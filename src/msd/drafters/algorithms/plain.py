@@ -16,6 +16,7 @@ class Plain(Drafter):
     """Drafts nothing: each step emits one token."""
 
     name = "ar"
+    joinable = True
 
     def twin(self, model: PreTrainedModel) -> Plain:
         """See `Drafter`."""
@@ -24,6 +25,12 @@ class Plain(Drafter):
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Returns the root alone."""
         return DraftTree.root_only(state.layout.newest())
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """There is no memory."""
+
+    def join(self, state: State, other: State) -> None:
+        """There is no memory."""
 
 
 registry.add(registry.Method(Plain.name, Plain))

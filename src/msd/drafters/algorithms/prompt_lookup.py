@@ -55,6 +55,8 @@ class _Node:
 class PromptLookup(Drafter):
     """Looks up the last `max_ngram` to `min_ngram` tokens; a longer match has more weight."""
 
+    joinable = True
+
     def __init__(self, max_ngram: int = 3, min_ngram: int = 2, sampled: bool = False) -> None:
         self.name = "prompt-lookup:sampled" if sampled else "prompt-lookup"
         self.max_ngram, self.min_ngram, self.sampled = max_ngram, min_ngram, sampled
@@ -88,6 +90,14 @@ class PromptLookup(Drafter):
             return self._draw(state, roots, budget, sampler)
         picked = [_most_frequent(root, budget.nodes, budget.width) for root in roots]
         return DraftTree.from_lists(state.layout.newest(), [t for t, _ in picked], [p for _, p in picked])
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """Keeps the indices of `rows`."""
+        state.memory = [state.memory[row] for row in rows]
+
+    def join(self, state: State, other: State) -> None:
+        """Appends the other indices."""
+        state.memory += other.memory
 
     def _continuations(self, index: _Index, depth: int) -> _Node:
         """Builds the trie of continuations of the last tokens; an occurrence counts once, at its longest match."""
@@ -272,6 +282,21 @@ class Repeats(Drafter):
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """See `Drafter`."""
         self.drafter.observe(state.memory[0], tree, scores, accepted)
+
+    @property
+    def joinable(self) -> bool:
+        """See `Drafter`."""
+        return self.drafter.joinable
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """See `Drafter`."""
+        for part, view in zip((self.drafter, self.lookup), state.memory, strict=True):
+            part.select(view, rows)
+
+    def join(self, state: State, other: State) -> None:
+        """See `Drafter`."""
+        for part, view, added in zip((self.drafter, self.lookup), state.memory, other.memory, strict=True):
+            part.join(view, added)
 
 
 registry.add(registry.Method("prompt-lookup", PromptLookup))

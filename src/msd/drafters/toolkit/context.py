@@ -36,11 +36,22 @@ class Anchors:
     image: Tensor
     context: list[KeyValues]
 
-    def of(self, rows: list[int], used: int) -> Anchors:
-        """Selects rows, with the first `used` context entries."""
+    def of(self, rows: list[int], used: int | None = None) -> Anchors:
+        """Selects rows, with the first `used` context entries, by default all; each row must see all of them."""
         context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
         x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
         return Anchors(x, feature, embedding, positions, None, self.image[rows], context)
+
+    def joined(self, other: Anchors) -> Anchors:
+        """The rows of both, those of `other` last, with buffers as long as the longer ones; their `visible` is None."""
+        x, feature, embedding, positions = (
+            torch.cat([getattr(self, name), getattr(other, name)])
+            for name in ("x", "feature", "embedding", "positions")
+        )
+        width = max(self.image.shape[-1], other.image.shape[-1])
+        image = torch.cat([a.image.expand(-1, -1, width) for a in (self, other)])
+        context = [mine.joined(theirs) for mine, theirs in zip(self.context, other.context, strict=True)]
+        return Anchors(x, feature, embedding, positions, None, image, context)
 
 
 @dataclass

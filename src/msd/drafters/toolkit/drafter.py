@@ -114,6 +114,16 @@ class Memory:
             return replace(self.anchor.of(rows, used), visible=visible)
         return replace(self.anchor, visible=visible, context=[buffer.first(used) for buffer in self.anchor.context])
 
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self.length, self.shift = [self.length[row] for row in rows], self.shift[rows]
+        self.anchor = self.anchor.of(rows)
+
+    def join(self, other: Memory) -> None:
+        """Appends the rows of `other`."""
+        self.length, self.shift = self.length + other.length, torch.cat([self.shift, other.shift])
+        self.anchor = self.anchor.joined(other.anchor)
+
 
 @dataclass
 class _Emitted:
@@ -139,6 +149,10 @@ class _Emitted:
             for name in ("taps", "tokens")
         )
         return cls(taps, tokens, [sum(s.count[r] for s in steps) for r in rows])
+
+    def select(self, rows: list[int]) -> _Emitted:
+        """Selects rows."""
+        return _Emitted(self.taps[rows], self.tokens[rows], [self.count[row] for row in rows])
 
 
 class DecodedStates:
@@ -191,6 +205,22 @@ class DecodedStates:
             self._steps = []
         return self._memory
 
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self._prompt, self._newest = self._prompt[rows], [self._newest[row] for row in rows]
+        steps = [step.select(rows) for step in self._steps]
+        self._steps = [step for step in steps if any(step.count)]
+        if self._auxiliary is not None:
+            self._auxiliary = self._auxiliary[rows]
+        if self._memory is not None:
+            self._memory.select(rows)
+
+    def join(self, other: DecodedStates, network: DraftNetwork, layout: Layout, added: Layout) -> None:
+        """Appends the rows of `other`. The network reads both first: their prompts differ in length."""
+        self.read(network, layout).join(other.read(network, added))
+        self._newest += other._newest
+        self._prompt, self._auxiliary = self._prompt.new_empty(len(self._newest), 0, self._prompt.shape[-1]), None
+
 
 class TrainedDrafter(ObservedDrafter):
     """Drafts with a trained network. Its candidates are deterministic; its tree is EAGLE-2's.
@@ -198,6 +228,8 @@ class TrainedDrafter(ObservedDrafter):
     The network has the node chances. Only a head that another project trained, without calibration or a confidence of
     its own, is calibrated by what the target accepts.
     """
+
+    joinable = True
 
     def __init__(self, network: Any, name: str | None = None) -> None:
         self.network: Any = network.eval()  # a `DraftNetwork`
@@ -279,6 +311,14 @@ class TrainedDrafter(ObservedDrafter):
         """Stores the target's states of the emitted tokens."""
         state.memory.observe(scores, accepted)
         super().observe(state, tree, scores, accepted)
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """See `Drafter`."""
+        state.memory.select(rows)
+
+    def join(self, state: State, other: State) -> None:
+        """See `Drafter`; reads the prompts of both."""
+        state.memory.join(other.memory, self.network, state.layout, other.layout)
 
     def finish(self) -> None:
         """See `Drafter`."""

@@ -67,6 +67,15 @@ class KeyValues:
             self.keys[row, first : first + n] = new.keys[row, :n]
             self.values[row, first : first + n] = new.values[row, :n]
 
+    def joined(self, other: KeyValues) -> KeyValues:
+        """The rows of both context buffers, those of `other` last; the shorter one is padded with zeros."""
+        room = max(self.keys.shape[1], other.keys.shape[1])
+
+        def both(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, room - x.shape[1])) for x in (mine, theirs)])
+
+        return KeyValues(both(self.keys, other.keys), both(self.values, other.values))
+
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does. v: a published head's."""

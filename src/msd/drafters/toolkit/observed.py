@@ -2,8 +2,8 @@
 
 Every step shows, for each child of an accepted node, whether it was the target's choice: what a fit needs, at no cost.
 `Observed` counts these candidates by the log odds of their draft probability, and keeps the counts between runs, under
-the fingerprints of the target and of the draft network. The chances of a request never change while it runs. They
-choose the nodes of trees, so they change no lossless answer.
+the fingerprints of the target and of the draft network. The chances change only when a request ends. They choose the
+nodes of trees, so they change no lossless answer.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Load on `msd serve`, and the same requests one after another with `transformers` (docs/serve.md)."""

@@ -1,0 +1,82 @@
+"""JoinedSampler: one batch whose rows belong to independent requests, which may join and leave between steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msd.core.layout import Layout
+from msd.core.sampling import Sampler
+
+
+class JoinedSampler(Sampler):
+    """The samplers of requests of one row each. Row r draws, stops and is processed as `parts[r]` does alone.
+
+    layout: of the whole batch. A part's own layout is its row of it: both share their tensors.
+    `do_sample` and `processors` shape only drafts here: they are those of the first part.
+    """
+
+    def __init__(self, layout: Layout, part: Sampler) -> None:
+        self.layout, self.parts = layout, [part]
+        self.vocabulary, self.lockstep, self.noise = part.vocabulary, False, None
+        self._bind()
+
+    def join(self, part: Sampler) -> None:
+        """Appends the sampler of the row that has been appended to the layout."""
+        self.parts.append(part)
+        self._bind()
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps the parts of `rows`, after the layout has done so."""
+        self.parts = [self.parts[row] for row in rows]
+        self._bind()
+
+    def _bind(self) -> None:
+        """Gives every part its row of the layout."""
+        for row, part in enumerate(self.parts):
+            part.layout = self.layout.row(row)
+        self.finish = [part.finish[0] for part in self.parts]
+        self.keep_logits = any(part.keep_logits for part in self.parts)
+        if self.parts:
+            self.do_sample, self.processors = self.parts[0].do_sample, self.parts[0].processors
+            self.pointwise = self.parts[0].pointwise
+
+    def end(self, row: int, reason: str) -> None:
+        """Stops a row before its next step, for a reason of the caller."""
+        self.finish[row] = self.parts[row].finish[0] = reason
+
+    def tokens_left(self, row: int) -> int:
+        """See `Sampler`."""
+        return self.parts[row].tokens_left(0)
+
+    def logits(self, raw: Tensor, rows: list[int]) -> Tensor:
+        """See `Sampler`."""
+        if not any(self.parts[row].processors for row in rows):
+            return raw.to(copy=True, dtype=torch.float32)
+        return torch.cat([self.parts[row].logits(raw[i, None], [0]) for i, row in enumerate(rows)])
+
+    def draw(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """See `Sampler`."""
+        token = logits.argmax(-1)
+        for i, row in enumerate(rows):
+            if self.parts[row].do_sample:
+                token[i] = self.parts[row].draw(logits[i, None], [0])[0]
+        return token
+
+    def multinomial(self, p: Tensor, rows: list[int]) -> Tensor:
+        """See `Sampler`."""
+        return torch.cat([self.parts[row].multinomial(p[i, None], [0]) for i, row in enumerate(rows)])
+
+    def uniform(self, rows: list[int], device: torch.device) -> Tensor:
+        """See `Sampler`."""
+        return torch.cat([self.parts[row].uniform([0], device) for row in rows])
+
+    def emit_all(self, rows: list[int], tokens: list[int]) -> list[bool]:
+        """See `Sampler`."""
+        alive = []
+        for row, token in zip(rows, tokens, strict=True):
+            part = self.parts[row]
+            alive += part.emit_all([0], [token])
+            self.layout.end[row] = part.layout.end[0]
+            self.finish[row] = part.finish[0]
+        return alive

@@ -1,0 +1,117 @@
+"""The HTTP interface: OpenAI's chat completions and models, health, metrics and version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from msd import __version__
+from msd.serve.completions import INTERNAL, Completions
+from msd.serve.errors import HTTPError
+from msd.serve.guard import Guard
+from msd.serve.metrics import Metrics
+from msd.serve.scheduler import Scheduler
+from msd.serve.schema import Completion
+
+DRAIN_SECONDS = 30.0
+
+
+def create(
+    scheduler: Scheduler, name: str, keys: tuple[str, ...] = (), most: int = 512, drain: float = DRAIN_SECONDS
+) -> Guard:
+    """The ASGI application of a scheduler, which it starts and drains. name: of the model. most: default max_tokens."""
+    metrics = Metrics(scheduler, name)
+    completions = Completions(scheduler, metrics, name, most)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        scheduler.start()
+        yield
+        scheduler.drain(drain)
+        completions.decoder.close()
+
+    app = FastAPI(title="MSD", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_errors(app)
+    _add_status(app, scheduler, metrics, name)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: Completion, request: Request) -> Response:
+        """Answers a chat about images; with `stream`, as server-sent events."""
+        running = await completions.start(body)
+        if body.stream:
+            return StreamingResponse(running.events(), media_type="text/event-stream")
+        whole = await running.whole(request.is_disconnected)
+        return Response(status_code=499) if whole is None else JSONResponse(whole)
+
+    return Guard(app, keys)
+
+
+def _add_status(app: FastAPI, scheduler: Scheduler, metrics: Metrics, name: str) -> None:
+    """Adds the paths that tell about the server."""
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "msd"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The served model."""
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{wanted}", response_model=None)
+    async def one_model(wanted: str) -> dict[str, Any]:
+        """The served model, by its name."""
+        if wanted != name:
+            raise HTTPError(404, f"this server has the model '{name}'", "model", "model_not_found")
+        return model
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "live"}
+
+    @app.get("/health/ready", response_model=None)
+    async def ready() -> JSONResponse:
+        """Whether requests are taken: 200 or 503."""
+        ready = scheduler.accepting
+        return JSONResponse({"status": "ready" if ready else "draining"}, 200 if ready else 503)
+
+    @app.get("/metrics", response_model=None)
+    async def prometheus() -> Response:
+        """The metrics in Prometheus' text format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of MSD."""
+        return {"version": __version__}
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Gives every error OpenAI's shape, without anything from inside the program."""
+
+    def answered(failure: HTTPError) -> JSONResponse:
+        return JSONResponse(failure.body(), failure.status, failure.headers)
+
+    @app.exception_handler(HTTPError)
+    async def refused(_: Request, failure: HTTPError) -> JSONResponse:
+        return answered(failure)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body")[:200] or None
+        message = "is not supported; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        return answered(HTTPError(400, f"{param or 'the body'}: {message}"[:1000], param))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        return answered(HTTPError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return answered(HTTPError(500, INTERNAL))

@@ -1,0 +1,102 @@
+"""Decodes untrusted media outside the server: each in a process of its own, with limits on memory, CPU and files.
+
+`python -m msd.serve.decoder` is the helper process. It has loaded the decoders, and forks a child for every file; the
+child sets its limits, decodes and ends. On its stdin it gets the kind (1 byte) and length (8 bytes) of a file and the
+file; on its stdout it answers with a status (1 byte), width and height (4 bytes each, or the length of a message and
+0), and the RGB pixels or the message. The frames of a video are stacked to one image; its `TAIL` follows. No objects
+are exchanged, so a file that takes over a child cannot reach the server with one.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import sys
+import tempfile
+from contextlib import suppress
+from typing import BinaryIO
+
+from msd.errors import UserError
+from msd.inputs.images import MAX_PIXELS, load_image
+from msd.inputs.media import FRAMES, Video
+
+LENGTH, HEAD = struct.Struct(">BQ"), struct.Struct(">BII")
+TAIL = struct.Struct(f">dQ{FRAMES}Q")  # frames per second, number of all frames, and which of them were decoded
+KINDS = ("image", "video")
+OK, REFUSED = 0, 1
+CPU_SECONDS = 10
+MEMORY = 1500 * 1000**2  # of address space: 40 million pixels in several modes
+OUTPUT = 130 * 1000**2  # 40 million RGB pixels
+BROKEN = "it could not be decoded within the limits on time and memory; save it in another format, or resize it"
+
+
+def main() -> None:
+    """Serves files until stdin ends."""
+    with suppress(ImportError):  # loaded once, for all children
+        import av  # noqa: F401
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    while head := source.read(LENGTH.size):
+        kind, length = LENGTH.unpack(head)
+        data = source.read(length)
+        with tempfile.TemporaryFile() as answer:
+            child = os.fork()
+            if child == 0:
+                _decode(KINDS[kind], data, answer)
+            _, status = os.waitpid(child, 0)
+            if status:
+                _write(answer, REFUSED, BROKEN.encode())
+            answer.seek(0)
+            while piece := answer.read(1 << 20):
+                sink.write(piece)
+            sink.flush()
+
+
+def _decode(medium: str, data: bytes, answer: BinaryIO) -> None:
+    """The child: limits itself, writes the pixels or the reason why there are none, and exits."""
+    try:
+        for kind, most in (
+            (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_FSIZE, OUTPUT),
+            (resource.RLIMIT_CORE, 0),
+        ):  # fmt: skip
+            resource.setrlimit(kind, (most, most))
+        try:
+            if medium == "video":
+                _write(answer, OK, *_video(data))
+            else:
+                image = load_image(data)
+                _write(answer, OK, image.tobytes(), image.size)
+        except UserError as error:
+            _write(answer, REFUSED, str(error).encode())
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def _video(data: bytes) -> tuple[bytes, tuple[int, int]]:
+    """(the pixels of all frames and the `TAIL`, the size of the stacked frames)."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        path = f"/proc/self/fd/{file.fileno()}"
+        try:
+            clip = Video(path).load()
+        except UserError as error:
+            raise UserError(str(error).replace(f"'{path}'", "it")) from error
+    width, height = clip.frames[0].size
+    if width * height * FRAMES > MAX_PIXELS:
+        raise UserError(f"{FRAMES} frames of {width}x{height} pixels are too many; resize it")
+    pixels = b"".join(frame.tobytes() for frame in clip.frames)
+    return pixels + TAIL.pack(clip.fps, clip.total, *clip.indices), (width, height * FRAMES)
+
+
+def _write(answer: BinaryIO, status: int, body: bytes, size: tuple[int, int] | None = None) -> None:
+    """Replaces the content of `answer`."""
+    answer.seek(0)
+    answer.truncate()
+    answer.write(HEAD.pack(status, *(size or (len(body), 0))) + body)
+    answer.flush()
+
+
+if __name__ == "__main__":
+    main()

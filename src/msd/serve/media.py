@@ -1,0 +1,140 @@
+"""Images and videos of requests: data URIs only, within limits that hold before `decoder` decodes them.
+
+Nothing is fetched and no local file is opened: an address that is not a data URI is refused, so there is no address to
+check, no redirect to follow and no resolution to pin.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import IO
+
+from PIL import Image
+
+from msd.errors import UserError
+from msd.inputs.images import MAX_BYTES, MAX_PIXELS
+from msd.inputs.media import Clip
+from msd.serve import decoder
+
+SECONDS = 20.0  # of wall time for one file
+TOTAL = 2 * MAX_BYTES  # bytes of all media of a request
+KEPT = 200 * 1000**2  # bytes of decoded pixels that are kept for requests with the same image
+
+
+Medium = Image.Image | Clip
+
+
+def data_of(uri: str, name: str) -> bytes:
+    """The file in a base64 data URI. UserError for any other address; the message has the `name`, not the address."""
+    head, comma, body = uri.partition(",")
+    if head[:5].lower() != "data:" or not comma:
+        raise UserError(f"{name} is not a data URI, and this server fetches nothing; send data:…;base64,…")
+    if not head.lower().endswith(";base64"):
+        raise UserError(f"{name} is a data URI without base64; send data:…;base64,…")
+    if len(body) > MAX_BYTES * 4 // 3 + 4:
+        raise UserError(f"{name} is larger than {MAX_BYTES // 10**6} MB; compress or resize it")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{name} is not valid base64; encode the file again") from error
+
+
+class Decoder:
+    """The helper process, started at the first file and again after a failure. Thread-safe; one file at a time."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds, self._lock = seconds, threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._kept: OrderedDict[tuple[str, bytes], Medium] = OrderedDict()
+
+    def media(self, parts: Sequence[tuple[str, str]]) -> list[Medium]:
+        """The RGB images and videos of a request. parts: (kind, address). UserError for the first that is refused."""
+        names = [f"{kind} {number}" for number, (kind, _) in enumerate(parts, 1)]
+        files = [data_of(uri, name) for (_, uri), name in zip(parts, names, strict=True)]
+        if sum(map(len, files)) > TOTAL:
+            raise UserError(f"the media are larger than {TOTAL // 10**6} MB together; compress or resize them")
+        return [self.medium(kind, data, name) for (kind, _), data, name in zip(parts, files, names, strict=True)]
+
+    def medium(self, kind: str, data: bytes, name: str = "image 1") -> Medium:
+        """Decodes a file, or takes it from the ones kept."""
+        key = kind, hashlib.sha256(data).digest()
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            self._kept[key] = medium = self._decode(kind, data, name)
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT:
+                self._kept.popitem(last=False)
+            return medium
+
+    def close(self) -> None:
+        """Ends the helper process."""
+        with self._lock:
+            self._kill()
+
+    def _decode(self, kind: str, data: bytes, name: str) -> Medium:
+        """Has the helper decode a file; one that takes too long ends the helper."""
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(self.seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(decoder.LENGTH.pack(decoder.KINDS.index(kind), len(data)) + data)
+            process.stdin.flush()
+            status, first, second = decoder.HEAD.unpack(_exactly(process.stdout, decoder.HEAD.size))
+            if status == decoder.OK and first * second <= MAX_PIXELS:
+                image = Image.frombytes("RGB", (first, second), _exactly(process.stdout, 3 * first * second))
+                return _clip(image, _exactly(process.stdout, decoder.TAIL.size)) if kind == "video" else image
+            message = _exactly(process.stdout, min(first, 4096)).decode(errors="replace")
+        except (OSError, EOFError) as error:
+            self._kill()
+            raise UserError(f"{name}: {decoder.BROKEN}") from error
+        finally:
+            timer.cancel()
+        raise UserError(f"{name}: {message}")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """The helper process."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "msd.serve.decoder"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        return self._process
+
+    def _kill(self) -> None:
+        """Ends the helper, if it runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def _clip(stacked: Image.Image, tail: bytes) -> Clip:
+    """The video whose frames are stacked."""
+    fps, total, *indices = decoder.TAIL.unpack(tail)
+    width, height = stacked.width, stacked.height // len(indices)
+    frames = (stacked.crop((0, i * height, width, (i + 1) * height)) for i in range(len(indices)))
+    return Clip(tuple(frames), tuple(indices), total, fps)
+
+
+def _bytes(medium: Medium) -> int:
+    """Bytes of the decoded pixels."""
+    return sum(3 * i.width * i.height for i in (medium.frames if isinstance(medium, Clip) else [medium]))
+
+
+def _exactly(stream: IO[bytes], count: int) -> bytes:
+    """Reads `count` bytes; EOFError if there are fewer."""
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data

@@ -1,0 +1,158 @@
+"""The bodies of requests, in OpenAI's form. What is not listed is refused, never ignored.
+
+Lengths and counts are limited here, before any media is read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IMAGES, VIDEOS = 16, 4  # per request
+MESSAGES = 256
+ANSWERS = 8  # n
+STOPS = 4
+
+Text = Annotated[str, Field(max_length=200_000)]
+
+
+class Strict(BaseModel):
+    """A body without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ImageUrl(Strict):
+    """An image as a data URI. `detail` has no effect on a model with one resolution; only "auto" is accepted."""
+
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class ImagePart(Strict):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class VideoUrl(Strict):
+    """A video as a data URI."""
+
+    url: str
+
+
+class VideoPart(Strict):
+    """A video of a message."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]]
+
+
+class StreamOptions(Strict):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class Extension(Strict):
+    """The field `msd`: what the client expects of the server's drafting; another setting is refused."""
+
+    method: str | None = None
+    policy: str | None = None
+    epsilon: float | None = None
+
+
+class Completion(Strict):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=(1 << 63) - ANSWERS)] = None
+    n: Annotated[int, Field(ge=1, le=ANSWERS)] = 1
+    stop: Annotated[str, Field(min_length=1, max_length=200)] | list[
+        Annotated[str, Field(min_length=1, max_length=200)]
+    ] | None = None  # fmt: skip
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    presence_penalty: Literal[0] = 0
+    frequency_penalty: Literal[0] = 0
+    user: Annotated[str | None, Field(max_length=512)] = None
+    msd: Extension = Extension()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Completion:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream=true")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if len(self.stops) > STOPS:
+            raise ValueError(f"{len(self.stops)} stop strings; at most {STOPS}")
+        for kind, most in (("image", IMAGES), ("video", VIDEOS)):
+            count = sum(part == kind for part, _ in self.media)
+            if count > most:
+                raise ValueError(f"{count} {kind}s; at most {most} in a request")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def media(self) -> list[tuple[str, str]]:
+        """("image" or "video", address) of all media, in reading order."""
+        return [
+            ("image", part.image_url.url) if isinstance(part, ImagePart) else ("video", part.video_url.url)
+            for message in self.messages if isinstance(message.content, list)
+            for part in message.content if not isinstance(part, TextPart)
+        ]  # fmt: skip
+
+    def texts(self) -> list[str]:
+        """All text of each message."""
+        return [
+            message.content
+            if isinstance(message.content, str)
+            else "".join(part.text for part in message.content if isinstance(part, TextPart))
+            for message in self.messages
+        ]
+
+    def chat(self) -> list[dict[str, object]]:
+        """The messages, with placeholders for the media."""
+        return [
+            {
+                "role": message.role,
+                "content": message.content
+                if isinstance(message.content, str)
+                else [
+                    {"type": "text", "text": part.text}
+                    if isinstance(part, TextPart)
+                    else {"type": "image" if isinstance(part, ImagePart) else "video"}
+                    for part in message.content
+                ],
+            }
+            for message in self.messages
+        ]

@@ -1,0 +1,239 @@
+"""The server as OpenAI's own client and a plain HTTP client see it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+import httpx2  # noqa: E402
+
+from clips import write_clip  # noqa: E402
+from msd.serve.scheduler import Scheduler  # noqa: E402
+from msd.streaming import request_lock  # noqa: E402
+from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
+
+VLM = engine()
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Scheduler]]:
+    with running(VLM, rows=4, waiting=32) as (address, _, scheduler):
+        yield address, scheduler
+
+
+@pytest.fixture
+def client(served: tuple[str, Scheduler]) -> Any:
+    return openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0).chat.completions
+
+
+def wanted(messages: list[dict[str, Any]], seed: int = 0, **options: Any) -> Any:
+    """The answer of `SpeculativeVLM.generate` alone."""
+    return VLM.generate(messages=messages, seed=[seed], **options)
+
+
+def test_an_answer_is_that_of_generate(client: Any) -> None:
+    messages = asks("What is it?", data_uri(picture(1)), data_uri(picture(2)))
+    answer = client.create(model=NAME, messages=messages, temperature=0, max_tokens=20)
+    alone = wanted(messages, max_new_tokens=20)
+    assert answer.choices[0].message.content == alone.text
+    assert answer.choices[0].finish_reason == {"eos": "stop", "length": "length"}[alone.finish]
+    assert answer.usage.completion_tokens == len(alone.tokens)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(alone.tokens)
+    counted, extra = answer.model_extra["metrics"]["speculative_decoding"], answer.model_extra["msd"]
+    assert 0 <= counted["num_accepted_tokens"] <= counted["num_draft_tokens"]
+    assert counted["mean_acceptance_length"] == pytest.approx(alone.statistics.mean_acceptance_length)
+    assert extra["method"] == "prompt-lookup"
+    kinds = extra["drafts_by_modality"]
+    assert set(kinds) <= {"language"}  # this drafter has one subtree
+    for name, total in (("drafted", "num_draft_tokens"), ("accepted", "num_accepted_tokens")):
+        assert sum(of[name] for of in kinds.values()) == counted[total]
+
+
+def test_a_video_is_read_as_generate_reads_it(client: Any, tmp_path: Path) -> None:
+    """This model takes images only, so it sees the frames as images."""
+    path = write_clip(tmp_path / "a.mp4", range(20))
+    parts = [{"type": "video_url", "video_url": {"url": data_uri(path.read_bytes(), "video/mp4")}}]
+    text = {"type": "text", "text": "What moves?"}
+    answer = client.create(
+        model=NAME, messages=[{"role": "user", "content": [*parts, text]}], temperature=0, max_tokens=12
+    )
+    alone = wanted([{"role": "user", "content": [{"type": "video", "video": str(path)}, text]}], max_new_tokens=12)
+    assert answer.choices[0].message.content == alone.text
+    with pytest.raises(openai.BadRequestError, match="video 1: it is not a readable video file"):
+        parts[0]["video_url"]["url"] = data_uri(b"\x00\x00\x00\x18ftypmp42" + b"x" * 99)
+        client.create(model=NAME, messages=[{"role": "user", "content": [*parts, text]}])
+
+
+def test_a_stream_gives_the_same_text_and_the_usage(client: Any) -> None:
+    settings = {"model": NAME, "messages": asks("Say it."), "seed": 7, "temperature": 0.8, "max_tokens": 24}
+    whole = client.create(**settings)
+    chunks = list(client.create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+    alone = wanted(settings["messages"], 7, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=1.0, top_k=0)
+    assert whole.choices[0].message.content == alone.text
+
+
+def test_several_answers_turns_and_logprobs(client: Any) -> None:
+    turns = [*asks("One"), {"role": "assistant", "content": "two"}, *asks("Three?")]
+    answer = client.create(
+        model=NAME, messages=turns, n=3, seed=5, temperature=1.2, max_completion_tokens=6, logprobs=True, top_logprobs=2
+    )
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.2, "top_k": 0}
+    assert [c.message.content for c in answer.choices] == [wanted(turns, 5 + i, **options).text for i in range(3)]
+    for token in answer.choices[1].logprobs.content:
+        assert token.logprob <= token.top_logprobs[0].logprob <= 0.0
+        assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+    greedy = client.create(model=NAME, messages=turns, temperature=0, max_tokens=6, logprobs=True, top_logprobs=1)
+    assert all(t.token == t.top_logprobs[0].token for t in greedy.choices[0].logprobs.content)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_text_before_it(client: Any, stream: bool) -> None:
+    settings = {"model": NAME, "messages": asks("Go on"), "temperature": 0, "max_tokens": 24}
+    text = client.create(**settings).choices[0].message.content
+    stop = text[5:8]
+    answer = client.create(**settings, stop=["\x00never", stop], stream=stream)
+    if stream:
+        choices = [c.choices[0] for c in answer]
+        assert "".join(c.delta.content or "" for c in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+    else:
+        assert answer.choices[0].message.content == text[: text.index(stop)]
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_clients_at_once_get_the_answers_they_get_alone(served: tuple[str, Scheduler], client: Any) -> None:
+    uris = [data_uri(picture(i % 3)) for i in range(8)]
+    messages = [asks(f"Question {i}?" * (1 + i % 3), *uris[i : i + i % 2]) for i in range(8)]
+    options = [{"temperature": 0.0} if i % 2 else {"temperature": 0.9, "seed": i} for i in range(8)]
+    texts: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        answer = client.create(model=NAME, messages=messages[i], max_tokens=10 + i, **options[i])
+        texts[i] = answer.choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for i in range(8):
+        sampled = {} if i % 2 else {"do_sample": True, "temperature": 0.9, "top_k": 0}
+        assert texts[i] == wanted(messages[i], i, max_new_tokens=10 + i, **sampled).text
+
+
+BODY: dict[str, Any] = {"model": NAME, "messages": asks("Hi"), "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    "change, status, said",
+    [
+        ({"model": "gpt-4"}, 404, "this server has the model 'tiny'"),
+        ({"tools": []}, 400, "tools: is not supported"),
+        ({"logit_bias": {"1": 2}}, 400, "logit_bias: is not supported"),
+        ({"temperature": 3}, 400, "less than or equal to 2"),
+        ({"n": 99}, 400, "n: "),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"top_logprobs": 3}, 400, "top_logprobs needs logprobs"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "is empty"),
+        ({"messages": asks("a <image> b")}, 400, "'<image>'"),
+        ({"messages": asks("a</s>b")}, 400, "'</s>'"),
+        ({"max_tokens": 100_000}, 400, "do not fit the model's context"),
+        ({"msd": {"method": "msd"}}, 400, "decodes with method 'prompt-lookup'"),
+        ({"stop": ["a"] * 5}, 400, "5 stop strings"),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    served: tuple[str, Scheduler], change: dict[str, Any], status: int, said: str
+) -> None:
+    answer = httpx2.post(served[0] + CHAT, json={**BODY, **change})
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 1}', b"\xff\xfe", b"[" * 50_000])
+def test_malformed_bodies_are_refused(served: tuple[str, Scheduler], body: bytes) -> None:
+    answer = httpx2.post(served[0] + CHAT, content=body, headers={"content-type": "application/json"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text
+
+
+def test_the_status_of_the_server(served: tuple[str, Scheduler]) -> None:
+    address = served[0]
+    assert httpx2.get(f"{address}/v1/models").json()["data"][0]["id"] == NAME
+    assert httpx2.get(f"{address}/v1/models/other").json()["error"]["code"] == "model_not_found"
+    assert httpx2.get(f"{address}/health/live").status_code == httpx2.get(f"{address}/health/ready").status_code == 200
+    assert "version" in httpx2.get(f"{address}/version").json()
+    before = metric(address, "generation_tokens_total")
+    answer = httpx2.post(address + CHAT, json=BODY, timeout=60).json()
+    assert metric(address, "generation_tokens_total") - before == answer["usage"]["completion_tokens"]
+    assert httpx2.get(f"{address}/nothing").json()["error"]["type"] == "not_found_error"
+    assert httpx2.get(f"{address}/version").headers["x-content-type-options"] == "nosniff"
+
+
+def metric(address: str, name: str) -> float:
+    lines = httpx2.get(f"{address}/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"vllm:{name}")).rsplit(" ", 1)[1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(served: tuple[str, Scheduler], stream: bool) -> None:
+    address, scheduler = served
+    body = {**BODY, "max_tokens": 400, "stream": stream}
+    steps = scheduler.steps
+    with request_lock(VLM.model):  # no step is computed meanwhile
+        if stream:
+            with httpx2.stream("POST", address + CHAT, json=body) as answer:
+                next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(address + CHAT, json=body, timeout=0.5)
+        wait(lambda: all(job.cancelled for job in scheduler._waiting))
+    wait(lambda: not scheduler.waiting)
+    assert scheduler.steps == steps
+    assert 'finished_reason="cancelled"' in httpx2.get(f"{address}/metrics").text
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_full_server_says_when_to_come_back() -> None:
+    with running(VLM, rows=1, waiting=1) as (address, _, scheduler):
+        first = threading.Thread(target=httpx2.post, args=(address + CHAT,), kwargs={"json": BODY, "timeout": 60})
+        with request_lock(VLM.model):
+            first.start()
+            wait(lambda: scheduler.waiting == 1)
+            second = httpx2.post(address + CHAT, json=BODY, timeout=60)
+        first.join(60)
+        assert second.status_code == 429
+        assert int(second.headers["retry-after"]) >= 1
+        assert second.json()["error"]["code"] == "queue_full"
+        assert httpx2.post(address + CHAT, json=BODY, timeout=60).status_code == 200
+
+
+def test_keys_are_needed_everywhere_but_for_health() -> None:
+    with running(VLM, keys=("sesame", "open")) as (address, _, _):
+        for headers, status in (
+            ({}, 401), ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "Basic sesame"}, 401),
+            ({"Authorization": "Bearer open"}, 200),
+        ):  # fmt: skip
+            assert httpx2.get(f"{address}/v1/models", headers=headers).status_code == status
+        assert httpx2.get(f"{address}/health/live").status_code == 200
