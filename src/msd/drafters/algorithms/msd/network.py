@@ -95,6 +95,8 @@ def _expert(wide: int, hidden: int, rank: int) -> nn.Sequential:
 class Experts(nn.Module):
     """One expert per modality; all except the language expert also read the image's global vector."""
 
+    _packed: tuple[Tensor, Tensor] | None = None  # all experts as two matrices [M*r, 2H] and [M*H, M*r]
+
     def __init__(self, config: MSDConfig) -> None:
         super().__init__()
         H = config.hidden
@@ -107,9 +109,24 @@ class Experts(nn.Module):
 
         A mixture of experts is linear in these parts, so its logits are a mixture of the parts' logits.
         """
-        both, language = torch.cat([z, image.expand_as(z)], -1), z + self.language(z)
+        both = torch.cat([z, image.expand_as(z)], -1)
+        if self._packed is not None and not torch.is_grad_enabled():
+            down, up = self._packed
+            return z[..., None, :] + F.linear(F.linear(both, down), up).unflatten(-1, (-1, z.shape[-1]))
+        language = z + self.language(z)
         base = language if self.transfer else z
         return torch.stack([language, *(base + expert(both) for expert in self.others)], -2)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Joins the experts for decoding; with transfer the language expert's output is in each of them."""
+        experts = [self.language, *self.others]
+        downs, ups = ([getattr(expert, name).weight for expert in experts] for name in ("down", "up"))
+        downs[0] = F.pad(downs[0], (0, downs[0].shape[1]))
+        up = torch.block_diag(*ups)
+        if self.transfer:
+            up[:, : ups[0].shape[1]] = ups[0].repeat(len(experts), 1)
+        self._packed = torch.cat(downs), up
 
 
 class Heads(nn.Module):
@@ -252,8 +269,10 @@ class MSDNetwork(SelfFed):
         return super().attach(model, name)
 
     def pack(self, dtype: torch.dtype = torch.float32) -> None:
-        """See `DraftNetwork`; in the block form it also computes what levels read of the draft vocabulary."""
+        """See `DraftNetwork`; in the block form it also prepares `Words`."""
         super().pack(dtype)
+        if self.heads.experts is not None:
+            self.heads.experts.pack()
         if self.config.form == "block":
             self.words = Words.of(self)
 
