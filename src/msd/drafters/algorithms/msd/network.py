@@ -27,6 +27,7 @@ from msd.backends.packed import Linear
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.tree import DraftTree
+from msd.drafters.algorithms.msd.block import BlockLevels, Words
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
 from msd.drafters.toolkit.chance import NodeFeatures, log_chance
 from msd.drafters.toolkit.context import (
@@ -68,6 +69,21 @@ class Probe(nn.Module):
         """feature, embedding [..., H] -> logits [..., outputs]."""
         return self.out(F.silu(self.hidden(self.norm(torch.cat([feature, embedding], -1)))))
 
+    def add(self, x: Tensor, side: int) -> Tensor:
+        """Computes what features (side 0) or embeddings (side 1) x [..., H] add to the small layer: [..., width + 1].
+
+        The last column is their share of the mean square (plus ε) by which the norm divides.
+        """
+        scale, weight = self.norm.weight.chunk(2)[side], self.hidden.weight.chunk(2, 1)[side]
+        square = (x.square().mean(-1, keepdim=True) + (self.norm.eps or 0.0)) / 2
+        return torch.cat([F.linear(x * scale, weight), square], -1)
+
+    def finish(self, added: Tensor) -> Tensor:
+        """Computes the logits [..., outputs] from the sum of both sides [..., width + 1]."""
+        product, square = added.split((added.shape[-1] - 1, 1), -1)
+        out: Tensor = self.out(F.silu(torch.addcmul(self.hidden.bias, product, square.rsqrt())))
+        return out
+
 
 def _expert(wide: int, hidden: int, rank: int) -> nn.Sequential:
     """Creates a low-rank correction [..., wide] -> [..., hidden], initially zero."""
@@ -78,6 +94,8 @@ def _expert(wide: int, hidden: int, rank: int) -> nn.Sequential:
 
 class Experts(nn.Module):
     """One expert per modality; all except the language expert also read the image's global vector."""
+
+    _packed: tuple[Tensor, Tensor] | None = None  # all experts as two matrices [M*r, 2H] and [M*H, M*r]
 
     def __init__(self, config: MSDConfig) -> None:
         super().__init__()
@@ -91,9 +109,24 @@ class Experts(nn.Module):
 
         A mixture of experts is linear in these parts, so its logits are a mixture of the parts' logits.
         """
-        both, language = torch.cat([z, image.expand_as(z)], -1), z + self.language(z)
+        both = torch.cat([z, image.expand_as(z)], -1)
+        if self._packed is not None and not torch.is_grad_enabled():
+            down, up = self._packed
+            return z[..., None, :] + F.linear(F.linear(both, down), up).unflatten(-1, (-1, z.shape[-1]))
+        language = z + self.language(z)
         base = language if self.transfer else z
         return torch.stack([language, *(base + expert(both) for expert in self.others)], -2)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Joins the experts for decoding; with transfer the language expert's output is in each of them."""
+        experts = [self.language, *self.others]
+        downs, ups = ([getattr(expert, name).weight for expert in experts] for name in ("down", "up"))
+        downs[0] = F.pad(downs[0], (0, downs[0].shape[1]))
+        up = torch.block_diag(*ups)
+        if self.transfer:
+            up[:, : ups[0].shape[1]] = ups[0].repeat(len(experts), 1)
+        self._packed = torch.cat(downs), up
 
 
 class Heads(nn.Module):
@@ -171,6 +204,7 @@ class MSDNetwork(SelfFed):
             nn.init.zeros_(self.image_fc.weight)
         if c.form == "block":
             self.depths = nn.Parameter(torch.randn(c.depth, H) * 0.02)
+        self.words: Words | None = None
 
     @property
     def auxiliary_adaptor(self) -> AuxiliaryAdaptor | None:
@@ -228,6 +262,19 @@ class MSDNetwork(SelfFed):
     def uncalibrated(self, node: NodeFeatures) -> Tensor:
         """See `DraftNetwork`; older folders hold their calibration as a tensor."""
         return log_chance(dict(zip(STORED, self.heads.calibration.unbind(), strict=True)), node)
+
+    def attach(self, model: PreTrainedModel, name: str | None = None) -> Self:
+        """See `DraftNetwork`."""
+        self.words = None
+        return super().attach(model, name)
+
+    def pack(self, dtype: torch.dtype = torch.float32) -> None:
+        """See `DraftNetwork`; in the block form it also prepares `Words`."""
+        super().pack(dtype)
+        if self.heads.experts is not None:
+            self.heads.experts.pack()
+        if self.config.form == "block":
+            self.words = Words.of(self)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns normalised target embeddings [..., H] of token ids [...]: their scale is a tenth of the states'."""
@@ -360,38 +407,6 @@ def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
         present=all_present.gather(1, order), slot=s.slot + K * present,
     )  # fmt: skip
     return Entries(selection, joined(kept, entries.x), joined(zero, entries.feature))
-
-
-class BlockLevels:
-    """The distributions of one step in the block form: one pass, and a parent term per level (see `Levels`)."""
-
-    def __init__(self, network: MSDNetwork, anchors: Anchors) -> None:
-        self.network, self.anchors, self.depth = network, anchors, 0
-        heads = network.heads
-        self.states = network.block(anchors)[:, 0]  # [B, D, H]
-        self.parts = heads.parts(self.states, anchors.image)  # [B, D, P, H]
-        self.logits = heads.head(self.parts)  # [B, D, P, Vd]
-        self.from_state = heads.from_state(self.parts)  # [B, D, P, R]
-        self.features = network.feature_state(self.states)  # [B, D, H]
-
-    def root(self, weights: Tensor) -> Distributions:
-        """See `Levels`."""
-        return self._distributions(self.anchors.embedding.expand(-1, weights.shape[1], -1), weights)
-
-    def below(self, tokens: Tensor, above: Tensor) -> Distributions:
-        """See `Levels`."""
-        self.depth += 1
-        embedding = self.network.embed(tokens)
-        feature = self.features[:, self.depth - 1, None].expand_as(embedding)
-        return self._distributions(embedding, self.network.probabilities(feature, embedding))
-
-    def _distributions(self, parent: Tensor, weights: Tensor) -> Distributions:
-        heads, d = self.network.heads, self.depth
-        mix = weights if heads.experts is not None else torch.ones_like(weights[..., :1])  # [B, F, P]
-        z, logits, from_state = (mix @ x[:, d] for x in (self.parts, self.logits, self.from_state))
-        return Distributions(
-            heads.parent_logits(logits, from_state, parent, weights), heads.confidence_logits(z, parent), weights
-        )
 
 
 class ArLevels(SelfFedLevels):
