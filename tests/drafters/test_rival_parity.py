@@ -126,12 +126,16 @@ def heads_of(x: Tensor, count: int) -> list[Tensor]:
 def keys_of(w: dict[str, Tensor], n: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
     """Returns (key, value) of each key head, from the input of the projections."""
     ks, vs = heads_of(w["k_proj.weight"] @ n, KV), heads_of(w["v_proj.weight"] @ n, KV)
+    if "k_norm.weight" in w:
+        ks = [rms(k, w["k_norm.weight"]) for k in ks]
     return [(rotated(k, position), v) for k, v in zip(ks, vs, strict=True)]
 
 
 def attention(w: dict[str, Tensor], n: Tensor, position: int, seen: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
     out = []
     queries = heads_of(w["q_proj.weight"] @ n, 4)
+    if "q_norm.weight" in w:
+        queries = [rms(q, w["q_norm.weight"]) for q in queries]
     for i, q in enumerate(queries):
         q = rotated(q, position)
         pairs = [entry[i // (4 // KV)] for entry in seen]
@@ -311,9 +315,9 @@ def test_eagle_3_vocabulary() -> None:
 @pytest.mark.parametrize("method", ["dflash", "dspark"])
 @pytest.mark.parametrize("images", PROMPTS.values(), ids=PROMPTS)
 def test_block_drafters(method: str, images: int) -> None:
-    """Queries [e(root), mask, …] see each other and, in every layer, keys and values of norm(fc([states])).
+    """Queries [e(root), e(mask), …] see each other and, in every layer, keys and values of norm(fc([states])).
 
-    DFlash: a mask drafts its own place. DSpark: a position drafts the next, with W2·W1[parent] added.
+    Query and key heads are normalised before the rotation. DFlash: a mask drafts its own place. DSpark: a position drafts the next, with W2·W1[parent] added.
     """
     net, reference = rivals.network(MODEL, method), prompt(images)
     own = weights(net)
@@ -322,7 +326,7 @@ def test_block_drafters(method: str, images: int) -> None:
     fused = [own["fc.weight"] @ torch.cat([reference.states[t][i] for t in taps]) for i in range(reference.length)]
     context = [rms(f, own["context_norm.weight"]) for f in fused]
     count = 8 if method == "dflash" else 7
-    x = [EMBEDDING[reference.ids[-1]], *[own["mask"]] * (count - 1)]
+    x = [EMBEDDING[reference.ids[-1]], *[EMBEDDING[net.config.variant.mask_token]] * (count - 1)]
     for layer in range(net.config.layers):
         w = weights(net, layer)
         before = [keys_of(w, c, i) for i, c in enumerate(context)]

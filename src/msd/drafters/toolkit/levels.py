@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, Layer
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.own_head import add_head, draft_ids
 from msd.drafters.toolkit.training import parents
+from msd.drafters.toolkit.variant import Variant
 from msd.targets.teacher import TeacherBatch
 
 
@@ -137,7 +138,11 @@ class EagleNetwork(SelfFed):
 
 
 class Block(DraftNetwork):
-    """Runs the layers once per draft, on the root's embedding followed by learned mask embeddings.
+    """Runs the layers once per draft, on the root's embedding followed by mask embeddings.
+
+    New networks have the published layout: RMSNorm of query and key heads, and the target's embedding of one id, its
+    padding token or else its last one, as the mask. Two layers instead of the published five: the targets that can be
+    trained for on a CPU have a hidden size of some hundreds, where a layer costs more than it accepts.
 
     offset: distance from a block position to the token that it drafts: 0 where a mask is replaced by its own token, 1
     where every position drafts the next one.
@@ -145,7 +150,6 @@ class Block(DraftNetwork):
 
     layer = InjectedLayer
     layer_count = 2
-    max_roots = 16
     offset: int = 0
     d2t: Tensor
     lm_head: Linear
@@ -160,6 +164,15 @@ class Block(DraftNetwork):
         self.offset = type(self).offset if v.from_root is None else int(v.from_root)
         if v.head:
             add_head(self)
+
+    @classmethod
+    def for_target(cls, text_config: Any, **changes: Any) -> Self:
+        """See `DraftNetwork`."""
+        padding = getattr(text_config, "pad_token_id", None)
+        known = padding is not None and 0 <= padding < text_config.vocab_size
+        mask = padding if known else text_config.vocab_size - 1
+        own = Variant(head_norm=True, mask_token=mask, from_root=bool(cls.offset))
+        return super().for_target(text_config, **{"variant": own} | changes)
 
     @property
     def ids(self) -> Tensor:
