@@ -17,6 +17,7 @@ from msd.errors import InterruptedRunError, UserError
 from msd.system.files import check_place, exclusive, make_folder
 
 if TYPE_CHECKING:
+    from msd.bench.data import Sample
     from msd.bench.measure import Bench
 
 MAIN_FIGURES = {
@@ -70,6 +71,10 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
     ] = None,
+    exported: Annotated[
+        Path | None,
+        typer.Option("--export", help="Only write the prompts to this file, in the form of MMSpec and Spec-Bench."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Time methods, plain decoding and transformers' generate() on the same prompts, interleaved."""
@@ -78,11 +83,16 @@ def bench(
 
     if out is not None:
         check_place(out, folder=True)
-    verification = policy.checked()
-    methods = compared.names(model, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
+    if exported is not None:
+        if out is not None:
+            raise UserError("--export measures nothing; leave out --out")
+        _export(samples, exported, as_json)
+        return
+    verification = policy.checked()
+    methods = compared.names(model, greedy=measurement.temperature == 0)
     if measurement.label_thresholds is not None and measurement.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     options.quiet()
@@ -109,6 +119,14 @@ def bench(
     if out is not None:
         make_folder(out)
     _run(measure.Bench(loaded, processor, samples, settings, out), out, as_json)
+
+
+def _export(samples: list[Sample], out: Path, as_json: bool) -> None:
+    """Writes the prompts for tools of other projects."""
+    from msd.bench import data_export
+
+    count = data_export.export(samples, out)
+    print(json.dumps({"export": str(out), "lines": count}) if as_json else f"{out}: {count} lines")
 
 
 def _run(work: Bench, out: Path | None, as_json: bool) -> None:
