@@ -26,6 +26,7 @@ def test_counts_by_hand() -> None:
     statistics.count(tree, Accepted([[1, 3], [], []], [[1, 3, 9], [8], []]))  # the third row had finished
     assert statistics.num_spec_steps == 2
     assert statistics.num_draft_tokens == 4
+    assert statistics.num_spec_tokens == 2, "levels of the deepest tree"
     assert statistics.num_accepted_draft_tokens == 2
     assert statistics.num_emitted_tokens == 4
     assert statistics.acceptance_histogram == Counter({2: 1, 0: 1})
@@ -36,7 +37,7 @@ def test_counts_by_hand() -> None:
     other.add(statistics)
     other.add(statistics)
     assert (other.num_spec_steps, other.mean_acceptance_length) == (4, 2.0)
-    assert other.acceptance_histogram == Counter({2: 2, 0: 2})
+    assert other.acceptance_histogram == Counter({2: 2, 0: 2}) and other.num_spec_tokens == 2
 
 
 def test_empty_statistics_are_zero() -> None:

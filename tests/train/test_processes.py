@@ -53,23 +53,25 @@ def stop_one(process: subprocess.Popen[str], out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["msd", "eagle2"])
+def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str) -> None:
     place = tiny_checkpoint.captured(tmp_path / "place")
     lines = (place / "captured.jsonl").read_text().splitlines(keepends=True)
     about_images = [line for line in lines if json.loads(line)["image"]]  # without others, stage 1 has nothing to train
     (place / "captured.jsonl").write_text("".join(about_images))
     capsys.readouterr()
     one, two = tmp_path / "one", tmp_path / "two"
-    code, _, err = run(capsys, *command(place, one))
+    code, _, err = run(capsys, *command(place, one, "--method", method))
     assert code == 0, err
     # a signal to one of them stops both after the same step; the same command goes on
-    first = subprocess.Popen([*TWO, *command(place, two)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shared = [*TWO, *command(place, two, "--method", method)]
+    first = subprocess.Popen(shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stop_one(first, two)
     out, err = first.communicate(timeout=240)
     assert first.returncode == 0, err[-2000:]
     stopped = json.loads(out)
     assert not stopped["finished"] and 10 <= stopped["steps"] < STEPS
-    again = subprocess.run([*TWO, *command(place, two)], capture_output=True, text=True, timeout=240)
+    again = subprocess.run(shared, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads(again.stdout)["steps"] == STEPS, "one process reports"
     assert [json.loads((o / "drafter" / "training.json").read_text())["processes"] for o in (one, two)] == [1, 2]
@@ -92,3 +94,21 @@ def test_a_batch_too_small_to_share_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(drafting.Accelerator, "num_processes", 4)
     with pytest.raises(UserError, match="4 processes cannot share a batch of 3; give --batch 4 or more"):
         drafting._accelerator(torch.device("cpu"), 3)
+
+
+def test_each_row_has_the_noise_that_it_has_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from msd.drafters.toolkit import processes
+
+    widths = (4, 6)  # the longest row of each of two processes, which hold rows 0 and 2, and row 1
+    torch.manual_seed(5)
+    alone, longest = processes.uniform(torch.empty(3, 6, 2))
+    assert longest == 6
+    for rank, rows in enumerate((2, 1)):
+        monkeypatch.setattr(processes, "place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(processes, "summed", lambda values: torch.tensor(3))
+        monkeypatch.setattr(processes, "largest", lambda values: torch.tensor(6))
+        torch.manual_seed(5)
+        drawn, longest = processes.uniform(torch.empty(rows, widths[rank], 2))
+        assert longest == 6 and torch.equal(drawn, alone[rank::2, : widths[rank]])

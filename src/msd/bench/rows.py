@@ -16,7 +16,7 @@ BY_MODALITY = (  # filled in by `msd.bench.modality`
 
 VLLM = (  # names in vLLM's results
     "mean_acceptance_length", "draft_acceptance_rate", "acceptance_histogram", "num_spec_steps", "num_draft_tokens",
-    "num_accepted_draft_tokens",
+    "num_accepted_draft_tokens", "num_spec_tokens",
 )  # fmt: skip
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from msd.cli import options, terminal
+from msd.cli import bench_server, options, terminal
+from msd.cli.connection import Connection
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import check_place, exclusive, make_folder
 
 if TYPE_CHECKING:
+    from msd.bench.data import Sample
     from msd.bench.measure import Bench
 
 MAIN_FIGURES = {
@@ -66,9 +68,14 @@ def bench(
     measurement: Measurement,
     policy: options.Policy,
     compared: options.Compared,
+    connection: Connection,
     max_new_tokens: options.MaxNewTokens = 96,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
+    ] = None,
+    exported: Annotated[
+        Path | None,
+        typer.Option("--export", help="Only write the prompts to this file, in the form of MMSpec and Spec-Bench."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -78,11 +85,16 @@ def bench(
 
     if out is not None:
         check_place(out, folder=True)
-    verification = policy.checked()
-    methods = compared.names(model, greedy=measurement.temperature == 0)
     tasks = [name.strip() for name in measurement.suite.split(",") if name.strip()]
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
+    if exported is not None:
+        return _export(samples, exported, out, as_json)
+    others = model, policy, compared, replace(measurement, suite="", temperature=0.0)
+    if bench_server.wanted(connection, *others):
+        return bench_server.measure(connection, samples, max_new_tokens, measurement.temperature, out, as_json)
+    verification = policy.checked()
+    methods = compared.names(model, greedy=measurement.temperature == 0)
     if measurement.label_thresholds is not None and measurement.temperature > 0:
         raise UserError("--cuts labels greedy answers; leave --temperature at 0")
     options.quiet()
@@ -108,7 +120,17 @@ def bench(
     )  # fmt: skip
     if out is not None:
         make_folder(out)
-    _run(measure.Bench(loaded, processor, samples, settings, out), out, as_json)
+    return _run(measure.Bench(loaded, processor, samples, settings, out), out, as_json)
+
+
+def _export(samples: list[Sample], file: Path, out: Path | None, as_json: bool) -> None:
+    """Writes the prompts for tools of other projects. UserError with a folder for results, as there are none."""
+    from msd.bench import data_export
+
+    if out is not None:
+        raise UserError("--export measures nothing; leave out --out")
+    count = data_export.export(samples, file)
+    print(json.dumps({"export": str(file), "lines": count}) if as_json else f"{file}: {count} lines")
 
 
 def _run(work: Bench, out: Path | None, as_json: bool) -> None:

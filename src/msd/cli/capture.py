@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from msd.cli import terminal
+from msd.cli.connection import Connection
 from msd.cli.options import DataLines, Json, MaxNewTokens, Model, grouped, quiet
 from msd.errors import InterruptedRunError, UserError, named
 from msd.system.files import as_text, check_place
@@ -31,25 +32,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Served:
+class Served(Connection):
     """Answers from a server, or answers that one wrote before."""
 
-    server: Annotated[
-        str | None,
-        typer.Option("--server", help="URL of an OpenAI-compatible server that answers instead of the target."),
-    ] = None
-    served_model: Annotated[
-        str | None, typer.Option("--served-model", help="Name of the model there; by default the only one.")
-    ] = None
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests to the server at a time.")] = 32
     shard: Annotated[
         str | None, typer.Option("--shard", help="I/N: only every N-th prompt from the I-th, written to OUT-I-of-N.")
-    ] = None
-    patience: Annotated[
-        float, typer.Option("--patience", min=0.0, help="Seconds for which a failed request is repeated.")
-    ] = 60.0
-    api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="Key of the server.", show_envvar=True)
     ] = None
     answers: Annotated[
         list[Path] | None,
@@ -226,14 +214,12 @@ def _from_server(
     served: Served, prompts: list[Prompt], places: dict[Any, str], folder: Path, out: Path, max_new_tokens: int
 ) -> dict[str, Any]:
     """Lets the server answer, with a progress bar. Returns the summary."""
-    from msd.system.server import Server
     from msd.train.capture import keep, pending
     from msd.train.server_writer import ServerWriter
 
     begin = time.perf_counter()
-    assert served.server is not None
     prompts, out = served.chosen(prompts, out)
-    server = Server(served.server, served.api_key, served.patience)
+    server = served.open()
     model = server.model(served.served_model)
     writer = ServerWriter(server, model, folder, max_new_tokens, served.concurrency, places)
     metadata, console = {"served_model": model}, Console(file=sys.stderr)

@@ -10,14 +10,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from msd.cli import terminal
+from msd.cli import speculative_config, terminal
 from msd.errors import UserError
 from msd.system.files import as_text
 from msd.system.machine import share_cores
@@ -156,6 +156,23 @@ class Drafting:
     ] = True
     backend: Backend = "measure"
     device: Device = None
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(
+            "--speculative-config",
+            help="vLLM's JSON instead of these options: method, model, num_speculative_tokens (a tree's most levels).",
+        ),
+    ] = None
+
+    def configured(self) -> tuple[Drafting, dict[str, Any]]:
+        """Returns the options with those of `--speculative-config` in their place, and the limit on the tree."""
+        if self.speculative_config is None:
+            return self, {}
+        if self.method is not None or self.drafter is not None or self.draft_model is not None:
+            raise UserError("--speculative-config replaces --method, --drafter and --draft-model; leave them out")
+        given = speculative_config.read(self.speculative_config)
+        own = replace(self, method=given.method, drafter=given.drafter, draft_model=given.draft_model)
+        return own, {} if given.depth is None else {"depth": given.depth}
 
     def method_name(self, target: str) -> str | None:
         """Returns the chosen method, or None if the user chose none. Raises UserError for an unknown method.
@@ -354,12 +371,15 @@ def load_engine(
 
 def load_vlm(target: str, drafting: Drafting, **config: Any) -> SpeculativeVLM:
     """Returns the engine for a target. config: fields of `SpeculativeConfig`."""
+    drafting, limit = drafting.configured()
     method = drafting.method_name(target)
     quiet()
     share_cores()
     from msd import SpeculativeConfig, SpeculativeVLM
 
-    speculative = SpeculativeConfig(label=True, backend=drafting.backend, calibrate=drafting.calibrate, **config)
+    speculative = SpeculativeConfig(
+        label=True, backend=drafting.backend, calibrate=drafting.calibrate, **limit, **config
+    )
     with terminal.loading():
         return SpeculativeVLM.from_pretrained(target, method, speculative, device=drafting.device)
 

@@ -34,6 +34,7 @@ class Statistics:
 
     num_prefill_rows: int = 0  # prompt columns that the target computed, without those cached from earlier turns
     num_spec_steps: int = 0
+    num_spec_tokens: int = 0  # levels of the deepest tree: the most tokens that a step may have accepted
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
     num_emitted_tokens: int = 0  # without the first token of each answer, which prefill emits
@@ -73,6 +74,7 @@ class Statistics:
         for row, (nodes, tokens) in enumerate(zip(accepted.nodes, accepted.tokens, strict=True)):
             if tokens and row not in accepted.padded:
                 self.num_spec_steps += 1
+                self.num_spec_tokens = max(self.num_spec_tokens, levels[row])
                 self.num_draft_tokens += drafted[row]
                 self.num_accepted_draft_tokens += len(nodes)
                 self.num_emitted_tokens += len(tokens)
@@ -96,6 +98,7 @@ class Statistics:
         """Adds the counts and times of another generation."""
         self.num_prefill_rows += other.num_prefill_rows
         self.num_spec_steps += other.num_spec_steps
+        self.num_spec_tokens = max(self.num_spec_tokens, other.num_spec_tokens)
         self.num_draft_tokens += other.num_draft_tokens
         self.num_accepted_draft_tokens += other.num_accepted_draft_tokens
         self.num_emitted_tokens += other.num_emitted_tokens
@@ -141,6 +144,7 @@ class Statistics:
             "num_prefill_rows": self.num_prefill_rows,
             "num_spec_steps": self.num_spec_steps,
             "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
+            "num_spec_tokens": self.num_spec_tokens,
             "num_draft_tokens": self.num_draft_tokens,
             "seconds": dict(self.seconds),
         }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
+import mimetypes
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from msd.errors import UserError
-from msd.system.files import parse_json, shortened
+from msd.system.files import parse_json, read_bytes, shortened
 
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses that a later request may not get
 LONGEST_PAUSE = 30.0  # seconds between two attempts
+T = TypeVar("T")
 
 
 class RefusedRequestError(UserError):
@@ -46,10 +51,29 @@ class Server:
         Raises RefusedRequestError for a request that the server refuses, and UserError if it cannot be reached, stays
         busy, or answers with something else.
         """
+        return self._patiently(lambda: self._once(path, body))
+
+    def stream(self, path: str, body: dict[str, Any]) -> tuple[list[tuple[float, dict[str, Any]]], float]:
+        """Posts to `path` below `/v1`; returns the answer's events with the seconds since it was sent, and all seconds.
+
+        A stream that breaks is asked for again from its beginning. Errors as in `request`.
+        """
+        return self._patiently(lambda: self._events(path, body))
+
+    def metrics(self) -> str:
+        """Returns what the server writes at `/metrics`, or "" if it has no such page."""
+        try:
+            with self._opened("metrics") as answer:
+                return str(answer.read().decode("utf-8", "replace"))
+        except (OSError, http.client.HTTPException):
+            return ""
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        """Returns what `attempt` does, and repeats it after failures on the way."""
         begun, pause = time.monotonic(), 0.1
         while True:
             try:
-                return self._once(path, body)
+                return attempt()
             except urllib.error.HTTPError as error:
                 problem, wait = f"status {error.code}", error.headers.get("Retry-After", "")
                 if error.code not in BUSY:
@@ -63,15 +87,31 @@ class Server:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _opened(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         data = None if body is None else json.dumps(body).encode()
-        root = self.url.rstrip("/").removesuffix("/v1")
-        request = urllib.request.Request(f"{root}/v1/{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+        request = urllib.request.Request(f"{self.url.rstrip('/').removesuffix('/v1')}/{path}", data, headers)
+        return urllib.request.urlopen(request, timeout=self.timeout)
+
+    def _events(self, path: str, body: dict[str, Any]) -> tuple[list[tuple[float, dict[str, Any]]], float]:
+        begun, events = time.perf_counter(), list[tuple[float, dict[str, Any]]]()
+        with self._opened(f"v1/{path}", body | {"stream": True}) as answer:
+            for line in answer:
+                name, _, data = line.decode("utf-8", "replace").strip().partition(":")
+                if name == "data" and data.strip() == "[DONE]":
+                    return events, time.perf_counter() - begun
+                if name == "data":
+                    events.append((time.perf_counter() - begun, self._parsed(data)))
+        raise http.client.HTTPException("the answer broke off")
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        with self._opened(f"v1/{path}", body) as answer:
             raw = answer.read()
+        return self._parsed(raw.decode("utf-8", "replace"))
+
+    def _parsed(self, text: str) -> dict[str, Any]:
         try:
-            return parse_json(raw.decode(), finite=False)
+            return parse_json(text, finite=False)
         except ValueError as error:
             raise UserError(f"the server '{self.url}' answered with no JSON object ({error})") from error
 
@@ -85,3 +125,9 @@ class Server:
             wanted = "give --served-model" if name is None else f"not '{name}'"
             raise UserError(f"the server '{self.url}' serves {', '.join(served) or 'no model'}; {wanted}")
         return name
+
+
+def data_uri(path: Path) -> str:
+    """Returns an image file as a data URI."""
+    kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
+    return f"data:{kind};base64,{base64.b64encode(read_bytes(path, 'give another image')).decode()}"

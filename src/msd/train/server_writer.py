@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from msd.errors import UserError, named
-from msd.system.files import named_in, read_bytes
-from msd.system.server import RefusedRequestError, Server
+from msd.system.files import named_in
+from msd.system.server import RefusedRequestError, Server, data_uri
 from msd.train.capture import Answer, Key, Prompt
 
 
@@ -79,14 +77,9 @@ class ServerWriter:
         """Returns the message's content: the images, as data URIs, and the text."""
         if not prompt.images:
             return prompt.text
-        urls = [_data_uri(named_in(self.folder, name)) for name in prompt.images]
+        urls = [data_uri(named_in(self.folder, name)) for name in prompt.images]
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         return [*parts, {"type": "text", "text": prompt.text}]
-
-
-def _data_uri(path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(read_bytes(path, 'give another image')).decode()}"
 
 
 def _answer(reply: dict[str, Any]) -> Answer:

@@ -140,7 +140,7 @@ def text_columns(
     placeholders: image columns have the embedding of the placeholder token, not the projector's output.
     """
     L = taps.shape[1]
-    real = real_columns(layout, L)
+    real = real_columns(layout, L) & before_newest(layout, L)
     visual = real & (layout.modality[:, 1 : L + 1] != LANGUAGE.id)
     embedding = embed(layout.tokens[:, 1 : L + 1])
     if L > 1 and not placeholders:  # token L has been emitted: it is text
@@ -150,9 +150,15 @@ def text_columns(
 
 
 def real_columns(layout: Layout, count: int) -> Tensor:
-    """Returns [B, count] bool: which of the first columns are not padding."""
+    """Returns [B, count] bool: which of the first columns are not padding on the left."""
     device = layout.tokens.device
     return torch.arange(count, device=device) >= torch.tensor(layout.start, device=device)[:, None]
+
+
+def before_newest(layout: Layout, count: int) -> Tensor:
+    """Returns [B, count] bool: which of the first columns have a token after them; not those of an answer's padding."""
+    device = layout.tokens.device
+    return torch.arange(count, device=device) < torch.tensor(layout.end, device=device)[:, None] - 1
 
 
 def left_aligned(kept: Tensor) -> Tensor:

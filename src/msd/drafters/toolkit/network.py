@@ -283,10 +283,14 @@ class DraftNetwork(nn.Module, ABC):
     def noisy(self, feature: Tensor) -> Tensor:
         """Adds noise from U(-a, a) to features [B, S, H] in training, where a = option "noise" × 512 / S.
 
-        EAGLE, section 4.1, with a = 0.1; its released code scales a by 512 / S.
+        S is that of the longest row of all processes. EAGLE, section 4.1, with a = 0.1; its released code scales a by
+        512 / S.
         """
-        a = self.config.options.get("noise", 0.0) * 512 / feature.shape[1]
-        return feature + (2 * processes.uniform(feature) - 1) * a if self.training and a else feature
+        noise = self.config.options.get("noise", 0.0)
+        if not (self.training and noise):
+            return feature
+        drawn, longest = processes.uniform(feature)
+        return feature + (2 * drawn - 1) * (noise * 512 / longest)
 
     @abstractmethod
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int) -> Tensor:

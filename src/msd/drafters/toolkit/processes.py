@@ -62,10 +62,16 @@ def ratio(part: Tensor, weight: Tensor, least: float = 1e-6) -> Tensor:
     return place()[1] * part / summed(weight).clamp_min(least)
 
 
-def uniform(like: Tensor) -> Tensor:
-    """Draws from U(0, 1) for the rows [B, ...] of this process, with the same generator state in every process."""
+def uniform(like: Tensor) -> tuple[Tensor, int]:
+    """Draws from U(0, 1) for rows [B, S, ...], with the same generator state in every process.
+
+    Returns (the numbers, like `like`; the largest S of all processes). A row has the numbers of a run in one process,
+    if S is the length of the longest row.
+    """
     rank, count = place()
-    if count == 1:
-        return torch.rand_like(like)
-    every = torch.rand((count * len(like), *like.shape[1:]), dtype=like.dtype, device=like.device)
-    return every[rank::count]
+    rows, width = like.shape[:2]
+    if count > 1:
+        rows = int(summed(torch.tensor(rows, device=like.device)))
+        width = int(largest(torch.tensor(width, device=like.device)))
+    every = torch.rand((rows, width, *like.shape[2:]), dtype=like.dtype, device=like.device)
+    return every[rank::count, : like.shape[1]], width
