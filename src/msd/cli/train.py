@@ -76,7 +76,8 @@ class Network:
         Path | None,
         typer.Option(
             "--start",
-            help="Folder or hub id of a head to start from, ours or published; it fixes method, form and vocabulary.",
+            help="Folder or hub id of a head to start from, ours or published, or 'mtp' for the layers that the target "
+            "brings; it fixes method, form and vocabulary.",
         ),
     ] = None
     events: Annotated[
@@ -165,9 +166,14 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     from msd.train.drafting import DraftTraining
     from msd.train.losses.msd import LossConfig
 
-    if network.start is not None and network.method == registry.DEFAULT:
-        network = replace(network, method=formats.method_of(network.start))
-    kind = registry.trainable(network.method)
+    start = None if network.start is None else str(network.start)
+    if start is None:
+        kind: Any = registry.trainable(network.method)
+    else:
+        if network.method == registry.DEFAULT:
+            native = registry.is_native(start) and not Path(start).exists()
+            network = replace(network, method=start if native else formats.method_of(start))
+        kind = registry.startable(network.method)
     off = tuple(name.strip() for name in network.off.split(",") if name.strip())
     unknown = sorted(set(off) - set(kind.parts))
     if unknown and kind.parts:
@@ -175,7 +181,6 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     if calibrate and not kind.routes:
         raise UserError(f"--calibrate is for msd's router; method '{network.method}' has none")
     options = asdict(network) | asdict(training)
-    start = None if network.start is None else str(network.start)
     loss = LossConfig(weighting=options.pop("weighting"))
     return DraftTraining(**(options | {"start": start, "off": off, "loss": loss}))
 

@@ -14,6 +14,7 @@ from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import PADDING, DraftNetwork, NetworkConfig
 from msd.drafters.toolkit.own_head import draft_ids
+from msd.drafters.toolkit.variant import PLAIN
 from msd.errors import UserError
 from msd.formats.fields import Fields
 from msd.formats.folder import Head, local, read
@@ -190,7 +191,8 @@ def _misfits(config: Any, target: Any) -> list[str]:
     faults = []
     if target.hidden_size != config.hidden:
         faults.append(f"the target's hidden size is {target.hidden_size}, the head's {config.hidden}")
-    if abs(target.vocab_size - config.vocabulary) > (PADDING if config.variant.published else 0):
+    variant = getattr(config, "variant", PLAIN)
+    if abs(target.vocab_size - config.vocabulary) > (PADDING if variant.published else 0):
         faults.append(f"the target has {target.vocab_size} tokens, the head {config.vocabulary}")
     outside = [tap for tap in config.taps if tap > target.num_hidden_layers]
     if outside:

@@ -31,6 +31,7 @@ from msd.drafters import registry
 from msd.drafters.auxiliary import FRAMES
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
+from msd.drafters.toolkit.variant import PLAIN
 from msd.errors import UserError
 from msd.events.auxiliary import event_tokens
 from msd.inputs.prompts import prepare
@@ -64,7 +65,8 @@ class DraftTraining:
     "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster); held-out figures
     always use that of the weights. remember: gigabytes for cached target outputs; it changes no result. method: a name
     in the registry; all but "msd" have the published form, parts, loss and stages. start: folder or hub id of a head of
-    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2. events:
+    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2; the name of
+    a method instead of a folder, such as "mtp", starts from what the target's checkpoint brings for it. events:
     give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to
     `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not decayed to its end
     there.
@@ -94,7 +96,7 @@ class DraftTraining:
         changed = {f.name for f in fields(self) if f.name in START_SETTINGS and getattr(self, f.name) != f.default}
         if self.start is not None and changed:
             raise UserError("a start drafter fixes the method, form, layers and parts; leave these settings out")
-        kind = registry.trainable(self.method)
+        kind = registry.trainable(self.method) if self.start is None else registry.startable(self.method)
         unsupported = ("form" in changed and not kind.forms) or ("off" in changed and not kind.parts)
         if unsupported or (self.loss.weighting != "learned" and not kind.parts):
             raise UserError(
@@ -231,16 +233,9 @@ def initial_network(
 
     processor: the target's, for a drafter that reads event recordings.
     """
-    kind, config = registry.trainable(settings.method), target.text_config
     if settings.start is not None:
-        network = formats.load(settings.start)
-        if not isinstance(network, kind):
-            raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to start from")
-        if network.config.variant.head and network.config.draft_vocabulary < network.config.vocabulary:
-            raise UserError(
-                f"'{settings.start}' drafts from a vocabulary of its own; its published loss needs all tokens"
-            )
-        return network.attach(target.model).to(target.model.device).train()
+        return _start(target, settings.start, settings.method)
+    kind, config = registry.trainable(settings.method), target.text_config
     recording = next((c.events for c in captured if c.events), None)
     groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()
     if recording is not None and processor and settings.events:
@@ -257,6 +252,20 @@ def initial_network(
         network.choose_draft_vocabulary(_frequent(captured, config.vocab_size, network.config.draft_vocabulary))
     network.begin_from(target.model)
     return network.attach(target.model)
+
+
+def _start(target: Target, start: str, method: str) -> Any:
+    """Returns the network of a start drafter: in a folder, on the hub, or in the target's own checkpoint."""
+    model, native = target.model, registry.get(method).native_network
+    if native is not None and start == method:
+        return native.of(model)
+    network = formats.load(start)
+    if network.method != method:
+        raise UserError(f"'{start}' holds no drafter of method '{method}' to start from")
+    variant = getattr(network.config, "variant", PLAIN)
+    if variant.head and network.config.draft_vocabulary < network.config.vocabulary:
+        raise UserError(f"'{start}' drafts from a vocabulary of its own; its published loss needs all tokens")
+    return network.attach(model).to(model.device, torch.float32).train()
 
 
 def _frequent(captured: Sequence[Captured], vocabulary: int, size: int) -> Tensor:
