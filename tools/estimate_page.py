@@ -102,7 +102,8 @@ def grid() -> str:
 def brought() -> str:
     """Returns the table of drafters that come with a model, on an H100, for chains of one to four drafts."""
     lines = [
-        "| target + drafter | memory, batch 1 and 32 | drafts | τ | plain step | draft | verification | decoding | batch 8 |",
+        "| target + drafter | memory, batch 1 and 32 | drafts | τ | plain step | draft | verification | decoding "
+        "| batch 8 |",
         "|---" * 9 + "|",
     ]
     for target, helper, name in BROUGHT:
