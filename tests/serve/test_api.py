@@ -14,7 +14,11 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 import httpx2  # noqa: E402
 
-from clips import write_clip  # noqa: E402
+from clips import write_clip, write_sound  # noqa: E402
+from families import BY_NAME  # noqa: E402
+from family_processor import FamilyProcessor, photos  # noqa: E402
+from msd.config import SpeculativeConfig  # noqa: E402
+from msd.model import SpeculativeVLM  # noqa: E402
 from msd.serve.scheduler import Scheduler  # noqa: E402
 from msd.streaming import request_lock  # noqa: E402
 from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
@@ -70,6 +74,42 @@ def test_a_video_is_read_as_generate_reads_it(client: Any, tmp_path: Path) -> No
     with pytest.raises(openai.BadRequestError, match="video 1: it is not a readable video file"):
         parts[0]["video_url"]["url"] = data_uri(b"\x00\x00\x00\x18ftypmp42" + b"x" * 99)
         client.create(model=NAME, messages=[{"role": "user", "content": [*parts, text]}])
+
+
+def test_sounds_reach_a_model_that_takes_them(client: Any, tmp_path: Path) -> None:
+    family = BY_NAME["qwen2_5_omni_thinker"]
+    processor = FamilyProcessor(family)
+    processor.tokenizer.all_special_tokens = []  # type: ignore[attr-defined]
+    vlm = SpeculativeVLM(family.make(), processor, SpeculativeConfig(adaptive=False), "prompt-lookup")
+    image, sounds = photos(family, tmp_path, 1)[0], []
+    for hertz, kind in ((440.0, "wav"), (1760.0, "mp3")):
+        sounds.append(write_sound(tmp_path / f"{hertz}.{kind}", hertz=hertz))
+    encoded = [data_uri(path.read_bytes()) for path in (image, *sounds)]
+
+    def parts(order: tuple[int, int]) -> list[dict[str, Any]]:
+        heard = [
+            {"type": "input_audio", "input_audio": {"data": encoded[1 + i].split(",")[1], "format": ("wav", "mp3")[i]}}
+            for i in order
+        ]
+        return [{"type": "image_url", "image_url": {"url": encoded[0]}}, *heard, {"type": "text", "text": "What?"}]
+
+    texts = []
+    with running(vlm) as (address, _, _):
+        remote = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0).chat.completions
+        for order in ((0, 1), (1, 0)):
+            message = {"role": "user", "content": parts(order)}
+            answer = remote.create(model=NAME, messages=[message], temperature=0, max_tokens=12)
+            texts.append(answer.choices[0].message.content)
+            local = [{"type": "audio", "path": str(sounds[i])} for i in order]
+            shown = [{"type": "image", "path": str(image)}, *local, {"type": "text", "text": "What?"}]
+            assert texts[-1] == vlm.generate(messages=[{"role": "user", "content": shown}], max_new_tokens=12).text
+        wrong = parts((0, 1))
+        wrong[1]["input_audio"]["format"] = "mp3"
+        with pytest.raises(openai.BadRequestError, match="audio 2 is not in the format"):
+            remote.create(model=NAME, messages=[{"role": "user", "content": wrong}])
+    assert texts[0] != texts[1]
+    with pytest.raises(openai.BadRequestError, match="takes no sounds"):
+        client.create(model=NAME, messages=[{"role": "user", "content": parts((0, 1))}])
 
 
 def test_a_stream_gives_the_same_text_and_the_usage(client: Any) -> None:
@@ -133,6 +173,13 @@ def test_clients_at_once_get_the_answers_they_get_alone(served: tuple[str, Sched
 
 
 BODY: dict[str, Any] = {"model": NAME, "messages": asks("Hi"), "max_tokens": 4}
+
+
+def test_null_is_the_default(client: Any) -> None:
+    nothing = dict.fromkeys(("stop", "seed", "top_p", "n", "stream", "logprobs", "tools", "max_completion_tokens"))
+    messages = asks("Hi")
+    answer = client.create(model=NAME, messages=messages, temperature=0, max_tokens=8, extra_body=nothing)
+    assert answer.choices[0].message.content == wanted(messages, max_new_tokens=8).text
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Completions:
 
     def __init__(self, scheduler: Scheduler, metrics: Metrics, name: str, most: int) -> None:
         self.scheduler, self.metrics, self.name, self.most = scheduler, metrics, name, most
-        self.decoder = Decoder()
+        self.decoder = Decoder(rate=_sampling_rate(scheduler.vlm.processor))
 
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
@@ -169,6 +169,11 @@ class Running:
             "drafts_by_modality": by_modality,
         }  # fmt: skip
         return {"usage": usage, "metrics": {"speculative_decoding": speculative}, "msd": own}
+
+
+def _sampling_rate(processor: Any) -> int | None:
+    """Samples per second of the sounds that a model takes; None if it takes none."""
+    return processor.feature_extractor.sampling_rate if getattr(processor, "audio_token", None) else None
 
 
 def _failure(error: Exception) -> HTTPError:

@@ -199,7 +199,7 @@ class Scheduler:
         except Exception as error:
             with self._changed:
                 self._waiting.popleft()
-            self._finish(job, error)
+            self._fail(job, error, "a request could not be prepared")
             return False
 
     def _slots(self, job: Job) -> int:
@@ -226,9 +226,7 @@ class Scheduler:
             job.inputs = None
             emission = self.batch.join(job, request)
         except Exception as error:
-            if not isinstance(error, UserError):
-                log.exception("a prompt failed")
-            self._finish(job, error)
+            self._fail(job, error, "a prompt failed")
             return
         job.first_token = time.monotonic()
         self._deliver(job, emission)
@@ -265,6 +263,12 @@ class Scheduler:
             _hand(job, outcome)
             if isinstance(outcome, Emission):
                 _hand(job, None)
+
+    def _fail(self, job: Job, error: Exception, what: str) -> None:
+        """Ends a request with an error of its own; logs one that is not the client's, in the handler of `error`."""
+        if not isinstance(error, UserError):
+            log.exception(what)
+        self._finish(job, error)
 
     def _fail_all(self, error: Exception) -> None:
         """Ends all requests of the batch with an error, and starts an empty one."""
