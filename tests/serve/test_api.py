@@ -152,6 +152,68 @@ def test_a_stop_string_ends_the_text_before_it(client: Any, stream: bool) -> Non
         assert answer.choices[0].finish_reason == "stop"
 
 
+def test_a_request_chooses_not_to_be_drafted(client: Any) -> None:
+    """Beside one that is: the answers are the same, and only one has drafts."""
+    messages, found = asks("la la la la la la"), {}
+
+    def ask(method: str) -> None:
+        answer = client.create(
+            model=NAME, messages=messages, temperature=0, max_tokens=60, extra_body={"msd": {"method": method}}
+        )
+        found[method] = answer.choices[0].message.content, answer.model_extra
+
+    with request_lock(VLM.model):  # both join before the first step
+        threads = [threading.Thread(target=ask, args=(method,)) for method in ("ar", "prompt-lookup")]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found["ar"][0] == found["prompt-lookup"][0] == wanted(messages, max_new_tokens=60).text
+    drafted = {name: more["metrics"]["speculative_decoding"]["num_draft_tokens"] for name, (_, more) in found.items()}
+    assert drafted["ar"] == 0 < drafted["prompt-lookup"]
+    assert all(more["msd"]["method"] == name for name, (_, more) in found.items())
+    assert "divergence" not in found["ar"][1]["msd"]
+
+
+@pytest.mark.parametrize("policy, epsilon", [("budget", 0.3), ("threshold", None)])
+def test_a_request_chooses_a_lossy_policy(
+    served: tuple[str, Scheduler], client: Any, policy: str, epsilon: float | None
+) -> None:
+    """It gets the answer of an engine with that policy, although others run at the same time, which get theirs."""
+    messages = asks("la la la la la la", data_uri(picture(1)))
+    options = {"temperature": 0.3, "seed": 4, "max_tokens": 60}
+    msd = {"policy": policy} if epsilon is None else {"policy": policy, "epsilon": epsilon}
+    found: dict[str, Any] = {}
+
+    def ask(name: str, more: dict[str, Any]) -> None:
+        found[name] = client.create(model=NAME, messages=messages, **options, extra_body=more)
+
+    work = [("lossless", {}), ("lossy", {"msd": msd}), ("other", {})]
+    threads = [threading.Thread(target=ask, args=one) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    sampled = {"do_sample": True, "temperature": 0.3, "top_p": 1.0, "top_k": 0, "max_new_tokens": 60}
+    config = SpeculativeConfig(adaptive=False, verifier=policy, epsilon=epsilon or 0.0)
+    alone = SpeculativeVLM(VLM.model, VLM.processor, config, "prompt-lookup").generate(
+        messages=messages, seed=[4], **sampled
+    )
+    exact = wanted(messages, 4, **sampled)
+    assert alone.tokens != exact.tokens  # the policy has spent something
+    assert found["lossy"].choices[0].message.content == alone.text
+    assert found["lossless"].choices[0].message.content == found["other"].choices[0].message.content == exact.text
+    said = found["lossy"].model_extra["msd"]
+    assert (said["policy"], said["epsilon"]) == (policy, epsilon or 0.0)
+    assert said["divergence"]["by_modality"]["language"] == pytest.approx(
+        alone.statistics.as_dict()["divergence"]["by_modality"]["language"]
+    )
+    assert 0 < said["divergence"]["per_token"] <= (epsilon or 1.0)
+    greedy = client.create(model=NAME, messages=messages, temperature=0, max_tokens=9, extra_body={"msd": msd})
+    assert greedy.model_extra["msd"]["divergence"]["total"] == 0.0
+    assert greedy.choices[0].message.content == wanted(messages, max_new_tokens=9).text
+
+
 def test_clients_at_once_get_the_answers_they_get_alone(served: tuple[str, Scheduler], client: Any) -> None:
     uris = [data_uri(picture(i % 3)) for i in range(8)]
     messages = [asks(f"Question {i}?" * (1 + i % 3), *uris[i : i + i % 2]) for i in range(8)]
@@ -197,7 +259,11 @@ def test_null_is_the_default(client: Any) -> None:
         ({"messages": asks("a <image> b")}, 400, "'<image>'"),
         ({"messages": asks("a</s>b")}, 400, "'</s>'"),
         ({"max_tokens": 100_000}, 400, "do not fit the model's context"),
-        ({"msd": {"method": "msd"}}, 400, "decodes with method 'prompt-lookup'"),
+        ({"msd": {"method": "msd"}}, 400, "drafts with 'prompt-lookup', or with 'ar' not at all"),
+        ({"msd": {"policy": "any"}}, 400, "unknown verifier 'any'; known: lossless"),
+        ({"msd": {"epsilon": 0.1}}, 400, "verifier 'lossless' has no epsilon; choose 'budget'"),
+        ({"msd": {"policy": "budget", "epsilon": 2}}, 400, "epsilon 2.0 is outside [0, 1]"),
+        ({"msd": {"thresholds": {}}}, 400, "msd.thresholds: is not supported"),
         ({"stop": ["a"] * 5}, 400, "5 stop strings"),
     ],
 )

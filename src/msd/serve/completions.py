@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from msd.core.statistics import Statistics
+from msd.decode import Engine
 from msd.errors import UserError
-from msd.serve.answers import Answer, Piece
+from msd.serve.answers import PLAIN, Answer, Counts, Piece
 from msd.serve.errors import HTTPError
 from msd.serve.media import Decoder
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import QueueFullError, Scheduler
 from msd.serve.schema import Completion
+from msd.verify import policy
 
 INTERNAL = "the server could not compute this answer; try again, or ask its operator to read the log"
 POLL_SECONDS = 0.25  # between two looks at whether a client is still there
@@ -32,12 +35,13 @@ class Completions:
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
         self._check(body)
+        engine = self._engine(body)
         try:
             media = await asyncio.to_thread(self.decoder.media, body.media)
         except UserError as error:
             raise HTTPError(400, str(error), "messages") from error
         processor = self.scheduler.vlm.processor
-        answers = [Answer(processor, body, media, i, self.metrics, self.most) for i in range(body.n)]
+        answers = [Answer(processor, body, media, i, self.metrics, self.most, engine) for i in range(body.n)]
         try:
             self.scheduler.submit(*(answer.job for answer in answers))
         except QueueFullError as error:
@@ -46,16 +50,35 @@ class Completions:
         return Running(self, body, answers)
 
     def _check(self, body: Completion) -> None:
-        """HTTPError for another model, or other drafting than the server's."""
+        """HTTPError for another model, or more answers than the queue has places."""
         if body.model != self.name:
             raise HTTPError(404, f"this server has the model '{self.name}'", "model", "model_not_found")
         if body.n > self.scheduler.limits.waiting:
             raise HTTPError(400, f"n is larger than the queue of {self.scheduler.limits.waiting}", "n")
-        config, method = self.scheduler.vlm.config, self.scheduler.vlm.drafter.name
-        for field, mine in (("method", method), ("policy", config.verifier), ("epsilon", config.epsilon)):
-            wanted = getattr(body.msd, field)
-            if wanted is not None and wanted != mine:
-                raise HTTPError(400, f"this server decodes with {field} '{mine}'; leave it out", f"msd.{field}")
+
+    def policy(self, body: Completion) -> tuple[str, float]:
+        """(the policy of a request, its ε): the server's where the request does not say."""
+        config = self.scheduler.vlm.config
+        name, epsilon = body.msd.policy or config.verifier, body.msd.epsilon
+        return name, (config.epsilon if name == config.verifier else 0.0) if epsilon is None else epsilon
+
+    def _engine(self, body: Completion) -> Engine | None:
+        """The engine of a request; None: the server's. HTTPError for a method or policy that this server cannot use.
+
+        Every policy decodes greedily as `lossless` does, so only requests that sample need an engine of their own.
+        """
+        vlm, (name, epsilon) = self.scheduler.vlm, self.policy(body)
+        if body.msd.method not in (None, PLAIN, vlm.drafter.name):
+            raise HTTPError(
+                400, f"this server drafts with '{vlm.drafter.name}', or with '{PLAIN}' not at all", "msd.method"
+            )
+        if (name, epsilon) == (vlm.config.verifier, vlm.config.epsilon):
+            return None
+        try:
+            engine = vlm.engine_with(name, epsilon)
+        except UserError as error:
+            raise HTTPError(400, str(error), "msd") from error
+        return None if vlm.verifier.lossless and body.temperature == 0 else engine
 
 
 class Running:
@@ -153,7 +176,7 @@ class Running:
         }
         drafted, accepted = (sum(n[of] for n in by_modality.values()) for of in ("drafted", "accepted"))
         steps = sum(c.steps for c in counts) - len(counts)  # without prefill
-        config, vlm = self.owner.scheduler.vlm.config, self.owner.scheduler.vlm
+        name, epsilon = self.owner.policy(self.body)
         usage = {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": jobs[0].cached_tokens},
@@ -164,11 +187,23 @@ class Running:
             "mean_acceptance_length": (new - len(counts)) / steps if steps > 0 else 0.0,
         }  # fmt: skip
         own = {
-            "method": vlm.drafter.name, "policy": config.verifier, "epsilon": config.epsilon,
+            "method": self.body.msd.method or self.owner.scheduler.vlm.drafter.name, "policy": name, "epsilon": epsilon,
             "tokens_by_modality": dict(sum((c.modality for c in counts), start=Counter())),
             "drafts_by_modality": by_modality,
+            **({} if policy(name).lossless else {"divergence": _divergence(counts)}),
         }  # fmt: skip
         return {"usage": usage, "metrics": {"speculative_decoding": speculative}, "msd": own}
+
+
+def _divergence(counts: Sequence[Counts]) -> dict[str, Any]:
+    """The total variation of all tokens but the first of each answer, as in `Statistics`."""
+    spent = {
+        name: (sum(c.lossy[name] for c in counts), sum(c.divergence[name] for c in counts))
+        for name in {name for c in counts for name in c.lossy}
+    }
+    exact = sum(max(0, c.tokens - 1) for c in counts)  # decoded greedily: nothing was spent
+    none = {"tokens": exact, "per_token": 0.0, "total": 0.0, "by_modality": {}}
+    return Statistics(divergence=spent).as_dict()["divergence"] or none
 
 
 def _sampling_rate(processor: Any) -> int | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from msd.decode import Engine
 from msd.errors import UserError
 from msd.model import Prefilled, SpeculativeVLM
 from msd.serve.batch import Batch, Emission
@@ -60,13 +61,16 @@ class Job:
 
     prepare: returns the processor's output; it runs in the scheduler's thread. options: of `generate()`. receive: gets
     every `Emission`, and at the end None or an exception; called in the scheduler's thread, it must not block.
-    seed: None for a random one. inputs: the processor's output, once prepared.
+    seed: None for a random one. engine: another one than the server's; None for that. drafts: whether to draft for it.
+    inputs: the processor's output, once prepared.
     """
 
     prepare: Callable[[], dict[str, Any]]
     options: dict[str, Any]
     receive: Callable[[Emission | Exception | None], None]
     seed: int | None = None
+    engine: Engine | None = None
+    drafts: bool = True
     arrival: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     prompt_tokens: int = 0
@@ -84,8 +88,8 @@ class Scheduler:
     """Serves one engine. Start it with `start`, end it with `drain`."""
 
     def __init__(self, vlm: SpeculativeVLM, limits: Limits | None = None) -> None:
-        self.vlm, self.limits = vlm, limits or Limits()
-        self.batch: Batch[Job] = Batch(vlm.engine)
+        self.vlm, self.limits, self._engine = vlm, limits or Limits(), vlm.engine
+        self.batch: Batch[Job] = Batch(self._engine)
         self.steps = 0
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -173,7 +177,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Prefills waiting requests, at most one if answers are being decoded."""
         decoding = bool(self.batch.members)
-        while self._waiting and self.batch.open and len(self.batch.members) < self.limits.rows:
+        while self._waiting and len(self.batch.members) < self.limits.rows and self._opens(self._waiting[0]):
             job = self._waiting[0]
             if job.inputs is None and not self._prepare(job):
                 continue
@@ -184,6 +188,13 @@ class Scheduler:
             self._join(job)
             if decoding:
                 return
+
+    def _opens(self, job: Job) -> bool:
+        """Whether a request can join the batch now; an empty batch becomes one of the request's engine."""
+        engine = job.engine or self._engine
+        if not self.batch.members and self.batch.engine is not engine:
+            self.batch = Batch(engine)
+        return self.batch.engine is engine and self.batch.open
 
     def _prepare(self, job: Job) -> bool:
         """Runs the processor; a request that fails in it or can never fit leaves the queue, and False is returned."""
@@ -223,6 +234,7 @@ class Scheduler:
         assert job.inputs is not None
         try:
             request = self._prefill(job, job.inputs, seed)
+            request.sampler.drafts = job.drafts
             job.inputs = None
             emission = self.batch.join(job, request)
         except Exception as error:
@@ -272,7 +284,7 @@ class Scheduler:
 
     def _fail_all(self, error: Exception) -> None:
         """Ends all requests of the batch with an error, and starts an empty one."""
-        members, self.batch = self.batch.members, Batch(self.vlm.engine)
+        members, self.batch = self.batch.members, Batch(self._engine)
         for job in members:
             self._finish(job, error)
 

@@ -106,7 +106,7 @@ class StreamOptions(Strict):
 
 
 class Extension(Strict):
-    """The field `msd`: what the client expects of the server's drafting; another setting is refused."""
+    """The field `msd`: how this request is drafted. None: as the server does; ε: that of the server's own policy."""
 
     method: str | None = None
     policy: str | None = None
