@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def test_a_stream_gives_the_same_text_and_the_usage(client: Any) -> None:
     chunks = list(client.create(**settings, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].choices == [] and all(chunk.usage is None for chunk in chunks[:-1])
+    assert {"metrics", "msd"} <= chunks[-1].model_extra.keys()
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     alone = wanted(settings["messages"], 7, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=1.0, top_k=0)
     assert whole.choices[0].message.content == alone.text
@@ -294,13 +297,29 @@ def test_the_status_of_the_server(served: tuple[str, Scheduler]) -> None:
     before = metric(address, "generation_tokens_total")
     answer = httpx2.post(address + CHAT, json=BODY, timeout=60).json()
     assert metric(address, "generation_tokens_total") - before == answer["usage"]["completion_tokens"]
+    shown = {**BODY, "messages": asks("Hi", data_uri(picture(77)))}
+    names = ("mm_cache_queries_total", "mm_cache_hits_total", "prefix_cache_queries_total", "prefix_cache_hits_total")
+    found = [[metric(address, name) for name in names]]
+    for _ in range(2):
+        prompt = httpx2.post(address + CHAT, json=shown, timeout=60).json()["usage"]["prompt_tokens"]
+        found.append([metric(address, name) for name in names])
+    first, second = ([b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(found))
+    assert first[:3] == [1, 0, prompt] and second[:3] == [1, 1, prompt]
+    assert 0 <= first[3] < second[3] == prompt - 1
+    accepted = metric(address, "spec_decode_num_accepted_tokens_total")
+    assert sum(metrics(address, "spec_decode_num_accepted_tokens_per_pos_total")) == accepted
+    assert metric(address, "request_queue_time_seconds_count") >= 3
     assert httpx2.get(f"{address}/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx2.get(f"{address}/version").headers["x-content-type-options"] == "nosniff"
 
 
 def metric(address: str, name: str) -> float:
+    return metrics(address, name)[0]
+
+
+def metrics(address: str, name: str) -> list[float]:
     lines = httpx2.get(f"{address}/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith(f"vllm:{name}")).rsplit(" ", 1)[1])
+    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}")]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -132,7 +132,7 @@ class Running:
             async for number, piece in self._pieces():
                 delta = {"content": piece.text} if piece.text or piece.logprobs else {}
                 yield self._event([self._choice(number, delta, piece.logprobs, piece.finish)])
-            if self.body.stream_options is not None and self.body.stream_options.include_usage:
+            if self._tells_usage:
                 yield self._event([], **self._final())
             yield b"data: [DONE]\n\n"
         except HTTPError as failure:
@@ -140,12 +140,18 @@ class Running:
         finally:
             self.cancel()
 
+    @property
+    def _tells_usage(self) -> bool:
+        """Whether the stream has usage: in its last event, and null in all others."""
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
     def _choice(self, index: int, delta: dict[str, str], logprobs: list[Any], finish: str | None) -> dict[str, Any]:
         content = {"content": logprobs, "refusal": None} if logprobs else None
         return {"index": index, "delta": delta, "logprobs": content, "finish_reason": finish}
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        chunk = {**self.head, "object": "chat.completion.chunk", "choices": choices, **more}
+        usage = {"usage": None} if self._tells_usage else {}
+        chunk = {**self.head, "object": "chat.completion.chunk", "choices": choices, **usage, **more}
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:

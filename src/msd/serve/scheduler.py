@@ -72,6 +72,7 @@ class Job:
     engine: Engine | None = None
     drafts: bool = True
     arrival: float = field(default_factory=time.monotonic)
+    joined: float | None = None
     first_token: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -232,6 +233,7 @@ class Scheduler:
         """Prefills a request and adds it to the batch; an error of its own ends it alone."""
         seed = secrets.randbits(63) if job.seed is None else job.seed
         assert job.inputs is not None
+        job.joined = time.monotonic()
         try:
             request = self._prefill(job, job.inputs, seed)
             request.sampler.drafts = job.drafts
