@@ -19,23 +19,32 @@ from msd.serve.guard import Guard
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import Scheduler
 from msd.serve.schema import Completion
+from msd.serve.sources import Sources
 
 DRAIN_SECONDS = 30.0
 
 
 def create(
-    scheduler: Scheduler, name: str, keys: tuple[str, ...] = (), most: int = 512, drain: float = DRAIN_SECONDS
+    scheduler: Scheduler,
+    name: str,
+    keys: tuple[str, ...] = (),
+    most: int = 512,
+    drain: float = DRAIN_SECONDS,
+    sources: Sources | None = None,
 ) -> Guard:
-    """The ASGI application of a scheduler, which it starts and drains. name: of the model. most: default max_tokens."""
+    """The ASGI application of a scheduler, which it starts and drains. name: of the model. most: default max_tokens.
+
+    sources: where media may come from besides data URIs; by default from nowhere.
+    """
     metrics = Metrics(scheduler, name)
-    completions = Completions(scheduler, metrics, name, most)
+    completions = Completions(scheduler, metrics, name, most, sources or Sources())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
         yield
         scheduler.drain(drain)
-        completions.decoder.close()
+        completions.close()
 
     app = FastAPI(title="MSD", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_errors(app)

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from msd.core.statistics import Statistics
@@ -15,31 +16,34 @@ from msd.decode import Engine
 from msd.errors import UserError
 from msd.serve.answers import PLAIN, Answer, Counts, Piece
 from msd.serve.errors import HTTPError
-from msd.serve.media import Decoder
+from msd.serve.media import Decoder, Medium
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import QueueFullError, Scheduler
 from msd.serve.schema import Completion
+from msd.serve.sources import SECONDS, Sources
 from msd.verify import policy
 
 INTERNAL = "the server could not compute this answer; try again, or ask its operator to read the log"
 POLL_SECONDS = 0.25  # between two looks at whether a client is still there
+FETCHERS = 16  # requests whose media are fetched at the same time
+GRACE = 2.0  # seconds that a fetch may end late
 
 
 class Completions:
-    """The completions of one served model. name: what clients call it. most: default length of an answer."""
+    """The completions of one served model. name: what clients call it. most: default length of an answer.
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics, name: str, most: int) -> None:
-        self.scheduler, self.metrics, self.name, self.most = scheduler, metrics, name, most
+    sources: where media may come from.
+    """
+
+    def __init__(self, scheduler: Scheduler, metrics: Metrics, name: str, most: int, sources: Sources) -> None:
+        self.scheduler, self.metrics, self.name, self.most, self.sources = scheduler, metrics, name, most, sources
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "msd-fetch")
         self.decoder = Decoder(rate=_sampling_rate(scheduler.vlm.processor))
 
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
         self._check(body)
-        engine = self._engine(body)
-        try:
-            media = await asyncio.to_thread(self.decoder.media, body.media)
-        except UserError as error:
-            raise HTTPError(400, str(error), "messages") from error
+        engine, media = self._engine(body), await self._media(body)
         processor = self.scheduler.vlm.processor
         answers = [Answer(processor, body, media, i, self.metrics, self.most, engine) for i in range(body.n)]
         try:
@@ -48,6 +52,25 @@ class Completions:
             headers = {"Retry-After": str(error.retry_after)}
             raise HTTPError(429, str(error), code="queue_full", headers=headers) from error
         return Running(self, body, answers)
+
+    async def _media(self, body: Completion) -> list[Medium]:
+        """Gets and decodes the media. HTTPError for the first that is refused."""
+        parts, sources, loop = body.media, self.sources, asyncio.get_running_loop()
+        fetchers = self._fetchers if sources.fetches(parts) else None  # slow hosts must not delay other requests
+        try:
+            self.decoder.check(kind for kind, _ in parts)
+            async with asyncio.timeout(SECONDS + GRACE):
+                files = await loop.run_in_executor(fetchers, sources.files, parts)
+            return await asyncio.to_thread(self.decoder.media, parts, files)
+        except UserError as error:
+            raise HTTPError(400, str(error), "messages") from error
+        except TimeoutError as error:
+            raise HTTPError(400, "the media could not be fetched in time; send data:…;base64,…", "messages") from error
+
+    def close(self) -> None:
+        """Ends the helper process and the fetching threads."""
+        self.decoder.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, body: Completion) -> None:
         """HTTPError for another model, or more answers than the queue has places."""

@@ -1,19 +1,13 @@
-"""Images, videos and sounds of requests: data URIs only, within limits that hold before `decoder` decodes them.
-
-Nothing is fetched and no local file is opened: an address that is not a data URI is refused, so there is no address to
-check, no redirect to follow and no resolution to pin.
-"""
+"""Has the files of requests decoded by `decoder`, in a process of its own, and keeps what was decoded."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -22,12 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msd.errors import UserError
-from msd.inputs.images import MAX_BYTES, MAX_PIXELS
+from msd.inputs.images import MAX_PIXELS
 from msd.inputs.media import Audio, Clip
 from msd.serve import decoder
 
 SECONDS = 20.0  # of wall time for one file
-TOTAL = 2 * MAX_BYTES  # bytes of all media of a request
 KEPT = 200 * 1000**2  # bytes of decoded pixels and samples that are kept for requests with the same file
 
 
@@ -48,21 +41,6 @@ class Sound(Audio):
 Medium = Image.Image | Clip | Sound
 
 
-def data_of(uri: str, name: str) -> bytes:
-    """The file in a base64 data URI. UserError for any other address; the message has the `name`, not the address."""
-    head, comma, body = uri.partition(",")
-    if head[:5].lower() != "data:" or not comma:
-        raise UserError(f"{name} is not a data URI, and this server fetches nothing; send data:…;base64,…")
-    if not head.lower().endswith(";base64"):
-        raise UserError(f"{name} is a data URI without base64; send data:…;base64,…")
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise UserError(f"{name} is larger than {MAX_BYTES // 10**6} MB; compress or resize it")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"{name} is not valid base64; encode the file again") from error
-
-
 class Decoder:
     """The helper process, started at the first file and again after a failure. Thread-safe; one file at a time.
 
@@ -74,18 +52,20 @@ class Decoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._kept: OrderedDict[tuple[str, bytes], Medium] = OrderedDict()
 
-    def media(self, parts: Sequence[tuple[str, str]]) -> list[Medium]:
-        """The images, videos and sounds of a request. parts: (kind, address). UserError for the first one refused."""
-        names = [f"{kind} {number}" for number, (kind, _) in enumerate(parts, 1)]
-        if self.rate is None and any(kind == "audio" for kind, _ in parts):
+    def check(self, kinds: Iterable[str]) -> None:
+        """UserError if the model takes no sounds and one of the kinds is "audio"."""
+        if self.rate is None and "audio" in kinds:
             raise UserError("this model takes no sounds; leave them out")
-        files = [data_of(uri, name) for (_, uri), name in zip(parts, names, strict=True)]
-        for (kind, uri), data, name in zip(parts, files, names, strict=True):
-            if kind == "audio" and not uri.startswith(f"data:audio/{_format(data)};"):
+
+    def media(self, parts: Sequence[tuple[str, str]], files: Sequence[bytes]) -> list[Medium]:
+        """The images, videos and sounds of a request. parts: (kind, address) of each file. UserError: see `decoder`."""
+        out = []
+        for number, ((kind, address), data) in enumerate(zip(parts, files, strict=True), 1):
+            name = f"{kind} {number}"
+            if kind == "audio" and not address.startswith(f"data:audio/{_format(data)};"):
                 raise UserError(f"{name} is not in the format that the request names; name its own, or convert it")
-        if sum(map(len, files)) > TOTAL:
-            raise UserError(f"the media are larger than {TOTAL // 10**6} MB together; compress or resize them")
-        return [self.medium(kind, data, name) for (kind, _), data, name in zip(parts, files, names, strict=True)]
+            out.append(self.medium(kind, data, name))
+        return out
 
     def medium(self, kind: str, data: bytes, name: str = "image 1") -> Medium:
         """Decodes a file, or takes it from the ones kept."""
