@@ -113,8 +113,18 @@ class Extension(Strict):
     epsilon: float | None = None
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """Has a JSON schema say what `Completion._defaults` does: null is a default, also of unknown fields."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    schema["additionalProperties"] = {"type": "null"}
+
+
 class Completion(Strict):
     """The body of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_nullable)
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
