@@ -24,7 +24,7 @@ from msd.drafters.toolkit.ensemble import MEMORY, Ensemble
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
-from serve.batches import check_joining
+from serve.batches import check_a_late_join, check_joining
 
 LENGTH = 13
 CHAIN = SpeculativeConfig(nodes=4, depth=4, width=1, adaptive=False, backend="plain")
@@ -368,3 +368,10 @@ def test_requests_join_and_leave_a_batch(name: str, context: int | None, monkeyp
         monkeypatch.setattr(type(own), "context_length", property(lambda one: context if one is own else None))
     assert engine.drafter.joinable and not DraftModel(model, sees="image,nothing").joinable
     assert (min(check_joining(engine, requests)) == 1) == (context is not None)
+
+
+def test_a_long_prompt_joins_after_a_long_pause() -> None:
+    model = LLAVA.make()
+    engine = SpeculativeVLM(model, None, TREE, DraftModel(noisy(model)))
+    short, long = (LLAVA.row(LLAVA.parts(i, ["image"], words=n)) for i, n in enumerate((4, 120)))
+    check_a_late_join(engine, (short, {**GREEDY, "max_new_tokens": 70}), (long, {**GREEDY, "max_new_tokens": 8}))

@@ -14,7 +14,8 @@ from msd.model import SpeculativeVLM
 from msd.planning.plan import Plan
 from msd.serve.batch import Batch
 
-Requests = list[tuple[dict[str, Tensor], dict[str, Any]]]
+Request = tuple[dict[str, Tensor], dict[str, Any]]
+Requests = list[Request]
 
 
 def alone(model: Any, inputs: dict[str, Tensor], seed: int, options: dict[str, Any]) -> list[int]:
@@ -88,3 +89,39 @@ def check_joining(vlm: SpeculativeVLM, requests: Requests) -> list[int]:
     sizes = [len(common[text]) for text in both]
     assert len(both) > 5 and max(sizes) > 2
     return sizes
+
+
+def check_a_late_join(vlm: SpeculativeVLM, first: Request, late: Request) -> None:
+    """A short prompt is decoded for 60 steps without drafts; then a long one joins, and both are drafted for.
+
+    The drafter has then to read 60 tokens of the first row, behind a prompt of the second that fills its memory.
+    """
+    budget = Plan.budget
+
+    def none(plan: Plan, *arguments: Any) -> Any:
+        whole = budget(plan, *arguments)
+        return replace(whole, nodes=0, depth=[0] * len(whole.depth))
+
+    batch: Batch[int] = Batch(vlm.engine)
+    answers: list[list[int]] = []
+    drafted = 0
+
+    def join(inputs: dict[str, Tensor], options: dict[str, Any]) -> None:
+        answers.append(list(batch.join(len(answers), vlm.prefill(inputs, seed=0, **options)).tokens))
+
+    def step() -> None:
+        nonlocal drafted
+        for number, emission in batch.step():
+            answers[number] += emission.tokens
+            drafted += emission.drafted.total()
+
+    join(*first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "budget", none)
+        for _ in range(60):
+            step()
+    join(*late)
+    while batch.members:
+        step()
+    assert answers == [alone(vlm.model, inputs, 0, options) for inputs, options in (first, late)]
+    assert drafted > 0
