@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +34,15 @@ def serve(
     prefixes: Annotated[
         int, typer.Option("--prefixes", min=0, help="Prompts whose state is kept for prompts that continue them.")
     ] = 4,
+    allow_media_domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-media-domain", help="Host that images may be fetched from, with :PORT if unusual; repeatable."
+        ),
+    ] = None,
+    allow_media_folder: Annotated[
+        Path | None, typer.Option("--allow-media-folder", help="Folder whose files clients may name as file:///PATH.")
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 512,
 ) -> None:
     """Serve a model over OpenAI's HTTP interface; Ctrl-C or SIGTERM lets running answers end."""
@@ -43,12 +53,14 @@ def serve(
     except ImportError as error:
         raise UserError("`msd serve` needs more packages; pip install 'msd-decoding[serve]'") from error
     from msd.serve.scheduler import Limits, Scheduler
+    from msd.serve.sources import Sources
 
+    sources = Sources(allow_media_domain or (), allow_media_folder)
     target = drafting.target or "reference"
     vlm = options.load_vlm(target, drafting, **policy.checked())
     limits = Limits(rows, queue, cache_mb * 1000**2, deadline, prefixes)
     keys = tuple(key for key in [*(api_key or []), os.environ.get(KEY, "")] if key)
-    app = create(Scheduler(vlm, limits), name or target, keys, max_new_tokens)
+    app = create(Scheduler(vlm, limits), name or target, keys, max_new_tokens, sources=sources)
     uvicorn.run(
         app, host=host, port=port, log_level="warning", server_header=False, timeout_keep_alive=10,
         h11_max_incomplete_event_size=32 * 1024, limit_concurrency=4 * (rows + queue), timeout_graceful_shutdown=30,

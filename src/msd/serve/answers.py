@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from msd.decode import Engine
 from msd.errors import UserError
 from msd.inputs.prompts import Request
 from msd.serve.batch import Emission
@@ -20,6 +21,7 @@ from msd.serve.scheduler import CANCELLED, LATE, Job
 from msd.serve.schema import Completion
 from msd.serve.text import AnswerText
 
+PLAIN = "ar"  # the method without drafts
 FINISH = {"eos": "stop", "criteria": "stop", "length": "length", LATE: "length"}  # OpenAI's names
 
 
@@ -34,7 +36,7 @@ class Piece:
 
 @dataclass
 class Counts:
-    """The drafting of an answer. drafted, accepted: nodes by modality."""
+    """The drafting of an answer, by modality: nodes drafted and accepted; tokens of a lossy policy and their Σ TV."""
 
     tokens: int = 0
     drafts: int = 0
@@ -42,6 +44,8 @@ class Counts:
     accepted: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     modality: Counter[str] = field(default_factory=Counter)
+    lossy: Counter[str] = field(default_factory=Counter)
+    divergence: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def read(self, emission: Emission) -> None:
         """Adds one step."""
@@ -51,13 +55,17 @@ class Counts:
         self.drafted.update(emission.drafted)
         self.accepted.update(emission.accepted)
         self.modality.update(emission.modality)
+        for name, total_variation in zip(emission.modality, emission.divergence, strict=False):
+            self.lossy[name] += 1
+            self.divergence[name] += total_variation
 
 
 class Answer:
     """The answer `number` of a completion. Its `job` runs in the scheduler's thread, `pieces` is read in the loop's."""
 
     def __init__(
-        self, processor: Any, body: Completion, media: list[Medium], number: int, metrics: Metrics, most: int
+        self, processor: Any, body: Completion, media: list[Medium], number: int, metrics: Metrics, most: int,
+        engine: Engine | None,
     ) -> None:  # fmt: skip
         self.number, self.counts, self._body, self._metrics = number, Counts(), body, metrics
         self._processor, self._media, self._loop = processor, media, asyncio.get_running_loop()
@@ -65,7 +73,8 @@ class Answer:
         self._text = AnswerText(processor.tokenizer, body.stops)
         self._over = False
         seed = None if body.seed is None else body.seed + number
-        self.job = Job(self._prepare, _options(body, most), self._receive, seed)
+        options, drafts = _options(body, most), body.msd.method != PLAIN
+        self.job = Job(self._prepare, options, self._receive, seed, engine, drafts)
 
     def _prepare(self) -> dict[str, Any]:
         """Writes the prompt. UserError for text with special tokens, which could imitate turns or images."""

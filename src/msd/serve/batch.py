@@ -29,7 +29,8 @@ class Emission:
     tokens: ids. logits: for each token, (raw, processed) logits [V]; empty unless the request keeps them. finish: why
     the row ended ("eos", "length", "criteria", or the reason given to `end`), or None. drafted, accepted: number of its
     drafted nodes by the modality whose subtree they are in; modality: of each token, as the router predicts it, empty
-    without a router.
+    without a router. divergence: total variation of each token from the target's distribution; empty for a lossless
+    policy and for the first token, which is exact.
     """
 
     tokens: list[int]
@@ -38,6 +39,7 @@ class Emission:
     accepted: Counter[str] = field(default_factory=Counter)
     logits: tuple[tuple[Tensor, Tensor], ...] = ()
     modality: tuple[str, ...] = ()
+    divergence: tuple[float, ...] = ()
 
 
 class Batch(Generic[M]):
@@ -124,4 +126,5 @@ def _emission(step: Step, row: int, kinds: list[int], finish: str | None) -> Emi
         Counter(names[kind] for kind in some if kind >= 0)
         for some in (kinds[1:], [kinds[node] for node in accepted.nodes[row]])
     )
-    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality)
+    divergence = tuple(accepted.divergence[row]) if accepted.divergence is not None and modality else ()
+    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality, divergence)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from msd.decode import Engine
 from msd.errors import UserError
 from msd.model import Prefilled, SpeculativeVLM
 from msd.serve.batch import Batch, Emission
@@ -60,14 +61,18 @@ class Job:
 
     prepare: returns the processor's output; it runs in the scheduler's thread. options: of `generate()`. receive: gets
     every `Emission`, and at the end None or an exception; called in the scheduler's thread, it must not block.
-    seed: None for a random one. inputs: the processor's output, once prepared.
+    seed: None for a random one. engine: another one than the server's; None for that. drafts: whether to draft for it.
+    inputs: the processor's output, once prepared.
     """
 
     prepare: Callable[[], dict[str, Any]]
     options: dict[str, Any]
     receive: Callable[[Emission | Exception | None], None]
     seed: int | None = None
+    engine: Engine | None = None
+    drafts: bool = True
     arrival: float = field(default_factory=time.monotonic)
+    joined: float | None = None
     first_token: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -84,8 +89,8 @@ class Scheduler:
     """Serves one engine. Start it with `start`, end it with `drain`."""
 
     def __init__(self, vlm: SpeculativeVLM, limits: Limits | None = None) -> None:
-        self.vlm, self.limits = vlm, limits or Limits()
-        self.batch: Batch[Job] = Batch(vlm.engine)
+        self.vlm, self.limits, self._engine = vlm, limits or Limits(), vlm.engine
+        self.batch: Batch[Job] = Batch(self._engine)
         self.steps = 0
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -173,7 +178,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Prefills waiting requests, at most one if answers are being decoded."""
         decoding = bool(self.batch.members)
-        while self._waiting and self.batch.open and len(self.batch.members) < self.limits.rows:
+        while self._waiting and len(self.batch.members) < self.limits.rows and self._opens(self._waiting[0]):
             job = self._waiting[0]
             if job.inputs is None and not self._prepare(job):
                 continue
@@ -184,6 +189,13 @@ class Scheduler:
             self._join(job)
             if decoding:
                 return
+
+    def _opens(self, job: Job) -> bool:
+        """Whether a request can join the batch now; an empty batch becomes one of the request's engine."""
+        engine = job.engine or self._engine
+        if not self.batch.members and self.batch.engine is not engine:
+            self.batch = Batch(engine)
+        return self.batch.engine is engine and self.batch.open
 
     def _prepare(self, job: Job) -> bool:
         """Runs the processor; a request that fails in it or can never fit leaves the queue, and False is returned."""
@@ -199,7 +211,7 @@ class Scheduler:
         except Exception as error:
             with self._changed:
                 self._waiting.popleft()
-            self._finish(job, error)
+            self._fail(job, error, "a request could not be prepared")
             return False
 
     def _slots(self, job: Job) -> int:
@@ -221,14 +233,14 @@ class Scheduler:
         """Prefills a request and adds it to the batch; an error of its own ends it alone."""
         seed = secrets.randbits(63) if job.seed is None else job.seed
         assert job.inputs is not None
+        job.joined = time.monotonic()
         try:
             request = self._prefill(job, job.inputs, seed)
+            request.sampler.drafts = job.drafts
             job.inputs = None
             emission = self.batch.join(job, request)
         except Exception as error:
-            if not isinstance(error, UserError):
-                log.exception("a prompt failed")
-            self._finish(job, error)
+            self._fail(job, error, "a prompt failed")
             return
         job.first_token = time.monotonic()
         self._deliver(job, emission)
@@ -266,9 +278,15 @@ class Scheduler:
             if isinstance(outcome, Emission):
                 _hand(job, None)
 
+    def _fail(self, job: Job, error: Exception, what: str) -> None:
+        """Ends a request with an error of its own; logs one that is not the client's, in the handler of `error`."""
+        if not isinstance(error, UserError):
+            log.exception(what)
+        self._finish(job, error)
+
     def _fail_all(self, error: Exception) -> None:
         """Ends all requests of the batch with an error, and starts an empty one."""
-        members, self.batch = self.batch.members, Batch(self.vlm.engine)
+        members, self.batch = self.batch.members, Batch(self._engine)
         for job in members:
             self._finish(job, error)
 
