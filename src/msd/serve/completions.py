@@ -7,15 +7,16 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from msd.errors import UserError
 from msd.serve.answers import Answer, Piece
 from msd.serve.errors import HTTPError
-from msd.serve.media import Decoder
+from msd.serve.media import Decoder, Medium
 from msd.serve.metrics import Metrics
-from msd.serve.scheduler import QueueFullError, Scheduler
+from msd.serve.scheduler import PLAIN, QueueFullError, Scheduler
 from msd.serve.schema import Completion
 
 INTERNAL = "the server could not compute this answer; try again, or ask its operator to read the log"
@@ -31,22 +32,15 @@ class Completions:
 
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
-        self._check(body)
-        try:
-            media = await asyncio.to_thread(self.decoder.media, body.media)
-        except UserError as error:
-            raise HTTPError(400, str(error), "messages") from error
+        media = await self.check(body)
         processor = self.scheduler.vlm.processor
         answers = [Answer(processor, body, media, i, self.metrics, self.most) for i in range(body.n)]
-        try:
+        with queue_full():
             self.scheduler.submit(*(answer.job for answer in answers))
-        except QueueFullError as error:
-            headers = {"Retry-After": str(error.retry_after)}
-            raise HTTPError(429, str(error), code="queue_full", headers=headers) from error
         return Running(self, body, answers)
 
-    def _check(self, body: Completion) -> None:
-        """HTTPError for another model, or other drafting than the server's."""
+    async def check(self, body: Completion) -> list[Medium]:
+        """Returns the media of a request. HTTPError for unreadable ones, another model, or other drafting."""
         if body.model != self.name:
             raise HTTPError(404, f"this server has the model '{self.name}'", "model", "model_not_found")
         if body.n > self.scheduler.limits.waiting:
@@ -54,8 +48,22 @@ class Completions:
         config, method = self.scheduler.vlm.config, self.scheduler.vlm.drafter.name
         for field, mine in (("method", method), ("policy", config.verifier), ("epsilon", config.epsilon)):
             wanted = getattr(body.msd, field)
-            if wanted is not None and wanted != mine:
+            if wanted is not None and wanted not in (mine, *([PLAIN] if field == "method" else [])):
                 raise HTTPError(400, f"this server decodes with {field} '{mine}'; leave it out", f"msd.{field}")
+        try:
+            return await asyncio.to_thread(self.decoder.media, body.media)
+        except UserError as error:
+            raise HTTPError(400, str(error), "messages") from error
+
+
+@contextmanager
+def queue_full() -> Iterator[None]:
+    """Turns a full queue into an HTTPError that says when to come back."""
+    try:
+        yield
+    except QueueFullError as error:
+        headers = {"Retry-After": str(error.retry_after)}
+        raise HTTPError(429, str(error), code="queue_full", headers=headers) from error
 
 
 class Running:
@@ -108,7 +116,8 @@ class Running:
                 yield self._event([self._choice(i, {"role": "assistant", "content": ""}, [], None)])
             async for number, piece in self._pieces():
                 delta = {"content": piece.text} if piece.text or piece.logprobs else {}
-                yield self._event([self._choice(number, delta, piece.logprobs, piece.finish)])
+                traced = {"msd": {"step": piece.step}} if piece.step is not None else {}
+                yield self._event([self._choice(number, delta, piece.logprobs, piece.finish)], **traced)
             if self.body.stream_options is not None and self.body.stream_options.include_usage:
                 yield self._event([], **self._final())
             yield b"data: [DONE]\n\n"
@@ -134,7 +143,7 @@ class Running:
                 for read in done:
                     answer, piece = reads.pop(read), read.result()
                     if isinstance(piece, Exception):
-                        raise _failure(piece) from piece
+                        raise failure(piece) from piece
                     yield answer.number, piece
                     if piece.finish is None:
                         reads[asyncio.ensure_future(answer.pieces.get())] = answer
@@ -164,14 +173,14 @@ class Running:
             "mean_acceptance_length": (new - len(counts)) / steps if steps > 0 else 0.0,
         }  # fmt: skip
         own = {
-            "method": vlm.drafter.name, "policy": config.verifier, "epsilon": config.epsilon,
+            "method": self.body.msd.method or vlm.drafter.name, "policy": config.verifier, "epsilon": config.epsilon,
             "tokens_by_modality": dict(sum((c.modality for c in counts), start=Counter())),
             "drafts_by_modality": by_modality,
         }  # fmt: skip
         return {"usage": usage, "metrics": {"speculative_decoding": speculative}, "msd": own}
 
 
-def _failure(error: Exception) -> HTTPError:
+def failure(error: Exception) -> HTTPError:
     """What a client is told about an error of its answer: only a UserError's own text."""
     if isinstance(error, UserError):
         return HTTPError(400, str(error))

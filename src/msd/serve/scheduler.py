@@ -2,7 +2,8 @@
 
 Requests wait in a bounded queue, first come, first served. Between two steps of the batch, cancelled and late requests
 leave, and waiting ones are prefilled and join: one at a time while answers are being decoded, so a running answer waits
-for at most one prompt per step. A request joins if a row is free and its keys and values fit the memory.
+for at most one prompt per step. A request joins if a row is free and its keys and values fit the memory. Requests
+without drafts have a batch of their own; the two batches take turns.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -21,11 +23,13 @@ from msd.errors import UserError
 from msd.model import Prefilled, SpeculativeVLM
 from msd.serve.batch import Batch, Emission
 from msd.serve.prefixes import Prefixes
+from msd.serve.work import WAITING, Work
 from msd.streaming import request_lock
 
 log = logging.getLogger(__name__)
 CANCELLED, LATE = "cancelled", "deadline"  # besides the reasons of `msd.result.Result.finish`
 RECENT = 32  # requests in the running median of seconds
+PLAIN = "ar"  # the method without drafts
 IDLE_SECONDS = 0.5  # between two looks at the deadlines of an idle scheduler
 
 
@@ -60,13 +64,16 @@ class Job:
 
     prepare: returns the processor's output; it runs in the scheduler's thread. options: of `generate()`. receive: gets
     every `Emission`, and at the end None or an exception; called in the scheduler's thread, it must not block.
-    seed: None for a random one. inputs: the processor's output, once prepared.
+    seed: None for a random one. plain: decode without drafts. trace: emissions have their trees. inputs: the
+    processor's output, once prepared.
     """
 
     prepare: Callable[[], dict[str, Any]]
     options: dict[str, Any]
     receive: Callable[[Emission | Exception | None], None]
     seed: int | None = None
+    plain: bool = False
+    trace: bool = False
     arrival: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     prompt_tokens: int = 0
@@ -85,7 +92,8 @@ class Scheduler:
 
     def __init__(self, vlm: SpeculativeVLM, limits: Limits | None = None) -> None:
         self.vlm, self.limits = vlm, limits or Limits()
-        self.batch: Batch[Job] = Batch(vlm.engine)
+        self._batches: dict[bool, Batch[Job]] = {False: _batch(vlm)}  # by whether they are without drafts
+        self._work: deque[Work] = deque()
         self.steps = 0
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -103,7 +111,16 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that are being decoded."""
-        return len(self.batch.members)
+        return len(self._members)
+
+    @property
+    def _members(self) -> list[Job]:
+        return [job for batch in self._batches.values() for job in batch.members]
+
+    @cached_property
+    def _plain(self) -> SpeculativeVLM:
+        """The engine without drafts."""
+        return self.vlm.with_method(PLAIN)
 
     @property
     def accepting(self) -> bool:
@@ -122,6 +139,14 @@ class Scheduler:
             self._waiting.extend(jobs)
             self._changed.notify()
 
+    def submit_work(self, work: Work) -> None:
+        """Adds work that is not an answer. QueueFullError as from `submit`."""
+        with self._changed:
+            if self._draining or len(self._work) >= WAITING:
+                raise QueueFullError(self.retry_after())
+            self._work.append(work)
+            self._changed.notify()
+
     def retry_after(self) -> int:
         """Seconds until the queue has moved on, estimated from recent requests; at least 1."""
         seconds = median(self._seconds) if self._seconds else 1.0
@@ -133,15 +158,17 @@ class Scheduler:
             self._draining = True
             self._changed.notify()
         self._thread.join(seconds)
-        for job in [*self._waiting, *self.batch.members]:
+        for job in [*self._waiting, *self._members]:
             job.cancel()
+        for work in list(self._work):
+            work.cancelled = True
         self._thread.join(IDLE_SECONDS + 30)
 
     def _run(self) -> None:
         """The thread: until drained, lets requests leave and join, then computes a step."""
         while True:
             with self._changed:
-                while not self._waiting and not self.batch.members:
+                while not self._waiting and not self._members and not self._work:
                     if self._draining:
                         return
                     self._changed.wait(IDLE_SECONDS)
@@ -150,6 +177,7 @@ class Scheduler:
                     self._leave()
                     self._admit()
                     self._step()
+                    self._advance()
             except Exception as error:  # of the model: the requests of this step fail, the server goes on serving
                 log.exception("a step failed")
                 self._fail_all(error)
@@ -161,20 +189,23 @@ class Scheduler:
             gone = [job for job in self._waiting if job.cancelled or job.arrival < oldest]
             for job in gone:
                 self._waiting.remove(job)
-        running = [job for job in self.batch.members if job.cancelled or job.arrival < oldest]
+        running = [job for job in self._members if job.cancelled or job.arrival < oldest]
         for reason, jobs in (
             (CANCELLED, [job for job in running if job.cancelled]),
             (LATE, [job for job in running if not job.cancelled]),
         ):
-            self.batch.end(jobs, reason)
+            for batch in self._batches.values():
+                batch.end(jobs, reason)
         for job in [*gone, *running]:
             self._finish(job, Emission([], CANCELLED if job.cancelled else LATE))
 
     def _admit(self) -> None:
         """Prefills waiting requests, at most one if answers are being decoded."""
-        decoding = bool(self.batch.members)
-        while self._waiting and self.batch.open and len(self.batch.members) < self.limits.rows:
+        decoding = bool(self._members)
+        while self._waiting and len(self._members) < self.limits.rows:
             job = self._waiting[0]
+            if not self._of(job).open:
+                return
             if job.inputs is None and not self._prepare(job):
                 continue
             if not self._fits(job):
@@ -184,6 +215,13 @@ class Scheduler:
             self._join(job)
             if decoding:
                 return
+
+    def _of(self, job: Job) -> Batch[Job]:
+        """The batch that a request joins. A server without drafts has one."""
+        plain = job.plain and self.vlm.drafter.name != PLAIN
+        if plain and plain not in self._batches:
+            self._batches[plain] = _batch(self._plain)
+        return self._batches[plain]
 
     def _prepare(self, job: Job) -> bool:
         """Runs the processor; a request that fails in it or can never fit leaves the queue, and False is returned."""
@@ -214,8 +252,11 @@ class Scheduler:
         return 2 * text.num_hidden_layers * heads * width * self.vlm.model.dtype.itemsize
 
     def _fits(self, job: Job) -> bool:
-        """Whether the batch's keys and values with this request stay within the memory."""
-        return self.batch.bytes_with(self._slots(job)) <= self.limits.cache_bytes
+        """Whether the keys and values of all batches with this request stay within the memory."""
+        mine = self._of(job)
+        others = sum(batch.bytes_with(0, rows=0) for batch in self._batches.values() if batch is not mine)
+        slots = self._slots(job)
+        return (mine.bytes_with(slots) or slots * self.slot_bytes()) + others <= self.limits.cache_bytes
 
     def _join(self, job: Job) -> None:
         """Prefills a request and adds it to the batch; an error of its own ends it alone."""
@@ -224,7 +265,7 @@ class Scheduler:
         try:
             request = self._prefill(job, job.inputs, seed)
             job.inputs = None
-            emission = self.batch.join(job, request)
+            emission = self._of(job).join(job, request)
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a prompt failed")
@@ -235,6 +276,8 @@ class Scheduler:
 
     def _prefill(self, job: Job, inputs: dict[str, Any], seed: int) -> Prefilled:
         """Runs the prompt, behind the longest stored prefix that it begins with."""
+        if job.plain:
+            return self._plain.prefill(inputs, [seed], **job.options)
         past = self.prefixes.past(inputs["input_ids"])
         request = self.vlm.prefill(inputs, [seed], past, **job.options)
         job.cached_tokens = job.prompt_tokens - request.state.prefilled
@@ -243,11 +286,17 @@ class Scheduler:
 
     def _step(self) -> None:
         """Computes one step and hands out what it emitted."""
-        if self.batch.members:
-            emitted = self.batch.step()
-            self.steps += 1
-            for job, emission in emitted:
-                self._deliver(job, emission)
+        for batch in self._batches.values():
+            if batch.members:
+                emitted = batch.step()
+                self.steps += 1
+                for job, emission in emitted:
+                    self._deliver(job, emission)
+
+    def _advance(self) -> None:
+        """Computes one pass of the first piece of work."""
+        if self._work and self._work[0].advance(time.monotonic() - self.limits.seconds):
+            self._work.popleft()
 
     def _deliver(self, job: Job, emission: Emission) -> None:
         """Hands an emission to its request."""
@@ -268,9 +317,14 @@ class Scheduler:
 
     def _fail_all(self, error: Exception) -> None:
         """Ends all requests of the batch with an error, and starts an empty one."""
-        members, self.batch = self.batch.members, Batch(self.vlm.engine)
+        members = self._members
+        self._batches = {False: _batch(self.vlm)}
         for job in members:
             self._finish(job, error)
+
+
+def _batch(vlm: SpeculativeVLM) -> Batch[Job]:
+    return Batch(vlm.engine, lambda job: job.trace)
 
 
 def _hand(job: Job, outcome: Emission | Exception | None) -> None:

@@ -71,11 +71,15 @@ class StreamOptions(Strict):
 
 
 class Extension(Strict):
-    """The field `msd`: what the client expects of the server's drafting; another setting is refused."""
+    """The field `msd`: what the client expects of the server's drafting; another setting is refused.
+
+    method: also "ar", for an answer without drafts. trace: add each step and its draft tree to the events.
+    """
 
     method: str | None = None
     policy: str | None = None
     epsilon: float | None = None
+    trace: bool = False
 
 
 class Completion(Strict):
@@ -107,6 +111,8 @@ class Completion(Strict):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream=true")
+        if self.msd.trace and not self.stream:
+            raise ValueError("msd.trace is for stream=true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if len(self.stops) > STOPS:
