@@ -58,7 +58,7 @@ def _settings(completions: Completions) -> dict[str, Any]:
     vlm = completions.scheduler.vlm
     return {
         "model": completions.name, "method": vlm.drafter.name, "policy": vlm.config.verifier,
-        "epsilon": vlm.config.epsilon, "max_tokens": completions.most,
+        "epsilon": vlm.config.epsilon,
         "events": getattr(vlm.drafter, "auxiliary_source", None) == "events",
         "crop": bool(getattr(getattr(vlm.processor, "image_processor", None), "do_center_crop", False)),
         "colours": COLOURS, "other": OTHER,

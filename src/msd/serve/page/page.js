@@ -153,6 +153,7 @@ $('ask').addEventListener('submit', async (event) => {
   $('plain').hidden = true;
   running = new AbortController();
   busy(true);
+  $('answer').scrollIntoView({ block: 'nearest' });
   try {
     if (!view.settings.model) await connect();
     await run();
@@ -186,8 +187,6 @@ async function connect() {
   view.settings = await ask('v1/msd', $('key').value);
   const { model, method, policy, epsilon } = view.settings;
   $('served').textContent = `${model}, method ${method}, ${policy}${epsilon ? `, ε ${epsilon}` : ''}`;
-  $('most').max = view.settings.max_tokens;
-  $('most').value = Math.min($('most').value, view.settings.max_tokens);
   $('events').hidden = !view.settings.events;
 }
 

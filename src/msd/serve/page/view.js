@@ -161,8 +161,8 @@ export class View {
 
   #legend(kinds) {
     this.kinds = new Set(kinds);
-    const marks = [['accepted draft', 'token accepted'], ['the target’s own token', 'token'],
-      ...[...this.kinds].filter((kind) => kind in this.settings.colours).map((kind) => [kind, 'token accepted', kind])];
+    const marks = [['accepted draft', 'mark accepted'], ['the target’s own token', 'mark'],
+      ...[...this.kinds].filter((kind) => kind in this.settings.colours).map((kind) => [kind, 'mark accepted', kind])];
     $('legend').replaceChildren(...marks.map(([name, classes, kind]) => {
       const item = element('li'), mark = element('span', name, { class: classes });
       if (kind) mark.style.setProperty('--kind', this.colour(kind));
