@@ -282,20 +282,22 @@ def test_errors_are_shown(browser: Any, served: tuple[str, Any], tmp_path: Path)
         page.route("**/v1/chat/completions", lambda route: route.abort())
         ask(page)
         assert "the server does not answer" in page.locator("#error").text_content()
-        broken = 'data: {"error": {"message": "the answer broke"}}\n\n'
-        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=broken))
-        ask(page)
-        assert page.locator("#error").text_content() == "the answer broke"
-        page.route("**/v1/chat/completions", lambda route: route.fulfill(body="data: {}"))
-        ask(page)
-        assert "the connection ended" in page.locator("#error").text_content()
-        busy = {"error": {"message": "the server is busy"}}
-        page.route(
-            "**/v1/chat/completions",
-            lambda route: route.fulfill(status=429, headers={"retry-after": "7"}, body=json.dumps(busy)),
-        )
+        for body, said in (
+            ('data: {"error": {"message": "the answer broke"}}\n\n', "the answer broke"),
+            ("data: {}", "the connection ended before the answer did"),
+        ):
+            answered(page, body=body)
+            ask(page)
+            assert page.locator("#error").text_content() == said
+        busy = json.dumps({"error": {"message": "the server is busy"}})
+        answered(page, status=429, headers={"retry-after": "7"}, body=busy)
         ask(page)
         assert page.locator("#error").text_content() == "the server is busy; try again in 7 s"
+
+
+def answered(page: Any, **answer: Any) -> None:
+    """From now on, chat completions are answered with this."""
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
 
 
 def test_a_key_is_asked_for(browser: Any, tmp_path: Path) -> None:
@@ -340,7 +342,7 @@ def test_text_from_the_model_is_never_markup(page: Any) -> None:
     }  # fmt: skip
     event = {"choices": [{"delta": {"content": "<b>bold</b>"}}], "msd": {"step": step}}
     body = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n"
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    answered(page, body=body, content_type="text/event-stream")
     ask(page)
     assert page.locator(".token").text_content() == "<img src=x onerror=alert(1)>"
     assert page.locator("#answer img, #answer b, #tree script").count() == 0
