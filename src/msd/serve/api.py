@@ -39,6 +39,7 @@ def create(
         completions.decoder.close()
 
     app = FastAPI(title="MSD", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.scheduler = scheduler
     _add_errors(app)
     _add_status(app, scheduler, metrics, name)
     site.add(app, completions)

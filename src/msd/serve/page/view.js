@@ -116,7 +116,7 @@ export class View {
     if (grid.children.length !== blocks.length) grid.replaceChildren(...blocks.map(() => element('i')));
     grid.style.gridTemplate = `repeat(${side}, 1fr) / repeat(${side}, 1fr)`;
     grid.style.inset = this.settings.crop ? middle($('image')) : '0';
-    blocks.forEach((nats, i) => { grid.children[i].style.opacity = (0.7 * Math.max(0, nats)) / Math.max(most, 0.05); });
+    blocks.forEach((nats, i) => { grid.children[i].style.opacity = (0.7 * Math.max(0, nats)) / Math.max(most, 0.02); });
   }
 
   // Statistics: totals, and a row for each modality.
