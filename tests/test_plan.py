@@ -94,7 +94,10 @@ def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:
 
 def fake(batch: int = 1, end: int = 100) -> Any:
     return SimpleNamespace(
-        alive=list(range(batch)), tokens_left=lambda row: 50, layout=SimpleNamespace(batch=batch, end=[end] * batch)
+        alive=list(range(batch)),
+        tokens_left=lambda row: 50,
+        may_draft=lambda _: True,
+        layout=SimpleNamespace(batch=batch, end=[end] * batch),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -78,13 +78,9 @@ class SpeculativeVLM:
             self.drafter.translate(processor.tokenizer)
             self.drafter.share_vision_tower(partial(auxiliary.picture_tokens, self.target, processor))
         self.drafter.attach(model, self.target.backend.name)
-        thresholds = self.config.thresholds
-        policy = verify.policy(self.config.verifier)
-        if policy.calibrated and not thresholds:
-            thresholds = self.drafter.thresholds(self.config.epsilon)
-        self.verifier = verify.create(self.config.verifier, thresholds, self.config.epsilon)
+        self.verifier = self._policy(self.config.verifier, self.config.epsilon)
         # a plan that depends on measured times is used only if drafts cannot change the output: a seed gives one answer
-        lossy = not policy.lossless or self.target.backend.lossy
+        lossy = not self.verifier.lossless or self.target.backend.lossy
         adaptive = self.config.adaptive and not self.drafter.sampled and not lossy and self.drafter.name != "ar"
         measured = costs(self.target) if adaptive else None
         if adaptive and self.config.calibrate:
@@ -310,6 +306,19 @@ class SpeculativeVLM:
     def engine(self) -> Engine:
         """What decodes prefilled requests."""
         return Engine(self.target, self.drafter, self.verifier, self.plan, self.config.label)
+
+    def engine_with(self, policy: str, epsilon: float = 0.0) -> Engine:
+        """What decodes prefilled requests under another policy. UserError: an unknown one, or an ε that it lacks."""
+        verifier, c = self._policy(policy, epsilon), self.config
+        plan = self.plan if verifier.lossless else Plan(c.nodes, c.depth, c.width)
+        return replace(self.engine, verifier=verifier, plan=plan)
+
+    def _policy(self, name: str, epsilon: float) -> verify.Verifier:
+        """The policy `name`, with the config's thresholds for its own policy, else those of the drafter for ε."""
+        thresholds = self.config.thresholds if name == self.config.verifier else {}
+        if verify.policy(name).calibrated and not thresholds:
+            thresholds = self.drafter.thresholds(epsilon)
+        return verify.create(name, thresholds, epsilon)
 
     def _draft_model(self, model: PreTrainedModel) -> Drafter | None:
         """Loads the config's draft model, in the target's dtype and on its device; None if it has none."""

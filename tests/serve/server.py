@@ -21,6 +21,7 @@ from msd.model import SpeculativeVLM
 from msd.serve.api import create
 from msd.serve.guard import Guard
 from msd.serve.scheduler import Limits, Scheduler
+from msd.serve.sources import Sources
 
 NAME = "tiny"
 
@@ -32,10 +33,12 @@ def engine() -> SpeculativeVLM:
 
 
 @contextmanager
-def running(vlm: SpeculativeVLM, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[tuple[str, Guard, Scheduler]]:
+def running(
+    vlm: SpeculativeVLM, keys: tuple[str, ...] = (), sources: Sources | None = None, **limits: Any
+) -> Iterator[tuple[str, Guard, Scheduler]]:
     """(the address, the application, its scheduler)."""
     scheduler = Scheduler(vlm, Limits(**limits))
-    app = create(scheduler, NAME, keys, most=16, drain=0.0)
+    app = create(scheduler, NAME, keys, most=16, drain=0.0, sources=sources)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

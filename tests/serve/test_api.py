@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 import httpx2  # noqa: E402
 
-from clips import write_clip  # noqa: E402
+from clips import write_clip, write_sound  # noqa: E402
+from families import BY_NAME  # noqa: E402
+from family_processor import FamilyProcessor, photos  # noqa: E402
+from msd.config import SpeculativeConfig  # noqa: E402
+from msd.model import SpeculativeVLM  # noqa: E402
 from msd.serve.scheduler import Scheduler  # noqa: E402
 from msd.streaming import request_lock  # noqa: E402
 from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
@@ -72,12 +77,50 @@ def test_a_video_is_read_as_generate_reads_it(client: Any, tmp_path: Path) -> No
         client.create(model=NAME, messages=[{"role": "user", "content": [*parts, text]}])
 
 
+def test_sounds_reach_a_model_that_takes_them(client: Any, tmp_path: Path) -> None:
+    family = BY_NAME["qwen2_5_omni_thinker"]
+    processor = FamilyProcessor(family)
+    processor.tokenizer.all_special_tokens = []  # type: ignore[attr-defined]
+    vlm = SpeculativeVLM(family.make(), processor, SpeculativeConfig(adaptive=False), "prompt-lookup")
+    image, sounds = photos(family, tmp_path, 1)[0], []
+    for hertz, kind in ((440.0, "wav"), (1760.0, "mp3")):
+        sounds.append(write_sound(tmp_path / f"{hertz}.{kind}", hertz=hertz))
+    encoded = [data_uri(path.read_bytes()) for path in (image, *sounds)]
+
+    def parts(order: tuple[int, int]) -> list[dict[str, Any]]:
+        heard = [
+            {"type": "input_audio", "input_audio": {"data": encoded[1 + i].split(",")[1], "format": ("wav", "mp3")[i]}}
+            for i in order
+        ]
+        return [{"type": "image_url", "image_url": {"url": encoded[0]}}, *heard, {"type": "text", "text": "What?"}]
+
+    texts = []
+    with running(vlm) as (address, _, _):
+        remote = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0).chat.completions
+        for order in ((0, 1), (1, 0)):
+            message = {"role": "user", "content": parts(order)}
+            answer = remote.create(model=NAME, messages=[message], temperature=0, max_tokens=12)
+            texts.append(answer.choices[0].message.content)
+            local = [{"type": "audio", "path": str(sounds[i])} for i in order]
+            shown = [{"type": "image", "path": str(image)}, *local, {"type": "text", "text": "What?"}]
+            assert texts[-1] == vlm.generate(messages=[{"role": "user", "content": shown}], max_new_tokens=12).text
+        wrong = parts((0, 1))
+        wrong[1]["input_audio"]["format"] = "mp3"
+        with pytest.raises(openai.BadRequestError, match="audio 2 is not in the format"):
+            remote.create(model=NAME, messages=[{"role": "user", "content": wrong}])
+    assert texts[0] != texts[1]
+    with pytest.raises(openai.BadRequestError, match="takes no sounds"):
+        client.create(model=NAME, messages=[{"role": "user", "content": parts((0, 1))}])
+
+
 def test_a_stream_gives_the_same_text_and_the_usage(client: Any) -> None:
     settings = {"model": NAME, "messages": asks("Say it."), "seed": 7, "temperature": 0.8, "max_tokens": 24}
     whole = client.create(**settings)
     chunks = list(client.create(**settings, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].choices == [] and all(chunk.usage is None for chunk in chunks[:-1])
+    assert {"metrics", "msd"} <= chunks[-1].model_extra.keys()
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     alone = wanted(settings["messages"], 7, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=1.0, top_k=0)
     assert whole.choices[0].message.content == alone.text
@@ -112,6 +155,68 @@ def test_a_stop_string_ends_the_text_before_it(client: Any, stream: bool) -> Non
         assert answer.choices[0].finish_reason == "stop"
 
 
+def test_a_request_chooses_not_to_be_drafted(client: Any) -> None:
+    """Beside one that is: the answers are the same, and only one has drafts."""
+    messages, found = asks("la la la la la la"), {}
+
+    def ask(method: str) -> None:
+        answer = client.create(
+            model=NAME, messages=messages, temperature=0, max_tokens=60, extra_body={"msd": {"method": method}}
+        )
+        found[method] = answer.choices[0].message.content, answer.model_extra
+
+    with request_lock(VLM.model):  # both join before the first step
+        threads = [threading.Thread(target=ask, args=(method,)) for method in ("ar", "prompt-lookup")]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found["ar"][0] == found["prompt-lookup"][0] == wanted(messages, max_new_tokens=60).text
+    drafted = {name: more["metrics"]["speculative_decoding"]["num_draft_tokens"] for name, (_, more) in found.items()}
+    assert drafted["ar"] == 0 < drafted["prompt-lookup"]
+    assert all(more["msd"]["method"] == name for name, (_, more) in found.items())
+    assert "divergence" not in found["ar"][1]["msd"]
+
+
+@pytest.mark.parametrize("policy, epsilon", [("budget", 0.3), ("threshold", None)])
+def test_a_request_chooses_a_lossy_policy(
+    served: tuple[str, Scheduler], client: Any, policy: str, epsilon: float | None
+) -> None:
+    """It gets the answer of an engine with that policy, although others run at the same time, which get theirs."""
+    messages = asks("la la la la la la", data_uri(picture(1)))
+    options = {"temperature": 0.3, "seed": 4, "max_tokens": 60}
+    msd = {"policy": policy} if epsilon is None else {"policy": policy, "epsilon": epsilon}
+    found: dict[str, Any] = {}
+
+    def ask(name: str, more: dict[str, Any]) -> None:
+        found[name] = client.create(model=NAME, messages=messages, **options, extra_body=more)
+
+    work = [("lossless", {}), ("lossy", {"msd": msd}), ("other", {})]
+    threads = [threading.Thread(target=ask, args=one) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    sampled = {"do_sample": True, "temperature": 0.3, "top_p": 1.0, "top_k": 0, "max_new_tokens": 60}
+    config = SpeculativeConfig(adaptive=False, verifier=policy, epsilon=epsilon or 0.0)
+    alone = SpeculativeVLM(VLM.model, VLM.processor, config, "prompt-lookup").generate(
+        messages=messages, seed=[4], **sampled
+    )
+    exact = wanted(messages, 4, **sampled)
+    assert alone.tokens != exact.tokens  # the policy has spent something
+    assert found["lossy"].choices[0].message.content == alone.text
+    assert found["lossless"].choices[0].message.content == found["other"].choices[0].message.content == exact.text
+    said = found["lossy"].model_extra["msd"]
+    assert (said["policy"], said["epsilon"]) == (policy, epsilon or 0.0)
+    assert said["divergence"]["by_modality"]["language"] == pytest.approx(
+        alone.statistics.as_dict()["divergence"]["by_modality"]["language"]
+    )
+    assert 0 < said["divergence"]["per_token"] <= (epsilon or 1.0)
+    greedy = client.create(model=NAME, messages=messages, temperature=0, max_tokens=9, extra_body={"msd": msd})
+    assert greedy.model_extra["msd"]["divergence"]["total"] == 0.0
+    assert greedy.choices[0].message.content == wanted(messages, max_new_tokens=9).text
+
+
 def test_clients_at_once_get_the_answers_they_get_alone(served: tuple[str, Scheduler], client: Any) -> None:
     uris = [data_uri(picture(i % 3)) for i in range(8)]
     messages = [asks(f"Question {i}?" * (1 + i % 3), *uris[i : i + i % 2]) for i in range(8)]
@@ -135,6 +240,13 @@ def test_clients_at_once_get_the_answers_they_get_alone(served: tuple[str, Sched
 BODY: dict[str, Any] = {"model": NAME, "messages": asks("Hi"), "max_tokens": 4}
 
 
+def test_null_is_the_default(client: Any) -> None:
+    nothing = dict.fromkeys(("stop", "seed", "top_p", "n", "stream", "logprobs", "tools", "max_completion_tokens"))
+    messages = asks("Hi")
+    answer = client.create(model=NAME, messages=messages, temperature=0, max_tokens=8, extra_body=nothing)
+    assert answer.choices[0].message.content == wanted(messages, max_new_tokens=8).text
+
+
 @pytest.mark.parametrize(
     "change, status, said",
     [
@@ -150,7 +262,11 @@ BODY: dict[str, Any] = {"model": NAME, "messages": asks("Hi"), "max_tokens": 4}
         ({"messages": asks("a <image> b")}, 400, "'<image>'"),
         ({"messages": asks("a</s>b")}, 400, "'</s>'"),
         ({"max_tokens": 100_000}, 400, "do not fit the model's context"),
-        ({"msd": {"method": "msd"}}, 400, "decodes with method 'prompt-lookup'"),
+        ({"msd": {"method": "msd"}}, 400, "drafts with 'prompt-lookup', or with 'ar' not at all"),
+        ({"msd": {"policy": "any"}}, 400, "unknown verifier 'any'; known: lossless"),
+        ({"msd": {"epsilon": 0.1}}, 400, "verifier 'lossless' has no epsilon; choose 'budget'"),
+        ({"msd": {"policy": "budget", "epsilon": 2}}, 400, "epsilon 2.0 is outside [0, 1]"),
+        ({"msd": {"thresholds": {}}}, 400, "msd.thresholds: is not supported"),
         ({"stop": ["a"] * 5}, 400, "5 stop strings"),
     ],
 )
@@ -181,13 +297,29 @@ def test_the_status_of_the_server(served: tuple[str, Scheduler]) -> None:
     before = metric(address, "generation_tokens_total")
     answer = httpx2.post(address + CHAT, json=BODY, timeout=60).json()
     assert metric(address, "generation_tokens_total") - before == answer["usage"]["completion_tokens"]
+    shown = {**BODY, "messages": asks("Hi", data_uri(picture(77)))}
+    names = ("mm_cache_queries_total", "mm_cache_hits_total", "prefix_cache_queries_total", "prefix_cache_hits_total")
+    found = [[metric(address, name) for name in names]]
+    for _ in range(2):
+        prompt = httpx2.post(address + CHAT, json=shown, timeout=60).json()["usage"]["prompt_tokens"]
+        found.append([metric(address, name) for name in names])
+    first, second = ([b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(found))
+    assert first[:3] == [1, 0, prompt] and second[:3] == [1, 1, prompt]
+    assert 0 <= first[3] < second[3] == prompt - 1
+    accepted = metric(address, "spec_decode_num_accepted_tokens_total")
+    assert sum(metrics(address, "spec_decode_num_accepted_tokens_per_pos_total")) == accepted
+    assert metric(address, "request_queue_time_seconds_count") >= 3
     assert httpx2.get(f"{address}/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx2.get(f"{address}/version").headers["x-content-type-options"] == "nosniff"
 
 
 def metric(address: str, name: str) -> float:
+    return metrics(address, name)[0]
+
+
+def metrics(address: str, name: str) -> list[float]:
     lines = httpx2.get(f"{address}/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith(f"vllm:{name}")).rsplit(" ", 1)[1])
+    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}")]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -193,7 +193,7 @@ def test_tokens_appear_as_they_are_emitted(page: Any, served: tuple[str, Any]) -
         assert scheduler.running == 1
         page.click("#stop")
         page.wait_for_selector("#go:enabled")
-        wait(lambda: all(job.cancelled for job in scheduler._members))
+        wait(lambda: all(job.cancelled for job in scheduler.batch.members))
     wait(lambda: not scheduler.running)
     assert page.locator("#error").text_content() == ""
 

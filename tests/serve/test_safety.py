@@ -18,8 +18,9 @@ httpx2 = pytest.importorskip("httpx2")
 from PIL import Image  # noqa: E402
 
 from msd.errors import UserError  # noqa: E402
-from msd.serve.media import Decoder, data_of  # noqa: E402
+from msd.serve.media import Decoder  # noqa: E402
 from msd.serve.schema import Completion  # noqa: E402
+from msd.serve.sources import Sources, data_of  # noqa: E402
 from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
 
 VLM = engine()
@@ -100,16 +101,20 @@ def test_text_cannot_spell_a_placeholder(address: str) -> None:
         assert ask(address, messages=messages).status_code == 400
 
 
-def test_counts_and_sizes_are_checked_before_anything_is_decoded(images: Decoder, monkeypatch: Any) -> None:
+def test_counts_and_sizes_are_checked_before_anything_is_decoded(monkeypatch: Any) -> None:
     """CVE-2026-5497, CVE-2026-100650."""
     with pytest.raises(ValueError, match="17 images"):
         Completion.model_validate({"model": NAME, "messages": asks("Hi", *["data:,"] * 17)})
-    monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
+    for kind, most in (("video", 4), ("audio", 4)):
+        sound = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+        part = sound if kind == "audio" else {"type": "video_url", "video_url": {"url": "data:,"}}
+        with pytest.raises(ValueError, match=f"{most + 1} .*; at most {most}"):
+            Completion.model_validate({"model": NAME, "messages": [{"role": "user", "content": [part] * (most + 1)}]})
     with pytest.raises(UserError, match="image 1 is larger than 20 MB"):
-        images.media([("image", f"data:;base64,{'A' * 28_000_000}")])
-    monkeypatch.setattr("msd.serve.media.TOTAL", 100)
+        Sources().files([("image", f"data:;base64,{'A' * 28_000_000}")])
+    monkeypatch.setattr("msd.serve.sources.TOTAL", 100)
     with pytest.raises(UserError, match="together"):
-        images.media([("image", data_uri(b"x" * 60)), ("image", data_uri(b"y" * 60))])
+        Sources().files([("image", data_uri(b"x" * 60)), ("image", data_uri(b"y" * 60))])
 
 
 def test_a_bomb_is_refused_by_its_header(images: Decoder) -> None:

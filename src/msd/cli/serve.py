@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +38,15 @@ class Served:
     prefixes: Annotated[
         int, typer.Option("--prefixes", min=0, help="Prompts whose state is kept for prompts that continue them.")
     ] = 4
+    allow_media_domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-media-domain", help="Host that images may be fetched from, with :PORT if unusual; repeatable."
+        ),
+    ] = None
+    allow_media_folder: Annotated[
+        Path | None, typer.Option("--allow-media-folder", help="Folder whose files clients may name as file:///PATH.")
+    ] = None
     max_new_tokens: options.MaxNewTokens = 512
 
     @property
@@ -48,11 +58,13 @@ class Served:
         """Loads the model, and returns its application."""
         from msd.serve.api import create
         from msd.serve.scheduler import Limits, Scheduler
+        from msd.serve.sources import Sources
 
+        sources = Sources(self.allow_media_domain or (), self.allow_media_folder)
         target = drafting.target or "reference"
         vlm = options.load_vlm(target, drafting, **policy.checked())
         limits = Limits(self.rows, self.queue, self.cache_mb * 1000**2, self.deadline, self.prefixes)
-        return create(Scheduler(vlm, limits), self.name or target, keys, self.max_new_tokens)
+        return create(Scheduler(vlm, limits), self.name or target, keys, self.max_new_tokens, sources=sources)
 
 
 @dataclass(frozen=True)

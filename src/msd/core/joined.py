@@ -49,6 +49,10 @@ class JoinedSampler(Sampler):
         """See `Sampler`."""
         return self.parts[row].tokens_left(0)
 
+    def may_draft(self, row: int) -> bool:
+        """See `Sampler`."""
+        return self.parts[row].drafts
+
     def logits(self, raw: Tensor, rows: list[int]) -> Tensor:
         """See `Sampler`."""
         if not any(self.parts[row].processors for row in rows):

@@ -50,6 +50,7 @@ class Sampler:
     keep_logits: whether the verifier stores the logits before each emitted token in `Accepted.logits`.
 
     Attributes: `finish` is, for each row, why it stopped ("eos", "length" or "criteria"), or None.
+    `drafts` is whether rows may be drafted for; the caller may clear it.
     `lockstep` is whether a processor or criterion may compare rows. Then all rows emit the same number of tokens in a
     step, finished rows stay in the batch until the last one finishes, and processors and criteria get the same tensors
     [B, L + t] and [B, V] as from `generate()`.
@@ -87,6 +88,7 @@ class Sampler:
         native = (MaxLengthCriteria, EosTokenCriteria)
         self.criteria = StoppingCriteriaList([c for c in criteria if not isinstance(c, native)])
         self.finish: list[str | None] = [None] * B
+        self.drafts = True
 
     @property
     def alive(self) -> list[int]:
@@ -102,6 +104,10 @@ class Sampler:
     def tokens_left(self, row: int) -> int:
         """The number of tokens that `row` may still emit."""
         return self.max_length - self.layout.end[row]
+
+    def may_draft(self, row: int) -> bool:
+        """Whether `row` may be drafted for."""
+        return self.drafts
 
     def logits(self, raw: Tensor, rows: list[int]) -> Tensor:
         """Processed logits, [R, V] float32, from `raw` ones [R, V]; processors see the tokens of each row so far."""

@@ -278,7 +278,9 @@ def _media_arguments(processor: Any, groups: Sequence[Sequence[Any]]) -> dict[st
                 "prepare its tensors with that, and pass them to generate(**inputs)"
             )
         rate = processor.feature_extractor.sampling_rate
-        arguments = {"audio": [_samples(processor, sound, rate) for sound in sounds], "sampling_rate": rate}
+        arguments |= {"audio": [_samples(processor, sound, rate) for sound in sounds], "sampling_rate": rate}
+        if arguments["images"] is None:  # processors of sounds alone do not know the argument
+            del arguments["images"]
     return arguments
 
 

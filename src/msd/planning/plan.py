@@ -113,7 +113,9 @@ class Plan:
         """
         alive = set(sampler.alive)
         rows = range(sampler.layout.batch)
-        depth = [min(self.depth, sampler.tokens_left(r) - 1) if r in alive else 0 for r in rows]
+        depth = [
+            min(self.depth, sampler.tokens_left(r) - 1) if r in alive and sampler.may_draft(r) else 0 for r in rows
+        ]
         nodes = self.nodes
         if node_bytes:
             nodes = max(0, min(nodes, most_nodes(node_bytes, self.state_bytes) // max(1, len(alive)) - 1))
@@ -121,7 +123,7 @@ class Plan:
         width = self._width(nodes, passes) if node_bytes else self.width
         if passes is None:
             return Budget(nodes, depth if nodes else [0 for _ in rows], width)
-        if not self.governor.drafts() or not nodes:
+        if not any(depth) or not nodes or not self.governor.drafts():
             return Budget(0, [0 for _ in rows], width, passes=passes)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
         return Budget(nodes, depth, width, seconds, passes)

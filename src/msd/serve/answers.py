@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from msd.decode import Engine
 from msd.errors import UserError
 from msd.inputs.prompts import Request
 from msd.serve.batch import Emission
 from msd.serve.media import Medium
 from msd.serve.metrics import Metrics
-from msd.serve.scheduler import CANCELLED, LATE, PLAIN, Job
+from msd.serve.scheduler import CANCELLED, LATE, Job
 from msd.serve.schema import Completion
 from msd.serve.text import AnswerText
 from msd.serve.trace import Tracer
 
+PLAIN = "ar"  # the method without drafts
 FINISH = {"eos": "stop", "criteria": "stop", "length": "length", LATE: "length"}  # OpenAI's names
 
 
@@ -39,7 +41,7 @@ class Piece:
 
 @dataclass
 class Counts:
-    """The drafting of an answer. drafted, accepted: nodes by modality."""
+    """The drafting of an answer, by modality: nodes drafted and accepted; tokens of a lossy policy and their Σ TV."""
 
     tokens: int = 0
     drafts: int = 0
@@ -47,6 +49,8 @@ class Counts:
     accepted: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     modality: Counter[str] = field(default_factory=Counter)
+    lossy: Counter[str] = field(default_factory=Counter)
+    divergence: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def read(self, emission: Emission) -> None:
         """Adds one step."""
@@ -56,13 +60,17 @@ class Counts:
         self.drafted.update(emission.drafted)
         self.accepted.update(emission.accepted)
         self.modality.update(emission.modality)
+        for name, total_variation in zip(emission.modality, emission.divergence, strict=False):
+            self.lossy[name] += 1
+            self.divergence[name] += total_variation
 
 
 class Answer:
     """The answer `number` of a completion. Its `job` runs in the scheduler's thread, `pieces` is read in the loop's."""
 
     def __init__(
-        self, processor: Any, body: Completion, media: list[Medium], number: int, metrics: Metrics, most: int
+        self, processor: Any, body: Completion, media: list[Medium], number: int, metrics: Metrics, most: int,
+        engine: Engine | None,
     ) -> None:  # fmt: skip
         self.number, self.counts, self._body, self._metrics = number, Counts(), body, metrics
         self._processor, self._media, self._loop = processor, media, asyncio.get_running_loop()
@@ -70,12 +78,12 @@ class Answer:
         self._text = AnswerText(processor.tokenizer, body.stops)
         self._over = False
         seed = None if body.seed is None else body.seed + number
+        options, drafts = _options(body, most), body.msd.method != PLAIN
         self._tracer = Tracer(processor.tokenizer) if body.msd.trace else None
-        plain = body.msd.method == PLAIN
-        self.job = Job(self._prepare, _options(body, most), self._receive, seed, plain, body.msd.trace)
+        self.job = Job(self._prepare, options, self._receive, seed, engine, drafts, body.msd.trace)
 
     def _prepare(self) -> dict[str, Any]:
-        request = prompt_inputs(self._processor, self._body, self._media)
+        request = prompt_of(self._processor, self._body, self._media)
         return {**request.inputs(), "request": request}
 
     def _receive(self, outcome: Emission | Exception | None) -> None:
@@ -130,7 +138,7 @@ class Answer:
         return entries
 
 
-def prompt_inputs(processor: Any, body: Completion, media: list[Medium]) -> Request:
+def prompt_of(processor: Any, body: Completion, media: list[Medium]) -> Request:
     """Writes the prompt. UserError for text with special tokens, which could imitate turns or images."""
     tokenizer: PreTrainedTokenizerBase = processor.tokenizer
     for text in body.texts():

@@ -9,47 +9,63 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from msd import __version__
 from msd.serve import site
 from msd.serve.completions import INTERNAL, Completions
-from msd.serve.errors import HTTPError
+from msd.serve.errors import ErrorBody, HTTPError
 from msd.serve.guard import HEALTH, Guard
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import Scheduler
 from msd.serve.schema import Completion
+from msd.serve.sources import Sources
 
 DRAIN_SECONDS = 30.0
+ERRORS: dict[int | str, dict[str, Any]] = {
+    kind: {"model": ErrorBody, "description": text}
+    for kind, text in (("4XX", "The request was refused."), ("5XX", "The server failed."))
+}
+STREAM = "text/event-stream"
 
 
 def create(
-    scheduler: Scheduler, name: str, keys: tuple[str, ...] = (), most: int = 512, drain: float = DRAIN_SECONDS
+    scheduler: Scheduler,
+    name: str,
+    keys: tuple[str, ...] = (),
+    most: int = 512,
+    drain: float = DRAIN_SECONDS,
+    sources: Sources | None = None,
 ) -> Guard:
-    """The ASGI application of a scheduler, which it starts and drains. name: of the model. most: default max_tokens."""
+    """The ASGI application of a scheduler, which it starts and drains. name: of the model. most: default max_tokens.
+
+    sources: where media may come from besides data URIs; by default from nowhere.
+    """
     metrics = Metrics(scheduler, name)
-    completions = Completions(scheduler, metrics, name, most)
+    completions = Completions(scheduler, metrics, name, most, sources or Sources())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
         yield
         scheduler.drain(drain)
-        completions.decoder.close()
+        completions.close()
 
-    app = FastAPI(title="MSD", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="MSD", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS
+    )  # fmt: skip
     app.state.scheduler = scheduler
     _add_errors(app)
     _add_status(app, scheduler, metrics, name)
     site.add(app, completions)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses={200: {"content": {STREAM: {}}}})
     async def chat_completions(body: Completion, request: Request) -> Response:
         """Answers a chat about images; with `stream`, as server-sent events."""
         running = await completions.start(body)
         if body.stream:
-            return StreamingResponse(running.events(), media_type="text/event-stream")
+            return StreamingResponse(running.events(), media_type=STREAM)
         whole = await running.whole(request.is_disconnected)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 
@@ -77,16 +93,16 @@ def _add_status(app: FastAPI, scheduler: Scheduler, metrics: Metrics, name: str)
         """Whether the process answers."""
         return {"status": "live"}
 
-    @app.get("/health/ready", response_model=None)
+    @app.get("/health/ready", response_model=None, responses={503: {"description": "The server is stopping."}})
     async def ready() -> JSONResponse:
         """Whether requests are taken: 200 or 503."""
         ready = scheduler.accepting
         return JSONResponse({"status": "ready" if ready else "draining"}, 200 if ready else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """The metrics in Prometheus' text format."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -31,7 +31,9 @@ class Emission:
     tokens: ids. logits: for each token, (raw, processed) logits [V]; empty unless the request keeps them. finish: why
     the row ended ("eos", "length", "criteria", or the reason given to `end`), or None. drafted, accepted: number of its
     drafted nodes by the modality whose subtree they are in; modality: of each token, as the router predicts it, empty
-    without a router. traced: the step with its tree, if the request wants it; None for the first token.
+    without a router. divergence: total variation of each token from the target's distribution; empty for a lossless
+    policy and for the first token, which is exact. traced: the step with its tree, if the request wants it; None for
+    the first token.
     """
 
     tokens: list[int]
@@ -40,6 +42,7 @@ class Emission:
     accepted: Counter[str] = field(default_factory=Counter)
     logits: tuple[tuple[Tensor, Tensor], ...] = ()
     modality: tuple[str, ...] = ()
+    divergence: tuple[float, ...] = ()
     traced: Pass | None = None
 
 
@@ -130,5 +133,6 @@ def _emission(step: Step, row: int, kinds: list[int], finish: str | None, traced
         Counter(names[kind] for kind in some if kind >= 0)
         for some in (kinds[1:], [kinds[node] for node in accepted.nodes[row]])
     )
+    divergence = tuple(accepted.divergence[row]) if accepted.divergence is not None and modality else ()
     trace = read(step, row) if traced else None
-    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality, trace)
+    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality, divergence, trace)

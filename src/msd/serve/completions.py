@@ -8,52 +8,98 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from msd.core.statistics import Statistics
+from msd.decode import Engine
 from msd.errors import UserError
-from msd.serve.answers import Answer, Piece
+from msd.serve.answers import PLAIN, Answer, Counts, Piece
 from msd.serve.errors import HTTPError
 from msd.serve.media import Decoder, Medium
 from msd.serve.metrics import Metrics
-from msd.serve.scheduler import PLAIN, QueueFullError, Scheduler
+from msd.serve.scheduler import QueueFullError, Scheduler
 from msd.serve.schema import Completion
+from msd.serve.sources import SECONDS, Sources
+from msd.verify import policy
 
 INTERNAL = "the server could not compute this answer; try again, or ask its operator to read the log"
 POLL_SECONDS = 0.25  # between two looks at whether a client is still there
+FETCHERS = 16  # requests whose media are fetched at the same time
+GRACE = 2.0  # seconds that a fetch may end late
 
 
 class Completions:
-    """The completions of one served model. name: what clients call it. most: default length of an answer."""
+    """The completions of one served model. name: what clients call it. most: default length of an answer.
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics, name: str, most: int) -> None:
-        self.scheduler, self.metrics, self.name, self.most = scheduler, metrics, name, most
-        self.decoder = Decoder()
+    sources: where media may come from.
+    """
+
+    def __init__(self, scheduler: Scheduler, metrics: Metrics, name: str, most: int, sources: Sources) -> None:
+        self.scheduler, self.metrics, self.name, self.most, self.sources = scheduler, metrics, name, most, sources
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "msd-fetch")
+        self.decoder = Decoder(rate=_sampling_rate(scheduler.vlm.processor))
 
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
-        media = await self.check(body)
+        self.check(body)
+        engine, media = self._engine(body), await self.media(body)
         processor = self.scheduler.vlm.processor
-        answers = [Answer(processor, body, media, i, self.metrics, self.most) for i in range(body.n)]
+        answers = [Answer(processor, body, media, i, self.metrics, self.most, engine) for i in range(body.n)]
         with queue_full():
             self.scheduler.submit(*(answer.job for answer in answers))
         return Running(self, body, answers)
 
-    async def check(self, body: Completion) -> list[Medium]:
-        """Returns the media of a request. HTTPError for unreadable ones, another model, or other drafting."""
+    async def media(self, body: Completion) -> list[Medium]:
+        """Gets and decodes the media. HTTPError for the first that is refused."""
+        parts, sources, loop = body.media, self.sources, asyncio.get_running_loop()
+        fetchers = self._fetchers if sources.fetches(parts) else None  # slow hosts must not delay other requests
+        try:
+            self.decoder.check(kind for kind, _ in parts)
+            async with asyncio.timeout(SECONDS + GRACE):
+                files = await loop.run_in_executor(fetchers, sources.files, parts)
+            return await asyncio.to_thread(self.decoder.media, parts, files)
+        except UserError as error:
+            raise HTTPError(400, str(error), "messages") from error
+        except TimeoutError as error:
+            raise HTTPError(400, "the media could not be fetched in time; send data:…;base64,…", "messages") from error
+
+    def close(self) -> None:
+        """Ends the helper process and the fetching threads."""
+        self.decoder.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    def check(self, body: Completion) -> None:
+        """HTTPError for another model, or more answers than the queue has places."""
         if body.model != self.name:
             raise HTTPError(404, f"this server has the model '{self.name}'", "model", "model_not_found")
         if body.n > self.scheduler.limits.waiting:
             raise HTTPError(400, f"n is larger than the queue of {self.scheduler.limits.waiting}", "n")
-        config, method = self.scheduler.vlm.config, self.scheduler.vlm.drafter.name
-        for field, mine in (("method", method), ("policy", config.verifier), ("epsilon", config.epsilon)):
-            wanted = getattr(body.msd, field)
-            if wanted is not None and wanted not in (mine, *([PLAIN] if field == "method" else [])):
-                raise HTTPError(400, f"this server decodes with {field} '{mine}'; leave it out", f"msd.{field}")
+
+    def policy(self, body: Completion) -> tuple[str, float]:
+        """(the policy of a request, its ε): the server's where the request does not say."""
+        config = self.scheduler.vlm.config
+        name, epsilon = body.msd.policy or config.verifier, body.msd.epsilon
+        return name, (config.epsilon if name == config.verifier else 0.0) if epsilon is None else epsilon
+
+    def _engine(self, body: Completion) -> Engine | None:
+        """The engine of a request; None: the server's. HTTPError for a method or policy that this server cannot use.
+
+        Every policy decodes greedily as `lossless` does, so only requests that sample need an engine of their own.
+        """
+        vlm, (name, epsilon) = self.scheduler.vlm, self.policy(body)
+        if body.msd.method not in (None, PLAIN, vlm.drafter.name):
+            raise HTTPError(
+                400, f"this server drafts with '{vlm.drafter.name}', or with '{PLAIN}' not at all", "msd.method"
+            )
+        if (name, epsilon) == (vlm.config.verifier, vlm.config.epsilon):
+            return None
         try:
-            return await asyncio.to_thread(self.decoder.media, body.media)
+            engine = vlm.engine_with(name, epsilon)
         except UserError as error:
-            raise HTTPError(400, str(error), "messages") from error
+            raise HTTPError(400, str(error), "msd") from error
+        return None if vlm.verifier.lossless and body.temperature == 0 else engine
 
 
 @contextmanager
@@ -118,7 +164,7 @@ class Running:
                 delta = {"content": piece.text} if piece.text or piece.logprobs else {}
                 traced = {"msd": {"step": piece.step}} if piece.step is not None else {}
                 yield self._event([self._choice(number, delta, piece.logprobs, piece.finish)], **traced)
-            if self.body.stream_options is not None and self.body.stream_options.include_usage:
+            if self._tells_usage:
                 yield self._event([], **self._final())
             yield b"data: [DONE]\n\n"
         except HTTPError as failure:
@@ -126,12 +172,18 @@ class Running:
         finally:
             self.cancel()
 
+    @property
+    def _tells_usage(self) -> bool:
+        """Whether the stream has usage: in its last event, and null in all others."""
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
     def _choice(self, index: int, delta: dict[str, str], logprobs: list[Any], finish: str | None) -> dict[str, Any]:
         content = {"content": logprobs, "refusal": None} if logprobs else None
         return {"index": index, "delta": delta, "logprobs": content, "finish_reason": finish}
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        chunk = {**self.head, "object": "chat.completion.chunk", "choices": choices, **more}
+        usage = {"usage": None} if self._tells_usage else {}
+        chunk = {**self.head, "object": "chat.completion.chunk", "choices": choices, **usage, **more}
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -162,7 +214,7 @@ class Running:
         }
         drafted, accepted = (sum(n[of] for n in by_modality.values()) for of in ("drafted", "accepted"))
         steps = sum(c.steps for c in counts) - len(counts)  # without prefill
-        config, vlm = self.owner.scheduler.vlm.config, self.owner.scheduler.vlm
+        name, epsilon = self.owner.policy(self.body)
         usage = {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": jobs[0].cached_tokens},
@@ -173,11 +225,28 @@ class Running:
             "mean_acceptance_length": (new - len(counts)) / steps if steps > 0 else 0.0,
         }  # fmt: skip
         own = {
-            "method": self.body.msd.method or vlm.drafter.name, "policy": config.verifier, "epsilon": config.epsilon,
+            "method": self.body.msd.method or self.owner.scheduler.vlm.drafter.name, "policy": name, "epsilon": epsilon,
             "tokens_by_modality": dict(sum((c.modality for c in counts), start=Counter())),
             "drafts_by_modality": by_modality,
+            **({} if policy(name).lossless else {"divergence": _divergence(counts)}),
         }  # fmt: skip
         return {"usage": usage, "metrics": {"speculative_decoding": speculative}, "msd": own}
+
+
+def _divergence(counts: Sequence[Counts]) -> dict[str, Any]:
+    """The total variation of all tokens but the first of each answer, as in `Statistics`."""
+    spent = {
+        name: (sum(c.lossy[name] for c in counts), sum(c.divergence[name] for c in counts))
+        for name in {name for c in counts for name in c.lossy}
+    }
+    exact = sum(max(0, c.tokens - 1) for c in counts)  # decoded greedily: nothing was spent
+    none = {"tokens": exact, "per_token": 0.0, "total": 0.0, "by_modality": {}}
+    return Statistics(divergence=spent).as_dict()["divergence"] or none
+
+
+def _sampling_rate(processor: Any) -> int | None:
+    """Samples per second of the sounds that a model takes; None if it takes none."""
+    return processor.feature_extractor.sampling_rate if getattr(processor, "audio_token", None) else None
 
 
 def failure(error: Exception) -> HTTPError:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from msd.errors import UserError
 from msd.labels.gain import answer_logits, image_blocks, image_columns, masking_cost
-from msd.serve.answers import prompt_inputs
+from msd.serve.answers import prompt_of
 from msd.serve.completions import POLL_SECONDS, Completions, failure, queue_full
 from msd.serve.media import Medium
 from msd.serve.schema import Completion, Message, Strict
@@ -51,7 +51,8 @@ async def measure(
     `blocks` is None unless there is one image whose tokens form a square grid.
     """
     asked = body.asked()
-    media = await completions.check(asked)
+    completions.check(asked)
+    media = await completions.media(asked)
     target = completions.scheduler.vlm.target
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
@@ -83,7 +84,7 @@ def _passes(
     target: Target, processor: Any, asked: Completion, media: list[Medium], tokens: list[int]
 ) -> Generator[None, None, dict[str, Any]]:
     """Yields after each pass of the target; returns the gains."""
-    inputs = prompt_inputs(processor, asked, media).inputs()
+    inputs = prompt_of(processor, asked, media).inputs()
     length, context = inputs["input_ids"].shape[1] + len(tokens), target.context_length
     vocabulary = target.text_config.vocab_size
     if max(tokens) >= vocabulary:

@@ -1,66 +1,71 @@
-"""Images and videos of requests: data URIs only, within limits that hold before `decoder` decodes them.
-
-Nothing is fetched and no local file is opened: an address that is not a data URI is refused, so there is no address to
-check, no redirect to follow and no resolution to pin.
-"""
+"""Has the files of requests decoded by `decoder`, in a process of its own, and keeps what was decoded."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from msd.errors import UserError
-from msd.inputs.images import MAX_BYTES, MAX_PIXELS
-from msd.inputs.media import Clip
+from msd.inputs.images import MAX_PIXELS
+from msd.inputs.media import Audio, Clip
 from msd.serve import decoder
 
 SECONDS = 20.0  # of wall time for one file
-TOTAL = 2 * MAX_BYTES  # bytes of all media of a request
-KEPT = 200 * 1000**2  # bytes of decoded pixels that are kept for requests with the same image
+KEPT = 200 * 1000**2  # bytes of decoded pixels and samples that are kept for requests with the same file
 
 
-Medium = Image.Image | Clip
+@dataclass(frozen=True, eq=False)
+class Sound(Audio):
+    """A sound that has been decoded. samples: [n] in [-1, 1], `rate` of them per second."""
+
+    samples: NDArray[np.float32]
+    rate: int
+
+    def load(self, rate: int = 16_000) -> NDArray[np.float32]:
+        """See `Audio`; UserError for another rate."""
+        if rate != self.rate:
+            raise UserError(f"{self.path} was decoded at {self.rate} samples per second, not {rate}")
+        return self.samples
 
 
-def data_of(uri: str, name: str) -> bytes:
-    """The file in a base64 data URI. UserError for any other address; the message has the `name`, not the address."""
-    head, comma, body = uri.partition(",")
-    if head[:5].lower() != "data:" or not comma:
-        raise UserError(f"{name} is not a data URI, and this server fetches nothing; send data:…;base64,…")
-    if not head.lower().endswith(";base64"):
-        raise UserError(f"{name} is a data URI without base64; send data:…;base64,…")
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise UserError(f"{name} is larger than {MAX_BYTES // 10**6} MB; compress or resize it")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"{name} is not valid base64; encode the file again") from error
+Medium = Image.Image | Clip | Sound
 
 
 class Decoder:
-    """The helper process, started at the first file and again after a failure. Thread-safe; one file at a time."""
+    """The helper process, started at the first file and again after a failure. Thread-safe; one file at a time.
 
-    def __init__(self, seconds: float = SECONDS) -> None:
-        self.seconds, self._lock = seconds, threading.Lock()
+    rate: samples per second of the model's sounds; None if it takes none.
+    """
+
+    def __init__(self, seconds: float = SECONDS, rate: int | None = None) -> None:
+        self.seconds, self.rate, self._lock = seconds, rate, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._kept: OrderedDict[tuple[str, bytes], Medium] = OrderedDict()
 
-    def media(self, parts: Sequence[tuple[str, str]]) -> list[Medium]:
-        """The RGB images and videos of a request. parts: (kind, address). UserError for the first that is refused."""
-        names = [f"{kind} {number}" for number, (kind, _) in enumerate(parts, 1)]
-        files = [data_of(uri, name) for (_, uri), name in zip(parts, names, strict=True)]
-        if sum(map(len, files)) > TOTAL:
-            raise UserError(f"the media are larger than {TOTAL // 10**6} MB together; compress or resize them")
-        return [self.medium(kind, data, name) for (kind, _), data, name in zip(parts, files, names, strict=True)]
+    def check(self, kinds: Iterable[str]) -> None:
+        """UserError if the model takes no sounds and one of the kinds is "audio"."""
+        if self.rate is None and "audio" in kinds:
+            raise UserError("this model takes no sounds; leave them out")
+
+    def media(self, parts: Sequence[tuple[str, str]], files: Sequence[bytes]) -> list[Medium]:
+        """The images, videos and sounds of a request. parts: (kind, address) of each file. UserError: see `decoder`."""
+        out = []
+        for number, ((kind, address), data) in enumerate(zip(parts, files, strict=True), 1):
+            name = f"{kind} {number}"
+            if kind == "audio" and not address.startswith(f"data:audio/{_format(data)};"):
+                raise UserError(f"{name} is not in the format that the request names; name its own, or convert it")
+            out.append(self.medium(kind, data, name))
+        return out
 
     def medium(self, kind: str, data: bytes, name: str = "image 1") -> Medium:
         """Decodes a file, or takes it from the ones kept."""
@@ -86,9 +91,12 @@ class Decoder:
         timer = threading.Timer(self.seconds, process.kill)
         timer.start()
         try:
-            process.stdin.write(decoder.LENGTH.pack(decoder.KINDS.index(kind), len(data)) + data)
+            process.stdin.write(decoder.LENGTH.pack(decoder.KINDS.index(kind), self.rate or 0, len(data)) + data)
             process.stdin.flush()
             status, first, second = decoder.HEAD.unpack(_exactly(process.stdout, decoder.HEAD.size))
+            if status == decoder.OK and kind == "audio" and 4 * second <= decoder.OUTPUT:
+                samples = np.frombuffer(_exactly(process.stdout, 4 * second), np.float32)
+                return Sound("the sound", samples, self.rate or 0)
             if status == decoder.OK and first * second <= MAX_PIXELS:
                 image = Image.frombytes("RGB", (first, second), _exactly(process.stdout, 3 * first * second))
                 return _clip(image, _exactly(process.stdout, decoder.TAIL.size)) if kind == "video" else image
@@ -128,8 +136,17 @@ def _clip(stacked: Image.Image, tail: bytes) -> Clip:
 
 
 def _bytes(medium: Medium) -> int:
-    """Bytes of the decoded pixels."""
+    """Bytes of the decoded pixels or samples."""
+    if isinstance(medium, Sound):
+        return medium.samples.nbytes
     return sum(3 * i.width * i.height for i in (medium.frames if isinstance(medium, Clip) else [medium]))
+
+
+def _format(data: bytes) -> str | None:
+    """The format of a sound file by its first bytes: "wav", "mp3", or None for any other."""
+    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
+        return "wav"
+    return "mp3" if data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1:2] >= b"\xe0") else None
 
 
 def _exactly(stream: IO[bytes], count: int) -> bytes:

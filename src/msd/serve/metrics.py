@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from msd.serve.batch import Emission
 from msd.serve.scheduler import Job, Scheduler
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 300.0)
+
+
+class VisionCache(Collector):
+    """The counts of the cache of vision features."""
+
+    def __init__(self, scheduler: Scheduler, model: str) -> None:
+        self.scheduler, self.model = scheduler, model
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """See `Collector`."""
+        vision = self.scheduler.vlm.target.vision
+        for name, text, count in (
+            ("mm_cache_hits", "Images whose features were cached.", vision.hits),
+            ("mm_cache_queries", "Images of all prompts.", vision.hits + vision.misses),
+        ):
+            family = CounterMetricFamily(f"vllm:{name}", text, labels=("model_name",))
+            family.add_metric((self.model,), count)
+            yield family
 
 
 class Metrics:
@@ -17,15 +39,18 @@ class Metrics:
         self.registry, self._model, self._scheduler = CollectorRegistry(), model, scheduler
         self._gauge("num_requests_running", "Requests being decoded.", lambda: scheduler.running)
         self._gauge("num_requests_waiting", "Requests in the queue.", lambda: scheduler.waiting)
-        vision = scheduler.vlm.target.vision
-        self._gauge("mm_cache_hits", "Images whose features were cached.", lambda: vision.hits)
-        self._gauge("mm_cache_queries", "Images of all prompts.", lambda: vision.hits + vision.misses)
+        self.registry.register(VisionCache(scheduler, model))
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of all prompts.")
         self.cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens taken from earlier prompts.")
+        self.sought_tokens = self._counter("prefix_cache_queries", "Prompt tokens looked for in earlier prompts.")
         self.tokens = self._counter("generation_tokens", "Tokens of all answers.")
         self.drafts = self._counter("spec_decode_num_drafts", "Steps of rows that drafted.")
         self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafted tokens.")
         self.accepted = self._counter("spec_decode_num_accepted_tokens", "Accepted drafted tokens.")
+        self.by_position = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted drafted tokens by their place in a step.",
+            ("model_name", "position"), registry=self.registry,
+        )  # fmt: skip
         self.by_modality, self.drafted_by_modality, self.accepted_by_modality = (
             Counter(f"msd:{name}_by_modality", text, ("model_name", "modality"), registry=self.registry)
             for name, text in (
@@ -38,6 +63,7 @@ class Metrics:
             "vllm:request_success", "Answers by the reason of their end.", ("model_name", "finished_reason"),
             registry=self.registry,
         )  # fmt: skip
+        self.queued = self._histogram("request_queue_time_seconds", "Seconds in the queue.")
         self.first_token = self._histogram("time_to_first_token_seconds", "Seconds to the first token.")
         self.per_token = self._histogram("time_per_output_token_seconds", "Seconds per token after the first.")
         self.total = self._histogram("e2e_request_latency_seconds", "Seconds from arrival to the end.")
@@ -49,6 +75,8 @@ class Metrics:
             self.drafts.inc()
             self.draft_tokens.inc(emission.drafted.total())
             self.accepted.inc(emission.accepted.total())
+            for position in range(emission.accepted.total()):
+                self.by_position.labels(self._model, position).inc()
             for counter, kinds in (
                 (self.drafted_by_modality, emission.drafted), (self.accepted_by_modality, emission.accepted),
             ):  # fmt: skip
@@ -62,6 +90,9 @@ class Metrics:
         self.ended.labels(self._model, reason).inc()
         self.prompt_tokens.inc(job.prompt_tokens)
         self.cached_tokens.inc(job.cached_tokens)
+        if self._scheduler.limits.prefixes:
+            self.sought_tokens.inc(job.prompt_tokens)
+        self.queued.observe((job.joined or now) - job.arrival)
         self.total.observe(now - job.arrival)
         if job.first_token is not None:
             self.first_token.observe(job.first_token - job.arrival)

@@ -2,8 +2,7 @@
 
 Requests wait in a bounded queue, first come, first served. Between two steps of the batch, cancelled and late requests
 leave, and waiting ones are prefilled and join: one at a time while answers are being decoded, so a running answer waits
-for at most one prompt per step. A request joins if a row is free and its keys and values fit the memory. Requests
-without drafts have a batch of their own; the two batches take turns.
+for at most one prompt per step. A request joins if a row is free and its keys and values fit the memory.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from statistics import median
 from typing import Any
 
+from msd.decode import Engine
 from msd.errors import UserError
 from msd.model import Prefilled, SpeculativeVLM
 from msd.serve.batch import Batch, Emission
@@ -29,7 +28,6 @@ from msd.streaming import request_lock
 log = logging.getLogger(__name__)
 CANCELLED, LATE = "cancelled", "deadline"  # besides the reasons of `msd.result.Result.finish`
 RECENT = 32  # requests in the running median of seconds
-PLAIN = "ar"  # the method without drafts
 IDLE_SECONDS = 0.5  # between two looks at the deadlines of an idle scheduler
 
 
@@ -64,17 +62,19 @@ class Job:
 
     prepare: returns the processor's output; it runs in the scheduler's thread. options: of `generate()`. receive: gets
     every `Emission`, and at the end None or an exception; called in the scheduler's thread, it must not block.
-    seed: None for a random one. plain: decode without drafts. trace: emissions have their trees. inputs: the
-    processor's output, once prepared.
+    seed: None for a random one. engine: another one than the server's; None for that. drafts: whether to draft for it.
+    trace: emissions have their trees. inputs: the processor's output, once prepared.
     """
 
     prepare: Callable[[], dict[str, Any]]
     options: dict[str, Any]
     receive: Callable[[Emission | Exception | None], None]
     seed: int | None = None
-    plain: bool = False
+    engine: Engine | None = None
+    drafts: bool = True
     trace: bool = False
     arrival: float = field(default_factory=time.monotonic)
+    joined: float | None = None
     first_token: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -91,8 +91,8 @@ class Scheduler:
     """Serves one engine. Start it with `start`, end it with `drain`."""
 
     def __init__(self, vlm: SpeculativeVLM, limits: Limits | None = None) -> None:
-        self.vlm, self.limits = vlm, limits or Limits()
-        self._batches: dict[bool, Batch[Job]] = {False: _batch(vlm)}  # by whether they are without drafts
+        self.vlm, self.limits, self._engine = vlm, limits or Limits(), vlm.engine
+        self.batch = _batch(self._engine)
         self._work: deque[Work] = deque()
         self.steps = 0
         self._waiting: deque[Job] = deque()
@@ -111,16 +111,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that are being decoded."""
-        return len(self._members)
-
-    @property
-    def _members(self) -> list[Job]:
-        return [job for batch in self._batches.values() for job in batch.members]
-
-    @cached_property
-    def _plain(self) -> SpeculativeVLM:
-        """The engine without drafts."""
-        return self.vlm.with_method(PLAIN)
+        return len(self.batch.members)
 
     @property
     def accepting(self) -> bool:
@@ -158,7 +149,7 @@ class Scheduler:
             self._draining = True
             self._changed.notify()
         self._thread.join(seconds)
-        for job in [*self._waiting, *self._members]:
+        for job in [*self._waiting, *self.batch.members]:
             job.cancel()
         for work in list(self._work):
             work.cancelled = True
@@ -168,7 +159,7 @@ class Scheduler:
         """The thread: until drained, lets requests leave and join, then computes a step."""
         while True:
             with self._changed:
-                while not self._waiting and not self._members and not self._work:
+                while not self._waiting and not self.batch.members and not self._work:
                     if self._draining:
                         return
                     self._changed.wait(IDLE_SECONDS)
@@ -189,23 +180,20 @@ class Scheduler:
             gone = [job for job in self._waiting if job.cancelled or job.arrival < oldest]
             for job in gone:
                 self._waiting.remove(job)
-        running = [job for job in self._members if job.cancelled or job.arrival < oldest]
+        running = [job for job in self.batch.members if job.cancelled or job.arrival < oldest]
         for reason, jobs in (
             (CANCELLED, [job for job in running if job.cancelled]),
             (LATE, [job for job in running if not job.cancelled]),
         ):
-            for batch in self._batches.values():
-                batch.end(jobs, reason)
+            self.batch.end(jobs, reason)
         for job in [*gone, *running]:
             self._finish(job, Emission([], CANCELLED if job.cancelled else LATE))
 
     def _admit(self) -> None:
         """Prefills waiting requests, at most one if answers are being decoded."""
-        decoding = bool(self._members)
-        while self._waiting and len(self._members) < self.limits.rows:
+        decoding = bool(self.batch.members)
+        while self._waiting and len(self.batch.members) < self.limits.rows and self._opens(self._waiting[0]):
             job = self._waiting[0]
-            if not self._of(job).open:
-                return
             if job.inputs is None and not self._prepare(job):
                 continue
             if not self._fits(job):
@@ -216,12 +204,12 @@ class Scheduler:
             if decoding:
                 return
 
-    def _of(self, job: Job) -> Batch[Job]:
-        """The batch that a request joins. A server without drafts has one."""
-        plain = job.plain and self.vlm.drafter.name != PLAIN
-        if plain and plain not in self._batches:
-            self._batches[plain] = _batch(self._plain)
-        return self._batches[plain]
+    def _opens(self, job: Job) -> bool:
+        """Whether a request can join the batch now; an empty batch becomes one of the request's engine."""
+        engine = job.engine or self._engine
+        if not self.batch.members and self.batch.engine is not engine:
+            self.batch = _batch(engine)
+        return self.batch.engine is engine and self.batch.open
 
     def _prepare(self, job: Job) -> bool:
         """Runs the processor; a request that fails in it or can never fit leaves the queue, and False is returned."""
@@ -237,7 +225,7 @@ class Scheduler:
         except Exception as error:
             with self._changed:
                 self._waiting.popleft()
-            self._finish(job, error)
+            self._fail(job, error, "a request could not be prepared")
             return False
 
     def _slots(self, job: Job) -> int:
@@ -252,32 +240,27 @@ class Scheduler:
         return 2 * text.num_hidden_layers * heads * width * self.vlm.model.dtype.itemsize
 
     def _fits(self, job: Job) -> bool:
-        """Whether the keys and values of all batches with this request stay within the memory."""
-        mine = self._of(job)
-        others = sum(batch.bytes_with(0, rows=0) for batch in self._batches.values() if batch is not mine)
-        slots = self._slots(job)
-        return (mine.bytes_with(slots) or slots * self.slot_bytes()) + others <= self.limits.cache_bytes
+        """Whether the batch's keys and values with this request stay within the memory."""
+        return self.batch.bytes_with(self._slots(job)) <= self.limits.cache_bytes
 
     def _join(self, job: Job) -> None:
         """Prefills a request and adds it to the batch; an error of its own ends it alone."""
         seed = secrets.randbits(63) if job.seed is None else job.seed
         assert job.inputs is not None
+        job.joined = time.monotonic()
         try:
             request = self._prefill(job, job.inputs, seed)
+            request.sampler.drafts = job.drafts
             job.inputs = None
-            emission = self._of(job).join(job, request)
+            emission = self.batch.join(job, request)
         except Exception as error:
-            if not isinstance(error, UserError):
-                log.exception("a prompt failed")
-            self._finish(job, error)
+            self._fail(job, error, "a prompt failed")
             return
         job.first_token = time.monotonic()
         self._deliver(job, emission)
 
     def _prefill(self, job: Job, inputs: dict[str, Any], seed: int) -> Prefilled:
         """Runs the prompt, behind the longest stored prefix that it begins with."""
-        if job.plain:
-            return self._plain.prefill(inputs, [seed], **job.options)
         past = self.prefixes.past(inputs["input_ids"])
         request = self.vlm.prefill(inputs, [seed], past, **job.options)
         job.cached_tokens = job.prompt_tokens - request.state.prefilled
@@ -286,12 +269,11 @@ class Scheduler:
 
     def _step(self) -> None:
         """Computes one step and hands out what it emitted."""
-        for batch in self._batches.values():
-            if batch.members:
-                emitted = batch.step()
-                self.steps += 1
-                for job, emission in emitted:
-                    self._deliver(job, emission)
+        if self.batch.members:
+            emitted = self.batch.step()
+            self.steps += 1
+            for job, emission in emitted:
+                self._deliver(job, emission)
 
     def _advance(self) -> None:
         """Computes one pass of the first piece of work."""
@@ -315,16 +297,21 @@ class Scheduler:
             if isinstance(outcome, Emission):
                 _hand(job, None)
 
+    def _fail(self, job: Job, error: Exception, what: str) -> None:
+        """Ends a request with an error of its own; logs one that is not the client's, in the handler of `error`."""
+        if not isinstance(error, UserError):
+            log.exception(what)
+        self._finish(job, error)
+
     def _fail_all(self, error: Exception) -> None:
         """Ends all requests of the batch with an error, and starts an empty one."""
-        members = self._members
-        self._batches = {False: _batch(self.vlm)}
+        members, self.batch = self.batch.members, _batch(self._engine)
         for job in members:
             self._finish(job, error)
 
 
-def _batch(vlm: SpeculativeVLM) -> Batch[Job]:
-    return Batch(vlm.engine, lambda job: job.trace)
+def _batch(engine: Engine) -> Batch[Job]:
+    return Batch(engine, lambda job: job.trace)
 
 
 def _hand(job: Job, outcome: Emission | Exception | None) -> None:

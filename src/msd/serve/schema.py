@@ -5,11 +5,11 @@ Lengths and counts are limited here, before any media is read.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-IMAGES, VIDEOS = 16, 4  # per request
+MOST = {"image": 16, "video": 4, "audio": 4}  # per request
 MESSAGES = 256
 ANSWERS = 8  # n
 STOPS = 4
@@ -40,8 +40,14 @@ class ImageUrl(Strict):
 class ImagePart(Strict):
     """An image of a message."""
 
+    kind: ClassVar[str] = "image"
     type: Literal["image_url"]
     image_url: ImageUrl
+
+    @property
+    def address(self) -> str:
+        """Where the image is."""
+        return self.image_url.url
 
 
 class VideoUrl(Strict):
@@ -53,15 +59,44 @@ class VideoUrl(Strict):
 class VideoPart(Strict):
     """A video of a message."""
 
+    kind: ClassVar[str] = "video"
     type: Literal["video_url"]
     video_url: VideoUrl
+
+    @property
+    def address(self) -> str:
+        """Where the video is."""
+        return self.video_url.url
+
+
+class InputAudio(Strict):
+    """A sound file in base64."""
+
+    data: str
+    format: Literal["wav", "mp3"]
+
+
+class AudioPart(Strict):
+    """A sound of a message."""
+
+    kind: ClassVar[str] = "audio"
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+    @property
+    def address(self) -> str:
+        """The sound as a data URI."""
+        return f"data:audio/{self.input_audio.format};base64,{self.input_audio.data}"
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart, Field(discriminator="type")]
 
 
 class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]]
+    content: Text | list[Part]
 
 
 class StreamOptions(Strict):
@@ -71,9 +106,9 @@ class StreamOptions(Strict):
 
 
 class Extension(Strict):
-    """The field `msd`: what the client expects of the server's drafting; another setting is refused.
+    """The field `msd`: how this request is drafted. None: as the server does; ε: that of the server's own policy.
 
-    method: also "ar", for an answer without drafts. trace: add each step and its draft tree to the events.
+    trace: add each step and its draft tree to the events of a stream.
     """
 
     method: str | None = None
@@ -82,8 +117,18 @@ class Extension(Strict):
     trace: bool = False
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """Has a JSON schema say what `Completion._defaults` does: null is a default, also of unknown fields."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    schema["additionalProperties"] = {"type": "null"}
+
+
 class Completion(Strict):
     """The body of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_nullable)
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
@@ -105,6 +150,12 @@ class Completion(Strict):
     user: Annotated[str | None, Field(max_length=512)] = None
     msd: Extension = Extension()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, body: Any) -> Any:
+        """A field that is null has its default, as in OpenAI's interface."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
     @model_validator(mode="after")
     def _consistent(self) -> Completion:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -117,10 +168,11 @@ class Completion(Strict):
             raise ValueError("top_logprobs needs logprobs=true")
         if len(self.stops) > STOPS:
             raise ValueError(f"{len(self.stops)} stop strings; at most {STOPS}")
-        for kind, most in (("image", IMAGES), ("video", VIDEOS)):
+        for kind, most in MOST.items():
             count = sum(part == kind for part, _ in self.media)
             if count > most:
-                raise ValueError(f"{count} {kind}s; at most {most} in a request")
+                name = "sound" if kind == "audio" else kind
+                raise ValueError(f"{count} {name}s; at most {most} in a request")
         return self
 
     @property
@@ -130,9 +182,9 @@ class Completion(Strict):
 
     @property
     def media(self) -> list[tuple[str, str]]:
-        """("image" or "video", address) of all media, in reading order."""
+        """("image", "video" or "audio", address) of all media, in reading order."""
         return [
-            ("image", part.image_url.url) if isinstance(part, ImagePart) else ("video", part.video_url.url)
+            (part.kind, part.address)
             for message in self.messages if isinstance(message.content, list)
             for part in message.content if not isinstance(part, TextPart)
         ]  # fmt: skip
@@ -154,9 +206,7 @@ class Completion(Strict):
                 "content": message.content
                 if isinstance(message.content, str)
                 else [
-                    {"type": "text", "text": part.text}
-                    if isinstance(part, TextPart)
-                    else {"type": "image" if isinstance(part, ImagePart) else "video"}
+                    {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.kind}
                     for part in message.content
                 ],
             }

@@ -8,7 +8,7 @@ const CHAT = 'v1/chat/completions', LARGEST = 20_000_000; // bytes of a photo, a
 const view = new View();
 let photo = null; // data URI
 let running = null; // AbortController
-let asked = null; // what the shown answer answers
+let asked = null; // the shown answer and its messages, if it is about the shown photo
 
 // theme
 
@@ -42,7 +42,8 @@ function show(uri) {
   else $('image').removeAttribute('src');
   $('blocks').replaceChildren();
   $('map').textContent = '';
-  $('measure').disabled = true; // until it is answered
+  asked = null;
+  $('measure').disabled = true;
 }
 
 function read(file) {
@@ -118,16 +119,15 @@ function scaleBars() {
 }
 
 async function run() {
-  const body = request({ msd: { trace: true } });
+  const shown = photo, body = request({ msd: { trace: true } });
   const drafted = await answer(body, (step) => view.add(step), 'rate-drafts', 'bar-drafts');
-  asked = { messages: body.messages, tokens: view.tokens.map((token) => token.id) };
-  $('measure').disabled = !photo;
+  if (shown && shown === photo) asked = { messages: body.messages, tokens: view.tokens.map((token) => token.id) };
   $('status').textContent = `Answer: ${drafted.text}`;
   if (!$('compare').checked) return;
   $('plain').hidden = false;
   const plainly = { ...body, msd: { method: 'ar', trace: true } };
-  const show = (_, text) => { $('plain-text').textContent = text; };
-  const plain = await answer(plainly, show, 'rate-plain', 'bar-plain');
+  const write = (_, text) => { $('plain-text').textContent = text; };
+  const plain = await answer(plainly, write, 'rate-plain', 'bar-plain');
   const ratio = plain.speed ? `${(drafted.speed / plain.speed).toFixed(2)} times as fast with drafts. ` : '';
   const same = drafted.text === plain.text ? 'Both answers are identical.' : `The answers differ (policy: ${view.settings.policy}).`;
   $('compared').textContent = ratio + same;
@@ -137,7 +137,7 @@ function busy(active) {
   $('go').disabled = active;
   $('stop').disabled = !active;
   $('answer').setAttribute('aria-busy', active);
-  if (active) $('measure').disabled = true;
+  $('measure').disabled = active || !asked;
 }
 
 $('ask').addEventListener('submit', async (event) => {
@@ -179,7 +179,6 @@ $('measure').addEventListener('click', async () => {
     fail(error);
   } finally {
     busy(false);
-    $('measure').disabled = !photo || !asked;
   }
 });
 
