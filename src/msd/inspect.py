@@ -58,23 +58,25 @@ class Trace:
 
     def __call__(self, step: Step) -> None:
         """Records a step, unless it is the prefill or the row has ended."""
-        if step.prefill or not step.accepted.tokens[self.row] or self.row in step.accepted.padded:
-            return
-        tree, row = step.tree, self.row
-        parts = (tree.tokens, tree.parents, tree.depths, tree.modality, tree.valid)
-        tokens, parents, depths, kinds, valid = (part[row].tolist() for part in parts)
-        parent = tree.parents[row].clamp_min(0)
-        p = step.scores.logits[row].float().softmax(-1)[parent, tree.tokens[row]].tolist()
-        q = [None] * tree.size if tree.q is None else tree.q[row].tolist()
-        names, accepted = known(), set(step.accepted.nodes[row])
-        drafted = [n for n in range(1, tree.size) if valid[n]]
-        index = {n: i for i, n in enumerate([0, *drafted])}
-        nodes = tuple(
-            Node(tokens[n], index[parents[n]], depths[n], names[kinds[n]].name, p[n], q[n], n in accepted)
-            for n in drafted
-        )
-        emitted = tuple(step.accepted.tokens[row])
-        self.passes.append(Pass(tokens[0], nodes, emitted, step.draft_seconds, step.score_seconds))
+        if not step.prefill and step.accepted.tokens[self.row] and self.row not in step.accepted.padded:
+            self.passes.append(read(step, self.row))
+
+
+def read(step: Step, row: int) -> Pass:
+    """Returns what a step did in `row`, which had not ended before it. The step is not the prefill."""
+    tree = step.tree
+    parts = (tree.tokens, tree.parents, tree.depths, tree.modality, tree.valid)
+    tokens, parents, depths, kinds, valid = (part[row].tolist() for part in parts)
+    parent = tree.parents[row].clamp_min(0)
+    p = step.scores.logits[row].float().softmax(-1)[parent, tree.tokens[row]].tolist()
+    q = [None] * tree.size if tree.q is None else tree.q[row].tolist()
+    names, accepted = known(), set(step.accepted.nodes[row])
+    drafted = [n for n in range(1, tree.size) if valid[n]]
+    index = {n: i for i, n in enumerate([0, *drafted])}
+    nodes = tuple(
+        Node(tokens[n], index[parents[n]], depths[n], names[kinds[n]].name, p[n], q[n], n in accepted) for n in drafted
+    )
+    return Pass(tokens[0], nodes, tuple(step.accepted.tokens[row]), step.draft_seconds, step.score_seconds)
 
 
 COLOURS = {

@@ -75,18 +75,31 @@ def gain_of_blocks(target: Target, inputs: dict[str, Any], answer: Sequence[int]
     least `side` by `side`.
     """
     inputs = target.encode_images(dict(inputs))
-    at = image_columns(target, inputs["input_ids"])[0].nonzero()[:, 0]
-    grid = math.isqrt(len(at))
-    if len(inputs["input_ids"]) > 1 or grid < side or grid * grid != len(at):
+    blocks = image_blocks(target, inputs["input_ids"], side)
+    if not blocks:
         return None
-    block = torch.arange(grid, device=at.device) * side // grid
-    blocks = block[:, None] * side + block[None]  # [grid, grid]
-    logits, gains = answer_logits(target, inputs, [answer]), []
-    for number in range(side * side):
-        masked = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        masked[0, at[blocks.flatten() == number]] = True
-        gains += masking_cost(target, inputs, [answer], masked, logits)
+    logits = answer_logits(target, inputs, [answer])
+    gains = [masking_cost(target, inputs, [answer], masked, logits)[0] for masked in blocks]
     return torch.stack(gains, -1).view(-1, side, side)
+
+
+def image_blocks(target: Target, input_ids: Tensor, side: int) -> list[Tensor]:
+    """Returns the columns of each block of the image, side · side tensors [1, L] bool, row by row.
+
+    input_ids: [1, L]. Empty unless the image tokens form a single square grid of at least `side` by `side`.
+    """
+    at = image_columns(target, input_ids)[0].nonzero()[:, 0]
+    grid = math.isqrt(len(at))
+    if len(input_ids) > 1 or grid < side or grid * grid != len(at):
+        return []
+    block = torch.arange(grid, device=at.device) * side // grid
+    blocks = (block[:, None] * side + block[None]).flatten()
+    masks = []
+    for number in range(side * side):
+        masked = torch.zeros_like(input_ids, dtype=torch.bool)
+        masked[0, at[blocks == number]] = True
+        masks.append(masked)
+    return masks
 
 
 def answer_logits(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from msd.serve.metrics import Metrics
 from msd.serve.scheduler import CANCELLED, LATE, Job
 from msd.serve.schema import Completion
 from msd.serve.text import AnswerText
+from msd.serve.trace import Tracer
 
 PLAIN = "ar"  # the method without drafts
 FINISH = {"eos": "stop", "criteria": "stop", "length": "length", LATE: "length"}  # OpenAI's names
@@ -27,11 +28,15 @@ FINISH = {"eos": "stop", "criteria": "stop", "length": "length", LATE: "length"}
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain, the log-probabilities of the tokens since the last piece, and the finish reason."""
+    """Text that has become certain, the log-probabilities of the tokens since the last piece, and the finish reason.
+
+    step: what `msd.trace` adds, see `msd.serve.trace`.
+    """
 
     text: str
     logprobs: list[dict[str, Any]]
     finish: str | None = None
+    step: dict[str, Any] | None = None
 
 
 @dataclass
@@ -74,15 +79,11 @@ class Answer:
         self._over = False
         seed = None if body.seed is None else body.seed + number
         options, drafts = _options(body, most), body.msd.method != PLAIN
-        self.job = Job(self._prepare, options, self._receive, seed, engine, drafts)
+        self._tracer = Tracer(processor.tokenizer) if body.msd.trace else None
+        self.job = Job(self._prepare, options, self._receive, seed, engine, drafts, body.msd.trace)
 
     def _prepare(self) -> dict[str, Any]:
-        """Writes the prompt. UserError for text with special tokens, which could imitate turns or images."""
-        tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
-        for text in self._body.texts():
-            if found := next((token for token in tokenizer.all_special_tokens if token in text), None):
-                raise UserError(f"the text contains '{found}', which this model reserves; leave it out")
-        request = Request.of(self._processor, [self._media], None, [self._body.chat()])
+        request = prompt_of(self._processor, self._body, self._media)
         return {**request.inputs(), "request": request}
 
     def _receive(self, outcome: Emission | Exception | None) -> None:
@@ -100,8 +101,9 @@ class Answer:
             self._end(TimeoutError(), LATE)
         elif outcome.finish == CANCELLED:
             self._end(None, CANCELLED)
-        elif finish or text or outcome.logits:
-            piece = Piece(text, self._logprobs(outcome), finish)
+        elif finish or text or outcome.logits or self._tracer:
+            step = None if self._tracer is None else self._tracer.read(outcome)
+            piece = Piece(text, self._logprobs(outcome), finish, step)
             if finish:
                 self.job.cancel()  # an answer that has met a stop string leaves the batch
                 self._end(piece, finish)
@@ -134,6 +136,15 @@ class Answer:
             best = [entry(int(t), v) for t, v in zip(top.indices, top.values, strict=True)]
             entries.append({**entry(token, values[token]), "top_logprobs": best})
         return entries
+
+
+def prompt_of(processor: Any, body: Completion, media: list[Medium]) -> Request:
+    """Writes the prompt. UserError for text with special tokens, which could imitate turns or images."""
+    tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+    for text in body.texts():
+        if found := next((token for token in tokenizer.all_special_tokens if token in text), None):
+            raise UserError(f"the text contains '{found}', which this model reserves; leave it out")
+    return Request.of(processor, [media], None, [body.chat()])
 
 
 def _options(body: Completion, most: int) -> dict[str, Any]:

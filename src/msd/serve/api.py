@@ -13,9 +13,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from msd import __version__
+from msd.serve import site
 from msd.serve.completions import INTERNAL, Completions
 from msd.serve.errors import ErrorBody, HTTPError
-from msd.serve.guard import Guard
+from msd.serve.guard import HEALTH, Guard
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import Scheduler
 from msd.serve.schema import Completion
@@ -54,8 +55,10 @@ def create(
     app = FastAPI(
         title="MSD", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS
     )  # fmt: skip
+    app.state.scheduler = scheduler
     _add_errors(app)
     _add_status(app, scheduler, metrics, name)
+    site.add(app, completions)
 
     @app.post("/v1/chat/completions", response_model=None, responses={200: {"content": {STREAM: {}}}})
     async def chat_completions(body: Completion, request: Request) -> Response:
@@ -66,7 +69,7 @@ def create(
         whole = await running.whole(request.is_disconnected)
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 
-    return Guard(app, keys)
+    return Guard(app, keys, open=(*HEALTH, *site.FILES))
 
 
 def _add_status(app: FastAPI, scheduler: Scheduler, metrics: Metrics, name: str) -> None:

@@ -6,6 +6,7 @@ A row keeps its own columns, sampler and random generator, so every answer is th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,6 +17,7 @@ from msd.core.joined import JoinedSampler
 from msd.core.modality import known
 from msd.core.tree import Step
 from msd.decode import Engine
+from msd.inspect import Pass, read
 from msd.model import Prefilled
 from msd.targets.state import State
 
@@ -30,7 +32,8 @@ class Emission:
     the row ended ("eos", "length", "criteria", or the reason given to `end`), or None. drafted, accepted: number of its
     drafted nodes by the modality whose subtree they are in; modality: of each token, as the router predicts it, empty
     without a router. divergence: total variation of each token from the target's distribution; empty for a lossless
-    policy and for the first token, which is exact.
+    policy and for the first token, which is exact. traced: the step with its tree, if the request wants it; None for
+    the first token.
     """
 
     tokens: list[int]
@@ -40,16 +43,17 @@ class Emission:
     logits: tuple[tuple[Tensor, Tensor], ...] = ()
     modality: tuple[str, ...] = ()
     divergence: tuple[float, ...] = ()
+    traced: Pass | None = None
 
 
 class Batch(Generic[M]):
-    """The running requests of one engine. members: the caller's object of each row.
+    """The running requests of one engine. members: the caller's object of each row. traced: whether one wants traces.
 
     An engine whose drafter or policy cannot join requests holds one at a time (`Engine.joins`).
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.members = engine, list[M]()
+    def __init__(self, engine: Engine, traced: Callable[[M], bool] = lambda _: False) -> None:
+        self.engine, self.members, self.traced = engine, list[M](), traced
         self._state: State | None = None
         self._sampler: JoinedSampler | None = None
 
@@ -88,7 +92,10 @@ class Batch(Generic[M]):
         step = self.engine.step(self._sampler, self._state)
         kinds = step.tree.modality.where(step.tree.valid, -1).tolist()
         finish = self._sampler.finish
-        emitted = [(member, _emission(step, row, kinds[row], finish[row])) for row, member in enumerate(self.members)]
+        emitted = [
+            (member, _emission(step, row, kinds[row], finish[row], self.traced(member)))
+            for row, member in enumerate(self.members)
+        ]
         if self._drop_ended():
             self.engine.drafter.finish()
         return emitted
@@ -117,7 +124,7 @@ class Batch(Generic[M]):
         return True
 
 
-def _emission(step: Step, row: int, kinds: list[int], finish: str | None) -> Emission:
+def _emission(step: Step, row: int, kinds: list[int], finish: str | None, traced: bool = False) -> Emission:
     """What `step` emitted in `row`. kinds: modality ids of its nodes, the root's first; -1 for none."""
     accepted, names = step.accepted, [modality.name for modality in known()]
     logits = accepted.logits[row] if accepted.logits is not None else ()
@@ -127,4 +134,5 @@ def _emission(step: Step, row: int, kinds: list[int], finish: str | None) -> Emi
         for some in (kinds[1:], [kinds[node] for node in accepted.nodes[row]])
     )
     divergence = tuple(accepted.divergence[row]) if accepted.divergence is not None and modality else ()
-    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality, divergence)
+    trace = read(step, row) if traced else None
+    return Emission(accepted.tokens[row], finish, drafted, correct, tuple(logits), modality, divergence, trace)

@@ -7,8 +7,9 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from msd.core.statistics import Statistics
@@ -42,18 +43,15 @@ class Completions:
 
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
-        self._check(body)
-        engine, media = self._engine(body), await self._media(body)
+        self.check(body)
+        engine, media = self._engine(body), await self.media(body)
         processor = self.scheduler.vlm.processor
         answers = [Answer(processor, body, media, i, self.metrics, self.most, engine) for i in range(body.n)]
-        try:
+        with queue_full():
             self.scheduler.submit(*(answer.job for answer in answers))
-        except QueueFullError as error:
-            headers = {"Retry-After": str(error.retry_after)}
-            raise HTTPError(429, str(error), code="queue_full", headers=headers) from error
         return Running(self, body, answers)
 
-    async def _media(self, body: Completion) -> list[Medium]:
+    async def media(self, body: Completion) -> list[Medium]:
         """Gets and decodes the media. HTTPError for the first that is refused."""
         parts, sources, loop = body.media, self.sources, asyncio.get_running_loop()
         fetchers = self._fetchers if sources.fetches(parts) else None  # slow hosts must not delay other requests
@@ -72,7 +70,7 @@ class Completions:
         self.decoder.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    def _check(self, body: Completion) -> None:
+    def check(self, body: Completion) -> None:
         """HTTPError for another model, or more answers than the queue has places."""
         if body.model != self.name:
             raise HTTPError(404, f"this server has the model '{self.name}'", "model", "model_not_found")
@@ -102,6 +100,16 @@ class Completions:
         except UserError as error:
             raise HTTPError(400, str(error), "msd") from error
         return None if vlm.verifier.lossless and body.temperature == 0 else engine
+
+
+@contextmanager
+def queue_full() -> Iterator[None]:
+    """Turns a full queue into an HTTPError that says when to come back."""
+    try:
+        yield
+    except QueueFullError as error:
+        headers = {"Retry-After": str(error.retry_after)}
+        raise HTTPError(429, str(error), code="queue_full", headers=headers) from error
 
 
 class Running:
@@ -154,7 +162,8 @@ class Running:
                 yield self._event([self._choice(i, {"role": "assistant", "content": ""}, [], None)])
             async for number, piece in self._pieces():
                 delta = {"content": piece.text} if piece.text or piece.logprobs else {}
-                yield self._event([self._choice(number, delta, piece.logprobs, piece.finish)])
+                traced = {"msd": {"step": piece.step}} if piece.step is not None else {}
+                yield self._event([self._choice(number, delta, piece.logprobs, piece.finish)], **traced)
             if self._tells_usage:
                 yield self._event([], **self._final())
             yield b"data: [DONE]\n\n"
@@ -186,7 +195,7 @@ class Running:
                 for read in done:
                     answer, piece = reads.pop(read), read.result()
                     if isinstance(piece, Exception):
-                        raise _failure(piece) from piece
+                        raise failure(piece) from piece
                     yield answer.number, piece
                     if piece.finish is None:
                         reads[asyncio.ensure_future(answer.pieces.get())] = answer
@@ -240,7 +249,7 @@ def _sampling_rate(processor: Any) -> int | None:
     return processor.feature_extractor.sampling_rate if getattr(processor, "audio_token", None) else None
 
 
-def _failure(error: Exception) -> HTTPError:
+def failure(error: Exception) -> HTTPError:
     """What a client is told about an error of its answer: only a UserError's own text."""
     if isinstance(error, UserError):
         return HTTPError(400, str(error))

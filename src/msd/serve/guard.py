@@ -17,7 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN = ("/health/live", "/health/ready")  # paths without an API key
+HEALTH = ("/health/live", "/health/ready")
 SECURE = [
     (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"), (b"cache-control", b"no-store"),
@@ -28,13 +28,14 @@ SECURE = [
 class Guard:
     """app: what is guarded. keys: accepted API keys; empty: none needed. most: bytes of a body, counted as it arrives.
 
-    seconds: in which a body must have arrived.
+    seconds: in which a body must have arrived. open: paths that need no key.
     """
 
     app: App
     keys: tuple[str, ...] = ()
     most: int = 60 * 1000**2
     seconds: float = 30.0
+    open: tuple[str, ...] = HEALTH
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Handles one connection."""
@@ -44,12 +45,14 @@ class Guard:
 
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *SECURE]
+                own = list(message.get("headers", []))
+                present = {name for name, _ in own}
+                message["headers"] = [*own, *(header for header in SECURE if header[0] not in present)]
             await send(message)
 
         try:
             headers = dict(scope["headers"])
-            if self.keys and scope["path"] not in OPEN and not self._known(headers.get(b"authorization", b"")):
+            if self.keys and scope["path"] not in self.open and not self._known(headers.get(b"authorization", b"")):
                 raise HTTPError(401, "give a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
             body = await self._body(headers, receive) if scope["method"] in ("POST", "PUT", "PATCH") else b""
         except HTTPError as failure:

@@ -22,6 +22,7 @@ from msd.errors import UserError
 from msd.model import Prefilled, SpeculativeVLM
 from msd.serve.batch import Batch, Emission
 from msd.serve.prefixes import Prefixes
+from msd.serve.work import WAITING, Work
 from msd.streaming import request_lock
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Job:
     prepare: returns the processor's output; it runs in the scheduler's thread. options: of `generate()`. receive: gets
     every `Emission`, and at the end None or an exception; called in the scheduler's thread, it must not block.
     seed: None for a random one. engine: another one than the server's; None for that. drafts: whether to draft for it.
-    inputs: the processor's output, once prepared.
+    trace: emissions have their trees. inputs: the processor's output, once prepared.
     """
 
     prepare: Callable[[], dict[str, Any]]
@@ -71,6 +72,7 @@ class Job:
     seed: int | None = None
     engine: Engine | None = None
     drafts: bool = True
+    trace: bool = False
     arrival: float = field(default_factory=time.monotonic)
     joined: float | None = None
     first_token: float | None = None
@@ -90,7 +92,8 @@ class Scheduler:
 
     def __init__(self, vlm: SpeculativeVLM, limits: Limits | None = None) -> None:
         self.vlm, self.limits, self._engine = vlm, limits or Limits(), vlm.engine
-        self.batch: Batch[Job] = Batch(self._engine)
+        self.batch = _batch(self._engine)
+        self._work: deque[Work] = deque()
         self.steps = 0
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -127,6 +130,14 @@ class Scheduler:
             self._waiting.extend(jobs)
             self._changed.notify()
 
+    def submit_work(self, work: Work) -> None:
+        """Adds work that is not an answer. QueueFullError as from `submit`."""
+        with self._changed:
+            if self._draining or len(self._work) >= WAITING:
+                raise QueueFullError(self.retry_after())
+            self._work.append(work)
+            self._changed.notify()
+
     def retry_after(self) -> int:
         """Seconds until the queue has moved on, estimated from recent requests; at least 1."""
         seconds = median(self._seconds) if self._seconds else 1.0
@@ -140,13 +151,15 @@ class Scheduler:
         self._thread.join(seconds)
         for job in [*self._waiting, *self.batch.members]:
             job.cancel()
+        for work in list(self._work):
+            work.cancelled = True
         self._thread.join(IDLE_SECONDS + 30)
 
     def _run(self) -> None:
         """The thread: until drained, lets requests leave and join, then computes a step."""
         while True:
             with self._changed:
-                while not self._waiting and not self.batch.members:
+                while not self._waiting and not self.batch.members and not self._work:
                     if self._draining:
                         return
                     self._changed.wait(IDLE_SECONDS)
@@ -155,6 +168,7 @@ class Scheduler:
                     self._leave()
                     self._admit()
                     self._step()
+                    self._advance()
             except Exception as error:  # of the model: the requests of this step fail, the server goes on serving
                 log.exception("a step failed")
                 self._fail_all(error)
@@ -194,7 +208,7 @@ class Scheduler:
         """Whether a request can join the batch now; an empty batch becomes one of the request's engine."""
         engine = job.engine or self._engine
         if not self.batch.members and self.batch.engine is not engine:
-            self.batch = Batch(engine)
+            self.batch = _batch(engine)
         return self.batch.engine is engine and self.batch.open
 
     def _prepare(self, job: Job) -> bool:
@@ -261,6 +275,11 @@ class Scheduler:
             for job, emission in emitted:
                 self._deliver(job, emission)
 
+    def _advance(self) -> None:
+        """Computes one pass of the first piece of work."""
+        if self._work and self._work[0].advance(time.monotonic() - self.limits.seconds):
+            self._work.popleft()
+
     def _deliver(self, job: Job, emission: Emission) -> None:
         """Hands an emission to its request."""
         if emission.finish is None:
@@ -286,9 +305,13 @@ class Scheduler:
 
     def _fail_all(self, error: Exception) -> None:
         """Ends all requests of the batch with an error, and starts an empty one."""
-        members, self.batch = self.batch.members, Batch(self._engine)
+        members, self.batch = self.batch.members, _batch(self._engine)
         for job in members:
             self._finish(job, error)
+
+
+def _batch(engine: Engine) -> Batch[Job]:
+    return Batch(engine, lambda job: job.trace)
 
 
 def _hand(job: Job, outcome: Emission | Exception | None) -> None:

@@ -106,11 +106,15 @@ class StreamOptions(Strict):
 
 
 class Extension(Strict):
-    """The field `msd`: how this request is drafted. None: as the server does; ε: that of the server's own policy."""
+    """The field `msd`: how this request is drafted. None: as the server does; ε: that of the server's own policy.
+
+    trace: add each step and its draft tree to the events of a stream.
+    """
 
     method: str | None = None
     policy: str | None = None
     epsilon: float | None = None
+    trace: bool = False
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -158,6 +162,8 @@ class Completion(Strict):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream=true")
+        if self.msd.trace and not self.stream:
+            raise ValueError("msd.trace is for stream=true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if len(self.stops) > STOPS:
