@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from msd import formats
@@ -41,6 +39,7 @@ from msd.targets import Target, adapt
 from msd.targets.taps import output_layer
 from msd.train.capture import Captured
 from msd.train.held_out import HeldOutAcceptance
+from msd.train.launched import launched
 from msd.train.loop import Loop, LoopConfig, Sink, StepLoss
 from msd.train.losses.msd import LossConfig
 from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache
@@ -49,8 +48,6 @@ REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
 UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
 START_SETTINGS = ("form", "layers", "off")  # fixed by a start drafter, as its method is
-SHARED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one copy of the drafter each
-EVALUATION_LIMIT = timedelta(hours=12)  # for which the other processes wait for the main one
 EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
 
 
@@ -123,7 +120,7 @@ def train(
     run's network reads. A finished run is left unchanged. Raises UserError if images do not change the target's logits,
     if `out` holds a run with other settings, data or target, or if another process trains there.
     """
-    accelerator = _accelerator(model.device, settings.batch)
+    accelerator = launched(model.device, settings.batch)
     main = accelerator.is_main_process
     with _exclusive_folder(out) if main else nullcontext():
         model.requires_grad_(False)
@@ -164,27 +161,6 @@ def train(
             save(out / "drafter")
         accelerator.wait_for_everyone()
         return finished
-
-
-def _accelerator(device: torch.device, batch: int) -> Accelerator:
-    """Returns the processes that `accelerate launch` started, or this one. UserError for FSDP and too few answers."""
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=EVALUATION_LIMIT)
-        ],
-    )  # fmt: skip
-    if accelerator.distributed_type not in SHARED:
-        raise UserError(
-            f"training with {accelerator.distributed_type.value} is not supported, as the drafter fits one GPU; launch "
-            "it with recipes/scale/ddp.yaml"
-        )
-    if batch < accelerator.num_processes:
-        raise UserError(
-            f"{accelerator.num_processes} processes cannot share a batch of {batch}; give --batch "
-            f"{accelerator.num_processes} or more"
-        )
-    return accelerator
 
 
 def step_folder(out: Path, step: int) -> Path:
