@@ -14,6 +14,7 @@ from safetensors.torch import save as packed
 from torch import Tensor
 
 from msd.errors import UserError
+from msd.formats.engines import ENGINES
 from msd.formats.load import load
 from msd.formats.table import FORMATS
 from msd.system.files import make_folder, write_whole
@@ -23,8 +24,9 @@ LAYOUTS = {
     "eagle": ("eagle3",),
     "eagle2": ("eagle2", "msd-qwen2-vl", "msd-llava", "vispec"),
     "speculators": ("speculators", "speculators-dflash", "speculators-dspark"),
-    "sglang": ("specforge",),
+    "specforge": ("specforge",),
     "dflash": ("dflash", "dspark"),
+    **{name: tuple(engine.formats.values()) for name, engine in ENGINES.items()},
 }
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,7 +34,8 @@ NARROW = (torch.float16, torch.bfloat16, torch.float32)
 def export(head: Path | str, layout: str, out: Path) -> str:
     """Writes a head, ours or published, to the folder `out`; returns the format's name.
 
-    layout: a key of `LAYOUTS`. UserError, in one line, for a network that the layout cannot express.
+    layout: a key of `LAYOUTS`. UserError, in one line, for a network that the layout cannot express or the engine
+    does not compute.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--to '{layout}' is unknown; choose one of {', '.join(LAYOUTS)}")
@@ -48,6 +51,9 @@ def export(head: Path | str, layout: str, out: Path) -> str:
     form = next((f for f, reason in zip(candidates, reasons, strict=True) if not reason), None)
     if form is None or form.config is None:
         raise UserError(f"head '{head}' cannot be written in layout '{layout}': {reasons[0]}")
+    refused = ENGINES[layout].refuses(c) if layout in ENGINES else ""
+    if refused:
+        raise UserError(f"head '{head}' cannot be written for {ENGINES[layout].title}: {refused}")
     spare = form.spare(c)
     tensors = {form.theirs(name): t for name, t in network.state_dict().items() if name not in spare}
     make_folder(out)
