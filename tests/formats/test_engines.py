@@ -16,15 +16,18 @@ from torch import Tensor
 import families
 import rivals
 import tiny
+import tiny_checkpoint
 from msd import formats
 from msd.drafters import registry
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.variant import Variant
 from msd.errors import UserError
+from msd.loading import load_target
 from msd.targets import adapt
 from msd.targets.teacher import run_teacher
+from msd.train.drafting import DraftTraining
 from published_layouts import LAYOUTS
-from training_command import run
+from training_command import run, train
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 FILES = ("config.json", "model.safetensors")
@@ -172,3 +175,67 @@ def test_the_first_axis_is_that_of_a_head_whose_frequencies_all_belong_to_it() -
             states.append(network.states(batch, torch.tensor([[0, 2]]), 2))
     assert torch.equal(states[0], states[1])
     assert not torch.allclose(states[0], states[2]) and not torch.allclose(states[0], states[3])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target with captured answers, some about images."""
+    return tiny_checkpoint.captured(tmp_path_factory.mktemp("train"))
+
+
+@pytest.mark.parametrize(
+    ("to", "method"),
+    [pytest.param(*pair, marks=[] if pair in (FOR[0], FOR[-1]) else [pytest.mark.slow]) for pair in FOR],
+)
+def test_a_head_is_trained_for_an_engine(
+    to: str, method: str, place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It reads at image positions what the engine gives there, and so does the head that is written and read back."""
+    drafter = train(capsys, place, tmp_path / "run", "--for", to, "--method", method)["drafter"]
+    code, out, err = run(capsys, "export", "--to", to, tmp_path / "out", "--drafter", drafter)
+    assert code == 0 and out.count("\n") == 1, err
+    assert formats.check(tmp_path / "out", to).faults == [] == formats.check(tmp_path / "out", to).remarks
+    engine = formats.ENGINES[to]
+    own = json.loads((tmp_path / "out" / FILES[0]).read_text())["msd"]
+    sees = {"placeholders": engine.placeholders, "columns": engine.columns, "first_axis": not engine.columns}
+    assert {name: own[name] for name in sees} == sees
+    model = load_target(str(place))[0]
+    inputs = tiny.llava_inputs(1, images=1, words=6)
+    batch = run_teacher(adapt(model, registry.load(drafter).config.taps), inputs, [[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        one, two = (
+            network.attach(model).states(batch, torch.tensor([[0, 2]]), 2)
+            for network in (registry.load(drafter), formats.load(tmp_path / "out"))
+        )
+    assert torch.equal(one, two)
+
+
+def test_embeddings_at_image_positions_are_those_of_the_engine() -> None:
+    """The placeholder's embedding for vLLM, the projector's output for SGLang; without an image they are the same."""
+    model, states = tiny.llava(), {}
+    for to in ("vllm", "sglang"):
+        network = formats.prepare(rivals.network(model, "eagle3"), to)
+        for images in (0, 1):
+            inputs = tiny.llava_inputs(1, images=images, words=6)
+            batch = run_teacher(adapt(model, network.config.taps), inputs, [[5, 6, 7, 8, 9]])
+            states[to, images] = network.read(batch.layout, batch.taps[:, :-1], batch.prompt).selection.embedding
+    assert torch.equal(states["vllm", 0], states["sglang", 0])
+    at = (inputs["input_ids"][0, 1:] == tiny.IMAGE).nonzero()[:, 0]
+    placeholder = model.get_input_embeddings()(torch.tensor(tiny.IMAGE))
+    assert torch.equal(states["vllm", 1][0, at], placeholder.expand(len(at), -1))
+    merged = adapt(model, (0,))
+    first = run_teacher(merged, inputs, [[5, 6, 7, 8, 9]]).taps[0, at + 1]
+    assert torch.equal(states["sglang", 1][0, at], first)
+
+
+def test_what_cannot_be_trained_for_an_engine_is_refused(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"engine": "vllm"}, "vLLM serves no heads of method 'msd'; choose eagle3 or dflash"),
+        ({"engine": "sglang", "method": "dspark"}, "SGLang serves no heads of method 'dspark'"),
+        ({"engine": "tgi", "method": "eagle3"}, "unknown engine 'tgi'; known: vllm, sglang"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DraftTraining(**settings)
+    learned_mask = rivals.network(tiny.llava(), "dflash", variant=Variant())
+    with pytest.raises(UserError, match="cannot be trained for vLLM: its layers normalise query and key heads"):
+        formats.prepare(learned_mask, "vllm")

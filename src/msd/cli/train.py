@@ -81,6 +81,12 @@ class Network:
             help="Folder or hub id of a head to start from, ours or published; it fixes method, form and vocabulary.",
         ),
     ] = None
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="vllm or sglang, which is to serve the head ('eagle3' or 'dflash'); see 'msd export'."
+        ),
+    ] = None
     events: Annotated[
         bool, typer.Option(help="Give the drafter the event recordings of the answers.", show_default=False)
     ] = True

@@ -5,11 +5,11 @@ names of their tensors (`FORMATS`). docs/published_heads.md lists the formats.
 """
 
 from msd.formats.engines import ENGINES, engine_named
-from msd.formats.export import LAYOUTS, export
+from msd.formats.export import LAYOUTS, export, prepare
 from msd.formats.load import Checked, check, load, method_of, register_folder
 from msd.formats.table import FORMATS
 
 __all__ = [
     "ENGINES", "FORMATS", "LAYOUTS", "Checked", "check", "engine_named", "export", "load", "method_of",
-    "register_folder",
+    "prepare", "register_folder",
 ]  # fmt: skip

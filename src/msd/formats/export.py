@@ -6,6 +6,7 @@ The tensors have the narrowest type that holds every value exactly, so that a he
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import save as packed
 from torch import Tensor
 
+from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
-from msd.formats.engines import ENGINES
+from msd.formats.engines import ENGINES, engine_named
 from msd.formats.load import load
-from msd.formats.table import FORMATS
+from msd.formats.table import FORMATS, format_named
 from msd.system.files import make_folder, write_whole
 
 # --to -> the formats that it can mean, one for each kind of network
@@ -60,6 +62,20 @@ def export(head: Path | str, layout: str, out: Path) -> str:
     write_whole(out / "model.safetensors", packed(_narrowed(tensors), metadata={"format": "pt"}))
     write_whole(out / "config.json", json.dumps(form.config(c) | {"dtype": _dtype(tensors)}, indent=2) + "\n")
     return form.name
+
+
+def prepare(network: DraftNetwork, engine: str) -> DraftNetwork:
+    """Makes a network read at image positions what it gets there in an engine, before it is trained.
+
+    UserError if it could not be written for the engine.
+    """
+    found, c = engine_named(engine), network.config
+    found.check_method(network.method)
+    reason = format_named(found.formats[network.method]).fits(c) or found.refuses(c)
+    if reason:
+        raise UserError(f"this network cannot be trained for {found.title}: {reason}")
+    network.config = replace(c, variant=found.seen(c.variant))
+    return network
 
 
 def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

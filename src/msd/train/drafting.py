@@ -64,7 +64,7 @@ class DraftTraining:
     this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2. events:
     give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to
     `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not decayed to its end
-    there.
+    there. engine: the one that is to serve the drafter, "vllm" or "sglang": image positions have what it gives there.
     """
 
     form: str = "block"
@@ -86,6 +86,7 @@ class DraftTraining:
     start: str | None = None
     events: bool = True
     keep_at: tuple[int, ...] = ()
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         changed = {f.name for f in fields(self) if f.name in START_SETTINGS and getattr(self, f.name) != f.default}
@@ -98,6 +99,8 @@ class DraftTraining:
                 f"form, weighting and parts to leave out are settings of msd; method '{self.method}' is trained as "
                 "published"
             )
+        if self.engine is not None:
+            formats.engine_named(self.engine).check_method(self.method)
         late = [step for step in self.keep_at if not 0 < step <= self.steps]
         if late:
             raise UserError(f"a run of {self.steps} steps cannot save its drafter at step {late[0]}")
@@ -216,7 +219,7 @@ def initial_network(
             raise UserError(
                 f"'{settings.start}' drafts from a vocabulary of its own; its published loss needs all tokens"
             )
-        return network.attach(target.model).to(target.model.device).train()
+        return _prepared(network.attach(target.model).to(target.model.device).train(), settings)
     recording = next((c.events for c in captured if c.events), None)
     groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()
     if recording is not None and processor and settings.events:
@@ -232,7 +235,11 @@ def initial_network(
     if kind.reduced:
         network.choose_draft_vocabulary(_frequent(captured, config.vocab_size, network.config.draft_vocabulary))
     network.begin_from(target.model)
-    return network.attach(target.model)
+    return _prepared(network.attach(target.model), settings)
+
+
+def _prepared(network: DraftNetwork, settings: DraftTraining) -> DraftNetwork:
+    return network if settings.engine is None else formats.prepare(network, settings.engine)
 
 
 def _frequent(captured: Sequence[Captured], vocabulary: int, size: int) -> Tensor:
@@ -257,7 +264,7 @@ def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, t
         make_folder(out)
         write_whole(path, json.dumps(run, indent=1) + "\n")
         return
-    earlier = {"method": "msd", "events": True, **read_json(path, REPAIR)}
+    earlier = {"method": "msd", "events": True, "engine": None, **read_json(path, REPAIR)}
     different = next((name for name in run if earlier.get(name) != run[name]), None)
     if different:
         raise UserError(
