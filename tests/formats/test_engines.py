@@ -69,6 +69,8 @@ def test_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "at image positions vLLM gives it the placeholder token's embedding; it was trained on the projector's output"
     )
     assert seen in out and seen not in run(capsys, "export", "--to", "sglang", tmp_path / "other")[1]
+    measured = registry.load(registry.folders()["eagle3"]).provenance["held_out"]["vision"]
+    assert f"| vision | {measured:.3f} |" in (tmp_path / "head" / "README.md").read_text()
     code, out, _ = run(capsys, "check", tmp_path / "head", "--format", "vllm")
     shipped = registry.load(registry.folders()["eagle3"]).config
     assert code == 0 and seen in out

@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import save as packed
 from torch import Tensor
 
+from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
+from msd.formats.card import CARD, card
 from msd.formats.engines import ENGINES, engine_named
+from msd.formats.folder import local
 from msd.formats.load import load
 from msd.formats.table import FORMATS, format_named
 from msd.system.files import make_folder, write_whole
@@ -34,7 +37,7 @@ NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def export(head: Path | str, layout: str, out: Path) -> str:
-    """Writes a head, ours or published, to the folder `out`; returns the format's name.
+    """Writes a head, ours or published, and a model card to the folder `out`; returns the format's name.
 
     layout: a key of `LAYOUTS`. UserError, in one line, for a network that the layout cannot express or the engine
     does not compute.
@@ -61,6 +64,8 @@ def export(head: Path | str, layout: str, out: Path) -> str:
     make_folder(out)
     write_whole(out / "model.safetensors", packed(_narrowed(tensors), metadata={"format": "pt"}))
     write_whole(out / "config.json", json.dumps(form.config(c) | {"dtype": _dtype(tensors)}, indent=2) + "\n")
+    if not (out / CARD).exists():
+        write_whole(out / CARD, card(form.name, c, checkpoint.training(local(head)), out.name, None))
     return form.name
 
 

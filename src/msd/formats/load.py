@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msd.drafters import registry
+from msd.drafters import Drafter, registry
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import PADDING, DraftNetwork, NetworkConfig
 from msd.drafters.toolkit.own_head import draft_ids
@@ -106,6 +106,13 @@ def load(place: Path | str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
     if network.embed_tokens is not None:
         network.embed_tokens.requires_grad_(False)
     return network.to(dtype).eval()
+
+
+def drafter(place: Path | str) -> Drafter:
+    """Creates the drafter of a head, ours or published. UserError as in `load`."""
+    kind = type(network := load(place))
+    found: Drafter = kind.drafter(kind.adopted(network))
+    return found
 
 
 def register_folder(place: Path | str) -> str:
