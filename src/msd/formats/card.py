@@ -25,8 +25,8 @@ output is that of `generate()`."""
 def card(format: str, config: Any, record: dict[str, Any], repo: str, target: str | None) -> str:
     """Returns the text of a head's README.md.
 
-    format, config: as `check` finds them. record: of its training; empty if it is not known. repo: its hub id, or the name
-    of its folder. target: hub id or name of the model that it drafts for.
+    format, config: as `check` finds them. record: of its training; empty if it is not known. repo: its hub id, or the
+    name of its folder. target: hub id or name of the model that it drafts for.
     """
     method = getattr(config, "method", "msd")
     data = ModelCardData(
