@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -255,6 +256,10 @@ def test_null_is_the_default(client: Any) -> None:
         ({"tools": []}, 400, "tools: is not supported"),
         ({"logit_bias": {"1": 2}}, 400, "logit_bias: is not supported"),
         ({"temperature": 3}, 400, "less than or equal to 2"),
+        ({"temperature": 1e-45}, 400, "must be 0, or at least 1e-06"),
+        ({"messages": [{"role": "user", "content": "x" * 9000}] * 2}, 400, "has 18000 characters; at most 8192"),
+        ({"msd": {"policy": "\ud800"}}, 400, "msd.policy"),
+        ({"model": "\ud800"}, 400, "model"),
         ({"n": 99}, 400, "n: "),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"top_logprobs": 3}, 400, "top_logprobs needs logprobs"),
@@ -274,7 +279,8 @@ def test_null_is_the_default(client: Any) -> None:
 def test_what_is_not_supported_is_refused(
     served: tuple[str, Scheduler], change: dict[str, Any], status: int, said: str
 ) -> None:
-    answer = httpx2.post(served[0] + CHAT, json={**BODY, **change})
+    body = json.dumps({**BODY, **change})  # httpx2 itself refuses half a character
+    answer = httpx2.post(served[0] + CHAT, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status
     error = answer.json()["error"]
     assert said in error["message"]
