@@ -18,6 +18,7 @@ httpx2 = pytest.importorskip("httpx2")
 from PIL import Image  # noqa: E402
 
 from msd.errors import UserError  # noqa: E402
+from msd.serve.errors import HTTPError  # noqa: E402
 from msd.serve.media import Decoder  # noqa: E402
 from msd.serve.schema import Completion  # noqa: E402
 from msd.serve.sources import Sources, data_of  # noqa: E402
@@ -115,6 +116,24 @@ def test_counts_and_sizes_are_checked_before_anything_is_decoded(monkeypatch: An
     monkeypatch.setattr("msd.serve.sources.TOTAL", 100)
     with pytest.raises(UserError, match="together"):
         Sources().files([("image", data_uri(b"x" * 60)), ("image", data_uri(b"y" * 60))])
+
+
+def test_pixels_of_all_images_are_limited_together(images: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one colour are small, however many pixels they have."""
+    monkeypatch.setattr("msd.serve.media.MOST", 3 * 20 * 16 * 2)
+    files = [picture(i) for i in range(3)]
+    assert len(images.media([("image", "")] * 2, files[:2])) == 2
+    with pytest.raises(UserError, match="of pixels together"):
+        images.media([("image", "")] * 3, files)
+
+
+def test_a_cold_request_does_not_end_the_others(address: str) -> None:
+    """The smallest temperature that is taken has finite logits."""
+    assert ask(address, temperature=1e-6, seed=1).status_code == 200
+
+
+def test_an_error_that_repeats_half_a_character_is_still_an_error() -> None:
+    assert HTTPError(400, "\ud800").body()["error"]["message"] == "?"
 
 
 def test_a_bomb_is_refused_by_its_header(images: Decoder) -> None:

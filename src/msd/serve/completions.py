@@ -27,6 +27,7 @@ from msd.verify import policy
 INTERNAL = "the server could not compute this answer; try again, or ask its operator to read the log"
 POLL_SECONDS = 0.25  # between two looks at whether a client is still there
 FETCHERS = 16  # requests whose media are fetched at the same time
+CHARACTERS, CONTEXT = 16, 1 << 17  # of text for each token of the context; the context of a model that states none
 GRACE = 2.0  # seconds that a fetch may end late
 
 
@@ -71,9 +72,12 @@ class Completions:
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def check(self, body: Completion) -> None:
-        """HTTPError for another model, or more answers than the queue has places."""
+        """HTTPError for another model, text far beyond its context, or more answers than the queue has places."""
         if body.model != self.name:
             raise HTTPError(404, f"this server has the model '{self.name}'", "model", "model_not_found")
+        length, most = sum(map(len, body.texts())), CHARACTERS * (self.scheduler.vlm.target.context_length or CONTEXT)
+        if length > most:  # a tokenizer would take long to find that they do not fit
+            raise HTTPError(400, f"the text has {length} characters; at most {most} for this model", "messages")
         if body.n > self.scheduler.limits.waiting:
             raise HTTPError(400, f"n is larger than the queue of {self.scheduler.limits.waiting}", "n")
 

@@ -42,4 +42,5 @@ class HTTPError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = self.message.encode(errors="replace").decode()  # it may repeat half a character of the request
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}

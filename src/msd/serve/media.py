@@ -21,6 +21,7 @@ from msd.inputs.media import Audio, Clip
 from msd.serve import decoder
 
 SECONDS = 20.0  # of wall time for one file
+MOST = 300 * 1000**2  # bytes of decoded pixels and samples of a request
 KEPT = 200 * 1000**2  # bytes of decoded pixels and samples that are kept for requests with the same file
 
 
@@ -59,12 +60,14 @@ class Decoder:
 
     def media(self, parts: Sequence[tuple[str, str]], files: Sequence[bytes]) -> list[Medium]:
         """The images, videos and sounds of a request. parts: (kind, address) of each file. UserError: see `decoder`."""
-        out = []
+        out = list[Medium]()
         for number, ((kind, address), data) in enumerate(zip(parts, files, strict=True), 1):
             name = f"{kind} {number}"
             if kind == "audio" and not address.startswith(f"data:audio/{_format(data)};"):
                 raise UserError(f"{name} is not in the format that the request names; name its own, or convert it")
             out.append(self.medium(kind, data, name))
+            if sum(map(_bytes, out)) > MOST:
+                raise UserError(f"the media have more than {MOST // 10**6} MB of pixels together; resize them")
         return out
 
     def medium(self, kind: str, data: bytes, name: str = "image 1") -> Medium:

@@ -13,7 +13,9 @@ MOST = {"image": 16, "video": 4, "audio": 4}  # per request
 MESSAGES = 256
 ANSWERS = 8  # n
 STOPS = 4
+COLDEST = 1e-6  # the smallest temperature that samples: logits divided by it stay finite
 
+Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=200_000)]
 
 
@@ -111,8 +113,8 @@ class Extension(Strict):
     trace: add each step and its draft tree to the events of a stream.
     """
 
-    method: str | None = None
-    policy: str | None = None
+    method: Name | None = None
+    policy: Name | None = None
     epsilon: float | None = None
     trace: bool = False
 
@@ -130,7 +132,7 @@ class Completion(Strict):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_nullable)
 
-    model: str
+    model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -147,7 +149,7 @@ class Completion(Strict):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
-    user: Annotated[str | None, Field(max_length=512)] = None
+    user: Name | None = None
     msd: Extension = Extension()
 
     @model_validator(mode="before")
@@ -160,6 +162,8 @@ class Completion(Strict):
     def _consistent(self) -> Completion:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens, not both")
+        if 0.0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature must be 0, or at least {COLDEST}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream=true")
         if self.msd.trace and not self.stream:
