@@ -52,7 +52,8 @@ def address(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [
-            sys.executable, "-m", "msd", "serve", "--ray", "--replicas", "2", "--port", str(port), "--name", "tiny",
+            sys.executable, "-m", "msd", "serve", "--ray", "--replicas", "2", "--max-replicas", "3",
+            "--port", str(port), "--name", "tiny",
             "--target", str(target), "--method", "prompt-lookup",
         ]  # fmt: skip
         patch.setenv("RAY_ADDRESS", cluster.address)
