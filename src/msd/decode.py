@@ -68,7 +68,7 @@ class Engine:
     def joins(self) -> bool:
         """Whether requests can join and leave a batch without a change to any answer.
 
-        Lossy policies book what they spend by batch, and sampled candidates depend on how much is drafted.
+        The answers of lossy policies and of sampled candidates depend on how much is drafted, and so on the others.
         """
         return self.drafter.joinable and not self.drafter.sampled and self.verifier.lossless
 

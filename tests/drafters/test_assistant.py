@@ -34,6 +34,7 @@ from msd.model import SpeculativeVLM
 from msd.targets import Past
 from msd.targets import registry as targets
 from msd.targets.base import Target
+from serve.batches import check_joining
 
 TREE = SpeculativeConfig(nodes=12, depth=4, adaptive=False, backend="plain")
 GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None}
@@ -215,3 +216,14 @@ def test_an_assistant_that_the_library_cannot_construct_is_refused(
     tiny_checkpoint.processor().tokenizer.save_pretrained(tmp_path)  # without one, that is what the message is about
     with pytest.raises(UserError, match=r"cannot be loaded: .*The set of layer types producing a cache"):
         load_draft_model(tmp_path)
+
+
+def test_requests_join_and_leave_a_batch(constructible: None) -> None:
+    engine = SpeculativeVLM(gemma4(3, 12), None, TREE, AssistantDrafter(assistant(12)))
+    given, requests = inputs(3), []
+    for i, n in enumerate([40, 12, 28, 6, 20, 30]):
+        row = {name: x[i % 3, None] for name, x in given.items()}
+        seen = row.pop("attention_mask")[0].bool()
+        row = {name: x[:, seen] if name in ("input_ids", "mm_token_type_ids") else x for name, x in row.items()}
+        requests.append((row, {**GREEDY, "max_new_tokens": n}))
+    check_joining(engine, requests)

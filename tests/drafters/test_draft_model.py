@@ -24,6 +24,7 @@ from msd.drafters.toolkit.ensemble import MEMORY, Ensemble
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.planning.plan import Budget, Plan
+from serve.batches import check_a_late_join, check_joining
 
 LENGTH = 13
 CHAIN = SpeculativeConfig(nodes=4, depth=4, width=1, adaptive=False, backend="plain")
@@ -348,3 +349,29 @@ def test_the_librarys_assistant_never_sees_the_picture(name: str) -> None:
             answers(SpeculativeVLM(model, None, CHAIN, DraftModel(same)), **given, **GREEDY)
         calls[drafting] = len(count)
     assert calls == {"library": 0, "ours": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "context"), [("llava", None), ("llava", 80), pytest.param("qwen3_5", None, marks=pytest.mark.full)]
+)
+def test_requests_join_and_leave_a_batch(name: str, context: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a short context of the draft model, long requests are not drafted for, and the others are."""
+    family = BY_NAME[name]
+    model = family.make()
+    engine = SpeculativeVLM(model, None, TREE, DraftModel(noisy(model)))
+    requests = []
+    for i, n in enumerate([40, 12, 28, 6, 20, 30]):
+        row = family.row(family.parts(i, family.kinds[:1], words=4 + 3 * (i % 4)))
+        requests.append((row, {**GREEDY, "max_new_tokens": n}))
+    if context is not None:
+        own = engine.drafter.own
+        monkeypatch.setattr(type(own), "context_length", property(lambda one: context if one is own else None))
+    assert engine.drafter.joinable and not DraftModel(model, sees="image,nothing").joinable
+    assert (min(check_joining(engine, requests)) == 1) == (context is not None)
+
+
+def test_a_long_prompt_joins_after_a_long_pause() -> None:
+    model = LLAVA.make()
+    engine = SpeculativeVLM(model, None, TREE, DraftModel(noisy(model)))
+    short, long = (LLAVA.row(LLAVA.parts(i, ["image"], words=n)) for i, n in enumerate((4, 120)))
+    check_a_late_join(engine, (short, {**GREEDY, "max_new_tokens": 70}), (long, {**GREEDY, "max_new_tokens": 8}))

@@ -25,6 +25,7 @@ from msd.targets import Past
 from msd.targets import registry as targets
 from msd.targets.base import Target
 from mtp_targets import TARGETS, layers_of
+from serve.batches import check_a_late_join, check_joining
 
 TREE = SpeculativeConfig(nodes=12, depth=4, adaptive=False, backend="plain")
 GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None}
@@ -243,3 +244,22 @@ def test_a_target_without_layers_is_refused() -> None:
     assert "mtp" not in registry.methods(), "only for some checkpoints"
     with pytest.raises(UserError, match=r"method 'mtp': target '.*' has no multi-token-prediction layers"):
         SpeculativeVLM(tiny.llava(), None, TREE, "mtp")
+
+
+@pytest.mark.parametrize(("name", "layers"), [("kimi_k25", 1), ("qwen3_5", 2)])
+def test_requests_join_and_leave_a_batch(name: str, layers: int) -> None:
+    model = TARGETS[name].make(layers)
+    engine = SpeculativeVLM(model, None, TREE, MtpDrafter(layers_of(model, layers)))
+    lengths = [40, 12, 28, 6, 20, 30]
+    check_joining(
+        engine,
+        [(TARGETS[name].inputs(1, 6 + 3 * (i % 4)), {**GREEDY, "max_new_tokens": n}) for i, n in enumerate(lengths)],
+    )
+
+
+def test_a_long_prompt_joins_after_a_long_pause() -> None:
+    target = TARGETS["kimi_k25"]
+    model = target.make(1)
+    engine = SpeculativeVLM(model, None, TREE, MtpDrafter(layers_of(model, 1)))
+    short, long = target.inputs(1, 4), target.inputs(1, 120)
+    check_a_late_join(engine, (short, {**GREEDY, "max_new_tokens": 70}), (long, {**GREEDY, "max_new_tokens": 8}))

@@ -20,6 +20,7 @@ from families import BY_NAME  # noqa: E402
 from family_processor import FamilyProcessor, photos  # noqa: E402
 from msd.config import SpeculativeConfig  # noqa: E402
 from msd.model import SpeculativeVLM  # noqa: E402
+from msd.serve.batch import Batch  # noqa: E402
 from msd.serve.scheduler import Scheduler  # noqa: E402
 from msd.streaming import request_lock  # noqa: E402
 from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
@@ -359,6 +360,38 @@ def test_a_full_server_says_when_to_come_back() -> None:
         assert int(second.headers["retry-after"]) >= 1
         assert second.json()["error"]["code"] == "queue_full"
         assert httpx2.post(address + CHAT, json=BODY, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_waits_too_long_gets_an_error(served: tuple[str, Scheduler], stream: bool) -> None:
+    address, scheduler = served
+    found: list[Any] = []
+    body = {**BODY, "stream": stream}
+    asking = threading.Thread(target=lambda: found.append(httpx2.post(address + CHAT, json=body, timeout=60)))
+    with request_lock(VLM.model):  # no step is computed meanwhile
+        asking.start()
+        wait(lambda: scheduler.waiting == 1)
+        scheduler._waiting[0].arrival -= 1e6
+    asking.join(60)
+    assert found[0].status_code == (200 if stream else 504)  # a stream has begun by then
+    assert '"code":"deadline"' in found[0].text.replace(" ", "")
+    assert "[DONE]" not in found[0].text
+
+
+def test_a_late_answer_ends_with_what_it_has(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Batch.step
+
+    def makes_late(batch: Batch[Any]) -> Any:
+        emitted = step(batch)
+        for job in batch.members:
+            job.arrival -= 1e6
+        return emitted
+
+    monkeypatch.setattr(Batch, "step", makes_late)
+    answer = client.create(model=NAME, messages=BODY["messages"], temperature=0, max_tokens=400)
+    assert answer.choices[0].finish_reason == "length"
+    assert 2 <= answer.usage.completion_tokens <= 2 * (1 + VLM.config.depth)
+    assert wanted(BODY["messages"], max_new_tokens=400).text.startswith(answer.choices[0].message.content)
 
 
 def test_keys_are_needed_everywhere_but_for_health() -> None:

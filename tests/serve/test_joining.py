@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import rivals
 import tiny
@@ -27,6 +26,8 @@ from msd.planning.costs import Costs
 from msd.planning.plan import Plan
 from msd.serve.batch import Batch
 from random_drafter import RandomDrafter
+from serve import batches
+from serve.batches import alone, served
 
 ALWAYS = SpeculativeConfig(adaptive=False)  # how much is drafted must not depend on the clock
 MODEL = tiny.llava(sharpness=10.0)
@@ -38,31 +39,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_sample": True, "min_new_tokens": 10, "max_new_tokens": 30},
     {"no_repeat_ngram_size": 3, "max_new_tokens": 12},
 ]
-
-
-def alone(model: Any, inputs: dict[str, Tensor], seed: int, options: dict[str, Any]) -> list[int]:
-    """What `transformers` answers."""
-    torch.manual_seed(seed)
-    return model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def served(
-    vlm: SpeculativeVLM, requests: list[tuple[dict[str, Tensor], dict[str, Any]]], order: random.Random, most: int = 3
-) -> tuple[list[list[int]], int]:
-    """(the answers of requests that join at random steps, at most `most` at a time; the accepted drafts)."""
-    batch: Batch[int] = Batch(vlm.engine)
-    answers: list[list[int]] = [[] for _ in requests]
-    waiting, accepted = list(range(len(requests))), 0
-    while waiting or batch.members:
-        while waiting and batch.open and len(batch.members) < most and (not batch.members or order.random() < 0.4):
-            number = waiting.pop(0)
-            inputs, options = requests[number]
-            answers[number] += batch.join(number, vlm.prefill(inputs, seed=number, **options)).tokens
-        if batch.members:
-            for number, emission in batch.step():
-                answers[number] += emission.tokens
-                accepted += emission.accepted.total()
-    return answers, accepted
 
 
 def network(model: Any) -> MSDNetwork:
@@ -100,29 +76,14 @@ def test_answers_are_those_of_generate(method: str) -> None:
 @pytest.mark.parametrize(
     "method", ["prompt-lookup", "msd", "msd+prompt-lookup", "msd+eagle3", "dspark", "specvlm", "vispec"]
 )
-def test_drafts_are_those_that_a_request_gets_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_those_that_a_request_gets_alone(method: str) -> None:
     requests = [(tiny.llava_inputs(i, images=i % 3, words=6 + 5 * (i % 4)), {"max_new_tokens": 9}) for i in range(6)]
     vlm = SpeculativeVLM(MODEL, None, ALWAYS, made(method))
-    drafts: dict[tuple[int, ...], list[int]] = {}
-    propose = vlm.drafter.propose
-
-    def noted(state: Any, *others: Any) -> Any:
-        tree = propose(state, *others)
-        for row, end in enumerate(state.layout.end):
-            text = tuple(state.layout.tokens[row, state.layout.start[row] : end].tolist())
-            drafts[text] = tree.tokens[row, tree.valid[row]].tolist()
-        return tree
-
-    monkeypatch.setattr(vlm.drafter, "propose", noted)
-    served(vlm, requests, random.Random(1), most=1)
-    single = dict(drafts)
-    drafts.clear()
-    served(vlm, requests, random.Random(1), most=4)
-    common = drafts.keys() & single.keys()
-    assert len(common) > 20
-    assert max(map(len, drafts.values())) > 2
-    for text in common:
-        drafted, wanted = drafts[text], single[text]
+    single, common = (batches.drafts(vlm, requests, most)[0] for most in (1, 4))
+    assert max(map(len, common.values())) > 2
+    assert len(common.keys() & single.keys()) > 20
+    for text in common.keys() & single.keys():
+        drafted, wanted = common[text], single[text]
         if method == "msd+prompt-lookup":  # it cuts the trees of lookups to the size of the others
             drafted, wanted = (x[: min(len(drafted), len(wanted))] for x in (drafted, wanted))
         assert drafted == wanted

@@ -149,7 +149,7 @@ class KVCache(Cache):
                     block[:, :, index, :, used : self.written] = 0  # a NaN of the dropped row must not stay
 
     def select(self, rows: list[int]) -> None:
-        """Drops all other rows for good, and numbers `rows`, all of them stored, 0, 1, … in this order."""
+        """Drops all other rows for good, and numbers `rows` 0, 1, … in this order."""
         self.keep(rows)
         number = {row: i for i, row in enumerate(rows)}
         self.rows = [number[row] for row in self.rows]
@@ -158,7 +158,7 @@ class KVCache(Cache):
     def join(self, other: KVCache) -> None:
         """Appends the rows of `other`, a cache of the same model; their numbers follow those of this cache."""
         first, added, slots = len(self.rows), len(other.rows), max(other.base)
-        self._reserve(first + added, max(self.capacity, other.capacity))
+        self.reserve(first + added, max(self.capacity, other.capacity))
         for mine, theirs in zip(self._storage, other._storage, strict=True):
             mine[:, :, first : first + added, :, :slots] = theirs[:, :, :added, :, :slots]
             mine[:, :, first : first + added, :, slots : self.written] = 0
@@ -167,10 +167,16 @@ class KVCache(Cache):
         self.batch += other.batch
         self.written = max(self.written, slots)
 
-    def _reserve(self, rows: int, capacity: int) -> None:
+    def add_unstored(self, before: int = 0, behind: int = 0) -> None:
+        """Numbers rows that are not stored, as if `keep` had dropped them, before and behind all others."""
+        self.rows = [before + row for row in self.rows]
+        self.committed = [0] * before + self.committed + [0] * behind
+        self.batch += before + behind
+
+    def reserve(self, rows: int, capacity: int) -> None:
         """Moves to larger storage if it has no room for `rows` rows of `capacity` slots; rows grow by doubling."""
-        held = self._storage[0].shape[2]
-        if rows <= held and capacity <= self.capacity:
+        held, capacity = self._storage[0].shape[2], max(capacity, self.capacity)
+        if rows <= held and capacity == self.capacity:
             return
         rows, stored = held if rows <= held else max(rows, 2 * held), len(self.rows)
         for n, block in enumerate(self._storage):

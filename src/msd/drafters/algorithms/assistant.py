@@ -76,7 +76,7 @@ class AssistantLevels:
 class AssistantDrafter(ObservedDrafter):
     """Drafts with an assistant of the target; its candidates are deterministic. label: its name in messages."""
 
-    name, taps = METHOD, (FINAL,)
+    name, taps, joinable = METHOD, (FINAL,), True
 
     def __init__(self, model: PreTrainedModel, label: str = METHOD) -> None:
         self.model, self.label, self.cost = model.eval(), label, LevelCost()
@@ -125,6 +125,14 @@ class AssistantDrafter(ObservedDrafter):
             if tokens:
                 node = [0, *nodes][len(tokens) - 1]
                 state.memory[row] = scores.taps[row, node : node + 1]
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """See `Drafter`."""
+        state.memory = [state.memory[row] for row in rows]
+
+    def join(self, state: State, other: State) -> None:
+        """See `Drafter`."""
+        state.memory += other.memory
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts the most probable nodes of one tree, level by level."""

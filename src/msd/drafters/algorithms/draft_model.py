@@ -114,13 +114,42 @@ class DraftModel(ObservedDrafter):
 
     def propose(self, state: State, budget: Budget, sampler: Sampler) -> DraftTree:
         """Drafts the most probable nodes of one tree, level by level; nothing where its context is too short."""
-        if drafts(budget) and isinstance(state.memory, int):
+        memory = self._memory(state) if drafts(budget) else None
+        if memory is None:
+            return DraftTree.root_only(state.layout.newest())
+        return memory.propose(state.layout, state.cache.rows, TREE, self, budget, sampler, self.cost)
+
+    def _memory(self, state: State) -> SecondModel | Ensemble | None:
+        """The memory of the state; the first time, it reads the prompts. None where they are too long for it."""
+        if isinstance(state.memory, int):
             read = [self._read(state, state.memory, view) for view in self.sees]
             members = [member for member in read if member is not None]
             state.memory = Ensemble(members) if len(members) > 1 else members[0] if members else None
-        if not drafts(budget) or state.memory is None:
-            return DraftTree.root_only(state.layout.newest())
-        return state.memory.propose(state.layout, state.cache.rows, TREE, self, budget, sampler, self.cost)
+        memory: SecondModel | Ensemble | None = state.memory
+        return memory
+
+    @property
+    def joinable(self) -> bool:
+        """See `Drafter`; a mixture is not, because the views that fit the model's context differ between requests."""
+        return len(self.sees) == 1
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """See `Drafter`."""
+        if isinstance(memory := self._memory(state), SecondModel):
+            memory.select(rows)
+
+    def join(self, state: State, other: State) -> None:
+        """See `Drafter`; reads the prompts of both. Rows whose prompt is too long are not drafted for."""
+        mine, theirs = self._memory(state), self._memory(other)
+        if not self.joinable:
+            super().join(state, other)
+        elif isinstance(mine, SecondModel) and isinstance(theirs, SecondModel):
+            mine.join(theirs)
+        elif isinstance(mine, SecondModel):
+            mine.add_rows(behind=other.layout.batch)
+        elif isinstance(theirs, SecondModel):
+            theirs.add_rows(before=state.layout.batch)
+            state.memory = theirs
 
     def _read(self, state: State, columns: int, view: str) -> SecondModel | None:
         """Reads the prompt with one view of the images; None if prompt and answer do not fit the model's context."""

@@ -84,8 +84,21 @@ class Memory:
         self.cache.commit(paths)
         return tree.scatter(rows, newest)
 
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows, before the layout does."""
+        self.cache.select(rows)
+        self.carry = [states[rows] for states in self.carry]
+        self.seen, self.unread = [self.seen[row] for row in rows], [self.unread[row] for row in rows]
+
+    def join(self, other: Memory) -> None:
+        """Appends the rows of `other`, before the layout does."""
+        self.cache.join(other.cache)
+        self.carry = [torch.cat(pair) for pair in zip(self.carry, other.carry, strict=True)]
+        self.seen, self.unread = self.seen + other.seen, self.unread + other.unread
+
     def _score(self, tree: DraftTree, scored: int) -> Tensor:
         """See `chained.Score`."""
+        self.cache.reserve(len(self.cache.rows), max(self.cache.base) + tree.size)  # rows differ in what they have read
         if not scored:
             self._read(tree)
             return self._logits(self.states[0])
@@ -150,7 +163,7 @@ class MtpDrafter(ObservedDrafter):
     network: the layers; by default those of the target's checkpoint.
     """
 
-    name, taps = METHOD, (FINAL,)
+    name, taps, joinable = METHOD, (FINAL,), True
 
     def __init__(self, network: MtpModel | None = None) -> None:
         self._network, self.cost = network, LevelCost()
@@ -200,13 +213,29 @@ class MtpDrafter(ObservedDrafter):
         """Drafts the most probable nodes of one tree, level by level."""
         if not drafts(budget):
             return DraftTree.root_only(state.layout.newest())
+        return self._memory(state).propose(state.cache.rows, self.depth, self, budget, sampler)
+
+    def _memory(self, state: State) -> Memory:
+        """The memory of the state; the first time, it reads the prompt."""
         if not isinstance(state.memory, Memory):
             taps, later = state.memory
             room = (1 + WIDTH) * (1 + self.depth)
             state.memory = Memory(self.network, state.layout, taps, room)
             for states, new in zip(state.memory.unread, later, strict=True):
                 states += new
-        return state.memory.propose(state.cache.rows, self.depth, self, budget, sampler)
+        return state.memory
+
+    def select(self, state: State, rows: list[int]) -> None:
+        """See `Drafter`."""
+        if isinstance(state.memory, Memory):
+            state.memory.select(rows)
+        else:
+            taps, later = state.memory
+            state.memory = taps[rows], [later[row] for row in rows]
+
+    def join(self, state: State, other: State) -> None:
+        """See `Drafter`; reads the prompts of both, which differ in length."""
+        self._memory(state).join(self._memory(other))
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """Stores the target's state before every emitted token: that of the node above it."""

@@ -38,7 +38,8 @@ class SecondModel:
     """The second model's state of B rows.
 
     mapping: between its vocabulary and the target's. state: its own; every token before the unread ones is in its
-    cache. seen: for each row, the number of columns of the target's layout that it has read. guess: (tokens [B],
+    cache, which does not store rows that it does not draft for. seen: for each row, the number of columns of the
+    target's layout that it has read. guess: (tokens [B],
     logits [B, n] after them), its prediction of the first unread token, see `predict`.
     """
 
@@ -68,6 +69,8 @@ class SecondModel:
         The budget allows drafts, and each of these rows has emitted tokens since the last call.
         """
         newest, (rows, unread) = layout.newest(), self.open(layout, alive)
+        if not rows:
+            return DraftTree.root_only(newest)
         known = self._known(rows, unread)
         levels = ChainedLevels(self.score, unread, newest.device, known)
         tree = draft(levels, vocabulary, newest[rows], shape, budget.select(rows), sampler, cost)
@@ -79,11 +82,31 @@ class SecondModel:
         self.state.cache.keep(alive)
         rows = list(self.state.cache.rows)
         unread = [layout.tokens[row, self.seen[row] : layout.end[row]].tolist() for row in rows]
-        while min(map(len, unread)) > LONGEST:
+        while unread and min(map(len, unread)) > LONGEST:
             self._read(rows, [tokens[:LONGEST] for tokens in unread])
             unread = [tokens[LONGEST:] for tokens in unread]
         self._append(rows, [tokens[:1] for tokens in unread])
         return rows, unread
+
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self.state.select(rows)
+        self.seen, self.guess = [self.seen[row] for row in rows], None
+
+    def join(self, other: SecondModel) -> None:
+        """Appends the rows of `other`."""
+        self.state.join(other.state)
+        self.seen, self.guess = self.seen + other.seen, None
+
+    def add_rows(self, before: int = 0, behind: int = 0) -> None:
+        """Adds rows that it does not draft for, before and behind all others."""
+        layouts = [_empty(self.state.layout, before), self.state.layout, _empty(self.state.layout, behind)]
+        whole = layouts[0]
+        for layout in layouts[1:]:
+            whole.join(layout)
+        self.state.layout = whole
+        self.state.cache.add_unstored(before, behind)
+        self.seen, self.guess = [0] * before + self.seen + [0] * behind, None
 
     def _known(self, rows: list[int], unread: list[list[int]]) -> Tensor | None:
         """Takes the guess: returns the logits after it if it was right in all rows, none of which was dropped."""
@@ -113,9 +136,16 @@ class SecondModel:
 
     def score(self, tree: DraftTree, scored: int) -> Tensor:
         """See `Score`: the logits of the shared tokens."""
-        rows = list(self.state.cache.rows)
+        cache, rows = self.state.cache, list(self.state.cache.rows)
+        cache.reserve(len(rows), max(cache.base) + tree.size)  # rows differ in what they have read
         own = replace(tree, tokens=self.mapping.read(tree.tokens))
         whole = own.scatter(rows, tree.tokens.new_zeros(len(self.seen)))
         if self.target.resumes:
             return self.mapping.shared(self.target.score(self.state, whole, scored).logits[rows])
         return self.mapping.shared(self.target.score(self.state, whole).logits[rows, scored:])
+
+
+def _empty(like: Layout, rows: int) -> Layout:
+    """A layout of `rows` rows with one column each."""
+    one = like.tokens.new_zeros(rows, 1)
+    return Layout(one, one.clone(), one.new_zeros(len(like.positions), rows, 1), [0] * rows, [1] * rows)
