@@ -24,7 +24,7 @@ from transformers.modeling_layers import MtpModel
 
 import recurrent_models as hybrids
 from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, WORDS
-from msd.drafters.algorithms.mtp import declared
+from msd.drafters.toolkit.mtp_network import declared
 
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2}
 GROUPS = {**EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}

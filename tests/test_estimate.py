@@ -15,7 +15,7 @@ from msd.cli import main
 from msd.errors import UserError
 from msd.estimate import Acceptance, Card, Sizes, Workload, card, pass_seconds, plans, sizes
 from msd.estimate.roofline import CARDS, prefill_seconds
-from msd.estimate.sizes import PRESETS, of_config
+from msd.estimate.sizes import of_config
 
 # a layer: 1000 x 100 x (10 + 10 + 10 + 10) of attention, 3 x 1000 x 2000 of the MLP: 10 million weights
 TOY = Sizes("toy", 10, 1000, 2000, 10, 10, 100, 5000)
@@ -88,12 +88,12 @@ def test_a_draft_model_by_hand() -> None:
 
 def test_larger_batches_gain_less_and_block_drafts_cost_less() -> None:
     for drafter in ("levels", "block"):
-        rows = plans(PRESETS["llava-1.5-7b"], card("H100"), Acceptance(length=3.5), Workload(drafter=drafter), [32])
+        rows = plans(sizes("llava-1.5-7b"), card("H100"), Acceptance(length=3.5), Workload(drafter=drafter), [32])
         gains = [row["speedup_decode"] for row in rows]
         assert gains == sorted(gains, reverse=True) and gains[0] > 2 > gains[-1]
         assert all(row["speedup"] < row["speedup_decode"] for row in rows if row["speedup_decode"] > 1)
     levels, block = (
-        plans(PRESETS["qwen2.5-vl-7b"], card("L4"), Acceptance(length=3.5), Workload(drafter=d), [16], [1])[0]
+        plans(sizes("qwen2.5-vl-7b"), card("L4"), Acceptance(length=3.5), Workload(drafter=d), [16], [1])[0]
         for d in ("levels", "block")
     )
     assert block["draft_s"] < levels["draft_s"] and block["verify_s"] == levels["verify_s"]
@@ -128,6 +128,42 @@ def test_built_in_models_have_their_published_size() -> None:
             billions, rel=0.02
         )
     assert sizes("llava-hf/llava-1.5-7b-hf") is sizes("LLaVA-1.5-7B")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3.5-4b", 4.54), ("gemma-4-31b", 31.3), ("gemma-4-31b-assistant", 0.47), ("qwen3-vl-32b", 33.4),
+     ("qwen3-vl-2b", 2.13)],
+)  # fmt: skip
+def test_built_in_configs_have_their_published_size(name: str, billions: float) -> None:
+    """Weights of the whole model, as far as its code declares them, in billions."""
+    assert sizes(name).model / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_own_layers_by_hand() -> None:
+    """Qwen3.5-4B's layer: gated queries and output of 16 heads of 256, keys and values of 4; a cache of its own."""
+    model, h = sizes("qwen3.5-4b"), 2560
+    layer = h * (2 * 16 * 256 + 2 * 4 * 256) + 16 * 256 * h + 3 * h * 9216 + 2 * h * h
+    assert model.mtp is not None and (model.mtp.dense, model.mtp.kept) == (layer, 2 * 4 * 256)
+    work = Workload(50, 0, 100, 3, "mtp")
+    row, bare = (
+        plans(model, CARD, Acceptance(length=3.0), w, [3], [2])[0] for w in (work, replace(work, drafter="block"))
+    )
+    assert row["draft_s"] == pytest.approx(3 * pass_seconds(model.mtp_layers, CARD, 1, 100, 2, head=model.head))
+    assert row["memory_bytes"] - bare["memory_bytes"] == 2 * (layer + 2 * 150 * 2 * 4 * 256)
+    with pytest.raises(UserError, match="has no multi-token-prediction layers"):
+        plans(TOY, CARD, Acceptance(length=3.0), work)
+
+
+def test_an_assistant_reads_the_targets_keys() -> None:
+    model, assistant = sizes("gemma-4-31b"), sizes("gemma-4-31b-assistant")
+    work = Workload(50, 1, 100, 3, model=assistant)
+    row, bare = (plans(model, CARD, Acceptance(length=3.0), w, [3], [1])[0] for w in (work, replace(work, model=None)))
+    assert row["memory_bytes"] - bare["memory_bytes"] == 2 * assistant.model, "no cache of its own"
+    assert row["speedup"] == pytest.approx(
+        (row["prefill_s"] + 100 * row["plain_s"]) / (row["prefill_s"] + 100 * (row["draft_s"] + row["verify_s"]) / 3)
+    ), "no prompt of its own"
+    assert row["draft_s"] == pytest.approx(3 * pass_seconds(assistant, CARD, 1, 50 + 280 + 50, 1))
 
 
 @pytest.mark.parametrize("family", CLASSIC, ids=lambda family: family.name)

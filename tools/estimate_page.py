@@ -43,6 +43,14 @@ FIGURES = (
 )
 
 
+RATES = (0.8, 0.7, 0.6, 0.5)  # assumed acceptance of a chain, by level
+BROUGHT = (  # target, draft model (None: the target's own layers), name
+    ("qwen3.5-4b", None, "Qwen3.5-4B + its multi-token-prediction layer"),
+    ("gemma-4-31b", "gemma-4-31b-assistant", "Gemma 4 31B + its assistant"),
+    ("qwen3-vl-32b", "qwen3-vl-2b", "Qwen3-VL-32B + Qwen3-VL-2B"),
+)
+
+
 def estimated(model: Sizes, figure: Published, length: float) -> float:
     """Estimates the speedup of a whole answer at batch 1."""
     work = Workload(depth=figure.depth)
@@ -91,6 +99,25 @@ def grid() -> str:
     return "\n".join(lines).strip()
 
 
+def brought() -> str:
+    """Returns the table of drafters that come with a model, on an H100, for chains of one to four drafts."""
+    lines = [
+        "| target + drafter | memory, batch 1 and 32 | drafts | τ | plain step | draft | verification | decoding "
+        "| batch 8 |",
+        "|---" * 9 + "|",
+    ]
+    for target, helper, name in BROUGHT:
+        model = sizes(target)
+        for depth in (1, 2, 4):
+            work = Workload(depth=depth, drafter="levels" if helper else "mtp", model=sizes(helper) if helper else None)
+            one, eight, most = plans(model, card("H100"), Acceptance(rates=RATES), work, [depth], [1, 8, 32])
+            memory = f"{one['memory_bytes'] / 1e9:.1f} GB, {most['memory_bytes'] / 1e9:.1f} GB"
+            steps = " | ".join(f"{1000 * one[key]:.1f} ms" for key in ("plain_s", "draft_s", "verify_s"))
+            gains = " | ".join(f"{row['speedup_decode']:.2f}x" for row in (one, eight))
+            lines.append(f"| {name} | {memory} | {depth} | {one['acceptance_length']:.2f} | {steps} | {gains} |")
+    return "\n".join(lines)
+
+
 def checked() -> str:
     """Returns the results of `recipes/estimate/validate.py`."""
     path = ROOT / "results/estimate.json"
@@ -116,7 +143,7 @@ def main() -> None:
     """Replaces the text between the marks of the page."""
     page = ROOT / "docs/estimate.md"
     text = page.read_text(encoding="utf-8")
-    for name, table in {"published": published(), "grid": grid(), "checked": checked()}.items():
+    for name, table in {"published": published(), "grid": grid(), "brought": brought(), "checked": checked()}.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->(.*?<!-- /{name} -->)?", lambda _, b=block: b, text, count=1, flags=re.S)
     write_whole(page, text)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from msd import config, drafters, loading, verify
+from msd import config, drafters, formats, loading, verify
 from msd.chat import Chat
 from msd.config import SpeculativeConfig
 from msd.core.sampling import Sampler, Seed, generators
@@ -55,8 +55,8 @@ class SpeculativeVLM:
     """A vision-language model that decodes speculatively; its output is the same as without speculation.
 
     model: a `transformers` image-text-to-text model of a supported architecture. processor: its processor.
-    drafter: a method name or a drafter; by default the config's method, else the best that there is for this model
-    (`msd.drafters.choose`). Attribute `reason`: why this drafter was chosen.
+    drafter: a method name, a drafter, or the folder or hub id of a head; by default the config's method, else the best
+    that there is for this model (`msd.drafters.choose`). Attribute `reason`: why this drafter was chosen.
     """
 
     def __init__(
@@ -64,12 +64,14 @@ class SpeculativeVLM:
         model: PreTrainedModel,
         processor: Any,
         config: SpeculativeConfig | None = None,
-        drafter: str | Drafter | None = None,
+        drafter: str | Path | Drafter | None = None,
     ) -> None:
         self.config = config or SpeculativeConfig()
         self.reason, chosen = "the user's choice", drafter or self._draft_model(model) or self.config.method
         if chosen is None:
             chosen, self.reason = drafters.choose(fingerprint(model), model)
+        if isinstance(chosen, Path) or (isinstance(chosen, str) and "/" in chosen):
+            chosen = formats.drafter(chosen)
         self.drafter = drafters.create(chosen) if isinstance(chosen, str) else chosen
         self.model, self.processor = model.eval(), processor
         self.drafter.fit(model.config.get_text_config(decoder=True).num_hidden_layers)
@@ -93,18 +95,20 @@ class SpeculativeVLM:
     def from_pretrained(
         cls,
         target: str | Path = "reference",
-        drafter: str | Drafter | None = None,
+        drafter: str | Path | Drafter | None = None,
         config: SpeculativeConfig | None = None,
         **kwargs: Any,
     ) -> SpeculativeVLM:
         """Loads a target by name ("reference", "reference-video", a folder, or a hub id) and a drafter by method name.
+
+        A drafter may also be the folder or hub id of a head, ours or published (a text with a slash).
 
         kwargs go to `AutoModelForImageTextToText.from_pretrained` (dtype: float32 on a CPU unless given, device_map …).
         """
         model, processor = loading.load_target(target, **kwargs)
         return cls(model, processor, config, drafter)
 
-    def with_method(self, drafter: str | Drafter) -> SpeculativeVLM:
+    def with_method(self, drafter: str | Path | Drafter) -> SpeculativeVLM:
         """Returns the same loaded model with another drafter; both share the cache of vision features."""
         other = SpeculativeVLM(self.model, self.processor, self.config, drafter)
         other.target.vision = self.target.vision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSDNetwork
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.calibration import calibrate, calibration_error, candidates, fitted, log_loss, quality
-from msd.drafters.toolkit.chance import NodeFeatures, log_chance, log_odds
+from msd.drafters.toolkit.chance import FEATURES, NodeFeatures, log_chance, log_odds
 from msd.drafters.toolkit.drafter import Memory, TrainedDrafter
 from msd.drafters.toolkit.growth import Shape, Subtrees, grow
 from msd.errors import UserError
@@ -33,11 +34,13 @@ SKEWED = {"log_odds": 0.2, "bias": 1.5}  # another order of nodes than that of l
 
 def invented(n: int = 20_000) -> NodeFeatures:
     torch.manual_seed(0)
-    return NodeFeatures(torch.rand(n).clamp_min(1e-4).log(), torch.randn(n))
+    log_q = torch.rand(n // 2, 2).clamp_min(1e-4).log().sort(-1, descending=True).values  # of two siblings each
+    return NodeFeatures(log_q.flatten(), torch.randn(n), log_q[:, :1].expand(-1, 2).flatten())
 
 
 def test_the_fit_finds_the_model_that_made_the_data() -> None:
-    node, true = invented(), {"log_odds": 1.6, "confidence": -0.4, "bias": 1.0}
+    node = invented()
+    true = {"log_odds": 1.6, "confidence": -0.4, "best": -0.3, "first": 0.8, "bias": 1.0}
     correct = torch.rand(len(node.log_q)) < log_chance(true, node).exp()
     found = fitted(node, correct)
     assert found == pytest.approx(true, abs=0.1)  # four standard errors
@@ -45,6 +48,16 @@ def test_the_fit_finds_the_model_that_made_the_data() -> None:
     assert report["log_loss"] < report["log_loss_of_q"] - 0.02 and report["ece"] < 0.02 < report["ece_of_q"]
     without = NodeFeatures(node.log_q, torch.zeros(()))  # features that do not vary have no weight
     assert fitted(without, correct).keys() == {"log_odds", "bias"}
+
+
+def test_features_of_siblings() -> None:
+    """The likeliest child counts as first, and all have its log odds; without it, neither feature has a weight."""
+    q = torch.tensor([[0.6, 0.3, 0.05]])
+    node = NodeFeatures(q.log(), torch.zeros(()), q[:, :1].log())
+    assert FEATURES["first"](node).tolist() == [[1.0, 0.0, 0.0]]
+    assert FEATURES["best"](node) == pytest.approx(math.log(0.6 / 0.4))
+    alone = NodeFeatures(q.log(), torch.zeros(()))
+    assert [FEATURES[name](alone) for name in ("best", "first")] == [0.0, 0.0]
 
 
 def test_measures_by_hand() -> None:
@@ -96,6 +109,7 @@ def test_candidates_are_those_of_decoding() -> None:
         log_q, top = distribution.logits[0, 0].log_softmax(-1).topk(4)
         first = 4 * sum(rivals.LENGTH - above for above in range(1, d))  # the first root's at this level
         assert torch.allclose(node.log_q[first : first + 4], log_q, atol=1e-4)
+        assert node.best is not None and torch.allclose(node.best[first : first + 4], log_q[0], atol=1e-4)
         assert torch.equal(correct[first : first + 4], net.ids[top] == batch.answers[0, d])
 
 

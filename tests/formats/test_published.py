@@ -177,7 +177,7 @@ def test_a_head_is_written_as_it_was_read(layout: Layout, tmp_path: Path) -> Non
     )
     kinds = {
         "speculators": "speculators",
-        "specforge": "sglang",
+        "specforge": "specforge",
         "eagle3": "eagle",
         "dflash": "dflash",
         "dspark": "dflash",
@@ -305,7 +305,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "check", folder, "--json")
     assert code == 0 and json.loads(out) == {
         "path": str(folder), "format": "eagle3", "method": "eagle3", "faults": [],
-        "target": {"hidden_size": H, "vocabulary": V, "layers_read": []},
+        "target": {"hidden_size": H, "vocabulary": V, "layers_read": []}, "engines": [], "remarks": [],
     }  # fmt: skip
     tiny.llava().save_pretrained(tmp_path / "target")
     code, out, _ = run(capsys, "check", folder, "--target", tmp_path / "target")

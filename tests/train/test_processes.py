@@ -89,11 +89,36 @@ def test_a_batch_too_small_to_share_is_refused(tmp_path: Path, monkeypatch: pyte
     import torch
 
     from msd.errors import UserError
-    from msd.train import drafting
+    from msd.train import launched
 
-    monkeypatch.setattr(drafting.Accelerator, "num_processes", 4)
+    monkeypatch.setattr(launched.Accelerator, "num_processes", 4)
     with pytest.raises(UserError, match="4 processes cannot share a batch of 3; give --batch 4 or more"):
-        drafting._accelerator(torch.device("cpu"), 3)
+        launched.launched(torch.device("cpu"), 3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_processes_end_after_the_last_one_and_after_their_communication(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """A process that fails waits for no other."""
+    import torch.distributed as dist
+
+    from msd.train import launched
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    events: list[str] = []
+    destroy = dist.destroy_process_group
+    monkeypatch.setattr(launched.processes, "place", lambda: (0, 2))
+    monkeypatch.setattr(launched.PartialState, "wait_for_everyone", lambda self: events.append("waits"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (events.append("ends"), destroy()))
+    try:
+        with launched.ending_together():
+            events.append("works")
+            assert not fails
+    except AssertionError:
+        assert fails
+    assert events == (["works", "ends"] if fails else ["works", "waits", "ends"])
+    assert not dist.is_initialized()
 
 
 def test_each_row_has_the_noise_that_it_has_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from msd.cli import (
     export,
     generate,
     inspect,
+    push,
     reference,
     serve,
     targets,
@@ -55,6 +56,7 @@ app.command("train", short_help="Train a drafter for a target; resumable.")(trai
 app.command("calibrate", short_help="Fit the chances by which a drafter chooses drafts.")(calibrate.calibrate)
 app.command("check", short_help="Check a draft head, ours or published.")(check.check)
 app.command("export", short_help="Write a drafter in the format of another project.")(export.export)
+app.command("push", short_help="Upload a drafter with a model card to the hub.")(push.push)
 app.command("targets", short_help="List the supported architectures.")(targets.targets)
 app.command("estimate", short_help="Estimate the speedup on a GPU, without GPU or weights.")(estimate.estimate)
 app.command("events", short_help="Describe and draw an event camera's recording.")(events.events)

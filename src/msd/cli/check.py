@@ -14,7 +14,8 @@ from msd.cli.options import Json, quiet
 def check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a draft head, or a hub id.")],
     format: Annotated[
-        str | None, typer.Option("--format", help="The format to expect; by default the one that it looks like.")
+        str | None,
+        typer.Option("--format", help="The format to expect, or the engine that must serve it: vllm or sglang."),
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="A target that the head must fit: a checkpoint folder, or a hub id.")
@@ -33,6 +34,9 @@ def check(
     else:
         c = found.config
         sizes = "" if c is None else f", for a target with hidden size {c.hidden} and {c.vocabulary} tokens"
-        print(f"{found.place}: format {found.format}{sizes}: {'; '.join(found.faults) or 'no faults'}")
+        engines = f", for {' and '.join(found.engines)}" if found.engines else ""
+        print(f"{found.place}: format {found.format}{engines}{sizes}: {'; '.join(found.faults) or 'no faults'}")
+        for remark in found.remarks:
+            print(f"  {remark}")
     if found.faults:
         raise typer.Exit(2)

@@ -32,11 +32,14 @@ def estimate(
     ] = "3.5",
     drafter: Annotated[
         str,
-        typer.Option("--drafter-kind", help="'levels': a pass per tree level (EAGLE-2); 'block': one pass for all."),
+        typer.Option(
+            "--drafter-kind",
+            help="'levels': a pass per tree level (EAGLE-2); 'block': one pass for all; 'mtp': the target's layers.",
+        ),
     ] = "levels",
     draft_model: Annotated[
         str | None,
-        typer.Option("--draft-model", help="A smaller model that drafts, named as a target, instead of a draft head."),
+        typer.Option("--draft-model", help="A smaller model or assistant that drafts, named as a target."),
     ] = None,
     weights: Annotated[str, typer.Option("--weights", help="Of the target: 'own', 'int8' or 'int4'.")] = "own",
     prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt.")] = 64,

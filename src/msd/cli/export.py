@@ -13,9 +13,14 @@ from msd.system.files import check_place
 
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    to: Annotated[str, typer.Option("--to", help="Layout: eagle (EAGLE-3), eagle2, speculators, sglang or dflash.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="For an engine (vllm, sglang), or in a layout (speculators, specforge, eagle, eagle2, dflash)."
+        ),
+    ],
     drafter: Annotated[
-        Path | None, typer.Option("--drafter", help="Folder of a head, or a hub id; by default the shipped drafter.")
+        Path | None, typer.Option("--drafter", help="Folder of a head, or a hub id; for an engine by default 'eagle3'.")
     ] = None,
 ) -> None:
     """Write a drafter for other engines. Refused where the layout cannot express its network."""
@@ -24,5 +29,8 @@ def export(
     from msd import formats
     from msd.drafters import registry
 
-    head = drafter or registry.folders().get(registry.DEFAULT) or Path(registry.DEFAULT)
+    name = "eagle3" if to in formats.ENGINES else registry.DEFAULT
+    head = drafter or registry.folders().get(name) or Path(name)
     print(f"{out}: format {formats.export(head, to, out)}")
+    for remark in formats.check(out, to).remarks if to in formats.ENGINES else ():
+        print(f"  {remark}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +78,14 @@ class Network:
         Path | None,
         typer.Option(
             "--start",
-            help="Folder or hub id of a head to start from, ours or published; it fixes method, form and vocabulary.",
+            help="Folder or hub id of a head to start from, ours or published, or 'mtp' for the layers that the target "
+            "brings; it fixes method, form and vocabulary.",
+        ),
+    ] = None
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="vllm or sglang, which is to serve the head ('eagle3' or 'dflash'); see 'msd export'."
         ),
     ] = None
     events: Annotated[
@@ -126,26 +135,35 @@ def train(
     captured, held_out = answers.read()
     thresholds = answers.label_thresholds()
     quiet()
-    from msd.drafters.toolkit import checkpoint, processes
+    from msd.drafters.toolkit import processes
     from msd.loading import load_target
     from msd.targets.registry import fingerprint
-    from msd.train import drafting, loop
+    from msd.train import drafting, launched, loop
 
     settings = _settings(network, training, calibrate)
     model, processor = load_target(target, device)
     thresholds.check_target(fingerprint(model))
     out = answers.out
     sink = loop.tensorboard(out / "tensorboard") if tensorboard else None
-    with contextlib.redirect_stdout(sys.stderr):
-        finished = drafting.train(model, processor, captured, held_out, thresholds, out, settings, sink)
-    if processes.place()[0]:
-        return  # the first process reports
+    with launched.ending_together():
+        with contextlib.redirect_stdout(sys.stderr):
+            finished = drafting.train(model, processor, captured, held_out, thresholds, out, settings, sink)
+        if processes.place()[0] == 0:
+            fit = partial(_calibration, out / "drafter", model, processor, held_out, calibrate)
+            _report(out, finished, training.steps, fit if finished and calibrate else None, as_json)
+
+
+def _report(out: Path, finished: bool, steps: int, fit: Callable[[], dict[str, Any]] | None, as_json: bool) -> None:
+    """Draws the curves of the run in `out`, adds what `fit` returns to its record, and prints a summary."""
+    from msd.drafters.toolkit import checkpoint
+    from msd.train import loop
+
     log, picture = out / "log.jsonl", out / "curves.png"
     if log.exists():  # a run that was stopped in its first steps has no log yet
         loop.draw(log, picture)
     record = checkpoint.training(out / "drafter")
-    if finished and calibrate:
-        record |= _calibration(out / "drafter", model, processor, held_out, calibrate)
+    if fit is not None:
+        record |= fit()
         checkpoint.save_training(out / "drafter", record)
     summary = {
         "drafter": str(out / "drafter"), "finished": finished, "curves": str(picture) if log.exists() else None,
@@ -154,7 +172,7 @@ def train(
     if as_json:
         print(json.dumps(summary))
         return
-    print(f"{summary['drafter']}: step {record['steps']} of {training.steps}, held-out acceptance {record['held_out']}")
+    print(f"{summary['drafter']}: step {record['steps']} of {steps}, held-out acceptance {record['held_out']}")
     print("finished" if finished else "stopped; run the same command to resume")
 
 
@@ -165,9 +183,14 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     from msd.train.drafting import DraftTraining
     from msd.train.losses.msd import LossConfig
 
-    if network.start is not None and network.method == registry.DEFAULT:
-        network = replace(network, method=formats.method_of(network.start))
-    kind = registry.trainable(network.method)
+    start = None if network.start is None else str(network.start)
+    if start is None:
+        kind: Any = registry.trainable(network.method)
+    else:
+        if network.method == registry.DEFAULT:
+            native = registry.is_native(start) and not Path(start).exists()
+            network = replace(network, method=start if native else formats.method_of(start))
+        kind = registry.startable(network.method)
     off = tuple(name.strip() for name in network.off.split(",") if name.strip())
     unknown = sorted(set(off) - set(kind.parts))
     if unknown and kind.parts:
@@ -175,7 +198,6 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     if calibrate and not kind.routes:
         raise UserError(f"--calibrate is for msd's router; method '{network.method}' has none")
     options = asdict(network) | asdict(training)
-    start = None if network.start is None else str(network.start)
     loss = LossConfig(weighting=options.pop("weighting"))
     return DraftTraining(**(options | {"start": start, "off": off, "loss": loss}))
 

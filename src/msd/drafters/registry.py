@@ -48,7 +48,8 @@ class Method:
     uses. network: the class that `msd train` trains. load: loads a folder (in a dtype) as an argument of `make`;
     UserError if the folder is damaged. form_of: the method whose weights this one uses differently. command: how to
     train its weights. target: the name of the target that its weights are trained for. native: whether a target's own
-    checkpoint brings what the method drafts with; None for a method that needs nothing of it.
+    checkpoint brings what the method drafts with; None for a method that needs nothing of it. native_network: the class
+    that trains it further; `of(model)` loads it from there.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     command: str = ""
     target: str = REFERENCE
     native: Callable[[PreTrainedModel], bool] | None = None
+    native_network: Any = None
 
     @property
     def missing(self) -> list[str]:
@@ -144,7 +146,7 @@ def register_folder(folder: Path | str) -> str:
 def register_network(trained: Any, name: str) -> None:
     """Makes a loaded network the one that method `name` and its other forms use."""
     for method in _known().values():
-        if name in (method.name, method.form_of) and method.weights:
+        if name in (method.name, method.form_of) and (method.weights or method.load):
             register(method.name, partial(method.make, trained))
 
 
@@ -221,10 +223,24 @@ def create(name: str) -> Drafter:
 def trainable(name: str) -> type[DraftNetwork]:
     """Returns the network class that `msd train` trains for a method; UserError lists the trainable methods."""
     kinds = {m.name: m.network for m in _known().values() if m.network is not None}
+    if name in _known() and _known()[name].native_network is not None:
+        raise UserError(f"method '{name}' is trained from the layers that a target brings: --start {name}")
     if name not in kinds:
         others = ", ".join(kind for kind in kinds if kind != DEFAULT)
         raise UserError(f"method '{name}' cannot be trained; choose {DEFAULT} or one of {others}")
     return kinds[name]
+
+
+def is_native(name: str) -> bool:
+    """Whether `name` is a method whose drafter a target's own checkpoint can bring."""
+    method = _known().get(name)
+    return method is not None and method.native is not None
+
+
+def startable(name: str) -> Any:
+    """Returns the network class that `msd train --start` trains: of `trainable`, or of a method that targets bring."""
+    method = _known().get(name)
+    return method.native_network if method is not None and method.native_network else trainable(name)
 
 
 def default(target: str, model: PreTrainedModel | None = None) -> str:

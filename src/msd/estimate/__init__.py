@@ -4,7 +4,8 @@ docs/estimate.md states the assumptions and how far the estimate was checked.
 """
 
 from msd.estimate.plans import Acceptance, Workload, card, plans
+from msd.estimate.presets import sizes
 from msd.estimate.roofline import Card, pass_seconds
-from msd.estimate.sizes import Sizes, sizes
+from msd.estimate.sizes import Sizes
 
 __all__ = ["Acceptance", "Card", "Sizes", "Workload", "card", "pass_seconds", "plans", "sizes"]

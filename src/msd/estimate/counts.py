@@ -6,16 +6,19 @@ That needs no memory and no formula for each architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForMultimodalLM, DynamicCache
+from transformers import AutoModelForMultimodalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.modeling_layers import MtpModel
 
+from msd.drafters.toolkit.mtp_network import declared, run_layer
 from msd.errors import UserError
 from msd.loading import FAULTS
+from msd.targets import masks
 from msd.targets.recurrent import STATELESS, mixer
 from msd.targets.taps import text_decoder
 
@@ -43,14 +46,21 @@ class Counts:
     mixers: int = 0
     states: int = 0
 
+    def share(self, parts: int) -> Counts:
+        """The counts of one of `parts` equal parts."""
+        return Counts(*(getattr(self, f.name) // parts for f in fields(self)))
+
     def weights(self, tokens: int) -> float:
         """Weights that a pass over `tokens` tokens reads, if each token chooses its experts at random."""
         unused = (1 - self.active / self.experts) ** tokens if self.experts else 0.0
         return self.dense + self.experts * (1 - unused)
 
 
-def counted(name: str, config: Any) -> tuple[Counts, int]:
-    """Returns (the decoder's counts, the weights of the whole model). UserError if `config` cannot be built."""
+def counted(name: str, config: Any) -> tuple[Counts, int, Counts | None]:
+    """Returns (the decoder's counts, the weights of the whole model, the counts of multi-token-prediction layers).
+
+    UserError if `config` cannot be built.
+    """
     text = config.get_text_config(decoder=True)
     try:
         with torch.device("meta"), torch.no_grad():
@@ -61,10 +71,29 @@ def counted(name: str, config: Any) -> tuple[Counts, int]:
             cache = DynamicCache(config=text)
             tokens = torch.zeros(1, TOKENS, dtype=torch.long)
             model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
+            mtp = _mtp(model, tokens)
     except (*FAULTS, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model of '{name}' cannot be built from its config ({reason})") from error
-    return _counts(layers, cache, text), sum(p.numel() for p in model.parameters())
+    return _counts(layers, cache, text), sum(p.numel() for p in model.parameters()), mtp
+
+
+def _mtp(model: PreTrainedModel, tokens: torch.Tensor) -> Counts | None:
+    """The counts of a model's multi-token-prediction layers, from a pass of each; None if its config has none."""
+    with declared(model):
+        number = getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None)
+        if not number:
+            return None
+        network = MtpModel(model, number)
+    cache, layers = DynamicCache(), list(network.layers)
+    for _, block in [found for layer in layers for found in _blocks(layer)]:
+        block.experts.forward = _no_expert
+    windows, tables = masks.attention_windows(network.config), masks.row_tables([0], TOKENS, tokens.device)
+    states = torch.zeros(1, TOKENS, network.config.hidden_size)
+    positions = torch.zeros(1, 1, TOKENS, dtype=torch.long)
+    for k in range(number):
+        states = run_layer(network, k, tokens, states, positions, tables, windows, cache)
+    return _counts(layers, cache, network.config)
 
 
 def _counts(layers: list[nn.Module], cache: DynamicCache, text: Any) -> Counts:

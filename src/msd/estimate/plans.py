@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -14,7 +14,7 @@ from msd.estimate.roofline import CARDS, Card, pass_seconds, prefill_seconds
 from msd.estimate.sizes import Sizes
 
 NODES, BATCHES = (4, 8, 16, 32, 60), (1, 2, 4, 8, 16, 32)
-DRAFTERS = ("levels", "block")
+DRAFTERS = ("levels", "block", "mtp")
 BLOCK_VOCABULARY, BLOCK_LAYERS = 4096, 2  # of this project's drafter
 USABLE = 0.9  # share of a card's memory
 _ALIASES = {"h100-sxm": "h100", "a100": "a100-80", "4090": "rtx-4090", "3090": "rtx-3090"}
@@ -76,9 +76,10 @@ class Workload:
     """One request: text tokens of the prompt, number of images, tokens of the answer, levels of the draft tree.
 
     drafter: "levels", one decoder layer and the whole output layer for each level, as in EAGLE-2; or "block", two
-    layers and an output layer of 4,096 tokens, once for all levels. weight_bytes: bytes per weight of the target, by
+    layers and an output layer of 4,096 tokens, once for all levels; or "mtp", the target's own multi-token-prediction
+    layers, one and the whole output layer for each level. weight_bytes: bytes per weight of the target, by
     default those of the card's dtype, which the drafter always has. model: a smaller model that drafts instead, one
-    pass per level, after a prompt of its own with the same images.
+    pass per level, after a prompt of its own with the same images; an assistant reads the target's keys instead.
     """
 
     prompt: int = 64
@@ -92,8 +93,8 @@ class Workload:
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
             raise UserError(f"drafter '{self.drafter}' is unknown; choose one of {', '.join(DRAFTERS)}")
-        if self.model is not None and self.drafter == "block":
-            raise UserError("a draft model drafts level by level; leave out --drafter-kind block")
+        if self.model is not None and self.drafter != "levels":
+            raise UserError(f"a draft model drafts level by level; leave out --drafter-kind {self.drafter}")
 
 
 def card(name: str) -> Card:
@@ -118,16 +119,32 @@ def draft_seconds(sizes: Sizes, card: Card, nodes: int, context: int, batch: int
     if work.drafter == "block":
         head = sizes.hidden * BLOCK_VOCABULARY
         return pass_seconds(sizes, card, depth, context, batch, layers=BLOCK_LAYERS, head=head)
+    if work.drafter == "mtp":
+        layers = sizes.mtp_layers
+        share = replace(layers, counted=layers.counts.share(layers.layers))  # each level runs one layer
+        first, other = (pass_seconds(share, card, rows, context, batch, head=sizes.head) for rows in (1, width))
+        return first + (depth - 1) * other
     head = sizes.head + 2 * sizes.hidden * sizes.hidden  # with the layer that joins hidden state and embedding
     first = pass_seconds(sizes, card, 1, context, batch, layers=1, head=head)
     return first + (depth - 1) * pass_seconds(sizes, card, width, context, batch, layers=1, head=head)
 
 
-def _draft_model(card: Card, batch: int, work: Workload) -> tuple[float, float]:
-    """Estimates (seconds of a draft model's own prompt, bytes of its weights and cache); zeros without one."""
-    if work.model is None:
+def _own_prompt(sizes: Sizes, card: Card, batch: int, work: Workload) -> tuple[float, float]:
+    """Estimates (seconds in which a drafter reads the prompt, bytes of its weights and cache).
+
+    Of a draft model, and of a target's own layers; zeros for a draft head, which reads with the target's pass.
+    """
+    if work.model is None and work.drafter != "mtp":
         return 0.0, 0.0
-    model, tokens = work.model, work.prompt + work.images * work.model.image_tokens
+    if work.model is None:
+        layers, tokens = sizes.mtp_layers, work.prompt + work.images * sizes.image_tokens
+        weights = layers.counts.dense + layers.counts.experts
+        memory = (weights + batch * (tokens + work.answer) * layers.kv) * card.dtype_bytes
+        return pass_seconds(layers, card, tokens, 0, batch, head=0), memory
+    model = work.model
+    if model.shares_cache:
+        return 0.0, model.model * card.dtype_bytes
+    tokens = work.prompt + work.images * model.image_tokens
     memory = (model.model + batch * (tokens + work.answer) * model.kv) * card.dtype_bytes
     return prefill_seconds(model, card, tokens, work.images, batch), memory
 
@@ -140,9 +157,13 @@ def plans(
 
     A row holds the seconds of prefill, plain step, draft and verification, and the speedups over plain decoding on the
     same kernels: of decoding alone and of a whole answer. `memory_bytes`: weights, cache and states of the target,
-    weights and cache of a draft model; `fits`: whether they fit into memory.
+    weights and cache of a draft model or of the target's own layers; `fits`: whether they fit into memory.
     """
     work = work or Workload()
+    if work.drafter == "mtp" and sizes.mtp is None:
+        raise UserError(
+            f"the config of '{sizes.name}' has no multi-token-prediction layers; leave out --drafter-kind mtp"
+        )
     total = work.prompt + work.images * sizes.image_tokens
     context = total + work.answer // 2
     weight_bytes = work.weight_bytes if work.weight_bytes is not None else card.dtype_bytes
@@ -151,7 +172,7 @@ def plans(
         prefill = prefill_seconds(sizes, card, total, work.images, batch, work.weight_bytes)
         plain = pass_seconds(sizes, card, 1, context, batch, work.weight_bytes)
         memory = sizes.model * weight_bytes + batch * (total + work.answer) * sizes.kv * card.dtype_bytes
-        own, drafter_memory = _draft_model(card, batch, work)
+        own, drafter_memory = _own_prompt(sizes, card, batch, work)
         for size in acceptance.sizes(tuple(nodes)):
             draft = draft_seconds(sizes, card, size, context, batch, work)
             levels = min(work.depth, size) + 1

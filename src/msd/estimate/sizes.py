@@ -1,11 +1,10 @@
-"""Reads from a model's config the sizes that determine the time of its passes. Three models are built in."""
+"""Reads from a model's config the sizes that determine the time of its passes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from msd.errors import UserError
 from msd.estimate.counts import Counts, counted
 
 
@@ -16,7 +15,8 @@ class Sizes:
     Without `counted`, all layers have attention and a gated MLP of these sizes; with it, only those of a drafter do.
     total: weights of the whole model, if they were counted. vocabulary: rows of the output layer. image_tokens: prompt
     tokens of one image. vision_*: of the vision tower, whose MLP may be gated; vision_patches: of one image;
-    vision_layers: 0 if the tower is unknown.
+    vision_layers: 0 if the tower is unknown. mtp: of the target's own multi-token-prediction layers. shares_cache: it
+    is an assistant, which reads the target's keys instead of a prompt.
     """
 
     name: str
@@ -35,14 +35,22 @@ class Sizes:
     vision_patches: int = field(default=0, kw_only=True)
     counted: Counts | None = field(default=None, kw_only=True)
     total: int = field(default=0, kw_only=True)
+    mtp: Counts | None = field(default=None, kw_only=True)
+    shares_cache: bool = field(default=False, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready. The keys of the vision tower begin with "eye", as in existing result files."""
         return {name.replace("vision_", "eye_"): value for name, value in asdict(self).items()}
 
+    @property
+    def mtp_layers(self) -> Sizes:
+        """The sizes of the multi-token-prediction layers alone."""
+        assert self.mtp is not None
+        return replace(self, layers=self.mtp.layers, counted=self.mtp, total=0, mtp=None)
+
     def uniform(self, layers: int) -> Sizes:
         """The sizes of a decoder of `layers` equal layers, such as a drafter's."""
-        return replace(self, layers=layers, counted=None, total=0)
+        return replace(self, layers=layers, counted=None, total=0, mtp=None)
 
     @property
     def counts(self) -> Counts:
@@ -85,54 +93,22 @@ class Sizes:
         return self.vision_layers * self.vision_hidden * (4 * self.vision_hidden + mlp)
 
 
-_CLIP: dict[str, Any] = {
-    "vision_layers": 23, "vision_hidden": 1024, "vision_intermediate": 4096, "vision_patches": 577
-}  # fmt: skip
-_KNOWN = (  # from the config.json of each checkpoint; CLIP's last layer is not used
-    Sizes("llava-1.5-7b", 32, 4096, 11008, 32, 32, 128, 32064, 576, **_CLIP),
-    Sizes("llava-1.5-13b", 40, 5120, 13824, 40, 40, 128, 32064, 576, **_CLIP),
-    Sizes(  # a photo of about 900 x 900 pixels, 64 x 64 patches of 14, merged by 2 x 2
-        "qwen2.5-vl-7b", 28, 3584, 18944, 28, 4, 128, 152064, 1024,
-        vision_layers=32, vision_hidden=1280, vision_intermediate=3420, vision_gated=True, vision_patches=4096,
-    ),
-)  # fmt: skip
-PRESETS = {sizes.name: sizes for sizes in _KNOWN}
-_ALIASES = {
-    "llava-hf/llava-1.5-7b-hf": "llava-1.5-7b",
-    "llava-hf/llava-1.5-13b-hf": "llava-1.5-13b",
-    "qwen/qwen2.5-vl-7b-instruct": "qwen2.5-vl-7b",
-}
+def of_config(name: str, config: Any, **fields: Any) -> Sizes:
+    """Returns the sizes in a `transformers` config of a multimodal model. UserError if it cannot be built.
 
-
-def sizes(target: str) -> Sizes:
-    """Returns the sizes of a built-in model, "reference", a checkpoint folder or a hub id; reads only its config.
-
-    Raises UserError if there is no such model, or if its decoder is unsupported.
+    fields: of the vision tower and its tokens, where they do not follow from the config.
     """
-    name = _ALIASES.get(target.lower(), target.lower())
-    if name in PRESETS:
-        return PRESETS[name]
-    from msd.loading import load_config
-
-    try:
-        config = load_config(target)
-    except UserError as error:
-        raise UserError(f"{error}; known without their files: {', '.join(PRESETS)}") from error
-    return of_config(target, config)
-
-
-def of_config(name: str, config: Any) -> Sizes:
-    """Returns the sizes in a `transformers` config of a multimodal model. UserError if it cannot be built."""
     text = config.get_text_config(decoder=True)
-    counts, total = counted(name, config)
+    counts, total, mtp = counted(name, config)
     numbers = (getattr(config, key, None) for key in ("image_seq_length", "mm_tokens_per_image"))
     image_tokens = next((count for count in numbers if isinstance(count, int)), 0)
     own = text.to_dict()  # the common sizes also where those of single layers differ, as in Gemma 4
     heads, kv_heads, head_dim = (own.get(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     inner = own.get("intermediate_size") or own["moe_intermediate_size"] * own["num_experts_per_tok"]
+    seen = {"image_tokens": image_tokens, **_vision(getattr(config, "vision_config", None))} | fields
     return Sizes(
         name, counts.layers, text.hidden_size, inner, heads, kv_heads or heads, head_dim or text.hidden_size // heads,
-        text.vocab_size, image_tokens, **_vision(getattr(config, "vision_config", None)), counted=counts, total=total,
+        text.vocab_size, counted=counts, total=total, mtp=mtp, **seen,
     )  # fmt: skip
 
 

@@ -4,8 +4,13 @@
 names of their tensors (`FORMATS`). docs/published_heads.md lists the formats.
 """
 
-from msd.formats.export import LAYOUTS, export
-from msd.formats.load import Checked, check, load, method_of, register_folder
+from msd.formats.engines import ENGINES, engine_named
+from msd.formats.export import LAYOUTS, export, prepare
+from msd.formats.hub import push_to_hub, save_pretrained
+from msd.formats.load import Checked, check, drafter, load, method_of, register_folder
 from msd.formats.table import FORMATS
 
-__all__ = ["FORMATS", "LAYOUTS", "Checked", "check", "export", "load", "method_of", "register_folder"]
+__all__ = [
+    "ENGINES", "FORMATS", "LAYOUTS", "Checked", "check", "drafter", "engine_named", "export", "load", "method_of",
+    "prepare", "push_to_hub", "register_folder", "save_pretrained",
+]  # fmt: skip

@@ -27,11 +27,19 @@ FLAT = {name: value for name, value in QWEN3.items() if name in ("num_key_value_
 
 
 def block_network(
-    method: str, fields: Fields, outer: Fields, own: Fields, taps: tuple[int, ...], names: Names, from_root: bool
+    method: str,
+    fields: Fields,
+    outer: Fields,
+    own: Fields,
+    taps: tuple[int, ...],
+    names: Names,
+    from_root: bool,
+    columns: bool,
 ) -> NetworkConfig:
     """Returns the configuration of our `dflash` or `dspark`.
 
     fields: of the decoder layers. outer: of the head. own: of the method. taps: the target's states that it reads.
+    columns: whether positions count columns; else they are those of M-RoPE's first axis.
     """
     sizes = fields.sizes(layers=None)
     if not taps:
@@ -54,12 +62,13 @@ def block_network(
             raise UserError("its config.json: 'confidence_head_with_markov' needs a 'markov_rank'")
         switches = {"markov": markov, "confidence": reads}
     variant = Variant(
-        qkv_bias=bias, o_bias=bias, head_norm=True, columns=True, mask_token=token, from_root=from_root,
+        qkv_bias=bias, o_bias=bias, head_norm=True, mask_token=token, from_root=from_root, columns=columns,
+        first_axis=not columns,
         embedding="embed_tokens.weight" in names, head="lm_head.weight" in names, rope=fields.rope()[1], **switches,
     )  # fmt: skip
     rows = outer.whole("draft_vocab_size", sizes["vocabulary"]) if variant.head else sizes["vocabulary"]
     return network_config(
-        method, outer, sizes, variant, taps=(*taps, -1), width=WIDTH, depth=size - (not from_root), options=options,
+        method, outer, sizes, variant, taps=taps, width=WIDTH, depth=size - (not from_root), options=options,
         draft_vocabulary=rows,
     )  # fmt: skip
 
@@ -73,7 +82,12 @@ def _network(method: str, fields: Fields, names: Names) -> NetworkConfig:
         raise UserError("its config.json: 'target_layer_ids' names the embedding (-1), which is not supported")
     if nested.flag("shift_label") or nested.values.get("pure_draft_prefix_len"):
         raise UserError("its config.json: 'dflash_config' has shift_label or pure_draft_prefix_len: not supported")
-    return block_network(method, fields, fields, own, own.layers("target_layer_ids", 1), names, from_root=deepspec)
+    taps = own.layers("target_layer_ids", 1)
+    last = Fields(nested.values | fields.values).whole("num_target_layers", -1, least=-1)  # -1: it does not say
+    if taps and -1 < last < max(taps):
+        raise UserError(f"its config.json names layer {max(taps) - 1} of a target with {last} layers")
+    taps = (*taps, last) if taps else ()
+    return block_network(method, fields, fields, own, taps, names, deepspec, True)
 
 
 def _config(method: str, c: NetworkConfig) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def _config(c: NetworkConfig) -> dict[str, Any]:
 def _specforge_config(c: NetworkConfig) -> dict[str, Any]:
     ids = [tap - 1 for tap in fused_taps(c)]
     eagle = {"use_aux_hidden_state": True} | ({"eagle_aux_hidden_state_layer_ids": ids} if ids else {})
-    more: dict[str, Any] = {"fc_norm": c.variant.fc_norm == "each", "norm_output": c.variant.final_norm}
+    more: dict[str, Any] = {"fc_norm": c.variant.fc_norm == "each"}
+    if not c.variant.final_norm:  # "norm_output" is true by default, and means something else to SGLang
+        more["norm_output"] = False
     return flat(
         c, SPECFORGE, draft_vocab_size=c.draft_vocabulary, target_hidden_size=c.hidden, **more, eagle_config=eagle
     )

@@ -6,6 +6,7 @@ The tensors have the narrowest type that holds every value exactly, so that a he
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ import torch
 from safetensors.torch import save as packed
 from torch import Tensor
 
+from msd.drafters.toolkit import checkpoint
+from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
+from msd.formats.card import CARD, card
+from msd.formats.engines import ENGINES, engine_named
+from msd.formats.folder import local
 from msd.formats.load import load
-from msd.formats.table import FORMATS
+from msd.formats.table import FORMATS, format_named
 from msd.system.files import make_folder, write_whole
 
 # --to -> the formats that it can mean, one for each kind of network
@@ -23,16 +29,18 @@ LAYOUTS = {
     "eagle": ("eagle3",),
     "eagle2": ("eagle2", "msd-qwen2-vl", "msd-llava", "vispec"),
     "speculators": ("speculators", "speculators-dflash", "speculators-dspark"),
-    "sglang": ("specforge",),
+    "specforge": ("specforge",),
     "dflash": ("dflash", "dspark"),
+    **{name: tuple(engine.formats.values()) for name, engine in ENGINES.items()},
 }
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def export(head: Path | str, layout: str, out: Path) -> str:
-    """Writes a head, ours or published, to the folder `out`; returns the format's name.
+    """Writes a head, ours or published, and a model card to the folder `out`; returns the format's name.
 
-    layout: a key of `LAYOUTS`. UserError, in one line, for a network that the layout cannot express.
+    layout: a key of `LAYOUTS`. UserError, in one line, for a network that the layout cannot express or the engine
+    does not compute.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--to '{layout}' is unknown; choose one of {', '.join(LAYOUTS)}")
@@ -48,12 +56,31 @@ def export(head: Path | str, layout: str, out: Path) -> str:
     form = next((f for f, reason in zip(candidates, reasons, strict=True) if not reason), None)
     if form is None or form.config is None:
         raise UserError(f"head '{head}' cannot be written in layout '{layout}': {reasons[0]}")
+    refused = ENGINES[layout].refuses(c) if layout in ENGINES else ""
+    if refused:
+        raise UserError(f"head '{head}' cannot be written for {ENGINES[layout].title}: {refused}")
     spare = form.spare(c)
     tensors = {form.theirs(name): t for name, t in network.state_dict().items() if name not in spare}
     make_folder(out)
     write_whole(out / "model.safetensors", packed(_narrowed(tensors), metadata={"format": "pt"}))
     write_whole(out / "config.json", json.dumps(form.config(c) | {"dtype": _dtype(tensors)}, indent=2) + "\n")
+    if not (out / CARD).exists():
+        write_whole(out / CARD, card(form.name, c, checkpoint.training(local(head)), out.name, None))
     return form.name
+
+
+def prepare(network: DraftNetwork, engine: str) -> DraftNetwork:
+    """Makes a network read at image positions what it gets there in an engine, before it is trained.
+
+    UserError if it could not be written for the engine.
+    """
+    found, c = engine_named(engine), network.config
+    found.check_method(network.method)
+    reason = format_named(found.formats[network.method]).fits(c) or found.refuses(c)
+    if reason:
+        raise UserError(f"this network cannot be trained for {found.title}: {reason}")
+    network.config = replace(c, variant=found.seen(c.variant))
+    return network
 
 
 def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

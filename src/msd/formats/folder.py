@@ -44,7 +44,7 @@ def local(place: Path | str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["config.json", "*.safetensors", "pytorch_model*.bin"]
+        patterns = ["config.json", "training.json", "*.safetensors", "pytorch_model*.bin"]
         return Path(snapshot_download(str(place), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -11,6 +11,8 @@ from msd.drafters.toolkit.variant import Variant
 from msd.formats.fields import Fields
 
 OURS = "msd"  # key of a config for what a format has no field for: the shape of the tree, and what image positions read
+CONVENTIONS = ("placeholders", "columns", "first_axis")  # switches of what a head sees at image positions
+POSITIONS = 131072  # our networks have no largest position; engines compute rotations up to one, and assume few
 LAYER = (  # our part of a tensor's name -> theirs, in every format
     (".input_norm.word.", ".input_layernorm."), (".input_norm.feature.", ".hidden_norm."),
     (".input_norm.", ".input_layernorm."), (".mlp_norm.", ".post_attention_layernorm."),
@@ -65,7 +67,7 @@ def network_config(method: str, fields: Fields, sizes: dict[str, Any], variant: 
     tree = fields.part(OURS)
     own = {"method": method, "draft_vocabulary": sizes["vocabulary"], "options": {}} | sizes | more
     own |= {name: tree.whole(name, own[name]) for name in ("width", "depth")}
-    merged: dict[str, Any] = {name: tree.flag(name, getattr(variant, name)) for name in ("placeholders", "columns")}
+    merged: dict[str, Any] = {name: tree.flag(name, getattr(variant, name)) for name in CONVENTIONS}
     return NetworkConfig(**own, variant=replace(variant, published=True, **merged))
 
 
@@ -93,8 +95,9 @@ def flat(c: NetworkConfig, architecture: str, model_type: str = "llama", **more:
         "rope_theta": c.rope_theta,
         "tie_word_embeddings": False,
         "vocab_size": c.vocabulary,
+        "max_position_embeddings": POSITIONS,
         **more,
-        OURS: {"width": c.width, "depth": c.depth, "placeholders": v.placeholders, "columns": v.columns},
+        OURS: {"width": c.width, "depth": c.depth, **{name: getattr(v, name) for name in CONVENTIONS}},
     }
 
 
@@ -114,7 +117,7 @@ def differs(c: NetworkConfig, **allowed: Any) -> str:
 
     allowed: the values of switches, besides the defaults, that it can.
     """
-    free = {"published", "embedding", "placeholders", "columns", "rope", *(k for k, v in allowed.items() if v is ...)}
+    free = {"published", "embedding", *CONVENTIONS, "rope", *(k for k, v in allowed.items() if v is ...)}
     plain = replace(Variant(), **{name: value for name, value in allowed.items() if value is not ...})
     for name in Variant.__dataclass_fields__:
         if name not in free and getattr(c.variant, name) != getattr(plain, name):

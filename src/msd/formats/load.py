@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msd.drafters import registry
+from msd.drafters import Drafter, registry
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import PADDING, DraftNetwork, NetworkConfig
 from msd.drafters.toolkit.own_head import draft_ids
+from msd.drafters.toolkit.variant import PLAIN
 from msd.errors import UserError
+from msd.formats.engines import ENGINES, Engine, serving
 from msd.formats.fields import Fields
 from msd.formats.folder import Head, local, read
 from msd.formats.format import Format
@@ -29,13 +31,20 @@ SHOWN = 3  # faults that an error message names
 class Checked:
     """What `check` finds. format: "msd" for a folder of ours. config: of our network; None if it cannot be made.
 
-    faults: every reason why the head is refused, one sentence each.
+    faults: every reason why the head is refused, one sentence each. engines: those that serve it as it is. remarks: how
+    its input in the engine that was asked for differs from what it was trained on.
     """
 
     place: str
     format: str
     config: Any
     faults: list[str]
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def engines(self) -> list[str]:
+        """Names of the engines that serve it."""
+        return [] if self.config is None or self.faults else serving(self.format, self.config)
 
     def as_dict(self) -> dict[str, Any]:
         """For `msd check --json`."""
@@ -45,27 +54,32 @@ class Checked:
         )
         method = getattr(c, "method", None if c is None else registry.DEFAULT)
         return {
-            "path": self.place, "format": self.format, "method": method, "target": target, "faults": self.faults
+            "path": self.place, "format": self.format, "method": method, "target": target, "faults": self.faults,
+            "engines": self.engines, "remarks": self.remarks,
         }  # fmt: skip
 
 
 def check(place: Path | str, name: str | None = None, target: Any = None) -> Checked:
     """Checks a head of ours or of another project.
 
-    name: the format to expect, by default the one that it looks like. target: the text config of a target that it must
-    fit. UserError if there is nothing to check, or for an unknown format.
+    name: the format to expect, or the engine that must serve it; by default the format that it looks like. target: the
+    text config of a target that it must fit. UserError if there is nothing to check, or for an unknown format.
     """
-    folder = local(place)
-    if name in (None, "msd") and is_ours(folder):
+    folder, engine = local(place), ENGINES.get(name or "")
+    if name in (None, "msd", *ENGINES) and is_ours(folder):
         network = registry.load(folder)
-        return Checked(str(place), "msd", network.config, _misfits(network.config, target))
+        faults = [f"it is a folder of msd; 'msd export --to {name}' writes one for {engine.title}"] if engine else []
+        return Checked(str(place), "msd", network.config, faults + _misfits(network.config, target))
     head = read(folder)
-    form = format_of(head) if name is None else format_named(name)
+    form = format_of(head) if name is None or engine else format_named(name)
     try:
         config = _config(head, form)
     except UserError as error:
         return Checked(str(place), form.name, None, [str(error)])
-    return Checked(str(place), form.name, config, _faults(head, form, config) + _misfits(config, target))
+    faults = [] if engine is None else _unserved(head, form, config, engine)
+    remarks = [] if engine is None else engine.remarks(config)
+    faults += _faults(head, form, config) + _misfits(config, target)
+    return Checked(str(place), form.name, config, faults, remarks)
 
 
 def load(place: Path | str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
@@ -93,6 +107,13 @@ def load(place: Path | str, dtype: torch.dtype = torch.float32) -> DraftNetwork:
     if network.embed_tokens is not None:
         network.embed_tokens.requires_grad_(False)
     return network.to(dtype).eval()
+
+
+def drafter(place: Path | str) -> Drafter:
+    """Creates the drafter of a head, ours or published. UserError as in `load`."""
+    kind = type(network := load(place))
+    found: Drafter = kind.drafter(kind.adopted(network))
+    return found
 
 
 def register_folder(place: Path | str) -> str:
@@ -147,6 +168,21 @@ def _faults(head: Head, form: Format, config: NetworkConfig) -> list[str]:
     return faults or _vocabulary_faults(head.tensors, config)
 
 
+def _unserved(head: Head, form: Format, config: NetworkConfig, engine: Engine) -> list[str]:
+    """Returns why an engine does not serve a head of format `form` as it is."""
+    if form.method not in engine.formats:
+        return [f"{engine.title} serves no heads of method '{form.method}'"]
+    wanted = format_named(engine.formats[form.method])
+    if form is wanted:
+        return [reason] if (reason := engine.refuses(config)) else []
+    with torch.device("meta"):
+        names = {
+            wanted.theirs(name): tensor for name, tensor in registry.trainable(form.method)(config).state_dict().items()
+        }
+    faults = [f"{engine.title} reads {wanted.published}; this is {form.published}"]
+    return faults + _misnamed(names, head.tensors)
+
+
 def _misnamed(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
     """Names the layer if a file calls it `layers.0` where the format has `midlayer`, or the other way."""
     for right, wrong in (("midlayer.", "layers.0."), ("layers.0.", "midlayer.")):
@@ -190,7 +226,8 @@ def _misfits(config: Any, target: Any) -> list[str]:
     faults = []
     if target.hidden_size != config.hidden:
         faults.append(f"the target's hidden size is {target.hidden_size}, the head's {config.hidden}")
-    if abs(target.vocab_size - config.vocabulary) > (PADDING if config.variant.published else 0):
+    variant = getattr(config, "variant", PLAIN)
+    if abs(target.vocab_size - config.vocabulary) > (PADDING if variant.published else 0):
         faults.append(f"the target has {target.vocab_size} tokens, the head {config.vocabulary}")
     outside = [tap for tap in config.taps if tap > target.num_hidden_layers]
     if outside:

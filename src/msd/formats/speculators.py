@@ -1,8 +1,8 @@
 """Heads of vllm-project/speculators, for vLLM: EAGLE-3 with LLaMA or Qwen3 layers, DFlash and DSpark.
 
 Sources: `Eagle3DraftModel`, `DFlashDraftModel` and `DSparkDraftModel` of that project. A layer id i is
-`hidden_states[i]`. Image positions have the placeholder token's embedding, as vLLM gives them to draft heads. The
-config of the layers leaves out what equals the defaults of their class.
+`hidden_states[i]`. Image positions have the placeholder token's embedding, and under M-RoPE the positions of its first
+axis, as vLLM gives them to draft heads. The config of the layers leaves out what equals the defaults of their class.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _eagle3(fields: Fields, names: Names) -> NetworkConfig:
         raise UserError("its config.json sets both 'norm_before_fc' and 'fc_norm'; it can have one of them")
     bias = layer.flag("attention_bias")
     variant: dict[str, Any] = {
-        "head_norm": qwen, "qkv_bias": bias, "o_bias": bias, "columns": True, "placeholders": True,
+        "head_norm": qwen, "qkv_bias": bias, "o_bias": bias, "first_axis": True, "placeholders": True,
         "residual_norm": fields.flag("norm_before_residual"), "fed_norm": fields.flag("norm_output"),
         "fc_norm": "all" if fields.flag("norm_before_fc") else "each" if fields.flag("fc_norm") else "",
         "embedding": "embed_tokens.weight" in names,
@@ -54,8 +54,9 @@ def _block(method: str, fields: Fields, names: Names) -> NetworkConfig:
     defaults = {"markov_rank": 256, "enable_confidence_head": True, "confidence_head_with_markov": True}
     own = Fields(fields.values, defaults)
     taps = fields.layers("aux_hidden_state_layer_ids", 0)
+    taps = (*taps, -1) if taps else ()
     from_root = fields.flag("sample_from_anchor", method == "dspark")
-    return block_network(method, _layer(fields)[0], fields, own, taps, names, from_root)
+    return block_network(method, _layer(fields)[0], fields, own, taps, names, from_root, False)
 
 
 def _wrapped(kind: str, c: NetworkConfig, layer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

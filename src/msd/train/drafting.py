@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from msd import formats
@@ -31,6 +29,7 @@ from msd.drafters import registry
 from msd.drafters.auxiliary import FRAMES
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
+from msd.drafters.toolkit.variant import PLAIN
 from msd.errors import UserError
 from msd.events.auxiliary import event_tokens
 from msd.inputs.prompts import prepare
@@ -41,6 +40,7 @@ from msd.targets import Target, adapt
 from msd.targets.taps import output_layer
 from msd.train.capture import Captured
 from msd.train.held_out import HeldOutAcceptance
+from msd.train.launched import launched
 from msd.train.loop import Loop, LoopConfig, Sink, StepLoss
 from msd.train.losses.msd import LossConfig
 from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache
@@ -49,8 +49,6 @@ REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
 UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
 START_SETTINGS = ("form", "layers", "off")  # fixed by a start drafter, as its method is
-SHARED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one copy of the drafter each
-EVALUATION_LIMIT = timedelta(hours=12)  # for which the other processes wait for the main one
 EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
 
 
@@ -64,10 +62,11 @@ class DraftTraining:
     "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster); held-out figures
     always use that of the weights. remember: gigabytes for cached target outputs; it changes no result. method: a name
     in the registry; all but "msd" have the published form, parts, loss and stages. start: folder or hub id of a head of
-    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2. events:
+    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2; the name of
+    a method instead of a folder, such as "mtp", starts from what the target's checkpoint brings for it. events:
     give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to
     `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not decayed to its end
-    there.
+    there. engine: the one that is to serve the drafter, "vllm" or "sglang": image positions have what it gives there.
     """
 
     form: str = "block"
@@ -89,18 +88,21 @@ class DraftTraining:
     start: str | None = None
     events: bool = True
     keep_at: tuple[int, ...] = ()
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         changed = {f.name for f in fields(self) if f.name in START_SETTINGS and getattr(self, f.name) != f.default}
         if self.start is not None and changed:
             raise UserError("a start drafter fixes the method, form, layers and parts; leave these settings out")
-        kind = registry.trainable(self.method)
+        kind = registry.trainable(self.method) if self.start is None else registry.startable(self.method)
         unsupported = ("form" in changed and not kind.forms) or ("off" in changed and not kind.parts)
         if unsupported or (self.loss.weighting != "learned" and not kind.parts):
             raise UserError(
                 f"form, weighting and parts to leave out are settings of msd; method '{self.method}' is trained as "
                 "published"
             )
+        if self.engine is not None:
+            formats.engine_named(self.engine).check_method(self.method)
         late = [step for step in self.keep_at if not 0 < step <= self.steps]
         if late:
             raise UserError(f"a run of {self.steps} steps cannot save its drafter at step {late[0]}")
@@ -123,7 +125,7 @@ def train(
     run's network reads. A finished run is left unchanged. Raises UserError if images do not change the target's logits,
     if `out` holds a run with other settings, data or target, or if another process trains there.
     """
-    accelerator = _accelerator(model.device, settings.batch)
+    accelerator = launched(model.device, settings.batch)
     main = accelerator.is_main_process
     with _exclusive_folder(out) if main else nullcontext():
         model.requires_grad_(False)
@@ -164,27 +166,6 @@ def train(
             save(out / "drafter")
         accelerator.wait_for_everyone()
         return finished
-
-
-def _accelerator(device: torch.device, batch: int) -> Accelerator:
-    """Returns the processes that `accelerate launch` started, or this one. UserError for FSDP and too few answers."""
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=EVALUATION_LIMIT)
-        ],
-    )  # fmt: skip
-    if accelerator.distributed_type not in SHARED:
-        raise UserError(
-            f"training with {accelerator.distributed_type.value} is not supported, as the drafter fits one GPU; launch "
-            "it with recipes/scale/ddp.yaml"
-        )
-    if batch < accelerator.num_processes:
-        raise UserError(
-            f"{accelerator.num_processes} processes cannot share a batch of {batch}; give --batch "
-            f"{accelerator.num_processes} or more"
-        )
-    return accelerator
 
 
 def step_folder(out: Path, step: int) -> Path:
@@ -231,16 +212,9 @@ def initial_network(
 
     processor: the target's, for a drafter that reads event recordings.
     """
-    kind, config = registry.trainable(settings.method), target.text_config
     if settings.start is not None:
-        network = formats.load(settings.start)
-        if not isinstance(network, kind):
-            raise UserError(f"'{settings.start}' holds no drafter of method '{settings.method}' to start from")
-        if network.config.variant.head and network.config.draft_vocabulary < network.config.vocabulary:
-            raise UserError(
-                f"'{settings.start}' drafts from a vocabulary of its own; its published loss needs all tokens"
-            )
-        return network.attach(target.model).to(target.model.device).train()
+        return _prepared(_start(target, settings.start, settings.method), settings)
+    kind, config = registry.trainable(settings.method), target.text_config
     recording = next((c.events for c in captured if c.events), None)
     groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()
     if recording is not None and processor and settings.events:
@@ -256,7 +230,25 @@ def initial_network(
     if kind.reduced:
         network.choose_draft_vocabulary(_frequent(captured, config.vocab_size, network.config.draft_vocabulary))
     network.begin_from(target.model)
-    return network.attach(target.model)
+    return _prepared(network.attach(target.model), settings)
+
+
+def _prepared(network: DraftNetwork, settings: DraftTraining) -> DraftNetwork:
+    return network if settings.engine is None else formats.prepare(network, settings.engine)
+
+
+def _start(target: Target, start: str, method: str) -> Any:
+    """Returns the network of a start drafter: in a folder, on the hub, or in the target's own checkpoint."""
+    model, native = target.model, registry.get(method).native_network
+    if native is not None and start == method:
+        return native.of(model)
+    network = formats.load(start)
+    if network.method != method:
+        raise UserError(f"'{start}' holds no drafter of method '{method}' to start from")
+    variant = getattr(network.config, "variant", PLAIN)
+    if variant.head and network.config.draft_vocabulary < network.config.vocabulary:
+        raise UserError(f"'{start}' drafts from a vocabulary of its own; its published loss needs all tokens")
+    return network.attach(model).to(model.device, torch.float32).train()
 
 
 def _frequent(captured: Sequence[Captured], vocabulary: int, size: int) -> Tensor:
@@ -281,7 +273,7 @@ def _check_same_run(out: Path, settings: DraftTraining, network: DraftNetwork, t
         make_folder(out)
         write_whole(path, json.dumps(run, indent=1) + "\n")
         return
-    earlier = {"method": "msd", "events": True, **read_json(path, REPAIR)}
+    earlier = {"method": "msd", "events": True, "engine": None, **read_json(path, REPAIR)}
     different = next((name for name in run if earlier.get(name) != run[name]), None)
     if different:
         raise UserError(

@@ -13,10 +13,6 @@ that of vLLM. At images the layers read the placeholder's embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -30,21 +26,30 @@ from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters import registry
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.chained import ChainedLevels, draft, drafts
+from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import Shape
 from msd.drafters.toolkit.level_cost import LevelCost
+from msd.drafters.toolkit.mtp_network import (
+    DEPTH,
+    METHOD,
+    MtpNetwork,
+    load,
+    present,
+    run_layer,
+    shifted,
+    token_ids,
+)
 from msd.drafters.toolkit.observed import ObservedDrafter
 from msd.errors import UserError
 from msd.planning.plan import Budget
-from msd.system.files import tensor_names
 from msd.targets import masks
 from msd.targets.registry import fingerprint
 from msd.targets.state import State
 from msd.targets.taps import FINAL
+from msd.train.losses.published import training_time_test_loss
 
-METHOD = "mtp"
-WIDTH, DEPTH = 3, 6  # of trees; the depth is that of a single layer
-FAULTS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError)  # of the library, without such layers
+WIDTH = 3  # of trees
 
 
 class Memory:
@@ -132,51 +137,49 @@ class Memory:
             return self._layer(k, tree.tokens[:, first:], above, positions, tables)
 
     def _layer(self, k: int, tokens: Tensor, above: Tensor, positions: Tensor, tables: masks.Tables) -> Tensor:
-        """Runs layer k on tokens [R, W] with states [R, W, H] at positions [A, R, W]: [R, W, H]."""
-        network = self.network
-        kinds = getattr(network.config, "layer_types", None)
-        kind = kinds[k] if kinds else None
-        found = masks.masks(tables, self.windows, above.dtype)
-        embedded, place, rope = network.embed_tokens(tokens), positions if len(positions) > 1 else positions[0], None
-        if network.rotary_emb is not None:
-            options = {"layer_type": kind} if network.has_per_layer_rope else {}
-            rope = network.rotary_emb(embedded, position_ids=place, **options)
-        states: Tensor = network.layers[k](
-            embedded, above, position_embeddings=rope, position_ids=positions[0], past_key_values=self.cache,
-            attention_mask=found if isinstance(found, Tensor) else found[kind],
-        )  # fmt: skip
-        return network.shared_post_norm(states) if network.use_shared_post_norm else states
+        return run_layer(self.network, k, tokens, above, positions, tables, self.windows, self.cache)
 
     def _logits(self, states: Tensor) -> Tensor:
         logits: Tensor = self.network._project_to_logits(states)
         return logits
 
 
-def shifted(states: Tensor) -> Tensor:
-    """States [B, L, H] of the column before each column; zero for the first."""
-    return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
-
-
 class MtpDrafter(ObservedDrafter):
     """Drafts with the target's own layers; its candidates are deterministic.
 
-    network: the layers; by default those of the target's checkpoint.
+    network: the layers, also trained further; by default those of the target's checkpoint.
     """
 
     name, taps, joinable = METHOD, (FINAL,), True
 
-    def __init__(self, network: MtpModel | None = None) -> None:
-        self._network, self.cost = network, LevelCost()
+    def __init__(self, network: MtpModel | MtpNetwork | None = None) -> None:
+        self._trained = network if isinstance(network, MtpNetwork) else None
+        self._network, self.cost = None if isinstance(network, MtpNetwork) else network, LevelCost()
 
     def attach(self, model: PreTrainedModel, backend: str = "plain") -> None:
         """Loads the layers from the target's checkpoint; UserError if it has none."""
-        if self._network is None:
+        if self._trained is not None:
+            self._network = self._trained.attach(model).whole
+        elif self._network is None:
             self._network = load(model)
         else:
             self._network.tie_with_main_model(model)
         self._network.eval()
-        size = getattr(self._network.config, "unpadded_vocab_size", None) or self._network.shared_head.weight.shape[0]
-        self._ids = torch.arange(size, device=model.device)
+        self._ids = token_ids(self._network)
+
+    def remember(self, model: PreTrainedModel) -> None:
+        """See `Drafter`; trained layers have calibrated chances already."""
+        if self._calibration is None:
+            super().remember(model)
+
+    def log_acceptance(self, node: NodeFeatures) -> Tensor:
+        """See `ObservedDrafter`."""
+        fitted = self._calibration
+        return super().log_acceptance(node) if fitted is None else log_chance(fitted, node)
+
+    @property
+    def _calibration(self) -> Weights | None:
+        return None if self._trained is None else self._trained.calibration
 
     def twin(self, model: PreTrainedModel) -> Drafter:
         """See `Drafter`; UserError, because another model has no such layers, and the method does not sample."""
@@ -199,7 +202,7 @@ class MtpDrafter(ObservedDrafter):
 
     @property
     def depth(self) -> int:
-        """Levels of a tree: as many as layers, or `DEPTH` with a single layer."""
+        """See `MtpConfig.depth`."""
         n = len(self.network.layers)
         return DEPTH if n == 1 else n
 
@@ -247,44 +250,5 @@ class MtpDrafter(ObservedDrafter):
                 unread[row].append(scores.taps[row, [0, *nodes[: len(tokens) - 1]]])
 
 
-def load(model: PreTrainedModel) -> MtpModel:
-    """Loads the layers of a target from its checkpoint. UserError if it has none, or the library cannot load them."""
-    try:
-        with declared(model):
-            return MtpModel.from_pretrained(model, device_map={"": model.device})
-    except FAULTS as error:
-        raise UserError(
-            f"method '{METHOD}': target '{model.config.name_or_path}' has no multi-token-prediction layers that the "
-            f"library can load ({error}); choose another method"
-        ) from error
-
-
-def present(model: PreTrainedModel) -> bool:
-    """Whether the target's checkpoint has such layers, and they can be found without loading anything."""
-    try:
-        with declared(model):
-            wanted = MtpModel.get_mtp_weights_regex(model)
-            layers = getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None)
-            return bool(layers) and any(wanted.search(name) for name in tensor_names(model.config.name_or_path))
-    except FAULTS:
-        return False
-
-
-@contextmanager
-def declared(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the config of a checkpoint with tensors `mtp.…` says so, as the library expects (Qwen3.5's does not)."""
-    config: Any = model.config.get_text_config(decoder=True)
-    added = {}
-    if not hasattr(config, "num_mtp_layers") and hasattr(config, "mtp_num_hidden_layers"):
-        count = config.mtp_num_hidden_layers
-        added = {"num_mtp_layers": count, "mtp_layer_types": [masks.FULL] * count}
-    for name, value in added.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name in added:
-            delattr(config, name)
-
-
-registry.add(registry.Method(METHOD, MtpDrafter, native=present))
+MtpNetwork.published_loss = training_time_test_loss
+registry.add(registry.Method(METHOD, MtpDrafter, native=present, native_network=MtpNetwork, load=MtpNetwork.in_folder))

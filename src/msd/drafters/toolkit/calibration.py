@@ -34,9 +34,10 @@ def candidates(objective: Objective, batches: Iterable[TeacherBatch]) -> tuple[N
             correct = ids[top] == read(batch.answers, index[..., d : d + 1])
             kept = valid[..., d : d + 1].expand_as(correct)
             sure = confidence.float()[..., None].expand_as(log_q)
-            found.append(tuple(x[kept].cpu() for x in (log_q, sure, correct)))
-    log_q, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return NodeFeatures(log_q, confidence), correct
+            best = log_q[..., :1].expand_as(log_q)
+            found.append(tuple(x[kept].cpu() for x in (log_q, sure, best, correct)))
+    log_q, confidence, best, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return NodeFeatures(log_q, confidence, best), correct
 
 
 def fitted(node: NodeFeatures, correct: Tensor) -> dict[str, float]:

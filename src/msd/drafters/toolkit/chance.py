@@ -21,11 +21,13 @@ Weights = Mapping[str, float | Tensor]  # by the name of a feature
 class NodeFeatures:
     """What the chance of a candidate is computed from; all broadcast to the shape of `log_q`.
 
-    log_q: its log draft probability. confidence: its parent's confidence logit.
+    log_q: its log draft probability. confidence: its parent's confidence logit. best: log draft probability of its
+    parent's likeliest child; None where it is not known.
     """
 
     log_q: Tensor
     confidence: Tensor
+    best: Tensor | None = None
 
 
 def log_odds(log_q: Tensor) -> Tensor:
@@ -36,6 +38,8 @@ def log_odds(log_q: Tensor) -> Tensor:
 FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
     "log_odds": lambda node: log_odds(node.log_q),
     "confidence": lambda node: node.confidence,
+    "best": lambda node: 0.0 if node.best is None else log_odds(node.best),
+    "first": lambda node: 0.0 if node.best is None else (node.log_q >= node.best).to(node.log_q.dtype),
     "bias": lambda node: 1.0,
 }
 

@@ -203,7 +203,8 @@ class _Growth:
         log_q, index = logits.log_softmax(-1).topk(self.children, -1)  # [B, F, k]
         chance = log_q
         if self.temperature is None:
-            chance = self.vocabulary.log_acceptance(NodeFeatures(log_q, distributions.confidence.float()[..., None]))
+            node = NodeFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1])
+            chance = self.vocabulary.log_acceptance(node)
         if self.subtree is not None:
             limit = pick(limit, self.subtree)
         score = (self.score[..., None] + chance + limit).flatten(1)

@@ -267,6 +267,8 @@ class DraftNetwork(nn.Module, ABC):
 
     def positions(self, layout: Layout) -> Tensor:
         """Returns the rotary positions [B, C] of a layout's columns."""
+        if self.config.variant.first_axis:
+            return layout.positions[0]
         if not self.config.variant.columns:
             return layout.positions_1d()
         start = torch.tensor(layout.start, device=layout.tokens.device)[:, None]

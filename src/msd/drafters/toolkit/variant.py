@@ -25,8 +25,9 @@ class Variant:
     embedding, head: an embedding and, for block drafters, an output layer of its own. placeholders: image positions
     have the placeholder's embedding instead of the projector's output.
 
-    Positions. columns: positions count columns, also under M-RoPE. rope: parameters of a scaled rotary embedding, as in
-    `transformers`. sections: frequencies per M-RoPE axis; interleaved: how they alternate (Qwen3-VL).
+    Positions. Under M-RoPE they are the largest of the three. columns: they count columns. first_axis: they are those
+    of the first axis. sections: frequencies per M-RoPE axis; interleaved: how they alternate (Qwen3-VL). rope:
+    parameters of a scaled rotary embedding, as in `transformers`.
 
     Blocks. mask_token: the id whose embedding is the mask; None: a learned vector. from_root: the root's position
     drafts a token too; None: as the method. markov: of DSpark's logits. confidence: what DSpark's confidence reads.
@@ -48,6 +49,7 @@ class Variant:
     head: bool = False
     placeholders: bool = False
     columns: bool = False
+    first_axis: bool = False
     rope: dict[str, str | float | int] | None = None
     sections: tuple[int, ...] = ()
     interleaved: bool = False
