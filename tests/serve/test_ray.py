@@ -27,7 +27,7 @@ from msd.model import SpeculativeVLM
 from serve.server import asks, data_uri, picture
 
 pytestmark = pytest.mark.slow
-CLIENTS, REQUESTS, TOKENS = 3, 8, 24
+CLIENTS, QUESTIONS, AFTER, TOKENS = 3, 8, 4, 160
 WAIT = 280.0
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,8 @@ def address(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [
-            sys.executable, "-m", "msd", "serve", "--ray", "--replicas", "2", "--port", str(port), "--name", "tiny",
+            sys.executable, "-m", "msd", "serve", "--ray", "--replicas", "2", "--max-replicas", "3",
+            "--port", str(port), "--name", "tiny",
             "--target", str(target), "--method", "prompt-lookup",
         ]  # fmt: skip
         patch.setenv("RAY_ADDRESS", cluster.address)
@@ -110,7 +111,7 @@ def wanted(target: Path) -> list[str]:
     """All answers, computed alone in this process."""
     vlm = SpeculativeVLM.from_pretrained(target, "ar", SpeculativeConfig(adaptive=False))
     texts = []
-    for number in range(CLIENTS * REQUESTS):
+    for number in range(QUESTIONS):
         asked = body(number)
         sampled = {"do_sample": True, "temperature": 0.9, "top_k": 0} if number % 3 == 0 else {}
         answer = vlm.generate(messages=asked["messages"], seed=[number], max_new_tokens=TOKENS, **sampled)
@@ -121,25 +122,31 @@ def wanted(target: Path) -> list[str]:
 def test_a_replica_killed_under_load_loses_no_request(address: str, target: Path) -> None:
     before = replicas()
     assert len(before) == 2
-    texts: dict[int, str] = {}
+    answers: list[tuple[int, str]] = []
     tries: list[int] = []
+    killed = threading.Event()
 
-    def client(first: int) -> None:
-        for number in range(first, CLIENTS * REQUESTS, CLIENTS):
-            texts[number] = retried(address, number, tries)
+    def client(number: int) -> None:
+        """Sends requests until the replica has been killed, and then some more."""
+        left = AFTER
+        while left:
+            left -= killed.is_set()
+            answers.append((number, retried(address, number, tries)))
+            number = (number + CLIENTS) % QUESTIONS
 
     clients = [threading.Thread(target=client, args=(i,)) for i in range(CLIENTS)]
     for thread in clients:
         thread.start()
-    wait(lambda: len(texts) >= CLIENTS)
-    killed = min(before)
-    ray.kill(ray.get_actor(killed, namespace="serve"))
-    assert len(texts) < CLIENTS * REQUESTS  # it was killed under load
+    wait(lambda: len(answers) >= QUESTIONS)
+    gone = min(before)
+    ray.kill(ray.get_actor(gone, namespace="serve"))
+    killed.set()
     for thread in clients:
         thread.join(WAIT)
-    assert [texts.get(number) for number in range(CLIENTS * REQUESTS)] == wanted(target)
-    assert tries.count(200) == CLIENTS * REQUESTS
-    wait(lambda: len(replicas() - {killed}) == 2)  # another one has taken its place
+    right = wanted(target)
+    assert [text for _, text in answers] == [right[number] for number, _ in answers]
+    assert tries.count(200) == len(answers) >= QUESTIONS + CLIENTS * AFTER
+    wait(lambda: len(replicas() - {gone}) == 2)  # another one has taken its place
 
 
 def test_the_replicas_serve_all_of_the_application(address: str) -> None:

@@ -109,7 +109,7 @@ export class View {
   #showMap(blocks, what, whole) {
     const most = blocks ? Math.max(...blocks, 1e-9) : 0;
     $('map').textContent = `Gain of the image at ${what}: ${whole.toFixed(3)} nats` + (blocks
-      ? `; its largest block alone ${most.toFixed(3)}. Darker: more.`
+      ? `; its largest block alone ${most.toFixed(3)}; redder is more.`
       : '. A map needs one image whose tokens form a square.');
     if (!blocks) return;
     const side = this.gains.side, grid = $('blocks');
