@@ -34,7 +34,7 @@ def served(model: Path, prompts: Sequence[dict[str, Any]], *heads: dict[str, Any
     """A run of vLLM for each way of speculating. more: fields of the job; `engine` is added to the usual arguments."""
     engine = vllm_process.SETTINGS | {"model": str(model)} | more.pop("engine", {})
     job = {"engine": engine, "speculative": list(heads), "prompts": list(prompts)} | more
-    runs = vllm_process.answers(job, more.pop("path", ""))["runs"]
+    runs = [run[0] for run in vllm_process.answers(job, more.pop("path", ""))["runs"]]
     return [Run([answer["ids"] for answer in run["rounds"][-1]], speculation(run["counts"])) for run in runs]
 
 
