@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import vllm_targets
-from vllm_answers import NEAR, acceptance, chain, head, needs_vllm, served
+from vllm_answers import NEAR, acceptance, chain, head, needs_vllm, patient, served
 from vllm_targets import Target
 
-pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.full, patient, needs_vllm]
 TOKENS = 24
 ENGINE = {"max_model_len": 256}
 

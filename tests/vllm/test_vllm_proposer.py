@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from recipes.scale import vllm_checkpoints, vllm_process
-from vllm_answers import needs_vllm, served
+from vllm_answers import needs_vllm, patient, served
 
 from msd.vllm_proposer import LONGEST, Chances, RepeatProposer, match
 
@@ -86,6 +86,7 @@ def test_another_request_in_the_row_is_not_counted() -> None:
 
 @pytest.mark.slow
 @pytest.mark.full
+@patient
 @needs_vllm
 def test_vllm_serves_with_it(reference_model: tuple[Any, Any], tmp_path: Path) -> None:
     """The same text; the long answer repeats itself, and these repeats are drafted."""

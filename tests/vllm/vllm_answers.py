@@ -18,6 +18,8 @@ from msd.core.statistics import Statistics
 from msd.formats.format import OURS
 
 needs_vllm = pytest.mark.skipif(not vllm_process.INSTALLED.exists(), reason=vllm_process.MISSING)
+patient = pytest.mark.timeout(3600)  # vLLM starts slowly where others use the cores
+HEAD = vllm_process.ROOT / "weights" / "eagle3"
 DRAFTED = 4  # tokens of a chain
 NEAR = 0.05  # of a mean acceptance length
 
