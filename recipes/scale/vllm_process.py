@@ -27,7 +27,7 @@ def variables(path: str = "") -> dict[str, str]:
     }  # fmt: skip
 
 
-def answers(job: dict[str, Any], path: str = "", patience: float = 1800) -> dict[str, Any]:
+def answers(job: dict[str, Any], path: str = "", patience: float = 3000) -> dict[str, Any]:
     """Runs a job of `vllm_run`. RuntimeError with the end of its log if it fails or takes longer, in seconds."""
     done = subprocess.run(
         [PYTHON, Path(__file__).with_name("vllm_run.py")],

@@ -5,16 +5,19 @@ Run by the Python of `.venv-vllm` (`make vllm-env`), so it imports nothing of th
     .venv-vllm/bin/python recipes/scale/vllm_run.py < job.json > answers.json
 
 job.json: {"engine": arguments of `vllm.LLM`, "speculative": [null, {"method": …}, …], "tokens": most tokens of an
-answer, "batch": prompts at a time (default 1), "rounds": how often all prompts are answered (default 1), "prompts":
-[{"ids", "image", "embeddings"}, …]}. `image`: a file, or none. `embeddings`: in its place a safetensors file with the
-projector's output, a tensor `image` [tokens, hidden]. The prompt's ids name each image once.
+answer, "batches": prompts at a time, in turn (default [1]), "rounds": how often all prompts are answered (default 1),
+"modules": to import first (default none), "prompts": [{"ids", "image", "embeddings"}, …]}. `image`: a file, or none.
+`embeddings`: in its place a safetensors file with the projector's output, a tensor `image` [tokens, hidden]. The ids
+name an image once.
 
-answers.json: {"version", "runs": [{"rounds": [[{"ids", "seconds"}, …], …], "counts"}, …]}. seconds: of the batch that
-the answer is part of. counts: vLLM's counters of speculation after the last round, as `msd bench --server` names them.
+answers.json: {"version", "runs": [[{"rounds": [[{"ids", "seconds"}, …], …], "counts"}, …], …]}: for each way of
+speculating, and each number of prompts at a time. seconds: of the batch that the answer is part of. counts: vLLM's
+counters of speculation in the last round, as `msd bench --server` names them.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -70,19 +73,22 @@ def answer(engine: Any, prompts: list[dict[str, Any]], tokens: int, batch: int) 
     return answers
 
 
-def run(job: dict[str, Any], speculative: dict[str, Any] | None) -> dict[str, Any]:
-    """Starts an engine and answers the prompts of a job in all rounds."""
+def run(job: dict[str, Any], speculative: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Starts an engine and answers the prompts of a job in all rounds, for each number of prompts at a time."""
     import vllm
 
     engine = vllm.LLM(disable_log_stats=False, speculative_config=speculative, **job["engine"])
     prompts = [prompt(part) for part in job["prompts"]]
-    counts: dict[str, float] = {}
-    rounds = []
-    for _ in range(job.get("rounds", 1)):
-        before = counters(engine)
-        rounds.append(answer(engine, prompts, job["tokens"], job.get("batch", 1)))
-        counts = {name: count - before.get(name, 0) for name, count in counters(engine).items()}
-    return {"rounds": rounds, "counts": counts}
+    found = []
+    for batch in job.get("batches", [1]):
+        counts: dict[str, float] = {}
+        rounds = []
+        for _ in range(job.get("rounds", 1)):
+            before = counters(engine)
+            rounds.append(answer(engine, prompts, job["tokens"], batch))
+            counts = {name: count - before.get(name, 0) for name, count in counters(engine).items()}
+        found.append({"rounds": rounds, "counts": counts})
+    return found
 
 
 def main() -> None:
@@ -94,6 +100,8 @@ def main() -> None:
 
     import vllm
 
+    for name in job.get("modules", ()):
+        importlib.import_module(name)
     runs = []
     for speculative in job["speculative"]:
         runs.append(run(job, speculative))

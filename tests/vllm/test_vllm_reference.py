@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 from recipes.scale import vllm_checkpoints
-from vllm_answers import NEAR, Run, acceptance, chain, head, needs_vllm, served, with_placeholders
+from vllm_answers import HEAD, NEAR, Run, acceptance, chain, head, needs_vllm, patient, served, with_placeholders
 
 from msd import formats, reference
 from msd.bench.data import Sample
 from msd.certify import certificate
 
-pytestmark = [pytest.mark.slow, needs_vllm]
-HEAD = Path(__file__).parents[2] / "weights" / "eagle3"
+pytestmark = [pytest.mark.slow, patient, needs_vllm]
 TOKENS = 32
 QUESTIONS = ("What is the capital of France?", "Describe a day at the beach.", "Write a caption for a photo of a dog.")
 

@@ -18,6 +18,8 @@ from msd.core.statistics import Statistics
 from msd.formats.format import OURS
 
 needs_vllm = pytest.mark.skipif(not vllm_process.INSTALLED.exists(), reason=vllm_process.MISSING)
+patient = pytest.mark.timeout(3600)  # vLLM starts slowly where others use the cores
+HEAD = vllm_process.ROOT / "weights" / "eagle3"
 DRAFTED = 4  # tokens of a chain
 NEAR = 0.05  # of a mean acceptance length
 
@@ -34,7 +36,7 @@ def served(model: Path, prompts: Sequence[dict[str, Any]], *heads: dict[str, Any
     """A run of vLLM for each way of speculating. more: fields of the job; `engine` is added to the usual arguments."""
     engine = vllm_process.SETTINGS | {"model": str(model)} | more.pop("engine", {})
     job = {"engine": engine, "speculative": list(heads), "prompts": list(prompts)} | more
-    runs = vllm_process.answers(job, more.pop("path", ""))["runs"]
+    runs = [run[0] for run in vllm_process.answers(job, more.pop("path", ""))["runs"]]
     return [Run([answer["ids"] for answer in run["rounds"][-1]], speculation(run["counts"])) for run in runs]
 
 

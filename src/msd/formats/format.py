@@ -19,6 +19,7 @@ LAYER = (  # our part of a tensor's name -> theirs, in every format
     *((f".{name}.", f".self_attn.{name}.") for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *((f".{name}.", f".mlp.{name}.") for name in ("gate_proj", "up_proj", "down_proj")),
 )  # fmt: skip
+LONGEST = 131_072  # positions; a head has no limit of its own, but vLLM does not start without one
 Names = frozenset[str]
 
 
@@ -86,6 +87,7 @@ def flat(c: NetworkConfig, architecture: str, model_type: str = "llama", **more:
         "hidden_act": "silu",
         "hidden_size": c.hidden,
         "intermediate_size": c.intermediate,
+        "max_position_embeddings": LONGEST,
         "num_attention_heads": c.heads,
         "num_hidden_layers": c.layers,
         "num_key_value_heads": c.kv_heads,
