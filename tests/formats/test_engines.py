@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes.scale.conventions import measure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -210,6 +211,8 @@ def test_a_head_is_trained_for_an_engine(
             for network in (registry.load(drafter), formats.load(tmp_path / "out"))
         )
     assert torch.equal(one, two)
+    counts = measure(str(place), Path(drafter), place / "captured.jsonl", place / "images", 4)["counts"]
+    assert counts["own"] == counts[to] and sum(drafted for _, drafted in counts["own"].values()) > 20
 
 
 def test_embeddings_at_image_positions_are_those_of_the_engine() -> None:

@@ -96,6 +96,25 @@ def test_a_batch_too_small_to_share_is_refused(tmp_path: Path, monkeypatch: pyte
         launched.launched(torch.device("cpu"), 3)
 
 
+@pytest.mark.parametrize("asked", ["launch", "script"])
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_what_splits_the_drafter_is_refused_in_one_line(kind: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from accelerate.utils import DistributedType
+
+    from msd.errors import UserError
+    from msd.train import launched
+
+    if asked == "launch":  # as 'accelerate launch --use_fsdp' sets it
+        monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    else:
+        monkeypatch.setattr(launched.Accelerator, "distributed_type", DistributedType[kind])
+    with pytest.raises(
+        UserError, match=rf"training with {kind} is not supported, as the drafter fits one GPU; .*ddp\.yaml"
+    ):
+        launched.launched(torch.device("cpu"), 4)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_processes_end_after_the_last_one_and_after_their_communication(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool

@@ -1,0 +1,1 @@
+"""Training on more than one GPU: configurations, and the arithmetic of docs/scale.md."""
