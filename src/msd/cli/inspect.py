@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from PIL.Image import Image
 
 from msd.cli.options import Drafting, Json, MaxNewTokens, PromptInputs, Sampling, grouped, load_engine, load_inputs
 from msd.errors import UserError
 from msd.system.files import check_place, write_whole
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from msd import SpeculativeVLM
 
 
