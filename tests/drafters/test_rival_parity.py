@@ -317,7 +317,8 @@ def test_eagle_3_vocabulary() -> None:
 def test_block_drafters(method: str, images: int) -> None:
     """Queries [e(root), e(mask), …] see each other and, in every layer, keys and values of norm(fc([states])).
 
-    Query and key heads are normalised before the rotation. DFlash: a mask drafts its own place. DSpark: a position drafts the next, with W2·W1[parent] added.
+    Query and key heads are normalised before the rotation. DFlash: a mask drafts its own place. DSpark: a position
+    drafts the next, with W2·W1[parent] added.
     """
     net, reference = rivals.network(MODEL, method), prompt(images)
     own = weights(net)
