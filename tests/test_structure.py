@@ -93,7 +93,7 @@ def cycle(texts: dict[str, str]) -> list[str]:
 def drawn() -> str:
     """`LAYERS` as docs/architecture.md shows them, the highest first; run this file to write them there."""
     lines = [" ".join(sorted(names)) for names in reversed(LAYERS)]
-    return "\n".join(["```", *lines, "```"])
+    return "\n".join(["```text", *lines, "```"])
 
 
 def pages() -> tuple[Path, str, str]:
