@@ -216,11 +216,11 @@ def recurrent() -> Drawing:
     for i, label in enumerate(("root", "level 1", "level 2")):
         d.text(60 + 160 * i, 192, label, "middle muted small")
         d.line([(140 + 160 * i, 12), (140 + 160 * i, 176)], "line faint dashed")
-    d.text(500, 60, "A level is one batch of single-token")
-    d.text(500, 77, "steps, from the states of the parents.")
-    d.text(500, 104, "Commit keeps the state of the last", "")
-    d.text(500, 121, "accepted node, s(d), and drops the rest.", "")
-    d.text(500, 148, "Attention runs once over all nodes.", "muted")
+    d.text(480, 60, "A level is one batch of single-token")
+    d.text(480, 77, "steps, from the states of the parents.")
+    d.text(480, 104, "Commit keeps the state of the last", "")
+    d.text(480, 121, "accepted node, s(d), and drops others.", "")
+    d.text(480, 148, "Attention runs once over all nodes.", "muted")
     d.text(
         10,
         216,
