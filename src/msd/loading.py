@@ -80,7 +80,8 @@ def load_draft_model(name: str | Path, sees: str | None = None, device: str | No
     sees: see `DraftModel`. The other arguments are those of `load_target`. UserError as there, and for a model that is
     neither.
     """
-    config = load_config(name)
+    with named(f"draft model '{name}'"):
+        config = load_config(name)
     if config.model_type in families():
         model, processor = load_target(name, device, **kwargs)
         return DraftModel(model, processor, sees, str(name))

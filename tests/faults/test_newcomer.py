@@ -35,6 +35,8 @@ ASK = ("generate", "photos/0.png", "-p", "What?")
         ((*ASK, "--target", "./nowhere"), ("no such folder", "./nowhere")),
         ((*ASK, "--target", "/nowhere/model"), ("no such folder", "/nowhere/model")),
         ((*ASK, "--target", "photos"), ("folder without config.json", "checkpoint")),
+        ((*ASK, "--target", "model", "--method", "msd"), ("made for another target", "train it")),
+        ((*ASK, "--target", "model", "--draft-model", "./nowhere"), ("draft model './nowhere'", "no such folder")),
         ((*ASK, "--target", "org/model"), ("unknown target 'org/model'", "HF_HUB_OFFLINE")),
     ],
     ids=lambda value: " ".join(value),
