@@ -32,6 +32,8 @@ ASK = ("generate", "photos/0.png", "-p", "What?")
     [
         (("generate",), ("the prompt is empty", "-p 'Describe the image.'")),
         (("generate", "photos/0.png", "What is it?"), ("the prompt is empty", "-p 'What is it?'")),
+        (("generate", "clip.mp4", "-p", "What?"), ("looks like video", "--video")),
+        (("generate", "sound.wav", "-p", "What?"), ("looks like audio", "--audio")),
         ((*ASK, "--target", "./nowhere"), ("no such folder", "./nowhere")),
         ((*ASK, "--target", "/nowhere/model"), ("no such folder", "/nowhere/model")),
         ((*ASK, "--target", "photos"), ("folder without config.json", "checkpoint")),

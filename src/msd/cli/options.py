@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import mimetypes
 import os
 import warnings
 from collections.abc import Callable
@@ -334,6 +335,10 @@ def load_inputs(inputs: PromptInputs, target: str | None, sounds: list[Path] | N
     _check_prompt(inputs)
     frames = inputs.frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
     audio = [Audio(path) for path in sounds or ()]
+    for path in inputs.images or ():
+        kind = (mimetypes.guess_type(path)[0] or "").split("/")[0]
+        if kind in ("video", "audio"):
+            raise UserError(f"'{path}' looks like {kind}, not an image; give it with --{kind}")
     sources = [*(inputs.images or ()), *(Video(path, frames) for path in inputs.video or ()), *audio]
     media = [prompts.load(source) for source in sources]
     for sound in audio:
