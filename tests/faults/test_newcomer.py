@@ -49,3 +49,12 @@ def test_a_mistake_gets_a_line_that_helps(
     code, _, err = run(capsys, *command)
     assert code == 2 and err.count("\n") == 1
     assert all(part in err for part in parts), err
+
+
+def test_the_folder_of_a_run_names_the_one_of_its_drafter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "drafter").mkdir(parents=True)
+    (tmp_path / "run" / "drafter" / "config.json").write_text("{}")
+    code, _, err = run(capsys, *ASK, "--target", "model", "--drafter", tmp_path / "run")
+    assert code == 2 and f"give '{tmp_path / 'run' / 'drafter'}'" in err
+    code, _, err = run(capsys, *ASK, "--target", "model", "--drafter", tmp_path)
+    assert code == 2 and "give the folder that `msd train` wrote" in err
