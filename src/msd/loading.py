@@ -80,7 +80,8 @@ def load_draft_model(name: str | Path, sees: str | None = None, device: str | No
     sees: see `DraftModel`. The other arguments are those of `load_target`. UserError as there, and for a model that is
     neither.
     """
-    config = load_config(name)
+    with named(f"draft model '{name}'"):
+        config = load_config(name)
     if config.model_type in families():
         model, processor = load_target(name, device, **kwargs)
         return DraftModel(model, processor, sees, str(name))
@@ -135,10 +136,20 @@ def load_config(target: str | Path) -> PreTrainedConfig:
                 f"target '{target}' has architecture '{model_type}', which transformers {transformers.__version__} "
                 "does not have, so no adapter can be written; docs/targets.md lists what it can be"
             ) from error
+        if str(target).startswith((".", "/", "~")) and not Path(target).exists():
+            raise UserError(f"target '{target}': there is no such folder; check the path") from error
+        if str(path) and Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise UserError(f"target '{target}' is a folder without config.json; give that of a checkpoint") from error
         raise UserError(
             f"unknown target '{target}': neither 'reference' nor 'reference-video', nor a checkpoint folder, nor a "
-            f"model that could be fetched ({_first_line(error)})"
+            f"model that could be fetched ({_first_line(error)}){_without_network(error)}"
         ) from error
+
+
+def _without_network(error: Exception) -> str:
+    """What to do where the hub cannot be reached: its client tries for a minute each time."""
+    offline = "; without a network give a folder, or set HF_HUB_OFFLINE=1, which reads downloaded models at once"
+    return offline if "connect to" in str(error) else ""
 
 
 def _model_type(path: str | Path) -> str | None:

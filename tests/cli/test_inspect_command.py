@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import tiny
+from msd.cli.trace_text import trace_text
 from msd.config import SpeculativeConfig
 from msd.inspect import Trace, page
 from msd.model import SpeculativeVLM
@@ -85,6 +88,28 @@ def test_the_page_shows_every_step_and_escapes_tokens() -> None:
         assert f"<{token}>" in reader.text
 
 
+def test_the_text_shows_every_node_of_every_step() -> None:
+    vlm = engine(16)
+    trace = Trace()
+    answer = vlm.generate(**INPUTS, max_new_tokens=16, do_sample=False, on_step=trace)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(trace_text(answer, trace.passes, lambda token: f"<{token}>"))
+    text = console.export_text()
+    nodes = [node for step in trace.passes for node in step.nodes]
+    assert text.count("+ '<") == sum(node.accepted for node in nodes) > 0
+    assert text.count("- '<") == sum(not node.accepted for node in nodes) > 0
+    assert text.count("the target's token") == len(trace.passes)
+    assert f"+ '<{next(n.token for n in nodes if n.accepted)}>'" in text
+    assert text.startswith("".join(f"<{token}>" for token in answer.tokens[:2]))
+
+
+def test_inspect_needs_something_to_write(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capsys, "inspect", "photo.jpg", "-p", "What?")
+    assert code == 2 and "--out" in err and "--text" in err
+    code, _, err = run(capsys, "inspect", "photo.jpg", "-p", "What?", "--text", "--json")
+    assert code == 2 and "leave out one" in err
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from msd.reference import sample_photos
@@ -96,5 +121,8 @@ def test_the_command_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path:
     answer, text = json.loads(output), out.read_text(encoding="utf-8")
     assert text.count('class="step"') == answer["steps"] and text.count("data:image/jpeg") == 1
     assert ">vision</i>" in text and answer["method"] == "msd+prompt-lookup"
+    code, printed, err = run(capsys, *ask, "--text")
+    assert code == 0, err
+    assert printed.count("the target's token") == answer["steps"] and "vision" in printed
     code, _, err = run(capsys, *ask, "--out", tmp_path / "none" / "trace.html")
     assert code == 2 and "folder that exists" in err

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from msd.backends import comparison, fused
 from msd.backends.comparison import redirected
 from msd.backends.fused import FUSED, FusedPass, Record, UnsupportedDecoderError, called_functions
-from msd.backends.kernels import Choice
+from msd.backends.kernels import ROWS, Choice
 from msd.backends.revision import Revision, inside
 from msd.errors import UserError
 
@@ -52,6 +52,18 @@ class Backend:
     def name(self) -> str:
         """The name of the backend in use: "plain", "fused" or "bf16"."""
         return self.requested if self.requested != "measure" else "fused" if self._pass else "plain"
+
+    @property
+    def explanation(self) -> str:
+        """Why this backend is in use, in one line."""
+        if self.reason:
+            return self.reason
+        if self.requested != "measure":
+            return "requested"
+        rows = [str(n) for n, code in zip(ROWS, self.choice.get("pass", ()), strict=False) if code == "fused"]
+        if not rows:
+            return "measured: the model's own code is as fast as the fused pass"
+        return f"measured: the fused pass is faster over {', '.join(rows)} rows"
 
     def refresh(self) -> Revision:
         """The current revision of the language model. Builds the fused pass again if the model has changed.

@@ -22,6 +22,7 @@ from msd.cli import (
     capture,
     check,
     demo,
+    doctor,
     estimate,
     events,
     export,
@@ -43,7 +44,6 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory") 
 
 app = typer.Typer(
     help="Modality-aware speculative decoding for vision-language models: the same output, sooner.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -60,8 +60,9 @@ app.command("push", short_help="Upload a drafter with a model card to the hub.")
 app.command("targets", short_help="List the supported architectures.")(targets.targets)
 app.command("estimate", short_help="Estimate the speedup on a GPU, without GPU or weights.")(estimate.estimate)
 app.command("events", short_help="Describe and draw an event camera's recording.")(events.events)
-app.command("inspect", short_help="Write a page of the draft trees of one answer.")(inspect.inspect)
+app.command("inspect", short_help="Show the draft trees of one answer, as a page or as text.")(inspect.inspect)
 app.command("demo", short_help="Describe a bundled photo, and compare with plain decoding.")(demo.demo)
+app.command("doctor", short_help="Say what is installed, what is missing, and how to mend it.")(doctor.doctor)
 app.add_typer(reference.app, name="reference")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import mimetypes
 import os
 import warnings
 from collections.abc import Callable
@@ -331,8 +332,13 @@ def load_inputs(inputs: PromptInputs, target: str | None, sounds: list[Path] | N
     target = ("reference" if inputs.events is None else "reference-video") if target is None else target
     if inputs.frames is not None and not inputs.video and (inputs.events is None or inputs.images or sounds):
         raise UserError("--frames is for a --video, or for --events without other media; leave it out")
+    _check_prompt(inputs)
     frames = inputs.frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
     audio = [Audio(path) for path in sounds or ()]
+    for path in inputs.images or ():
+        kind = (mimetypes.guess_type(path)[0] or "").split("/")[0]
+        if kind in ("video", "audio"):
+            raise UserError(f"'{path}' looks like {kind}, not an image; give it with --{kind}")
     sources = [*(inputs.images or ()), *(Video(path, frames) for path in inputs.video or ()), *audio]
     media = [prompts.load(source) for source in sources]
     for sound in audio:
@@ -344,6 +350,14 @@ def load_inputs(inputs: PromptInputs, target: str | None, sounds: list[Path] | N
 
     recording = open_chunks(inputs.events)
     return LoadedInputs(target, media or [event_clip(recording, frames)], recording, not media)
+
+
+def _check_prompt(inputs: PromptInputs) -> None:
+    """Raises UserError without a prompt; it names a text that stands where a file is expected."""
+    if inputs.prompt.strip():
+        return
+    stray = next((text for text in inputs.images or () if " " in text.strip() and not Path(text).exists()), None)
+    raise UserError(f"the prompt is empty; give one with -p, for example: -p '{stray or 'Describe the image.'}'")
 
 
 def event_clip(recording: Recording, frames: int) -> Clip:

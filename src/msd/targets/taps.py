@@ -92,7 +92,10 @@ class Taps:
         layers = list(decoder.layers[: getattr(decoder.config, "num_hidden_layers", None)])  # those that `forward` runs
         for index in self.indices:
             if not 0 <= index <= len(layers):
-                raise UserError(f"tap {index} is outside the model's {len(layers)} layers; use 0 to {len(layers)}")
+                raise UserError(
+                    f"tap {index} is outside the model's {len(layers)} layers (0 to {len(layers)}); the drafter was "
+                    "made for another target, so choose another method, or train it for this one"
+                )
         return layers, final_norm(decoder)
 
 

@@ -200,7 +200,9 @@ def configuration(folder: Path) -> str:
     """Returns the text of `config.json`, a JSON object; UserError if it is missing or damaged."""
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"drafter '{folder}' has no {CONFIG}; give the folder that `msd train` wrote")
+        inside = folder / "drafter"  # of the folder of a run
+        place = f"'{inside}'" if (inside / CONFIG).is_file() else "the folder that `msd train` wrote"
+        raise UserError(f"drafter '{folder}' has no {CONFIG}; give {place}")
     text = read_text(path, REMEDY)
     try:
         parse_json(text)

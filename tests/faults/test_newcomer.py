@@ -1,0 +1,60 @@
+"""What a newcomer types first: each mistake gets one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tiny_checkpoint
+from training_command import run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and photos."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    tiny_checkpoint.write(folder / "model")
+    tiny_checkpoint.photos(folder / "photos", 1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+ASK = ("generate", "photos/0.png", "-p", "What?")
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        (("generate",), ("the prompt is empty", "-p 'Describe the image.'")),
+        (("generate", "photos/0.png", "What is it?"), ("the prompt is empty", "-p 'What is it?'")),
+        (("generate", "clip.mp4", "-p", "What?"), ("looks like video", "--video")),
+        (("generate", "sound.wav", "-p", "What?"), ("looks like audio", "--audio")),
+        ((*ASK, "--target", "./nowhere"), ("no such folder", "./nowhere")),
+        ((*ASK, "--target", "/nowhere/model"), ("no such folder", "/nowhere/model")),
+        ((*ASK, "--target", "photos"), ("folder without config.json", "checkpoint")),
+        ((*ASK, "--target", "model", "--method", "msd"), ("made for another target", "train it")),
+        ((*ASK, "--target", "model", "--draft-model", "./nowhere"), ("draft model './nowhere'", "no such folder")),
+        ((*ASK, "--target", "org/model"), ("unknown target 'org/model'", "HF_HUB_OFFLINE")),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_mistake_gets_a_line_that_helps(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    code, _, err = run(capsys, *command)
+    assert code == 2 and err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_the_folder_of_a_run_names_the_one_of_its_drafter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "drafter").mkdir(parents=True)
+    (tmp_path / "run" / "drafter" / "config.json").write_text("{}")
+    code, _, err = run(capsys, *ASK, "--target", "model", "--drafter", tmp_path / "run")
+    assert code == 2 and f"give '{tmp_path / 'run' / 'drafter'}'" in err
+    code, _, err = run(capsys, *ASK, "--target", "model", "--drafter", tmp_path)
+    assert code == 2 and "give the folder that `msd train` wrote" in err
