@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.scale import vllm_checkpoints, vllm_process
-
 from msd import SpeculativeVLM, formats
 from msd.bench.data import Sample, load_data
 from msd.bench.served import speculation
@@ -29,6 +27,7 @@ from msd.core.statistics import Statistics
 from msd.errors import UserError
 from msd.loading import load_target
 from msd.system.files import write_whole
+from recipes.scale import vllm_checkpoints, vllm_process
 
 WEIGHTS = vllm_process.ROOT / "weights"
 OURS = ("ar", "msd")

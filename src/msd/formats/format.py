@@ -12,14 +12,13 @@ from msd.formats.fields import Fields
 
 OURS = "msd"  # key of a config for what a format has no field for: the shape of the tree, and what image positions read
 CONVENTIONS = ("placeholders", "columns", "first_axis")  # switches of what a head sees at image positions
-POSITIONS = 131072  # our networks have no largest position; engines compute rotations up to one, and assume few
+POSITIONS = 131072  # our networks have no largest position; vLLM does not start without one, others assume few
 LAYER = (  # our part of a tensor's name -> theirs, in every format
     (".input_norm.word.", ".input_layernorm."), (".input_norm.feature.", ".hidden_norm."),
     (".input_norm.", ".input_layernorm."), (".mlp_norm.", ".post_attention_layernorm."),
     *((f".{name}.", f".self_attn.{name}.") for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *((f".{name}.", f".mlp.{name}.") for name in ("gate_proj", "up_proj", "down_proj")),
 )  # fmt: skip
-LONGEST = 131_072  # positions; a head has no limit of its own, but vLLM does not start without one
 Names = frozenset[str]
 
 
@@ -87,7 +86,6 @@ def flat(c: NetworkConfig, architecture: str, model_type: str = "llama", **more:
         "hidden_act": "silu",
         "hidden_size": c.hidden,
         "intermediate_size": c.intermediate,
-        "max_position_embeddings": LONGEST,
         "num_attention_heads": c.heads,
         "num_hidden_layers": c.layers,
         "num_key_value_heads": c.kv_heads,
