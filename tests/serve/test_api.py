@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from family_processor import FamilyProcessor, photos  # noqa: E402
 from msd.config import SpeculativeConfig  # noqa: E402
 from msd.model import SpeculativeVLM  # noqa: E402
 from msd.serve.batch import Batch  # noqa: E402
+from msd.serve.media import Decoder  # noqa: E402
 from msd.serve.scheduler import Scheduler  # noqa: E402
 from msd.streaming import request_lock  # noqa: E402
 from serve.server import NAME, asks, data_uri, engine, picture, running  # noqa: E402
@@ -345,6 +347,30 @@ def test_a_client_that_leaves_ends_its_request(served: tuple[str, Scheduler], st
     wait(lambda: not scheduler.waiting)
     assert scheduler.steps == steps
     assert 'finished_reason="cancelled"' in httpx2.get(f"{address}/metrics").text
+
+
+def test_a_client_that_leaves_before_its_stream_begins_ends_its_request(
+    served: tuple[str, Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, scheduler = served
+    host, port = address.removeprefix("http://").split(":")
+    decoding, left, decode = threading.Event(), threading.Event(), Decoder.medium
+
+    def waits(*arguments: Any) -> Any:
+        decoding.set()
+        left.wait(60)
+        return decode(*arguments)
+
+    monkeypatch.setattr(Decoder, "medium", waits)
+    body = json.dumps({**BODY, "messages": asks("Hi", data_uri(picture(8))), "max_tokens": 400, "stream": True})
+    with request_lock(VLM.model):  # no step is computed meanwhile
+        with socket.create_connection((host, int(port))) as gone:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            gone.sendall(f"{head}\r\n\r\n{body}".encode())
+            assert decoding.wait(60)
+        httpx2.get(f"{address}/health/live")  # the server has seen the end of the connection before this one
+        left.set()
+        wait(lambda: bool(scheduler._waiting) and all(job.cancelled for job in scheduler._waiting))
 
 
 def wait(condition: Callable[[], bool]) -> None:
