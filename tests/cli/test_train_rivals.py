@@ -76,7 +76,7 @@ def test_the_chances_of_a_trained_drafter_are_fitted_again(
     code, out, err = run(capsys, *fit, drafter, "--limit", 3)
     assert code == 0 and "candidates, calibration error" in out and len(out.splitlines()) == 1
     code, _, err = run(capsys, *fit, tmp_path / "none")
-    assert code == 2 and "has no config.json" in err and len(err.splitlines()) == 1
+    assert code == 2 and "there is no folder" in err and len(err.splitlines()) == 1
     checkpoint.save_training(drafter, {})
     assert registry.load(drafter).calibration is None  # as in folders of earlier versions
     code, out, err = run(

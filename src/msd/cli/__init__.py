@@ -11,6 +11,7 @@ import tempfile
 import threading
 import traceback
 from contextlib import suppress
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error), 2)
     except TyperException as error:  # such as an unknown option
-        _fail(f"{error.format_message().rstrip('.')}; see 'msd --help'", 2)
+        _fail(f"{error.format_message().rstrip('.')}; see '{_command(getattr(error, 'ctx', None))} --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of the output has left
@@ -109,6 +110,15 @@ def main(arguments: list[str] | None = None) -> None:
         if message := _user_message(error):
             _fail(message, 2, error)
         _report(error)
+
+
+def _command(context: Any) -> str:
+    """Returns the command that a context of typer belongs to, such as "msd export"; "msd" without one."""
+    names: list[str] = []
+    while context is not None and context.parent is not None:
+        names.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(["msd", *names])
 
 
 def _stop_on_sigterm() -> None:

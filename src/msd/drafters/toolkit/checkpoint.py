@@ -200,6 +200,8 @@ def configuration(folder: Path) -> str:
     """Returns the text of `config.json`, a JSON object; UserError if it is missing or damaged."""
     path = folder / CONFIG
     if not path.is_file():
+        if not folder.is_dir():
+            raise UserError(f"there is no folder '{folder}' of a drafter; check the path")
         inside = folder / "drafter"  # of the folder of a run
         place = f"'{inside}'" if (inside / CONFIG).is_file() else "the folder that `msd train` wrote"
         raise UserError(f"drafter '{folder}' has no {CONFIG}; give {place}")
