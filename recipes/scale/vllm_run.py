@@ -10,9 +10,9 @@ answer, "batches": prompts at a time, in turn (default [1]), "rounds": how often
 `embeddings`: in its place a safetensors file with the projector's output, a tensor `image` [tokens, hidden]. The ids
 name an image once.
 
-answers.json: {"version", "runs": [[{"rounds": [[{"ids", "seconds"}, …], …], "counts"}, …], …]}: for each way of
-speculating, and each number of prompts at a time. seconds: of the batch that the answer is part of. counts: vLLM's
-counters of speculation in the last round, as `msd bench --server` names them.
+answers.json: {"version", "threads" of torch, "runs": [[{"rounds": [[{"ids", "seconds"}, …], …], "counts"}, …], …]}: for
+each way of speculating, and each number of prompts at a time. seconds: of the batch that the answer is part of. counts:
+vLLM's counters of speculation in the last round, as `msd bench --server` names them.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to standard output
+    import torch
     from vllm.distributed import cleanup_dist_env_and_memory
 
     import vllm
@@ -107,7 +108,7 @@ def main() -> None:
         runs.append(run(job, speculative))
         cleanup_dist_env_and_memory()
     with out:
-        json.dump({"version": vllm.__version__, "runs": runs}, out)
+        json.dump({"version": vllm.__version__, "threads": torch.get_num_threads(), "runs": runs}, out)
 
 
 if __name__ == "__main__":
