@@ -177,7 +177,7 @@ def test_without_taps_nothing_is_recorded() -> None:
 
 
 def test_a_tap_outside_of_the_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"tap 4 .* 0 to 3"):
+    with pytest.raises(UserError, match=r"tap 4 .*\(0 to 3\)"):
         adapt(tiny.llava(), taps=(4,))
 
 

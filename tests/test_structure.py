@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"formats"},
     {"decode", "events"},
     {"config", "result", "reference", "loading", "streaming", "chat", "model"},
-    {"certify", "bench", "train", "estimate", "inspect", "doctor", "serve", "vllm_proposer", "msd"},
+    {"certify", "bench", "train", "estimate", "inspect", "doctor", "serve", "msd"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

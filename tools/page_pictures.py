@@ -1,6 +1,6 @@
 """Takes the screenshots of docs/serve.md from a running server: `msd serve`, then `python tools/page_pictures.py`.
 
-Needs Playwright and Chromium (tests/serve/test_page.py).
+Needs Playwright and Chromium (tests/serve/test_browser.py).
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from msd.drafters import registry
+from msd.estimate.presets import preset
 from msd.estimate.roofline import CARDS, Card, pass_seconds, prefill_seconds
-from msd.estimate.sizes import PRESETS, Sizes
+from msd.estimate.sizes import Sizes
 from msd.system.files import write_whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -52,7 +53,7 @@ QWEN = Sizes(
     vision_layers=27, vision_hidden=1152, vision_intermediate=4304, vision_patches=1200,
 )  # fmt: skip
 TARGETS: dict[str, tuple[Sizes, Any]] = {
-    "LLaVA-1.5-7B": (PRESETS["llava-1.5-7b"], LlamaConfig),
+    "LLaVA-1.5-7B": (preset("llava-1.5-7b"), LlamaConfig),
     "Qwen3-VL-8B": (QWEN, Qwen3Config),
 }
 

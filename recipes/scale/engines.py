@@ -3,8 +3,8 @@
     python -m recipes.scale.engines --limit 16 --out results/engines.json
 
 Rows: this engine without drafts (`ar`) and with its own method; vLLM plain, with its n-gram lookup, with the repeats of
-`msd.vllm_proposer`, and with our EAGLE-3 and DFlash heads, exported for it. Every engine answers all prompts once to
-warm up and `--rounds` times for the clock; the fastest round counts. float32, all cores. vLLM has no tower for the
+`msd.serve.vllm_proposer`, and with our EAGLE-3 and DFlash heads, exported for it. Every engine answers all prompts once
+to warm up and `--rounds` times for the clock; the fastest round counts. float32, all cores. vLLM has no tower for the
 reference model, so its photos come as the projector's output: the time of the tower is ours alone. Its prefix cache is
 off, since the rounds repeat the prompts. `same` counts the answers that equal those of `ar`, token by token; two that
 differ may be a tie (docs/verification.md).
@@ -34,7 +34,7 @@ from recipes.scale import vllm_checkpoints, vllm_process
 WEIGHTS = vllm_process.ROOT / "weights"
 OURS = ("ar", "msd")
 NGRAM = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 5, "num_speculative_tokens": 4}
-REPEATS = {"method": "custom_class", "model": "msd.vllm_proposer.RepeatProposer", "num_speculative_tokens": 8}
+REPEATS = {"method": "custom_class", "model": "msd.serve.vllm_proposer.RepeatProposer", "num_speculative_tokens": 8}
 Round = tuple[list[list[int]], float]  # the answers, and the seconds for all
 
 

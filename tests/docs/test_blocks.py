@@ -29,7 +29,7 @@ from training_command import FLOAT32, run, train
 ALL = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in ALL if block.language == "bash"]
 LANGUAGES = {"python", "bash", "json", "text"}
-HARMLESS = {"python3.11", ".", "git", "pre-commit"}
+HARMLESS = {"python3.11", ".", "git", "pre-commit", "vllm"}
 
 
 @pytest.mark.parametrize("block", ALL, ids=lambda block: block.name)

@@ -11,7 +11,7 @@ import pytest
 from recipes.scale import vllm_checkpoints, vllm_process
 from vllm_answers import needs_vllm, patient, served
 
-from msd.vllm_proposer import LONGEST, Chances, RepeatProposer, match
+from msd.serve.vllm_proposer import LONGEST, Chances, RepeatProposer, match
 
 IMAGE, DEPTH = 99, 6
 
@@ -93,7 +93,11 @@ def test_vllm_serves_with_it(reference_model: tuple[Any, Any], tmp_path: Path) -
     processor = reference_model[1]
     model = vllm_checkpoints.language_model(tmp_path)
     prompts = [vllm_checkpoints.text_prompt(processor, p) for p in ("Count from one to thirty in words, twice.", "Hi")]
-    speculative = {"method": "custom_class", "model": "msd.vllm_proposer.RepeatProposer", "num_speculative_tokens": 8}
+    speculative = {
+        "method": "custom_class",
+        "model": "msd.serve.vllm_proposer.RepeatProposer",
+        "num_speculative_tokens": 8,
+    }
     path = str(vllm_process.ROOT / "src")
     plain, repeats = served(model, prompts, None, speculative, tokens=120, batches=[2], path=path)
     assert repeats.answers == plain.answers

@@ -1,7 +1,7 @@
 """A proposer for vLLM's own speculative decoding: long repeats, with draft lengths by modality.
 
     vllm serve MODEL --speculative-config '{"method": "custom_class",
-        "model": "msd.vllm_proposer.RepeatProposer", "num_speculative_tokens": 8}'
+        "model": "msd.serve.vllm_proposer.RepeatProposer", "num_speculative_tokens": 8}'
 
 vLLM calls `propose` after each step with token ids alone. So what this carries over is the lookup: a row whose last
 tokens occurred before drafts what followed them, searched from the longest match down. How much it drafts depends on
