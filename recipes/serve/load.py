@@ -5,6 +5,7 @@
 
 Half of the requests describe one of 24 photos in 96 tokens, half are text. A client sends its next request when it has
 the answer; after a 429 it waits as long as the server says. All answers are greedy, so they can be compared by run.
+The first `--warm-up` seconds are not counted: until then batch and caches grow.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from msd.system import machine
 from recipes.reference_vlm.data import DETAIL_PROMPTS
 
 PHOTOS, TOKENS = 24, 96
@@ -48,8 +50,9 @@ def requests(folder: Path) -> list[tuple[Path | None, str]]:
 class Load:
     """The clients of one run. records: of each answer (when it ended, seconds to the first token and to the end)."""
 
-    def __init__(self, url: str, asked: list[tuple[Path | None, str]], seconds: float) -> None:
-        self.url, self.asked, self.until = url, asked, time.monotonic() + seconds
+    def __init__(self, url: str, asked: list[tuple[Path | None, str]], seconds: float, warm_up: float) -> None:
+        self.url, self.asked, self.begin = url, asked, time.monotonic() + warm_up
+        self.until = self.begin + seconds
         self.next, self.lock = count(), threading.Lock()
         self.records: list[tuple[float, float, float, int]] = []
         self.texts: dict[int, set[str]] = {}
@@ -98,31 +101,32 @@ class Load:
             if not ended:
                 self.errors["broken answer"] += 1
                 return
-            self.records.append((now, first, now - begin, tokens))
+            if now >= self.begin:
+                self.records.append((now, first, now - begin, tokens))
             self.texts.setdefault(number, set()).add(hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def loaded(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the clients, and reads the server's memory meanwhile."""
-    load = Load(arguments.url, requests(arguments.data), arguments.seconds)
-    begin = time.monotonic()
+    load = Load(arguments.url, requests(arguments.data), arguments.seconds, arguments.warm_up)
     clients = [threading.Thread(target=load.client) for _ in range(arguments.clients)]
     for client in clients:
         client.start()
     memory: list[float] = []
     while any(client.is_alive() for client in clients):
-        if arguments.pid:
+        if arguments.pid and load.begin <= time.monotonic() < load.until:
             memory.append(psutil.Process(arguments.pid).memory_info().rss / 1e6)
         time.sleep(1.0)
-    seconds = max(r[0] for r in load.records) - begin if load.records else 0.0
+    seconds = max(r[0] for r in load.records) - load.begin if load.records else 0.0
     tokens = sum(r[3] for r in load.records)
     halves = [float(np.mean(half)) for half in np.array_split(memory, 2)] if len(memory) > 1 else []
     return {
-        "clients": arguments.clients, "seconds": seconds, "answers": len(load.records), "tokens": tokens,
+        "cpu": machine.processor(), "clients": arguments.clients, "warm_up": arguments.warm_up,
+        "seconds": seconds, "answers": len(load.records), "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else 0.0, "errors": dict(load.errors),
         "first_token_seconds": _percentiles([r[1] for r in load.records]),
         "total_seconds": _percentiles([r[2] for r in load.records]),
-        "rss_mb_by_half": halves,
+        "rss_mb_by_half": halves, "rss_mb_every_20_s": memory[::20],
         "requests_with_different_answers": sum(len(texts) > 1 for texts in load.texts.values()),
         "answers_sha256": {str(number): sorted(texts) for number, texts in sorted(load.texts.items())},
     }  # fmt: skip
@@ -146,7 +150,8 @@ def one_after_another(arguments: argparse.Namespace) -> dict[str, Any]:
         texts[str(number)] = [hashlib.sha256(text.encode()).hexdigest()[:16]]
     seconds = time.monotonic() - begin
     return {
-        "answers": arguments.limit, "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
+        "cpu": machine.processor(), "answers": arguments.limit, "seconds": seconds,
+        "tokens": tokens, "tokens_per_second": tokens / seconds,
         "answers_sha256": texts,
     }  # fmt: skip
 
@@ -163,6 +168,7 @@ def main() -> None:
     parser.add_argument("--pid", type=int, help="of the server, to read its memory")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--warm-up", type=float, default=60.0, help="seconds before those that count")
     parser.add_argument("--transformers", action="store_true", help="no server: one after another, with transformers")
     parser.add_argument("--limit", type=int, default=24, help="requests with --transformers")
     parser.add_argument("--out", type=Path, required=True)
