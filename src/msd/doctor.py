@@ -133,7 +133,9 @@ def neighbours(seconds: float = SECONDS) -> float | None:
 
 def _busy_ticks() -> int:
     """Clock ticks that all cores have worked since the system started."""
-    user, nice, system, _idle, _iowait, *interrupts = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _idle, _iowait, *interrupts = (
+        Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
+    )
     return int(user) + int(nice) + int(system) + sum(map(int, interrupts[:2]))
 
 

@@ -38,7 +38,10 @@ def save_pretrained(head: Path | str, folder: Path | str, target: str | None = N
     if record:
         checkpoint.save_training(folder, _without_paths(record))
     own = source / CARD
-    text = own.read_text() if own.is_file() else card(found.format, found.config, record, repo or folder.name, target)
+    if own.is_file():
+        text = own.read_text(encoding="utf-8")
+    else:
+        text = card(found.format, found.config, record, repo or folder.name, target)
     write_whole(folder / CARD, text)
     return folder
 

@@ -151,9 +151,21 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
         raise UserError(
             f"drafter '{folder}': no network can be made of its {CONFIG} ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
-    tensors, wanted = read_tensors(folder / WEIGHTS, REMEDY), network.state_dict()
+    fill(network, weights(folder), folder)
+    return network.to(dtype).eval()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a folder, those in int8 as numbers. UserError for a damaged file."""
+    tensors = read_tensors(folder / WEIGHTS, REMEDY)
     for name in [name for name in tensors if name + SCALE in tensors]:  # reverses `_quantized`
         tensors[name] = tensors[name].float() * tensors.pop(name + SCALE).float()
+    return tensors
+
+
+def fill(network: nn.Module, tensors: dict[str, Tensor], folder: Path | str) -> None:
+    """Loads the tensors of a folder into a network. UserError for a missing, unknown or misshaped one."""
+    wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(f"drafter '{folder}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
     for name, tensor in sorted(tensors.items()):
@@ -162,7 +174,6 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
                 f"drafter '{folder}': tensor '{name}' has shape {list(tensor.shape)}, not {list(wanted[name].shape)}"
             )
     network.load_state_dict(tensors)
-    return network.to(dtype).eval()
 
 
 def digest(folder: Path) -> str:

@@ -26,7 +26,7 @@ from msd.drafters.toolkit.chance import Weights
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
-from msd.system.files import read_tensors, tensor_names
+from msd.system.files import tensor_names
 from msd.targets import masks
 from msd.targets.teacher import TeacherBatch
 
@@ -98,7 +98,7 @@ class MtpNetwork(nn.Module):
             config = MtpConfig.from_json(text)
         except UserError as error:
             raise UserError(f"drafter '{folder}': {error}") from error
-        tensors = read_tensors(Path(folder) / checkpoint.WEIGHTS, checkpoint.REMEDY)
+        tensors = checkpoint.weights(Path(folder))
         network = cls(config, {name: tensor.to(dtype) for name, tensor in tensors.items()}, folder)
         network.provenance = checkpoint.provenance(folder)
         network.calibration = network.provenance.get("calibration")
@@ -122,14 +122,7 @@ class MtpNetwork(nn.Module):
         except FAULTS as error:
             raise UserError(f"method '{METHOD}': the library has no such layers for this target ({error})") from error
         self._take(layers)
-        wanted = self.state_dict()
-        for name in sorted(wanted.keys() ^ stored.keys()):
-            raise UserError(f"drafter '{self._place}': tensor '{name}' is {'missing' if name in wanted else 'unknown'}")
-        for name, tensor in wanted.items():
-            if stored[name].shape != tensor.shape:
-                found, shape = list(stored[name].shape), list(tensor.shape)
-                raise UserError(f"drafter '{self._place}': tensor '{name}' has shape {found}, not {shape}")
-        self.load_state_dict(stored)
+        checkpoint.fill(self, stored, self._place)
         self._stored = None
         self.to(model.device, model.dtype).eval()
         return self
@@ -211,7 +204,7 @@ def run_layer(
     kinds = getattr(network.config, "layer_types", None)
     kind = kinds[k] if kinds else None
     found = masks.masks(tables, windows, above.dtype)
-    embedded, place, rope = network.embed_tokens(tokens).to(above.dtype), positions, None
+    embedded, rope = network.embed_tokens(tokens).to(above.dtype), None
     place = positions if len(positions) > 1 else positions[0]
     if network.rotary_emb is not None:
         options = {"layer_type": kind} if network.has_per_layer_rope else {}
