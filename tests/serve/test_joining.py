@@ -14,6 +14,7 @@ import tiny
 from families import BY_NAME
 from msd import drafters
 from msd.config import SpeculativeConfig
+from msd.core.layout import Layout
 from msd.core.modality import known
 from msd.decode import Engine
 from msd.drafters.algorithms.combined import Combined
@@ -201,3 +202,23 @@ def test_what_cannot_join_is_served_alone(settings: dict[str, Any], method: str)
         state = vlm.prefill(requests[0][0], max_new_tokens=8).state
         with pytest.raises(UserError, match="'random' cannot change the rows"):
             vlm.engine.join(state, state)
+
+
+def test_prompts_stay_unread_until_a_draft_needs_them() -> None:
+    drafter, read, after = MSD(network(MODEL)), list[int](), list[int]()
+    vlm = SpeculativeVLM(MODEL, None, ALWAYS, drafter)
+    nodes, batch = vlm.plan.nodes, Batch[int](vlm.engine)
+    original = drafter.network.read
+
+    def counted(layout: Layout, *others: Any) -> Any:
+        read.append(layout.batch)
+        return original(layout, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafter.network, "read", counted)
+        for number, drafting in enumerate([False, False, True, False, True]):
+            vlm.plan.nodes = nodes if drafting else 0
+            batch.join(number, vlm.prefill(tiny.llava_inputs(number, words=6 + number), [number], max_new_tokens=40))
+            batch.step()
+            after.append(sum(read))
+    assert after == [0, 0, 3, 3, 5]

@@ -7,6 +7,7 @@ is one past the newest token. The newest token is not in the key/value cache yet
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +120,12 @@ class Layout:
         return Layout(
             self.tokens[part], self.modality[part], self.positions[:, part], self.start[part], self.end[part]
         )  # fmt: skip
+
+    def of(self, rows: list[int]) -> Layout:
+        """Some rows as a layout of their own, a copy."""
+        part = copy(self)
+        part.select(rows)
+        return part
 
     def select(self, rows: list[int]) -> None:
         """Drops all other rows; `rows` become rows 0, 1, … in this order."""

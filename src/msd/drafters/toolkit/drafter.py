@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,37 +127,31 @@ class Memory:
 
 
 @dataclass
-class _Emitted:
-    """The tokens that one step emitted. taps: [B, W, T*H], the target's states before each. tokens: [B, W].
+class _Row:
+    """What a row has decoded and the network has not read.
 
-    count: tokens of each row; values beyond are undefined.
+    prompt: [L, T*H], the target's states; None: read. auxiliary: [E, H], see `Memory.begin`. taps: [n, T*H] of some
+    emitted tokens each, the states before them; tokens: [n]. newest: [T*H], before the newest token.
     """
 
-    taps: Tensor
-    tokens: Tensor
-    count: list[int]
+    prompt: Tensor | None
+    auxiliary: Tensor | None
+    newest: Tensor
+    taps: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
 
-    @classmethod
-    def joined(cls, steps: Sequence[_Emitted]) -> _Emitted:
-        """Joins several steps."""
-        if len(steps) == 1:
-            return steps[0]
-        rows = range(len(steps[0].count))
-        taps, tokens = (
-            pad_sequence(
-                [torch.cat([getattr(s, name)[r, : s.count[r]] for s in steps]) for r in rows], batch_first=True
-            )
-            for name in ("taps", "tokens")
-        )
-        return cls(taps, tokens, [sum(s.count[r] for s in steps) for r in rows])
-
-    def select(self, rows: list[int]) -> _Emitted:
-        """Selects rows."""
-        return _Emitted(self.taps[rows], self.tokens[rows], [self.count[row] for row in rows])
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """L and E of a row that is not read; rows of the same sizes are read together."""
+        assert self.prompt is not None
+        return len(self.prompt), 0 if self.auxiliary is None else len(self.auxiliary)
 
 
 class DecodedStates:
-    """The target's states of the decoded tokens; they become a `Memory` when the first draft needs it."""
+    """The target's states of the decoded tokens; they become a `Memory` when the first draft needs it.
+
+    The memory has the first rows: the others have joined since the last draft.
+    """
 
     def __init__(
         self, taps: Tensor, auxiliary: Tensor | None = None, part: Callable[[Tensor], Tensor] | None = None
@@ -165,14 +160,14 @@ class DecodedStates:
 
         part: selects the taps that the network reads; by default all.
         """
-        self._prompt, self._auxiliary, self._part = taps, auxiliary, part or (lambda taps: taps)
-        self._newest = list(taps[:, -1])
-        self._steps: list[_Emitted] = []
+        tokens = [None] * len(taps) if auxiliary is None else list(auxiliary)
+        self._rows = [_Row(prompt, own, prompt[-1]) for prompt, own in zip(taps, tokens, strict=True)]
+        self._part = part or (lambda taps: taps)
         self._memory: Memory | None = None
 
     @property
     def unread(self) -> bool:
-        """Whether the prompt has not been read yet."""
+        """Whether no prompt has been read yet."""
         return self._memory is None
 
     def observe(self, scores: Scores, accepted: Accepted) -> None:
@@ -186,40 +181,76 @@ class DecodedStates:
         table = [[*row, *rest] for part in (nodes, accepted.tokens) for row, rest in zip(part, fill, strict=True)]
         node, tokens = torch.tensor(table, device=scores.taps.device).split(len(count))
         taps = pick(scores.taps, node)
-        self._steps.append(_Emitted(taps, tokens, count))
-        for row, n in enumerate(count):
+        for i, (row, n) in enumerate(zip(self._rows, count, strict=True)):
             if n:
-                self._newest[row] = taps[row, n - 1]
+                row.taps.append(taps[i, :n])
+                row.tokens.append(tokens[i, :n])
+                row.newest = taps[i, n - 1]
 
     def newest(self) -> Tensor:
         """Returns the target's state before the newest emitted token of every row: [B, T*H]."""
-        return torch.stack(self._newest)
+        return torch.stack([row.newest for row in self._rows])
 
     def read(self, network: DraftNetwork, layout: Layout) -> Memory:
         """Returns the memory of everything decoded so far."""
-        if self._memory is None:
-            self._memory = Memory.begin(network, layout, self._part(self._prompt), self._auxiliary)
-        if self._steps:
-            new = _Emitted.joined(self._steps)
-            self._memory.append(network, layout, self._part(new.taps), new.tokens, new.count)
-            self._steps = []
+        read = 0 if self._memory is None else len(self._memory.length)
+        if self._memory is not None:
+            self._append(self._memory, network, layout, list(range(read)))
+        unread = range(read, len(self._rows))
+        for _, group in groupby(unread, lambda i: self._rows[i].sizes):
+            memory = self._begin(network, layout, list(group))
+            if self._memory is None:
+                self._memory = memory
+            else:
+                self._memory.join(memory)
+        assert self._memory is not None
         return self._memory
 
+    def _begin(self, network: DraftNetwork, layout: Layout, rows: list[int]) -> Memory:
+        """Reads the prompts of `rows`, which have the same sizes, and their emitted tokens."""
+        states = [self._rows[row] for row in rows]
+        prompts = [row.prompt for row in states if row.prompt is not None]
+        auxiliary = [row.auxiliary for row in states if row.auxiliary is not None]
+        part = layout.of(rows)
+        memory = Memory.begin(
+            network, part, self._part(torch.stack(prompts)), torch.stack(auxiliary) if auxiliary else None
+        )
+        for row in states:
+            row.prompt = row.auxiliary = None
+        self._append(memory, network, part, rows)
+        return memory
+
+    def _append(self, memory: Memory, network: DraftNetwork, layout: Layout, rows: list[int]) -> None:
+        """Appends what `rows`, those of the memory, have emitted since the network has read them."""
+        states = [self._rows[row] for row in rows]
+        count = [sum(map(len, row.tokens)) for row in states]
+        if not any(count):
+            return
+        taps, tokens = (
+            pad_sequence([torch.cat(parts) if parts else empty for parts in new], batch_first=True)
+            for new, empty in (
+                ([row.taps for row in states], states[0].newest.new_empty(0, len(states[0].newest))),
+                ([row.tokens for row in states], layout.tokens.new_empty(0)),
+            )
+        )
+        memory.append(network, layout, self._part(taps), tokens, count)
+        for row in states:
+            row.taps, row.tokens = [], []
+
     def select(self, rows: list[int]) -> None:
-        """Drops all other rows."""
-        self._prompt, self._newest = self._prompt[rows], [self._newest[row] for row in rows]
-        steps = [step.select(rows) for step in self._steps]
-        self._steps = [step for step in steps if any(step.count)]
-        if self._auxiliary is not None:
-            self._auxiliary = self._auxiliary[rows]
-        if self._memory is not None:
-            self._memory.select(rows)
+        """Drops all rows but `rows`, which are in ascending order."""
+        read = [] if self._memory is None else [row for row in rows if row < len(self._memory.length)]
+        if self._memory is not None and read:
+            self._memory.select(read)
+        else:
+            self._memory = None
+        self._rows = [self._rows[row] for row in rows]
 
     def join(self, other: DecodedStates, network: DraftNetwork, layout: Layout, added: Layout) -> None:
-        """Appends the rows of `other`. The network reads both first: their prompts differ in length."""
-        self.read(network, layout).join(other.read(network, added))
-        self._newest += other._newest
-        self._prompt, self._auxiliary = self._prompt.new_empty(len(self._newest), 0, self._prompt.shape[-1]), None
+        """Appends the rows of `other`; their prompts stay unread until the next draft."""
+        if other._memory is not None:
+            self.read(network, layout).join(other.read(network, added))
+        self._rows += other._rows
 
 
 class TrainedDrafter(ObservedDrafter):
@@ -317,7 +348,7 @@ class TrainedDrafter(ObservedDrafter):
         state.memory.select(rows)
 
     def join(self, state: State, other: State) -> None:
-        """See `Drafter`; reads the prompts of both."""
+        """See `Drafter`; the next draft reads the prompts of `other`."""
         state.memory.join(other.memory, self.network, state.layout, other.layout)
 
     def finish(self) -> None:

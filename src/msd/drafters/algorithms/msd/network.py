@@ -329,8 +329,10 @@ class MSDNetwork(SelfFed):
 
         taps: [B, N, T*H], its states at the nodes. root: [B, 1, H], the fused feature before the root.
         """
-        above = pick(self.feature(taps), tree.parents.clamp_min(0))
-        above = torch.where((tree.parents < 0)[..., None], root, above)
+        above = root
+        if tree.size > 1:
+            above = pick(self.feature(taps), tree.parents.clamp_min(0))
+            above = torch.where((tree.parents < 0)[..., None], root, above)
         classes = self.route(above, self.embed(tree.tokens)).argmax(-1)
         return torch.tensor(self.config.modality_ids, device=classes.device)[classes]
 
