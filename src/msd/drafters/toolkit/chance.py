@@ -31,22 +31,26 @@ class NodeFeatures:
 
 
 def log_odds(log_q: Tensor) -> Tensor:
-    """Computes logit(q) from log q; finite at q = 1."""
-    return log_q - torch.log1p(-log_q.exp().clamp(max=1 - 1e-6))
+    """Computes logit(q) from log q, with q between 10⁻⁶ and 1 - 10⁻⁶."""
+    return log_q.exp().logit(1e-6)
 
 
 FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
     "log_odds": lambda node: log_odds(node.log_q),
     "confidence": lambda node: node.confidence,
     "best": lambda node: 0.0 if node.best is None else log_odds(node.best),
-    "first": lambda node: 0.0 if node.best is None else (node.log_q >= node.best).to(node.log_q.dtype),
+    "first": lambda node: 0.0 if node.best is None else node.log_q >= node.best,
     "bias": lambda node: 1.0,
 }
 
 
 def log_chance(weights: Weights, node: NodeFeatures) -> Tensor:
     """Computes log σ(Σ weight · feature), the log-probability that a candidate is the target's choice."""
-    logit = torch.zeros(())
+    logit: Tensor | float = 0.0
     for name, weight in weights.items():
-        logit = logit + weight * FEATURES[name](node)
-    return F.logsigmoid(logit)
+        feature = FEATURES[name](node)
+        if all(isinstance(x, Tensor) for x in (logit, feature)) and isinstance(weight, float):
+            logit = torch.add(logit, feature, alpha=weight)
+        else:
+            logit = logit + weight * feature
+    return F.logsigmoid(torch.as_tensor(logit))

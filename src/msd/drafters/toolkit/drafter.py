@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,8 @@ class Memory:
 
         def newest(new: Tensor, before: Tensor) -> Tensor:
             """Returns the last new value of each row [B, 1, ...], or the one before where the row has none."""
+            if added[0] and len(set(added)) == 1:
+                return new[:, added[0] - 1 : added[0]]
             return torch.stack([new[row, n - 1 : n] if n else before[row] for row, n in enumerate(added)])
 
         self.anchor = replace(
@@ -145,6 +147,14 @@ class _Row:
         """L and E of a row that is not read; rows of the same sizes are read together."""
         assert self.prompt is not None
         return len(self.prompt), 0 if self.auxiliary is None else len(self.auxiliary)
+
+
+def _joined(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Concatenates the parts [n, ...] of each row, and pads the rows at their ends: [B, W, ...]; one has parts."""
+    if len(rows) == 1:
+        return (rows[0][0] if len(rows[0]) == 1 else torch.cat(list(rows[0])))[None]
+    empty = next(parts[0] for parts in rows if parts)[:0]
+    return pad_sequence([torch.cat([empty, *parts]) for parts in rows], batch_first=True)
 
 
 class DecodedStates:
@@ -226,13 +236,7 @@ class DecodedStates:
         count = [sum(map(len, row.tokens)) for row in states]
         if not any(count):
             return
-        taps, tokens = (
-            pad_sequence([torch.cat(parts) if parts else empty for parts in new], batch_first=True)
-            for new, empty in (
-                ([row.taps for row in states], states[0].newest.new_empty(0, len(states[0].newest))),
-                ([row.tokens for row in states], layout.tokens.new_empty(0)),
-            )
-        )
+        taps, tokens = _joined([row.taps for row in states]), _joined([row.tokens for row in states])
         memory.append(network, layout, self._part(taps), tokens, count)
         for row in states:
             row.taps, row.tokens = [], []
@@ -309,10 +313,11 @@ class TrainedDrafter(ObservedDrafter):
     def draft(self, state: State, rows: list[int], budget: Budget, sampler: Sampler) -> DraftTree:
         """Grows the `subtrees` of `rows`."""
         newest = state.layout.newest()
+        roots = newest if len(rows) == len(newest) else newest[rows]
         anchors = state.memory.read(self.network, state.layout).anchors(rows)
-        levels, subtrees = self.network.levels(anchors, newest[rows]), self.subtrees(state, rows, budget)
+        levels, subtrees = self.network.levels(anchors, roots), self.subtrees(state, rows, budget)
         tree = grow(
-            levels, self.network, subtrees, self.modality_ids, newest[rows], budget.select(rows), temperature(sampler),
+            levels, self.network, subtrees, self.modality_ids, roots, budget.select(rows), temperature(sampler),
             self.cost,
         )  # fmt: skip
         return tree.scatter(rows, newest)

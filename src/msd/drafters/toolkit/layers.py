@@ -116,7 +116,7 @@ class Layer(nn.Module):
     """
 
     normalizes_context: ClassVar[bool] = True
-    _packed: tuple[Packed, Packed] | None = None  # query, key and value; gate and up
+    _packed: tuple[Packed, Packed, Packed] | None = None  # query, key and value; gate and up; key and value
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -135,19 +135,22 @@ class Layer(nn.Module):
     def _add_projections(self, width: int, c: DrafterConfig) -> None:
         """Creates the projections of inputs [..., width] to queries, keys and values."""
         self.q_proj = Linear(width, c.heads * c.head_dim, bias=c.variant.qkv_bias)
-        self.k_proj = Linear(width, c.kv_heads * c.head_dim, bias=c.variant.qkv_bias)
-        self.v_proj = Linear(width, c.kv_heads * c.head_dim, bias=c.variant.qkv_bias)
+        self.k_proj = nn.Linear(width, c.kv_heads * c.head_dim, bias=c.variant.qkv_bias)
+        self.v_proj = nn.Linear(width, c.kv_heads * c.head_dim, bias=c.variant.qkv_bias)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Packs together the products that read the same input; see `msd.backends.packed.Linear`."""
         if can_pack(self.q_proj.weight):
             qkv = Packed.of(self.q_proj, self.k_proj, self.v_proj, dtype=dtype)
-            self._packed = qkv, Packed.of(self.gate_proj, self.up_proj, dtype=dtype)
+            gate_up = Packed.of(self.gate_proj, self.up_proj, dtype=dtype)
+            self._packed = qkv, gate_up, Packed.of(self.k_proj, self.v_proj, dtype=dtype)
 
     def key_values(self, x: Tensor, rotary: Cosines) -> KeyValues:
         """Computes keys and values [..., K, D] of context entries x [..., H]."""
         n = self.input_norm(x) if self.normalizes_context else x
-        k, v = (p(n).unflatten(-1, (self.kv_heads, self.dim)) for p in (self.k_proj, self.v_proj))
+        packed = self._packed if not torch.is_grad_enabled() else None
+        kv = packed[2](n) if packed else torch.cat([self.k_proj(n), self.v_proj(n)], -1)
+        k, v = kv.unflatten(-1, (-1, self.dim)).chunk(2, -2)
         return KeyValues(rotate(k if self.k_norm is None else self.k_norm(k), rotary), v)
 
     def forward(
