@@ -64,7 +64,8 @@ class Served:
         target = drafting.target or "reference"
         vlm = options.load_vlm(target, drafting, **policy.checked())
         limits = Limits(self.rows, self.queue, self.cache_mb * 1000**2, self.deadline, self.prefixes)
-        return create(Scheduler(vlm, limits), self.name or target, keys, self.max_new_tokens, sources=sources)
+        frames, name = options.frames_for(target), self.name or target
+        return create(Scheduler(vlm, limits), name, keys, self.max_new_tokens, sources=sources, frames=frames)
 
 
 @dataclass(frozen=True)
