@@ -75,6 +75,7 @@ def take_recording(page: Any) -> None:
         page.set_input_files("#file", file)
         page.wait_for_selector("#recording:visible", timeout=SECONDS)
         ask(page, CLIP_PROMPT, 64)
+    page.locator("#tokens .token.accepted").nth(4).click()  # a step with drafts
     page.fill("#frame-at", "2")
     page.wait_for_timeout(500)
     save(page, "page-events")

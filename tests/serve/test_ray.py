@@ -16,7 +16,7 @@ import ray
 import tiny_checkpoint
 from serve.cluster import QUESTIONS, TOKENS, WAIT, Load, body, replicas, retried, serving, wait
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2700)]
 AFTER = 4  # questions of each client after a replica has been killed
 
 

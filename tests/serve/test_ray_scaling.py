@@ -12,7 +12,7 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'ray[serve]'")
 import tiny_checkpoint
 from serve.cluster import QUESTIONS, Load, body, retried, serving, states, wait
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2700)]
 OPTIONS = ("--replicas", "1", "--max-replicas", "2", "--rows", "1", "--upscale-delay", "1", "--downscale-delay", "1")
 INTERVALS = {  # seconds between two reports of the load to Ray's controller
     f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1" for who in ("REPLICA", "HANDLE")
