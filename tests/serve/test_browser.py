@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -14,7 +16,11 @@ import pytest
 
 pytest.importorskip("fastapi")
 import httpx2
+from PIL import Image
 
+from events.writers import csv, npy_dict, npz, scene
+from msd.events import event_frames
+from msd.events.clip import event_clip
 from msd.serve.site import FILES, FOLDER
 from msd.streaming import request_lock
 from serve.routed import routed
@@ -268,9 +274,58 @@ def test_a_dropped_photo_is_shown_and_other_files_are_refused(page: Any) -> None
     page.evaluate(drop, ["a.png", "image/png", data_uri(picture(3)).split(",")[1]])
     page.wait_for_selector("#photo:visible")
     assert page.get_attribute("#image", "src") == data_uri(picture(3))
-    page.evaluate(drop, ["a.txt", "text/plain", "YQ=="])
+    page.evaluate(drop, ["a.pdf", "application/pdf", "YQ=="])
     page.wait_for_selector("#error:not(:empty)")
-    assert "“a.txt” is not an image" in page.locator("#error").text_content()
+    assert "“a.pdf” is not an image or a recording" in page.locator("#error").text_content()
+    assert page.get_attribute("#image", "src") == data_uri(picture(3))
+    page.evaluate(drop, ["a.CSV", "text/csv", data_uri(csv(scene())).split(",")[1]])
+    page.wait_for_selector("#recording:visible")
+    assert page.locator("#error").text_content() == "" and page.locator("#strip .thumb").count() == 8
+
+
+def test_a_recording_is_shown_frame_by_frame_beside_its_answer(page: Any, tmp_path: Path) -> None:
+    stream, file = scene(), tmp_path / "a.npz"
+    file.write_bytes(npz(stream))
+    page.set_input_files("#file", file)
+    page.wait_for_selector("#recording:visible")
+    page.check("#compare")
+    ask(page)
+    answer = VLM.generate([event_clip(stream, 8)], "What is it?", max_new_tokens=16)
+    assert page.locator("#status").text_content() == f"Answer: {answer.text}"
+    assert page.locator("#tokens .token").count() == len(answer.tokens)
+    assert "Both answers are identical." in page.locator("#compared").text_content()
+    assert page.locator("#tree svg g.root").count() == 1
+    drawn, shown = event_frames(stream, 8), []
+    page.locator("#frame-at").focus()
+    for number in range(1, 9):  # with the keyboard alone
+        assert page.locator("#frame-number").text_content() == f"{number} of 8"
+        assert f"{drawn.counts[number - 1]} events" in page.get_attribute("#frame-at", "aria-valuetext")
+        assert page.locator("#strip .thumb.chosen").count() == 1
+        kind, data = page.get_attribute("#image", "src").split(",")
+        assert kind == "data:image/png;base64"
+        shown.append(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").tobytes())
+        page.keyboard.press("ArrowRight")
+    assert shown == [image.tobytes() for image in drawn.images()]
+    page.locator("#strip .thumb").nth(2).click()
+    assert page.locator("#frame-number").text_content() == "3 of 8"
+    assert "no events" in page.locator("#reads").text_content()  # this drafter reads none
+    page.click("#measure")
+    page.wait_for_selector("#go:enabled")
+    assert "its largest frame" in page.locator("#map").text_content()
+    shades = page.locator("#strip i").evaluate_all("all => all.map((shade) => Number(shade.style.opacity))")
+    assert len(shades) == 8 and max(shades) > 0
+    page.click("#remove")
+    assert page.locator("#recording").is_hidden() and page.locator("#photo").is_hidden()
+
+
+def test_a_recording_that_is_refused_is_removed(browser: Any, served: tuple[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "a.npy"
+    file.write_bytes(npy_dict(scene()))
+    for page in opened(browser, served[0], tmp_path, refused=("Failed to load resource",)):
+        page.set_input_files("#file", file)
+        page.wait_for_selector("#error:not(:empty)")
+        assert "recording 1: it is a pickle" in page.locator("#error").text_content()
+        assert page.locator("#photo").is_hidden() and page.locator("#remove").is_hidden()
 
 
 def test_errors_are_shown(browser: Any, served: tuple[str, Any], tmp_path: Path) -> None:
@@ -327,12 +382,16 @@ def test_the_policy_blocks_other_addresses_and_inline_code(
         assert page.title() == "MSD: an answer, step by step"
 
 
-def test_recordings_of_event_cameras_are_not_served(page: Any, served: tuple[str, Any]) -> None:
-    assert page.locator("#events").is_hidden()
+def test_the_page_says_whether_the_drafter_reads_events(page: Any, served: tuple[str, Any], tmp_path: Path) -> None:
     settings = {**httpx2.get(f"{served[0]}/v1/msd").json(), "events": True}
     page.route("**/v1/msd", lambda route: route.fulfill(body=json.dumps(settings), content_type="application/json"))
     page.reload()
-    page.wait_for_selector("#events:visible")
+    file = tmp_path / "a.npz"
+    file.write_bytes(npz(scene()))
+    page.wait_for_selector("#file[accept*='.npz']")
+    page.set_input_files("#file", file)
+    page.wait_for_selector("#recording:visible")
+    assert "the drafter reads the events" in page.locator("#reads").text_content()
 
 
 def test_text_from_the_model_is_never_markup(page: Any) -> None:
@@ -390,16 +449,28 @@ def contrasts(page: Any) -> list[float]:
 
 
 def test_a_narrow_screen_shows_everything(browser: Any, served: tuple[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    file.write_bytes(npz(scene()))
     for page in opened(browser, served[0], tmp_path, viewport={"width": 360, "height": 740}):
         page.check("#compare")
         ask(page)
         page.click("#measure")
         page.wait_for_selector("#blocks i:nth-child(16)", state="attached")
-        assert page.evaluate("() => document.documentElement.scrollWidth") == 360
-        wide = page.evaluate("""() => [...document.querySelectorAll('main *')]
-            .filter((node) => !node.closest('#tree, .scrolls, .unseen') && node.getBoundingClientRect().right > 360)
-            .map((node) => node.id || node.tagName)""")
-        assert wide == []
+        assert wider(page, 360) == []
+        page.set_input_files("#file", file)
+        page.wait_for_selector("#recording:visible")
+        assert wider(page, 360) == []
+
+
+def wider(page: Any, width: int) -> list[str]:
+    """The elements that are wider than the screen and do not scroll."""
+    assert page.evaluate("() => document.documentElement.scrollWidth") == width
+    return page.evaluate(
+        """(width) => [...document.querySelectorAll('main *')]
+        .filter((node) => !node.closest('#tree, .scrolls, .unseen') && node.getBoundingClientRect().right > width)
+        .map((node) => node.id || node.tagName)""",
+        width,
+    )
 
 
 def test_everything_has_a_name_and_little_is_announced(page: Any) -> None:

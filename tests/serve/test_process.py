@@ -18,6 +18,8 @@ pytest.importorskip("fastapi")
 httpx2 = pytest.importorskip("httpx2")
 
 import tiny_checkpoint  # noqa: E402
+from msd.cli.serve import Cluster  # noqa: E402
+from msd.errors import UserError  # noqa: E402
 from serve.server import NAME, asks, engine  # noqa: E402
 
 NEW = 300
@@ -69,3 +71,15 @@ def test_a_running_answer_ends_after_sigterm_and_then_the_process(
     assert made.wait(300) in (0, -signal.SIGTERM)
     with pytest.raises(httpx2.TransportError):
         httpx2.get(f"{address}/health/live")
+
+
+def test_options_of_replicas_that_would_have_no_effect_are_refused() -> None:
+    for options, said in (
+        ({"replicas": 2}, "--replicas is for --ray"),
+        ({"ray": True, "upscale_delay": 5.0}, "--upscale-delay is for --max-replicas"),
+        ({"ray": True, "replicas": 2, "max_replicas": 2, "downscale_delay": 5.0}, "--downscale-delay is for"),
+        ({"ray": True, "replicas": 2, "max_replicas": 1}, "is less than --replicas 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Cluster(**options).check()  # type: ignore[arg-type]
+    Cluster(ray=True, max_replicas=2, upscale_delay=5.0, downscale_delay=5.0).check()

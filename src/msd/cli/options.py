@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from msd import SpeculativeVLM
     from msd.drafters import Drafter
     from msd.events import Recording
-    from msd.inputs.media import Clip
 
 DRAFT_MODEL = "draft-model"  # the method of `--draft-model`
 
@@ -310,10 +309,9 @@ class LoadedInputs:
 
     def arguments(self, drafter: Drafter) -> dict[str, Any]:
         """Returns the argument `events` of `SpeculativeVLM.generate`; nothing if only the target uses the recording."""
-        from msd.drafters import auxiliary
+        from msd.events.clip import events_argument
 
-        unused = self.recording is None or (self.from_events and auxiliary.encoder(drafter, "events") is None)
-        return {} if unused else {"events": self.recording}
+        return events_argument(drafter, self.recording, self.from_events)
 
     def description(self, drafter: Drafter) -> str:
         """Returns one line on how target and drafter use a recording whose frames were drawn."""
@@ -327,13 +325,13 @@ def load_inputs(inputs: PromptInputs, target: str | None, sounds: list[Path] | N
     Raises UserError for an unreadable file or an invalid prompt.
     """
     from msd.inputs import prompts
-    from msd.inputs.media import CLIP_FRAMES, FRAMES, Audio, Video
+    from msd.inputs.media import Audio, Video
 
     target = ("reference" if inputs.events is None else "reference-video") if target is None else target
     if inputs.frames is not None and not inputs.video and (inputs.events is None or inputs.images or sounds):
         raise UserError("--frames is for a --video, or for --events without other media; leave it out")
     _check_prompt(inputs)
-    frames = inputs.frames or (CLIP_FRAMES if target == "reference-video" else FRAMES)
+    frames = inputs.frames or frames_for(target)
     audio = [Audio(path) for path in sounds or ()]
     for path in inputs.images or ():
         kind = (mimetypes.guess_type(path)[0] or "").split("/")[0]
@@ -347,6 +345,7 @@ def load_inputs(inputs: PromptInputs, target: str | None, sounds: list[Path] | N
     if inputs.events is None:
         return LoadedInputs(target, media)
     from msd.events import open_chunks
+    from msd.events.clip import event_clip
 
     recording = open_chunks(inputs.events)
     return LoadedInputs(target, media or [event_clip(recording, frames)], recording, not media)
@@ -360,16 +359,11 @@ def _check_prompt(inputs: PromptInputs) -> None:
     raise UserError(f"the prompt is empty; give one with -p, for example: -p '{stray or 'Describe the image.'}'")
 
 
-def event_clip(recording: Recording, frames: int) -> Clip:
-    """Draws a recording as a clip of `frames` frames with equally many events. Raises UserError without events."""
-    from msd.events import event_frames
-    from msd.inputs.media import Clip
+def frames_for(target: str) -> int:
+    """Returns the number of frames that a target sees of a video or a recording, unless the user says another."""
+    from msd.inputs.media import CLIP_FRAMES, FRAMES
 
-    drawn = event_frames(recording, frames)
-    if not drawn.counts.any():
-        raise UserError(f"'{recording.path}' holds no events; give a recording with events")
-    seconds = (drawn.spans.max() - drawn.spans[drawn.counts > 0].min()) / 1e6
-    return Clip(tuple(drawn.images()), tuple(range(frames)), frames, frames / seconds if seconds else 1.0)
+    return CLIP_FRAMES if target == "reference-video" else FRAMES
 
 
 def load_engine(

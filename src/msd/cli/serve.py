@@ -41,7 +41,7 @@ class Served:
     allow_media_domain: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-media-domain", help="Host that images may be fetched from, with :PORT if unusual; repeatable."
+            "--allow-media-domain", help="Host that media may be fetched from, with :PORT if unusual; repeatable."
         ),
     ] = None
     allow_media_folder: Annotated[
@@ -64,7 +64,8 @@ class Served:
         target = drafting.target or "reference"
         vlm = options.load_vlm(target, drafting, **policy.checked())
         limits = Limits(self.rows, self.queue, self.cache_mb * 1000**2, self.deadline, self.prefixes)
-        return create(Scheduler(vlm, limits), self.name or target, keys, self.max_new_tokens, sources=sources)
+        frames, name = options.frames_for(target), self.name or target
+        return create(Scheduler(vlm, limits), name, keys, self.max_new_tokens, sources=sources, frames=frames)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,22 @@ class Cluster:
         float | None, typer.Option("--replica-cpus", min=0.1, help="With --ray: cores of each replica; 1.")
     ] = None
 
+    upscale_delay: Annotated[
+        float | None, typer.Option("--upscale-delay", min=0.0, help="With --max-replicas: seconds of high load; 30.")
+    ] = None
+    downscale_delay: Annotated[
+        float | None, typer.Option("--downscale-delay", min=0.0, help="With --max-replicas: seconds of low load; 600.")
+    ] = None
+
     def check(self) -> None:
         """Raises UserError for options that do not belong together."""
+        delays = {"upscale-delay": self.upscale_delay, "downscale-delay": self.downscale_delay}
         given = {"replicas": self.replicas, "max-replicas": self.max_replicas, "replica-cpus": self.replica_cpus}
-        if not self.ray and (name := next((name for name, value in given.items() if value is not None), None)):
-            raise UserError(f"--{name} is for --ray; add it, or leave --{name} out")
+        for name, value in delays.items():
+            if value is not None and (self.max_replicas or 0) <= (self.replicas or 1):
+                raise UserError(f"--{name} is for --max-replicas above --replicas; add it, or leave --{name} out")
+        if not self.ray and (wrong := next((name for name, value in given.items() if value is not None), None)):
+            raise UserError(f"--{wrong} is for --ray; add it, or leave --{wrong} out")
         if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
             raise UserError(f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas or 1}")
 
@@ -127,9 +139,11 @@ def _serve_replicas(
         raise UserError("`msd serve --ray` needs Ray; pip install 'msd-decoding[ray]'") from error
     policy.checked()
     least = cluster.replicas or 1
+    delays = {"more": cluster.upscale_delay, "fewer": cluster.downscale_delay}
     replicas = Replicas(
         least, cluster.max_replicas or least, served.rows, served.connections, cluster.replica_cpus or 1.0,
         gpus=float((drafting.device or "").startswith("cuda")),
+        **{name: seconds for name, seconds in delays.items() if seconds is not None},
     )  # fmt: skip
     ended = threading.Event()
     try:

@@ -99,7 +99,7 @@ def write_frames(images: Sequence[Image.Image], captions: Sequence[str], title: 
     suffix = out.suffix.lower()
     if suffix == ".gif":
         options = {"save_all": True, "append_images": images[1:], "duration": GIF_DELAY, "loop": 0}  # 0: forever
-        write_whole(out, _encoded(images[0], "GIF", **options))
+        write_whole(out, encoded(images[0], "GIF", **options))
         return [out]
     if suffix == ".html":
         head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>\n"
@@ -108,7 +108,7 @@ def write_frames(images: Sequence[Image.Image], captions: Sequence[str], title: 
     make_folder(out)
     paths = [out / f"frame-{number:03d}.png" for number in range(len(images))]
     for path, image in zip(paths, images, strict=True):
-        write_whole(path, _encoded(image, "PNG"))
+        write_whole(path, encoded(image, "PNG"))
     return paths
 
 
@@ -116,7 +116,7 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     """Returns a `<figure>` that embeds the frames in one row, for use in any page."""
     parts = []
     for image, caption in zip(images, captions, strict=True):
-        data = base64.b64encode(_encoded(image, "PNG", optimize=True)).decode()
+        data = base64.b64encode(encoded(image, "PNG", optimize=True)).decode()
         text = html.escape(caption)
         parts.append(
             f'<div style="flex:1;min-width:8em"><img style="width:100%;border:1px solid #ccc" alt="{text}" '
@@ -128,7 +128,8 @@ def snippet(images: Sequence[Image.Image], captions: Sequence[str], title: str =
     )
 
 
-def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    """Returns an image as a file. options: of `PIL.Image.Image.save`."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()

@@ -102,6 +102,22 @@ def image_blocks(target: Target, input_ids: Tensor, side: int) -> list[Tensor]:
     return masks
 
 
+def image_frames(target: Target, input_ids: Tensor, count: int) -> list[Tensor]:
+    """Returns the columns of each of `count` images of one size, tensors [1, L] bool, in their order.
+
+    input_ids: [1, L]. Empty if the image tokens cannot be those of so many images.
+    """
+    at = image_columns(target, input_ids)[0].nonzero()[:, 0]
+    if not count or len(at) < count or len(at) % count:
+        return []
+    masks = []
+    for columns in at.view(count, -1):
+        masked = torch.zeros_like(input_ids, dtype=torch.bool)
+        masked[0, columns] = True
+        masks.append(masked)
+    return masks
+
+
 def answer_logits(target: Target, inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """Returns the logits [T_i, V] that predict each answer's tokens, with no column masked."""
     teacher_batch = run_teacher(target, inputs, answers)

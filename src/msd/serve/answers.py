@@ -15,7 +15,7 @@ from msd.decode import Engine
 from msd.errors import UserError
 from msd.inputs.prompts import Request
 from msd.serve.batch import Emission
-from msd.serve.media import Medium
+from msd.serve.media import Medium, Recorded
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import CANCELLED, LATE, Job
 from msd.serve.schema import Completion
@@ -66,11 +66,14 @@ class Counts:
 
 
 class Answer:
-    """The answer `number` of a completion. Its `job` runs in the scheduler's thread, `pieces` is read in the loop's."""
+    """The answer `number` of a completion. Its `job` runs in the scheduler's thread, `pieces` is read in the loop's.
+
+    events: the argument of `generate()`, if the drafter reads a recording.
+    """
 
     def __init__(
         self, processor: Any, body: Completion, media: list[Medium], number: int, metrics: Metrics, most: int,
-        engine: Engine | None,
+        engine: Engine | None, events: dict[str, Any],
     ) -> None:  # fmt: skip
         self.number, self.counts, self._body, self._metrics = number, Counts(), body, metrics
         self._processor, self._media, self._loop = processor, media, asyncio.get_running_loop()
@@ -78,7 +81,7 @@ class Answer:
         self._text = AnswerText(processor.tokenizer, body.stops)
         self._over = False
         seed = None if body.seed is None else body.seed + number
-        options, drafts = _options(body, most), body.msd.method != PLAIN
+        options, drafts = _options(body, most) | events, body.msd.method != PLAIN
         self._tracer = Tracer(processor.tokenizer) if body.msd.trace else None
         self.job = Job(self._prepare, options, self._receive, seed, engine, drafts, body.msd.trace)
 
@@ -144,7 +147,8 @@ def prompt_of(processor: Any, body: Completion, media: list[Medium]) -> Request:
     for text in body.texts():
         if found := next((token for token in tokenizer.all_special_tokens if token in text), None):
             raise UserError(f"the text contains '{found}', which this model reserves; leave it out")
-    return Request.of(processor, [media], None, [body.chat()])
+    seen = [medium for medium in media if body.drawn or not isinstance(medium, Recorded)]
+    return Request.of(processor, [seen], None, [body.chat()])
 
 
 def _options(body: Completion, most: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from msd import __version__
+from msd.inputs.media import FRAMES
 from msd.serve import site
 from msd.serve.completions import INTERNAL, Completions
 from msd.serve.errors import ErrorBody, HTTPError
@@ -37,13 +38,15 @@ def create(
     most: int = 512,
     drain: float = DRAIN_SECONDS,
     sources: Sources | None = None,
+    frames: int = FRAMES,
 ) -> Guard:
     """The ASGI application of a scheduler, which it starts and drains. name: of the model. most: default max_tokens.
 
-    sources: where media may come from besides data URIs; by default from nowhere.
+    sources: where media may come from besides data URIs; by default from nowhere. frames: that the target sees of a
+    recording, where the request does not say.
     """
     metrics = Metrics(scheduler, name)
-    completions = Completions(scheduler, metrics, name, most, sources or Sources())
+    completions = Completions(scheduler, metrics, name, most, sources or Sources(), frames)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -122,8 +125,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part != "body")[:200] or None
+        first = max(error.errors(), key=lambda problem: len(problem["loc"]))  # of the parts of a union, the one meant
+        place = (str(part) for part in first["loc"] if part != "body")
+        param = ".".join(part for part in place if "[" not in part)[:200] or None
         message = "is not supported; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
         return answered(HTTPError(400, f"{param or 'the body'}: {message}"[:1000], param))
 

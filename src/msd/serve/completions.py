@@ -12,12 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from msd import drafters
 from msd.core.statistics import Statistics
 from msd.decode import Engine
+from msd.drafters.auxiliary import encoder
+from msd.drafters.base import Drafter
 from msd.errors import UserError
+from msd.events.clip import events_argument
+from msd.inputs.media import FRAMES
 from msd.serve.answers import PLAIN, Answer, Counts, Piece
 from msd.serve.errors import HTTPError
-from msd.serve.media import Decoder, Medium
+from msd.serve.media import Decoder, Medium, Recorded
 from msd.serve.metrics import Metrics
 from msd.serve.scheduler import QueueFullError, Scheduler
 from msd.serve.schema import Completion
@@ -34,20 +39,23 @@ GRACE = 2.0  # seconds that a fetch may end late
 class Completions:
     """The completions of one served model. name: what clients call it. most: default length of an answer.
 
-    sources: where media may come from.
+    sources: where media may come from. frames: of the clip of a recording, where the request does not say.
     """
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics, name: str, most: int, sources: Sources) -> None:
+    def __init__(
+        self, scheduler: Scheduler, metrics: Metrics, name: str, most: int, sources: Sources, frames: int = FRAMES
+    ) -> None:
         self.scheduler, self.metrics, self.name, self.most, self.sources = scheduler, metrics, name, most, sources
         self._fetchers = ThreadPoolExecutor(FETCHERS, "msd-fetch")
-        self.decoder = Decoder(rate=_sampling_rate(scheduler.vlm.processor))
+        self.decoder = Decoder(rate=_sampling_rate(scheduler.vlm.processor), frames=frames)
 
     async def start(self, body: Completion) -> Running:
         """Checks a request and puts it into the queue. HTTPError if it is refused."""
         self.check(body)
         engine, media = self._engine(body), await self.media(body)
         processor = self.scheduler.vlm.processor
-        answers = [Answer(processor, body, media, i, self.metrics, self.most, engine) for i in range(body.n)]
+        events = self._events(body, media)
+        answers = [Answer(processor, body, media, i, self.metrics, self.most, engine, events) for i in range(body.n)]
         with queue_full():
             self.scheduler.submit(*(answer.job for answer in answers))
         return Running(self, body, answers)
@@ -58,9 +66,10 @@ class Completions:
         fetchers = self._fetchers if sources.fetches(parts) else None  # slow hosts must not delay other requests
         try:
             self.decoder.check(kind for kind, _ in parts)
+            self._check_recording(body)
             async with asyncio.timeout(SECONDS + GRACE):
                 files = await loop.run_in_executor(fetchers, sources.files, parts)
-            return await asyncio.to_thread(self.decoder.media, parts, files)
+            return await asyncio.to_thread(self.decoder.media, parts, files, body.recording)
         except UserError as error:
             raise HTTPError(400, str(error), "messages") from error
         except TimeoutError as error:
@@ -80,6 +89,25 @@ class Completions:
             raise HTTPError(400, f"the text has {length} characters; at most {most} for this model", "messages")
         if body.n > self.scheduler.limits.waiting:
             raise HTTPError(400, f"n is larger than the queue of {self.scheduler.limits.waiting}", "n")
+
+    def _drafter(self, body: Completion) -> Drafter:
+        """The drafter of a request."""
+        return drafters.create(PLAIN) if body.msd.method == PLAIN else self.scheduler.vlm.drafter
+
+    def _check_recording(self, body: Completion) -> None:
+        """UserError for a recording that nothing would read, or whose frames the target does not take."""
+        drafter, processor = self._drafter(body), self.scheduler.vlm.processor
+        if body.recording is None:
+            return
+        if body.drawn and not any(getattr(processor, f"{kind}_token", None) for kind in ("image", "video")):
+            raise UserError("this model takes no images, so it sees no frames of a recording; leave it out")
+        if not body.drawn and encoder(drafter, "events") is None:
+            raise UserError(f"method '{drafter.name}' reads no events; send the recording without other media")
+
+    def _events(self, body: Completion, media: list[Medium]) -> dict[str, Any]:
+        """The events for the drafter, as an argument of `generate()`."""
+        events = next((medium.events for medium in media if isinstance(medium, Recorded)), None)
+        return events_argument(self._drafter(body), events, body.drawn)
 
     def policy(self, body: Completion) -> tuple[str, float]:
         """(the policy of a request, its ε): the server's where the request does not say."""

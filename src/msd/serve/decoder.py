@@ -1,11 +1,12 @@
 """Decodes untrusted media outside the server: each in a process of its own, with limits on memory, CPU and files.
 
 `python -m msd.serve.decoder` is the helper process. It has loaded the decoders, and forks a child for every file; the
-child sets its limits, decodes and ends. On its stdin it gets the kind (1 byte), the sampling rate of a sound (4 bytes)
-and the length (8 bytes) of a file, and the file; on its stdout it answers with a status (1 byte), width and height (4
-bytes each, or the length of a message and 0), and the RGB pixels or the message. The frames of a video are stacked to
-one image; its `TAIL` follows. A sound has the width 1, its number of samples as height, and float32 samples. No objects
-are exchanged, so a file that takes over a child cannot reach the server with one.
+child sets its limits, decodes and ends. On its stdin it gets the kind (1 byte), the sampling rate of a sound or the
+format of a recording (4 bytes), and the length (8 bytes) of a file, and the file; on its stdout it answers with a
+status (1 byte), width and height (4 bytes each, or the length of a message and 0), and the RGB pixels or the message.
+The frames of a video are stacked to one image; its `TAIL` follows. A sound has the width 1, its number of samples as
+height, and float32 samples. A recording has the size of its sensor; `msd.serve.recordings` says what follows. No
+objects are exchanged, so a file that takes over a child cannot reach the server with one.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import BinaryIO
 from msd.errors import UserError
 from msd.inputs.images import MAX_PIXELS, load_image
 from msd.inputs.media import FRAMES, Audio, Video
+from msd.serve import recordings
 
 LENGTH, HEAD = struct.Struct(">BIQ"), struct.Struct(">BII")
 TAIL = struct.Struct(f">dQ{FRAMES}Q")  # frames per second, number of all frames, and which of them were decoded
-KINDS = ("image", "video", "audio")
+KINDS = ("image", "video", "audio", "recording")
 OK, REFUSED = 0, 1
 CPU_SECONDS = 10
 MEMORY = 1500 * 1000**2  # of address space: 40 million pixels in several modes
@@ -39,12 +41,12 @@ def main() -> None:
         import av  # noqa: F401
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while head := source.read(LENGTH.size):
-        kind, rate, length = LENGTH.unpack(head)
+        kind, detail, length = LENGTH.unpack(head)
         data = source.read(length)
         with tempfile.TemporaryFile() as answer:
             child = os.fork()
             if child == 0:
-                _decode(KINDS[kind], rate, data, answer)
+                _decode(KINDS[kind], detail, data, answer)
             _, status = os.waitpid(child, 0)
             if status:
                 _write(answer, REFUSED, BROKEN.encode())
@@ -54,8 +56,8 @@ def main() -> None:
             sink.flush()
 
 
-def _decode(medium: str, rate: int, data: bytes, answer: BinaryIO) -> None:
-    """The child: limits itself, writes the pixels or the reason why there are none, and exits."""
+def _decode(medium: str, detail: int, data: bytes, answer: BinaryIO) -> None:
+    """The child: limits itself, writes what it decoded or the reason why it did not, and exits. detail: see above."""
     try:
         for kind, most in (
             (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_FSIZE, OUTPUT),
@@ -67,8 +69,11 @@ def _decode(medium: str, rate: int, data: bytes, answer: BinaryIO) -> None:
                 _write(answer, OK, *_video(data))
             elif medium == "audio":
                 with _stored(data) as path:
-                    samples = Audio(path).load(rate)
+                    samples = Audio(path).load(detail)
                 _write(answer, OK, samples.tobytes(), (1, len(samples)))
+            elif medium == "recording":
+                with _stored(data) as path:
+                    _write(answer, OK, *recordings.packed(path, detail))
             else:
                 image = load_image(data)
                 _write(answer, OK, image.tobytes(), image.size)

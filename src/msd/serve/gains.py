@@ -1,4 +1,4 @@
-"""The information gain of an image: how much each token of an answer depends on it (`msd.labels.gain`).
+"""The information gain of an image or a clip: how much each token of an answer depends on it (`msd.labels.gain`).
 
 The passes run in the scheduler's thread, one between two steps of the running answers.
 """
@@ -10,14 +10,15 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from msd.errors import UserError
-from msd.labels.gain import answer_logits, image_blocks, image_columns, masking_cost
+from msd.inputs.media import Clip
+from msd.labels.gain import answer_logits, image_blocks, image_columns, image_frames, masking_cost
 from msd.serve.answers import prompt_of
 from msd.serve.completions import POLL_SECONDS, Completions, failure, queue_full
 from msd.serve.media import Medium
-from msd.serve.schema import Completion, Message, Strict
+from msd.serve.schema import About, Completion
 from msd.serve.work import Work
 from msd.targets.base import Target
 
@@ -26,29 +27,19 @@ LOGITS = 60_000_000  # of an answer: tokens · vocabulary, 0.5 GB in float64
 SIDE = 4  # blocks of an image in each direction
 
 
-class Measured(Strict):
+class Measured(About):
     """The body of `POST /v1/msd/gain`. tokens: ids of the answer to `messages`, as `msd.trace` gives them."""
 
-    model: str
-    messages: list[Message]
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=TOKENS)]
-
-    @model_validator(mode="after")
-    def _valid(self) -> Measured:
-        self.asked()
-        return self
-
-    def asked(self) -> Completion:
-        """The completion with these messages; a ValueError if its messages are refused."""
-        return Completion(model=self.model, messages=self.messages)
 
 
 async def measure(
     completions: Completions, body: Measured, gone: Callable[[], Awaitable[bool]]
 ) -> dict[str, Any] | None:
-    """Returns the gain of each token in nats, and by blocks; None if the client has `gone`. HTTPError if refused.
+    """Returns the gain of each token in nats, by blocks or frames; None if the client has `gone`. HTTPError if refused.
 
-    `blocks` is None unless there is one image whose tokens form a square grid.
+    `blocks` is None unless there is one image whose tokens form a square grid; `frames` is None unless there is one
+    video or recording, whose frames the target sees as images.
     """
     asked = body.asked()
     completions.check(asked)
@@ -101,13 +92,21 @@ def _passes(
     logits = answer_logits(target, inputs, [tokens])
     yield
     gain = masking_cost(target, inputs, [tokens], columns, logits)[0]
-    blocks = []
-    for masked in image_blocks(target, inputs["input_ids"], SIDE):
+    frames = image_frames(target, inputs["input_ids"], _frames(processor, media))
+    parts = []
+    for masked in frames or image_blocks(target, inputs["input_ids"], SIDE):
         yield
-        blocks.append(masking_cost(target, inputs, [tokens], masked, logits)[0])
-    by_token = torch.stack(blocks, 1).tolist() if blocks else None
+        parts.append(masking_cost(target, inputs, [tokens], masked, logits)[0])
+    by_token = [[round(nats, 4) for nats in token] for token in torch.stack(parts, 1).tolist()] if parts else None
     return {
         "gain": [round(nats, 4) for nats in gain.tolist()],
-        "side": SIDE if blocks else None,
-        "blocks": by_token and [[round(nats, 4) for nats in token] for token in by_token],
+        "side": SIDE if by_token and not frames else None,
+        "blocks": None if frames else by_token,
+        "frames": by_token if frames else None,
     }
+
+
+def _frames(processor: Any, media: list[Medium]) -> int:
+    """The frames of the only video or recording, if the target sees them as images; else 0."""
+    as_images = not getattr(processor, "video_token", None)
+    return len(media[0].frames) if as_images and len(media) == 1 and isinstance(media[0], Clip) else 0

@@ -22,7 +22,8 @@ class Replicas:
     """How many replicas run, and where.
 
     least, most: replicas; between them, Ray scales by `load`. load: requests of a replica above which another one is
-    started. requests: that a replica accepts at a time. cpus, gpus: that Ray reserves for each.
+    started. requests: that a replica accepts at a time. cpus, gpus: that Ray reserves for each. more, fewer: seconds
+    for which the load must have asked for more or fewer replicas.
     """
 
     least: int
@@ -31,6 +32,8 @@ class Replicas:
     requests: int
     cpus: float = 1.0
     gpus: float = 0.0
+    more: float = 30.0
+    fewer: float = 600.0
 
 
 def deploy(build: Callable[[], Guard], replicas: Replicas, host: str, port: int, seconds: float) -> None:
@@ -57,8 +60,13 @@ def deploy(build: Callable[[], Guard], replicas: Replicas, host: str, port: int,
 
     amount: dict[str, Any] = {"num_replicas": replicas.least}
     if replicas.most > replicas.least:
-        scaling = {"min_replicas": replicas.least, "max_replicas": replicas.most}
-        amount = {"autoscaling_config": {**scaling, "target_ongoing_requests": replicas.load}}
+        amount = {
+            "autoscaling_config": {
+                "min_replicas": replicas.least, "max_replicas": replicas.most,
+                "target_ongoing_requests": replicas.load,
+                "upscale_delay_s": replicas.more, "downscale_delay_s": replicas.fewer,
+            }
+        }  # fmt: skip
     deployment = serve.deployment(
         Replica, name="model", max_ongoing_requests=replicas.requests, graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_period_s=5, ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}, **amount,

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST = {"image": 16, "video": 4, "audio": 4}  # per request
+MOST = {"image": 16, "video": 4, "audio": 4, "recording": 1}  # per request
+FRAMES = 16  # of a recording
 MESSAGES = 256
 ANSWERS = 8  # n
 STOPS = 4
@@ -91,7 +92,32 @@ class AudioPart(Strict):
         return f"data:audio/{self.input_audio.format};base64,{self.input_audio.data}"
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart, Field(discriminator="type")]
+class EventsUrl(Strict):
+    """An event camera's recording as a data URI.
+
+    format: the extension of its file; None: by its first bytes, which not every format fixes. frames: of the clip that
+    the target sees of a recording without other media; None: as many as the server draws.
+    """
+
+    url: str
+    format: Literal["npy", "npz", "h5", "hdf5", "aedat4", "es", "raw", "dat", "bin", "csv", "txt"] | None = None
+    frames: Annotated[int | None, Field(ge=1, le=FRAMES)] = None
+
+
+class EventsPart(Strict):
+    """A recording of a message."""
+
+    kind: ClassVar[str] = "recording"
+    type: Literal["events_url"]
+    events_url: EventsUrl
+
+    @property
+    def address(self) -> str:
+        """Where the recording is."""
+        return self.events_url.url
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | EventsPart, Field(discriminator="type")]
 
 
 class Message(Strict):
@@ -177,6 +203,8 @@ class Completion(Strict):
             if count > most:
                 name = "sound" if kind == "audio" else kind
                 raise ValueError(f"{count} {name}s; at most {most} in a request")
+        if self.recording is not None and self.recording.frames is not None and not self.drawn:
+            raise ValueError("events_url.frames is for a recording without other media; leave it out")
         return self
 
     @property
@@ -186,12 +214,23 @@ class Completion(Strict):
 
     @property
     def media(self) -> list[tuple[str, str]]:
-        """("image", "video" or "audio", address) of all media, in reading order."""
-        return [
-            (part.kind, part.address)
-            for message in self.messages if isinstance(message.content, list)
-            for part in message.content if not isinstance(part, TextPart)
-        ]  # fmt: skip
+        """(kind, address) of all media, in reading order. The kinds are those of `MOST`."""
+        return [(part.kind, part.address) for part in self._parts if not isinstance(part, TextPart)]
+
+    @property
+    def _parts(self) -> list[Part]:
+        """All parts of all messages."""
+        return [part for message in self.messages if isinstance(message.content, list) for part in message.content]
+
+    @property
+    def recording(self) -> EventsUrl | None:
+        """The event camera's recording."""
+        return next((part.events_url for part in self._parts if isinstance(part, EventsPart)), None)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the target sees frames of the recording, because it sees nothing else."""
+        return [kind for kind, _ in self.media] == ["recording"]
 
     def texts(self) -> list[str]:
         """All text of each message."""
@@ -203,16 +242,37 @@ class Completion(Strict):
         ]
 
     def chat(self) -> list[dict[str, object]]:
-        """The messages, with placeholders for the media."""
+        """The messages, with placeholders for the media that the target sees."""
         return [
             {
                 "role": message.role,
                 "content": message.content
                 if isinstance(message.content, str)
-                else [
-                    {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.kind}
-                    for part in message.content
-                ],
+                else [shown for part in message.content for shown in self._shown(part)],
             }
             for message in self.messages
         ]
+
+    def _shown(self, part: Part) -> list[dict[str, str]]:
+        """A part as `chat` has it: a recording is a video, or nothing."""
+        if isinstance(part, TextPart):
+            return [{"type": "text", "text": part.text}]
+        if isinstance(part, EventsPart):
+            return [{"type": "video"}] if self.drawn else []
+        return [{"type": part.kind}]
+
+
+class About(Strict):
+    """A body about the messages of a chat, instead of a question."""
+
+    model: str
+    messages: list[Message]
+
+    @model_validator(mode="after")
+    def _valid(self) -> About:
+        self.asked()
+        return self
+
+    def asked(self) -> Completion:
+        """The completion with these messages; a ValueError if its messages are refused."""
+        return Completion(model=self.model, messages=self.messages)

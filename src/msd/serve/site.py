@@ -1,4 +1,4 @@
-"""The page at `/`, its files, and what it asks of the server besides answers: settings and the gain of an image."""
+"""The page at `/`, its files, and what it asks besides answers: settings, frames of a recording, gain of an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from fastapi.responses import JSONResponse, Response
 
 from msd.inspect import COLOURS, OTHER
 from msd.serve.completions import Completions
+from msd.serve.drawn import drawn
 from msd.serve.gains import Measured, measure
+from msd.serve.recordings import FORMATS
+from msd.serve.schema import About
 
 FOLDER = Path(__file__).with_name("page")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -39,6 +42,11 @@ def add(app: FastAPI, completions: Completions) -> None:
         measured = await measure(completions, body, request.is_disconnected)
         return Response(status_code=499) if measured is None else JSONResponse(measured)
 
+    @app.post("/v1/msd/frames", response_model=None)
+    async def frames(body: About) -> Response:
+        """The frames that the target sees of a recording."""
+        return JSONResponse(await drawn(completions, body))
+
 
 def _reader(file: Path) -> Any:
     """A handler that answers with a file, which is read once."""
@@ -51,7 +59,7 @@ def _reader(file: Path) -> Any:
 
 
 def _settings(completions: Completions) -> dict[str, Any]:
-    """What the page shows of a server. events: whether the drafter reads them, though no request can hold any.
+    """What the page shows of a server. events: whether the drafter reads them. formats: extensions of recordings.
 
     crop: whether the model sees only the square in the middle of an image.
     """
@@ -61,5 +69,5 @@ def _settings(completions: Completions) -> dict[str, Any]:
         "epsilon": vlm.config.epsilon,
         "events": getattr(vlm.drafter, "auxiliary_source", None) == "events",
         "crop": bool(getattr(getattr(vlm.processor, "image_processor", None), "do_center_crop", False)),
-        "colours": COLOURS, "other": OTHER,
+        "formats": list(FORMATS[1:]), "colours": COLOURS, "other": OTHER,
     }  # fmt: skip

@@ -43,7 +43,11 @@ READERS = (
 
 
 def open_chunks(
-    path: str | os.PathLike[str], chunk: int = CHUNK, size: tuple[int, int] | None = None, recording: int = 0
+    path: str | os.PathLike[str],
+    chunk: int = CHUNK,
+    size: tuple[int, int] | None = None,
+    recording: int = 0,
+    extension: str | None = None,
 ) -> Recording:
     """Opens an event file of any known format, to be read in chunks.
 
@@ -52,6 +56,7 @@ def open_chunks(
         chunk: events per chunk, about. It bounds the memory.
         size: (width, height) of the sensor, for files that do not state it or state it wrongly.
         recording: number of the recording in a file with several (an `.npz` with `offsets`).
+        extension: of the format, such as ".npz", for a file whose name does not have it.
 
     Raises:
         UserError: no such file, an unknown format, a missing library, a broken header. Damage further on is raised when
@@ -60,12 +65,13 @@ def open_chunks(
     if chunk < 1:
         raise UserError(f"chunks of {chunk} events; give at least 1")
     path = Path(path)
-    reader = _reader_of(path)
+    extension = path.suffix.lower() if extension is None else extension
+    reader = _reader_of(path, extension)
     with named(f"'{path}'"):
         if recording and reader.module != SEVERAL:
             raise UserError(f"there is no recording {recording}; this format holds one, number 0")
         read: Callable[[File], Source] = import_module(f"msd.events.readers.{reader.module}").read
-        return Recording(path, read(File(path, recording)), chunk, size)
+        return Recording(path, read(File(path, recording, extension)), chunk, size)
 
 
 def read(path: str | os.PathLike[str], size: tuple[int, int] | None = None, recording: int = 0) -> EventStream:
@@ -73,13 +79,12 @@ def read(path: str | os.PathLike[str], size: tuple[int, int] | None = None, reco
     return open_chunks(path, size=size, recording=recording).read()
 
 
-def _reader_of(path: Path) -> Reader:
+def _reader_of(path: Path, extension: str) -> Reader:
     """Chooses the reader by extension, or by first bytes if these contradict it; UserError if none fits."""
     with open_regular(path, f"'{path}'", "event file") as file:
         start = file.read(16)
     if not start:
         raise UserError(f"'{path}' is empty (0 bytes); give an event file")
-    extension = path.suffix.lower()
     by_extension = next((r for r in READERS if extension in r.extensions), None)
     if by_extension is not None and (not by_extension.magic or start.startswith(by_extension.magic)):
         return by_extension

@@ -20,10 +20,11 @@ DAMAGED = "the file is truncated or damaged: copy it again"
 
 @dataclass(frozen=True)
 class File:
-    """A path, and the number of the recording to read from it."""
+    """A path, the number of the recording to read from it, and the extension of its format, such as ".npz"."""
 
     path: Path
     recording: int = 0
+    extension: str = ""
 
     def words(self, offset: int, dtype: str, count: int) -> Iterator[NDArray[Any]]:
         """Yields the file from a byte offset on, `count` words of `dtype` at a time.

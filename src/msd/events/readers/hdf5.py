@@ -1,6 +1,7 @@
 """Reads HDF5: DSEC's layout (`events/t, x, y, p` with `t_offset`), and others with these four names, through `h5py`.
 
 DSEC compresses with Blosc and Zstandard, which `hdf5plugin` provides. Source: https://dsec.ifi.uzh.ch/data-format/.
+HDF5 files can refer to any other file of the machine; such references are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from msd.events.stream import Columns
 
 GROUPS = ("events", "/", "CD/events", "davis/left/events", "prophesee/left")  # searched first
 DSEC_SIZE = (640, 480)
+ELSEWHERE = "it refers to other files; copy all data into one file, for example with h5repack"
 MISSING = ("not available", "plugin", "not registered")  # in messages about filters
 
 
@@ -27,8 +29,9 @@ def read(file: File) -> Source:
     with _opened(file) as root:
         place = _place(root)
         where = root[place]
-        offset = next((_integer(g["t_offset"]) for g in (root, where) if _is_group(g) and "t_offset" in g), 0)
+        offset = next((_offset(g["t_offset"]) for g in (root, where) if _is_group(g) and "t_offset" in g), 0)
         columns = [where] if not _is_group(where) else [where[name] for name in find_names(_names(where)) or ()]
+        _check_own(*columns)
         count = common_length([column.shape for column in columns])
         size, size_from = _size(root, where)
     return Source("hdf5", lambda chunk: _columns(file, place, offset, count, chunk), size, size_from)
@@ -66,6 +69,26 @@ def _part(dataset: Any, start: int, stop: int) -> Any:
     return np.asarray(dataset[index]).reshape(-1)
 
 
+def _offset(dataset: Any) -> int:
+    """Returns DSEC's `t_offset`, µs."""
+    _check_own(dataset)
+    return _integer(dataset)
+
+
+def _check_own(*datasets: Any) -> None:
+    """Raises UserError for a dataset whose values are in another file."""
+    if any(dataset.external or dataset.is_virtual for dataset in datasets):
+        raise UserError(ELSEWHERE)
+
+
+def _check_links(root: Any, external: int) -> None:
+    """Raises UserError for a link to another file. external: the type of such links; no type of own links is above."""
+    found: list[bytes] = []
+    root.id.links.visit(lambda name, link: found.append(name) if link.type >= external else None, info=True)
+    if found:
+        raise UserError(ELSEWHERE)
+
+
 def _integer(value: Any) -> int:
     """Returns a number that is stored as a scalar, as an array of one element, or as text; else ValueError."""
     return int(np.asarray(value).item())
@@ -98,11 +121,15 @@ def _size(root: Any, where: Any) -> tuple[tuple[int, int] | None, str]:
 
 @contextmanager
 def _opened(file: File) -> Iterator[Any]:
-    """Opens the file's root group; turns every error of h5py into a UserError."""
+    """Opens the file's root group; turns every error of h5py into a UserError.
+
+    HDF5 itself opens no file that has been unlinked, so it gets an open one.
+    """
     h5py = library("h5py", "HDF5")
     with suppress(UserError):  # only compressed files need the filters; the error below names a missing one
         library("hdf5plugin", "compressed HDF5")
-    with damaged("HDF5 cannot read it"), h5py.File(file.path, "r") as root:
+    with damaged("HDF5 cannot read it"), file.path.open("rb") as stream, h5py.File(stream, "r") as root:
+        _check_links(root, h5py.h5l.TYPE_EXTERNAL)
         try:
             yield root
         except OSError as error:

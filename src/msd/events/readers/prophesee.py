@@ -42,7 +42,7 @@ def read(file: File) -> Source:
     header = _fields(lines)
     size, size_from = _size(header)
     evt = header.get("evt", "") or {"EVT2": "2.0", "EVT3": "3.0"}.get(header.get("format", "").split(";")[0], "")
-    if not evt and ("Data file" in " ".join(lines) or file.path.suffix.lower() == ".dat"):
+    if not evt and ("Data file" in " ".join(lines) or file.extension == ".dat"):
         return _dat(file, header, offset, size, size_from)
     if header.get("endianness", "little") != "little":
         raise UserError(f"its words are {header['endianness']}-endian; convert it to little-endian")

@@ -1,14 +1,15 @@
-// The page of `msd serve`: asks about a photo and shows how the answer is decoded.
+// The page of `msd serve`: asks about a photo or a recording and shows how the answer is decoded.
 
+import { Frames } from './recording.js';
 import { Refused, ask, messages, stream } from './stream.js';
 import { View } from './view.js';
 
 const $ = (id) => document.getElementById(id);
-const CHAT = 'v1/chat/completions', LARGEST = 20_000_000; // bytes of a photo, as the server takes them
-const view = new View();
-let photo = null; // data URI
+const CHAT = 'v1/chat/completions', LARGEST = 20_000_000; // bytes of a file, as the server takes them
+const frames = new Frames(), view = new View(frames);
+let part = null; // of the message: the photo or the recording
 let running = null; // AbortController
-let asked = null; // the shown answer and its messages, if it is about the shown photo
+let asked = null; // the shown answer and its messages, if it is about the shown file
 
 // theme
 
@@ -33,11 +34,15 @@ function storedTheme() {
 
 setTheme(THEMES.includes(storedTheme()) ? storedTheme() : 'automatic');
 
-// photo
+// photo or recording
 
-function show(uri) {
-  photo = uri;
-  $('photo').hidden = $('remove').hidden = !uri;
+// uri: of the photo that is shown; null for none, or for a recording, whose frames come later.
+function show(chosen, uri) {
+  part = chosen;
+  frames.clear();
+  $('photo').hidden = !uri;
+  $('remove').hidden = !chosen;
+  $('image').alt = 'the photo of the question';
   if (uri) $('image').src = uri;
   else $('image').removeAttribute('src');
   $('blocks').replaceChildren();
@@ -46,20 +51,47 @@ function show(uri) {
   $('measure').disabled = true;
 }
 
+const extension = (file) => file.name.toLowerCase().match(/[^.]*$/)[0];
+
 function read(file) {
   say('');
   if (!file) return;
-  if (!file.type.startsWith('image/')) return say(`“${file.name}” is not an image; choose a PNG, JPEG or WebP file`);
-  if (file.size > LARGEST) return say(`the photo is larger than ${LARGEST / 1e6} MB; resize it`);
+  const { formats } = view.settings, recorded = formats.includes(`.${extension(file)}`);
+  if (!recorded && !file.type.startsWith('image/')) {
+    return say(`“${file.name}” is not an image or a recording; choose PNG, JPEG, WebP, or one of ${formats.join(', ')}`);
+  }
+  if (file.size > LARGEST) return say(`the file is larger than ${LARGEST / 1e6} MB; resize or cut it`);
   const reader = new FileReader();
-  reader.onload = () => show(reader.result);
+  reader.onload = () => {
+    if (recorded) showRecording({ url: reader.result, format: extension(file) });
+    else show({ type: 'image_url', image_url: { url: reader.result } }, reader.result);
+  };
   reader.onerror = () => say(`“${file.name}” cannot be read`);
   reader.readAsDataURL(file);
 }
 
-$('image').addEventListener('error', () => { if (photo) say('this browser cannot show the photo; the server may'); });
+// Has the server draw the frames of a recording; one that it refuses is removed.
+async function showRecording(recording) {
+  const chosen = { type: 'events_url', events_url: recording };
+  show(chosen, null);
+  $('remove').hidden = false;
+  try {
+    if (!view.settings.model) await connect();
+    const body = { model: view.settings.model, messages: [{ role: 'user', content: [chosen] }] };
+    const drawn = await ask('v1/msd/frames', $('key').value, body);
+    if (part !== chosen) return;
+    $('photo').hidden = false;
+    frames.show(drawn, view.settings.events);
+  } catch (error) {
+    if (part !== chosen) return;
+    show(null, null);
+    fail(error);
+  }
+}
+
+$('image').addEventListener('error', () => { if (part) say('this browser cannot show the photo; the server may'); });
 $('file').addEventListener('change', () => read($('file').files[0]));
-$('remove').addEventListener('click', () => { $('file').value = ''; show(null); $('file').focus(); });
+$('remove').addEventListener('click', () => { $('file').value = ''; show(null, null); $('file').focus(); });
 for (const kind of ['dragenter', 'dragover', 'dragleave', 'drop']) {
   $('drop').addEventListener(kind, (event) => {
     event.preventDefault();
@@ -89,7 +121,7 @@ function request(more) {
   const temperature = Number($('temperature').value);
   const sampled = temperature > 0 ? { seed: Math.floor(Math.random() * 2 ** 31) } : {};
   return {
-    model: view.settings.model, messages: messages($('question').value, photo), temperature, ...sampled,
+    model: view.settings.model, messages: messages($('question').value, part), temperature, ...sampled,
     max_tokens: Number($('most').value), stream: true, ...more,
   };
 }
@@ -119,9 +151,9 @@ function scaleBars() {
 }
 
 async function run() {
-  const shown = photo, body = request({ msd: { trace: true } });
+  const shown = part, body = request({ msd: { trace: true } });
   const drafted = await answer(body, (step) => view.add(step), 'rate-drafts', 'bar-drafts');
-  if (shown && shown === photo) asked = { messages: body.messages, tokens: view.tokens.map((token) => token.id) };
+  if (shown && shown === part) asked = { messages: body.messages, tokens: view.tokens.map((token) => token.id) };
   $('status').textContent = `Answer: ${drafted.text}`;
   if (!$('compare').checked) return;
   $('plain').hidden = false;
@@ -186,7 +218,7 @@ async function connect() {
   view.settings = await ask('v1/msd', $('key').value);
   const { model, method, policy, epsilon } = view.settings;
   $('served').textContent = `${model}, method ${method}, ${policy}${epsilon ? `, ε ${epsilon}` : ''}`;
-  $('events').hidden = !view.settings.events;
+  $('file').accept = ['image/*', ...view.settings.formats].join(',');
 }
 
 connect().catch((error) => { $('served').textContent = 'not connected'; fail(error); });

@@ -52,7 +52,7 @@ export async function* stream(path, key, body, signal) {
   }
 }
 
-export function messages(question, photo) {
-  const shown = photo ? [{ type: 'image_url', image_url: { url: photo } }] : [];
-  return [{ role: 'user', content: [...shown, { type: 'text', text: question }] }];
+// part: of a message, with a photo or a recording; null for none.
+export function messages(question, part) {
+  return [{ role: 'user', content: [...(part ? [part] : []), { type: 'text', text: question }] }];
 }

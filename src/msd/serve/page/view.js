@@ -12,8 +12,10 @@ function element(name, text, attributes = {}) {
 }
 
 export class View {
-  constructor() {
-    this.settings = { colours: {}, other: '#999', crop: false };
+  // frames: shows those of a recording.
+  constructor(frames) {
+    this.settings = { formats: [], colours: {}, other: '#999', crop: false };
+    this.frames = frames;
     $('tokens').addEventListener('keydown', (event) => this.#move(event));
     $('tokens').addEventListener('click', (event) => this.#pick(event.target.closest('.token')));
     $('step').addEventListener('input', () => this.#showStep(Number($('step').value), false));
@@ -29,6 +31,7 @@ export class View {
     this.kinds = new Set();
     for (const id of ['tokens', 'tree', 'counts', 'totals', 'legend', 'map']) $(id).replaceChildren();
     $('blocks').replaceChildren();
+    this.frames.shade(null);
     $('detail').textContent = 'Each token of the answer appears here as it is emitted.';
     $('step-note').textContent = 'What the drafter proposed in a step, and what the target accepted of it.';
     Object.assign($('step'), { disabled: true, max: 1, value: 1 });
@@ -61,7 +64,7 @@ export class View {
     this.gains = gains;
     this.#count();
     if (this.selected >= 0) this.#select(this.selected);
-    else this.#showMap(sumOf(gains.blocks), 'all tokens together', gains.gain.reduce((a, b) => a + b, 0));
+    else this.#showMap(sumOf(partsOf(gains)), 'all tokens together', gains.gain.reduce((a, b) => a + b, 0));
   }
 
   #pick(span) {
@@ -93,7 +96,7 @@ export class View {
     if (this.gains) facts.push(`gain of the image ${this.gains.gain[at].toFixed(3)} nats`);
     $('detail').textContent = `“${visible(token.text)}”: ${facts.join(', ')}`;
     if (token.step) this.#showStep(token.step, false);
-    if (this.gains) this.#showMap(this.gains.blocks?.[at], `“${token.text.trim()}”`, this.gains.gain[at]);
+    if (this.gains) this.#showMap(partsOf(this.gains)?.[at], `“${token.text.trim()}”`, this.gains.gain[at]);
   }
 
   #showStep(number, newest) {
@@ -106,17 +109,20 @@ export class View {
     $('step-note').textContent = summary(step);
   }
 
-  #showMap(blocks, what, whole) {
-    const most = blocks ? Math.max(...blocks, 1e-9) : 0;
-    $('map').textContent = `Gain of the image at ${what}: ${whole.toFixed(3)} nats` + (blocks
-      ? `; its largest block alone ${most.toFixed(3)}; redder is more.`
+  // parts: the gain of each block of the photo, or of each frame of the recording.
+  #showMap(parts, what, whole) {
+    const most = parts ? Math.max(...parts, 1e-9) : 0, kind = this.gains.frames ? 'frame' : 'block';
+    const which = this.gains.frames ? ` (${parts.indexOf(Math.max(...parts)) + 1})` : '';
+    $('map').textContent = `Gain of the image at ${what}: ${whole.toFixed(3)} nats` + (parts
+      ? `; its largest ${kind}${which} alone ${most.toFixed(3)}; redder is more.`
       : '. A map needs one image whose tokens form a square.');
-    if (!blocks) return;
+    if (!parts) return;
+    if (this.gains.frames) return this.frames.shade(parts);
     const side = this.gains.side, grid = $('blocks');
-    if (grid.children.length !== blocks.length) grid.replaceChildren(...blocks.map(() => element('i')));
+    if (grid.children.length !== parts.length) grid.replaceChildren(...parts.map(() => element('i')));
     grid.style.gridTemplate = `repeat(${side}, 1fr) / repeat(${side}, 1fr)`;
     grid.style.inset = this.settings.crop ? middle($('image')) : '0';
-    blocks.forEach((nats, i) => { grid.children[i].style.opacity = (0.7 * Math.max(0, nats)) / Math.max(most, 0.02); });
+    parts.forEach((nats, i) => { grid.children[i].style.opacity = (0.7 * Math.max(0, nats)) / Math.max(most, 0.02); });
   }
 
   // Statistics: totals, and a row for each modality.
@@ -175,7 +181,9 @@ export class View {
 // Tokens of an incomplete character have no text of their own.
 const visibleToken = (text) => (text === '' ? '·' : text);
 
-const sumOf = (blocks) => blocks?.reduce((sum, token) => sum.map((nats, i) => nats + token[i]));
+const partsOf = (gains) => gains.blocks ?? gains.frames;
+
+const sumOf = (parts) => parts?.reduce((sum, token) => sum.map((nats, i) => nats + token[i]));
 
 // The square in the middle of an image, as the CSS property `inset`.
 function middle(image) {
