@@ -132,9 +132,14 @@ def load_config(target: str | Path) -> PreTrainedConfig:
         if model_type in CONFIG_MAPPING:
             raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
         if model_type:  # such as "qwen", the first Qwen-VL
+            remedy = (
+                "; a newer one has it: pip install --upgrade transformers"
+                if model_type in families()
+                else ", so no adapter can be written; docs/targets.md lists what it can be"
+            )
             raise UserError(
                 f"target '{target}' has architecture '{model_type}', which transformers {transformers.__version__} "
-                "does not have, so no adapter can be written; docs/targets.md lists what it can be"
+                f"does not have{remedy}"
             ) from error
         if str(target).startswith((".", "/", "~")) and not Path(target).exists():
             raise UserError(f"target '{target}': there is no such folder; check the path") from error

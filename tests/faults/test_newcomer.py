@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny_checkpoint
+from msd import loading
 from training_command import run
 
 
@@ -38,6 +39,8 @@ ASK = ("generate", "photos/0.png", "-p", "What?")
         ((*ASK, "--target", "/nowhere/model"), ("no such folder", "/nowhere/model")),
         ((*ASK, "--target", "photos"), ("folder without config.json", "checkpoint")),
         ((*ASK, "--target", "model", "--method", "msd"), ("made for another target", "train it")),
+        ((*ASK, "--target", "model", "--method", "eagl3"), ("unknown method 'eagl3'", "did you mean 'eagle3'?")),
+        ((*ASK, "--target", "model", "--drafter", "model"), ("no known format", "as --draft-model")),
         ((*ASK, "--target", "model", "--draft-model", "./nowhere"), ("draft model './nowhere'", "no such folder")),
         (("check", "nowhere"), ("there is no folder 'nowhere'",)),
         (("export", "out"), ("Missing option '--to'", "see 'msd export --help'")),
@@ -62,3 +65,15 @@ def test_the_folder_of_a_run_names_the_one_of_its_drafter(capsys: pytest.Capture
     assert code == 2 and f"give '{tmp_path / 'run' / 'drafter'}'" in err
     code, _, err = run(capsys, *ASK, "--target", "model", "--drafter", tmp_path)
     assert code == 2 and "give the folder that `msd train` wrote" in err
+
+
+def test_a_supported_architecture_that_the_library_lacks_names_the_upgrade(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "newest_vl"}')
+    code, _, err = run(capsys, *ASK, "--target", tmp_path)
+    assert code == 2 and "no adapter can be written" in err
+    known = loading.families()
+    monkeypatch.setattr(loading, "families", lambda: {**known, "newest_vl": known["llava"]})
+    code, _, err = run(capsys, *ASK, "--target", tmp_path)
+    assert code == 2 and "'newest_vl'" in err and "pip install --upgrade transformers" in err

@@ -30,8 +30,10 @@ def format_of(head: Head) -> Format:
             head.config.get("speculators_model_type") or architecture_of(head.config) or head.config.get("model_type")
         )
         names = ", ".join(sorted(head.tensors)[:3])
+        whole = str(kind).endswith(("ForConditionalGeneration", "ForCausalLM"))
         raise UserError(
             f"'{head.place}' has no known format of draft heads (its config names {kind!r}, its tensors begin with "
             f"{names}); known: {', '.join(f.name for f in FORMATS)}"
+            + ("; a whole model drafts as --draft-model" if whole else "")
         )
     return found
