@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -153,8 +154,11 @@ def load_config(target: str | Path) -> PreTrainedConfig:
 
 def _without_network(error: Exception) -> str:
     """What to do where the hub cannot be reached: its client tries for a minute each time."""
-    offline = "; without a network give a folder, or set HF_HUB_OFFLINE=1, which reads downloaded models at once"
-    return offline if "connect to" in str(error) else ""
+    if "connect to" not in str(error):
+        return ""
+    if constants.HF_HUB_OFFLINE:
+        return "; HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or give a folder"
+    return "; without a network give a folder, or set HF_HUB_OFFLINE=1, which reads downloaded models at once"
 
 
 def _model_type(path: str | Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ ASK = ("generate", "photos/0.png", "-p", "What?")
         (("export", "out"), ("Missing option '--to'", "see 'msd export --help'")),
         (("gnerate",), ("Did you mean 'generate'", "see 'msd --help'")),
         (("reference", "instal"), ("see 'msd reference --help'",)),
-        ((*ASK, "--target", "org/model"), ("unknown target 'org/model'", "HF_HUB_OFFLINE")),
+        ((*ASK, "--target", "org/model"), ("unknown target 'org/model'", "HF_HUB_OFFLINE is set")),
+        (("serve", "--target", "model", "--host", "nowhere.invalid"), ("cannot listen on nowhere.invalid", "--host")),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -77,3 +79,13 @@ def test_a_supported_architecture_that_the_library_lacks_names_the_upgrade(
     monkeypatch.setattr(loading, "families", lambda: {**known, "newest_vl": known["llava"]})
     code, _, err = run(capsys, *ASK, "--target", tmp_path)
     assert code == 2 and "'newest_vl'" in err and "pip install --upgrade transformers" in err
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_target", lambda *_, **__: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run(capsys, "serve", "--target", "model", "--port", port)
+    assert code == 2 and f"port {port}" in err and "--port" in err and err.count("\n") == 1
