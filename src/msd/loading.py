@@ -122,6 +122,8 @@ def _device(name: str | None) -> torch.device:
 def load_config(target: str | Path) -> PreTrainedConfig:
     """Loads the config of a target, and nothing else. UserError as in `load_target`."""
     path = reference.resolve(target)
+    if Path(path).is_file():
+        raise UserError(f"target '{target}' is a file; give the folder of a checkpoint")
     problem = damage(Path(path)) if Path(path).is_dir() else None  # the library misses or misreports some damage
     if problem is not None:
         remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import tiny_checkpoint
 from msd import loading
+from msd.bench.data import load_data
 from training_command import run
 
 
@@ -43,6 +45,9 @@ ASK = ("generate", "photos/0.png", "-p", "What?")
         ((*ASK, "--target", "model", "--method", "eagl3"), ("unknown method 'eagl3'", "did you mean 'eagle3'?")),
         ((*ASK, "--target", "model", "--drafter", "model"), ("no known format", "as --draft-model")),
         ((*ASK, "--target", "model", "--draft-model", "./nowhere"), ("draft model './nowhere'", "no such folder")),
+        ((*ASK, "--target", "model/config.json"), ("is a file", "give the folder")),
+        (("inspect", *ASK[1:], "--target", "model", "-o", "photos/0.png"), ("'photos/0.png' is an input",)),
+        (("export", "model", "--to", "vllm"), ("'model' has a config.json", "choose another folder")),
         (("check", "nowhere"), ("there is no folder 'nowhere'",)),
         (("export", "out"), ("Missing option '--to'", "see 'msd export --help'")),
         (("gnerate",), ("Did you mean 'generate'", "see 'msd --help'")),
@@ -89,3 +94,10 @@ def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(
         port = taken.getsockname()[1]
         code, _, err = run(capsys, "serve", "--target", "model", "--port", port)
     assert code == 2 and f"port {port}" in err and "--port" in err and err.count("\n") == 1
+
+
+def test_the_bundled_prompts_can_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "capture", "--target", "model", "--out", "own.jsonl", "--max-new-tokens", 1, "--json")
+    assert code == 0
+    singles = {(line.images, line.prompt) for line in load_data(None) if not line.before}
+    assert json.loads(out)["records"] == len(singles)
