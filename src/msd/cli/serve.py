@@ -118,7 +118,8 @@ def serve(
             timeout_graceful_shutdown=30,
         )  # fmt: skip
         place.listen()
-        typer.echo(f"http://{host}:{port} answers now; Ctrl-C ends it", err=True)
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"http://{shown}:{port} answers now; Ctrl-C ends it", err=True)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[place])
 
