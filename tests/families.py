@@ -15,12 +15,12 @@ from families_mrope import MROPE
 from families_plain import PLAIN
 from families_special import SPECIAL
 from family import Family
-from family_models import made
+from family_models import built, made
 from recurrent_models import RECURRENT
 
 HYBRIDS = [
     Family(
-        r.name, made(partial(r.model, r.config), *r.weights), r.place, r.tensors, r.kinds, r.sizes,
+        r.name, made(partial(built, r.name, r.config), *r.weights), r.place, r.tensors, r.kinds, r.sizes,
         () if r.types is None else (r.types,), r.frame,
     )
     for r in RECURRENT

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
 from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY
 from msd.targets.taps import output_layer
@@ -59,7 +61,14 @@ def tiny(kind: str, *, sharpness: float = 10.0, strength: float = 6.0, **config:
     """A maker of seeded models of `model_type` `kind`; `config` as in its config class."""
 
     config = {"tie_word_embeddings": False} | config
-    return made(lambda: AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind, **config)), sharpness, strength)
+    return made(lambda: built(kind, config), sharpness, strength)
+
+
+def built(kind: str, config: dict[str, Any]) -> PreTrainedModel:
+    """A model of `model_type` `kind`; skips the test where this release of the library does not have it."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    return AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind, **config))
 
 
 def made(

@@ -7,23 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
-    Kimi_K25Config,
-    Kimi_K25ForConditionalGeneration,
-    PreTrainedModel,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Step3p7Config,
-    Step3p7ForConditionalGeneration,
-)
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 import recurrent_models as hybrids
-from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, WORDS
+from family_layouts import BOS, END, EOS, IMAGE, PAD, START, VOCABULARY, WORDS
+from family_models import built
 from msd.drafters.toolkit.mtp_network import declared
 
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -60,12 +49,8 @@ def kimi_k25(layers: int) -> PreTrainedModel:
     ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     text = _sizes() | GROUPS | ranks | {"model_type": "deepseek_v3", "num_key_value_heads": 4, "num_mtp_layers": layers}
     vision = VISION | {"merge_kernel_size": (2, 2), "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 4}
-    marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START}
-    config = Kimi_K25Config(
-        text_config=text, vision_config=vision, **marks, vision_end_token_id=END, projection_hidden_size=16,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    return _finished(Kimi_K25ForConditionalGeneration(config))
+    more = {"projection_hidden_size": 16, "tie_word_embeddings": False}
+    return _finished(built("kimi_k25", {"text_config": text, "vision_config": vision, **hybrids._MARKS, **more}))
 
 
 def glm4_moe(layers: int) -> PreTrainedModel:
@@ -83,26 +68,26 @@ def step3p7(layers: int) -> PreTrainedModel:
         "num_key_value_heads": 2, "head_dim": 8, "share_expert_dim": 32, "layer_types": kinds, "sliding_window": 12,
         "mlp_layer_types": ["dense", "sparse", "sparse"] + ["dense"] * layers, "num_nextn_predict_layers": layers,
     }  # fmt: skip
-    config = Step3p7Config(text_config=text, vision_config=VISION | {"image_size": 32}, image_token_id=IMAGE)
-    return _finished(Step3p7ForConditionalGeneration(config))
+    config = {"text_config": text, "vision_config": VISION | {"image_size": 32}, "image_token_id": IMAGE}
+    return _finished(built("step3p7", config))
 
 
-def _qwen3_5(kind: type, config: type, layers: int, **more: Any) -> PreTrainedModel:
+def _qwen3_5(kind: str, layers: int, **more: Any) -> PreTrainedModel:
     """A hybrid with M-RoPE, whose checkpoints count the layers under a name of their own."""
     torch.manual_seed(0)
     text = hybrids._delta_net(**more, mtp_num_hidden_layers=layers)
     text |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "tie_word_embeddings": False}
-    return _finished(kind(config(text_config=text, vision_config=hybrids._PATCH, **hybrids._MARKS)))
+    return _finished(built(kind, {"text_config": text, "vision_config": hybrids._PATCH, **hybrids._MARKS}))
 
 
 def qwen3_5(layers: int) -> PreTrainedModel:
     """Dense."""
-    return _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, layers)
+    return _qwen3_5("qwen3_5", layers)
 
 
 def qwen3_5_moe(layers: int) -> PreTrainedModel:
     """With a mixture of experts, also in the multi-token-prediction layers."""
-    return _qwen3_5(Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, layers, **hybrids._EXPERTS)
+    return _qwen3_5("qwen3_5_moe", layers, **hybrids._EXPERTS)
 
 
 @dataclass(frozen=True)

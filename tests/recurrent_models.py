@@ -8,27 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Lfm2Config,
-    Lfm2VlConfig,
-    Lfm2VlForConditionalGeneration,
-    Lfm3Config,
-    Lfm3VlConfig,
-    Lfm3VlForConditionalGeneration,
-    MiniCPMOcrConfig,
-    MiniCPMOcrForConditionalGeneration,
-    MiniCPMV4_6Config,
-    MiniCPMV4_6ForConditionalGeneration,
-    MiniCPMV4_7Config,
-    MiniCPMV4_7ForConditionalGeneration,
-    NemotronH_Omni_Reasoning_V3,
-    NemotronH_Omni_Reasoning_V3_Config,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Siglip2VisionConfig,
-)
 
 from family_layouts import BOS, BREAK, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY, Picture, Rows, grid, of, qwen
 
@@ -38,14 +17,13 @@ LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 
 @dataclass(frozen=True)
 class Recurrent:
-    """The fields of a `Family`, with the class and config of its model instead of a maker.
+    """The fields of a `Family`, with the config of its model instead of a maker; `name` is its `model_type`.
 
     weights: how much larger than at the start of training: those of the output layer, and all others.
     """
 
     name: str
-    model: type
-    config: Any
+    config: dict[str, Any]
     place: Callable[[Picture, bool], list[int]]
     tensors: Callable[[Rows], dict[str, Tensor]]
     kinds: tuple[str, ...] = ("image",)
@@ -159,64 +137,64 @@ _RADIO = {
 _VIDEOS = ("image", "video")
 RECURRENT = [
     Recurrent(
-        "qwen3_5", Qwen3_5ForConditionalGeneration,
-        Qwen3_5Config(text_config=_delta_net(), vision_config=_PATCH, **_MARKS),
+        "qwen3_5", {"text_config": _delta_net(), "vision_config": _PATCH, **_MARKS},
         grid(True), qwen(False), _VIDEOS, types="mm_token_type_ids",
     ),
     Recurrent(
-        "qwen3_5_moe", Qwen3_5MoeForConditionalGeneration,
-        Qwen3_5MoeConfig(text_config=_delta_net(**_EXPERTS), vision_config=_PATCH, **_MARKS),
+        "qwen3_5_moe", {"text_config": _delta_net(**_EXPERTS), "vision_config": _PATCH, **_MARKS},
         grid(True), qwen(False), _VIDEOS, types="mm_token_type_ids",
     ),
     Recurrent(
-        "lfm2_vl", Lfm2VlForConditionalGeneration,
-        Lfm2VlConfig(
-            text_config=Lfm2Config(**_sizes(
-                layer_types=["conv", "full_attention", "conv"], conv_L_cache=3, block_auto_adjust_ff_dim=False,
-                tie_word_embeddings=False,
-            )),
-            vision_config=Siglip2VisionConfig(**_TOWER, num_patches=16, vision_use_head=False), image_token_id=IMAGE,
-            projector_hidden_size=32, downsample_factor=2, tie_word_embeddings=False,
-        ),
+        "lfm2_vl",
+        {
+            "text_config": _sizes(
+                model_type="lfm2", layer_types=["conv", "full_attention", "conv"], conv_L_cache=3,
+                block_auto_adjust_ff_dim=False, tie_word_embeddings=False,
+            ),
+            "vision_config": _TOWER | {
+                "model_type": "siglip2_vision_model", "num_patches": 16, "vision_use_head": False,
+            },
+            "image_token_id": IMAGE, "projector_hidden_size": 32, "downsample_factor": 2, "tie_word_embeddings": False,
+        },
         _blocks(8), _shaped,
     ),
     Recurrent(
-        "lfm3_vl", Lfm3VlForConditionalGeneration,
-        Lfm3VlConfig(
-            text_config=Lfm3Config(**_sizes(
-                layer_types=["conv", "full_attention", "conv", "sliding_attention"], num_hidden_layers=4, head_dim=8,
-                conv_L_cache=3, sliding_window=12, tie_word_embeddings=False,
-            )),
-            vision_config={
+        "lfm3_vl",
+        {
+            "text_config": _sizes(
+                model_type="lfm3", layer_types=["conv", "full_attention", "conv", "sliding_attention"],
+                num_hidden_layers=4, head_dim=8, conv_L_cache=3, sliding_window=12, tie_word_embeddings=False,
+            ),
+            "vision_config": {
                 "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                 "num_key_value_heads": 2, "patch_size": 4, "layer_types": ["conv", "full_attention"],
             },
-            projector_hidden_size=32, tie_word_embeddings=False, **_MARKS,
-        ),
+            "projector_hidden_size": 32, "tie_word_embeddings": False, **_MARKS,
+        },
         grid(True), qwen(False), _VIDEOS,
     ),
     Recurrent(
-        "minicpm_ocr", MiniCPMOcrForConditionalGeneration, MiniCPMOcrConfig(**_MINICPM),
+        "minicpm_ocr", _MINICPM,
         _blocks(8), _packed, _VIDEOS, ((16, 32), (32, 16)), frame=(16, 16), weights=(20.0, 12.0),
     ),
     Recurrent(
-        "minicpmv4_6", MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config(**_MINICPM),
+        "minicpmv4_6", _MINICPM,
         _blocks(16), _packed, _VIDEOS, ((16, 32), (32, 16)), frame=(16, 16),
     ),
     Recurrent(
-        "minicpmv4_7", MiniCPMV4_7ForConditionalGeneration,
-        MiniCPMV4_7Config(
-            **_MINICPM, image_start_id=START, image_end_id=END, slice_start_id=SLICE, slice_end_id=SLICE,
-            newline_id=BREAK,
-        ),
+        "minicpmv4_7",
+        _MINICPM | {
+            "image_start_id": START, "image_end_id": END, "slice_start_id": SLICE, "slice_end_id": SLICE,
+            "newline_id": BREAK,
+        },
         _blocks(16), _packed, _VIDEOS, ((16, 32), (32, 16)), "mm_token_type_ids", (16, 16),
     ),
     Recurrent(
-        "nemotron_h_omni", NemotronH_Omni_Reasoning_V3,
-        NemotronH_Omni_Reasoning_V3_Config(
-            text_config=_MAMBA, vision_config=_RADIO, vision_hidden_size=16, projector_hidden_size=32,
-            image_token_id=IMAGE, video_token_id=VIDEO, force_image_size=16,
-        ),
+        "nemotron_h_omni",
+        {
+            "text_config": _MAMBA, "vision_config": _RADIO, "vision_hidden_size": 16, "projector_hidden_size": 32,
+            "image_token_id": IMAGE, "video_token_id": VIDEO, "force_image_size": 16,
+        },
         _blocks(8), _gridded, weights=(10.0, 24.0),
     ),
 ]  # fmt: skip

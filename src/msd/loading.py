@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -121,6 +122,8 @@ def _device(name: str | None) -> torch.device:
 def load_config(target: str | Path) -> PreTrainedConfig:
     """Loads the config of a target, and nothing else. UserError as in `load_target`."""
     path = reference.resolve(target)
+    if Path(path).is_file():
+        raise UserError(f"target '{target}' is a file; give the folder of a checkpoint")
     problem = damage(Path(path)) if Path(path).is_dir() else None  # the library misses or misreports some damage
     if problem is not None:
         remedy = "run 'msd reference install --force'" if str(target) == "reference" else "copy or download it again"
@@ -132,9 +135,14 @@ def load_config(target: str | Path) -> PreTrainedConfig:
         if model_type in CONFIG_MAPPING:
             raise UserError(f"target '{target}': its config.json is wrong ({_first_line(error)})") from error
         if model_type:  # such as "qwen", the first Qwen-VL
+            remedy = (
+                "; a newer one has it: pip install --upgrade transformers"
+                if model_type in families()
+                else ", so no adapter can be written; docs/targets.md lists what it can be"
+            )
             raise UserError(
                 f"target '{target}' has architecture '{model_type}', which transformers {transformers.__version__} "
-                "does not have, so no adapter can be written; docs/targets.md lists what it can be"
+                f"does not have{remedy}"
             ) from error
         if str(target).startswith((".", "/", "~")) and not Path(target).exists():
             raise UserError(f"target '{target}': there is no such folder; check the path") from error
@@ -148,8 +156,11 @@ def load_config(target: str | Path) -> PreTrainedConfig:
 
 def _without_network(error: Exception) -> str:
     """What to do where the hub cannot be reached: its client tries for a minute each time."""
-    offline = "; without a network give a folder, or set HF_HUB_OFFLINE=1, which reads downloaded models at once"
-    return offline if "connect to" in str(error) else ""
+    if "connect to" not in str(error):
+        return ""
+    if constants.HF_HUB_OFFLINE:
+        return "; HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or give a folder"
+    return "; without a network give a folder, or set HF_HUB_OFFLINE=1, which reads downloaded models at once"
 
 
 def _model_type(path: str | Path) -> str | None:

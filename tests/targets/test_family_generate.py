@@ -118,12 +118,17 @@ def test_different_media_give_different_answers(name: str) -> None:
     for kinds in contents(family)[1:]:
         shown = family.parts(3, kinds)
         other = [p if isinstance(p, int) else _noise(p, i) for i, p in enumerate(shown)]
-        one, two = (
-            vlm.generate(**family.row(x), **SETTINGS[1], seed=5, max_new_tokens=NEW, eos_token_id=None)
-            for x in (shown, other)
-        )
-        assert isinstance(one, Result) and isinstance(two, Result)
-        assert one.tokens == alone(name, tuple(kinds), 1, 5) != two.tokens, kinds
+        for seed in (5, 6, 7):  # the few tokens of one seed may agree by chance
+            one, two = (
+                vlm.generate(**family.row(x), **SETTINGS[1], seed=seed, max_new_tokens=NEW, eos_token_id=None)
+                for x in (shown, other)
+            )
+            assert isinstance(one, Result) and isinstance(two, Result)
+            assert one.tokens == alone(name, tuple(kinds), 1, seed)
+            if one.tokens != two.tokens:
+                break
+        else:
+            pytest.fail(f"{kinds} do not matter")
 
 
 def _noise(picture: Picture, seed: int) -> Picture:

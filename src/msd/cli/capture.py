@@ -86,6 +86,8 @@ def capture(
     served.check(model, batch)
     check_place(out)
     every = load_data(lines.data, lines.images)
+    if lines.data is None:  # the bundled prompts, without the later turns of conversations
+        every = [sample for sample in every if not sample.before]
     samples = every[: lines.limit]
     folder = image_folder(lines.data or BUNDLED / "prompts.jsonl", lines.images)
     prompts = [_prompt(sample, folder) for sample in samples]

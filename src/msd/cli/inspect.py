@@ -33,6 +33,13 @@ def inspect(
 ) -> None:
     """Answer PROMPT and show the draft trees: what was drafted, and what the target accepted."""
     _check(out, text, as_json)
+    sources = [*(inputs.images or ()), *(inputs.video or ()), inputs.events]
+    if (
+        out is not None
+        and out.exists()
+        and any(path and Path(path).exists() and out.samefile(path) for path in sources)
+    ):
+        raise UserError(f"--out '{out}' is an input; name another file")
     loaded = load_inputs(inputs, drafting.target)
     # every step drafts as much as it may, as in `msd verify`: the page does not depend on the clock
     vlm, settings = load_engine(loaded, drafting, sampling.settings(max_new_tokens), adaptive=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +123,31 @@ def serve(
     if cluster.ray:
         _serve_replicas(drafting, policy, served, cluster, keys, (host, port))
         return
-    app = served.application(drafting, policy, keys)
-    uvicorn.run(
-        app, host=host, port=port, log_level="warning", server_header=False, timeout_keep_alive=10,
-        h11_max_incomplete_event_size=32 * 1024, limit_concurrency=served.connections, timeout_graceful_shutdown=30,
-    )  # fmt: skip
+    with _bound(host, port) as place:
+        config = uvicorn.Config(
+            served.application(drafting, policy, keys), log_level="warning", server_header=False,
+            timeout_keep_alive=10, h11_max_incomplete_event_size=32 * 1024, limit_concurrency=served.connections,
+            timeout_graceful_shutdown=30,
+        )  # fmt: skip
+        place.listen()
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"http://{shown}:{port} answers now; Ctrl-C ends it", err=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[place])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Returns a socket bound to an address, before a model is loaded; UserError where that is impossible."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({error.strerror}); choose others with --host and --port"
+        ) from error
+    return place
 
 
 def _serve_replicas(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -186,7 +187,9 @@ def get(name: str) -> Method:
     if known is None:
         listed = [m.name + (" (weights not here)" if m.missing else "") for m in catalogue()]
         options = ", ".join(f"NAME+{option}" for option in _OPTIONS)
-        raise UserError(f"unknown method '{name}'; known: {', '.join(listed)}; for drafters also {options}")
+        near = get_close_matches(name, [m.name for m in catalogue()], 1)
+        meant = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(f"unknown method '{name}'; {meant}known: {', '.join(listed)}; for drafters also {options}")
     return known
 
 

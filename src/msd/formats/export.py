@@ -19,10 +19,11 @@ from msd.drafters.toolkit.network import DraftNetwork
 from msd.errors import UserError
 from msd.formats.card import CARD, card
 from msd.formats.engines import ENGINES, engine_named
-from msd.formats.folder import local
+from msd.formats.folder import WEIGHTS, local
+from msd.formats.format import OURS
 from msd.formats.load import load
 from msd.formats.table import FORMATS, format_named
-from msd.system.files import make_folder, write_whole
+from msd.system.files import make_folder, read_json, write_whole
 
 # --to -> the formats that it can mean, one for each kind of network
 LAYOUTS = {
@@ -50,7 +51,8 @@ def export(head: Path | str, layout: str, out: Path) -> str:
     if not candidates:
         methods = sorted({f.method for f in FORMATS if f.name in LAYOUTS[layout]})
         raise UserError(
-            f"a head of method '{network.method}' has no place in layout '{layout}', which is for {', '.join(methods)}"
+            f"a head of method '{network.method}' has no place in layout '{layout}', which is for "
+            f"{', '.join(methods)}; train one with 'msd train --method'"
         )
     reasons = [f.fits(c) for f in candidates]
     form = next((f for f, reason in zip(candidates, reasons, strict=True) if not reason), None)
@@ -61,12 +63,22 @@ def export(head: Path | str, layout: str, out: Path) -> str:
         raise UserError(f"head '{head}' cannot be written for {ENGINES[layout].title}: {refused}")
     spare = form.spare(c)
     tensors = {form.theirs(name): t for name, t in network.state_dict().items() if name not in spare}
+    _check_replaceable(out)
     make_folder(out)
     write_whole(out / "model.safetensors", packed(_narrowed(tensors), metadata={"format": "pt"}))
     write_whole(out / "config.json", json.dumps(form.config(c) | {"dtype": _dtype(tensors)}, indent=2) + "\n")
     if not (out / CARD).exists():
         write_whole(out / CARD, card(form.name, c, checkpoint.training(local(head)), out.name, None))
     return form.name
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises UserError if the folder holds a model or a head that `export` did not write."""
+    config = out / "config.json"
+    if config.is_file() and OURS in read_json(config, "choose another folder"):
+        return
+    if found := next((name for name in (config.name, WEIGHTS[0]) if (out / name).exists()), None):
+        raise UserError(f"'{out}' has a {found} that 'msd export' did not write; choose another folder")
 
 
 def prepare(network: DraftNetwork, engine: str) -> DraftNetwork:

@@ -6,6 +6,7 @@ from msd.errors import UserError
 from msd.formats.dflash import BLOCK_FORMATS
 from msd.formats.eagle import EAGLE_FORMATS
 from msd.formats.eagle3 import EAGLE3_FORMATS
+from msd.formats.engines import ENGINES
 from msd.formats.folder import Head
 from msd.formats.format import Format, architecture_of
 from msd.formats.speculators import SPECULATORS_FORMATS
@@ -18,7 +19,7 @@ def format_named(name: str) -> Format:
     """Returns the format `name`; UserError lists all."""
     found = next((f for f in FORMATS if f.name == name), None)
     if found is None:
-        raise UserError(f"unknown format '{name}'; known: {', '.join(f.name for f in FORMATS)}")
+        raise UserError(f"unknown format '{name}'; known: {', '.join([*(f.name for f in FORMATS), *ENGINES])}")
     return found
 
 
@@ -30,8 +31,10 @@ def format_of(head: Head) -> Format:
             head.config.get("speculators_model_type") or architecture_of(head.config) or head.config.get("model_type")
         )
         names = ", ".join(sorted(head.tensors)[:3])
+        whole = str(kind).endswith(("ForConditionalGeneration", "ForCausalLM"))
         raise UserError(
             f"'{head.place}' has no known format of draft heads (its config names {kind!r}, its tensors begin with "
             f"{names}); known: {', '.join(f.name for f in FORMATS)}"
+            + ("; a whole model drafts as --draft-model" if whole else "")
         )
     return found
