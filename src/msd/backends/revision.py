@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
@@ -108,6 +109,11 @@ def inside(root: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[list[nn.
 
     visit(root)
     return list(found), [module for module, parent in found.items() if parent]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; the gathered values of one that is split over processes, which all call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
