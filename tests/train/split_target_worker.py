@@ -21,8 +21,8 @@ from msd.train import launched, split_target
 
 def held(weights: list[torch.Tensor]) -> int:
     """Bytes of the weights in this process now."""
-    own = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
-    return sum(w.numel() * w.element_size() for w in own)
+    storages = [(w.to_local() if isinstance(w, DTensor) else w).untyped_storage() for w in weights]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def main() -> None:
@@ -39,7 +39,8 @@ def main() -> None:
         whole = list(text_decoder(plain).layers.parameters())
         rank = processes.place()[0]
         figures = {
-            "equal": torch.equal(expected, found), "fingerprints": [fingerprint(plain), fingerprint(model)],
+            "difference": (expected - found).abs().max().item(),
+            "fingerprints": [fingerprint(plain), fingerprint(model)],
             "layers": held(whole), "layer": held(whole) // len(layers), "peaks": peaks,
             "here": held(list(layers.parameters())), "rest": [held(list(m.parameters())) for m in (plain, model)],
         }  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
@@ -113,7 +112,8 @@ def inside(root: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[list[nn.
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; the gathered values of one that is split over processes, which all call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    gather = getattr(tensor, "full_tensor", None)  # of DTensor, which is slow to import
+    return tensor if gather is None else gather()
 
 
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
