@@ -111,7 +111,7 @@ def bound() -> dict[str, str]:
     listed = ",".join(map(str, cores))
     return {
         "OMP_NUM_THREADS": str(len(cores)), "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{listed}]",
-        "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0", "VLLM_CPU_OMP_THREADS_BIND": listed,
+        "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0",
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Run by `accelerate launch` in each process of `test_split_target`: prints what it holds of a target, as JSON.
+"""Run by `accelerate launch` in each process of `test_split_target`: writes what it holds of targets, as JSON.
 
-Arguments: the folder of the target, and that of the answers.
+Arguments: the folders of the targets. Process r writes `r.json` into each.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -25,26 +26,29 @@ def held(weights: list[torch.Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def figures(place: Path) -> dict[str, Any]:
+    """What this process holds of a target, before and in a pass, and how the pass differs from that of a whole one."""
+    plain, _ = load_target(place)
+    model, _ = split_target.load(place, None, 2)
+    layers, peaks = text_decoder(model).layers, list[int]()
+    for layer in layers:  # inside of a layer, which is whole during its own pass
+        layer.mlp.register_forward_hook(lambda *_: peaks.append(held(list(layers.parameters()))))
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        expected, found = plain(input_ids=ids).logits, model(input_ids=ids).logits
+    whole = held(list(text_decoder(plain).layers.parameters()))
+    return {
+        "difference": (expected - found).abs().max().item(), "prints": [fingerprint(plain), fingerprint(model)],
+        "layers": whole, "layer": whole // len(layers), "peaks": peaks, "here": held(list(layers.parameters())),
+        "all": [held(list(m.parameters())) for m in (plain, model)],
+    }  # fmt: skip
+
+
 def main() -> None:
-    place, out = map(Path, sys.argv[1:])
     with launched.ending_together():
-        plain, _ = load_target(place)
-        model, _ = split_target.load(place, None, 2)
-        layers, peaks = text_decoder(model).layers, list[int]()
-        for layer in layers:  # inside of a layer, which is whole during its own pass
-            layer.mlp.register_forward_hook(lambda *_: peaks.append(held(list(layers.parameters()))))
-        ids = torch.arange(4, 40)[None]
-        with torch.no_grad():
-            expected, found = plain(input_ids=ids).logits, model(input_ids=ids).logits
-        whole = list(text_decoder(plain).layers.parameters())
-        rank = processes.place()[0]
-        figures = {
-            "difference": (expected - found).abs().max().item(),
-            "fingerprints": [fingerprint(plain), fingerprint(model)],
-            "layers": held(whole), "layer": held(whole) // len(layers), "peaks": peaks,
-            "here": held(list(layers.parameters())), "rest": [held(list(m.parameters())) for m in (plain, model)],
-        }  # fmt: skip
-        (out / f"{rank}.json").write_text(json.dumps(figures))
+        for place in map(Path, sys.argv[1:]):
+            found = figures(place)
+            (place / f"{processes.place()[0]}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

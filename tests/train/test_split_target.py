@@ -20,23 +20,28 @@ from training_command import FSDP
 LAYERS = 8
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True])
-def test_each_process_holds_half_of_the_layers_and_gathers_one_at_a_time(tmp_path: Path, tied: bool) -> None:
-    place = tiny_checkpoint.write(tmp_path / "target")
+def deep(place: Path, tied: bool) -> Path:
+    """A target of `LAYERS` layers in the folder `place`; tied: its output layer is its embedding."""
+    tiny_checkpoint.write(place)
     config = tiny.llava(260).config
     config.text_config = LlamaConfig(**config.text_config.to_dict() | {"num_hidden_layers": LAYERS})
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     LlavaForConditionalGeneration(config).save_pretrained(place)
+    return place
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_the_layers_and_gathers_one_at_a_time(tmp_path: Path) -> None:
+    places = [deep(tmp_path / str(tied), tied) for tied in (False, True)]
     worker = Path(__file__).with_name("split_target_worker.py")
-    done = subprocess.run([*FSDP, worker, place, tmp_path], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*FSDP, worker, *places], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "the target is split" in done.stderr
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["difference"] < 1e-5 and len(set(found["fingerprints"])) == 1
+    assert done.stderr.count("the target is split") == len(places), "one process reports"
+    for file in [place / f"{rank}.json" for place in places for rank in range(2)]:
+        found = json.loads(file.read_text())
+        assert found["difference"] < 1e-5 and len(set(found["prints"])) == 1
         assert found["here"] == found["layers"] / 2
-        assert found["rest"][0] - found["rest"][1] == found["layers"] / 2, "all else is whole"
+        assert found["all"][0] - found["all"][1] == found["layers"] / 2, "all else is whole"
         assert found["peaks"] == [found["layers"] / 2 + found["layer"] / 2] * LAYERS, "one layer is whole at a time"
 
 
