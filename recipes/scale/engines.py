@@ -105,7 +105,8 @@ def ours(
 def bound() -> dict[str, str]:
     """Returns vLLM's environment with a thread on each core.
 
-    vLLM binds threads like this in a server, with `VLLM_CPU_OMP_THREADS_BIND`; in one process it leaves them free.
+    vLLM binds them like this in a server, with `VLLM_CPU_OMP_THREADS_BIND`. In one process it does not, and without
+    `OMP_NUM_THREADS` it computes with a single thread.
     """
     cores = sorted(os.sched_getaffinity(0))
     listed = ",".join(map(str, cores))
