@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -225,6 +226,7 @@ def main() -> None:
     args = arguments()
     if not vllm_process.INSTALLED.exists():
         raise SystemExit(vllm_process.MISSING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # vLLM ends with this command
     samples = load_data(args.data, args.images)[: args.limit]
     target = load_target("reference")
     names = ("tokens", "rounds", "chain", "block", "limit")

@@ -15,7 +15,7 @@ import tiny_checkpoint
 from msd.errors import UserError
 from msd.train import launched, split_target
 from msd.train.teacher_batches import TeacherCache
-from training_command import FSDP
+from training_command import FSDP, run
 
 LAYERS = 8
 
@@ -64,6 +64,20 @@ def test_settings_of_fsdp_without_a_meaning_here_are_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{name.lower()} '{value}' is not supported, .*; {remedy}"):
         launched.launched(torch.device("cpu"), 4)
+
+
+def test_what_needs_the_whole_target_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tiny_checkpoint.captured(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(split_target, "is_split", lambda model: True)
+    common = ("--images", place / "images", "--target", place)
+    code, _, err = run(capsys, "capture", "--data", place / "data.jsonl", *common, "--out", tmp_path / "other.jsonl")
+    assert code == 2 and "let a server write them, and give --answers" in err
+    captured = ("--captured", place / "captured.jsonl", "--out", tmp_path / "run")
+    code, _, err = run(capsys, "train", *captured, *common, "--calibrate", 2)
+    assert code == 2 and "--calibrate answers prompts with a whole target" in err
 
 
 def test_one_process_splits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
