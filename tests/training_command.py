@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import nn
 from msd.cli import main
 
 STEPS = 6
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
+# with --cpu, accelerate starts one process unless it has mpirun; --multi_gpu starts both, and msd keeps to the CPU
+DDP = (*LAUNCH, "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+FSDP = (*LAUNCH, "--config_file", str(Path(__file__).parents[1] / "recipes" / "scale" / "fsdp.yaml"))
 FLOAT32 = ("--precision", "float32")  # what is measured to be faster may differ from run to run
 
 

@@ -56,6 +56,7 @@ COMMANDS = {
     "results/drafts.json": "`python -m recipes.floors.drafts results`",
     "results/kernels.json": "`python -m recipes.floors.kernels results`",
     "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
+    "results/engines.json": "[vllm.md](vllm.md#speed)",
     "recipes/reference_vlm/results/evaluation.json": "[recipes/reference_vlm](../recipes/reference_vlm/README.md)",
     "recipes/msd/results/trained.json": "`python -m recipes.msd.rows tell`",
     "recipes/msd/results/results.json": "`python -m recipes.msd.rows bench`",
@@ -248,6 +249,44 @@ def drafts_table(measured: dict[str, Any]) -> str:
     )
 
 
+def engines_table(path: str = "results/engines.json") -> str:
+    """Tokens per second of this engine and vLLM, and how `msd` compares with the fastest way of vLLM."""
+    if not (ROOT / path).is_file():
+        return "Not measured yet."
+    results = read(path)
+    by_setting: dict[tuple[str, str, bool], dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        by_setting.setdefault((row["engine"], row["dtype"], row["compiled"]), {})[row["batch"]] = row
+    sizes = sorted({row["batch"] for row in results["rows"]})
+    lines = []
+    for (engine, dtype, compiled), found in by_setting.items():
+        first = found[sizes[0]]
+        tau = (first["speculation"] or {}).get("mean_acceptance_length")
+        speeds = [f"{found[size]['tokens_per_second']:.1f}" for size in sizes]
+        same = [f"{found[size]['same']}/{found[size]['samples']}" for size in sizes]
+        name = f"`{engine}`" + (", compiled" if compiled else "")
+        lines.append([name, dtype, *speeds, "–" if tau is None else f"{tau:.2f}", *same])
+    head = [*(f"tokens/s, batch {size}" for size in sizes), "τ", *(f"same answers, batch {size}" for size in sizes)]
+    compared = [
+        _against_vllm(results["rows"], dtype, size) for dtype in _kinds(results["rows"], "dtype") for size in sizes
+    ]
+    return table(["engine", "precision", *head], lines) + "\n\n" + "\n".join(compared)
+
+
+def _kinds(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def _against_vllm(rows: list[dict[str, Any]], dtype: str, size: int) -> str:
+    """A line that compares `msd` with the fastest way of vLLM in the same precision."""
+    speeds = {}
+    for row in rows:
+        if (row["dtype"], row["batch"]) == (dtype, size):
+            speeds[row["engine"] + (", compiled" if row["compiled"] else "")] = row["tokens_per_second"]
+    best = max((name for name in speeds if name.startswith("vllm")), key=speeds.__getitem__)
+    return f"- {dtype}, batch {size}: `msd` has {speeds['msd'] / speeds[best]:.2f} times the speed of `{best}`."
+
+
 def files_table() -> str:
     """Every result file here, the command that makes it, and the machine it was made on."""
     rows = []
@@ -290,6 +329,7 @@ def tables() -> dict[str, dict[str, str]]:
             "kernels": kernels_table(read("results/kernels.json")),
             "drafts": drafts_table(read("results/drafts.json")),
         },
+        "docs/vllm.md": {"engines": engines_table()},
         "docs/verification.md": {
             "half precision": half_precision_table(
                 {dtype: read(f"results/verify_{dtype}.json") for dtype in ("bfloat16", "float16")}

@@ -27,11 +27,17 @@ def variables(path: str = "") -> dict[str, str]:
     }  # fmt: skip
 
 
-def answers(job: dict[str, Any], path: str = "", patience: float = 3000) -> dict[str, Any]:
-    """Runs a job of `vllm_run`. RuntimeError with the end of its log if it fails or takes longer, in seconds."""
+def answers(
+    job: dict[str, Any], path: str = "", patience: float = 3000, more: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Runs a job of `vllm_run`, with `more` variables. RuntimeError with the end of its log if it fails.
+
+    patience: seconds after which it is ended, with `subprocess.TimeoutExpired`.
+    """
     done = subprocess.run(
         [PYTHON, Path(__file__).with_name("vllm_run.py")],
-        input=json.dumps(job), capture_output=True, text=True, env=variables(path), timeout=patience, check=False,
+        input=json.dumps(job), capture_output=True, text=True, env=variables(path) | (more or {}), timeout=patience,
+        check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"vLLM ended with {done.returncode}:\n{done.stderr[-6000:]}")

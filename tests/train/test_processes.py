@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,8 @@ import pytest
 
 import tiny_checkpoint
 from msd.train.loop import read_checkpoint
-from training_command import FLOAT32, run
+from training_command import DDP, FLOAT32, FSDP, run
 
-LAUNCH = [
-    sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
-    "--dynamo_backend", "no", "-m", "msd",
-]  # fmt: skip
-# with --cpu, accelerate starts one process unless it has mpirun; --multi_gpu starts both, and msd keeps to the CPU
-TWO = [*LAUNCH[:3], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCH[3:]]
 STEPS = 50
 OWN = ("answer_tokens_per_second", "peak_gb", "seconds")  # figures of the machine
 
@@ -53,8 +46,10 @@ def stop_one(process: subprocess.Popen[str], out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["msd", "eagle2"])
-def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("launch", "method"), [(DDP, "msd"), (FSDP, "eagle2")], ids=["ddp", "fsdp"])
+def test_two_processes_give_the_losses_of_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, launch: tuple[str, ...], method: str
+) -> None:
     place = tiny_checkpoint.captured(tmp_path / "place")
     lines = (place / "captured.jsonl").read_text().splitlines(keepends=True)
     about_images = [line for line in lines if json.loads(line)["image"]]  # without others, stage 1 has nothing to train
@@ -64,7 +59,7 @@ def test_two_processes_give_the_losses_of_one(capsys: pytest.CaptureFixture[str]
     code, _, err = run(capsys, *command(place, one, "--method", method))
     assert code == 0, err
     # a signal to one of them stops both after the same step; the same command goes on
-    shared = [*TWO, *command(place, two, "--method", method)]
+    shared = [*launch, "-m", "msd", *command(place, two, "--method", method)]
     first = subprocess.Popen(shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stop_one(first, two)
     out, err = first.communicate(timeout=240)
@@ -96,8 +91,7 @@ def test_a_batch_too_small_to_share_is_refused(tmp_path: Path, monkeypatch: pyte
         launched.launched(torch.device("cpu"), 3)
 
 
-@pytest.mark.parametrize("asked", ["launch", "script"])
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize(("asked", "kind"), [("launch", "DEEPSPEED"), ("script", "DEEPSPEED"), ("script", "FSDP")])
 def test_what_splits_the_drafter_is_refused_in_one_line(kind: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from accelerate.utils import DistributedType
@@ -105,7 +99,7 @@ def test_what_splits_the_drafter_is_refused_in_one_line(kind: str, asked: str, m
     from msd.errors import UserError
     from msd.train import launched
 
-    if asked == "launch":  # as 'accelerate launch --use_fsdp' sets it
+    if asked == "launch":  # as 'accelerate launch --use_deepspeed' sets it
         monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     else:
         monkeypatch.setattr(launched.Accelerator, "distributed_type", DistributedType[kind])

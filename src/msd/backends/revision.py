@@ -110,6 +110,12 @@ def inside(root: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[list[nn.
     return list(found), [module for module, parent in found.items() if parent]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; the gathered values of one that is split over processes, which all call this together."""
+    gather = getattr(tensor, "full_tensor", None)  # of DTensor, which is slow to import
+    return tensor if gather is None else gather()
+
+
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensor itself, or the plain tensors (numbers, scales) inside a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):

@@ -82,6 +82,7 @@ def capture(
 ) -> None:
     """Generate the target's greedy answers, and label each token by how much the image changes its probability."""
     from msd.bench.data import BUNDLED, image_folder, load_data
+    from msd.train.capture import pending
 
     served.check(model, batch)
     check_place(out)
@@ -98,10 +99,15 @@ def capture(
             json.dumps(summary) if as_json else "{out}: {records} answers, {written} new, of {model}".format(**summary)
         )
         return
-    summary = _from_target(
-        served, model, prompts, places, folder, out, max_new_tokens, batch, len(samples) == len(every)
-    )
-    print(json.dumps(summary) if as_json else _text(summary))
+    pending(prompts, out)  # an --out that cannot be resumed fails before any model loads
+    from msd.train import launched, split_target
+
+    with launched.ending_together(), split_target.own_copy(out, model.device) as place:
+        summary = _from_target(
+            served, model, prompts, places, folder, place, max_new_tokens, batch, len(samples) == len(every)
+        )
+    if place == out:
+        print(json.dumps(summary) if as_json else _text(summary))
 
 
 def _from_target(
@@ -119,16 +125,13 @@ def _from_target(
 
     complete: `prompts` are those of all data lines, so label thresholds are fitted.
     """
-    from msd.train.capture import pending
-
     begin = time.perf_counter()
-    pending(prompts, out)  # an --out that cannot be resumed fails before any model loads
     quiet()
     share_cores()
     from msd.labels.label_thresholds import ModalityThresholds
-    from msd.loading import load_target
     from msd.targets.registry import fingerprint
-    from msd.train.capture import check_labelled, fit_label_thresholds, label_thresholds_path, read_answers
+    from msd.train import split_target
+    from msd.train.capture import check_labelled, fit_label_thresholds, label_thresholds_path, pending, read_answers
     from msd.train.given_answers import AnswerLabeller
     from msd.train.target_writer import TargetWriter
 
@@ -136,8 +139,10 @@ def _from_target(
     path = label_thresholds_path(out)
     thresholds = ModalityThresholds.load(path) if path.exists() else None
     with terminal.status("loading the target…"):
-        loaded, processor = load_target(model.target, model.device)
+        loaded, processor = split_target.load(model.target, model.device)
         name = fingerprint(loaded)
+    if split_target.is_split(loaded) and not given:
+        raise UserError("a target that FSDP splits writes no answers; let a server write them, and give --answers")
     if thresholds is not None:
         thresholds.check_target(name)
     kind = partial(AnswerLabeller, given) if given else TargetWriter

@@ -136,16 +136,17 @@ def train(
     thresholds = answers.label_thresholds()
     quiet()
     from msd.drafters.toolkit import processes
-    from msd.loading import load_target
     from msd.targets.registry import fingerprint
-    from msd.train import drafting, launched, loop
+    from msd.train import drafting, launched, loop, split_target
 
     settings = _settings(network, training, calibrate)
-    model, processor = load_target(target, device)
-    thresholds.check_target(fingerprint(model))
     out = answers.out
     sink = loop.tensorboard(out / "tensorboard") if tensorboard else None
     with launched.ending_together():
+        model, processor = split_target.load(target, device, training.batch)
+        thresholds.check_target(fingerprint(model))
+        if calibrate and split_target.is_split(model):
+            raise UserError("--calibrate answers prompts with a whole target, which FSDP splits; leave it out")
         with contextlib.redirect_stdout(sys.stderr):
             finished = drafting.train(model, processor, captured, held_out, thresholds, out, settings, sink)
         if processes.place()[0] == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from msd.backends.revision import plain_tensors
+from msd.backends.revision import plain_tensors, whole
 from msd.errors import UserError
 from msd.targets.base import Target
 from msd.targets.bidirectional import Gemma3, Gemma4, Gemma4Unified, Molmo2, PaliGemma
@@ -199,7 +199,7 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(module.named_parameters()):
         digest.update(f"{name}|{tuple(weight.shape)}|".encode())
-        for tensor in plain_tensors(weight.detach()):
+        for tensor in plain_tensors(whole(weight.detach())):
             flat = tensor.reshape(-1)
             samples = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
             digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())

@@ -43,6 +43,7 @@ from msd.train.held_out import HeldOutAcceptance
 from msd.train.launched import launched
 from msd.train.loop import Loop, LoopConfig, Sink, StepLoss
 from msd.train.losses.msd import LossConfig
+from msd.train.split_target import is_split
 from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, TeacherCache
 
 REPAIR = "delete it, and run the command once with the run's own settings"
@@ -122,11 +123,13 @@ def train(
     """Trains a drafter to `out/drafter`. Returns False if a signal stopped the run; call it again to resume.
 
     sink: receives each row of the log. cache: shared by runs on the same answers; it must hold all layers that this
-    run's network reads. A finished run is left unchanged. Raises UserError if images do not change the target's logits,
-    if `out` holds a run with other settings, data or target, or if another process trains there.
+    run's network reads. A finished run is left unchanged. All processes of a split target measure the drafter, else
+    the main one. Raises UserError if images do not change the target's logits, if `out` holds a run with other
+    settings, data or target, or if another process trains there.
     """
     accelerator = launched(model.device, settings.batch)
-    main = accelerator.is_main_process
+    main, split = accelerator.is_main_process, is_split(model)
+    measures = main or split
     with _exclusive_folder(out) if main else nullcontext():
         model.requires_grad_(False)
         settings = broadcast_object_list([resolve_precision(settings, out, model.device) if main else settings])[0]
@@ -136,14 +139,14 @@ def train(
         if earlier.get("finished") == settings.steps and checkpoint.is_whole(out / "drafter"):
             return True
         head, ids, taps = output_layer(model), network.ids, network.config.taps
-        target, cache = adapt(model, taps), cache or TeacherCache(head, ids, taps, settings.remember)
+        target, cache = adapt(model, taps), cache or TeacherCache(head, ids, taps, settings.remember, together=split)
         _check_images_matter(target, processor, captured)
         batches = TeacherBatches(
             adapt(model, cache.layers), processor, captured, thresholds, cache.view(ids, taps), settings.batch,
             _stages(network, settings), settings.seed, (accelerator.process_index, accelerator.num_processes),
             torch.bfloat16 if settings.precision == "bf16" else None,
         )  # fmt: skip
-        exact = TeacherCache(head, ids, taps, 0.1 * settings.remember, torch.float32)
+        exact = TeacherCache(head, ids, taps, 0.1 * settings.remember, torch.float32, split)
         objective = network.objective(settings.loss, _end_tokens(model)).to(model.device)
         test_batches = TeacherBatches(target, processor, held_out, thresholds, exact, settings.batch)
         evaluate = HeldOutAcceptance(objective, test_batches, held_out)
@@ -151,18 +154,18 @@ def train(
         begun = time.monotonic()
         count = min(settings.anchors, network.max_roots or settings.anchors)
         step_loss = _step_loss(shared, batches, count, network.prompt_roots)
-        source = {
-            "cuts": thresholds.model_dump(), "answers": len(captured), "processes": accelerator.num_processes
-        }  # fmt: skip
+        source = {"cuts": thresholds.model_dump(), "answers": len(captured), "processes": accelerator.num_processes}
 
         def save(folder: Path, complete: bool = False) -> None:
             record = _record(settings, loop, source, evaluate, earlier, time.monotonic() - begun, complete)
-            checkpoint.save(network, folder, record)
+            if main:
+                checkpoint.save(network, folder, record)
 
         keep = {step: partial(_keep, network, partial(save, step_folder(out, step), True)) for step in settings.keep_at}
-        loop = _loop(objective, step_loss, settings, out, evaluate, accelerator.backward, main, sink, keep)
+        own = (evaluate, keep) if measures else (None, {})
+        loop = _loop(objective, step_loss, settings, out, own[0], accelerator.backward, main, sink, own[1])
         finished = loop.run()
-        if main:
+        if measures:
             save(out / "drafter")
         accelerator.wait_for_everyone()
         return finished

@@ -94,8 +94,8 @@ class Loop:
     `config.steps` differs from the checkpoint's, the schedule ends at the new number. The previous checkpoint stays in
     `checkpoint.previous.pt` and is used if the newest one is damaged. With several processes, each runs the loop:
     `backward` averages their gradients (accelerate's), the log holds averages over them, a signal to one of them stops
-    all after the same step, and only the `main` process writes and evaluates.
-    keep: number of steps -> what the main process calls when the run has made so many.
+    all after the same step, and only the `main` process writes.
+    keep: number of steps -> what to call when the run has made so many.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Loop:
         keep: Mapping[int, Callable[[], None]] | None = None,
     ):
         self.params, self.optimizer, self.step_loss, self.config = dict(params), optimizer, step_loss, config
-        self.folder, self.evaluate = folder, evaluate if main else None
+        self.folder, self.evaluate = folder, evaluate
         self.checkpoint, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
         self.backward, self.main, self.sink = backward, main, sink
-        self.keep = dict(keep or {}) if main else {}
+        self.keep = dict(keep or {})
         self.step, self.running = 0, dict[str, float]()  # running: the running mean of each logged loss
         self.averaged = {n: p.detach().clone() for n, p in self.params.items()} if config.average else {}
         self.schedule = Schedule(config.steps, warmup=config.warmup)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from msd.drafters.auxiliary import stacked
-from msd.drafters.toolkit.processes import largest
+from msd.drafters.toolkit.processes import anywhere, largest
 from msd.errors import UserError
 from msd.events.auxiliary import event_tokens
 from msd.inputs import prompts
@@ -72,6 +72,7 @@ class TeacherCache:
     than a matrix product (soft-capping, scaling), the first batch shows it, and nothing is cached.
 
     head: the target's output layer. ids: [Vd] draft vocabulary. layers: the tapped layers; the last one feeds the head.
+    together: all processes keep a batch or none does, because a pass of a split target needs all of them.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class TeacherCache:
         layers: Sequence[int],
         gigabytes: float,
         dtype: torch.dtype = torch.bfloat16,
+        together: bool = False,
     ) -> None:
-        self.head, self.layers, self.dtype = head, tuple(layers), dtype
+        self.head, self.layers, self.dtype, self.together = head, tuple(layers), dtype, together
         self.bytes_left = gigabytes * 1e9
         self.head_is_linear: bool | None = None  # None: not checked yet
         self._entries: dict[Hashable, LabelledBatch] = {}
@@ -121,7 +123,7 @@ class TeacherCache:
         entry = replace(batch, taps=batch.taps.to(self.dtype), logits=batch.logits.logsumexp(-1, keepdim=True))
         parts = (entry.taps, entry.logits, entry.auxiliary, labels)
         size = sum(t.numel() * t.element_size() for t in parts if t is not None)
-        if size <= self.bytes_left:
+        if not self._anywhere(size > self.bytes_left):
             self.bytes_left -= size
             self._entries[key] = entry, labels
         return self._expand(entry), labels
@@ -143,8 +145,12 @@ class TeacherCache:
         """Returns whether the logits are the product of the last tap with the head's matrix; checked once."""
         if self.head_is_linear is None:
             gap = (self._logits(batch, batch.taps.float()) - batch.logits[..., self.ids])[batch.answer_mask()]
-            self.head_is_linear = bool(gap.abs().max() < 0.02 * batch.logits.abs().max())
+            linear = bool(gap.abs().max() < 0.02 * batch.logits.abs().max())
+            self.head_is_linear = not self._anywhere(not linear)
         return self.head_is_linear
+
+    def _anywhere(self, flag: bool) -> bool:
+        return anywhere(flag, self.ids.device) if self.together else flag
 
 
 class TeacherBatches:

@@ -7,10 +7,13 @@ positions are counted without them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from msd.backends.revision import whole
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.drafters.registry import learned
@@ -41,7 +44,7 @@ class TextOnly(SelfFed):
         decoder, own = text_decoder(model), self.state_dict()
         sources = torch.linspace(0, len(decoder.layers) - 1, len(self.layers)).round().long().tolist()
         target = dict(decoder.state_dict())
-        copied = {"norm.weight": target.get("norm.weight")}
+        copied: dict[str, Any] = {"norm.weight": target.get("norm.weight")}
         for layer, source in enumerate(sources):
             names = NORMS | {n: f"self_attn.{n}" for n in ATTENTION} | {n: f"mlp.{n}" for n in MLP}
             for name, other in names.items():
@@ -52,7 +55,7 @@ class TextOnly(SelfFed):
                 f"method '{self.method}' copies layers of Llama's kind, which those of this {model.config.model_type} "
                 "are not; train another method"
             )
-        self.load_state_dict(own | copied)
+        self.load_state_dict(own | {name: whole(tensor) for name, tensor in copied.items()})
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
         """See `DraftNetwork`; selects the text tokens of columns 0 to L."""
