@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-full test-vllm vllm-env test-fast coverage docs wheel check format results floors comparison race gpu-check estimate-page pictures clean
+.PHONY: setup demo test test-full test-vllm vllm-env test-fast coverage docs wheel oldest check format results floors comparison race gpu-check estimate-page pictures clean
 
 setup: $(VENV)/ready
 
@@ -70,6 +70,11 @@ docs: setup
 # The wheel and the sdist in empty environments: same methods, same answer, msd doctor and serve. Some minutes.
 wheel: setup
 	$(BIN)/python tools/check_wheel.py
+
+# Tests with the oldest versions that pyproject.toml accepts, in an empty environment: results/oldest.json. Some minutes.
+# torch is the build for CPUs of `setup`; for the oldest torch, run the tool in Debian 13, which has 2.6 (see the tool).
+oldest: setup
+	$(BIN)/python tools/check_oldest.py --torch 2.13.0 --record
 
 check: setup
 	$(BIN)/ruff format --check src tests recipes tools examples
