@@ -49,7 +49,9 @@ def test_missing_weights_name_the_command_that_trains_them(
         drafters.create(name)
     with pytest.raises(UserError, match="with --drafter" if name == "eagle2" else "copy DIR/drafter to"):
         drafters.ready(name)
-    with pytest.raises(UserError, match=r"unknown method 'eagle9'; known: ar, .*eagle2 \(weights not here\)"):
+    with pytest.raises(
+        UserError, match=r"unknown method 'eagle9'; did you mean 'eagle3'\? known: ar, .*eagle2 \(weights not here\)"
+    ):
         drafters.create("eagle9")
 
 
@@ -87,7 +89,10 @@ def test_every_trained_drafter_can_look_up_repeats(tmp_path: Path) -> None:
                 registry.get(name)
             continue
         assert registry.get(name).weights == method.weights and registry.get(name).target == method.target
-    with pytest.raises(UserError, match=r"unknown method 'eagle9'; known: .*; for drafters also NAME\+prompt-lookup"):
+    with pytest.raises(
+        UserError,
+        match=r"unknown method 'eagle9'; did you mean 'eagle3'\? known: .*; for drafters also NAME\+prompt-lookup",
+    ):
         registry.get("eagle9+prompt-lookup")
     drafters.register("mine", lambda: RandomDrafter(1, 9))
     assert drafters.create("mine+prompt-lookup").name == "random+prompt-lookup"
