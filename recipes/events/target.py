@@ -25,7 +25,6 @@ from torch import Tensor
 from msd.backends.packed import faster_in_bf16
 from msd.reference.assemble import assemble
 from msd.reference.folder import CHECKSUMS, fingerprint, locate
-from msd.system.machine import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 from recipes.reference_vlm.base import language_model, load_encoder
 from recipes.reference_vlm.features import FeatureSet, Frames, Row, encode_set, read_jsonl
@@ -109,7 +108,6 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "export", "build"))
     parser.add_argument("--clips", type=Path, default=Path("runs/events/clips"))

@@ -25,7 +25,6 @@ from msd.inputs import prompts
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.system.files import write_whole
-from msd.system.machine import use_huge_pages
 from recipes.reference_vlm.metrics import caption_scores
 
 PROMPT = "Write a short caption for this picture."
@@ -95,7 +94,6 @@ def measure(args: argparse.Namespace, temperature: float) -> dict[str, dict[str,
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drafter", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))

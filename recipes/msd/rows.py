@@ -45,7 +45,6 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.system.files import read_json, write_whole
-from msd.system.machine import use_huge_pages
 from msd.targets import State, adapt
 from msd.train.capture import Captured, label_thresholds_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, initial_network, train
@@ -327,7 +326,6 @@ def ship_rows(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "tell", "bench", "ship"))
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from msd.system.machine import use_huge_pages
 from recipes.race.measuring import bench_runs, ship_runs
 from recipes.race.plan import ANSWERS, MINUTES, TIME
 from recipes.race.tables import tell_runs
@@ -24,7 +23,6 @@ COMMANDS = {"train": train_runs, "bench": bench_runs, "tell": tell_runs, "ship":
 
 
 def main() -> None:
-    use_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(COMMANDS))
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))

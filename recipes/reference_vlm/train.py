@@ -19,7 +19,6 @@ from torch import Tensor
 
 from msd.backends.packed import faster_in_bf16
 from msd.bench.data import data_lines
-from msd.system.machine import use_huge_pages
 from msd.train.loop import Loop, LoopConfig
 from recipes.reference_vlm.base import language_model
 from recipes.reference_vlm.data import Mix, MixConfig
@@ -94,7 +93,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    use_huge_pages()
     args = parse()
     if args.export:
         save_weights(load_weights(args.out / "checkpoint.pt"), args.export)

@@ -39,7 +39,6 @@ from msd.cli import (
 from msd.cli.terminal import any_encoding, flush, give_up_output
 from msd.errors import InterruptedRunError, UserError
 from msd.system.files import FULL
-from msd.system.machine import use_huge_pages
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's messages
 
@@ -83,7 +82,6 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Runs `msd` with `arguments` (by default those of the process) and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    use_huge_pages()
     any_encoding()
     _stop_on_sigterm()
     try:

@@ -29,11 +29,6 @@ thread_clock = time.thread_time if time.get_clock_info("thread_time").resolution
 T = TypeVar("T")
 
 
-def use_huge_pages() -> None:
-    """Requests huge pages for tensors, unless the user has set the variable. Call it before the first tensor."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's CPU allocator reads it at its first allocation
-
-
 class Cores:
     """Uses up to `most` threads, and fewer while other processes compete for the cores.
 
