@@ -251,8 +251,6 @@ def drafts_table(measured: dict[str, Any]) -> str:
 
 def engines_table(path: str = "results/engines.json") -> str:
     """Tokens per second of this engine and vLLM, and how `msd` compares with the fastest way of vLLM."""
-    if not (ROOT / path).is_file():
-        return "Not measured yet."
     results = read(path)
     by_setting: dict[tuple[str, str, bool], dict[int, dict[str, Any]]] = {}
     for row in results["rows"]:
