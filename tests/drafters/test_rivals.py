@@ -92,7 +92,7 @@ def decoded(net: Any, batch: TeacherBatch, steps: list[list[int]]) -> tuple[Memo
         first, end = end, [e + n for e, n in zip(end, added, strict=True)]
         column = (torch.tensor(first)[:, None] - 1 + torch.arange(max(added))).clamp_max(whole.tokens.shape[1] - 2)
         rows = torch.arange(whole.batch)[:, None]
-        memory.append(net, at(end), batch.taps[rows, column], whole.tokens[rows, column + 1], added)
+        memory.append(net, batch.taps[rows, column], whole.tokens[rows, column + 1], added)
     return memory, end
 
 

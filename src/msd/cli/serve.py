@@ -82,7 +82,6 @@ class Cluster:
     replica_cpus: Annotated[
         float | None, typer.Option("--replica-cpus", min=0.1, help="With --ray: cores of each replica; 1.")
     ] = None
-
     upscale_delay: Annotated[
         float | None, typer.Option("--upscale-delay", min=0.0, help="With --max-replicas: seconds of high load; 30.")
     ] = None

@@ -8,7 +8,7 @@ without the image comes from one pass of `run_teacher` that masks all image colu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,12 +94,7 @@ def image_blocks(target: Target, input_ids: Tensor, side: int) -> list[Tensor]:
         return []
     block = torch.arange(grid, device=at.device) * side // grid
     blocks = (block[:, None] * side + block[None]).flatten()
-    masks = []
-    for number in range(side * side):
-        masked = torch.zeros_like(input_ids, dtype=torch.bool)
-        masked[0, at[blocks == number]] = True
-        masks.append(masked)
-    return masks
+    return _masks(input_ids, [at[blocks == number] for number in range(side * side)])
 
 
 def image_frames(target: Target, input_ids: Tensor, count: int) -> list[Tensor]:
@@ -110,8 +105,13 @@ def image_frames(target: Target, input_ids: Tensor, count: int) -> list[Tensor]:
     at = image_columns(target, input_ids)[0].nonzero()[:, 0]
     if not count or len(at) < count or len(at) % count:
         return []
+    return _masks(input_ids, at.view(count, -1))
+
+
+def _masks(input_ids: Tensor, groups: Iterable[Tensor]) -> list[Tensor]:
+    """Returns a tensor [1, L] bool for each group of columns of input_ids [1, L], True there."""
     masks = []
-    for columns in at.view(count, -1):
+    for columns in groups:
         masked = torch.zeros_like(input_ids, dtype=torch.bool)
         masked[0, columns] = True
         masks.append(masked)

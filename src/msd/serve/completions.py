@@ -96,9 +96,9 @@ class Completions:
 
     def _check_recording(self, body: Completion) -> None:
         """UserError for a recording that nothing would read, or whose frames the target does not take."""
-        drafter, processor = self._drafter(body), self.scheduler.vlm.processor
         if body.recording is None:
             return
+        drafter, processor = self._drafter(body), self.scheduler.vlm.processor
         if body.drawn and not any(getattr(processor, f"{kind}_token", None) for kind in ("image", "video")):
             raise UserError("this model takes no images, so it sees no frames of a recording; leave it out")
         if not body.drawn and encoder(drafter, "events") is None:

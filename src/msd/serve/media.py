@@ -186,9 +186,8 @@ def _bytes(medium: Medium) -> int:
     """Bytes of the decoded pixels, samples or events."""
     if isinstance(medium, Sound):
         return medium.samples.nbytes
-    if isinstance(medium, Recorded):
-        return sum(getattr(medium.events, n).nbytes for n in DTYPES) + _bytes(Clip(medium.frames, (), 0, 1.0))
-    return sum(3 * i.width * i.height for i in (medium.frames if isinstance(medium, Clip) else [medium]))
+    pixels = sum(3 * i.width * i.height for i in (medium.frames if isinstance(medium, Clip) else [medium]))
+    return pixels + sum(getattr(medium.events, n).nbytes for n in DTYPES if isinstance(medium, Recorded))
 
 
 def _format(data: bytes) -> str | None:

@@ -60,7 +60,7 @@ class Memory:
         memory._append(network, entries.x, s.places, s.present.sum(1).tolist(), room)
         return memory
 
-    def append(self, network: DraftNetwork, layout: Layout, taps: Tensor, token: Tensor, added: list[int]) -> None:
+    def append(self, network: DraftNetwork, taps: Tensor, token: Tensor, added: list[int]) -> None:
         """Appends an entry for each of the newest `added[row]` tokens of every row; at most W.
 
         taps: [B, W, T*H], the target's states before each token. token: [B, W]. Values beyond `added[row]` are ignored.
@@ -170,8 +170,8 @@ class DecodedStates:
 
         part: selects the taps that the network reads; by default all.
         """
-        tokens = [None] * len(taps) if auxiliary is None else list(auxiliary)
-        self._rows = [_Row(prompt, own, prompt[-1]) for prompt, own in zip(taps, tokens, strict=True)]
+        others = [None] * len(taps) if auxiliary is None else list(auxiliary)
+        self._rows = [_Row(prompt, other, prompt[-1]) for prompt, other in zip(taps, others, strict=True)]
         self._part = part or (lambda taps: taps)
         self._memory: Memory | None = None
 
@@ -203,9 +203,10 @@ class DecodedStates:
 
     def read(self, network: DraftNetwork, layout: Layout) -> Memory:
         """Returns the memory of everything decoded so far."""
-        read = 0 if self._memory is None else len(self._memory.length)
+        read = 0
         if self._memory is not None:
-            self._append(self._memory, network, layout, list(range(read)))
+            read = len(self._memory.length)
+            self._append(self._memory, network, list(range(read)))
         unread = range(read, len(self._rows))
         for _, group in groupby(unread, lambda i: self._rows[i].sizes):
             memory = self._begin(network, layout, list(group))
@@ -227,17 +228,17 @@ class DecodedStates:
         )
         for row in states:
             row.prompt = row.auxiliary = None
-        self._append(memory, network, part, rows)
+        self._append(memory, network, rows)
         return memory
 
-    def _append(self, memory: Memory, network: DraftNetwork, layout: Layout, rows: list[int]) -> None:
+    def _append(self, memory: Memory, network: DraftNetwork, rows: list[int]) -> None:
         """Appends what `rows`, those of the memory, have emitted since the network has read them."""
         states = [self._rows[row] for row in rows]
         count = [sum(map(len, row.tokens)) for row in states]
         if not any(count):
             return
         taps, tokens = _joined([row.taps for row in states]), _joined([row.tokens for row in states])
-        memory.append(network, layout, self._part(taps), tokens, count)
+        memory.append(network, self._part(taps), tokens, count)
         for row in states:
             row.taps, row.tokens = [], []
 
