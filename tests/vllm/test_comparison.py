@@ -66,4 +66,3 @@ def test_the_table_compares_with_the_fastest_way_of_vllm(tmp_path: Path, monkeyp
     assert "| `msd` | float32 | 5.0 | 40.0 | 2.50 | 2/2 | 2/2 |" in text, "5 tokens in 1 s, the fastest round"
     assert "| `vllm eagle3`, compiled | bfloat16 | 8.0 | 64.0 | 2.50 | 1/2 | 1/2 |" in text
     assert "- float32, batch 1: `msd` has 1.25 times the speed of `vllm eagle3, compiled`." in text
-    assert tables.engines_table("absent.json") == "Not measured yet."
