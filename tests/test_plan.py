@@ -92,6 +92,22 @@ def test_the_governor_pauses_longer_and_longer_while_drafting_loses() -> None:
     assert governor.drafts() and governor.pause == PAUSE
 
 
+def test_a_large_batch_tries_less_often_and_forgets_nothing_for_a_small_one() -> None:
+    plan = Plan(nodes=4, costs=FLAT)
+    tries: dict[int, list[bool]] = {32: [], 1: []}
+    for _ in range(3000):
+        for rows in tries:
+            budget = plan.budget(fake(rows))
+            tries[rows].append(budget.nodes > 0)
+            passes = budget.passes
+            assert passes is not None
+            right = 5.0 if rows == 1 else 1.0  # at 32 rows every draft is wrong
+            plan.learn(budget, budget.nodes, right if budget.nodes else 1.0, 0.1, passes[budget.nodes])
+    assert all(tries[1]), "what was lost at 32 rows stops nobody who is alone"
+    begun = [at for at, (before, now) in enumerate(pairwise([False, *tries[32]])) if now and not before]
+    assert len(begun) == 4 and begun[1] > 16 * 32 and begun[2] > 2 * begun[1] - 16
+
+
 def fake(batch: int = 1, end: int = 100) -> Any:
     return SimpleNamespace(
         alive=list(range(batch)),
@@ -132,7 +148,7 @@ def test_a_drafter_that_is_never_right_is_paused(monkeypatch: pytest.MonkeyPatch
         return propose(state, budget, sampler)
 
     monkeypatch.setattr(engine.drafter, "propose", watched)
-    monkeypatch.setattr(Plan, "learn", lambda self, *a: self.governor.learn(-1.0) if a[0].nodes else None)
+    monkeypatch.setattr(Plan, "learn", lambda self, *a: self.governor(1).learn(-1.0) if a[0].nodes else None)
     inputs = tiny.llava_inputs()
     result = engine.generate(**inputs, max_new_tokens=40, min_new_tokens=40, do_sample=False)
     assert asked.count(0) > 20 and asked[:3] == [8, 8, 8]

@@ -175,7 +175,7 @@ def test_drafting_that_loses_is_stopped_after_a_slow_time_too() -> None:
     """What plain passes took while a neighbour was there is no measure for what they take now."""
     plan = Plan(nodes=8, costs=COSTS)
     steps(plan, 200, 1.0, random.Random(1))
-    plan.governor.__init__()  # type: ignore[misc]
+    plan._governors.clear()
     assert steps(plan, 1000, 3.0, None) == 1000
     assert steps(plan, 500, 1.0, None) < 150
 

@@ -151,7 +151,7 @@ def test_images_reach_the_drafts_only_through_the_adaptor() -> None:
 def test_endings_are_learnt_and_save_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the answer is predicted to end, a plan with measured costs drafts nothing; without costs it always drafts."""
     from msd.planning.costs import Costs
-    from msd.planning.plan import Plan
+    from msd.planning.plan import Governor, Plan
 
     model = tiny.llava()
     made = network(model, "block")
@@ -170,7 +170,7 @@ def test_endings_are_learnt_and_save_drafts(monkeypatch: pytest.MonkeyPatch) -> 
     for sure, counted, drafts_some in ((100.0, costs, False), (-100.0, costs, True), (100.0, None, True)):
         torch.nn.init.constant_(made.ending.out.bias, sure)
         engine.plan = Plan(costs=counted)
-        monkeypatch.setattr(engine.plan.governor, "drafts", lambda: True)
+        monkeypatch.setattr(Governor, "drafts", lambda self: True)
         result = engine.generate(**one, max_new_tokens=12, do_sample=False)
         assert result.tokens == plain
         assert (result.statistics.num_draft_tokens > 0) == drafts_some

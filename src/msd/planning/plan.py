@@ -4,7 +4,7 @@ The seconds of a target pass by its number of rows are measured (`msd.planning.c
 its acceptance probability, which the drafter estimates. So a budget gives the drafter the seconds of a step for trees
 of 0, 1, 2, … nodes, drafting included, and the drafter keeps the number of nodes with the most tokens per second. In
 addition, a governor compares the measured time and tokens of each step with plain decoding, and pauses drafting while
-it loses time.
+it loses time. A batch of many rows has its own: drafting may lose time there and gain it in a small one.
 
 A target with recurrent layers keeps a state for every scored node (`msd.targets.recurrent`). Its trees have no more
 nodes than the states' bytes allow, and it drafts a chain where a second candidate cannot pay.
@@ -20,7 +20,7 @@ from msd.core.sampling import Sampler
 from msd.planning.costs import STATE_BYTES, Costs, most_nodes
 
 TRUST, PROBE = 4.0, 1.5  # time that drafting may lose before it stops, in plain steps: at first, and after a pause
-PAUSE, LONGEST = 16, 256  # steps without drafting: the first pause, and the longest one
+PAUSE, LONGEST = 16, 256  # steps without drafting: the first pause, and the longest one, of one row
 RECENT = 15  # steps in the running medians of seconds
 
 
@@ -56,10 +56,16 @@ class Budget:
 
 
 class Governor:
-    """Pauses drafting when it loses time. Each pause is twice as long as the one before, until drafting gains again."""
+    """Pauses drafting when it loses time. Each pause is twice as long as the one before, until drafting gains again.
 
-    def __init__(self) -> None:
-        self.credit, self.remaining, self.pause = TRUST, 0, PAUSE
+    A try in a batch reads the prompts of all its rows, and shows as much as one in each row alone. So the first pause
+    there is longer by the number of rows, and the longest one is four times that of one row.
+    """
+
+    def __init__(self, rows: int = 1) -> None:
+        self.longest = LONGEST * min(4, rows)
+        self.first = min(PAUSE * rows, self.longest)
+        self.credit, self.remaining, self.pause = TRUST, 0, self.first
 
     def drafts(self) -> bool:
         """Whether the next step may draft; call it once per step."""
@@ -70,16 +76,17 @@ class Governor:
         """gain: tokens per row of a step with drafts, minus those of plain decoding in the same time."""
         self.credit = min(TRUST, self.credit + gain)
         if self.credit >= TRUST:
-            self.pause = PAUSE
+            self.pause = self.first
         if self.credit < 0:
-            self.remaining, self.pause, self.credit = self.pause + 1, min(2 * self.pause, LONGEST), PROBE
+            self.remaining, self.pause, self.credit = self.pause + 1, min(2 * self.pause, self.longest), PROBE
 
 
 class Plan:
     """Plans trees of at most `nodes` drafted nodes, `depth` levels and `width` nodes per level.
 
-    costs: measured costs of the target. With them, budgets contain seconds, and a governor can pause drafting; its
-    state lasts as long as the plan. Times are medians over recent steps, so one delayed step has no effect.
+    costs: measured costs of the target. With them, budgets contain seconds, and a governor can pause drafting. There is
+    one for 1 row, 2–3 rows, 4–7 rows, …; they last as long as the plan. Times are medians over recent steps, so one
+    delayed step has no effect.
     state_bytes: what the recurrent states of all scored nodes may take.
     """
 
@@ -92,7 +99,7 @@ class Plan:
         state_bytes: int = STATE_BYTES,
     ) -> None:
         self.nodes, self.depth, self.width, self.costs, self.state_bytes = nodes, depth, width, costs, state_bytes
-        self.governor = Governor()
+        self._governors: dict[int, Governor] = {}  # by the largest power of two within the number of rows
         self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting
         self._slowness: deque[float] = deque(maxlen=RECENT)  # seconds of target passes / measured seconds
 
@@ -105,6 +112,11 @@ class Plan:
     def slowness(self) -> float:
         """Median ratio of the seconds of recent target passes to the measured ones; 1 before the first step."""
         return median(self._slowness) if self._slowness else 1.0
+
+    def governor(self, rows: int) -> Governor:
+        """Returns the governor of steps in which `rows` rows, at least one, may draft."""
+        size = 1 << (rows.bit_length() - 1)
+        return self._governors.setdefault(size, Governor(size))
 
     def budget(self, sampler: Sampler, node_bytes: int = 0) -> Budget:
         """The budget of the next step. A row that may emit r more tokens drafts at most r - 1 levels.
@@ -123,7 +135,8 @@ class Plan:
         width = self._width(nodes, passes) if node_bytes else self.width
         if passes is None:
             return Budget(nodes, depth if nodes else [0 for _ in rows], width)
-        if not any(depth) or not nodes or not self.governor.drafts():
+        drafting = sum(d > 0 for d in depth)
+        if not drafting or not nodes or not self.governor(drafting).drafts():
             return Budget(0, [0 for _ in rows], width, passes=passes)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
         return Budget(nodes, depth, width, seconds, passes)
@@ -137,7 +150,7 @@ class Plan:
         if budget.nodes:
             self._drafts.append(draft_seconds)
             step = self.draft_seconds + self.slowness * budget.passes[nodes]
-            self.governor.learn(emitted - step / (self.slowness * budget.passes[0]))
+            self.governor(len(budget.rows)).learn(emitted - step / (self.slowness * budget.passes[0]))
 
     def _width(self, nodes: int, passes: tuple[float, ...] | None) -> int | None:
         """1 where a target with recurrent layers should draft a chain, else the plan's own width.
