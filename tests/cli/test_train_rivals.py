@@ -75,7 +75,17 @@ def test_the_chances_of_a_trained_drafter_are_fitted_again(
     assert (drafter / "model.safetensors").read_bytes() == weights
     code, out, err = run(capsys, *fit, drafter, "--limit", 3)
     assert code == 0 and "candidates, calibration error" in out and len(out.splitlines()) == 1
-    code, _, err = run(capsys, *fit, tmp_path / "none")
+    other = Path(train(capsys, place, tmp_path / "other", "--method", "msd")["drafter"])  # it reads other layers
+    alone = checkpoint.training(other)["calibration"]
+    code, out, err = run(capsys, *fit, other, "--limit", 3, "--json")
+    assert code == 0 and json.loads(out)["calibration"] != alone, err
+    alone = checkpoint.training(other)["calibration"]
+    code, out, err = run(capsys, *fit, other, "--drafter", drafter, "--limit", 3, "--json")
+    both = [json.loads(line)["calibration"] for line in out.splitlines()]
+    assert code == 0 and len(both) == 2, err
+    for shared, single in zip(both, (alone, again["calibration"]), strict=True):
+        assert shared == pytest.approx(single, abs=0.05), "the shared states are rounded to bfloat16"
+    code, _, err = run(capsys, *fit, drafter, "--drafter", tmp_path / "none")
     assert code == 2 and "there is no folder" in err and len(err.splitlines()) == 1
     checkpoint.save_training(drafter, {})
     assert registry.load(drafter).calibration is None  # as in folders of earlier versions
