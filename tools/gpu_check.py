@@ -93,7 +93,7 @@ def drafting(device: str, dtype: torch.dtype, size: tuple[int, int]) -> dict[str
     samples = [s for s in load_data(None) if s.images][: size[0]]
     results: dict[str, float] = {}
     for method in ("ar", "msd"):
-        vlm = SpeculativeVLM(model, processor, SpeculativeConfig(), method)
+        vlm = SpeculativeVLM(model, processor, SpeculativeConfig(frozen_weights=True), method)
         for sample in (samples[0], *samples):  # the first one twice, since the first answer also warms up
             begin = time.perf_counter()
             answer = vlm.generate(list(sample.images), sample.prompt, max_new_tokens=size[1], do_sample=False)

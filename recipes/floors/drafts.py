@@ -60,7 +60,7 @@ class Operators(TorchDispatchMode):
 
 def engine(model: Any, processor: Any, method: str) -> SpeculativeVLM:
     """An engine that drafts in every step, to the full depth of its method."""
-    vlm = SpeculativeVLM(model, processor, SpeculativeConfig(), method)
+    vlm = SpeculativeVLM(model, processor, SpeculativeConfig(frozen_weights=True), method)
     cost = getattr(vlm.drafter, "cost", None)
     if cost is not None:
         vlm.plan.learn = lambda *_: None  # type: ignore[method-assign]
@@ -130,7 +130,7 @@ def passes(vlm: SpeculativeVLM, photo: Path) -> tuple[list[float], list[int]]:
 def run(methods: list[str], photos: list[Path], rounds: int) -> dict[str, Any]:
     """All measurements."""
     model, processor = load_target("reference")
-    plain = SpeculativeVLM(model, processor, SpeculativeConfig(), "ar")
+    plain = SpeculativeVLM(model, processor, SpeculativeConfig(frozen_weights=True), "ar")
     engines = {name: engine(model, processor, name) for name in methods}
     rows: dict[str, dict[str, Any]] = {name: counted(vlm, photos[0]) for name, vlm in engines.items()}
     drafts: dict[str, list[float]] = {name: [] for name in methods}

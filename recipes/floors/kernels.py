@@ -56,7 +56,7 @@ def engines(model: Any, processor: Any) -> dict[str, SpeculativeVLM]:
     """Name -> an engine without drafts on the library's own code, on packed products, and on the measured choice."""
 
     def engine(backend: str) -> SpeculativeVLM:
-        return SpeculativeVLM(model, processor, SpeculativeConfig(backend=backend), "ar")
+        return SpeculativeVLM(model, processor, SpeculativeConfig(frozen_weights=True, backend=backend), "ar")
 
     packed = dict.fromkeys(("qkv", "out", "gate_up", "down", "output"), PACKED)
     with patch.object(fused, "kernel_choice", lambda decoder, output: packed):

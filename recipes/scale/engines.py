@@ -83,7 +83,7 @@ def ours(
     target: tuple[Any, Any], setting: Setting, samples: Sequence[Sample], batch: int, rounds: int, tokens: int
 ) -> Measured:
     """Measures this engine."""
-    config = SpeculativeConfig(backend=BACKENDS[setting.dtype])
+    config = SpeculativeConfig(frozen_weights=True, backend=BACKENDS[setting.dtype])
     engine, seconds, load = SpeculativeVLM(*target, config, drafter=setting.engine), list[float](), os.getloadavg()[0]
     total, results = Statistics(), list[Any]()
     for _ in range(rounds + 1):

@@ -28,6 +28,9 @@ class SpeculativeConfig(BaseModel):
     adaptive: whether the size of a step's draft follows the measured costs of the target's passes, down to none if
     drafting is slower. Without it, and always with sampled drafts, a lossy verifier or a lossy backend, the draft is
     as large as allowed.
+    frozen_weights: the caller's promise that the content of the target's weights does not change as long as the engine
+    exists. Without it all weights are read before each request, since a change of `weight.data` leaves no other trace;
+    on a CPU this takes about as long as a plain pass. Other changes of the model are seen in any case.
     calibrate: whether a drafter that nobody calibrated (`mtp`, an assistant, a draft model, a published head) is
     calibrated by what the target accepts of its drafts, and this is kept in the user's cache directory. Only if
     `adaptive` applies.
@@ -46,6 +49,7 @@ class SpeculativeConfig(BaseModel):
     backend: str = "measure"
     label: bool = False
     adaptive: bool = True
+    frozen_weights: bool = False
     calibrate: bool = True
     nodes: int = Field(default=8, ge=1)
     depth: int = Field(default=8, ge=1)

@@ -76,6 +76,7 @@ class SpeculativeVLM:
         self.model, self.processor = model.eval(), processor
         self.drafter.fit(model.config.get_text_config(decoder=True).num_hidden_layers)
         self.target = adapt(model, self.drafter.taps, backend=self.config.backend)
+        self.target.frozen = self.config.frozen_weights
         if processor is not None:
             self.drafter.translate(processor.tokenizer)
             self.drafter.share_vision_tower(partial(auxiliary.picture_tokens, self.target, processor))

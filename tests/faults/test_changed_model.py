@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 import tiny
 from msd import backends
+from msd.backends import revision
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
@@ -153,6 +154,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a larger vocabulary": resized,
     "another output layer": other_head,
 }
+SILENT = {  # only the content of weights tells
+    "weights written without a version change", "two columns swapped", "rows of the output layer rolled", "a sign",
+}
 SAME = {"double", "bfloat16"}  # may leave the answer unchanged
 
 
@@ -172,8 +176,9 @@ def ours(engine: SpeculativeVLM) -> list[int]:
     return engine.generate(**inputs, max_new_tokens=NEW, do_sample=False).tokens
 
 
-def wrapped(model: Any, backend: str = "fused", taps: tuple[int, ...] = ()) -> SpeculativeVLM:
-    engine = SpeculativeVLM(model, None, SpeculativeConfig(backend=backend), "prompt-lookup")
+def wrapped(model: Any, backend: str = "fused", taps: tuple[int, ...] = (), frozen: bool = False) -> SpeculativeVLM:
+    config = SpeculativeConfig(backend=backend, frozen_weights=frozen)
+    engine = SpeculativeVLM(model, None, config, "prompt-lookup")
     if taps:
         engine.target.taps = type(engine.target.taps)(model, taps)
     return engine
@@ -191,6 +196,19 @@ def test_the_answer_is_that_of_the_changed_model(name: str) -> None:
     assert now != before or name in SAME, "the change has an effect"
     assert ours(engine) == now
     assert ours(wrapped(model, "measure")) == now, "wrapped after the change"
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in SILENT])
+def test_frozen_weights_are_read_once_and_other_changes_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = llava(), list[int]()
+    engine = wrapped(model, frozen=True)
+    content = revision._content
+    monkeypatch.setattr(revision, "_content", lambda tensor: (read.append(id(tensor)), content(tensor))[1])
+    before = ours(engine)
+    assert ours(engine) == before == own(model) and not read
+    with torch.no_grad():
+        CHANGES[name](model)
+    assert ours(engine) == own(model)
 
 
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
@@ -351,12 +369,21 @@ def test_a_hook_on_the_encoder_runs_for_each_request() -> None:
 
 @pytest.mark.parametrize("turns", [0, 1])
 @pytest.mark.parametrize("backend", ["plain", "fused"])
-@pytest.mark.parametrize("change", ["weights written without a version change", "hook on a layer", "an adapter"])
-def test_a_changed_model_reuses_nothing_of_a_conversation(turns: int, backend: str, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "frozen"),
+    [
+        ("weights written without a version change", False),
+        ("hook on a layer", False),
+        ("an adapter", False),
+        ("an adapter", True),
+        ("other weights assigned", True),
+    ],
+)
+def test_a_changed_model_reuses_nothing_of_a_conversation(turns: int, backend: str, change: str, frozen: bool) -> None:
     from msd.targets import Past
 
     model = llava()
-    engine, past = wrapped(model, backend), Past()
+    engine, past = wrapped(model, backend, frozen=frozen), Past()
 
     def rows() -> int:
         result = engine.generate(**INPUTS, max_new_tokens=NEW, do_sample=False, past=past)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tiny
-from msd.backends import revision
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
@@ -73,41 +72,6 @@ def test_answers_are_those_of_generate(stopped: list[Scheduler]) -> None:
     served.submit(*(client.job for client in clients[4:]))
     assert [client.answer() for client in clients] == [(client.wanted(), "length") for client in clients]
     assert served.steps < sum(5 + i for i in range(9)) / 2  # several rows in one step
-
-
-def test_weights_are_compared_when_nothing_is_decoded(
-    stopped: list[Scheduler], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny.llava(sharpness=10.0)
-    served = Scheduler(
-        SpeculativeVLM(model, None, SpeculativeConfig(adaptive=False, backend="fused"), "ar"), Limits(prefixes=0)
-    )
-    stopped.append(served)
-    read, when = list[int](), list[int]()
-    content, weights = revision._content, {id(weight) for weight in model.get_decoder().parameters()}
-
-    def noted(tensor: torch.Tensor) -> bytes:
-        if id(tensor) in weights:  # not those of the vision tower
-            read.append(id(tensor))
-        return content(tensor)
-
-    monkeypatch.setattr(revision, "_content", noted)
-    clients = [Client(1, 80), Client(2, 4), Client(3, 4)]
-    for client in clients:
-        receive = client.job.receive
-        client.job.receive = lambda outcome, receive=receive: (when.append(len(read)), receive(outcome))[1]
-    served.submit(*(client.job for client in clients))
-    served.start()
-    answers = [client.answer() for client in clients]
-    assert when[0] > 0
-    assert set(when) == {when[0]}  # the second and third joined the first
-    model.get_input_embeddings().weight.data.mul_(1.5)  # no version counter sees it
-    model.model.language_model.layers[0].mlp.up_proj.weight.data[0, 0] += 3.0
-    later = Client(1, 80)
-    served.submit(later.job)
-    torch.manual_seed(1)
-    wanted = model.generate(**later.inputs, **later.options)[0, later.inputs["input_ids"].shape[1] :].tolist()
-    assert later.answer()[0] == wanted != answers[0][0]
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:

@@ -46,7 +46,6 @@ class Backend:
         self._pass: FusedPass | None = None
         self._built: Revision | None = None  # the revision for which `_pass` was built, or found not to be useful
         self._lock = threading.RLock()
-        self._vouched = False  # whether a caller says that no weight changes
         self._latest = self.refresh()
 
     @property
@@ -66,18 +65,20 @@ class Backend:
             return "measured: the model's own code is as fast as the fused pass"
         return f"measured: the fused pass is faster over {', '.join(rows)} rows"
 
-    def refresh(self) -> Revision:
+    def refresh(self, frozen: bool = False) -> Revision:
         """The current revision of the language model. Builds the fused pass again if the model has changed.
 
-        Reads the weights of which the fused pass has copies: only their content proves that they are unchanged.
+        Reads the weights of which the fused pass has copies: only their content proves that they are unchanged. It
+        compares all else where the caller says that they are `frozen`.
         """
         model = self._model()
         assert model is not None, "the caller holds a reference to the model"
         with self._lock:
-            if self._vouched and self._latest is self._built and not (self._latest.moved() or self._latest.hooked()):
-                return self._latest
             now = Revision(_text_modules(model), called_functions(model.get_decoder()))
             known, self._latest = self._built, now
+            if frozen and known is not None and now.same(known, ()):
+                self._latest = known
+                return known
             if now.hooked():
                 return now
             if known is None or now.structure != known.structure:
@@ -87,18 +88,6 @@ class Backend:
                 self._build(model, now)
             self._built = now
         return now
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Context manager: `refresh` does not read the weights in its block, whose caller says that none changes.
-
-        It still compares addresses, version counters and hooks.
-        """
-        self._vouched = True
-        try:
-            yield
-        finally:
-            self._vouched = False
 
     def _build(self, model: PreTrainedModel, now: Revision) -> None:
         """Builds the fused pass, if it is allowed, accurate and, for "measure", faster for some number of rows."""

@@ -127,7 +127,7 @@ class Bench:
             except REFUSALS as error:
                 self.not_run[name] = _reason(error)
         names = list(dict.fromkeys([PLAIN, *settings.methods]))
-        self.unfinished, config = Unfinished(folder), settings.config or SpeculativeConfig()
+        self.unfinished, config = Unfinished(folder), settings.config or SpeculativeConfig(frozen_weights=True)
         backend = self.unfinished.saved.get("backend")
         if config.backend == "measure" and backend in ("plain", "fused"):  # the interrupted run has measured it
             config = config.model_copy(update={"backend": backend})

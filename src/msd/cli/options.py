@@ -386,7 +386,7 @@ def load_vlm(target: str, drafting: Drafting, **config: Any) -> SpeculativeVLM:
     from msd import SpeculativeConfig, SpeculativeVLM
 
     speculative = SpeculativeConfig(
-        label=True, backend=drafting.backend, calibrate=drafting.calibrate, **limit, **config
+        label=True, frozen_weights=True, backend=drafting.backend, calibrate=drafting.calibrate, **limit, **config
     )
     with terminal.loading():
         return SpeculativeVLM.from_pretrained(target, method, speculative, device=drafting.device)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -261,13 +260,9 @@ class Scheduler:
         self._deliver(job, emission)
 
     def _prefill(self, job: Job, inputs: dict[str, Any], seed: int) -> Prefilled:
-        """Runs the prompt, behind the longest stored prefix that it begins with.
-
-        The weights are compared with those of earlier prompts when no other request is being decoded.
-        """
+        """Runs the prompt, behind the longest stored prefix that it begins with."""
         past = self.prefixes.past(inputs["input_ids"])
-        with self.vlm.target.backend.unchanged() if self.batch.members else nullcontext():
-            request = self.vlm.prefill(inputs, [seed], past, **job.options)
+        request = self.vlm.prefill(inputs, [seed], past, **job.options)
         job.cached_tokens = job.prompt_tokens - request.state.prefilled
         self.prefixes.store(request)
         return request

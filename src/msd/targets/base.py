@@ -52,6 +52,7 @@ class Target:
     resumes = True  # whether `score` can leave out nodes that it has scored before
     reuses_prefix = True  # whether a prompt can reuse the cache of an earlier turn that it begins with
     modalities: tuple[str, ...] = tuple(MODALITIES)  # what a prompt may contain besides text
+    frozen = False  # whether the caller says that no weight of the model changes
     bidirectional_layers: str | None = None  # the layer type to which `bidirectional_mask` is limited
 
     def __init__(
@@ -102,7 +103,7 @@ class Target:
             if kind not in self.modalities and inputs.get(name) is not None:
                 own = self.model.config.model_type
                 raise UserError(f"'{own}' supports {' and '.join(self.modalities)}, not {kind}; see 'msd targets'")
-        return self.vision.encode(self.model, inputs, self.pictures)
+        return self.vision.encode(self.model, inputs, self.pictures, self.frozen)
 
     def lay_out(self, input_ids: Tensor, model_kwargs: dict[str, Any], capacity: int) -> tuple[Layout, Tensor]:
         """(the layout of a prompt [B, L], its `position_ids` as the model's own `generate()` prepares them).
@@ -134,8 +135,8 @@ class Target:
             raise UserError(f"a conversation continues with one prompt at a time, got {B}")
         layout, positions = self.lay_out(input_ids, model_kwargs, capacity)
         media = media_items(model_kwargs, self.audio_items(model_kwargs)) if keep or past is not None else {}
-        source = Source(self.model, self.taps.indices, self.backend.refresh())
-        if keep:
+        source = Source(self.model, self.taps.indices, self.backend.refresh(self.frozen))
+        if keep and not self.frozen:
             source.revision.read()
         if past is not None and (past.source is None or not source.same(past.source) or not self.reuses_prefix):
             past = None

@@ -49,7 +49,9 @@ class Source:
 
     def same(self, other: Source) -> bool:
         """Whether both would compute the same state."""
-        return self.model is other.model and self.taps == other.taps and self.revision.same(other.revision)
+        if self.model is not other.model or self.taps != other.taps:
+            return False
+        return self.revision is other.revision or self.revision.same(other.revision)
 
 
 @dataclass

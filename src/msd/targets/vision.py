@@ -37,12 +37,17 @@ class VisionCache:
             self.hits = self.misses = 0
 
     def encode(
-        self, model: PreTrainedModel, inputs: dict[str, Any], kinds: Sequence[Pictures] = (Pictures(),)
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        kinds: Sequence[Pictures] = (Pictures(),),
+        frozen: bool = False,
     ) -> dict[str, Any]:
         """Returns the processor output `inputs` with the encoder's outputs (`mm_encoder_outputs`) in place of pixels.
 
         Encodes only what the cache lacks. Inputs without pixel tensors are returned unchanged. kinds: which tensors of
-        the inputs describe the images and videos of this model family.
+        the inputs describe the images and videos of this model family. frozen: the caller says that the encoder's
+        weights do not change, so their content is not compared.
         """
         rest, outputs = inputs, {}
         for kind in kinds:
@@ -51,12 +56,12 @@ class VisionCache:
             items = kind.split(inputs)
             rest = {k: v for k, v in rest.items() if k not in kind.consumed}
             if items:
-                features = self._encode(model, kind, items, kind.options(model, inputs))
+                features = self._encode(model, kind, items, kind.options(model, inputs), frozen)
                 outputs[kind.modality] = kind.join_features(features)
         return {**rest, "mm_encoder_outputs": outputs} if outputs else rest
 
     def _encode(
-        self, model: PreTrainedModel, kind: Pictures, items: list[VisionItem], options: dict[str, Any]
+        self, model: PreTrainedModel, kind: Pictures, items: list[VisionItem], options: dict[str, Any], frozen: bool
     ) -> list[Features]:
         """Features of the items, from the cache where the encoder is unchanged."""
         revision = _encoder_revision(model, kind)
@@ -64,10 +69,11 @@ class VisionCache:
             return kind.encode(model, items, options)
         keys = [_key(f"{kind.modality}{options or ''}", kind.unpadded(item)) for item in items]
         with self._lock:
-            if self._revision is None or not revision.same(self._revision):
+            if self._revision is None or not revision.same(self._revision, () if frozen else None):
                 self._features.clear()
                 self._revision = revision
-                revision.read()
+                if not frozen:
+                    revision.read()
             missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._features}
             self.misses += len(missing)
             self.hits += len(items) - len(missing)
