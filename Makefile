@@ -55,9 +55,11 @@ test-vllm: setup vllm-env
 test-fast: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not alone'
 
-# Lines and branches that `make test` runs: a table, and build/coverage/index.html. It takes twice as long as the tests.
+# Lines and branches that `make test` runs, in all its processes: a table, and build/coverage/index.html.
 coverage: setup
-	$(BIN)/python -m coverage run -m pytest -m 'not alone'
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n $(WORKERS) --dist loadfile -m 'not alone'
+	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage report
 
@@ -134,4 +136,4 @@ pictures: setup
 	$(BIN)/python tools/pictures.py
 
 clean:
-	rm -rf $(VENV) $(FULL) $(VLLM) .coverage .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(FULL) $(VLLM) .coverage* .mypy_cache .ruff_cache .hypothesis build dist
