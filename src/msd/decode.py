@@ -39,6 +39,7 @@ class Engine:
 
         prompt: the scores [B, 1, V] of the prompt's last token. They count as the scores of a tree without drafts.
         """
+        sampler.foresees = self.verifier.lossless and not self.drafter.sampled
         tree = DraftTree.root_only(state.layout.newest())
         accepted = self.verifier.accept(tree, prompt, sampler)
         accepted.modality = None  # the router has not run yet

@@ -90,6 +90,25 @@ def test_every_draft_of_a_copy_of_the_target_is_accepted(name: str) -> None:
         assert found.num_accepted_draft_tokens == found.num_draft_tokens == rows * 9, "4, 4 and 1 of 12 after the first"
 
 
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("warped", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
+def test_every_draft_of_a_copy_is_accepted_when_its_request_samples(name: str, warped: dict[str, Any]) -> None:
+    """It knows the noise of the coming draws: alone with torch's global generator, and in a batch with seeds."""
+    model = BY_NAME[name].make()
+    settings = {**GREEDY, "do_sample": True, "top_k": 0, **warped}
+    engine = SpeculativeVLM(model, None, CHAIN, DraftModel(copy.deepcopy(model)))
+    (expected,) = plain(model, inputs(name), 7, **settings)
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    (alone,) = answers(engine, **inputs(name), **settings)
+    assert torch.equal(torch.get_rng_state(), after)
+    together = answers(engine, **inputs(name, 3), **settings, seed=[7, 8, 9])
+    assert alone.tokens == expected == together[0].tokens
+    for rows, result in ((1, alone), (3, together[0])):
+        found = result.statistics
+        assert found.num_accepted_draft_tokens == found.num_draft_tokens == rows * 9, "4, 4 and 1 of 12 after the first"
+
+
 @pytest.mark.parametrize("sees", ["image", "nothing", "image,nothing"])
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_trees_of_another_model_change_no_answer(sees: str, settings: dict[str, Any]) -> None:

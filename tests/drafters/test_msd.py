@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from msd.config import SpeculativeConfig
 from msd.core import modality
+from msd.core.foresight import Outlook
 from msd.core.layout import Layout
 from msd.core.tree import DraftTree
 from msd.drafters import registry
@@ -63,13 +64,13 @@ def tree(
     nodes: int,
     depth: list[int],
     width: int | None = None,
-    temperature: float | None = None,
+    outlook: Any = None,
 ) -> DraftTree:
     decoding_memory, layout = memory(net, len(route))
     anchors = decoding_memory.anchors()
     levels = net.levels(anchors, layout.newest())
     subtrees = choose_subtrees(net.config, route, width)
-    return grow(levels, net, subtrees, net.config.modality_ids, layout.newest(), Budget(nodes, depth), temperature)
+    return grow(levels, net, subtrees, net.config.modality_ids, layout.newest(), Budget(nodes, depth), outlook)
 
 
 def paths(drafted: DraftTree, row: int) -> list[tuple[int, ...]]:
@@ -290,7 +291,7 @@ def test_calibration_ranks_greedy_trees_only(form: str) -> None:
     route = torch.tensor([[0.3, 0.4, 0.3], [0.8, 0.1, 0.1]])
     with torch.inference_mode():
         by_q = tree(plain, route, 9, [4, 4])
-        sampled = tree(calibrated, route, 9, [4, 4], temperature=1.0)
+        sampled = tree(calibrated, route, 9, [4, 4], outlook=lambda levels: Outlook(lambda logits: logits))
         greedy = tree(calibrated, route, 9, [4, 4])
     assert torch.equal(by_q.tokens, sampled.tokens) and torch.equal(by_q.parents, sampled.parents)
     assert not (by_q.tokens.shape == greedy.tokens.shape and torch.equal(by_q.parents, greedy.parents))

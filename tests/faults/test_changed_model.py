@@ -155,7 +155,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another output layer": other_head,
 }
 SILENT = {  # only the content of weights tells
-    "weights written without a version change", "two columns swapped", "rows of the output layer rolled", "a sign",
+    "weights written without a version change",
+    "two columns swapped",
+    "rows of the output layer rolled",
+    "a sign",
 }
 SAME = {"double", "bfloat16"}  # may leave the answer unchanged
 

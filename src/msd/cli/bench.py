@@ -112,7 +112,8 @@ def bench(
         label_thresholds.check_target(fingerprint(loaded))
     settings = measure.BenchSettings(
         tuple(methods), max_new_tokens, measurement.temperature, label_thresholds,
-        SpeculativeConfig(**verification, backend=model.backend, frozen_weights=True), measurement.warm, measurement.batch, baselines,
+        SpeculativeConfig(**verification, backend=model.backend, frozen_weights=True), measurement.warm,
+        measurement.batch, baselines,
         {
             "drafter": None if compared.drafter is None else checkpoint.digest(compared.drafter),
             "draft_model": compared.draft_model, "draft_sees": compared.draft_sees,

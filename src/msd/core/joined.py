@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msd.core.foresight import Outlook
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
 
@@ -13,7 +14,6 @@ class JoinedSampler(Sampler):
     """The samplers of requests of one row each. Row r draws, stops and is processed as `parts[r]` does alone.
 
     layout: of the whole batch. A part's own layout is its row of it: both share their tensors.
-    `do_sample` and `processors` shape only drafts here: they are those of the first part.
     """
 
     def __init__(self, layout: Layout, part: Sampler) -> None:
@@ -38,8 +38,7 @@ class JoinedSampler(Sampler):
         self.finish = [part.finish[0] for part in self.parts]
         self.keep_logits = any(part.keep_logits for part in self.parts)
         if self.parts:
-            self.do_sample, self.processors = self.parts[0].do_sample, self.parts[0].processors
-            self.pointwise = self.parts[0].pointwise
+            self.do_sample = any(part.do_sample for part in self.parts)
 
     def end(self, row: int, reason: str) -> None:
         """Stops a row before its next step, for a reason of the caller."""
@@ -70,6 +69,21 @@ class JoinedSampler(Sampler):
     def multinomial(self, p: Tensor, rows: list[int]) -> Tensor:
         """See `Sampler`."""
         return torch.cat([self.parts[row].multinomial(p[i, None], [0]) for i, row in enumerate(rows)])
+
+    def outlook(self, rows: list[int], levels: int) -> Outlook | None:
+        """See `Sampler`; greedy rows have no noise."""
+        found = [self.parts[row].outlook([0], levels) for row in rows]
+        if not any(found):
+            return None
+
+        def warp(drafted: Tensor) -> Tensor:
+            each = zip(found, drafted.split(1), strict=True)
+            return torch.cat([logits if outlook is None else outlook.warp(logits) for outlook, logits in each])
+
+        greedy = torch.ones(1, levels, self.vocabulary, device=self.layout.tokens.device)
+        noise = [greedy if outlook is None else outlook.noise for outlook in found]
+        known = [each for each in noise if each is not None]
+        return Outlook(warp, torch.cat(known) if len(known) == len(noise) else None)
 
     def uniform(self, rows: list[int], device: torch.device) -> Tensor:
         """See `Sampler`."""

@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from msd.core.foresight import Foresight, Outlook
 from msd.core.layout import Layout
 from msd.errors import UserError
 
@@ -50,7 +51,8 @@ class Sampler:
     keep_logits: whether the verifier stores the logits before each emitted token in `Accepted.logits`.
 
     Attributes: `finish` is, for each row, why it stopped ("eos", "length" or "criteria"), or None.
-    `drafts` is whether rows may be drafted for; the caller may clear it.
+    `drafts` is whether rows may be drafted for; the caller may clear it. `foresees` is whether drafts may depend on the
+    noise of the coming draws: only where they cannot change the output.
     `lockstep` is whether a processor or criterion may compare rows. Then all rows emit the same number of tokens in a
     step, finished rows stay in the batch until the last one finishes, and processors and criteria get the same tensors
     [B, L + t] and [B, V] as from `generate()`.
@@ -88,7 +90,8 @@ class Sampler:
         native = (MaxLengthCriteria, EosTokenCriteria)
         self.criteria = StoppingCriteriaList([c for c in criteria if not isinstance(c, native)])
         self.finish: list[str | None] = [None] * B
-        self.drafts = True
+        self.drafts, self.foresees = True, False
+        self._foresights: dict[int, Foresight] = {}  # by row
 
     @property
     def alive(self) -> list[int]:
@@ -139,10 +142,53 @@ class Sampler:
 
     def multinomial(self, p: Tensor, rows: list[int]) -> Tensor:
         """One token per row drawn from p [R, V]: [R]."""
+        if self._foresights:
+            return torch.cat([self._draw_one(p[i : i + 1], row) for i, row in enumerate(rows)])
         if isinstance(self.randomness, list):
             one = [torch.multinomial(p[i : i + 1], 1, generator=self.randomness[r]) for i, r in enumerate(rows)]
             return torch.cat(one).squeeze(1)
         return torch.multinomial(p, 1, generator=self.randomness).squeeze(1)
+
+    def _draw_one(self, p: Tensor, row: int) -> Tensor:
+        """What `torch.multinomial` draws for one row from p [1, V], with the noise that drafts have used: [1]."""
+        noise = self._foresights[row].take() if row in self._foresights else None
+        if noise is not None:
+            return drawn(p, noise)
+        generator = self.randomness[row] if isinstance(self.randomness, list) else self.randomness
+        return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+    def outlook(self, rows: list[int], levels: int) -> Outlook | None:
+        """What is known of the next `levels` draws of `rows`; None for greedy decoding.
+
+        The noise of a batch that shares a generator, and of torch's global one on an accelerator, is unknown.
+        """
+        if not self.do_sample:
+            return None
+        noise = [self._foresight(row) for row in rows] if self.foresees else [None]
+        known = [foresight.noise(levels) for foresight in noise if foresight is not None]
+        return Outlook(self._warp, torch.stack(known) if len(known) == len(rows) else None)
+
+    def _foresight(self, row: int) -> Foresight | None:
+        """The foresight of a row, if its draws have a generator of their own."""
+        generator = self.randomness[row] if isinstance(self.randomness, list) else self.randomness
+        if self.noise is not None or (generator is None and self.layout.tokens.device.type != "cpu"):
+            return None
+        if row not in self._foresights:
+            self._foresights[row] = Foresight(generator or torch.default_generator, self.vocabulary)
+        return self._foresights[row]
+
+    def _warp(self, drafted: Tensor) -> Tensor:
+        """Draft logits [R, F, Vd] after the processors that need no tokens; else only at the temperature."""
+        if not self.processors:
+            return drafted
+        if self.pointwise:
+            return self.processors(self.layout.tokens[:1, :1], drafted.flatten(0, 1).float()).view_as(drafted)
+        return drafted / self._temperature()
+
+    def _temperature(self) -> float:
+        """1 without a processor for it."""
+        warpers = [p for p in self.processors if isinstance(p, logits_process.TemperatureLogitsWarper)]
+        return float(warpers[-1].temperature) if warpers else 1.0
 
     def uniform(self, rows: list[int], device: torch.device) -> Tensor:
         """One uniform random number in [0, 1) per row: [R] float64."""
@@ -212,14 +258,6 @@ class Sampler:
         return torch.cat([self.prompt, self.layout.tokens[:, L : max(self.layout.end)]], 1)
 
 
-def temperature(sampler: Sampler) -> float | None:
-    """The temperature of a sampled request, 1 by default; None for greedy decoding."""
-    if not sampler.do_sample:
-        return None
-    warpers = [p for p in sampler.processors if isinstance(p, logits_process.TemperatureLogitsWarper)]
-    return float(warpers[-1].temperature) if warpers else 1.0
-
-
 def _may_compare_rows(part: object) -> bool:
     """Whether a processor or criterion may depend on a row's index or on other rows: all but the library's own.
 
@@ -286,8 +324,6 @@ class SharedNoise:
 
         Raises RuntimeError, as `torch.multinomial` does, if p is not a distribution.
         """
-        if not bool((p.amax() < torch.inf) & (p.amin() >= 0)):
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         if any(self._count[row] == self._generated for row in rows):
             noise = p.new_empty(len(self._count), p.shape[1]).exponential_(1, generator=self.generator)
             self._noise |= {(self._generated, row): noise[row].clone() for row in waiting}
@@ -297,7 +333,17 @@ class SharedNoise:
             self._count[row] += 1
         unfinished = set(waiting)
         self._noise = {key: noise for key, noise in self._noise.items() if key[1] in unfinished}
-        return (p / own).argmax(-1)
+        return drawn(p, own)
+
+
+def drawn(p: Tensor, noise: Tensor) -> Tensor:
+    """What `torch.multinomial` draws from p [R, V] with exponential noise ([V] or [R, V]): [R].
+
+    Raises RuntimeError, as it does, if p is not a distribution.
+    """
+    if not bool((p.amax() < torch.inf) & (p.amin() >= 0)):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    return (p / noise).argmax(-1)
 
 
 Seed = int | Sequence[int] | torch.Generator | None

@@ -9,6 +9,7 @@ queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,4 +152,5 @@ class AssistantDrafter(ObservedDrafter):
         levels = AssistantLevels(
             self, newest[rows], torch.stack([state.memory[row] for row in rows]), shared, visible, positions
         )
-        return draft(levels, self, newest[rows], TREE, budget.select(rows), sampler, self.cost).scatter(rows, newest)
+        outlook = partial(sampler.outlook, rows)
+        return draft(levels, self, newest[rows], TREE, budget.select(rows), outlook, self.cost).scatter(rows, newest)

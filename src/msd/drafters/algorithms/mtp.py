@@ -13,6 +13,8 @@ that of vLLM. At images the layers read the placeholder's embedding.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -81,7 +83,8 @@ class Memory:
         unread = [self.layout.tokens[row, self.seen[row] : self.layout.end[row]].tolist() for row in rows]
         levels = ChainedLevels(self._score, unread, newest.device)
         shape = Shape(WIDTH, depth)
-        tree = draft(levels, drafter, newest[rows], shape, budget.select(rows), sampler, drafter.cost)
+        outlook = partial(sampler.outlook, rows)
+        tree = draft(levels, drafter, newest[rows], shape, budget.select(rows), outlook, drafter.cost)
         paths: list[list[int]] = [[] for _ in self.seen]
         for row, tokens in zip(rows, unread, strict=True):
             paths[row], self.unread[row] = list(range(len(tokens))), []

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from msd.core.foresight import Outlook
 from msd.core.modality import LANGUAGE
-from msd.core.sampling import Sampler, temperature
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.growth import Distributions, DraftVocabulary, Levels, Shape, Subtrees, grow
@@ -66,13 +66,13 @@ def draft(
     newest: Tensor,
     shape: Shape,
     budget: Budget,
-    sampler: Sampler,
+    outlook: Callable[[int], Outlook | None],
     cost: LevelCost,
 ) -> DraftTree:
-    """Grows one tree for each row, of the most probable nodes, below `newest` [R]."""
+    """Grows one tree for each row, of the most probable nodes, below `newest` [R]. outlook: see `grow`."""
     width = shape.width if budget.width is None else min(budget.width, shape.width)
     whole = Subtrees.single(newest, Shape(width, shape.depth))
-    return grow(levels, vocabulary, whole, (LANGUAGE.id,), newest, budget, temperature(sampler), cost)
+    return grow(levels, vocabulary, whole, (LANGUAGE.id,), newest, budget, outlook, cost)
 
 
 def drafts(budget: Budget) -> bool:

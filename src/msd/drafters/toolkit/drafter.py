@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from msd.backends.packed import faster_in_bf16
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
-from msd.core.sampling import Sampler, temperature
+from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Shape, Subtrees, grow
@@ -318,8 +319,8 @@ class TrainedDrafter(ObservedDrafter):
         anchors = state.memory.read(self.network, state.layout).anchors(rows)
         levels, subtrees = self.network.levels(anchors, roots), self.subtrees(state, rows, budget)
         tree = grow(
-            levels, self.network, subtrees, self.modality_ids, roots, budget.select(rows), temperature(sampler),
-            self.cost,
+            levels, self.network, subtrees, self.modality_ids, roots, budget.select(rows),
+            partial(sampler.outlook, rows), self.cost,
         )  # fmt: skip
         return tree.scatter(rows, newest)
 

@@ -9,6 +9,7 @@ rule is a Bayesian mixture that forgets. Its weights need no pass: members score
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class Ensemble:
         opened = [member.open(layout, alive) for member in self.members]
         newest, (self._rows, unread) = layout.newest(), opened[0]
         levels = ChainedLevels(self._score, unread, newest.device)
-        tree = draft(levels, vocabulary, newest[self._rows], shape, budget.select(self._rows), sampler, cost)
+        outlook = partial(sampler.outlook, self._rows)
+        tree = draft(levels, vocabulary, newest[self._rows], shape, budget.select(self._rows), outlook, cost)
         for member in self.members:
             member.close(self._rows, unread)
         return tree.scatter(self._rows, newest)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from msd.core.foresight import Outlook
 from msd.core.tree import DraftTree
 from msd.drafters.toolkit.chance import NodeFeatures
 from msd.drafters.toolkit.context import pick
@@ -111,14 +112,14 @@ def grow(
     modality_ids: Sequence[int],
     newest: Tensor,
     budget: Budget,
-    temperature: float | None = None,
+    outlook: Callable[[int], Outlook | None] | None = None,
     cost: LevelCost | None = None,
 ) -> DraftTree:
     """Grows trees of at most `budget.nodes` draft nodes; the tree of row b is at most `budget.depth[b]` levels deep.
 
     With `budget.seconds`, the number of nodes maximises expected tokens per second; with `cost`, only levels that pay
-    are computed. modality_ids: registry ids of the experts. newest: [B], the roots. temperature: of a request that
-    samples, whose node scores are log q; None for greedy decoding.
+    are computed. modality_ids: registry ids of the experts. newest: [B], the roots. outlook: on some number of draws,
+    for requests that sample (`Sampler.outlook`); where their noise is unknown, node scores are log q.
     """
     deepest = min(max(budget.depth, default=0), max(s.depth for s in subtrees.shapes))
     if deepest < 1 or budget.nodes < 1:
@@ -126,7 +127,7 @@ def grow(
     measured = cost if budget.passes is not None else None
     if measured is not None and budget.passes is not None:
         deepest = measured.levels(deepest, budget.passes[0], budget.node_seconds)
-    growth = _Growth(vocabulary, subtrees, budget, temperature)
+    growth = _Growth(vocabulary, subtrees, budget, None if outlook is None else outlook(deepest))
     descend(levels, subtrees.weights, deepest, growth.expand)
     rows = growth.read()
     seconds = time.perf_counter() - growth.started
@@ -181,9 +182,9 @@ class _Growth:
     """The growing candidates of one step (see `grow`). Tensors [B, F] describe the frontier; at the root F = M."""
 
     def __init__(
-        self, vocabulary: DraftVocabulary, subtrees: Subtrees, budget: Budget, temperature: float | None
+        self, vocabulary: DraftVocabulary, subtrees: Subtrees, budget: Budget, outlook: Outlook | None
     ) -> None:
-        self.vocabulary, self.temperature, self.ids = vocabulary, temperature, vocabulary.ids
+        self.vocabulary, self.outlook, self.ids = vocabulary, outlook, vocabulary.ids
         shapes, self.share, self.device = tuple(subtrees.shapes), subtrees.share, subtrees.share.device
         self.widths = tuple(s.width for s in shapes)
         self.children = min(max(self.widths), len(self.ids))
@@ -198,11 +199,11 @@ class _Growth:
     def expand(self, distributions: Distributions, level: int) -> tuple[Tensor, Tensor]:
         """Adds the most likely children of every frontier node; returns the next frontier and its parents."""
         logits, limit = distributions.logits.float(), self.limits[level - 1]
-        if self.temperature not in (None, 1.0):
-            logits = logits / self.temperature
+        if self.outlook is not None:
+            logits = self.outlook.logits(logits, level, self.ids)
         log_q, index = logits.log_softmax(-1).topk(self.children, -1)  # [B, F, k]
         chance = log_q
-        if self.temperature is None:
+        if self.outlook is None or self.outlook.noise is not None:
             node = NodeFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1])
             chance = self.vocabulary.log_acceptance(node)
         if self.subtree is not None:

@@ -7,6 +7,7 @@ its prompt is up to the method: another image, another text, or none. A map tran
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class SecondModel:
             return DraftTree.root_only(newest)
         known = self._known(rows, unread)
         levels = ChainedLevels(self.score, unread, newest.device, known)
-        tree = draft(levels, vocabulary, newest[rows], shape, budget.select(rows), sampler, cost)
+        tree = draft(levels, vocabulary, newest[rows], shape, budget.select(rows), partial(sampler.outlook, rows), cost)
         self.close(rows, unread)
         return tree.scatter(rows, newest)
 
