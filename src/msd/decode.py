@@ -47,15 +47,18 @@ class Engine:
         self.drafter.begin(state, prompt)
         return Step(tree, prompt, accepted, time.perf_counter() - start, 0.0, prefill=True)
 
-    def step(self, sampler: Sampler, state: State) -> Step:
-        """Drafts, scores and accepts once, in the rows of `sampler.alive`; the cache drops all others."""
+    def step(self, sampler: Sampler, state: State, watched: bool = True) -> Step:
+        """Drafts, scores and accepts once, in the rows of `sampler.alive`; the cache drops all others.
+
+        watched: whether someone reads the labels of a step without drafts.
+        """
         budget = self.plan.budget(sampler, state.cache.node_bytes)
         state.cache.keep(sampler.alive)
         start = time.perf_counter()
         tree = self.drafter.propose(state, budget, sampler)
         drafted = time.perf_counter()
         scores = self.target.score(state, tree)
-        if self.verifier.routed or self.label:
+        if self.verifier.routed or (self.label and (watched or tree.size > 1)):
             scores.modality = self.drafter.route(state, tree, scores)
         scored = time.perf_counter()
         accepted = self.verifier.accept(tree, scores, sampler)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rivals
 import tiny
 from msd.config import SpeculativeConfig
+from msd.core.foresight import Outlook
 from msd.core.tree import DraftTree
 from msd.drafters import Drafter
 from msd.drafters.algorithms.draft_model import DraftModel
@@ -87,19 +88,21 @@ class Grown:
     weights: list[float] = field(default_factory=list)
 
 
-def plain_subtree(seed: int, row: int, subtree: int, shape: Shape, depth: int, heat: float | None) -> list[Grown]:
-    """All candidates of one subtree: beam search, written as EAGLE-2 describes it."""
+def plain_subtree(
+    seed: int, row: int, subtree: int, shape: Shape, depth: int, heat: float | None, noise: Tensor | None
+) -> list[Grown]:
+    """All candidates of one subtree: beam search, written as EAGLE-2 describes it. noise: of the draws [levels, V]."""
     frontier, out = [Grown((), 0.0, 1.0)], []
-    for _ in range(min(shape.depth, depth)):
+    for at in range(min(shape.depth, depth)):
         level = []
         for node in frontier:
             logits, confidence, weights = below(seed, row, subtree, node.path)
             log_q = (logits if heat is None else logits / heat).log_softmax(-1)
+            log_q = log_q if noise is None else (log_q.exp() / noise[at]).log().log_softmax(-1)
             for index in log_q.argsort(descending=True)[: shape.width].tolist():
                 q = log_q[index]
-                chance = float(
-                    Vocabulary().log_acceptance(NodeFeatures(q, torch.tensor(confidence))) if heat is None else q
-                )
+                fitted = heat is None or noise is not None
+                chance = float(Vocabulary().log_acceptance(NodeFeatures(q, torch.tensor(confidence))) if fitted else q)
                 level.append(Grown((*node.path, index + FIRST), node.score + chance - 1e-5, math.exp(q), weights))
         out += level
         frontier = sorted(level, key=lambda n: -n.score)[: shape.width]
@@ -150,6 +153,10 @@ def test_trees_equal_those_of_a_plain_implementation(data: st.DataObject) -> Non
     heat = data.draw(st.sampled_from([None, 1.0, 0.7]))
     seconds = data.draw(st.sampled_from([None, [0.03 + 0.002 * n for n in range(nodes + 1)]]))
     seed = data.draw(st.integers(0, 10_000))
+    noise = None
+    if heat is not None and data.draw(st.booleans()):
+        noise = torch.empty(rows, 5, FIRST + V).exponential_(generator=torch.Generator().manual_seed(seed))
+    known = [None if noise is None else noise[b, :, FIRST:] for b in range(rows)]
 
     expected = []
     for b in range(rows):
@@ -159,15 +166,16 @@ def test_trees_equal_those_of_a_plain_implementation(data: st.DataObject) -> Non
             nodes_enough = sum(shapes[m].width for m in own) <= nodes
             if not nodes_enough:
                 return  # several subtrees share a frontier of `nodes` places: no plain description
-        found = [plain_subtree(seed, b, m, shapes[m], depth[b], heat) for m in own]
+        found = [plain_subtree(seed, b, m, shapes[m], depth[b], heat, known[b]) for m in own]
         expected.append(plain_tree(found, [float(share[b, m]) for m in own], nodes))
     if seconds is not None:
         expected = plain_best(expected, seconds)
     weights = torch.eye(EXPERTS).expand(rows, -1, -1)[:, : len(shapes)]
     budget = Budget(nodes, depth, seconds=None if seconds is None else tuple(seconds))
     roots = torch.arange(rows)
+    outlook = None if heat is None else lambda levels: Outlook(lambda logits: logits / heat, noise)
     tree = grow(
-        RandomLevels(seed, rows), Vocabulary(), Subtrees(weights, share, shapes), [7, 8, 9], roots, budget, heat
+        RandomLevels(seed, rows), Vocabulary(), Subtrees(weights, share, shapes), [7, 8, 9], roots, budget, outlook
     )
 
     assert tree.tokens[:, 0].tolist() == roots.tolist()

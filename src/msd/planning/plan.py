@@ -131,13 +131,13 @@ class Plan:
         nodes = self.nodes
         if node_bytes:
             nodes = max(0, min(nodes, most_nodes(node_bytes, self.state_bytes) // max(1, len(alive)) - 1))
+        drafting = sum(d > 0 for d in depth)
+        if self.costs is not None and not (drafting and nodes and self.governor(drafting).drafts()):
+            return Budget(0, [0 for _ in rows], self.width, passes=self._passes(self.costs, sampler, 0))
         passes = None if self.costs is None else self._passes(self.costs, sampler, nodes)
         width = self._width(nodes, passes) if node_bytes else self.width
         if passes is None:
             return Budget(nodes, depth if nodes else [0 for _ in rows], width)
-        drafting = sum(d > 0 for d in depth)
-        if not drafting or not nodes or not self.governor(drafting).drafts():
-            return Budget(0, [0 for _ in rows], width, passes=passes)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
         return Budget(nodes, depth, width, seconds, passes)
 

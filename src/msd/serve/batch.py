@@ -31,9 +31,9 @@ class Emission:
     tokens: ids. logits: for each token, (raw, processed) logits [V]; empty unless the request keeps them. finish: why
     the row ended ("eos", "length", "criteria", or the reason given to `end`), or None. drafted, accepted: number of its
     drafted nodes by the modality whose subtree they are in; modality: of each token, as the router predicts it, empty
-    without a router. divergence: total variation of each token from the target's distribution; empty for a lossless
-    policy and for the first token, which is exact. traced: the step with its tree, if the request wants it; None for
-    the first token.
+    without a router, and in steps without drafts that no request traces. divergence: total variation of each token from
+    the target's distribution; empty for a lossless policy and for the first token, which is exact. traced: the step
+    with its tree, if the request wants it; None for the first token.
     """
 
     tokens: list[int]
@@ -89,7 +89,7 @@ class Batch(Generic[M]):
     def step(self) -> list[tuple[M, Emission]]:
         """Computes one step of all rows; returns what each emitted. Rows that have ended leave."""
         assert self._state is not None and self._sampler is not None
-        step = self.engine.step(self._sampler, self._state)
+        step = self.engine.step(self._sampler, self._state, any(map(self.traced, self.members)))
         kinds = step.tree.modality.where(step.tree.valid, -1).tolist()
         finish = self._sampler.finish
         emitted = [

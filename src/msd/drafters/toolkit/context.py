@@ -42,15 +42,15 @@ class Anchors:
         x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
         return Anchors(x, feature, embedding, positions, None, self.image[rows], context)
 
-    def joined(self, other: Anchors) -> Anchors:
-        """The rows of both, those of `other` last, with buffers as long as the longer ones; their `visible` is None."""
+    def joined(self, *others: Anchors) -> Anchors:
+        """The rows of all, in this order, with buffers as long as the longest ones; their `visible` is None."""
+        parts = (self, *others)
         x, feature, embedding, positions = (
-            torch.cat([getattr(self, name), getattr(other, name)])
-            for name in ("x", "feature", "embedding", "positions")
+            torch.cat([getattr(part, name) for part in parts]) for name in ("x", "feature", "embedding", "positions")
         )
-        width = max(self.image.shape[-1], other.image.shape[-1])
-        image = torch.cat([a.image.expand(-1, -1, width) for a in (self, other)])
-        context = [mine.joined(theirs) for mine, theirs in zip(self.context, other.context, strict=True)]
+        width = max(part.image.shape[-1] for part in parts)
+        image = torch.cat([part.image.expand(-1, -1, width) for part in parts])
+        context = [first.joined(*rest) for first, *rest in zip(*(part.context for part in parts), strict=True)]
         return Anchors(x, feature, embedding, positions, None, image, context)
 
 

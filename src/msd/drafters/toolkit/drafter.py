@@ -123,10 +123,11 @@ class Memory:
         self.length, self.shift = [self.length[row] for row in rows], self.shift[rows]
         self.anchor = self.anchor.of(rows)
 
-    def join(self, other: Memory) -> None:
-        """Appends the rows of `other`."""
-        self.length, self.shift = self.length + other.length, torch.cat([self.shift, other.shift])
-        self.anchor = self.anchor.joined(other.anchor)
+    def join(self, *others: Memory) -> None:
+        """Appends the rows of `others`."""
+        self.length = [n for memory in (self, *others) for n in memory.length]
+        self.shift = torch.cat([memory.shift for memory in (self, *others)])
+        self.anchor = self.anchor.joined(*(memory.anchor for memory in others))
 
 
 @dataclass
@@ -161,7 +162,7 @@ def _joined(rows: Sequence[Sequence[Tensor]]) -> Tensor:
 class DecodedStates:
     """The target's states of the decoded tokens; they become a `Memory` when the first draft needs it.
 
-    The memory has the first rows: the others have joined since the last draft.
+    The memory has the first rows, and rows that have left since the last draft; the others have joined since.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class DecodedStates:
         self._rows = [_Row(prompt, other, prompt[-1]) for prompt, other in zip(taps, others, strict=True)]
         self._part = part or (lambda taps: taps)
         self._memory: Memory | None = None
+        self._kept: list[int] = []  # the rows of the memory that have not left; they are the first rows
 
     @property
     def unread(self) -> bool:
@@ -204,18 +206,19 @@ class DecodedStates:
 
     def read(self, network: DraftNetwork, layout: Layout) -> Memory:
         """Returns the memory of everything decoded so far."""
-        read = 0
+        read = len(self._kept)
         if self._memory is not None:
-            read = len(self._memory.length)
+            if read < len(self._memory.length):
+                self._memory.select(self._kept)
             self._append(self._memory, network, list(range(read)))
+        memories = [] if self._memory is None else [self._memory]
         unread = range(read, len(self._rows))
-        for _, group in groupby(unread, lambda i: self._rows[i].sizes):
-            memory = self._begin(network, layout, list(group))
-            if self._memory is None:
-                self._memory = memory
-            else:
-                self._memory.join(memory)
-        assert self._memory is not None
+        groups = groupby(unread, lambda i: self._rows[i].sizes)
+        memories += [self._begin(network, layout, list(group)) for _, group in groups]
+        self._memory = memories[0]
+        if memories[1:]:
+            self._memory.join(*memories[1:])
+        self._kept = list(range(len(self._rows)))
         return self._memory
 
     def _begin(self, network: DraftNetwork, layout: Layout, rows: list[int]) -> Memory:
@@ -245,10 +248,8 @@ class DecodedStates:
 
     def select(self, rows: list[int]) -> None:
         """Drops all rows but `rows`, which are in ascending order."""
-        read = [] if self._memory is None else [row for row in rows if row < len(self._memory.length)]
-        if self._memory is not None and read:
-            self._memory.select(read)
-        else:
+        self._kept = [self._kept[row] for row in rows if row < len(self._kept)]
+        if not self._kept:
             self._memory = None
         self._rows = [self._rows[row] for row in rows]
 
@@ -256,6 +257,7 @@ class DecodedStates:
         """Appends the rows of `other`; their prompts stay unread until the next draft."""
         if other._memory is not None:
             self.read(network, layout).join(other.read(network, added))
+            self._kept = list(range(len(self._rows) + len(other._rows)))
         self._rows += other._rows
 
 

@@ -67,14 +67,18 @@ class KeyValues:
             self.keys[row, first : first + n] = new.keys[row, :n]
             self.values[row, first : first + n] = new.values[row, :n]
 
-    def joined(self, other: KeyValues) -> KeyValues:
-        """The rows of both context buffers, those of `other` last; the shorter one is padded with zeros."""
-        room = max(self.keys.shape[1], other.keys.shape[1])
+    def joined(self, *others: KeyValues) -> KeyValues:
+        """The rows of all context buffers, in this order; shorter ones are padded with zeros."""
 
-        def both(mine: Tensor, theirs: Tensor) -> Tensor:
-            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, room - x.shape[1])) for x in (mine, theirs)])
+        def stacked(buffers: list[Tensor]) -> Tensor:
+            rows, room = sum(map(len, buffers)), max(buffer.shape[1] for buffer in buffers)
+            out = buffers[0].new_zeros(rows, room, *buffers[0].shape[2:])
+            for part, buffer in zip(out.split([len(b) for b in buffers]), buffers, strict=True):
+                part[:, : buffer.shape[1]] = buffer
+            return out
 
-        return KeyValues(both(self.keys, other.keys), both(self.values, other.values))
+        parts = (self, *others)
+        return KeyValues(stacked([part.keys for part in parts]), stacked([part.values for part in parts]))
 
 
 class Rotary(nn.Module):
