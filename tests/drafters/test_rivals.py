@@ -30,6 +30,7 @@ from msd.targets.teacher import TeacherBatch
 
 METHODS = list(rivals.RIVALS)
 MODEL = tiny.llava()
+GREEDY: Any = SimpleNamespace(do_sample=False, outlook=lambda rows, levels: None)  # a sampler
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,7 +221,7 @@ def test_a_parent_wins_a_tie() -> None:
     drafter = TrainedDrafter(net)
     drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
     for nodes in (1, 2, 4):
-        tree = drafter.propose(state, Budget(nodes, [5] * 4), SimpleNamespace(do_sample=False))  # type: ignore[arg-type]
+        tree = drafter.propose(state, Budget(nodes, [5] * 4), GREEDY)
         assert tree.parents[0].tolist() == list(range(-1, nodes))
         assert tree.tokens[0, 1:].tolist() == [7] * nodes
 
@@ -244,7 +245,7 @@ def test_trees_grow_as_in_eagle_2() -> None:
     state: Any = SimpleNamespace(layout=layout, memory=None, auxiliary=None)
     drafter = TrainedDrafter(net)
     drafter.begin(state, SimpleNamespace(taps=batch.taps[:, : batch.prompt]))  # type: ignore[arg-type]
-    sampler: Any = SimpleNamespace(do_sample=False)
+    sampler = GREEDY
     tree = drafter.propose(state, Budget(7, [3] * 4), sampler)
     for row in range(4):
         frontier, every = [((), 0.0)], []

@@ -135,14 +135,19 @@ class _Row:
     """What a row has decoded and the network has not read.
 
     prompt: [L, T*H], the target's states; None: read. auxiliary: [E, H], see `Memory.begin`. taps: [n, T*H] of some
-    emitted tokens each, the states before them; tokens: [n]. newest: [T*H], before the newest token.
+    emitted tokens each, the states before them; tokens: [n]. last: [T*H], before the newest token that has been read.
     """
 
     prompt: Tensor | None
     auxiliary: Tensor | None
-    newest: Tensor
+    last: Tensor
     taps: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
+
+    @property
+    def newest(self) -> Tensor:
+        """The target's state before the newest token: [T*H]."""
+        return self.taps[-1][-1] if self.taps else self.last
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -194,11 +199,11 @@ class DecodedStates:
         table = [[*row, *rest] for part in (nodes, accepted.tokens) for row, rest in zip(part, fill, strict=True)]
         node, tokens = torch.tensor(table, device=scores.taps.device).split(len(count))
         taps = pick(scores.taps, node)
-        for i, (row, n) in enumerate(zip(self._rows, count, strict=True)):
+        for row, n, *some in zip(self._rows, count, taps.unbind(), tokens.unbind(), strict=True):
             if n:
-                row.taps.append(taps[i, :n])
-                row.tokens.append(tokens[i, :n])
-                row.newest = taps[i, n - 1]
+                before, emitted = some if n == max(count) else (x[:n] for x in some)
+                row.taps.append(before)
+                row.tokens.append(emitted)
 
     def newest(self) -> Tensor:
         """Returns the target's state before the newest emitted token of every row: [B, T*H]."""
@@ -244,7 +249,7 @@ class DecodedStates:
         taps, tokens = _joined([row.taps for row in states]), _joined([row.tokens for row in states])
         memory.append(network, self._part(taps), tokens, count)
         for row in states:
-            row.taps, row.tokens = [], []
+            row.taps, row.tokens, row.last = [], [], row.newest
 
     def select(self, rows: list[int]) -> None:
         """Drops all rows but `rows`, which are in ascending order."""
