@@ -2,10 +2,12 @@
 
     python -m recipes.serve.load --data ../shared/data --pid PID --out results/serve-msd.json
     python -m recipes.serve.load --data ../shared/data --transformers --limit 24 --out results/serve-transformers.json
+    python -m recipes.serve.load --data ../shared/data --against http://127.0.0.1:8001 --seconds 60 --out FILE
 
 Half of the requests describe one of 24 photos in 96 tokens, half are text. A client sends its next request when it has
 the answer; after a 429 it waits as long as the server says. All answers are greedy, so they can be compared by run.
-The first `--warm-up` seconds are not counted: until then batch and caches grow.
+The first `--warm-up` seconds are not counted: until then batch and caches grow. With `--against`, two servers have the
+load in turn, `--rounds` times; the one without it is idle.
 """
 
 from __future__ import annotations
@@ -106,9 +108,9 @@ class Load:
             self.texts.setdefault(number, set()).add(hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def loaded(arguments: argparse.Namespace) -> dict[str, Any]:
+def loaded(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
     """Runs the clients, and reads the server's memory meanwhile."""
-    load = Load(arguments.url, requests(arguments.data), arguments.seconds, arguments.warm_up)
+    load = Load(url, requests(arguments.data), arguments.seconds, arguments.warm_up)
     clients = [threading.Thread(target=load.client) for _ in range(arguments.clients)]
     for client in clients:
         client.start()
@@ -129,6 +131,20 @@ def loaded(arguments: argparse.Namespace) -> dict[str, Any]:
         "rss_mb_by_half": halves, "rss_mb_every_20_s": memory[::20],
         "requests_with_different_answers": sum(len(texts) > 1 for texts in load.texts.values()),
         "answers_sha256": {str(number): sorted(texts) for number, texts in sorted(load.texts.items())},
+    }  # fmt: skip
+
+
+def in_turn(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Loads two servers in turn; "ratio": tokens per second of the first over those of the second, in all rounds."""
+    urls, rounds = [arguments.url, arguments.against], []
+    for number in range(arguments.rounds):
+        found = {url: loaded(arguments, url) for url in urls[:: -1 if number % 2 else 1]}
+        rounds.append([{k: found[url][k] for k in ("seconds", "answers", "tokens", "errors")} for url in urls])
+        print(*(f"{one['tokens'] / one['seconds']:.1f}" for one in rounds[-1]), "tokens/s", flush=True)
+    speeds = [sum(r[i]["tokens"] for r in rounds) / sum(r[i]["seconds"] for r in rounds) for i in (0, 1)]
+    return {
+        "cpu": machine.processor(), "clients": arguments.clients, "warm_up": arguments.warm_up, "servers": urls,
+        "tokens_per_second": speeds, "ratio": speeds[0] / speeds[1], "rounds": rounds,
     }  # fmt: skip
 
 
@@ -166,6 +182,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with coco_vqa/images")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--pid", type=int, help="of the server, to read its memory")
+    parser.add_argument("--against", help="another server, which has the same load in turn")
+    parser.add_argument("--rounds", type=int, default=4, help="with --against")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--warm-up", type=float, default=60.0, help="seconds before those that count")
@@ -173,7 +191,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=24, help="requests with --transformers")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    result = one_after_another(arguments) if arguments.transformers else loaded(arguments)
+    if arguments.against:
+        result = in_turn(arguments)
+    else:
+        result = one_after_another(arguments) if arguments.transformers else loaded(arguments, arguments.url)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in result.items() if k != "answers_sha256"}, indent=1))
 
