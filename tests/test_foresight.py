@@ -82,8 +82,13 @@ def test_the_noise_of_a_batch_with_one_generator_is_unknown() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "knows"),
-    [({}, True), ({"verifier": "threshold", "thresholds": {"language": 0.5}}, False), ({"verifier": "budget"}, False)],
-    ids=["lossless", "threshold", "budget"],
+    [
+        ({}, True),
+        ({"foresight": False}, False),
+        ({"verifier": "threshold", "thresholds": {"language": 0.5}}, False),
+        ({"verifier": "budget"}, False),
+    ],
+    ids=["lossless", "switched off", "threshold", "budget"],
 )
 def test_only_drafts_that_change_no_answer_know_it(
     settings: dict[str, Any], knows: bool, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,8 @@ class SpeculativeConfig(BaseModel):
     backend: how the target's passes are computed: "plain" (the model's own code), "fused", "measure" (the faster of
     the two on this machine), or "bf16" (fused, with products rounded to bfloat16: lossy).
     label: whether results contain the modality that the drafter's router predicts for each token.
+    foresight: whether the drafts of a request that samples may depend on the noise of its coming draws
+    (`msd.core.foresight`). It applies only to a lossless verifier and drafts that are not sampled.
     adaptive: whether the size of a step's draft follows the measured costs of the target's passes, down to none if
     drafting is slower. Without it, and always with sampled drafts, a lossy verifier or a lossy backend, the draft is
     as large as allowed.
@@ -48,6 +50,7 @@ class SpeculativeConfig(BaseModel):
     epsilon: float = 0.0
     backend: str = "measure"
     label: bool = False
+    foresight: bool = True
     adaptive: bool = True
     frozen_weights: bool = False
     calibrate: bool = True

@@ -26,20 +26,25 @@ from msd.verify import Verifier
 
 @dataclass(frozen=True)
 class Engine:
-    """What decodes a batch. label: whether to fill `Accepted.modality` even if the verifier does not need it."""
+    """What decodes a batch.
+
+    label: whether to fill `Accepted.modality` even if the verifier does not need it. foresight: whether drafts may
+    depend on the noise of coming draws where they cannot change the output.
+    """
 
     target: Target
     drafter: Drafter
     verifier: Verifier
     plan: Plan
     label: bool = False
+    foresight: bool = True
 
     def begin(self, sampler: Sampler, state: State, prompt: Scores) -> Step:
         """Emits the first token of every row of a prefilled batch.
 
         prompt: the scores [B, 1, V] of the prompt's last token. They count as the scores of a tree without drafts.
         """
-        sampler.foresees = self.verifier.lossless and not self.drafter.sampled
+        sampler.foresees = self.foresight and self.verifier.lossless and not self.drafter.sampled
         tree = DraftTree.root_only(state.layout.newest())
         accepted = self.verifier.accept(tree, prompt, sampler)
         accepted.modality = None  # the router has not run yet

@@ -310,7 +310,7 @@ class SpeculativeVLM:
     @property
     def engine(self) -> Engine:
         """What decodes prefilled requests."""
-        return Engine(self.target, self.drafter, self.verifier, self.plan, self.config.label)
+        return Engine(self.target, self.drafter, self.verifier, self.plan, self.config.label, self.config.foresight)
 
     def engine_with(self, policy: str, epsilon: float = 0.0) -> Engine:
         """What decodes prefilled requests under another policy. UserError: an unknown one, or an ε that it lacks."""

@@ -53,7 +53,10 @@ def assert_close(one: dict[int, list[float]], two: dict[int, list[float]]) -> No
 
 
 def test_recording_changes_nothing_and_sees_every_position() -> None:
-    plain, recording = engine("lossless", adaptive=False), engine("lossless", adaptive=False, label=True)
+    plain, recording = (
+        engine("lossless", adaptive=False),
+        engine("lossless", adaptive=False, label=True, foresight=False),
+    )
     other, verifier = engine("lossless", adaptive=False), RecordingVerifier()
     other.verifier = verifier
     recorder, inputs = Recorder(), tiny.llava_inputs(0)
@@ -71,7 +74,10 @@ def test_recording_changes_nothing_and_sees_every_position() -> None:
 
 def test_a_batch_is_recorded_row_by_row() -> None:
     inputs = tiny.batch(*(tiny.llava_inputs(seed, words=8 + 3 * seed) for seed in range(3)))
-    recording, other = engine("lossless", adaptive=False, label=True), engine("lossless", adaptive=False)
+    recording, other = (
+        engine("lossless", adaptive=False, label=True, foresight=False),
+        engine("lossless", adaptive=False),
+    )
     other.verifier, recorder = RecordingVerifier(), Recorder()
     sampling = {"max_new_tokens": 20, "do_sample": True, "seed": 3}
     recording.generate(**inputs, **sampling, return_dict_in_generate=True, output_scores=True, on_step=recorder)

@@ -77,7 +77,8 @@ class HeldOutAcceptance:
 class Recorder:
     """Records P = Σ p(c), the target's probability of a node's drafted children c, at every emitted token, by modality.
 
-    It reads the steps of a request that samples, with `output_scores` (see `SpeculativeVLM.generate`, `on_step`).
+    It reads the steps of a request that samples, with `output_scores` (see `SpeculativeVLM.generate`, `on_step`), whose
+    drafts do not know the coming draws (`foresight`), as under a lossy policy.
     probabilities: modality id -> P at each position, in order.
     """
 
@@ -108,7 +109,7 @@ def record(
     prompts: Sequence[tuple[Sequence[Any], str]],
 ) -> dict[str, list[float]]:
     """Samples answers to (images, text) prompts; returns modality name -> P at every position (see `Recorder`)."""
-    engine = SpeculativeVLM(model, processor, SpeculativeConfig(label=True), drafter)
+    engine = SpeculativeVLM(model, processor, SpeculativeConfig(label=True, foresight=False), drafter)
     recorder = Recorder()
     for number, (images, text) in enumerate(prompts):
         engine.generate(
