@@ -54,6 +54,7 @@ COMMANDS = {
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
     "results/gpu.json": "`python tools/gpu_check.py`",
     "results/drafts.json": "`python -m recipes.floors.drafts results`",
+    "results/foresight.json": "`python -m recipes.floors.foresight results`",
     "results/kernels.json": "`python -m recipes.floors.kernels results`",
     "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
     "results/engines.json": "[vllm.md](vllm.md#speed)",
