@@ -25,9 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def faults(call: str) -> int:
     """Page faults of five tensors of 120 MB, in a process of its own."""
     script = FAULTS.format(call=call)
-    clean = {
-        k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"
-    }  # this process has imported msd, which sets it
+    clean = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}  # `msd` has set it in this process
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=clean)
     return int(run.stdout)
 

@@ -140,7 +140,7 @@ def in_turn(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.rounds):
         found = {url: loaded(arguments, url) for url in urls[:: -1 if number % 2 else 1]}
         rounds.append([{k: found[url][k] for k in ("seconds", "answers", "tokens", "errors")} for url in urls])
-        print(*(f"{one['tokens'] / one['seconds']:.1f}" for one in rounds[-1]), "tokens/s", flush=True)
+        print(*(f"{found[url]['tokens_per_second']:.1f}" for url in urls), "tokens/s", flush=True)
     speeds = [sum(r[i]["tokens"] for r in rounds) / sum(r[i]["seconds"] for r in rounds) for i in (0, 1)]
     return {
         "cpu": machine.processor(), "clients": arguments.clients, "warm_up": arguments.warm_up, "servers": urls,

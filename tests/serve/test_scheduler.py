@@ -74,6 +74,24 @@ def test_answers_are_those_of_generate(stopped: list[Scheduler]) -> None:
     assert served.steps < sum(5 + i for i in range(9)) / 2  # several rows in one step
 
 
+def test_changed_weights_answer_the_next_request(stopped: list[Scheduler]) -> None:
+    model = tiny.llava(sharpness=10.0)
+    served = Scheduler(
+        SpeculativeVLM(model, None, SpeculativeConfig(adaptive=False, backend="fused"), "ar"), Limits(prefixes=0)
+    )
+    stopped.append(served)
+    first, later = Client(1, 80), Client(1, 80)
+    served.submit(first.job)
+    served.start()
+    before = first.answer()[0]
+    model.get_input_embeddings().weight.data.mul_(1.5)  # no version counter sees it
+    model.model.language_model.layers[0].mlp.up_proj.weight.data[0, 0] += 3.0
+    served.submit(later.job)
+    torch.manual_seed(1)
+    wanted = model.generate(**later.inputs, **later.options)[0, later.inputs["input_ids"].shape[1] :].tolist()
+    assert later.answer()[0] == wanted != before
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     served = scheduler(waiting=2)  # its thread does not run
     served.submit(Client(0).job, Client(1).job)

@@ -142,11 +142,8 @@ class Sampler:
 
     def multinomial(self, p: Tensor, rows: list[int]) -> Tensor:
         """One token per row drawn from p [R, V]: [R]."""
-        if self._foresights:
+        if self._foresights or isinstance(self.randomness, list):
             return torch.cat([self._draw_one(p[i : i + 1], row) for i, row in enumerate(rows)])
-        if isinstance(self.randomness, list):
-            one = [torch.multinomial(p[i : i + 1], 1, generator=self.randomness[r]) for i, r in enumerate(rows)]
-            return torch.cat(one).squeeze(1)
         return torch.multinomial(p, 1, generator=self.randomness).squeeze(1)
 
     def _draw_one(self, p: Tensor, row: int) -> Tensor:
@@ -154,8 +151,11 @@ class Sampler:
         noise = self._foresights[row].take() if row in self._foresights else None
         if noise is not None:
             return drawn(p, noise)
-        generator = self.randomness[row] if isinstance(self.randomness, list) else self.randomness
-        return torch.multinomial(p, 1, generator=generator).squeeze(1)
+        return torch.multinomial(p, 1, generator=self._generator(row)).squeeze(1)
+
+    def _generator(self, row: int) -> torch.Generator | None:
+        """The generator of a row's draws; None: torch's global one."""
+        return self.randomness[row] if isinstance(self.randomness, list) else self.randomness
 
     def outlook(self, rows: list[int], levels: int) -> Outlook | None:
         """What is known of the next `levels` draws of `rows`; None for greedy decoding.
@@ -170,7 +170,7 @@ class Sampler:
 
     def _foresight(self, row: int) -> Foresight | None:
         """The foresight of a row, if its draws have a generator of their own."""
-        generator = self.randomness[row] if isinstance(self.randomness, list) else self.randomness
+        generator = self._generator(row)
         if self.noise is not None or (generator is None and self.layout.tokens.device.type != "cpu"):
             return None
         if row not in self._foresights:
@@ -182,7 +182,7 @@ class Sampler:
         if not self.processors:
             return drafted
         if self.pointwise:
-            return self.processors(self.layout.tokens[:1, :1], drafted.flatten(0, 1).float()).view_as(drafted)
+            return self.processors(self.layout.tokens[:1, :1], drafted.flatten(0, 1)).view_as(drafted)
         return drafted / self._temperature()
 
     def _temperature(self) -> float:

@@ -192,16 +192,17 @@ class DecodedStates:
         """Stores the state before every emitted token: that of the node above it."""
         assert scores.taps is not None
         count = [len(tokens) for tokens in accepted.tokens]
-        if not any(count):
+        most = max(count)
+        if not most:
             return
         nodes = [[0, *above][:n] for above, n in zip(accepted.nodes, count, strict=True)]
-        fill = [[0] * (max(count) - n) for n in count]
+        fill = [[0] * (most - n) for n in count]
         table = [[*row, *rest] for part in (nodes, accepted.tokens) for row, rest in zip(part, fill, strict=True)]
         node, tokens = torch.tensor(table, device=scores.taps.device).split(len(count))
         taps = pick(scores.taps, node)
         for row, n, *some in zip(self._rows, count, taps.unbind(), tokens.unbind(), strict=True):
             if n:
-                before, emitted = some if n == max(count) else (x[:n] for x in some)
+                before, emitted = some if n == most else (x[:n] for x in some)
                 row.taps.append(before)
                 row.tokens.append(emitted)
 
