@@ -27,6 +27,7 @@ from msd import backends
 from msd.backends.comparison import faster
 from msd.backends.fused import FusedDecoder, UnsupportedDecoderError
 from msd.backends.kernels import ROWS
+from msd.backends.packed import multiplies_in_bf16
 from msd.config import SpeculativeConfig
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
@@ -140,6 +141,13 @@ def test_names_and_errors() -> None:
         backends.choose(half, "fused")
 
 
+def test_bf16_is_refused_by_a_cpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "multiplies_in_bf16", lambda: False)
+    with pytest.raises(UserError, match="no products in bfloat16"):
+        backends.choose(tiny.llava(), "bf16")
+
+
+@pytest.mark.skipif(not multiplies_in_bf16(), reason="the CPU has no products in bfloat16")
 def test_bf16_is_lossy_and_used_only_on_request() -> None:
     model, inputs = tiny.llava(), tiny.llava_inputs()
     rough = backends.choose(model, "bf16")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from msd.backends.packed import multiplies_in_bf16, rounds
 from msd.config import SpeculativeConfig
 from msd.core import modality
 from msd.core.foresight import Outlook
@@ -267,9 +268,12 @@ def test_a_packed_network_drafts_the_same(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_half_precision_drafts_are_nearly_the_same(form: str) -> None:
+@pytest.mark.parametrize(("dtype", "has"), [(torch.bfloat16, multiplies_in_bf16()), (torch.int8, rounds())])
+def test_rounded_drafts_are_nearly_the_same(form: str, dtype: torch.dtype, has: bool) -> None:
+    if not has:
+        pytest.skip("this CPU has no such products")
     plain, half = network(form), network(form)
-    half.pack(torch.bfloat16)
+    half.pack(dtype)
     route = torch.tensor([[0.3, 0.4, 0.3]])
     with torch.inference_mode():
         one, other = tree(plain, route, 8, [4]), tree(half, route, 8, [4])

@@ -23,6 +23,7 @@ from msd.backends import comparison, fused
 from msd.backends.comparison import redirected
 from msd.backends.fused import FUSED, FusedPass, Record, UnsupportedDecoderError, called_functions
 from msd.backends.kernels import ROWS, Choice
+from msd.backends.packed import multiplies_in_bf16
 from msd.backends.revision import Revision, inside
 from msd.errors import UserError
 
@@ -104,6 +105,8 @@ class Backend:
 
     def _useful_pass(self, model: PreTrainedModel) -> FusedPass | None:
         """The fused pass with the fastest kernels; None if the model's own code is faster for all numbers of rows."""
+        if self.lossy and not multiplies_in_bf16():
+            raise UnsupportedDecoderError("this CPU has no products in bfloat16 (AVX512)")
         decoder, dtype = model.get_decoder(), torch.bfloat16 if self.lossy else torch.float32
         if not self.choice and not self.lossy:
             self.choice = fused.kernel_choice(decoder, model.get_output_embeddings())

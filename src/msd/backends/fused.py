@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from msd.backends import comparison
 from msd.backends.comparison import Calls, Dispatcher, redirected
 from msd.backends.kernels import KERNELS, MANY, PACKED, ROWS, Choice, Product, Weights, for_rows, measure, select
+from msd.backends.norms import rms_norm
 from msd.backends.packed import can_pack
 from msd.system import measurements
 from msd.system.measurements import cached
@@ -314,9 +315,9 @@ def _causal(h: Tensor, past: int, present: Tensor | None) -> Tensor | None:
 
 
 def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
-    """The norm as one operator."""
+    """The norm in few operators."""
     weight, eps = norm.weight, norm.variance_epsilon
-    return lambda h: F.rms_norm(h, weight.shape, weight, eps)
+    return lambda h: rms_norm(h, weight, eps)
 
 
 def called_functions(decoder: Any) -> list[Any]:

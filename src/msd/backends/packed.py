@@ -1,19 +1,30 @@
-"""Linear layers whose weights are packed once into oneDNN's blocked memory layout.
+"""Linear layers whose weights are packed once into the memory layout of the kernel that multiplies them.
 
 `F.linear` passes a row-major weight to the kernel in each call, which costs more than the product itself for a few
 rows: a target pass over 8 rows takes about twice as long as one over a single row. With packed weights both take about
 the same time.
+
+Drafts need not be exact. Their weights can be bfloat16, or 8-bit integers (FBGEMM): these are read from memory in half
+or a quarter of the time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 8  # oneDNN chooses the layout for this number of rows; other numbers use it too
+MANY = 64  # rows from which float32 is about as fast as rounded weights
+FBGEMM = "fbgemm"
+TRIES = 20  # of each dtype that could be fastest
+ROUNDED = (torch.float16, torch.int8)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -44,8 +55,9 @@ class Packed:
 
     @classmethod
     def of(cls, *linears: nn.Linear, dtype: torch.dtype = torch.float32) -> Packed:
-        """Packs layers together. Either all have a bias, or none has."""
-        return cls([x.weight for x in linears], [x.bias for x in linears if x.bias is not None], dtype)
+        """Packs layers together, in float16 and int8 as `Rounded`. Either all have a bias, or none has."""
+        weights, biases = [x.weight for x in linears], [x.bias for x in linears if x.bias is not None]
+        return (Rounded if dtype in ROUNDED else cls)(weights, biases, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out] in the dtype of x."""
@@ -62,13 +74,79 @@ class Packed:
         return out
 
 
+class Rounded(Packed):
+    """`Packed` for drafts, with weights of 16 or 8 bits and inputs and outputs in float32 (FBGEMM).
+
+    float16: rounds the weights, which most checkpoints have in 16 bits already. int8: also rounds the inputs, to 7 bits
+    with one scale for all rows, because two products of 8 bits overflow the 16-bit sums of CPUs without VNNI. Inputs of
+    many rows, such as a prompt's, are multiplied in float32, which is as fast for them.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.dtype, self.kind = torch.float32, dtype
+        self.weights, self.biases = [w.detach() for w in weights], [b.detach() for b in biases]
+        whole, bias = torch.cat(self.weights), torch.cat(self.biases) if biases else None
+        with _fbgemm():
+            if dtype == torch.float16:
+                self._product = torch.ops.quantized.linear_prepack_fp16(whole, bias)
+            else:
+                scale = whole.abs().amax(1).clamp_min(1e-12) / 127
+                zero = torch.zeros(len(whole), dtype=torch.long)
+                rounded = torch.quantize_per_channel(whole, scale, zero, 0, torch.qint8)
+                self._product = torch.ops.quantized.linear_prepack(rounded, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Packed`."""
+        if x.dtype != torch.float32:
+            return self(x.float()).to(x.dtype)
+        if x.numel() >= MANY * x.shape[-1]:
+            return self._plain(x)
+        if self.kind == torch.float16:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self._product)
+        try:
+            return torch.ops.quantized.linear_dynamic(x, self._product, True)
+        except RuntimeError:  # no scale fits inputs that are not numbers; the result is none either
+            return self._plain(x)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The product in float32, with the weights as they were."""
+        biases: Sequence[Tensor | None] = self.biases or [None] * len(self.weights)
+        return torch.cat([F.linear(x, w, b) for w, b in zip(self.weights, biases, strict=True)], -1)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """See `Packed`."""
+        return other + self(x)
+
+
+@contextmanager
+def _fbgemm() -> Iterator[None]:
+    """Packs for FBGEMM, whatever the engine of quantised models; hides PyTorch's plan to move these to a package."""
+    engine = torch.backends.quantized.engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.quantized.engine = FBGEMM
+            yield
+    finally:
+        torch.backends.quantized.engine = engine
+
+
 class Linear(nn.Linear):
-    """A linear layer that can be packed for inference. Its weights must not change after `pack`."""
+    """A linear layer that can be packed for inference. Its weights must not change after `pack`.
+
+    robust: whether rounded inputs are good enough; not those that hold the target's states or products of a gate, which
+    have outliers.
+    """
 
     _packed: Packed | None = None
 
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, robust: bool = False) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.robust = robust
+
     def pack(self, dtype: torch.dtype = torch.float32) -> None:
         """Packs the weight, for products in `dtype`, where oneDNN supports it."""
+        dtype = dtype if self.robust else finer(dtype)
         self._packed = Packed.of(self, dtype=dtype) if can_pack(self.weight) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,14 +156,72 @@ class Linear(nn.Linear):
         return super().forward(x)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """other + y, with `other` [..., out]; in one operator where it is packed."""
+        """other + y, with `other` [..., out]; in one operator where it is packed in float32."""
         if self._packed is not None and not torch.is_grad_enabled():
             return self._packed.plus(x, other)
         return other + self(x)
 
 
+def finer(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of products whose inputs must not be rounded to 8 bits, beside others in `dtype`."""
+    return torch.float16 if dtype == torch.int8 else dtype
+
+
+@lru_cache
+def draft_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which a draft's products are fastest on this device, measured once: see `Packed.of`.
+
+    8 bits cost some acceptance, about a hundredth, so they must be 1.2 times as fast as the others.
+    """
+    dtypes = [torch.float32]
+    if device.type == "cpu":
+        dtypes += [torch.bfloat16] if multiplies_in_bf16() else []
+        dtypes += [torch.int8] if rounds() else []
+    elif faster_in_bf16(device, tokens=ROWS):
+        return torch.bfloat16
+    if len(dtypes) == 1:
+        return dtypes[0]
+    linear = nn.Linear(576, 4096, bias=False)
+    x, products = torch.ones(ROWS, 576), [Packed.of(linear, dtype=dtype) for dtype in dtypes]
+    best = torch.float32
+    with torch.inference_mode():
+        times = [[_seconds(product, x) for product in products] for _ in range(TRIES)]
+    fastest = {dtype: min(column) for dtype, column in zip(dtypes, zip(*times, strict=True), strict=True)}
+    for dtype in dtypes[1:]:
+        if fastest[dtype] * 1.2 < fastest[best]:
+            best = dtype
+    return best
+
+
+def _seconds(product: Packed, x: Tensor) -> float:
+    start = time.perf_counter()
+    product(x)
+    return time.perf_counter() - start
+
+
+def rounds() -> bool:
+    """Whether this CPU has FBGEMM's products (AVX2), and this PyTorch still has them."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and FBGEMM in torch.backends.quantized.supported_engines
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and all(hasattr(torch.ops.quantized, name) for name in ("linear_dynamic", "linear_dynamic_fp16"))
+        and hasattr(torch, "quantize_per_channel")
+    )
+
+
+def multiplies_in_bf16() -> bool:
+    """Whether oneDNN has bfloat16 products on this CPU; without AVX512 it has none, and packing for them fails."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def faster_in_bf16(device: torch.device, tokens: int = 1024, tries: int = 5) -> bool:
-    """Whether a product of `tokens` rows with a weight [1536, 576] is at least 1.2 times as fast in bfloat16 here."""
+    """Whether a product of `tokens` rows with a weight [1536, 576] is at least 1.2 times as fast in bfloat16 here.
+
+    False on a CPU that only emulates it, whatever the measured times: another process can distort them.
+    """
+    if device.type == "cpu" and not multiplies_in_bf16():
+        return False
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(tokens, 576, dtype=dtype, device=device), torch.ones(1536, 576, dtype=dtype, device=device)

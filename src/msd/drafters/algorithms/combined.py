@@ -32,7 +32,7 @@ class Combined(TrainedDrafter):
         super().__init__(trunk, name or f"msd+{trunk.method}")
         if router.router is None:
             raise UserError(f"method '{self.name}' needs a router; the network given was trained without one")
-        self.msd = type(router).drafter(router, self.name)
+        self.msd = type(router).drafter(router, self.name, separate=True)
         self.modality_ids = self.msd.modality_ids
         self.fit(router.config.taps[-1])
 

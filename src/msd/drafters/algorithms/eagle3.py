@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from msd.backends.norms import RMSNorm
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
 from msd.drafters.toolkit.layers import PairLayer
@@ -37,9 +38,9 @@ class Eagle3(SelfFed):
         c, H, v = config, config.hidden, config.variant
         count = len(self.fused) if c.taps else 3
         self.fc = Linear(count * H, H, bias=False)
-        self.norm = nn.RMSNorm(H, c.eps)
-        self.input_norm = nn.RMSNorm(count * H, c.eps) if v.fc_norm == "all" else None
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(H, c.eps) for _ in range(count if v.fc_norm == "each" else 0))
+        self.norm = RMSNorm(H, c.eps)
+        self.input_norm = RMSNorm(count * H, c.eps) if v.fc_norm == "all" else None
+        self.fc_norm = nn.ModuleList(RMSNorm(H, c.eps) for _ in range(count if v.fc_norm == "each" else 0))
         add_head(self)
 
     @classmethod

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from msd.backends.norms import RMSNorm
 from msd.backends.revision import whole
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
@@ -37,7 +38,7 @@ class TextOnly(SelfFed):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
-        self.norm = nn.RMSNorm(config.hidden, config.eps)
+        self.norm = RMSNorm(config.hidden, config.eps)
 
     def begin_from(self, model: PreTrainedModel) -> None:
         """Copies layers and final norm of the target; UserError if its layers are not Llama's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,25 @@ class NodeFeatures:
     confidence: Tensor
     best: Tensor | None = None
 
+    @cached_property
+    def odds(self) -> Tensor:
+        """`log_odds` of the candidate."""
+        return log_odds(self.log_q)
+
+    @cached_property
+    def best_odds(self) -> Tensor:
+        """`log_odds` of the likeliest child."""
+        return self.odds if self.best is None else log_odds(self.best)
+
+
+class RankedFeatures(NodeFeatures):
+    """The features of all children of a node, the likeliest first, which `best` then is."""
+
+    @cached_property
+    def best_odds(self) -> Tensor:
+        """See `NodeFeatures`."""
+        return self.odds[..., :1]
+
 
 def log_odds(log_q: Tensor) -> Tensor:
     """Computes logit(q) from log q, with q between 10⁻⁶ and 1 - 10⁻⁶."""
@@ -36,9 +56,9 @@ def log_odds(log_q: Tensor) -> Tensor:
 
 
 FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
-    "log_odds": lambda node: log_odds(node.log_q),
+    "log_odds": lambda node: node.odds,
     "confidence": lambda node: node.confidence,
-    "best": lambda node: 0.0 if node.best is None else log_odds(node.best),
+    "best": lambda node: 0.0 if node.best is None else node.best_odds,
     "first": lambda node: 0.0 if node.best is None else node.log_q >= node.best,
     "bias": lambda node: 1.0,
 }
@@ -46,11 +66,16 @@ FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
 
 def log_chance(weights: Weights, node: NodeFeatures) -> Tensor:
     """Computes log σ(Σ weight · feature), the log-probability that a candidate is the target's choice."""
-    logit: Tensor | float = 0.0
+    total: Tensor | None = None
+    constant: Tensor | float = 0.0
     for name, weight in weights.items():
         feature = FEATURES[name](node)
-        if all(isinstance(x, Tensor) for x in (logit, feature)) and isinstance(weight, float):
-            logit = torch.add(logit, feature, alpha=weight)
+        if not isinstance(feature, Tensor):
+            constant = constant + weight * feature
+        elif total is None:
+            total = feature * weight
+        elif isinstance(weight, Tensor):
+            total = total + feature * weight
         else:
-            logit = logit + weight * feature
-    return F.logsigmoid(torch.as_tensor(logit))
+            total = torch.add(total, feature, alpha=weight)
+    return F.logsigmoid(torch.as_tensor(constant if total is None else total + constant))

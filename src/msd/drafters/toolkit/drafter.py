@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from msd.backends.packed import faster_in_bf16
+from msd.backends.packed import draft_dtype
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
@@ -289,7 +289,7 @@ class TrainedDrafter(ObservedDrafter):
         """Takes the target's embedding and output layer; UserError if it was trained for another target."""
         self.network.attach(model, self.name).to(model.device)
         if backend != "plain":
-            self.network.pack(torch.bfloat16 if faster_in_bf16(model.device, tokens=8) else torch.float32)
+            self.network.pack(draft_dtype(model.device))
 
     def twin(self, model: PreTrainedModel) -> TrainedDrafter:
         """See `Drafter`; the twin drafts the model's whole vocabulary."""

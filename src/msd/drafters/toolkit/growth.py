@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msd.core.foresight import Outlook
 from msd.core.tree import DraftTree
-from msd.drafters.toolkit.chance import NodeFeatures
+from msd.drafters.toolkit.chance import NodeFeatures, RankedFeatures
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.selection import NEVER, Candidates, Node, best_nodes, best_size, choose
@@ -187,8 +187,8 @@ class _Growth:
         self.vocabulary, self.outlook, self.ids = vocabulary, outlook, vocabulary.ids
         shapes, self.share, self.device = tuple(subtrees.shapes), subtrees.share, subtrees.share.device
         self.widths = tuple(s.width for s in shapes)
-        self.children = min(max(self.widths), len(self.ids))
-        self.widest = min(budget.nodes, sum(self.widths))
+        self.children = min(max(self.widths), len(self.ids), budget.nodes)
+        self.widest, self.nodes = min(budget.nodes, sum(self.widths)), budget.nodes
         self.limits = _limits(shapes, tuple(budget.depth), self.children, self.device)
         self.score = (self.share == 0) * NEVER
         self.subtree: Tensor | None = None  # [B, F]; None at the root, or if there is only one
@@ -204,22 +204,27 @@ class _Growth:
         log_q, index = logits.log_softmax(-1).topk(self.children, -1)  # [B, F, k]
         chance = log_q
         if self.outlook is None or self.outlook.noise is not None:
-            node = NodeFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1])
+            node = RankedFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1])
             chance = self.vocabulary.log_acceptance(node)
         if self.subtree is not None:
             limit = pick(limit, self.subtree)
         score = (self.score[..., None] + chance + limit).flatten(1)
         tokens = self.ids[index.flatten(1)]
         self.candidates.append((score, log_q.flatten(1), tokens, distributions.weights.flatten(1)))
-        order = self._advance(score)
+        order = self._advance(score, level)
         if level == 1:
             self.started = time.perf_counter()
         return tokens.gather(1, order), order // self.children
 
-    def _advance(self, score: Tensor) -> Tensor:
-        """Makes the best candidates [B, F*k] of the newest level the frontier; returns their indices [B, F]."""
+    def _advance(self, score: Tensor, level: int) -> Tensor:
+        """Makes the best candidates [B, F*k] of the newest level the frontier; returns their indices [B, F].
+
+        If a node below a frontier node at this level is chosen, so are all candidates of the level that are as good as
+        the frontier node, its ancestors, and it. A subtree therefore has at most `nodes - level` such frontier nodes.
+        """
+        width = max(1, min(self.widest, len(self.widths) * (self.nodes - level)))
         if len(self.widths) == 1:
-            best, order = (x[:, : self.widest] for x in score.sort(dim=-1, descending=True, stable=True))
+            best, order = (x[:, :width] for x in score.sort(dim=-1, descending=True, stable=True))
         else:
             which, rank = _places(self.widths, self.device)
             subtree = which[:, 0, 0].expand(len(score), -1) if self.subtree is None else self.subtree
@@ -228,7 +233,7 @@ class _Growth:
             best, order = (x[..., : rank.shape[1]] for x in mine.sort(dim=-1, descending=True, stable=True))
             each = best.shape[-1]
             best, place = (best + rank[:, :each]).flatten(1).sort(dim=-1, descending=True, stable=True)
-            best, place = best[:, : self.widest], place[:, : self.widest]
+            best, place = best[:, :width], place[:, :width]
             order, self.subtree = order.flatten(1).gather(1, place), place // each
         self.score = best
         self.frontiers.append(order)

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msd.backends.packed import Linear, Packed, can_pack
+from msd.backends.norms import RMSNorm, rms_norm
+from msd.backends.packed import Linear, Packed, can_pack, finer
 from msd.drafters.toolkit.checkpoint import DrafterConfig
 from msd.drafters.toolkit.rotary import axes, frequencies
 from msd.drafters.toolkit.variant import PLAIN, Variant
 from msd.errors import UserError
 
-Cosines = tuple[Tensor, Tensor]  # cosines and sines [..., 1, D] of positions [...]
+Cosines = tuple[Tensor, Tensor]  # of positions [...]: cosines, and sines with the signs of `rotate`, [..., 1, D] each
 
 
 class TapNorm(nn.Module):
@@ -34,8 +35,7 @@ class TapNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., T*H] -> [..., T*H]."""
-        normed = F.rms_norm(states.unflatten(-1, (self.taps, -1)), (states.shape[-1] // self.taps,), eps=self.eps)
-        return normed.flatten(-2) * self.weight
+        return rms_norm(states.unflatten(-1, (self.taps, -1)), None, self.eps).flatten(-2) * self.weight
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021); rotates halves as LLaMA does. v: a published head's."""
 
     inverse: Tensor
+    signs: Tensor  # [D]: of the sines
     axis: Tensor  # [D] int64: the M-RoPE axis of each frequency
 
     def __init__(self, dim: int, theta: float, v: Variant = PLAIN) -> None:
@@ -92,10 +93,12 @@ class Rotary(nn.Module):
         inverse, self.scale = frequencies(dim, theta, v.rope)
         self.sectioned = bool(v.sections)
         self.register_buffer("inverse", torch.cat([inverse, inverse]), persistent=False)
+        signs = torch.ones_like(inverse) * self.scale
+        self.register_buffer("signs", torch.cat([-signs, signs]), persistent=False)
         self.register_buffer("axis", axes(dim // 2, v.sections, v.interleaved).repeat(2), persistent=False)
 
     def forward(self, positions: Tensor) -> Cosines:
-        """Computes the cosines and sines [..., 1, D] of integer positions [...]."""
+        """Computes `Cosines` of integer positions [...]."""
         return self._turned(positions[..., None].float() * self.inverse)
 
     def by_axis(self, positions: Tensor) -> Cosines:
@@ -103,14 +106,14 @@ class Rotary(nn.Module):
         return self._turned(positions[..., self.axis].float() * self.inverse)
 
     def _turned(self, angle: Tensor) -> Cosines:
-        cos, sin = angle[..., None, :].cos(), angle[..., None, :].sin()
-        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
+        angle = angle[..., None, :]
+        return angle.cos() * self.scale, angle.sin() * self.signs
 
 
 def rotate(x: Tensor, rotary: Cosines) -> Tensor:
-    """Rotates queries or keys x [..., heads, D] by the result of `Rotary`."""
-    (a, b), (cos, sin) = x.chunk(2, -1), rotary
-    return torch.addcmul(x * cos.to(x.dtype), torch.cat([-b, a], -1), sin.to(x.dtype))
+    """Rotates queries or keys x [..., heads, D] by the result of `Rotary`: [a; b] cos + [-b; a] sin."""
+    cos, sin = rotary
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 class Layer(nn.Module):
@@ -126,15 +129,15 @@ class Layer(nn.Module):
         super().__init__()
         c, H = config, config.hidden
         self.heads, self.kv_heads, self.dim = c.heads, c.kv_heads, c.head_dim
-        self.input_norm: nn.Module = nn.RMSNorm(H, c.eps)
-        self.mlp_norm = nn.RMSNorm(H, c.eps)
+        self.input_norm: nn.Module = RMSNorm(H, c.eps)
+        self.mlp_norm = RMSNorm(H, c.eps)
         self._add_projections(H, c)
-        self.o_proj = Linear(c.heads * c.head_dim, H, bias=c.variant.o_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, H, bias=c.variant.o_bias, robust=True)
         self.gate_proj, self.up_proj = (nn.Linear(H, c.intermediate, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate, H, bias=False)
         normed = c.variant.head_norm
-        self.q_norm = nn.RMSNorm(c.head_dim, c.eps) if normed else None
-        self.k_norm = nn.RMSNorm(c.head_dim, c.eps) if normed else None
+        self.q_norm = RMSNorm(c.head_dim, c.eps) if normed else None
+        self.k_norm = RMSNorm(c.head_dim, c.eps) if normed else None
 
     def _add_projections(self, width: int, c: DrafterConfig) -> None:
         """Creates the projections of inputs [..., width] to queries, keys and values."""
@@ -147,7 +150,7 @@ class Layer(nn.Module):
         if can_pack(self.q_proj.weight):
             qkv = Packed.of(self.q_proj, self.k_proj, self.v_proj, dtype=dtype)
             gate_up = Packed.of(self.gate_proj, self.up_proj, dtype=dtype)
-            self._packed = qkv, gate_up, Packed.of(self.k_proj, self.v_proj, dtype=dtype)
+            self._packed = qkv, gate_up, Packed.of(self.k_proj, self.v_proj, dtype=finer(dtype))
 
     def key_values(self, x: Tensor, rotary: Cosines) -> KeyValues:
         """Computes keys and values [..., K, D] of context entries x [..., H]."""
@@ -261,12 +264,12 @@ class PairNorm(nn.Module):
 
     def __init__(self, hidden: int, eps: float) -> None:
         super().__init__()
-        self.word, self.feature = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
+        self.word, self.feature = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[e; h] -> [norm(e); norm(h)], both [..., 2H]."""
-        e, h = x.chunk(2, -1)
-        return torch.cat([self.word(e), self.feature(h)], -1)
+        weight = torch.cat([self.word.weight, self.feature.weight])
+        return rms_norm(x.unflatten(-1, (2, -1)), None, self.word.eps).flatten(-2) * weight
 
 
 class PairLayer(Layer):
@@ -346,7 +349,7 @@ class AuxiliaryAdaptor(nn.Module):
         H = config.hidden
         size, kept = (sum(group[i] for group in groups) for i in (0, 1))
         self.heads = config.heads
-        self.norm = nn.RMSNorm(H, config.eps)
+        self.norm = RMSNorm(H, config.eps)
         self.places = nn.Parameter(torch.randn(size, H) * H**-0.5)
         self.queries = nn.Parameter(torch.randn(kept + 1, H) * H**-0.5)
         self.k_proj, self.v_proj = Linear(H, H, bias=False), Linear(H, H, bias=False)

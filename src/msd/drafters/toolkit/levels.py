@@ -9,15 +9,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from msd.backends.norms import RMSNorm
 from msd.backends.packed import Linear
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import BareLayer, InjectedLayer, Layer
+from msd.drafters.toolkit.layers import BareLayer, Cosines, InjectedLayer, Layer
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.own_head import add_head, draft_ids
 from msd.drafters.toolkit.training import parents
 from msd.drafters.toolkit.variant import Variant
 from msd.targets.teacher import TeacherBatch
+
+AT_ONCE = 8  # levels whose rotary embeddings are computed together
 
 
 class SelfFed(DraftNetwork):
@@ -94,6 +97,7 @@ class SelfFedLevels(StateLevels):
     def __init__(self, network: SelfFed, anchors: Anchors, newest: Tensor) -> None:
         super().__init__(network, network.anchor_states(anchors)[:, 0], newest)
         self.anchors, self.context = anchors, anchors.context
+        self.rotary: list[Cosines] = []  # of each level; the root has level 0
         self.seen: Tensor | None = None  # [B, F, all] bool: the entries that a frontier node sees (see `Layer.draft`)
 
     def descend(self, tokens: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +113,16 @@ class SelfFedLevels(StateLevels):
             self.seen = nn.functional.pad(own, (anchors.context[0].keys.shape[1], 0), value=True)
         else:
             self.seen = torch.cat([anchors.visible.expand(-1, F, -1), own], -1)
-        positions = anchors.positions + self.level
-        self.states, self.context = network.run_draft(x, positions, self.context, self.seen)
+        self.states, self.context = network.run_draft(x, self._rotary(), self.context, self.seen)
         return feature, embedding
+
+    def _rotary(self) -> Cosines:
+        """The rotary embedding of the frontier; that of some levels is computed at once."""
+        if self.level >= len(self.rotary):
+            levels = torch.arange(len(self.rotary), len(self.rotary) + AT_ONCE, device=self.anchors.positions.device)
+            cos, sin = (x.split(1, 1) for x in self.network.rotary(self.anchors.positions + levels))
+            self.rotary += zip(cos, sin, strict=True)
+        return self.rotary[self.level]
 
 
 @lru_cache(maxsize=64)
@@ -158,7 +169,7 @@ class Block(DraftNetwork):
         super().__init__(config)
         H = config.hidden
         self.fc = Linear(len(config.taps[:-1]) * H, H, bias=False)
-        self.context_norm, self.norm = nn.RMSNorm(H, config.eps), nn.RMSNorm(H, config.eps)
+        self.context_norm, self.norm = RMSNorm(H, config.eps), RMSNorm(H, config.eps)
         v = config.variant
         self.mask = nn.Parameter(torch.randn(H) * 0.02) if v.mask_token is None else None
         self.offset = type(self).offset if v.from_root is None else int(v.from_root)

@@ -23,7 +23,7 @@ from msd.drafters.toolkit import checkpoint, processes
 from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance
 from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, select_columns, text_columns
 from msd.drafters.toolkit.growth import Levels
-from msd.drafters.toolkit.layers import KeyValues, Layer, Rotary
+from msd.drafters.toolkit.layers import Cosines, KeyValues, Layer, Rotary
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
 from msd.targets.taps import output_layer
@@ -353,16 +353,16 @@ class DraftNetwork(nn.Module, ABC):
     def run_draft(
         self,
         x: Tensor,
-        positions: Tensor,
+        rotary: Cosines,
         context: Sequence[KeyValues],
         seen: Tensor | None = None,
         stored: bool = False,
     ) -> tuple[Tensor, list[KeyValues]]:
-        """`run_layers` for one anchor per row: n queries x [B, n, ...] at positions [B, n or 1] (see `Layer.draft`).
+        """`run_layers` for one anchor per row: n queries x [B, n, ...] (see `Layer.draft`).
 
-        Returns (states [B, n, H], the contexts with the queries).
+        rotary: of their positions [B, n or 1]. Returns (states [B, n, H], the contexts with the queries).
         """
-        rotary, extended = self.rotary(positions), []
+        extended = []
         for layer, keys in zip(self.stack, context, strict=True):
             x, keys = layer.draft(x, rotary, keys, seen, stored)
             extended.append(keys)
@@ -376,7 +376,7 @@ class DraftNetwork(nn.Module, ABC):
         n, visible = x.shape[2], anchors.visible
         if visible is None or (x.shape[1] == 1 and not torch.is_grad_enabled()):
             seen = None if visible is None else F.pad(visible, (0, 0 if stored else n), value=True).expand(-1, n, -1)
-            return self.run_draft(x[:, 0], positions[:, 0], anchors.context, seen, stored)[0][:, None]
+            return self.run_draft(x[:, 0], self.rotary(positions[:, 0]), anchors.context, seen, stored)[0][:, None]
         mask = None if stored else torch.ones(*x.shape[:3], n, dtype=torch.bool, device=x.device)
         return self.run_layers(x, positions, anchors.context, visible, None, mask)[0]
 

@@ -1,8 +1,8 @@
 """`msd`: router, experts, decoupled vision path and modality-aware trees on one light trunk (docs/drafter.md).
 
 Other methods with this network: `standard`, the control without any modality part; `msd:ar`, which drafts level by
-level; `msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the drafter of the video
-target, which reads event recordings.
+level; `msd:subtrees`, which grows a subtree for each likely modality; `msd:15min`, trained as long as the published
+methods it is compared with; `msd:video`, the drafter of the video target, which reads event recordings.
 """
 
 from functools import partial
@@ -19,10 +19,19 @@ __all__ = ["CONTROL", "MSD", "OURS", "SHIPPED", "SWITCHES", "DraftObjective", "M
 
 learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD)(MSDNetwork)
 registry.add(Method("msd:sampled", partial(MSD, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
+registry.add(Method("msd:subtrees", partial(MSD, name="msd:subtrees", separate=True), ("msd",), form_of="msd"))
 SHIPPED, CONTROL = "msd", "standard"
 OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
 _others = {CONTROL: f"--off {','.join(SWITCHES)}", "msd:ar": "--form ar", "msd:15min": "--method msd"}
 for _name, _options in _others.items():
     registry.add(Method(_name, partial(MSD, name=_name), (_name,), command=training_command(_options)))
 _video = DEFAULT + FOR_VIDEO
-registry.add(Method(_video, partial(MSD, name=_video), (_video,), command="see recipes/events/README.md", target=VIDEO))
+registry.add(
+    Method(
+        _video,
+        partial(MSD, name=_video, separate=True),
+        (_video,),
+        command="see recipes/events/README.md",
+        target=VIDEO,
+    )
+)

@@ -25,15 +25,19 @@ from msd.targets.state import State
 class MSD(TrainedDrafter):
     """Drafts with an MSD network, and has the thresholds that were calibrated for it.
 
-    sampled: whether it draws candidates from the draft distributions instead of ranking them.
+    sampled: whether it draws candidates from the draft distributions instead of ranking them. separate: whether each
+    likely modality has a subtree, by default only for sampled candidates; otherwise one tree follows the router's
+    mixture of experts, which accepts as many tokens here in less time (docs/trees.md).
     """
 
     network: MSDNetwork
     source: ClassVar[str] = "events"  # of the auxiliary tokens that networks are trained with
 
-    def __init__(self, network: MSDNetwork, name: str | None = None, sampled: bool = False) -> None:
+    def __init__(
+        self, network: MSDNetwork, name: str | None = None, sampled: bool = False, separate: bool | None = None
+    ) -> None:
         super().__init__(network, name)
-        self.sampled = sampled
+        self.sampled, self.separate = sampled, sampled if separate is None else separate
         # str(ε) -> modality name -> θ, initial thresholds of the `budget` policy
         self.calibrated: dict[str, dict[str, float]] = network.provenance.get("thresholds") or {}
         self.modality_ids = network.config.modality_ids
@@ -50,7 +54,9 @@ class MSD(TrainedDrafter):
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """See `Drafter`; the twin has the same form and switches, and drafts the model's whole vocabulary."""
-        return MSD(self.network.twin(model.config.get_text_config(decoder=True)), self.name, self.sampled)
+        return MSD(
+            self.network.twin(model.config.get_text_config(decoder=True)), self.name, self.sampled, self.separate
+        )
 
     def thresholds(self, epsilon: float) -> dict[str, float]:
         """Returns the θ calibrated for the largest known budget within ε; empty if there is none."""
@@ -79,7 +85,7 @@ class MSD(TrainedDrafter):
 
     def choose(self, route: Tensor, budget: Budget) -> Subtrees:
         """See `choose_subtrees`; route: [R, experts]."""
-        return choose_subtrees(self.network.config, route, budget.width)
+        return choose_subtrees(self.network.config, route, budget.width, self.separate)
 
     def route(self, state: State, tree: DraftTree, scores: Scores) -> Tensor | None:
         """See `Drafter`; it does not read the prompt, so an answer that ends before any draft costs nothing."""
@@ -88,14 +94,14 @@ class MSD(TrainedDrafter):
         return self.network.classes(tree, scores.taps, self.network.feature(state.memory.newest()[:, None]))
 
 
-def choose_subtrees(config: MSDConfig, route: Tensor, width: int | None = None) -> Subtrees:
+def choose_subtrees(config: MSDConfig, route: Tensor, width: int | None = None, separate: bool = True) -> Subtrees:
     """Chooses the subtrees from router probabilities [B, experts], their shares (dynamic subtree selection).
 
     A row has a modality's subtree if its probability reaches `active_from`, or is the row's largest. Without subtrees,
-    or for a chain (`width` 1), one subtree follows the router's mixture.
+    not `separate`, or for a chain (`width` 1), one subtree follows the router's mixture.
     """
     B, M = route.shape
-    if not config.subtrees or width == 1:
+    if not (config.subtrees and separate) or width == 1:
         return Subtrees(route[:, None], torch.ones_like(route[:, :1]), [config.within(config.shared, width)])
     if config.dynamic:
         route = route * (route >= route.amax(-1, keepdim=True).clamp_max(config.active_from))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from msd.backends.norms import RMSNorm
 from msd.backends.packed import Linear
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
@@ -61,7 +62,7 @@ class Probe(nn.Module):
 
     def __init__(self, hidden: int, outputs: int, eps: float, width: int = 64) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(2 * hidden, eps)
+        self.norm = RMSNorm(2 * hidden, eps)
         self.hidden = nn.Linear(2 * hidden, width)
         self.out = nn.Linear(width, outputs)
 
@@ -142,9 +143,9 @@ class Heads(nn.Module):
     def __init__(self, config: MSDConfig) -> None:
         super().__init__()
         c, H = config, config.hidden
-        self.norm = nn.RMSNorm(H, c.eps)
+        self.norm = RMSNorm(H, c.eps)
         self.experts = Experts(c) if c.experts else None
-        self.head = Linear(H, c.draft_vocabulary, bias=False)
+        self.head = Linear(H, c.draft_vocabulary, bias=False, robust=True)
         self.register_buffer("ids", torch.zeros(c.draft_vocabulary, dtype=torch.long))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0, 0.0]))
         self.confidence = nn.Linear(2 * H, 1)
@@ -215,7 +216,7 @@ class MSDNetwork(SelfFed):
         """See `DraftNetwork`."""
         c, H, wide = self.config, self.config.hidden, self.config.hidden * len(self.config.taps)
         self.tap_norm, self.fuse = TapNorm(len(c.taps), H, c.eps), Linear(wide, H, bias=False)
-        self.feature_norm, self.word_norm = nn.RMSNorm(H, c.eps), nn.RMSNorm(H, c.eps)
+        self.feature_norm, self.word_norm = RMSNorm(H, c.eps), RMSNorm(H, c.eps)
         self.fc = Linear(2 * H, H, bias=False)
         self.feature_state = Linear(H, H, bias=False)
 
