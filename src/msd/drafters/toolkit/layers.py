@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd.backends.norms import RMSNorm, rms_norm
-from msd.backends.packed import Linear, Packed, can_pack, finer
+from msd.backends.packed import Linear, Packed, can_pack
 from msd.drafters.toolkit.checkpoint import DrafterConfig
 from msd.drafters.toolkit.rotary import axes, frequencies
 from msd.drafters.toolkit.variant import PLAIN, Variant
@@ -132,7 +132,7 @@ class Layer(nn.Module):
         self.input_norm: nn.Module = RMSNorm(H, c.eps)
         self.mlp_norm = RMSNorm(H, c.eps)
         self._add_projections(H, c)
-        self.o_proj = Linear(c.heads * c.head_dim, H, bias=c.variant.o_bias, robust=True)
+        self.o_proj = Linear(c.heads * c.head_dim, H, bias=c.variant.o_bias)
         self.gate_proj, self.up_proj = (nn.Linear(H, c.intermediate, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate, H, bias=False)
         normed = c.variant.head_norm
@@ -150,7 +150,7 @@ class Layer(nn.Module):
         if can_pack(self.q_proj.weight):
             qkv = Packed.of(self.q_proj, self.k_proj, self.v_proj, dtype=dtype)
             gate_up = Packed.of(self.gate_proj, self.up_proj, dtype=dtype)
-            self._packed = qkv, gate_up, Packed.of(self.k_proj, self.v_proj, dtype=finer(dtype))
+            self._packed = qkv, gate_up, Packed.of(self.k_proj, self.v_proj, dtype=dtype)
 
     def key_values(self, x: Tensor, rotary: Cosines) -> KeyValues:
         """Computes keys and values [..., K, D] of context entries x [..., H]."""

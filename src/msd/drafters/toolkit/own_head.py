@@ -13,7 +13,7 @@ from msd.backends.packed import Linear
 def add_head(network: Any) -> None:
     """Creates `lm_head` [Vd, H] and the vocabulary buffers d2t [Vd] int64 and t2d [V] bool."""
     c = network.config
-    network.lm_head = Linear(c.hidden, c.draft_vocabulary, bias=False, robust=True)
+    network.lm_head = Linear(c.hidden, c.draft_vocabulary, bias=False)
     network.register_buffer("d2t", torch.zeros(c.draft_vocabulary, dtype=torch.long))
     network.register_buffer("t2d", torch.arange(c.vocabulary) < c.draft_vocabulary)
 

@@ -145,7 +145,7 @@ class Heads(nn.Module):
         c, H = config, config.hidden
         self.norm = RMSNorm(H, c.eps)
         self.experts = Experts(c) if c.experts else None
-        self.head = Linear(H, c.draft_vocabulary, bias=False, robust=True)
+        self.head = Linear(H, c.draft_vocabulary, bias=False)
         self.register_buffer("ids", torch.zeros(c.draft_vocabulary, dtype=torch.long))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0, 0.0]))
         self.confidence = nn.Linear(2 * H, 1)
