@@ -109,10 +109,11 @@ floors: setup
 	for n in 4 8 16; do $(NOISE) $(ONLY) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/python -m recipes.floors.table results
 
-# Compares all methods in one run (docs/comparison.md): about 40 minutes on two idle cores.
+# Compares all methods, and some with lookups of long repeats, in one run (docs/comparison.md): an hour on two idle cores.
+REPEATS := eagle3+prompt-lookup,eagle2+prompt-lookup,vispec+prompt-lookup,standard+prompt-lookup,msd:15min+prompt-lookup
 comparison: setup
 	$(BIN)/python -m recipes.comparison.suites --data $(DATA) --out runs/comparison
-	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all $(ONLY) --out results/comparison > /dev/null
+	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all,$(REPEATS) $(ONLY) --out results/comparison > /dev/null
 	$(BIN)/python tools/tables.py
 
 # The race (docs/comparison.md): 12 runs of 30 minutes of one core each, then two benchmarks. Interrupted, it resumes.

@@ -436,17 +436,16 @@ def quiet() -> None:
 
 
 def method_names(names: str, target: str, greedy: bool = False, added: bool = False) -> list[str]:
-    """Parses a `--method` value; "all" means all methods for that target. Raises UserError for an unknown method.
+    """Parses a `--method` value: names, or "all" for all methods of that target. Raises UserError for an unknown method.
 
     greedy: "all" leaves out methods that sample their drafts, which equal their deterministic forms at temperature 0.
     added: whether the method of a `--draft-model` is added.
     """
     from msd import drafters
 
-    if names == "all":
-        listed = [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
-    else:
-        listed = [name.strip() for name in names.split(",") if name.strip()]
+    every = [name for name in drafters.methods(target) if not (greedy and name.endswith(":sampled"))]
+    parts = [name.strip() for name in names.split(",") if name.strip()]
+    listed = list(dict.fromkeys(name for part in parts for name in (every if part == "all" else [part])))
     if added and DRAFT_MODEL not in listed:
         listed.append(DRAFT_MODEL)
     for name in listed or [""]:
