@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import tiny
 from msd import backends
 from msd.backends import comparison, fused, kernels
-from msd.backends.kernels import KERNELS, ROWS, Choice, Kernels, Product, Weights, for_rows, measure, select
+from msd.backends.kernels import KERNELS, PACKED, ROWS, Choice, Kernels, Product, Weights, for_rows, measure, select
+from msd.backends.packed import Rounded, exact_exponent, rounds
 from msd.bench.report import by_rows
 from msd.config import SpeculativeConfig
 from msd.model import SpeculativeVLM
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.alone
 
 FASTER = comparison.faster  # tests run with a fixed result
 NAMES = ("qkv", "out", "gate_up", "down", "output")
+half = pytest.mark.skipif(not rounds(), reason="this CPU has no products with weights of 16 bits")
 MIXED: Kernels = ("library", "packed", "packed", "library", "packed", "library", "packed")
 
 
@@ -87,6 +89,70 @@ def test_every_kernel_computes_the_linear_layers(kernel: str, count: int, bias: 
 
 
 @pytest.mark.parametrize("passes", [ROWS, (9, 17), (1,)])
+@half
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 30.0])
+def test_weights_of_16_bits_are_copied_without_rounding(kind: torch.dtype, scale: float) -> None:
+    """The product with single inputs is the weights themselves, whatever their size; that of others is float32's."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 150)
+    with torch.no_grad():
+        linear.weight.copy_((torch.randn(150, 24) * scale).to(kind).float())
+        exponent = exact_exponent([linear.weight])
+        assert exponent is not None
+        assert (exponent == 0) if kind == torch.float16 else (exponent > 0 or scale > 1e-4)
+        product = Product(weights(linear), ("half",) * len(ROWS))
+        assert isinstance(product._packed, Rounded)
+        assert torch.equal(Product([(linear.weight, None)], ("half",) * len(ROWS))(torch.eye(24)), linear.weight.T)
+        for rows in (1, 5, 70):
+            x = torch.randn(rows, 24)
+            torch.testing.assert_close(product(x), linear(x), atol=1e-5 * max(1.0, scale), rtol=1e-5)
+
+
+@half
+def test_weights_that_need_more_bits_keep_them() -> None:
+    """Trained float32 weights, one that is not, weights of all sizes, and weights that are no numbers."""
+    torch.manual_seed(0)
+    rounded = torch.randn(150, 24).half().float()
+    one = rounded.clone()
+    one[149, 23] += 1e-5
+    wide = torch.logspace(-30, 30, 24).bfloat16().float().repeat(150, 1)
+    for weight in (torch.randn(150, 24), one, wide, rounded * float("nan"), torch.zeros(150, 24)):
+        assert exact_exponent([weight]) is None
+        assert exact_exponent([rounded, weight]) is None
+        assert not isinstance(Product([(weight, None)], ("half",) * len(ROWS))._packed, Rounded)
+    assert exact_exponent([rounded]) == 0
+
+
+@half
+def test_a_checkpoint_of_16_bits_may_have_the_half_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured where it is exact, and gives way once a weight changes; tokens are those of `generate()`."""
+    seen: list[set[str]] = []
+
+    def chosen(seconds: dict[str, list[float]]) -> Kernels:
+        seen.append(set(seconds))
+        return ("half",) * len(ROWS) if "half" in seconds else PACKED
+
+    monkeypatch.setattr(fused, "select", chosen)
+    monkeypatch.setattr("msd.backends.comparison.faster", lambda own, other: ROWS)
+    model, inputs = tiny.llava().bfloat16().float(), tiny.llava_inputs()
+    backend = backends.choose(model)
+    assert seen == [set(KERNELS)] * len(NAMES) and backend.choice["qkv"] == ("half",) * len(ROWS)
+    engine = SpeculativeVLM(model, None, SpeculativeConfig(adaptive=False), "prompt-lookup")
+    for step in range(2):
+        whole = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        own = whole[0, inputs["input_ids"].shape[1] :].tolist()
+        assert engine.generate(**inputs, max_new_tokens=16, do_sample=False).tokens == own
+        assert backend._pass is not None
+        assert isinstance(backend._pass._fused.layers[0].down._packed, Rounded) == (step == 0)
+        with torch.no_grad():
+            for layer in model.get_decoder().layers:
+                layer.mlp.down_proj.weight.mul_(1.0001)
+    seen.clear()
+    backends.choose(tiny.llava())
+    assert seen == [set(KERNELS) - {"half"}] * len(NAMES)
+
+
 @pytest.mark.parametrize("choice", [("library",) * 7, ("packed",) * 7, ("transposed",) * 7, MIXED])
 def test_logits_states_and_tokens_are_the_models_own(
     choice: Kernels, passes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -146,7 +212,7 @@ def test_measured_times_are_the_smallest_of_all_rounds() -> None:
     now = iter(range(10**6))
     layers = [weights(nn.Linear(8, 8), nn.Linear(8, 12))] * 2
     found = measure({"qkv": layers}, clock=lambda: float(next(now)))
-    assert found == {"qkv": {kernel: [1.0] * len(ROWS) for kernel in KERNELS}}
+    assert found == {"qkv": {kernel: [1.0] * len(ROWS) for kernel in KERNELS if kernel != "half"}}
     (_, sample), *_ = kernels._variants([weights(nn.Linear(8, 100))], 1 << 10)
     assert [(w.shape, b.shape) for w, b in sample._own] == [((32, 8), (32,))]
 

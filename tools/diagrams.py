@@ -27,7 +27,7 @@ def step() -> Drawing:
     question = d.box(10, 20, ["image", "and prompt"], 110)
     prefill = d.box(150, 20, ["target", "prefill"], 110)
     router = d.box(300, 20, ["router", "modality of the next token"], 205)
-    drafter = d.box(545, 20, ["drafter", "one subtree each, merged"], 200)
+    drafter = d.box(545, 20, ["drafter", "mixes experts, grows a tree"], 200)
     score = d.box(545, 118, ["target", "scores the tree in one pass"], 200)
     verifier = d.box(300, 118, ["verifier", "accepts a path"], 205)
     text = d.box(130, 118, ["text", "path + one token"], 130)

@@ -56,6 +56,7 @@ COMMANDS = {
     "results/drafts.json": "`python -m recipes.floors.drafts results`",
     "results/foresight.json": "`python -m recipes.floors.foresight results`",
     "results/kernels.json": "`python -m recipes.floors.kernels results`",
+    "results/kernels-bfloat16.json": "`python -m recipes.floors.kernels results --bfloat16`",
     "results/neighbour.json": "`python -m recipes.floors.neighbour results --photos 2 --rounds 2`",
     "results/engines.json": "[vllm.md](vllm.md#speed)",
     "recipes/reference_vlm/results/evaluation.json": "[recipes/reference_vlm](../recipes/reference_vlm/README.md)",
@@ -326,6 +327,7 @@ def tables() -> dict[str, dict[str, str]]:
         },
         "docs/performance.md": {
             "kernels": kernels_table(read("results/kernels.json")),
+            "kernels-bfloat16": kernels_table(read("results/kernels-bfloat16.json")),
             "drafts": drafts_table(read("results/drafts.json")),
         },
         "docs/vllm.md": {"engines": engines_table()},

@@ -1,5 +1,7 @@
 """Measures the kernels of the reference model's products, passes and `ar`: `python -m recipes.floors.kernels results`.
 
+With `--bfloat16` its weights are rounded first, as those of nearly all checkpoints; products stay float32.
+
 Three codes run in turn: the library's own, the fused pass with packed products only, and the measured choice. Times of
 products and passes are processor time of the calling thread; those of answers are real time. About three minutes; the
 machine should do nothing else.
@@ -20,7 +22,7 @@ import torch
 
 from msd import SpeculativeConfig, SpeculativeVLM
 from msd.backends import Backend, fused
-from msd.backends.kernels import KERNELS, PACKED, ROWS, measure
+from msd.backends.kernels import PACKED, ROWS, measure
 from msd.inputs import prompts
 from msd.loading import load_target
 from msd.planning.costs import measure as pass_times
@@ -87,9 +89,12 @@ def answers(model: Any, processor: Any, ways: dict[str, SpeculativeVLM], photos:
     return {"tokens": tokens, "identical": identical, "seconds": seconds, "ar_over_transformers": speed}
 
 
-def run(rounds: int, photos: int) -> dict[str, Any]:
+@torch.no_grad()
+def run(rounds: int, photos: int, bfloat16: bool) -> dict[str, Any]:
     """All measurements."""
     model, processor = load_target("reference")
+    for parameter in model.parameters() if bfloat16 else ():
+        parameter.copy_(parameter.bfloat16())
     with TemporaryDirectory() as empty, patch.object(fused, "FOLDER", Path(empty)):
         start = time.perf_counter()
         backend = Backend(model, "measure")
@@ -114,18 +119,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--photos", type=int, default=4)
+    parser.add_argument("--bfloat16", action="store_true", help="round the weights; writes kernels-bfloat16.json")
     args = parser.parse_args()
-    quiet, found = machine.quietly(lambda: run(args.rounds, args.photos))
+    quiet, found = machine.quietly(lambda: run(args.rounds, args.photos, args.bfloat16))
     environment = {
         "cpu": machine.processor(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"), "quiet": quiet,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / "kernels.json", json.dumps({"environment": environment, **found}, indent=1) + "\n")
+    name = "kernels-bfloat16.json" if args.bfloat16 else "kernels.json"
+    write_whole(args.out / name, json.dumps({"environment": environment, **found}, indent=1) + "\n")
     for name, times in found["products"].items():
-        for kernel in KERNELS:
-            print(f"{name:8} {kernel:11}", *(f"{ms:8.2f}" for ms in times[kernel]))
+        for kernel, ms in times.items():
+            print(f"{name:8} {kernel:11}", *(f"{each:8.2f}" for each in ms))
     for name, each in found["passes"].items():
         print(f"pass     {name:11}", *(f"{ms:8.2f}" for ms in each))
     print({"quiet": quiet, **found["answers"]}, found["choice"])

@@ -1,8 +1,10 @@
 """Chooses, by measuring, the kernel of each linear product for each number of rows.
 
-"library" is `F.linear` on the model's own weights. "packed" and "transposed" read a copy: oneDNN's blocked layout, and
-Wᵀ. A copy costs memory, and each request must compare it with the weights. So a product has at most one, and none where
-the library's kernel is within 3% of the fastest for every number of rows.
+"library" is `F.linear` on the model's own weights. The others read a copy: "packed" in oneDNN's blocked layout,
+"transposed" Wᵀ, and "half" in float16, which is read in half the time. "half" is only for weights that float16 holds
+exactly, as those of a checkpoint in 16 bits, so that its products are float32's. A copy costs memory, and each request
+must compare it with the weights. So a product has at most one, and none where the library's kernel is within 3% of the
+fastest for every number of rows.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msd.backends.packed import Packed
+from msd.backends.packed import Packed, Rounded, exact_exponent
 from msd.system.machine import thread_clock
 
 ROWS = (1, 2, 4, 9, 17, 64, 256)  # measured numbers of rows; n rows use the kernel of the largest of these up to n
-KERNELS = ("library", "packed", "transposed")
+KERNELS = ("library", "packed", "transposed", "half")
+COMPACT = ("packed", "half")
 MARGIN = 1.03
 ROUNDS = 3
 # bytes of each product's weights that a measurement reads; all products together are more than caches hold
@@ -49,7 +52,13 @@ class Product:
     def __init__(self, weights: Weights, kernels: Kernels = PACKED, dtype: torch.dtype = torch.float32) -> None:
         self._kernels, self._own = kernels, list(weights)
         matrices, biases = [w for w, _ in weights], [b for _, b in weights if b is not None]
-        self._packed = Packed(matrices, biases, dtype) if "packed" in kernels else None
+        self._packed: Packed | None = None
+        if "packed" in kernels:
+            self._packed = Packed(matrices, biases, dtype)
+        elif "half" in kernels:  # weights that have changed since the measurement may need all their bits
+            exponent = exact_exponent(matrices)
+            exact = exponent is not None
+            self._packed = Rounded(matrices, biases, torch.float16, exponent) if exact else Packed(matrices, biases)
         self._transposed = self._bias = None
         self.copied: list[Tensor] = [] if set(kernels) == {"library"} else [*matrices, *biases]
         if "transposed" in kernels:
@@ -59,7 +68,7 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out]."""
         kernel = for_rows(self._kernels, x)
-        if kernel == "packed":
+        if kernel in COMPACT:
             assert self._packed is not None
             return self._packed(x)
         if kernel == "transposed":
@@ -70,7 +79,7 @@ class Product:
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """y + other, with `other` [..., out]."""
-        if self._packed is not None and for_rows(self._kernels, x) == "packed":
+        if self._packed is not None and for_rows(self._kernels, x) in COMPACT:
             return self._packed.plus(x, other)
         return other + self(x)
 
@@ -93,12 +102,12 @@ def select(seconds: Mapping[str, Sequence[float]]) -> Kernels:
 def measure(products: Mapping[str, Sequence[Weights]], clock: Callable[[], float] = thread_clock) -> dict[str, Times]:
     """The times of each product, given its weights in each layer: the fastest of a few rounds.
 
-    Reads a sample of the weights. Alternates products and kernels, so that weights come from memory and a disturbance
-    affects all.
+    Reads a sample of the weights; those that float16 holds exactly have "half" too. Alternates products and kernels, so
+    that weights come from memory and a disturbance affects all.
     """
     few = {name: list(_variants(layers, SAMPLE)) for name, layers in products.items()}
     many = {name: list(_variants(layers, SAMPLE_OF_MANY_ROWS)) for name, layers in products.items()}
-    seconds = {name: {kernel: [math.inf] * len(ROWS) for kernel in KERNELS} for name in products}
+    seconds = {name: {kernel: [math.inf] * len(ROWS) for kernel, *_ in sample} for name, sample in few.items()}
     for _ in range(ROUNDS):
         for i, rows in enumerate(ROWS):
             for name, sample in (few if rows < MANY else many).items():
@@ -122,5 +131,6 @@ def _variants(layers: Sequence[Weights], most: int) -> Iterator[tuple[Any, ...]]
         [(w[: (n := math.ceil(share * len(w)))], b if b is None else b[:n]) for w, b in layer]
         for layer in layers[: max(1, most // size)]
     ]
-    for kernel in KERNELS:
+    exact = exact_exponent([w for layer in sample for w, _ in layer]) is not None
+    for kernel in KERNELS if exact else KERNELS[:-1]:
         yield (kernel, *(Product(weights, (kernel,) * len(ROWS)) for weights in sample))

@@ -10,6 +10,7 @@ or a quarter of the time.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 ROWS = 8  # oneDNN chooses the layout for this number of rows; other numbers use it too
 MANY = 64  # rows from which float32 is about as fast as rounded weights
 FBGEMM = "fbgemm"
+AT_ONCE = 64  # rows of a weight that are compared at once; the first ones tell most weights without an exponent
 TRIES = 20  # of each dtype that could be fastest
 ROUNDED = (torch.float16, torch.int8)
 
@@ -80,12 +82,19 @@ class Rounded(Packed):
     float16: rounds the weights, which most checkpoints have in 16 bits already. int8: also rounds the inputs, to 7 bits
     with one scale for all rows, because two products of 8 bits overflow the 16-bit sums of CPUs without VNNI. Inputs of
     many rows, such as a prompt's, are multiplied in float32, which is as fast for them.
+
+    exponent: the weights are stored times 2^exponent, by which the outputs are divided. With that of `exact_exponent`
+    nothing is rounded, and the product is that of float32.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.dtype, self.kind = torch.float32, dtype
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, exponent: int = 0
+    ) -> None:
+        self.dtype, self.kind, self.factor = torch.float32, dtype, 2.0**-exponent
         self.weights, self.biases = [w.detach() for w in weights], [b.detach() for b in biases]
         whole, bias = torch.cat(self.weights), torch.cat(self.biases) if biases else None
+        if exponent:
+            whole, bias = whole * 2.0**exponent, None if bias is None else bias * 2.0**exponent
         with _fbgemm():
             if dtype == torch.float16:
                 self._product = torch.ops.quantized.linear_prepack_fp16(whole, bias)
@@ -102,7 +111,8 @@ class Rounded(Packed):
         if x.numel() >= MANY * x.shape[-1]:
             return self._plain(x)
         if self.kind == torch.float16:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self._product)
+            out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._product)
+            return out if self.factor == 1.0 else out.mul_(self.factor)
         try:
             return torch.ops.quantized.linear_dynamic(x, self._product, True)
         except RuntimeError:  # no scale fits inputs that are not numbers; the result is none either
@@ -111,11 +121,30 @@ class Rounded(Packed):
     def _plain(self, x: Tensor) -> Tensor:
         """The product in float32, with the weights as they were."""
         biases: Sequence[Tensor | None] = self.biases or [None] * len(self.weights)
-        return torch.cat([F.linear(x, w, b) for w, b in zip(self.weights, biases, strict=True)], -1)
+        outputs = [F.linear(x, w, b) for w, b in zip(self.weights, biases, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """See `Packed`."""
         return other + self(x)
+
+
+def exact_exponent(weights: Sequence[Tensor]) -> int | None:
+    """Returns an exponent e for which float16 holds each weight times 2^e exactly; None if there is none, or no FBGEMM.
+
+    Checkpoints in float16 have 0. Nearly all in bfloat16 have one: their weights have 8 significant bits of the 11, and
+    those of a matrix span less than float16's 40 powers of two.
+    """
+    if not (rounds() and all(can_pack(w) for w in weights)):
+        return None
+    largest = max(float(w.detach().abs().amax()) for w in weights)
+    if not 0.0 < largest < math.inf:
+        return None
+    for exponent in (0, 15 - math.frexp(largest)[1]):
+        scaled = (part * 2.0**exponent for w in weights for part in w.detach().split(AT_ONCE))
+        if all(torch.equal(part.half().float(), part) for part in scaled):
+            return exponent
+    return None
 
 
 @contextmanager
