@@ -56,9 +56,8 @@ class Product:
         if "packed" in kernels:
             self._packed = Packed(matrices, biases, dtype)
         elif "half" in kernels:  # weights that have changed since the measurement may need all their bits
-            exponent = exact_exponent(matrices)
-            exact = exponent is not None
-            self._packed = Rounded(matrices, biases, torch.float16, exponent) if exact else Packed(matrices, biases)
+            e = exact_exponent(matrices)
+            self._packed = Packed(matrices, biases) if e is None else Rounded(matrices, biases, torch.float16, e)
         self._transposed = self._bias = None
         self.copied: list[Tensor] = [] if set(kernels) == {"library"} else [*matrices, *biases]
         if "transposed" in kernels:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 8  # oneDNN chooses the layout for this number of rows; other numbers use it too
-MANY = 64  # rows from which float32 is about as fast as rounded weights
+MANY = 64  # rows from which float32 is about as fast as 8 bits
 FBGEMM = "fbgemm"
 AT_ONCE = 64  # rows of a weight that are compared at once; the first ones tell most weights without an exponent
 TRIES = 20  # of each dtype that could be fastest
@@ -80,8 +80,8 @@ class Rounded(Packed):
     """`Packed` for drafts, with weights of 16 or 8 bits and inputs and outputs in float32 (FBGEMM).
 
     float16: rounds the weights, which most checkpoints have in 16 bits already. int8: also rounds the inputs, to 7 bits
-    with one scale for all rows, because two products of 8 bits overflow the 16-bit sums of CPUs without VNNI. Inputs of
-    many rows, such as a prompt's, are multiplied in float32, which is as fast for them.
+    with one scale for all rows, because two products of 8 bits overflow the 16-bit sums of CPUs without VNNI; many rows
+    are multiplied in float32, which is as fast for them.
 
     exponent: the weights are stored times 2^exponent, by which the outputs are divided. With that of `exact_exponent`
     nothing is rounded, and the product is that of float32.
@@ -108,11 +108,11 @@ class Rounded(Packed):
         """See `Packed`."""
         if x.dtype != torch.float32:
             return self(x.float()).to(x.dtype)
-        if x.numel() >= MANY * x.shape[-1]:
-            return self._plain(x)
         if self.kind == torch.float16:
             out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._product)
             return out if self.factor == 1.0 else out.mul_(self.factor)
+        if x.numel() >= MANY * x.shape[-1]:
+            return self._plain(x)
         try:
             return torch.ops.quantized.linear_dynamic(x, self._product, True)
         except RuntimeError:  # no scale fits inputs that are not numbers; the result is none either

@@ -436,7 +436,7 @@ def quiet() -> None:
 
 
 def method_names(names: str, target: str, greedy: bool = False, added: bool = False) -> list[str]:
-    """Parses a `--method` value: names, or "all" for all methods of that target. Raises UserError for an unknown method.
+    """Parses a `--method` value: names, or "all" for all methods of that target; UserError for an unknown method.
 
     greedy: "all" leaves out methods that sample their drafts, which equal their deterministic forms at temperature 0.
     added: whether the method of a `--draft-model` is added.
