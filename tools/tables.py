@@ -5,12 +5,13 @@ With `--check` it writes nothing; the exit code is 1 if a page is out of date.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from msd.bench import report
+from msd.bench import pairwise, report
 from msd.errors import UserError
 from msd.system.files import read_json, write_whole
 
@@ -30,6 +31,7 @@ MIXED = {  # folder of results/ -> what its run measured, on the first 60 of the
     "batch-4": "batches of 4",
     "batch-16": "batches of 16",
 }
+LOOKUP = "+prompt-lookup"
 COMPARED = {
     "detail": "detail",
     "caption": "caption",
@@ -39,7 +41,6 @@ COMPARED = {
     "ocr": "OCR",
     "text": "text",
 }
-COMPARISON = "msd bench --data runs/comparison/val.jsonl --method"
 VERIFY_HALF = "msd verify --method ar,msd,prompt-lookup --limit 8"
 COMMANDS = {
     "results/verify.json": "`msd verify --method all --limit 3 --json`",
@@ -49,7 +50,6 @@ COMMANDS = {
     **{f"results/batch-{n}/results.json": "`make floors`" for n in (2, 4, 8, 16)},
     **{f"results/noise-{n}/results.json": "`make floors`" for n in (1, 2, 4, 8, 16)},
     "results/comparison/results.json": "`make comparison`",
-    "results/repeats/results.json": f"`{COMPARISON} prompt-lookup,msd,msd+prompt-lookup`",
     "results/draft_tree.json": "`python tools/pictures.py --record`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
     "results/gpu.json": "`python tools/gpu_check.py`",
@@ -119,6 +119,19 @@ def methods_table(results: dict[str, Any]) -> str:
         for row in sorted(overall, key=lambda row: -row["speedup_vs_ar"])
     ]
     return table(["method", "all tasks", "95%", "τ", *tasks.values()], rows)
+
+
+def repeats_table(results: dict[str, Any]) -> str:
+    """Speedups over `ar` of the methods that were measured with lookups of long repeats too, without and with them."""
+    found, seconds = cells(results), results["sample_seconds"]
+    rows = []
+    for name in [n.removesuffix(LOOKUP) for n in seconds if n.endswith(LOOKUP)]:
+        low, high = pairwise.ratio_interval(seconds[name], seconds[name + LOOKUP]) or (math.nan, math.nan)
+        figures = [found[n, task]["speedup_vs_ar"] for task in ("all", "detail", "ocr") for n in (name, name + LOOKUP)]
+        gain = f"{sum(seconds[name]) / sum(seconds[name + LOOKUP]):.2f}"
+        rows.append([f"`{name}`", *(f"{figure:.2f}" for figure in figures), gain, f"{low:.2f}–{high:.2f}"])
+    tasks = [f"{task}, {kind}" for task in ("all tasks", "detail", "OCR") for kind in ("without", "with")]
+    return table(["method", *tasks, "gain", "95%"], sorted(rows, key=lambda row: row[2], reverse=True))
 
 
 def verify_table(rows: list[dict[str, Any]]) -> str:
@@ -322,7 +335,7 @@ def tables() -> dict[str, dict[str, str]]:
         },
         "docs/comparison.md": {
             "methods": methods_table(compared),
-            "repeats": methods_table(read("results/repeats/results.json")),
+            "repeats": repeats_table(compared),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),
         },
         "docs/performance.md": {

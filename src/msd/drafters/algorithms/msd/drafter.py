@@ -27,7 +27,7 @@ class MSD(TrainedDrafter):
 
     sampled: whether it draws candidates from the draft distributions instead of ranking them. separate: whether each
     likely modality has a subtree, by default only for sampled candidates; otherwise one tree follows the router's
-    mixture of experts, which accepts as many tokens here in less time (docs/trees.md).
+    mixture of experts, which is as fast and simpler (docs/trees.md).
     """
 
     network: MSDNetwork
