@@ -11,19 +11,10 @@ from torch import Tensor, nn
 
 from msd.backends import norms, packed
 from msd.backends.norms import RMSNorm, rms_norm
-from msd.backends.packed import (
-    MANY,
-    Linear,
-    Packed,
-    draft_dtype,
-    faster_in_bf16,
-    head_dtype,
-    multiplies_in_bf16,
-    rounds,
-)
+from msd.backends.packed import Linear, Packed, draft_dtype, faster_in_bf16, multiplies_in_bf16, rounds
 
-HERE = [torch.float32, *([torch.bfloat16] if multiplies_in_bf16() else []), *(packed.ROUNDED if rounds() else ())]
-ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.int8: 4e-2}  # relative, in the norm
+HERE = [torch.float32, *([torch.bfloat16] if multiplies_in_bf16() else []), *([torch.float16] if rounds() else [])]
+ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative, in the norm
 rounding = pytest.mark.skipif(not rounds(), reason="this CPU has no rounded products")
 
 
@@ -38,7 +29,7 @@ def error(out: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", HERE)
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 7), (1, MANY - 1), (1, MANY), (3, 100)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 7), (1, 63), (1, 64), (3, 100)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_product_equals_the_layers(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
@@ -53,23 +44,22 @@ def test_a_packed_product_equals_the_layers(dtype: torch.dtype, shape: tuple[int
 
 
 @rounding
-@pytest.mark.parametrize("dtype", packed.ROUNDED)
-def test_rounded_products_take_every_input(dtype: torch.dtype) -> None:
-    """Nothing that a target computes may stop a draft: no number, none at all, or no rows."""
-    product = Packed.of(nn.Linear(8, 4, bias=False), dtype=dtype)
+def test_float16_products_take_every_input_and_leave_each_row_alone() -> None:
+    """Nothing that a target computes may stop a draft, and a draft does not depend on other rows of its batch."""
+    product = Packed.of(nn.Linear(8, 4, bias=False), dtype=torch.float16)
     bad = torch.tensor([[float("nan")] * 8, [1.0] * 8])
-    assert product(bad)[0].isnan().all()
-    assert product(torch.full((2, 8), float("inf"))).shape == (2, 4)
+    assert product(bad)[0].isnan().all() and not product(bad)[1].isnan().any()
     assert torch.equal(product(torch.zeros(3, 8)), torch.zeros(3, 4))
     assert product(torch.zeros(0, 8)).shape == (0, 4)
     assert product(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert torch.backends.quantized.engine != "none"
+    x = torch.randn(20, 8)
+    assert torch.equal(product(x[:3]), product(x)[:3])
 
 
 @rounding
 def test_the_engine_of_quantised_models_stays_as_it_is() -> None:
     before = torch.backends.quantized.engine
-    Packed.of(nn.Linear(8, 4), dtype=torch.int8)
+    Packed.of(nn.Linear(8, 4), dtype=torch.float16)
     assert torch.backends.quantized.engine == before
 
 
@@ -102,9 +92,6 @@ def test_a_draft_has_the_fastest_products(monkeypatch: pytest.MonkeyPatch) -> No
     draft_dtype.cache_clear()
     assert draft_dtype(device) == torch.float32
     draft_dtype.cache_clear()
-    assert [head_dtype(d) for d in (torch.float32, torch.bfloat16, torch.float16)] == [
-        torch.float32, torch.bfloat16, torch.int8,
-    ]  # fmt: skip
     monkeypatch.setattr(packed, "multiplies_in_bf16", lambda: False)
     monkeypatch.setattr(packed.time, "perf_counter", iter([0.0, 9.0] * 5 + [0.0, 1.0] * 5).__next__)  # float32 last
     assert not faster_in_bf16(device)

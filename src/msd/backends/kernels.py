@@ -57,7 +57,7 @@ class Product:
             self._packed = Packed(matrices, biases, dtype)
         elif "half" in kernels:  # weights that have changed since the measurement may need all their bits
             e = exact_exponent(matrices)
-            self._packed = Packed(matrices, biases) if e is None else Rounded(matrices, biases, torch.float16, e)
+            self._packed = Packed(matrices, biases) if e is None else Rounded(matrices, biases, e)
         self._transposed = self._bias = None
         self.copied: list[Tensor] = [] if set(kernels) == {"library"} else [*matrices, *biases]
         if "transposed" in kernels:

@@ -4,8 +4,8 @@
 rows: a target pass over 8 rows takes about twice as long as one over a single row. With packed weights both take about
 the same time.
 
-Drafts need not be exact. Their weights can be bfloat16, or 8-bit integers (FBGEMM): these are read from memory in half
-or a quarter of the time.
+Weights of 16 bits are read in half the time. bfloat16 (oneDNN) rounds the inputs too and is for drafts; float16
+(FBGEMM) leaves the inputs as they are.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 8  # oneDNN chooses the layout for this number of rows; other numbers use it too
-MANY = 64  # rows from which float32 is about as fast as 8 bits
 FBGEMM = "fbgemm"
 AT_ONCE = 64  # rows of a weight that are compared at once; the first ones tell most weights without an exponent
 TRIES = 20  # of each dtype that could be fastest
-ROUNDED = (torch.float16, torch.int8)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -57,9 +54,9 @@ class Packed:
 
     @classmethod
     def of(cls, *linears: nn.Linear, dtype: torch.dtype = torch.float32) -> Packed:
-        """Packs layers together, in float16 and int8 as `Rounded`. Either all have a bias, or none has."""
+        """Packs layers together, in float16 as `Rounded`. Either all have a bias, or none has."""
         weights, biases = [x.weight for x in linears], [x.bias for x in linears if x.bias is not None]
-        return (Rounded if dtype in ROUNDED else cls)(weights, biases, dtype)
+        return Rounded(weights, biases) if dtype == torch.float16 else cls(weights, biases, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out] in the dtype of x."""
@@ -77,52 +74,29 @@ class Packed:
 
 
 class Rounded(Packed):
-    """`Packed` for drafts, with weights of 16 or 8 bits and inputs and outputs in float32 (FBGEMM).
-
-    float16: rounds the weights, which most checkpoints have in 16 bits already. int8: also rounds the inputs, to 7 bits
-    with one scale for all rows, because two products of 8 bits overflow the 16-bit sums of CPUs without VNNI; many rows
-    are multiplied in float32, which is as fast for them.
+    """`Packed` with weights in float16, inputs and outputs in float32, and products in float32 (FBGEMM).
 
     exponent: the weights are stored times 2^exponent, by which the outputs are divided. With that of `exact_exponent`
-    nothing is rounded, and the product is that of float32.
+    nothing is rounded, and the product is that of float32; otherwise it is for drafts only.
     """
 
-    def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, exponent: int = 0
-    ) -> None:
-        self.dtype, self.kind, self.factor = torch.float32, dtype, 2.0**-exponent
-        self.weights, self.biases = [w.detach() for w in weights], [b.detach() for b in biases]
-        whole, bias = torch.cat(self.weights), torch.cat(self.biases) if biases else None
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), exponent: int = 0) -> None:
+        self.dtype, self.factor = torch.float32, 2.0**-exponent
+        whole, bias = (
+            torch.cat([w.detach() for w in weights]),
+            torch.cat([b.detach() for b in biases]) if biases else None,
+        )
         if exponent:
             whole, bias = whole * 2.0**exponent, None if bias is None else bias * 2.0**exponent
         with _fbgemm():
-            if dtype == torch.float16:
-                self._product = torch.ops.quantized.linear_prepack_fp16(whole, bias)
-            else:
-                scale = whole.abs().amax(1).clamp_min(1e-12) / 127
-                zero = torch.zeros(len(whole), dtype=torch.long)
-                rounded = torch.quantize_per_channel(whole, scale, zero, 0, torch.qint8)
-                self._product = torch.ops.quantized.linear_prepack(rounded, bias)
+            self._product = torch.ops.quantized.linear_prepack_fp16(whole, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Packed`."""
         if x.dtype != torch.float32:
             return self(x.float()).to(x.dtype)
-        if self.kind == torch.float16:
-            out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._product)
-            return out if self.factor == 1.0 else out.mul_(self.factor)
-        if x.numel() >= MANY * x.shape[-1]:
-            return self._plain(x)
-        try:
-            return torch.ops.quantized.linear_dynamic(x, self._product, True)
-        except RuntimeError:  # no scale fits inputs that are not numbers; the result is none either
-            return self._plain(x)
-
-    def _plain(self, x: Tensor) -> Tensor:
-        """The product in float32, with the weights as they were."""
-        biases: Sequence[Tensor | None] = self.biases or [None] * len(self.weights)
-        outputs = [F.linear(x, w, b) for w, b in zip(self.weights, biases, strict=True)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._product)
+        return out if self.factor == 1.0 else out.mul_(self.factor)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """See `Packed`."""
@@ -203,15 +177,6 @@ def draft_dtype(device: torch.device) -> torch.dtype:
     return dtypes[0] if len(dtypes) == 1 or min(fastest[1:]) * 1.1 > fastest[0] else dtypes[fastest.index(min(fastest))]
 
 
-def head_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of products with the target's output layer, beside others of a draft in `dtype`.
-
-    8 bits where FBGEMM has them: of tens of thousands of rows, reading is all the work, and the likeliest tokens stay
-    the same. In all other products rounded inputs cost 1 to 4% of the accepted tokens (docs/drafter.md).
-    """
-    return torch.int8 if dtype == torch.float16 else dtype
-
-
 def _seconds(product: Packed, x: Tensor) -> float:
     start = time.perf_counter()
     product(x)
@@ -224,8 +189,7 @@ def rounds() -> bool:
         torch.backends.mkldnn.is_available()
         and FBGEMM in torch.backends.quantized.supported_engines
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-        and all(hasattr(torch.ops.quantized, name) for name in ("linear_dynamic", "linear_dynamic_fp16"))
-        and hasattr(torch, "quantize_per_channel")
+        and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
     )
 
 

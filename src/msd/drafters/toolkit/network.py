@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from msd.backends.packed import Linear, Packed, can_pack, head_dtype
+from msd.backends.packed import Linear, Packed, can_pack
 from msd.core.layout import Layout
 from msd.drafters.toolkit import checkpoint, processes
 from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance
@@ -222,10 +222,10 @@ class DraftNetwork(nn.Module, ABC):
         """Applies the target's frozen output layer: [..., H] -> logits [..., V]."""
         head = self._target[1]
         if self._head_packed and self._dtype is not None and not torch.is_grad_enabled():
-            packed, dtype = _packed.setdefault(head, {}), head_dtype(self._dtype)
-            if dtype not in packed:
-                packed[dtype] = Packed.of(head, dtype=dtype)  # type: ignore[arg-type]
-            return packed[dtype](state)
+            packed = _packed.setdefault(head, {})
+            if self._dtype not in packed:
+                packed[self._dtype] = Packed.of(head, dtype=self._dtype)  # type: ignore[arg-type]
+            return packed[self._dtype](state)
         weight, bias = head.weight, getattr(head, "bias", None)
         return F.linear(state, weight.to(state.dtype), bias)  # type: ignore[arg-type]
 
