@@ -65,6 +65,7 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
         "prompt-lookup:sampled",
         "msd",
         "msd:sampled",
+        "msd:subtrees",
         "msd+prompt-lookup",
         *IN_CHECKOUTS,
     }
