@@ -62,6 +62,10 @@ class Packed:
         """x [..., in] -> y [..., out] in the dtype of x."""
         if x.dtype != self.dtype:
             return self(x.to(self.dtype)).to(x.dtype)
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """y, for an x in the dtype of the product."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
@@ -83,19 +87,14 @@ class Rounded(Packed):
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), exponent: int = 0) -> None:
         self.dtype, self.factor = torch.float32, 2.0**-exponent
         whole, bias = (
-            torch.cat([w.detach() for w in weights]),
-            torch.cat([b.detach() for b in biases]) if biases else None,
+            torch.cat([x.detach() for x in part]) * 2.0**exponent if part else None for part in (weights, biases)
         )
-        if exponent:
-            whole, bias = whole * 2.0**exponent, None if bias is None else bias * 2.0**exponent
         with _fbgemm():
-            self._product = torch.ops.quantized.linear_prepack_fp16(whole, bias)
+            self.weight = torch.ops.quantized.linear_prepack_fp16(whole, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         """See `Packed`."""
-        if x.dtype != torch.float32:
-            return self(x.float()).to(x.dtype)
-        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._product)
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
         return out if self.factor == 1.0 else out.mul_(self.factor)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ def exact_exponent(weights: Sequence[Tensor]) -> int | None:
     """
     if not (rounds() and all(can_pack(w) for w in weights)):
         return None
-    largest = max(float(w.detach().abs().amax()) for w in weights)
+    largest = max(float(torch.linalg.vector_norm(w.detach(), torch.inf)) for w in weights)
     if not 0.0 < largest < math.inf:
         return None
     for exponent in (0, 15 - math.frexp(largest)[1]):
@@ -150,7 +149,7 @@ class Linear(nn.Linear):
         return super().forward(x)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """other + y, with `other` [..., out]; in one operator where it is packed in float32."""
+        """other + y, with `other` [..., out]; in one operator where oneDNN adds it."""
         if self._packed is not None and not torch.is_grad_enabled():
             return self._packed.plus(x, other)
         return other + self(x)
@@ -164,17 +163,17 @@ def draft_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16 if faster_in_bf16(device, tokens=ROWS) else torch.float32
-    dtypes = [
-        torch.float32,
-        *([torch.bfloat16] if multiplies_in_bf16() else []),
-        *([torch.float16] if rounds() else []),
-    ]
+    rounded = [dtype for dtype, here in ((torch.bfloat16, multiplies_in_bf16()), (torch.float16, rounds())) if here]
+    if not rounded:
+        return torch.float32
     linear, x = nn.Linear(576, 4096, bias=False), torch.ones(ROWS, 576)
-    products = [Packed.of(linear, dtype=dtype) for dtype in dtypes]
+    products = {dtype: Packed.of(linear, dtype=dtype) for dtype in (torch.float32, *rounded)}
+    seconds = dict.fromkeys(products, math.inf)
     with torch.inference_mode():
-        times = [[_seconds(product, x) for product in products] for _ in range(TRIES)]
-    fastest = [min(column) for column in zip(*times, strict=True)]
-    return dtypes[0] if len(dtypes) == 1 or min(fastest[1:]) * 1.1 > fastest[0] else dtypes[fastest.index(min(fastest))]
+        for _ in range(TRIES):
+            seconds = {dtype: min(seconds[dtype], _seconds(product, x)) for dtype, product in products.items()}
+    best = min(rounded, key=seconds.__getitem__)
+    return best if seconds[best] * 1.1 < seconds[torch.float32] else torch.float32
 
 
 def _seconds(product: Packed, x: Tensor) -> float:

@@ -36,9 +36,9 @@ class NodeFeatures:
         return log_odds(self.log_q)
 
     @cached_property
-    def best_odds(self) -> Tensor:
-        """`log_odds` of the likeliest child."""
-        return self.odds if self.best is None else log_odds(self.best)
+    def best_odds(self) -> Tensor | float:
+        """`log_odds` of the likeliest child; 0 where it is not known."""
+        return 0.0 if self.best is None else log_odds(self.best)
 
 
 class RankedFeatures(NodeFeatures):
@@ -58,7 +58,7 @@ def log_odds(log_q: Tensor) -> Tensor:
 FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
     "log_odds": lambda node: node.odds,
     "confidence": lambda node: node.confidence,
-    "best": lambda node: 0.0 if node.best is None else node.best_odds,
+    "best": lambda node: node.best_odds,
     "first": lambda node: 0.0 if node.best is None else node.log_q >= node.best,
     "bias": lambda node: 1.0,
 }

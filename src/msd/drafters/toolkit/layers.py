@@ -107,7 +107,8 @@ class Rotary(nn.Module):
 
     def _turned(self, angle: Tensor) -> Cosines:
         angle = angle[..., None, :]
-        return angle.cos() * self.scale, angle.sin() * self.signs
+        cos = angle.cos()
+        return cos if self.scale == 1.0 else cos * self.scale, angle.sin() * self.signs
 
 
 def rotate(x: Tensor, rotary: Cosines) -> Tensor:
