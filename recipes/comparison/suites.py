@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from msd.system.files import write_whole
-from recipes.msd.prompts import about_photos, photos, texts
+from recipes.msd.prompts import about_photos, photos, receipt_lines, texts
 from recipes.reference_vlm.data import CAPTION_PROMPTS, DETAIL_PROMPTS
 from recipes.reference_vlm.features import read_jsonl
 
 COUNTS = {"detail": 18, "caption": 20, "vqa": 12, "cocoqa": 10, "chat": 3, "ocr": 6, "text": 3}
-READ = ("What does the text in the image say?", "Read the text in the picture.", "Which words are printed here?")
 TURNS = (
     ("What is in the foreground?", "Which colours stand out?", "What is the mood of the picture?"),
     ("What is happening here?", "Where could this have been taken?", "What might happen next?"),
@@ -47,14 +46,6 @@ def conversations(names: list[str], rng: random.Random) -> Iterator[Line]:
         yield {"image": f"flickr8k/images/{name}", "turns": list(rng.choice(TURNS)), "task": "chat"}
 
 
-def receipts(data: Path, rng: random.Random) -> Iterator[Line]:
-    """Yields prompts to read a receipt line of several words."""
-    rows = [r for r in read_jsonl(data / "sroie_lines" / "captions.jsonl") if r.get("split") != "train"]
-    for row in rng.sample(rows, len(rows)):
-        if len(row["text"].split()) > 2:
-            yield {"image": f"sroie_lines/images/{row['image']}", "prompt": rng.choice(READ), "task": "ocr"}
-
-
 def build(data: Path, counts: dict[str, int], seed: int, without: Set[str] = frozenset()) -> list[Line]:
     """Returns the lines of all tasks. Raises SystemExit if the data has fewer.
 
@@ -69,7 +60,7 @@ def build(data: Path, counts: dict[str, int], seed: int, without: Set[str] = fro
         "vqa": questions(data, "vqa2", "vqa", rng["vqa"], seen),
         "cocoqa": questions(data, "cocoqa", "cocoqa", rng["cocoqa"], seen),
         "chat": conversations(images["chat"], rng["chat"]),
-        "ocr": receipts(data, rng["ocr"]),
+        "ocr": receipt_lines(data, False, rng["ocr"]),
         "text": (line for line in texts(data, "val", rng["text"]) if line["prompt"] not in without),
     }
     lines: list[Line] = []

@@ -3,8 +3,8 @@
 python -m recipes.msd.prompts --data ../shared/data --out runs/msd
 msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
 
-Image names are relative to the data folder. Each photo gets at most one prompt for a long description. Half of the
-questions are about COCO photos, each with and without a request for a one-word answer. The other half is derived from
+Image names are relative to the data folder. Each photo gets at most one prompt for a long description: those of Flickr
+("detail") and those of COCO ("scene"). Lines of scanned receipts are to be read ("receipt"). Half of the questions are about COCO photos, each with and without a request for a one-word answer. The other half is derived from
 the captions of Flickr photos (yes/no and open questions). The prompts depend on the seed only: a smaller set of a kind
 is a prefix of a larger one.
 """
@@ -25,6 +25,15 @@ from recipes.reference_vlm.features import read_jsonl
 from recipes.reference_vlm.text_turns import TRAIN_FILES, VAL_FILES
 
 LONGEST = 240  # characters of a text-only prompt
+READ = ("What does the text in the image say?", "Read the text in the picture.", "Which words are printed here?")
+COUNTS = {  # of each kind, in the training data and in the validation data
+    "detail": (2500, 100),
+    "caption": (800, 60),
+    "questions": (800, 60),
+    "text": (1500, 20),
+    "scene": (500, 0),
+    "receipt": (400, 0),
+}
 Line = dict[str, Any]
 
 
@@ -35,18 +44,34 @@ def photos(data: Path, split: str, rng: random.Random) -> list[str]:
     return rng.sample(names, len(names))
 
 
-def about_photos(names: list[str], prompts: tuple[str, ...], task: str, rng: random.Random) -> Iterator[Line]:
+def about_photos(
+    names: list[str], prompts: tuple[str, ...], task: str, rng: random.Random, folder: str = "flickr8k"
+) -> Iterator[Line]:
     """Yields one prompt about each photo."""
     for name in names:
-        yield {"image": f"flickr8k/images/{name}", "prompt": rng.choice(prompts), "task": task}
+        yield {"image": f"{folder}/images/{name}", "prompt": rng.choice(prompts), "task": task}
 
 
-def coco_questions(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
-    """Yields one question about each photo, without and with a request for a one-word answer."""
+def receipt_lines(data: Path, train: bool, rng: random.Random) -> Iterator[Line]:
+    """Yields prompts to read a line of a scanned receipt, of several words."""
+    rows = [r for r in read_jsonl(data / "sroie_lines" / "captions.jsonl") if (r.get("split") == "train") == train]
+    for row in rng.sample(rows, len(rows)):
+        if len(row["text"].split()) > 2:
+            yield {"image": f"sroie_lines/images/{row['image']}", "prompt": rng.choice(READ), "task": "ocr"}
+
+
+def coco_photos(data: Path, split: str) -> dict[str, list[str]]:
+    """Returns the questions about each COCO photo of a split."""
     by_photo: dict[str, list[str]] = {}
     for row in read_jsonl(data / "coco_vqa" / "qa.jsonl"):
         if row["split"] == split:
             by_photo.setdefault(row["image"], []).append(row["question"])
+    return by_photo
+
+
+def coco_questions(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
+    """Yields one question about each photo, without and with a request for a one-word answer."""
+    by_photo = coco_photos(data, split)
     for name in rng.sample(sorted(by_photo), len(by_photo)):
         question, image = rng.choice(by_photo[name]), f"coco_vqa/images/{name}"
         yield {"image": image, "prompt": question, "task": "question"}
@@ -79,19 +104,20 @@ def texts(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
 
 
 def build(data: Path, split: str, counts: dict[str, int], seed: int) -> list[Line]:
-    """Returns the data lines of a split. counts: of "detail", "caption", "questions", "text".
-
-    Raises SystemExit if the data has fewer.
-    """
-    kinds = ("photos", "detail", "caption", "coco", "facts", "text")
+    """Returns the data lines of a split. counts: of each kind of `COUNTS`. Raises SystemExit if the data has fewer."""
+    kinds = ("photos", "detail", "caption", "coco", "facts", "text", "scene", "receipt")
     rng = {kind: random.Random(f"{seed}-{split}-{kind}") for kind in kinds}
     names = photos(data, split, rng["photos"])
+    coco = sorted(coco_photos(data, split))
+    scenes = rng["scene"].sample(coco, len(coco))
     sources = {  # captions and questions start at the other end, so that most photos get one prompt
         "detail": (counts["detail"], about_photos(names, DETAIL_PROMPTS, "detail", rng["detail"])),
         "caption": (counts["caption"], about_photos(names[::-1], CAPTION_PROMPTS, "caption", rng["caption"])),
         "coco": (counts["questions"] // 2, coco_questions(data, split, rng["coco"])),
         "facts": (-(-counts["questions"] // 2), caption_questions(data, names[::-1], rng["facts"])),
         "text": (counts["text"], texts(data, split, rng["text"])),
+        "scene": (counts["scene"], about_photos(scenes, DETAIL_PROMPTS, "scene", rng["scene"], "coco_vqa")),
+        "receipt": (counts["receipt"], receipt_lines(data, split == "train", rng["receipt"])),
     }
     lines: list[Line] = []
     for kind, (count, found) in sources.items():
@@ -107,14 +133,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/msd"))
     parser.add_argument("--seed", type=int, default=0)
-    for split, defaults in (("", (2500, 800, 800, 300)), ("val-", (100, 60, 60, 20))):
-        for kind, count in zip(("detail", "caption", "questions", "text"), defaults, strict=True):
-            parser.add_argument(f"--{split}{kind}", type=int, default=count)
+    for i, split in enumerate(("", "val-")):
+        for kind, counts in COUNTS.items():
+            parser.add_argument(f"--{split}{kind}", type=int, default=counts[i])
     args = vars(parser.parse_args())
     args["out"].mkdir(parents=True, exist_ok=True)
     for split, prefix, name in (("train", "", "prompts.jsonl"), ("val", "val_", "val.jsonl")):
-        counts = {kind: args[prefix + kind] for kind in ("detail", "caption", "questions", "text")}
-        lines = build(args["data"], split, counts, args["seed"])
+        lines = build(args["data"], split, {kind: args[prefix + kind] for kind in COUNTS}, args["seed"])
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_whole(args["out"] / name, text)
         print(f"{args['out'] / name}: {len(lines)} prompts")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from msd.backends.packed import multiplies_in_bf16
 from msd.core.layout import Layout
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
@@ -25,7 +26,8 @@ from msd.train.drafting import DraftTraining
 from msd.train.teacher_batches import LabelledBatch, TeacherBatches, TeacherCache
 
 LAYERS = (0, 2, 15, 27, 30)  # every layer that a method of the race reads of the reference model
-DTYPE = torch.bfloat16  # of the target's products here; fixed, so that all runs read the same outputs
+# of the target's products here: the same for all runs on a machine, which read the same outputs
+DTYPE = torch.bfloat16 if multiplies_in_bf16() else torch.float32
 SECONDS = 120  # between two files
 
 

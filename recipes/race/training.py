@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from msd.backends.packed import multiplies_in_bf16
 from msd.drafters.toolkit import checkpoint
+from msd.errors import UserError
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system import machine
@@ -20,14 +22,20 @@ from msd.train.capture import label_thresholds_path, mixed, read_captured
 from msd.train.drafting import train
 from recipes.msd.rows import folder_of, speed
 from recipes.race.outputs import stored
-from recipes.race.plan import METHODS, STEP_TIMES, TIME, drafter_folder, plan, step_times
+from recipes.race.plan import METHODS, REMEDY, STEP_TIMES, TIME, drafter_folder, plan, step_times
 
-PRECISION = "bf16"
+PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 
 
 def train_runs(args: argparse.Namespace) -> None:
-    """Trains the unfinished runs. A stopped one (SystemExit) is resumed by the same command."""
-    runs = plan(args.minutes, step_times(), args.only)
+    """Trains the unfinished runs. A stopped one (SystemExit) is resumed by the same command.
+
+    Raises UserError if the step times have a precision that this CPU only emulates.
+    """
+    times = step_times()
+    if times["precision"] != PRECISION == "float32":
+        raise UserError(f"the step times are for {times['precision']}, which this CPU only emulates; {REMEDY}")
+    runs = plan(args.minutes, times, args.only)
     waiting = [
         name
         for name, run in runs.items()

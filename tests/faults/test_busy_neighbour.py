@@ -73,6 +73,28 @@ def test_a_quiet_machine_is_left_as_it_is() -> None:
     assert (ours.threads, machine.probes) == (2, 0)
 
 
+def test_preemptions_of_one_pass_are_chance() -> None:
+    """A quiet machine has 30 in a second, but at times 6 in one pass of 50 ms, as many as beside a neighbour."""
+    machine, rng = Machine(2), random.Random(0)
+    ours = machine.cores_of_ours()
+    for _ in range(2000):
+        machine.preempted += 6 * (rng.random() < 0.25)
+        machine.passes(ours, 0.05, 1)
+    assert (ours.threads, machine.probes) == (2, 0)
+
+
+def test_short_answers_count_together() -> None:
+    """No answer lasts as long as the window; together they do."""
+    machine = Machine(2)
+    machine.busy = 1
+    ours = machine.cores_of_ours()
+    for _ in range(4):
+        machine.preempted += 1000  # between answers
+        ours.resume()
+        machine.passes(ours, 0.02, 1)
+    assert ours.threads == 1
+
+
 def test_what_happened_between_requests_says_nothing_of_passes() -> None:
     machine = Machine(2)
     ours = machine.cores_of_ours()
@@ -112,6 +134,7 @@ def test_answers_stay_the_same_when_the_number_changes_in_the_middle(
     preempted = 0
     monkeypatch.setattr(machine, "_preemptions", lambda: preempted)
     monkeypatch.setattr(machine, "_free", lambda number: False)
+    monkeypatch.setattr(machine, "WINDOW", 0.0)  # each pass counts
     msd.share_cores()
     seen = []
 
@@ -139,6 +162,7 @@ def test_without_the_call_nothing_is_touched(two_threads: None, monkeypatch: pyt
 def test_the_number_is_given_back_when_an_answer_fails(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter(range(0, 10**6, 1000))
     monkeypatch.setattr(machine, "_preemptions", lambda: next(counts))
+    monkeypatch.setattr(machine, "WINDOW", 0.0)
     share_cores()
     with pytest.raises(RuntimeError), watched() as cores:
         cores.check()

@@ -12,6 +12,7 @@ import torch
 import tiny
 from msd.config import SpeculativeConfig
 from msd.core.modality import FUSION, LANGUAGE, VISION
+from msd.drafters import registry
 from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
@@ -297,6 +298,21 @@ def test_each_epoch_trains_on_every_answer_once() -> None:
     roots = teacher_batches.roots(SimpleNamespace(lengths=[3, 60], answers=torch.zeros(1)), 10)  # type: ignore[arg-type]
     assert roots[0].tolist() == [0, 1, *[2] * 8]  # from token 2 on there is nothing to draft
     assert len(set(roots[1].tolist())) == 10 and max(roots[1].tolist()) < 59
+
+
+@pytest.mark.parametrize("method", ["msd", "eagle3", "vispec"])
+def test_the_share_of_text_in_the_end_can_be_set(method: str) -> None:
+    kind, late = registry.trainable(method), 10**6
+
+    def shares(**changes: Any) -> tuple[float, float]:
+        settings = drafting.DraftTraining(method=method, steps=1000, **changes)
+        stages = drafting._stages(kind, settings)  # type: ignore[arg-type]  # it reads only class attributes
+        return stages.share(0), stages.share(late)
+
+    own = {"msd": 0.05, "eagle3": 0.05, "vispec": 0.0}[method]
+    assert shares() == (0.0, 1 - own), "stage 1 is text"
+    assert shares(text_share=0.25) == (0.0, 0.75)
+    assert shares(text_share=0.25, start="folder") == (0.5, 0.75), "a start drafter has finished stage 1"
 
 
 def test_a_half_precision_teacher_has_nearly_the_same_logits() -> None:

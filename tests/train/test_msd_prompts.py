@@ -11,7 +11,7 @@ import pytest
 from recipes.comparison import suites
 from recipes.msd import prompts as recipe
 
-COUNTS = {"detail": 6, "caption": 4, "questions": 8, "text": 3}
+COUNTS = {"detail": 6, "caption": 4, "questions": 8, "text": 3, "scene": 2, "receipt": 1}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_counts_and_splits(data: Path, split: str) -> None:
     lines = recipe.build(data, split, COUNTS, 0)
     kinds = Counter(line["task"] for line in lines)
-    assert kinds == {"detail": 6, "caption": 4, "vqa": 2, "question": 2 + 2, "yesno": 2, "text": 3}
+    assert kinds == {
+        "detail": 6, "caption": 4, "vqa": 2, "question": 2 + 2, "yesno": 2, "text": 3, "scene": 2, "ocr": 1
+    }  # fmt: skip
     assert len({(line.get("image"), line["prompt"]) for line in lines}) == len(lines)
     for line in lines:
         assert line["split"] == split
@@ -53,7 +55,11 @@ def test_counts_and_splits(data: Path, split: str) -> None:
             assert line["prompt"].startswith("Do " if split == "train" else "Say ")
         else:
             place, number = line["image"].split("/images/")
-            assert place in ("flickr8k", "coco_vqa")
+            if line["task"] == "ocr":
+                assert place == "sroie_lines" and (int(number.strip(".jpg")) % 2 == 0) == (split == "train")
+                continue
+            assert place == ("coco_vqa" if number.startswith("c") else "flickr8k")
+            assert line["task"] != "scene" or place == "coco_vqa"
             assert (int(number.strip("c.jpg")) % 4 == 0) == (split == "val")
 
 

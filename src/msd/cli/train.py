@@ -104,6 +104,15 @@ class Training:
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3
     weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed or threshold.")] = "learned"
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False
+    text_share: Annotated[
+        float | None,
+        typer.Option(
+            "--text-share",
+            min=0.0,
+            max=1.0,
+            help="Of the steps, on text-only answers once images are in; by default the method's, mostly 0.05.",
+        ),
+    ] = None
     precision: Annotated[
         str, typer.Option("--precision", help="Of matrix products in training: float32, bf16 or measure.")
     ] = "measure"

@@ -68,6 +68,7 @@ class DraftTraining:
     give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to
     `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not decayed to its end
     there. engine: the one that is to serve the drafter, "vllm" or "sglang": image positions have what it gives there.
+    text_share: of the steps of stage 2, that trains on text-only answers in the end; by default the method's.
     """
 
     form: str = "block"
@@ -90,6 +91,7 @@ class DraftTraining:
     events: bool = True
     keep_at: tuple[int, ...] = ()
     engine: str | None = None
+    text_share: float | None = None
 
     def __post_init__(self) -> None:
         changed = {f.name for f in fields(self) if f.name in START_SETTINGS and getattr(self, f.name) != f.default}
@@ -311,6 +313,8 @@ def _stages(network: DraftNetwork, settings: DraftTraining) -> Stages:
         return Stages(settings.steps, 1, 1.0)
     published = network.stages
     stages = settings.stages if published is None else PublishedStages.for_run(published, settings.steps)
+    if settings.text_share is not None:
+        stages = replace(stages, keep=settings.text_share)
     return stages if settings.start is None else Stages(0, 1, stages.keep)  # a start drafter has finished stage 1
 
 
