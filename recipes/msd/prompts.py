@@ -4,9 +4,10 @@ python -m recipes.msd.prompts --data ../shared/data --out runs/msd
 msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
 
 Image names are relative to the data folder. Each photo gets at most one prompt for a long description: those of Flickr
-("detail") and those of COCO ("scene"). Lines of scanned receipts are to be read ("receipt"). Half of the questions are about COCO photos, each with and without a request for a one-word answer. The other half is derived from
-the captions of Flickr photos (yes/no and open questions). The prompts depend on the seed only: a smaller set of a kind
-is a prefix of a larger one.
+("detail") and those of COCO ("scene"). Lines of scanned receipts are to be read ("receipt"). Half of the questions are
+about COCO photos, each with and without a request for a one-word answer. The other half is derived from the captions of
+Flickr photos (yes/no and open questions). The prompts depend on the seed only: a smaller set of a kind is a prefix of a
+larger one.
 """
 
 from __future__ import annotations
