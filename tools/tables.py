@@ -49,6 +49,11 @@ COMMANDS = {
     "results/val-T1/results.json": "`make floors`",
     **{f"results/batch-{n}/results.json": "`make floors`" for n in (2, 4, 8, 16)},
     **{f"results/noise-{n}/results.json": "`make floors`" for n in (1, 2, 4, 8, 16)},
+    "results/unseen/results.json": "`make floors`",
+    **{
+        f"results/avx2/{run}/results.json": "`make floors`, without the library's assisted generation"
+        for run in ("val", "val-T1")
+    },
     "results/comparison/results.json": "`make comparison`",
     "results/draft_tree.json": "`python tools/pictures.py --record`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
@@ -87,12 +92,14 @@ def interval(row: dict[str, Any]) -> str:
     return "–".join(f"{edge:.2f}" for edge in row["speedup_vs_ar_interval"])
 
 
-def headline_table() -> str:
-    """Speedups of `msd`: by task, then sampled and in batches."""
+def headline_table(folder: str = "results") -> str:
+    """Speedups of `msd`: by task, then sampled and in batches, as far as these runs are in the folder."""
     runs = [("val", task, name) for task, name in TASKS.items()] + [(run, "all", name) for run, name in MIXED.items()]
     rows = []
     for run, task, name in runs:
-        row = cells(read(f"results/{run}/results.json"))["msd", task]
+        if not (ROOT / folder / run).is_dir():
+            continue
+        row = cells(read(f"{folder}/{run}/results.json"))["msd", task]
         rows.append(
             [
                 name,
@@ -119,6 +126,21 @@ def methods_table(results: dict[str, Any]) -> str:
         for row in sorted(overall, key=lambda row: -row["speedup_vs_ar"])
     ]
     return table(["method", "all tasks", "95%", "τ", *tasks.values()], rows)
+
+
+def unseen_table(results: dict[str, Any]) -> str:
+    """Speedups over `ar` and τ of every method on pictures and texts unlike the training data, by kind."""
+    found = cells(results)
+    tasks = ["all", *(task for method, task in found if method == "ar" and task != "all")]
+    tokens = [f"{found['ar', task]['mean_answer_tokens']:.0f}" for task in tasks]
+    lines = [["", "tokens per answer", *tokens, ""]]
+    for method in [method for method, task in found if task == "all" and method != "ar"]:
+        rows = [found[method, task] for task in tasks]
+        speeds = [f"{row['speedup_vs_ar']:.2f}" for row in rows]
+        lines.append([f"`{method}`", "vs `ar`", *speeds, interval(rows[0])])
+        if method != "transformers":
+            lines.append(["", "τ", *(f"{row['mean_acceptance_length']:.2f}" for row in rows), ""])
+    return table(["method", "", *(task.removeprefix("unseen-") for task in tasks), "all, 95%"], lines)
 
 
 def repeats_table(results: dict[str, Any]) -> str:
@@ -330,7 +352,9 @@ def tables() -> dict[str, dict[str, str]]:
             "files": files_table(),
             "verify": verify_table(verified),
             "floors": (ROOT / "results/floors.md").read_text(encoding="utf-8"),
+            "headline-avx2": headline_table("results/avx2"),
             "bench": report.markdown(read("results/val/results.json")),
+            "unseen": unseen_table(read("results/unseen/results.json")),
             "comparison": report.markdown(compared, ("all",)),
         },
         "docs/comparison.md": {
