@@ -169,7 +169,7 @@ def costs() -> Drawing:
     pauses = d.box(610, 60, ["pauses", "16, 32, 64 … steps"], 140)
     d.arrow((drafts.right[0], 72), (pauses.left[0], 72))
     d.arrow((pauses.left[0], 96), (drafts.right[0], 96))
-    d.text(420, 140, "→  drafting has lost the time of four plain steps", "small")
+    d.text(420, 140, "→  drafting has lost the time of nine useless drafts", "small")
     d.text(420, 160, "←  the pause is over: one probe", "small")
     d.text(420, 190, "Each step keeps the nodes that maximise tokens", "muted")
     d.text(420, 207, "per second: Σ chance ÷ (draft + pass).", "muted")

@@ -19,7 +19,8 @@ from statistics import median
 from msd.core.sampling import Sampler
 from msd.planning.costs import STATE_BYTES, Costs, most_nodes
 
-TRUST, PROBE = 4.0, 1.5  # time that drafting may lose before it stops, in plain steps: at first, and after a pause
+TRUST, PROBE = 9.0, 4.5  # useless drafts whose time may be lost before drafting stops: at first, and after a pause
+LEAST, IN_BATCH = 0.25, 0.45  # plain steps that a useless draft counts for: at least for one row; always for more
 PAUSE, LONGEST = 16, 256  # steps without drafting: the first pause, and the longest one, of one row
 RECENT = 15  # steps in the running medians of seconds
 
@@ -58,6 +59,10 @@ class Budget:
 class Governor:
     """Pauses drafting when it loses time. Each pause is twice as long as the one before, until drafting gains again.
 
+    A few useless drafts in a row are chance where drafts are accepted now and then, as in sampled answers. Where a
+    draft costs much, they lose much time, so the limit counts useless drafts instead of time. A batch has more rows to
+    tell chance from loss: there the limit is a time.
+
     A try in a batch reads the prompts of all its rows, and shows as much as one in each row alone. So the first pause
     there is longer by the number of rows, and the longest one is four times that of one row.
     """
@@ -65,6 +70,7 @@ class Governor:
     def __init__(self, rows: int = 1) -> None:
         self.longest = LONGEST * min(4, rows)
         self.first = min(PAUSE * rows, self.longest)
+        self.alone = rows == 1
         self.credit, self.remaining, self.pause = TRUST, 0, self.first
 
     def drafts(self) -> bool:
@@ -72,9 +78,12 @@ class Governor:
         self.remaining = max(0, self.remaining - 1)
         return self.remaining == 0
 
-    def learn(self, gain: float) -> None:
-        """gain: tokens per row of a step with drafts, minus those of plain decoding in the same time."""
-        self.credit = min(TRUST, self.credit + gain)
+    def learn(self, gain: float, cost: float) -> None:
+        """gain: tokens per row of a step with drafts, minus those of plain decoding in the same time.
+
+        cost: the time of the step beyond that of a plain one, in plain steps.
+        """
+        self.credit = min(TRUST, self.credit + gain / (max(cost, LEAST) if self.alone else IN_BATCH))
         if self.credit >= TRUST:
             self.pause = self.first
         if self.credit < 0:
@@ -150,7 +159,8 @@ class Plan:
         if budget.nodes:
             self._drafts.append(draft_seconds)
             step = self.draft_seconds + self.slowness * budget.passes[nodes]
-            self.governor(len(budget.rows)).learn(emitted - step / (self.slowness * budget.passes[0]))
+            plain = step / (self.slowness * budget.passes[0])
+            self.governor(len(budget.rows)).learn(emitted - plain, plain - 1)
 
     def _width(self, nodes: int, passes: tuple[float, ...] | None) -> int | None:
         """1 where a target with recurrent layers should draft a chain, else the plan's own width.
