@@ -313,6 +313,8 @@ def test_the_share_of_text_in_the_end_can_be_set(method: str) -> None:
     assert shares() == (0.0, 1 - own), "stage 1 is text"
     assert shares(text_share=0.25) == (0.0, 0.75)
     assert shares(text_share=0.25, start="folder") == (0.5, 0.75), "a start drafter has finished stage 1"
+    with pytest.raises(UserError, match="leave out text_share"):
+        shares(text_share=0.25, text_only=True)
 
 
 def test_a_half_precision_teacher_has_nearly_the_same_logits() -> None:

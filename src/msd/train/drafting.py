@@ -106,6 +106,8 @@ class DraftTraining:
             )
         if self.engine is not None:
             formats.engine_named(self.engine).check_method(self.method)
+        if self.text_only and self.text_share is not None:
+            raise UserError("a run on texts alone has no share of them; leave out text_share or text_only")
         late = [step for step in self.keep_at if not 0 < step <= self.steps]
         if late:
             raise UserError(f"a run of {self.steps} steps cannot save its drafter at step {late[0]}")
