@@ -70,9 +70,8 @@ def coco_photos(data: Path, split: str) -> dict[str, list[str]]:
     return by_photo
 
 
-def coco_questions(data: Path, split: str, rng: random.Random) -> Iterator[Line]:
+def coco_questions(by_photo: dict[str, list[str]], rng: random.Random) -> Iterator[Line]:
     """Yields one question about each photo, without and with a request for a one-word answer."""
-    by_photo = coco_photos(data, split)
     for name in rng.sample(sorted(by_photo), len(by_photo)):
         question, image = rng.choice(by_photo[name]), f"coco_vqa/images/{name}"
         yield {"image": image, "prompt": question, "task": "question"}
@@ -109,12 +108,12 @@ def build(data: Path, split: str, counts: dict[str, int], seed: int) -> list[Lin
     kinds = ("photos", "detail", "caption", "coco", "facts", "text", "scene", "receipt")
     rng = {kind: random.Random(f"{seed}-{split}-{kind}") for kind in kinds}
     names = photos(data, split, rng["photos"])
-    coco = sorted(coco_photos(data, split))
-    scenes = rng["scene"].sample(coco, len(coco))
+    by_photo = coco_photos(data, split)
+    scenes = rng["scene"].sample(sorted(by_photo), len(by_photo))
     sources = {  # captions and questions start at the other end, so that most photos get one prompt
         "detail": (counts["detail"], about_photos(names, DETAIL_PROMPTS, "detail", rng["detail"])),
         "caption": (counts["caption"], about_photos(names[::-1], CAPTION_PROMPTS, "caption", rng["caption"])),
-        "coco": (counts["questions"] // 2, coco_questions(data, split, rng["coco"])),
+        "coco": (counts["questions"] // 2, coco_questions(by_photo, rng["coco"])),
         "facts": (-(-counts["questions"] // 2), caption_questions(data, names[::-1], rng["facts"])),
         "text": (counts["text"], texts(data, split, rng["text"])),
         "scene": (counts["scene"], about_photos(scenes, DETAIL_PROMPTS, "scene", rng["scene"], "coco_vqa")),
