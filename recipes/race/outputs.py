@@ -26,8 +26,8 @@ from msd.train.drafting import DraftTraining
 from msd.train.teacher_batches import LabelledBatch, TeacherBatches, TeacherCache
 
 LAYERS = (0, 2, 15, 27, 30)  # every layer that a method of the race reads of the reference model
-# of the target's products here: the same for all runs on a machine, which read the same outputs
-DTYPE = torch.bfloat16 if multiplies_in_bf16() else torch.float32
+# of the target's products here, None: of its weights; the same for all runs on a machine, which read the same outputs
+DTYPE = torch.bfloat16 if multiplies_in_bf16() else None
 SECONDS = 120  # between two files
 
 
@@ -62,20 +62,20 @@ class StoredCache(TeacherCache):
         self._saved = time.monotonic()
 
 
+def begun(
+    model: Any, answers: Sequence[Captured], thresholds: ModalityThresholds, root: Path, gigabytes: float = 12.0
+) -> StoredCache:
+    """Returns the cache of the target's outputs for `answers`, with what `root` has; training computes the rest."""
+    source = (answers, thresholds.model_dump(), LAYERS, DraftTraining().batch, DTYPE)
+    folder = root / hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+    return StoredCache(model.get_output_embeddings(), torch.arange(1), LAYERS, gigabytes, folder=folder)
+
+
 def stored(
-    model: Any,
-    processor: Any,
-    answers: Sequence[Captured],
-    thresholds: ModalityThresholds,
-    root: Path,
-    gigabytes: float = 12.0,
+    model: Any, processor: Any, answers: Sequence[Captured], thresholds: ModalityThresholds, root: Path
 ) -> StoredCache:
     """Returns the cache of the target's outputs for all `answers`, complete; computes what is missing in `root`."""
-    batch = DraftTraining().batch
-    source = (answers, thresholds.model_dump(), LAYERS, batch, DTYPE)
-    folder = root / hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-    ids = torch.arange(1)
-    cache = StoredCache(model.get_output_embeddings(), ids, LAYERS, gigabytes, folder=folder)
+    cache, batch = begun(model, answers, thresholds, root), DraftTraining().batch
     batches = TeacherBatches(adapt(model, LAYERS), processor, answers, thresholds, cache, batch, dtype=DTYPE)
     batches.fill_cache(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
     cache.save()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from msd.core import trust
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores, Step
 from msd.drafters.base import Drafter
@@ -48,6 +49,7 @@ class Engine:
         tree = DraftTree.root_only(state.layout.newest())
         accepted = self.verifier.accept(tree, prompt, sampler)
         accepted.modality = None  # the router has not run yet
+        state.trust = self.plan.trust(state.layout, sampler.do_sample)
         start = time.perf_counter()
         self.drafter.begin(state, prompt)
         return Step(tree, prompt, accepted, time.perf_counter() - start, 0.0, prefill=True)
@@ -57,7 +59,7 @@ class Engine:
 
         watched: whether someone reads the labels of a step without drafts.
         """
-        budget = self.plan.budget(sampler, state.cache.node_bytes)
+        budget = self.plan.budget(sampler, state.cache.node_bytes, state.trust)
         state.cache.keep(sampler.alive)
         start = time.perf_counter()
         tree = self.drafter.propose(state, budget, sampler)
@@ -69,6 +71,7 @@ class Engine:
         accepted = self.verifier.accept(tree, scores, sampler)
         self.target.commit(state, accepted)
         self.drafter.observe(state, tree, scores, accepted)
+        trust.learn(state.trust, tree, accepted)
         step = Step(tree, scores, accepted, drafted - start, scored - drafted)
         self.plan.learn(budget, tree.size - 1, accepted.tokens_per_row, step.draft_seconds, step.score_seconds)
         return step

@@ -134,9 +134,9 @@ class Pausing(Plan):
 
     steps = 0
 
-    def budget(self, sampler: Any, node_bytes: int = 0) -> Budget:
+    def budget(self, *arguments: Any) -> Budget:
         self.steps += 1
-        found = super().budget(sampler, node_bytes)
+        found = super().budget(*arguments)
         return found if self.steps % 4 == 1 else Budget(0, [0 for _ in found.depth])
 
 

@@ -228,8 +228,8 @@ def test_a_prompt_can_be_read_late() -> None:
             engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(backend="plain", adaptive=False, width=1), drafter)
             budget = engine.plan.budget
 
-            def limited(sampler: Any, late: bool = late, budget: Any = budget, steps: Any = steps) -> Any:
-                given = budget(sampler)
+            def limited(*arguments: Any, late: bool = late, budget: Any = budget, steps: Any = steps) -> Any:
+                given = budget(*arguments)
                 hold = late and len(steps) < 3
                 return replace(given, nodes=0, depth=[0] * len(given.depth)) if hold else given
 

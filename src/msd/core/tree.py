@@ -61,6 +61,8 @@ class DraftTree:
     candidates:    the sampled candidates; None if all are deterministic.
     q:             [B, N] float32, the draft probability of the node's token given its parent, 1 at the root; None if
                    the drafter has no probabilities. The lossless policy does not read it.
+    forecast:      for each row, (parent, probability that the target chooses the node, given that it chose the parent)
+                   of each drafted node, on the host; empty or None where the drafter predicts nothing.
     """
 
     tokens: Tensor
@@ -72,6 +74,7 @@ class DraftTree:
     height: int
     candidates: SampledCandidates | None = None
     q: Tensor | None = None
+    forecast: list[list[tuple[int, float]]] | None = None
 
     @classmethod
     def root_only(cls, newest: Tensor) -> DraftTree:
@@ -145,7 +148,11 @@ class DraftTree:
             return self
         c = self.candidates
         candidates = c and SampledCandidates(c.child[rows], c.distribution[rows], c.distributions[rows])
-        return replace(self, candidates=candidates, **{name: x[rows] for name, x in self._tensors().items()})
+        tensors = {name: x[rows] for name, x in self._tensors().items()}
+        return replace(self, candidates=candidates, forecast=self._forecasts(rows), **tensors)
+
+    def _forecasts(self, rows: Sequence[int]) -> list[list[tuple[int, float]]] | None:
+        return None if self.forecast is None else [self.forecast[row] for row in rows]
 
     def replace_rows(self, rows: list[int], other: DraftTree) -> DraftTree:
         """Replaces the trees of `rows` by those of `other`, cut to the N nodes of these trees.
@@ -158,7 +165,8 @@ class DraftTree:
             part = theirs[rows, : self.size]
             out[name] = mine.clone()
             out[name][rows] = F.pad(part, (0, self.size - part.shape[1]), value=_PADDING[name]).to(mine.dtype)
-        return replace(self, height=int(out["depths"].max()), **out)
+        kept = self.forecast and [[] if row in set(rows) else own for row, own in enumerate(self.forecast)]
+        return replace(self, height=int(out["depths"].max()), forecast=kept, **out)
 
     def scatter(self, rows: list[int], newest: Tensor) -> DraftTree:
         """Puts these trees into a batch with the roots `newest` [B], as the trees of `rows`.
@@ -173,7 +181,10 @@ class DraftTree:
             out[name] = x.new_full((len(newest), self.size), _PADDING[name])
             out[name][:, 0] = root.get(name, _PADDING[name])
             out[name][rows] = x
-        return replace(self, **out)
+        forecast: list[list[tuple[int, float]]] = [[] for _ in newest]
+        for row, own in zip(rows, self.forecast or [], strict=False):
+            forecast[row] = own
+        return replace(self, forecast=forecast, **out)
 
     def ancestors(self) -> Tensor:
         """[B, N, N] bool: entry (i, j) is True if node j is node i or one of its ancestors."""

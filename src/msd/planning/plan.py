@@ -13,10 +13,14 @@ nodes than the states' bytes allow, and it drafts a chain where a second candida
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from msd.core.layout import Layout
+from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
+from msd.core.trust import Experience, Trust
 from msd.planning.costs import STATE_BYTES, Costs, most_nodes
 
 TRUST, PROBE = 9.0, 4.5  # useless drafts whose time may be lost before drafting stops: at first, and after a pause
@@ -33,6 +37,7 @@ class Budget:
     chain of the most probable tokens.
     seconds: of a whole step, for trees of 0, 1, … `nodes` drafted nodes; None: no costs known, draft the maximum.
     passes: of the target pass alone, as measured on an idle machine; None: no costs known.
+    shift: of each row, what to add to the log odds of its nodes' chances (`msd.core.trust`); None: nothing.
     """
 
     nodes: int
@@ -40,6 +45,7 @@ class Budget:
     width: int | None = None
     seconds: tuple[float, ...] | None = None
     passes: tuple[float, ...] | None = None
+    shift: tuple[float, ...] | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -53,7 +59,8 @@ class Budget:
 
     def select(self, rows: list[int]) -> Budget:
         """The budget of `rows`, in that order."""
-        return replace(self, depth=[self.depth[row] for row in rows])
+        shift = None if self.shift is None else tuple(self.shift[row] for row in rows)
+        return replace(self, depth=[self.depth[row] for row in rows], shift=shift)
 
 
 class Governor:
@@ -108,6 +115,7 @@ class Plan:
         state_bytes: int = STATE_BYTES,
     ) -> None:
         self.nodes, self.depth, self.width, self.costs, self.state_bytes = nodes, depth, width, costs, state_bytes
+        self._experience = Experience()
         self._governors: dict[int, Governor] = {}  # by the largest power of two within the number of rows
         self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting
         self._slowness: deque[float] = deque(maxlen=RECENT)  # seconds of target passes / measured seconds
@@ -127,10 +135,15 @@ class Plan:
         size = 1 << (rows.bit_length() - 1)
         return self._governors.setdefault(size, Governor(size))
 
-    def budget(self, sampler: Sampler, node_bytes: int = 0) -> Budget:
+    def trust(self, layout: Layout, sampled: bool) -> list[Trust]:
+        """The trust of each row of a new batch; sampled: whether its answers are."""
+        media = (layout.modality != LANGUAGE.id).any(1).tolist()
+        return [self._experience.begin((sampled, about)) for about in media]
+
+    def budget(self, sampler: Sampler, node_bytes: int = 0, trust: Sequence[Trust] = ()) -> Budget:
         """The budget of the next step. A row that may emit r more tokens drafts at most r - 1 levels.
 
-        node_bytes: of a node's recurrent states; 0 for targets without any.
+        node_bytes: of a node's recurrent states; 0 for targets without any. trust: of each row, by default none.
         """
         alive = set(sampler.alive)
         rows = range(sampler.layout.batch)
@@ -148,7 +161,7 @@ class Plan:
         if passes is None:
             return Budget(nodes, depth if nodes else [0 for _ in rows], width)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
-        return Budget(nodes, depth, width, seconds, passes)
+        return Budget(nodes, depth, width, seconds, passes, tuple(row.shift for row in trust) or None)
 
     def learn(self, budget: Budget, drafted: int, emitted: float, draft_seconds: float, score_seconds: float) -> None:
         """Records a step: its budget, nodes drafted and tokens emitted per row, seconds of drafting and of the pass."""

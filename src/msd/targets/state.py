@@ -19,6 +19,7 @@ from msd.backends.revision import Revision
 from msd.core.cache import KVCache
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
+from msd.core.trust import Trust
 from msd.inputs.prompts import Request
 
 AUDIO_FEATURES = "input_features"
@@ -62,6 +63,7 @@ class State:
     inputs, request: the processor's output for the prompts, and what it was made of (None where the caller gave only
     tensors), for a drafter that reads prompts itself. They have one entry per prompt, which can have several rows.
     prefilled: columns that the prefill computed, without those reused from an earlier turn.
+    trust: of each row, how far the chances of its drafts hold; empty before the first step.
 
     Set only where a later turn may reuse the state:
     media: the content of the placeholders. tap_history: [1, C, T*H] tap states of the committed slots.
@@ -76,6 +78,7 @@ class State:
     inputs: dict[str, Any] = field(default_factory=dict)
     request: Request | None = None
     prefilled: int = 0
+    trust: list[Trust] = field(default_factory=list)
     media: Media = field(default_factory=dict)
     tap_history: Tensor | None = None
     tree_taps: Tensor | None = None
@@ -84,6 +87,7 @@ class State:
         """Drops all other rows; `rows`, all stored in the cache, become rows 0, 1, … The memory is the drafter's."""
         self.layout.select(rows)
         self.cache.select(rows)
+        self.trust = [self.trust[row] for row in rows]
 
     def join(self, other: State) -> None:
         """Appends the rows of `other`, a state of the same target; the memory is the drafter's to join.
@@ -92,6 +96,7 @@ class State:
         """
         self.layout.join(other.layout)
         self.cache.join(other.cache)
+        self.trust = self.trust + other.trust
         self.inputs, self.request, self.auxiliary = {}, None, None
         self.media, self.tap_history, self.tree_taps = {}, None, None
 

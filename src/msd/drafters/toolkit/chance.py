@@ -23,12 +23,14 @@ class NodeFeatures:
     """What the chance of a candidate is computed from; all broadcast to the shape of `log_q`.
 
     log_q: its log draft probability. confidence: its parent's confidence logit. best: log draft probability of its
-    parent's likeliest child; None where it is not known.
+    parent's likeliest child; None where it is not known. shift: added to the log odds of the chance
+    (`msd.core.trust`); None: nothing.
     """
 
     log_q: Tensor
     confidence: Tensor
     best: Tensor | None = None
+    shift: Tensor | None = None
 
     @cached_property
     def odds(self) -> Tensor:
@@ -64,10 +66,15 @@ FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
 }
 
 
+def shifted(log_probability: Tensor, shift: Tensor | None) -> Tensor:
+    """Adds `shift` to the log odds of probabilities; returns their logarithms."""
+    return log_probability if shift is None else F.logsigmoid(log_odds(log_probability) + shift)
+
+
 def log_chance(weights: Weights, node: NodeFeatures) -> Tensor:
     """Computes log σ(Σ weight · feature), the log-probability that a candidate is the target's choice."""
     total: Tensor | None = None
-    constant: Tensor | float = 0.0
+    constant: Tensor | float = 0.0 if node.shift is None else node.shift
     for name, weight in weights.items():
         feature = FEATURES[name](node)
         if not isinstance(feature, Tensor):

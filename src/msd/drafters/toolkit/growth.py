@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msd.core.foresight import Outlook
 from msd.core.tree import DraftTree
-from msd.drafters.toolkit.chance import NodeFeatures, RankedFeatures
+from msd.drafters.toolkit.chance import NodeFeatures, RankedFeatures, shifted
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.selection import NEVER, Candidates, Node, best_nodes, best_size, choose
@@ -153,7 +153,15 @@ def _tree(newest: Tensor, rows: Sequence[Sequence[Node]], modality_ids: Sequence
     """Builds one tree per row from its nodes."""
     kind = [[modality_ids[max(range(len(n.weights)), key=n.weights.__getitem__)] for n in row] for row in rows]
     tokens, parents, q = ([[getattr(n, name) for n in row] for row in rows] for name in ("token", "parent", "q"))
-    return DraftTree.from_lists(newest, tokens, parents, modality=kind, q=q)
+    tree = DraftTree.from_lists(newest, tokens, parents, modality=kind, q=q)
+    tree.forecast = [forecast(row) for row in rows]
+    return tree
+
+
+def forecast(nodes: Sequence[Node]) -> list[tuple[int, float]]:
+    """Returns (parent, chance given that it is accepted) of each node of a row (`DraftTree.forecast`)."""
+    scores = [0.0, *(node.score for node in nodes)]
+    return [(node.parent, math.exp(min(0.0, node.score - scores[node.parent]))) for node in nodes]
 
 
 @lru_cache(maxsize=64)
@@ -195,6 +203,8 @@ class _Growth:
         self.candidates: list[tuple[Tensor, ...]] = []  # of each level: score, log q, token [B, F*k], weights [B, F*E]
         self.frontiers: list[Tensor] = []  # the candidates [B, F] of a level that the next one expands
         self.started = 0.0  # end of the first level
+        shift = budget.shift
+        self.shift = None if shift is None else torch.tensor(shift, device=self.device)[:, None, None]
 
     def expand(self, distributions: Distributions, level: int) -> tuple[Tensor, Tensor]:
         """Adds the most likely children of every frontier node; returns the next frontier and its parents."""
@@ -202,10 +212,9 @@ class _Growth:
         if self.outlook is not None:
             logits = self.outlook.logits(logits, level, self.ids)
         log_q, index = logits.log_softmax(-1).topk(self.children, -1)  # [B, F, k]
-        chance = log_q
-        if self.outlook is None or self.outlook.noise is not None:
-            node = RankedFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1])
-            chance = self.vocabulary.log_acceptance(node)
+        node = RankedFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1], self.shift)
+        known = self.outlook is None or self.outlook.noise is not None
+        chance = self.vocabulary.log_acceptance(node) if known else shifted(log_q, self.shift)
         if self.subtree is not None:
             limit = pick(limit, self.subtree)
         score = (self.score[..., None] + chance + limit).flatten(1)

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LITTLE = 1.1  # of the seconds of a step without nodes
 NEVER = -1e30  # score of a candidate that must not become a node
 
 
@@ -131,10 +132,13 @@ def best_size(chances: Sequence[Sequence[float]], seconds: Sequence[float]) -> i
     """Returns the number of nodes, equal for all rows, that maximises expected tokens per second.
 
     chances: of each row, the probabilities that its nodes are accepted. seconds[n]: of a step with n nodes. A row
-    without nodes has finished and emits nothing.
+    without nodes has finished and emits nothing. It is at least 1 where one node costs little, since the draft has been
+    made, and a draft that is not tried teaches nothing.
     """
     ranked = [sorted(row, reverse=True) for row in chances if row]
     expected, best, rate = float(len(ranked)), 0, len(ranked) / seconds[0]
+    if len(seconds) > 1 and seconds[1] < LITTLE * seconds[0]:
+        best, rate = 1, (expected + sum(row[0] for row in ranked)) / seconds[1]
     for n in range(1, min(len(seconds), 1 + max(map(len, ranked), default=0))):
         expected += sum(row[n - 1] for row in ranked if len(row) >= n)
         if expected / seconds[n] > rate:
