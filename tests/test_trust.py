@@ -17,8 +17,8 @@ import tiny
 from msd.config import SpeculativeConfig
 from msd.core.modality import LANGUAGE
 from msd.core.tree import Accepted, DraftTree
-from msd.core.trust import HIGHEST, LOWEST, Trust, Usual, learn
-from msd.drafters.toolkit.chance import NodeFeatures, log_odds
+from msd.core.trust import HIGHEST, LOWEST, Trust, Usual, learn, scale
+from msd.drafters.toolkit.chance import Correction, NodeFeatures, log_odds
 from msd.drafters.toolkit.selection import best_size
 from msd.model import SpeculativeVLM
 from msd.planning.costs import Costs
@@ -37,8 +37,8 @@ def answer(trust: Trust, off: float, passes: int = 20, seed: int = 0) -> list[fl
         outcomes = []
         for _ in range(4):
             given = odds(rng.uniform(0.2, 0.95))
-            accepted = rng.random() < 1 / (1 + math.exp(-given - off))
-            outcomes.append((1 / (1 + math.exp(-given - trust.shift)), accepted))
+            accepted = rng.random() < 1 / (1 + math.exp(-given * scale(off) - off))
+            outcomes.append((1 / (1 + math.exp(-given * scale(trust.shift) - trust.shift)), accepted))
         trust.learn(outcomes)
         shifts.append(trust.shift)
     return shifts
@@ -106,13 +106,18 @@ def test_forecasts_and_trust_follow_their_rows() -> None:
 
 @pytest.mark.parametrize("method", ["eagle2", "dspark"])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_a_shift_is_added_to_the_log_odds_of_every_chance(method: str, calibrated: bool) -> None:
+def test_a_correction_is_made_to_the_log_odds_of_every_chance(method: str, calibrated: bool) -> None:
     net = rivals.network(tiny.llava(), method)
     net.calibration = {"log_odds": 0.8, "confidence": 0.3, "bias": -0.2} if calibrated else None
-    log_q, confidence, shift = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[0.4, 0.4]]), torch.tensor(-1.5)
+    log_q, confidence = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[0.4, 0.4]])
+    correction = Correction(torch.tensor(0.5), torch.tensor(-1.5))
     before = net.log_acceptance(NodeFeatures(log_q, confidence))
-    after = net.log_acceptance(NodeFeatures(log_q, confidence, shift=shift))
-    torch.testing.assert_close(log_odds(after), log_odds(before) - 1.5, rtol=1e-4, atol=1e-4)
+    after = net.log_acceptance(NodeFeatures(log_q, confidence, correction=correction))
+    torch.testing.assert_close(log_odds(after), 0.5 * log_odds(before) - 1.5, rtol=1e-4, atol=1e-4)
+
+
+def test_odds_are_flattened_only_where_the_drafter_is_wrong() -> None:
+    assert scale(0.0) == 1.0 and scale(-1.0) == scale(1.0) == pytest.approx(2**-0.5) and scale(-4.0) < 0.25
 
 
 def test_a_draft_that_was_made_is_tried_where_that_is_cheap() -> None:

@@ -37,7 +37,7 @@ class Budget:
     chain of the most probable tokens.
     seconds: of a whole step, for trees of 0, 1, … `nodes` drafted nodes; None: no costs known, draft the maximum.
     passes: of the target pass alone, as measured on an idle machine; None: no costs known.
-    shift: of each row, what to add to the log odds of its nodes' chances (`msd.core.trust`); None: nothing.
+    shift: of each row's trust (`msd.core.trust`); None: the chances are taken as they are.
     """
 
     nodes: int

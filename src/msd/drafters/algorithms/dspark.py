@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msd.backends.packed import Linear
 from msd.drafters.registry import learned
-from msd.drafters.toolkit.chance import NodeFeatures, shifted
+from msd.drafters.toolkit.chance import NodeFeatures, corrected
 from msd.drafters.toolkit.context import Anchors, pick
 from msd.drafters.toolkit.growth import Distributions
 from msd.drafters.toolkit.levels import Block, BlockLevels
@@ -102,7 +102,7 @@ class DSpark(Block):
     def uncalibrated(self, node: NodeFeatures) -> Tensor:
         """See `DraftNetwork`; log(q · confidence)."""
         chance = node.log_q + F.logsigmoid(node.confidence) if self.confident else node.log_q
-        return shifted(chance, node.shift)
+        return corrected(chance, node.correction)
 
 
 class RecurrentLevels(BlockLevels):

@@ -18,19 +18,31 @@ from torch import Tensor
 Weights = Mapping[str, float | Tensor]  # by the name of a feature
 
 
+class Correction:
+    """What the trust in a row makes of the log odds of its chances (`msd.core.trust`). scale, shift: [B, 1, 1]."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        self.scale, self._shifts = scale, {0.0: shift}
+
+    def __call__(self, odds: Tensor, constant: float = 0.0) -> Tensor:
+        """Corrects the log odds [B, F, k] + constant, with one operator but for the first time."""
+        if constant not in self._shifts:
+            self._shifts[constant] = self._shifts[0.0] + constant * self.scale
+        return torch.addcmul(self._shifts[constant], odds, self.scale)
+
+
 @dataclass(frozen=True)
 class NodeFeatures:
     """What the chance of a candidate is computed from; all broadcast to the shape of `log_q`.
 
     log_q: its log draft probability. confidence: its parent's confidence logit. best: log draft probability of its
-    parent's likeliest child; None where it is not known. shift: added to the log odds of the chance
-    (`msd.core.trust`); None: nothing.
+    parent's likeliest child; None where it is not known. correction: of the chance; None: none.
     """
 
     log_q: Tensor
     confidence: Tensor
     best: Tensor | None = None
-    shift: Tensor | None = None
+    correction: Correction | None = None
 
     @cached_property
     def odds(self) -> Tensor:
@@ -66,15 +78,15 @@ FEATURES: dict[str, Callable[[NodeFeatures], Tensor | float]] = {
 }
 
 
-def shifted(log_probability: Tensor, shift: Tensor | None) -> Tensor:
-    """Adds `shift` to the log odds of probabilities; returns their logarithms."""
-    return log_probability if shift is None else F.logsigmoid(log_odds(log_probability) + shift)
+def corrected(log_probability: Tensor, correction: Correction | None) -> Tensor:
+    """Corrects the log odds of probabilities; returns their logarithms."""
+    return log_probability if correction is None else F.logsigmoid(correction(log_odds(log_probability)))
 
 
 def log_chance(weights: Weights, node: NodeFeatures) -> Tensor:
     """Computes log σ(Σ weight · feature), the log-probability that a candidate is the target's choice."""
     total: Tensor | None = None
-    constant: Tensor | float = 0.0 if node.shift is None else node.shift
+    constant: Tensor | float = 0.0
     for name, weight in weights.items():
         feature = FEATURES[name](node)
         if not isinstance(feature, Tensor):
@@ -85,4 +97,7 @@ def log_chance(weights: Weights, node: NodeFeatures) -> Tensor:
             total = total + feature * weight
         else:
             total = torch.add(total, feature, alpha=weight)
-    return F.logsigmoid(torch.as_tensor(constant if total is None else total + constant))
+    if node.correction is not None and total is not None and isinstance(constant, float):
+        return F.logsigmoid(node.correction(total, constant))
+    odds = torch.as_tensor(constant if total is None else total + constant)
+    return F.logsigmoid(odds if node.correction is None else node.correction(odds))

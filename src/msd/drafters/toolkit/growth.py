@@ -21,7 +21,8 @@ from torch import Tensor
 
 from msd.core.foresight import Outlook
 from msd.core.tree import DraftTree
-from msd.drafters.toolkit.chance import NodeFeatures, RankedFeatures, shifted
+from msd.core.trust import scale
+from msd.drafters.toolkit.chance import Correction, NodeFeatures, RankedFeatures, corrected
 from msd.drafters.toolkit.context import pick
 from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.selection import NEVER, Candidates, Node, best_nodes, best_size, choose
@@ -203,8 +204,10 @@ class _Growth:
         self.candidates: list[tuple[Tensor, ...]] = []  # of each level: score, log q, token [B, F*k], weights [B, F*E]
         self.frontiers: list[Tensor] = []  # the candidates [B, F] of a level that the next one expands
         self.started = 0.0  # end of the first level
-        shift = budget.shift
-        self.shift = None if shift is None else torch.tensor(shift, device=self.device)[:, None, None]
+        self.correction: Correction | None = None
+        if budget.shift is not None:
+            both = torch.tensor([[scale(s) for s in budget.shift], budget.shift], device=self.device)
+            self.correction = Correction(*both[..., None, None])
 
     def expand(self, distributions: Distributions, level: int) -> tuple[Tensor, Tensor]:
         """Adds the most likely children of every frontier node; returns the next frontier and its parents."""
@@ -212,9 +215,9 @@ class _Growth:
         if self.outlook is not None:
             logits = self.outlook.logits(logits, level, self.ids)
         log_q, index = logits.log_softmax(-1).topk(self.children, -1)  # [B, F, k]
-        node = RankedFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1], self.shift)
+        node = RankedFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1], self.correction)
         known = self.outlook is None or self.outlook.noise is not None
-        chance = self.vocabulary.log_acceptance(node) if known else shifted(log_q, self.shift)
+        chance = self.vocabulary.log_acceptance(node) if known else corrected(log_q, self.correction)
         if self.subtree is not None:
             limit = pick(limit, self.subtree)
         score = (self.score[..., None] + chance + limit).flatten(1)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.core.layout import Layout
 from msd.drafters.toolkit import checkpoint, processes
-from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance, shifted
+from msd.drafters.toolkit.chance import NodeFeatures, Weights, corrected, log_chance
 from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, select_columns, text_columns
 from msd.drafters.toolkit.growth import Levels
 from msd.drafters.toolkit.layers import Cosines, KeyValues, Layer, Rotary
@@ -205,7 +205,7 @@ class DraftNetwork(nn.Module, ABC):
 
     def uncalibrated(self, node: NodeFeatures) -> Tensor:
         """Computes `log_acceptance` before any fit; by default log q (EAGLE-2, section 4.1)."""
-        return shifted(node.log_q, node.shift)
+        return corrected(node.log_q, node.correction)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the target's embeddings [..., H] of token ids [...]."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from msd.core.tree import Accepted, DraftTree, Scores
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit.calibration import fitted
-from msd.drafters.toolkit.chance import NodeFeatures, Weights, log_chance, log_odds, shifted
+from msd.drafters.toolkit.chance import NodeFeatures, Weights, corrected, log_chance, log_odds
 from msd.errors import UserError
 from msd.system import measurements
 from msd.system.files import write_whole
@@ -103,7 +103,7 @@ class ObservedDrafter(Drafter):
     def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """Log-probability that a candidate is the target's choice: fitted, or else its log draft probability."""
         weights: Weights = self.observed.weights if self.observed is not None else {}
-        return log_chance(weights, node) if weights else shifted(node.log_q, node.shift)
+        return log_chance(weights, node) if weights else corrected(node.log_q, node.correction)
 
     def observe(self, state: State, tree: DraftTree, scores: Scores, accepted: Accepted) -> None:
         """See `Drafter`."""

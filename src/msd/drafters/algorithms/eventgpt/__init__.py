@@ -25,7 +25,7 @@ from msd.drafters.algorithms.eventgpt.network import METHOD, SOURCE, EventGPT, E
 from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.chained import drafts
-from msd.drafters.toolkit.chance import NodeFeatures, shifted
+from msd.drafters.toolkit.chance import NodeFeatures, corrected
 from msd.drafters.toolkit.context import pick, real_columns
 from msd.drafters.toolkit.growth import Shape
 from msd.drafters.toolkit.level_cost import LevelCost
@@ -150,7 +150,7 @@ class EventGPTDrafter(Drafter):
 
     def log_acceptance(self, node: NodeFeatures) -> Tensor:
         """Estimates the log of the acceptance probability of a candidate by its log draft probability."""
-        return shifted(node.log_q, node.shift)
+        return corrected(node.log_q, node.correction)
 
     def encode(self, item: Any) -> Tensor:
         """See `ReadsAuxiliary`: event tokens [E, H] of a recording."""
