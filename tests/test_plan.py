@@ -128,7 +128,6 @@ def fake(batch: int = 1, end: int = 100) -> Any:
         alive=list(range(batch)),
         tokens_left=lambda row: 50,
         may_draft=lambda _: True,
-        eos=set(),
         layout=SimpleNamespace(batch=batch, end=[end] * batch),
     )
 

@@ -19,7 +19,7 @@ from msd.core.modality import LANGUAGE
 from msd.core.tree import Accepted, DraftTree
 from msd.core.trust import HIGHEST, LOWEST, Trust, Usual, learn, scale
 from msd.drafters.toolkit.chance import Correction, NodeFeatures, log_odds
-from msd.drafters.toolkit.selection import Candidates, best_size, choose
+from msd.drafters.toolkit.selection import best_size
 from msd.model import SpeculativeVLM
 from msd.planning.costs import Costs
 from msd.planning.plan import Budget, Plan
@@ -125,17 +125,6 @@ def test_a_draft_that_was_made_is_tried_where_that_is_cheap() -> None:
     assert best_size([[0.01, 0.01]], [1.0, 1.5, 2.0]) == 0
     assert best_size([[0.9, 0.8]], [1.0, 1.05, 1.1]) == 2
     assert best_size([[]], [1.0, 1.05]) in (0, 1)  # no candidates
-
-
-def test_an_answers_end_is_never_drafted() -> None:
-    """Token 9 ends an answer: below it is nothing, and the next best candidates take its place."""
-    #  level 1: 9, 5; level 2, below 9 and below 5: 1, 2 and 3, 4
-    found = Candidates(
-        2, [2, 4], [-0.1, -0.5, -0.2, -0.3, -0.6, -0.7], [0.0] * 6, [9, 5, 1, 2, 3, 4], [1.0] * 3, [0, 1]
-    )
-    assert [n.token for n in choose(found, [1.0], 3)] == [9, 1, 2]
-    found.forbid(frozenset({9}))
-    assert [(n.token, n.parent) for n in choose(found, [1.0], 3)] == [(5, 0), (3, 1), (4, 1)]
 
 
 def test_a_budget_gives_each_row_its_shift() -> None:

@@ -265,7 +265,7 @@ def counted(
 # and the next frontier, 29 operators; one with a layer 45 more; three subtrees, the router and experts 40 more.
 LIMITS = {
     "msd": (695, 75), "msd:ar": (865, 128), "eagle3": (780, 83), "eagle2": (570, 79), "vispec": (425, 83),
-    "dflash": (470, 34), "dspark": (520, 46),
+    "dflash": (440, 31), "dspark": (520, 46),
 }  # fmt: skip
 
 

@@ -222,9 +222,7 @@ def test_bytes_cap_the_nodes_of_all_rows() -> None:
 def fake(rows: int = 1) -> Any:
     """As much of a sampler as a plan reads."""
     layout = SimpleNamespace(batch=rows, end=[100] * rows)
-    return SimpleNamespace(
-        layout=layout, alive=list(range(rows)), tokens_left=lambda row: 50, may_draft=lambda _: True, eos=set()
-    )
+    return SimpleNamespace(layout=layout, alive=list(range(rows)), tokens_left=lambda row: 50, may_draft=lambda _: True)
 
 
 def test_the_plan_chooses_a_chain_or_a_tree() -> None:

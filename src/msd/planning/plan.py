@@ -37,7 +37,6 @@ class Budget:
     chain of the most probable tokens.
     seconds: of a whole step, for trees of 0, 1, … `nodes` drafted nodes; None: no costs known, draft the maximum.
     passes: of the target pass alone, as measured on an idle machine; None: no costs known.
-    ends: tokens that end an answer, which no tree needs (`Candidates.forbid`).
     shift: of each row's trust (`msd.core.trust`); None: the chances are taken as they are.
     """
 
@@ -47,7 +46,6 @@ class Budget:
     seconds: tuple[float, ...] | None = None
     passes: tuple[float, ...] | None = None
     shift: tuple[float, ...] | None = None
-    ends: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> list[int]:
@@ -159,11 +157,11 @@ class Plan:
         if self.costs is not None and not (drafting and nodes and self.governor(drafting).drafts()):
             return Budget(0, [0 for _ in rows], self.width, passes=self._passes(self.costs, sampler, 0))
         passes = None if self.costs is None else self._passes(self.costs, sampler, nodes)
-        width, ends = self._width(nodes, passes) if node_bytes else self.width, frozenset(sampler.eos)
+        width = self._width(nodes, passes) if node_bytes else self.width
         if passes is None:
-            return Budget(nodes, depth if nodes else [0 for _ in rows], width, ends=ends)
+            return Budget(nodes, depth if nodes else [0 for _ in rows], width)
         seconds = tuple(self.draft_seconds + self.slowness * s for s in passes)
-        return Budget(nodes, depth, width, seconds, passes, tuple(row.shift for row in trust) or None, ends)
+        return Budget(nodes, depth, width, seconds, passes, tuple(row.shift for row in trust) or None)
 
     def learn(self, budget: Budget, drafted: int, emitted: float, draft_seconds: float, score_seconds: float) -> None:
         """Records a step: its budget, nodes drafted and tokens emitted per row, seconds of drafting and of the pass."""

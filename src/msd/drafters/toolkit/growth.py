@@ -132,8 +132,6 @@ def grow(
     descend(levels, subtrees.weights, deepest, growth.expand)
     rows = growth.read()
     seconds = time.perf_counter() - growth.started
-    for row, _ in rows:
-        row.forbid(budget.ends)
     nodes = [choose(row, share, budget.nodes) for row, share in rows]
     if budget.seconds is not None:
         size = best_size([[math.exp(n.score) for n in row] for row in nodes], budget.seconds)

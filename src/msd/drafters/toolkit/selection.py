@@ -67,19 +67,6 @@ class Candidates:
         at = candidate // self.children * self._experts
         return self.weights[at : at + self._experts]
 
-    def forbid(self, ends: frozenset[int]) -> None:
-        """Forbids the tokens `ends`, which end an answer, and everything below them.
-
-        They are worth nothing: if the target chooses one, the pass emits it after the last accepted node anyway.
-        """
-        if ends.isdisjoint(self.tokens):  # nearly always
-            return
-        forbidden: set[int] = set()
-        for candidate, token in enumerate(self.tokens):
-            if token in ends or self.parent(candidate) in forbidden:
-                forbidden.add(candidate)
-                self.scores[candidate] = NEVER
-
     def subtrees(self) -> list[int]:
         """The subtree of each candidate; the first frontier has one node for each."""
         out: list[int] = []
