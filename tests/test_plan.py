@@ -17,7 +17,7 @@ from msd.drafters.toolkit.selection import best_size
 from msd.model import SpeculativeVLM
 from msd.planning import costs as costs_module
 from msd.planning.costs import Costs, costs, measure
-from msd.planning.plan import LONGEST, PAUSE, TRUST, Governor, Plan
+from msd.planning.plan import CREDIT, LONGEST, PAUSE, Governor, Plan
 from msd.targets import adapt
 
 FLAT = Costs((1, 9, 33), (100, 200), ((1.0, 1.0, 4.0), (1.0, 1.0, 6.0)))
@@ -86,7 +86,7 @@ def test_the_governor_pauses_longer_and_longer_while_drafting_loses(cost: float)
         drafted.append(drafts)
         if drafts:
             governor.learn(-cost, cost)
-    lost = 1 + int(TRUST)
+    lost = 1 + int(CREDIT)
     assert all(drafted[:lost]) and not any(drafted[lost : lost + PAUSE]), "whatever a draft costs"
     assert sum(drafted[-1000:]) <= 1000 / LONGEST * 6
     for _ in range(LONGEST + 100):  # it drafts again when that saves time
@@ -166,7 +166,7 @@ def test_a_drafter_that_is_never_right_is_paused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Plan, "learn", lambda self, *a: self.governor(1).learn(-1.0, 1.0) if a[0].nodes else None)
     inputs = tiny.llava_inputs()
     result = engine.generate(**inputs, max_new_tokens=60, min_new_tokens=60, do_sample=False)
-    useless = 1 + int(TRUST)
+    useless = 1 + int(CREDIT)
     assert asked[:useless] == [8] * useless and asked[useless : useless + PAUSE] == [0] * PAUSE
     expected = model.generate(**inputs, max_new_tokens=60, min_new_tokens=60, do_sample=False)
     assert result.tokens == expected[0, inputs["input_ids"].shape[1] :].tolist()

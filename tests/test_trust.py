@@ -18,8 +18,9 @@ from msd.config import SpeculativeConfig
 from msd.core.modality import LANGUAGE
 from msd.core.tree import Accepted, DraftTree
 from msd.core.trust import HIGHEST, LOWEST, Trust, Usual, learn, scale
+from msd.decode import Engine
 from msd.drafters.toolkit.chance import Correction, NodeFeatures, log_odds
-from msd.drafters.toolkit.selection import best_size
+from msd.drafters.toolkit.selection import Candidates, best_size, choose
 from msd.model import SpeculativeVLM
 from msd.planning.costs import Costs
 from msd.planning.plan import Budget, Plan
@@ -80,6 +81,7 @@ def test_only_nodes_below_accepted_ones_are_observed() -> None:
     learn([row], tree, Accepted([[1, 2]], [[1, 2]]))  # the row has stopped on node 2
     learn([row], tree, Accepted([[]], [[9]]))
     learn([row], tree, Accepted([[]], [[]]))  # had finished before
+    learn([row], tree, Accepted([[]], [[0]], padded=frozenset({0})))  # the same in lockstep
     assert seen == [
         [(0.9, True), (0.8, True), (0.1, False), (0.5, False), (0.05, False)],
         [(0.9, True), (0.8, True), (0.1, False), (0.05, False)],
@@ -97,11 +99,15 @@ def test_forecasts_and_trust_follow_their_rows() -> None:
     looked_up = DraftTree.from_lists(newest, [[], [], [8]], [[], [], [0]])
     assert whole.replace_rows([2], looked_up).forecast == [[(0, 0.3)], [], []]
     a, b, c = (Trust(Usual()) for _ in range(3))
-    parts = SimpleNamespace(select=lambda rows: None, join=lambda other: None)
-    states = [State(parts, parts, trust=rows) for rows in ([a, b], [c])]  # type: ignore[arg-type]
-    states[0].join(states[1])
-    states[0].select([2, 0])
+    parts: Any = SimpleNamespace(select=lambda *_: None, join=lambda *_: None)
+    states = [State(parts, parts, trust=rows) for rows in ([a, b], [c])]
+    engine = Engine(parts, parts, parts, Plan())
+    engine.join(*states)
+    engine.select(states[0], [2, 0])
     assert states[0].trust[0] is c and states[0].trust[1] is a
+    second = State(parts, parts)  # of a draft model, which has no trust
+    second.select([0])
+    assert not second.trust
 
 
 @pytest.mark.parametrize("method", ["eagle2", "dspark"])
@@ -117,14 +123,22 @@ def test_a_correction_is_made_to_the_log_odds_of_every_chance(method: str, calib
 
 
 def test_odds_are_flattened_only_where_the_drafter_is_wrong() -> None:
-    assert scale(0.0) == 1.0 and scale(-1.0) == scale(1.0) == pytest.approx(2**-0.5) and scale(-4.0) < 0.25
+    assert scale(0.0) == scale(1.0) == 1.0 and scale(-1.0) == pytest.approx(2**-0.5) and scale(-4.0) < 0.25
 
 
 def test_a_draft_that_was_made_is_tried_where_that_is_cheap() -> None:
     assert best_size([[0.01, 0.01]], [1.0, 1.05, 1.1]) == 1
     assert best_size([[0.01, 0.01]], [1.0, 1.5, 2.0]) == 0
     assert best_size([[0.9, 0.8]], [1.0, 1.05, 1.1]) == 2
-    assert best_size([[]], [1.0, 1.05]) in (0, 1)  # no candidates
+
+
+def test_a_nodes_chance_is_that_of_its_own_subtree() -> None:
+    """Two subtrees propose 5 below the root; the first is surer of it, and the second proposes 6 below it."""
+    found = Candidates(1, [2, 2], [-0.2, -1.0, -5.0, -1.1], [0.0] * 4, [5, 5, 7, 6], [1.0] * 4, [0, 1])
+    chosen = choose(found, [0.5, 0.5], 4)
+    assert {n.token: round(n.chance, 3) for n in chosen} == {
+        5: round(math.exp(-0.2), 3), 6: round(math.exp(-0.1), 3), 7: round(math.exp(-4.8), 3),
+    }  # fmt: skip
 
 
 def test_a_budget_gives_each_row_its_shift() -> None:

@@ -71,7 +71,8 @@ class Engine:
         accepted = self.verifier.accept(tree, scores, sampler)
         self.target.commit(state, accepted)
         self.drafter.observe(state, tree, scores, accepted)
-        trust.learn(state.trust, tree, accepted)
+        if budget.shift is not None:
+            trust.learn(state.trust, tree, accepted)
         step = Step(tree, scores, accepted, drafted - start, scored - drafted)
         self.plan.learn(budget, tree.size - 1, accepted.tokens_per_row, step.draft_seconds, step.score_seconds)
         return step
@@ -88,11 +89,13 @@ class Engine:
         """Appends the rows of `other` to a batch; both have begun. UserError if the drafter cannot join them."""
         self.drafter.join(state, other)
         state.join(other)
+        state.trust = state.trust + other.trust
 
     def select(self, state: State, rows: list[int]) -> None:
         """Drops all other rows of a batch; `rows`, all unfinished, become rows 0, 1, … in this order."""
         self.drafter.select(state, rows)
         state.select(rows)
+        state.trust = [state.trust[row] for row in rows]
 
 
 def decode(engine: Engine, sampler: Sampler, state: State, prompt: Scores) -> Iterator[Step]:

@@ -5,8 +5,9 @@ too sure: on texts the shipped one expects 2.2 accepted nodes a step where 0.4 a
 are, so trees are far too large. Every row therefore has a shift, which is added to the log odds of all its chances. It
 is the bias of a logistic regression with a Gaussian prior, updated by one Newton step after each target pass (as an
 extended Kalman filter does). An answer starts with the usual shift of its kind: sampled or greedy, about media or not.
-Where a drafter is too sure, it also knows less about which of its nodes are good ones: log odds are divided by
-√(1 + shift²), which lowers the log loss of the chances further, by 2 to 6% where they are wrong.
+Where a drafter is too sure, it also knows less about which of its nodes are good ones: with a negative shift, log odds
+are divided by √(1 + shift²), which lowers the log loss of the chances further, by 2 to 6%. The step ignores that this
+factor depends on the shift.
 
 Shifts choose the nodes of trees, so they change no lossless answer.
 """
@@ -56,8 +57,8 @@ class Trust:
 
 
 def scale(shift: float) -> float:
-    """What the log odds of a row's chances are multiplied by before its shift is added."""
-    return (1.0 + shift * shift) ** -0.5
+    """What the log odds of a row's chances are multiplied by before its shift is added; below 1 if it is negative."""
+    return (1.0 + min(0.0, shift) ** 2) ** -0.5
 
 
 class Experience:
@@ -73,8 +74,11 @@ class Experience:
 
 def learn(rows: Sequence[Trust], tree: DraftTree, accepted: Accepted) -> None:
     """Updates the trust of all rows by a step; rows whose tree has no forecast learn nothing."""
-    for trust, forecast, nodes, tokens in zip(rows, tree.forecast or [], accepted.nodes, accepted.tokens, strict=False):
+    for row, forecast in enumerate(tree.forecast or []):
+        nodes, tokens = accepted.nodes[row], accepted.tokens[row]
+        if not tokens or row in accepted.padded:  # had finished before
+            continue
         known, right = {0, *nodes} if len(tokens) > len(nodes) else {0, *nodes[:-1]}, set(nodes)
         outcomes = [(chance, n in right) for n, (parent, chance) in enumerate(forecast, 1) if parent in known]
-        if outcomes and tokens:
-            trust.learn(outcomes)
+        if outcomes:
+            rows[row].learn(outcomes)

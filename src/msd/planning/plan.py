@@ -23,7 +23,7 @@ from msd.core.sampling import Sampler
 from msd.core.trust import Experience, Trust
 from msd.planning.costs import STATE_BYTES, Costs, most_nodes
 
-TRUST, PROBE = 9.0, 4.5  # useless drafts whose time may be lost before drafting stops: at first, and after a pause
+CREDIT, PROBE = 9.0, 4.5  # useless drafts whose time may be lost before drafting stops: at first, and after a pause
 LEAST, IN_BATCH = 0.25, 0.45  # plain steps that a useless draft counts for: at least for one row; always for more
 PAUSE, LONGEST = 16, 256  # steps without drafting: the first pause, and the longest one, of one row
 RECENT = 15  # steps in the running medians of seconds
@@ -78,7 +78,7 @@ class Governor:
         self.longest = LONGEST * min(4, rows)
         self.first = min(PAUSE * rows, self.longest)
         self.alone = rows == 1
-        self.credit, self.remaining, self.pause = TRUST, 0, self.first
+        self.credit, self.remaining, self.pause = CREDIT, 0, self.first
 
     def drafts(self) -> bool:
         """Whether the next step may draft; call it once per step."""
@@ -90,8 +90,8 @@ class Governor:
 
         cost: the time of the step beyond that of a plain one, in plain steps.
         """
-        self.credit = min(TRUST, self.credit + gain / (max(cost, LEAST) if self.alone else IN_BATCH))
-        if self.credit >= TRUST:
+        self.credit = min(CREDIT, self.credit + gain / (max(cost, LEAST) if self.alone else IN_BATCH))
+        if self.credit >= CREDIT:
             self.pause = self.first
         if self.credit < 0:
             self.remaining, self.pause, self.credit = self.pause + 1, min(2 * self.pause, self.longest), PROBE

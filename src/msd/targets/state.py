@@ -63,7 +63,8 @@ class State:
     inputs, request: the processor's output for the prompts, and what it was made of (None where the caller gave only
     tensors), for a drafter that reads prompts itself. They have one entry per prompt, which can have several rows.
     prefilled: columns that the prefill computed, without those reused from an earlier turn.
-    trust: of each row, how far the chances of its drafts hold; empty before the first step.
+    trust: of each row, how far the chances of its drafts hold; empty before the first step. Like the memory, `Engine`
+    keeps it in the order of the rows.
 
     Set only where a later turn may reuse the state:
     media: the content of the placeholders. tap_history: [1, C, T*H] tap states of the committed slots.
@@ -87,7 +88,6 @@ class State:
         """Drops all other rows; `rows`, all stored in the cache, become rows 0, 1, … The memory is the drafter's."""
         self.layout.select(rows)
         self.cache.select(rows)
-        self.trust = [self.trust[row] for row in rows]
 
     def join(self, other: State) -> None:
         """Appends the rows of `other`, a state of the same target; the memory is the drafter's to join.
@@ -96,7 +96,6 @@ class State:
         """
         self.layout.join(other.layout)
         self.cache.join(other.cache)
-        self.trust = self.trust + other.trust
         self.inputs, self.request, self.auxiliary = {}, None, None
         self.media, self.tap_history, self.tree_taps = {}, None, None
 

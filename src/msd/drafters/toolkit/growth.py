@@ -120,7 +120,7 @@ def grow(
 
     With `budget.seconds`, the number of nodes maximises expected tokens per second; with `cost`, only levels that pay
     are computed. modality_ids: registry ids of the experts. newest: [B], the roots. outlook: on some number of draws,
-    for requests that sample (`Sampler.outlook`); where their noise is unknown, node scores are log q.
+    for requests that sample (`Sampler.outlook`); where their noise is unknown, the uncorrected chance of a node is q.
     """
     deepest = min(max(budget.depth, default=0), max(s.depth for s in subtrees.shapes))
     if deepest < 1 or budget.nodes < 1:
@@ -155,14 +155,8 @@ def _tree(newest: Tensor, rows: Sequence[Sequence[Node]], modality_ids: Sequence
     kind = [[modality_ids[max(range(len(n.weights)), key=n.weights.__getitem__)] for n in row] for row in rows]
     tokens, parents, q = ([[getattr(n, name) for n in row] for row in rows] for name in ("token", "parent", "q"))
     tree = DraftTree.from_lists(newest, tokens, parents, modality=kind, q=q)
-    tree.forecast = [forecast(row) for row in rows]
+    tree.forecast = [[(node.parent, node.chance) for node in row] for row in rows]
     return tree
-
-
-def forecast(nodes: Sequence[Node]) -> list[tuple[int, float]]:
-    """Returns (parent, chance given that it is accepted) of each node of a row (`DraftTree.forecast`)."""
-    scores = [0.0, *(node.score for node in nodes)]
-    return [(node.parent, math.exp(min(0.0, node.score - scores[node.parent]))) for node in nodes]
 
 
 @lru_cache(maxsize=64)

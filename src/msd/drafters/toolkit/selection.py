@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LITTLE = 1.1  # of the seconds of a step without nodes
+LITTLE = 1.1  # times the seconds of a step without nodes: where one node takes no longer, it is always tried
 NEVER = -1e30  # score of a candidate that must not become a node
 
 
@@ -20,7 +20,8 @@ NEVER = -1e30  # score of a candidate that must not become a node
 class Node:
     """A chosen node. parent: number of its parent; the root is number 0, the first chosen node number 1.
 
-    depth: 1 below the root. weights: modality weights of its distribution.
+    depth: 1 below the root. weights: modality weights of its distribution. score: log-probability of its whole path.
+    chance: of the node, given its parent.
     """
 
     token: int
@@ -29,6 +30,7 @@ class Node:
     q: float
     weights: Sequence[float]
     score: float
+    chance: float
 
 
 @dataclass
@@ -114,7 +116,8 @@ def choose(candidates: Candidates, share: Sequence[float], nodes: int) -> list[N
     number: dict[tuple[int, int], int] = {}  # (parent, token) -> node
     node_of = {-1: 0}  # candidate -> node
     for c in _by_priority(candidates, share, nodes):
-        parent, score = node_of.get(candidates.parent(c)), candidates.scores[c]
+        above, score = candidates.parent(c), candidates.scores[c]
+        parent = node_of.get(above)
         if parent is None or score <= NEVER / 2:
             continue
         token = int(candidates.tokens[c])
@@ -123,7 +126,8 @@ def choose(candidates: Candidates, share: Sequence[float], nodes: int) -> list[N
             node_of[c], chosen[known - 1].score = known, max(score, chosen[known - 1].score)
         elif len(chosen) < nodes:
             q, weights = math.exp(candidates.log_q[c]), candidates.weights_of(c)
-            chosen.append(Node(token, parent, candidates.level(c) + 1, q, weights, score))
+            chance = math.exp(min(0.0, score - (candidates.scores[above] if above >= 0 else 0.0)))
+            chosen.append(Node(token, parent, candidates.level(c) + 1, q, weights, score, chance))
             node_of[c] = number[parent, token] = len(chosen)
     return chosen
 
