@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--held-out-limit", type=int, default=120)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
     parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"))
-    parser.add_argument("--out", type=Path, default=Path("runs/msd/long"))
+    parser.add_argument("--out", type=Path, default=Path("runs/msd/longer"))
     args = parser.parse_args()
     answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
