@@ -108,6 +108,7 @@ floors: setup
 	for n in 1 2; do $(NOISE) $(ONLY) --limit 16 --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	for n in 4 8 16; do $(NOISE) $(ONLY) --batch $$n --out results/noise-$$n > /dev/null || exit 1; done
 	$(BIN)/msd bench --suite unseen --method msd,eagle3 $(ONLY) --out results/unseen > /dev/null
+	$(BIN)/python -m recipes.floors.forecasts results
 	$(BIN)/python -m recipes.floors.table results
 
 # Compares all methods, and some with lookups of long repeats, in one run (docs/comparison.md): an hour on two idle cores.

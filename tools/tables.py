@@ -56,6 +56,7 @@ COMMANDS = {
     },
     "results/comparison/results.json": "`make comparison`",
     "results/draft_tree.json": "`python tools/pictures.py --record`",
+    "results/forecasts.json": "`python -m recipes.floors.forecasts results`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
     "results/gpu.json": "`python tools/gpu_check.py`",
     "results/drafts.json": "`python -m recipes.floors.drafts results`",
@@ -286,6 +287,16 @@ def drafts_table(measured: dict[str, Any]) -> str:
     )
 
 
+def forecasts_table(measured: dict[str, Any]) -> str:
+    """Accepted nodes of a draft, expected and real, and the nodes of its tree, without trust and with it."""
+    lines = []
+    for name, ways in measured["sets"].items():
+        cells = [f"{ways[way][what]:.2f}" for way in ("without", "with") for what in ("expected", "accepted", "nodes")]
+        lines.append([name, *cells])
+    head = ["answers", "expected", "accepted", "nodes", "expected, with trust", "accepted", "nodes"]
+    return table(head, lines) + f"\n\n`{measured['method']}`, {measured['environment']['cpu']}."
+
+
 def engines_table(path: str = "results/engines.json") -> str:
     """Tokens per second of this engine and vLLM, and how `msd` compares with the fastest way of vLLM."""
     results = read(path)
@@ -367,6 +378,7 @@ def tables() -> dict[str, dict[str, str]]:
             "kernels-bfloat16": kernels_table(read("results/kernels-bfloat16.json")),
             "drafts": drafts_table(read("results/drafts.json")),
         },
+        "docs/plan.md": {"forecasts": forecasts_table(read("results/forecasts.json"))},
         "docs/vllm.md": {"engines": engines_table()},
         "docs/verification.md": {
             "half precision": half_precision_table(

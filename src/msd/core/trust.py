@@ -1,8 +1,8 @@
 """Trust: corrects the chances that a drafter gives its nodes by what the target accepts of them in this answer.
 
 Node chances are fitted once, on answers like the training data (`msd.drafters.toolkit.chance`). Elsewhere a drafter is
-too sure: on texts the shipped one expects 2.2 accepted nodes a step where 0.4 are, on sampled answers 3.7 where 1.8
-are, so trees are far too large. Every row therefore has a shift, which is added to the log odds of all its chances. It
+too sure: on texts the shipped one expects 2.6 accepted nodes a draft where 0.3 are, on sampled answers 3.9 where 1.9
+are (docs/plan.md), so trees are far too large. Every row therefore has a shift, which is added to the log odds of all its chances. It
 is the bias of a logistic regression with a Gaussian prior, updated by one Newton step after each target pass (as an
 extended Kalman filter does). An answer starts with the usual shift of its kind: sampled or greedy, about media or not.
 Where a drafter is too sure, it also knows less about which of its nodes are good ones: with a negative shift, log odds
