@@ -2,12 +2,12 @@
 
 Node chances are fitted once, on answers like the training data (`msd.drafters.toolkit.chance`). Elsewhere a drafter is
 too sure: on texts the shipped one expects 2.6 accepted nodes a draft where 0.3 are, on sampled answers 3.9 where 1.9
-are (docs/plan.md), so trees are far too large. Every row therefore has a shift, which is added to the log odds of all its chances. It
-is the bias of a logistic regression with a Gaussian prior, updated by one Newton step after each target pass (as an
-extended Kalman filter does). An answer starts with the usual shift of its kind: sampled or greedy, about media or not.
-Where a drafter is too sure, it also knows less about which of its nodes are good ones: with a negative shift, log odds
-are divided by √(1 + shift²), which lowers the log loss of the chances further, by 2 to 6%. The step ignores that this
-factor depends on the shift.
+are (docs/plan.md), so trees are far too large. Every row therefore has a shift, which is added to the log odds of all
+its chances. It is the bias of a logistic regression with a Gaussian prior, updated by one Newton step after each target
+pass (as an extended Kalman filter does). An answer starts with the usual shift of its kind: sampled or greedy, about
+media or not. Where a drafter is too sure, it also knows less about which of its nodes are good ones: with a negative
+shift, log odds are divided by √(1 + shift²), which lowers the log loss of the chances further, by 2 to 6%. The step
+ignores that this factor depends on the shift.
 
 Shifts choose the nodes of trees, so they change no lossless answer.
 """
