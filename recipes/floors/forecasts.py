@@ -8,16 +8,14 @@ run, the governor never stops drafting, and every draft has all levels.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from msd import SpeculativeConfig, SpeculativeVLM
+from msd import SpeculativeVLM
 from msd.bench import unseen
 from msd.bench.data import Sample, load_data
 from msd.core.tree import Step
@@ -25,6 +23,8 @@ from msd.loading import load_target
 from msd.planning.plan import Budget
 from msd.system import machine
 from msd.system.files import write_whole
+from recipes.floors.arguments import about_photos
+from recipes.floors.drafts import engine
 
 PHOTOS, TOKENS = 16, 64
 
@@ -53,18 +53,14 @@ class Forecasts:
         return {"steps": self.steps} | {name: round(value / max(1, self.steps), 3) for name, value in found.items()}
 
 
-def engine(model: Any, processor: Any, method: str, trust: bool) -> SpeculativeVLM:
-    """An engine that drafts in every step."""
-    vlm = SpeculativeVLM(model, processor, SpeculativeConfig(frozen_weights=True), method)
-    vlm.plan.learn = lambda *_: None  # type: ignore[method-assign]
-    vlm.drafter.cost.levels = lambda deepest, *_: deepest  # type: ignore[attr-defined]
-    if not trust:
-        budget = vlm.plan.budget
+def without_trust(vlm: SpeculativeVLM) -> SpeculativeVLM:
+    """The engine, which now takes all chances as they are."""
+    budget = vlm.plan.budget
 
-        def without(*arguments: Any) -> Budget:
-            return replace(budget(*arguments), shift=None)
+    def uncorrected(*arguments: Any) -> Budget:
+        return replace(budget(*arguments), shift=None)
 
-        vlm.plan.budget = without  # type: ignore[method-assign]
+    vlm.plan.budget = uncorrected  # type: ignore[method-assign]
     return vlm
 
 
@@ -80,12 +76,7 @@ def measure(vlm: SpeculativeVLM, samples: Iterable[Sample], temperature: float) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--method", default="msd")
-    parser.add_argument("--data", type=Path, default=Path("runs/val/val.jsonl"))
-    parser.add_argument("--images", type=Path, default=Path("../shared/data"))
-    args = parser.parse_args()
+    args = about_photos(__doc__).parse_args()
     photos = [s for s in load_data(args.data, args.images) if s.task == "detail"][:PHOTOS]
     others = unseen.requested(["unseen"])[0]
     sets: dict[str, tuple[list[Sample], float]] = {
@@ -99,10 +90,9 @@ def main() -> None:
     model, processor = load_target("reference")
     found: dict[str, dict[str, Any]] = {}
     for name, (samples, temperature) in sets.items():
-        found[name] = {
-            key: measure(engine(model, processor, args.method, trust), samples, temperature)
-            for key, trust in (("without", False), ("with", True))
-        }
+        engines = {key: engine(model, processor, args.method) for key in ("without", "with")}
+        without_trust(engines["without"])
+        found[name] = {key: measure(vlm, samples, temperature) for key, vlm in engines.items()}
         print(name, found[name], flush=True)
     environment = {"cpu": machine.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     report = {"environment": environment, "method": args.method, "sets": found}

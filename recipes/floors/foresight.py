@@ -6,9 +6,7 @@ each temperature, with one seed. All must emit the same tokens.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +21,7 @@ from msd.loading import load_target
 from msd.model import SpeculativeVLM
 from msd.system import machine
 from msd.system.files import write_whole
+from recipes.floors.arguments import about_photos
 
 
 def answered(engine: SpeculativeVLM, processor: Any, sample: Sample, temperature: float, seed: int) -> Run:
@@ -46,11 +45,7 @@ def row(temperature: float, name: str, runs: list[Run], plain: list[Run]) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--method", default="msd")
-    parser.add_argument("--data", type=Path, default=Path("runs/val/val.jsonl"))
-    parser.add_argument("--images", type=Path, default=Path("../shared/data"))
+    parser = about_photos(__doc__)
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
     args = parser.parse_args()

@@ -10,10 +10,8 @@ import argparse
 from pathlib import Path
 
 from msd.drafters.algorithms.msd import SHIPPED
-from msd.labels.label_thresholds import ModalityThresholds
-from msd.loading import load_target
-from msd.train.capture import label_thresholds_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, train
+from recipes.msd.rows import training_inputs
 from recipes.race.outputs import begun
 
 START = Path("src/msd/weights") / SHIPPED
@@ -29,14 +27,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=120)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--target", default="reference")
     parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"))
     parser.add_argument("--out", type=Path, default=Path("runs/msd/longer"))
     args = parser.parse_args()
-    answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
-    held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
-    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
-    model, processor = load_target("reference")
-    model.requires_grad_(False)
+    model, processor, answers, held_out, thresholds = training_inputs(args)
     cache = begun(model, answers, thresholds, args.outputs)
     settings = DraftTraining(start=str(args.start), steps=args.steps, lr=RATE, text_share=TEXT)
     try:

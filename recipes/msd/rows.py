@@ -110,13 +110,19 @@ def steps_for(minutes: float, seconds: float) -> int:
     return max(10, round(minutes * 60 / seconds / 10) * 10)
 
 
-def train_rows(args: argparse.Namespace) -> None:
-    """Trains the unfinished rows in parallel, each on one core, with one shared cache of the target's outputs."""
+def training_inputs(args: argparse.Namespace) -> tuple[Any, Any, list[Captured], list[Captured], ModalityThresholds]:
+    """Returns the first arguments of `train`: model, processor, train answers, held-out answers, label thresholds."""
     answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
     thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
     held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
     model, processor = load_target(args.target)
     model.requires_grad_(False)
+    return model, processor, answers, held_out, thresholds
+
+
+def train_rows(args: argparse.Namespace) -> None:
+    """Trains the unfinished rows in parallel, each on one core, with one shared cache of the target's outputs."""
+    model, processor, answers, held_out, thresholds = training_inputs(args)
     by_name = rows(range(args.seeds), args.events)
     waiting = [
         name

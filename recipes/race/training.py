@@ -14,13 +14,10 @@ import torch
 from msd.backends.packed import multiplies_in_bf16
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
-from msd.labels.label_thresholds import ModalityThresholds
-from msd.loading import load_target
 from msd.system import machine
 from msd.system.files import write_whole
-from msd.train.capture import label_thresholds_path, mixed, read_captured
 from msd.train.drafting import train
-from recipes.msd.rows import folder_of, speed
+from recipes.msd.rows import folder_of, speed, training_inputs
 from recipes.race.outputs import stored
 from recipes.race.plan import METHODS, REMEDY, STEP_TIMES, TIME, drafter_folder, plan, step_times
 
@@ -66,10 +63,6 @@ def measure_steps(args: argparse.Namespace) -> None:
 def _trainer(args: argparse.Namespace) -> Callable[..., bool]:
     """Returns `train` for a folder and settings: with the answers, and with the target's outputs for them."""
     torch.set_num_threads(args.threads)
-    captured = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
-    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
-    held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
-    model, processor = load_target(args.target)
-    model.requires_grad_(False)
+    model, processor, captured, held_out, thresholds = training_inputs(args)
     cache: Any = stored(model, processor, captured, thresholds, args.root)
     return partial(train, model, processor, captured, held_out, thresholds, cache=cache)

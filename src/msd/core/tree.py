@@ -148,11 +148,9 @@ class DraftTree:
             return self
         c = self.candidates
         candidates = c and SampledCandidates(c.child[rows], c.distribution[rows], c.distributions[rows])
+        forecast = None if self.forecast is None else [self.forecast[row] for row in rows]
         tensors = {name: x[rows] for name, x in self._tensors().items()}
-        return replace(self, candidates=candidates, forecast=self._forecasts(rows), **tensors)
-
-    def _forecasts(self, rows: Sequence[int]) -> list[list[tuple[int, float]]] | None:
-        return None if self.forecast is None else [self.forecast[row] for row in rows]
+        return replace(self, candidates=candidates, forecast=forecast, **tensors)
 
     def replace_rows(self, rows: list[int], other: DraftTree) -> DraftTree:
         """Replaces the trees of `rows` by those of `other`, cut to the N nodes of these trees.

@@ -14,7 +14,7 @@ Shifts choose the nodes of trees, so they change no lossless answer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msd.core.tree import Accepted, DraftTree
@@ -59,17 +59,6 @@ class Trust:
 def scale(shift: float) -> float:
     """What the log odds of a row's chances are multiplied by before its shift is added; below 1 if it is negative."""
     return (1.0 + min(0.0, shift) ** 2) ** -0.5
-
-
-class Experience:
-    """The usual shifts by kind of answer; they last as long as the plan."""
-
-    def __init__(self) -> None:
-        self._usual: dict[Hashable, Usual] = {}
-
-    def begin(self, kind: Hashable) -> Trust:
-        """Returns the trust of a new row of some kind."""
-        return Trust(self._usual.setdefault(kind, Usual()))
 
 
 def learn(rows: Sequence[Trust], tree: DraftTree, accepted: Accepted) -> None:

@@ -12,7 +12,7 @@ nodes than the states' bytes allow, and it drafts a chain where a second candida
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -20,7 +20,7 @@ from statistics import median
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
-from msd.core.trust import Experience, Trust
+from msd.core.trust import Trust, Usual
 from msd.planning.costs import STATE_BYTES, Costs, most_nodes
 
 CREDIT, PROBE = 9.0, 4.5  # useless drafts whose time may be lost before drafting stops: at first, and after a pause
@@ -115,7 +115,7 @@ class Plan:
         state_bytes: int = STATE_BYTES,
     ) -> None:
         self.nodes, self.depth, self.width, self.costs, self.state_bytes = nodes, depth, width, costs, state_bytes
-        self._experience = Experience()
+        self._usual: defaultdict[tuple[bool, bool], Usual] = defaultdict(Usual)  # by (sampled, about media)
         self._governors: dict[int, Governor] = {}  # by the largest power of two within the number of rows
         self._drafts: deque[float] = deque(maxlen=RECENT)  # seconds of drafting
         self._slowness: deque[float] = deque(maxlen=RECENT)  # seconds of target passes / measured seconds
@@ -138,7 +138,7 @@ class Plan:
     def trust(self, layout: Layout, sampled: bool) -> list[Trust]:
         """The trust of each row of a new batch; sampled: whether its answers are."""
         media = (layout.modality != LANGUAGE.id).any(1).tolist()
-        return [self._experience.begin((sampled, about)) for about in media]
+        return [Trust(self._usual[sampled, about]) for about in media]
 
     def budget(self, sampler: Sampler, node_bytes: int = 0, trust: Sequence[Trust] = ()) -> Budget:
         """The budget of the next step. A row that may emit r more tokens drafts at most r - 1 levels.
