@@ -17,10 +17,12 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty
 from typing import Any, ClassVar
@@ -48,12 +50,13 @@ from msd.system.files import read_json, write_whole
 from msd.targets import State, adapt
 from msd.train.capture import Captured, label_thresholds_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, initial_network, train
-from msd.train.loop import on_signals
+from msd.train.loop import LoopConfig, on_signals
 from msd.train.losses.msd import LossConfig
 from msd.train.teacher_batches import TeacherBatches, TeacherCache
 
 FORK = multiprocessing.get_context("fork")
 PROBE = 40  # steps for measuring a row's speed
+LOGGED = LoopConfig(PROBE).log_every
 SHIPPED_MEGABYTES = 60  # limit for the rivals' weights
 WITH_EVENTS = "msd with events"
 PUBLISHED = [m.name for m in registry.catalogue() if m.network is not None and m.name != registry.DEFAULT]
@@ -167,7 +170,7 @@ def _train_waiting(queue: Any, by_name: dict[str, Row], run: Callable[..., bool]
         folder, settings = folder_of(args.out, name), by_name[name].settings
         plan = folder / "plan.json"
         if not plan.exists():
-            seconds = speed(run, folder / "probe", settings)
+            seconds = statistics.median(speed(run, folder / "probe", settings))
             plan.parent.mkdir(parents=True, exist_ok=True)
             write_whole(plan, json.dumps({"steps": steps_for(args.minutes, seconds), "seconds_per_step": seconds}))
         steps = read_json(plan, "delete it: the row's speed is measured again")["steps"]
@@ -189,17 +192,15 @@ def fill_cache(
     return time.monotonic() - begun
 
 
-def speed(run: Callable[[Path, DraftTraining], bool], probe: Path, settings: DraftTraining) -> float:
-    """Measures the core seconds of a training step on answers about images, after a warm-up."""
+def speed(run: Callable[..., bool], probe: Path, settings: DraftTraining) -> list[float]:
+    """Measures the core seconds of a training step on answers about images: a mean over each ten steps after ten."""
     stages = replace(settings.stages, text=0, rise=1)
-    times = []
-    for steps in (2, 2 + PROBE):
-        shutil.rmtree(probe, ignore_errors=True)
-        begun = time.process_time()
-        run(probe, replace(settings, steps=steps, stages=stages, evaluate_every=10**6))
-        times.append(time.process_time() - begun)
+    times: list[float] = []
+    shutil.rmtree(probe, ignore_errors=True)
+    settings = replace(settings, steps=PROBE, stages=stages, evaluate_every=10**6, keep_at=())
+    run(probe, settings, sink=lambda row: times.append(time.process_time()) if "steps" in row else None)
     shutil.rmtree(probe)
-    return (times[1] - times[0]) / PROBE
+    return [(end - begun) / LOGGED for begun, end in pairwise(times)]
 
 
 def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:

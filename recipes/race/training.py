@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from recipes.race.outputs import stored
 from recipes.race.plan import METHODS, REMEDY, STEP_TIMES, TIME, drafter_folder, plan, step_times
 
 PRECISION = "bf16" if multiplies_in_bf16() else "float32"
+ROUNDS = 4  # of measuring step times
 
 
 def train_runs(args: argparse.Namespace) -> None:
@@ -49,15 +51,25 @@ def train_runs(args: argparse.Namespace) -> None:
 
 
 def measure_steps(args: argparse.Namespace) -> None:
-    """Measures the seconds of a step of each method, and replaces `step_times.json`. The machine must be idle."""
-    run = _trainer(args)
-    seconds = {
-        method: round(speed(run, args.out / "probe", replace(settings, precision=PRECISION)), 4)
-        for method, settings in METHODS.items()
+    """Measures the seconds of a step of each method, and replaces `step_times.json`. The machine must be idle.
+
+    All methods take turns, `ROUNDS` times, because the speed of a machine drifts; the figure is the median.
+    """
+    run = _trainer(argparse.Namespace(**{**vars(args), "held_out_limit": 4}))  # held-out answers are not timed
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    for number in range(ROUNDS):
+        for method, settings in METHODS.items():
+            times[method] += speed(run, args.out / "probe", replace(settings, precision=PRECISION))
+            print(f"round {number + 1} of {ROUNDS}: {method} {times[method]}", flush=True)
+    document = {
+        "cpu": machine.processor(),
+        "threads": args.threads,
+        "precision": PRECISION,
+        "seconds": {method: round(statistics.median(values), 4) for method, values in times.items()},
+        "range": {method: [round(min(values), 4), round(max(values), 4)] for method, values in times.items()},
     }
-    times = {"cpu": machine.processor(), "threads": args.threads, "precision": PRECISION, "seconds": seconds}
-    write_whole(STEP_TIMES, json.dumps(times, indent=1) + "\n")
-    print(json.dumps(times, indent=1))
+    write_whole(STEP_TIMES, json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
 
 
 def _trainer(args: argparse.Namespace) -> Callable[..., bool]:
