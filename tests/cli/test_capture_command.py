@@ -139,3 +139,15 @@ def test_usage(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path)
     out = tmp_path / "out.jsonl"
     assert run(capsys, folder, out, "--batch", "0")[0] == 2
     assert run(capsys, folder, out, "--target", "no/such/target")[0] == 2
+
+
+def test_sampled_answers(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(capsys, folder, out, "--temperature", "0.8", "--limit", "2")[0] == 0
+    assert {(r["temperature"], r["seed"]) for r in records(out).values()} == {(0.8, 0)}
+    code, _, err = run(capsys, folder, out)
+    assert code == 2 and "captured with temperature 0.8" in err
+    code, _, err = run(capsys, folder, tmp_path / "other.jsonl", "--seed", "1")
+    assert code == 2 and "--seed has no effect on greedy answers" in err
+    code, _, err = run(capsys, folder, tmp_path / "other.jsonl", "--temperature", "1", "--answers", str(out))
+    assert code == 2 and "--answers labels answers" in err

@@ -16,7 +16,7 @@ from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
-from msd.train.capture import Captured, Prompt, capture, fit_label_thresholds, pending, read_captured
+from msd.train.capture import Captured, Decoding, Prompt, capture, fit_label_thresholds, pending, read_captured
 from msd.train.target_writer import TargetWriter
 
 NEW = 7
@@ -65,6 +65,44 @@ def test_records_hold_greedy_answers_and_their_gains(loaded: tuple[Any, Any], fo
         assert all(g == round(g, 4) for g in record["gain"])
         assert (record["task"], record["split"]) == (prompt.task, prompt.split)
         assert (max(record["gain"]) > 0.01) == bool(prompt.images)
+
+
+def test_sampled_answers_have_their_own_seeds(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+    model, processor = loaded
+    decoding = Decoding(1.5, seed=3)
+
+    def answers(batch: int, decoding: Decoding) -> list[dict[str, Any]]:
+        write = TargetWriter(model, processor, folder / "images", NEW, decoding=decoding)
+        path = tmp_path / f"{batch}-{decoding.seed}.jsonl"
+        return capture(PROMPTS, write, path, batch, metadata=decoding.metadata)
+
+    records = answers(3, decoding)
+    assert [r["ids"] for r in answers(2, decoding)] == [r["ids"] for r in records]
+    assert [r["ids"] for r in answers(2, Decoding(1.5, seed=4))] != [r["ids"] for r in records]
+    target = adapt(model)
+    for prompt, record in zip(PROMPTS, records, strict=True):
+        assert (record["temperature"], record["seed"]) == (1.5, 3)
+        inputs = prepare(processor, [[folder / "images" / n for n in prompt.images]], [prompt.text])
+        torch.manual_seed(decoding.seed_of(prompt))
+        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=True, temperature=1.5, suppress_tokens=[3])
+        tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
+        assert record["ids"] + ([] if record["end"] is None else [record["end"]]) == tokens
+        assert record["gain"] == pytest.approx(image_gain(target, inputs, [tokens])[0].tolist(), abs=1e-3)
+
+
+def test_a_file_holds_answers_of_one_decoding(loaded: tuple[Any, Any], folder: Path, tmp_path: Path) -> None:
+    greedy, sampled = tmp_path / "greedy.jsonl", tmp_path / "sampled.jsonl"
+    for path, decoding in ((greedy, Decoding()), (sampled, Decoding(0.7))):
+        write = TargetWriter(*loaded, folder / "images", NEW, decoding=decoding)
+        capture(PROMPTS[:2], write, path, metadata=decoding.metadata)
+    assert "temperature" not in json.loads(greedy.read_text().splitlines()[0])
+    for path, decoding, message in (
+        (sampled, Decoding(), "with temperature 0.7, not with no temperature"),
+        (sampled, Decoding(0.7, seed=1), "with seed 0, not with seed 1"),
+        (greedy, Decoding(0.7), "with no temperature, not with temperature 0.7"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pending(PROMPTS, path, decoding.metadata)
 
 
 def test_an_image_is_encoded_once_in_a_batch(loaded: tuple[Any, Any], folder: Path) -> None:

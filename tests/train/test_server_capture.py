@@ -22,13 +22,15 @@ from training_command import run
 
 
 class Served(ThreadingHTTPServer):
-    """Answers from `answers` by (images, text). seen: the keys asked for. deaths: requests until it drops all."""
+    """Answers from `answers` by (images, text). seen: the keys asked for. decoding: temperature and
+    seed of each. deaths: requests until it drops all."""
 
     daemon_threads = True
 
     def __init__(self, answers: dict[tuple[int, str], dict[str, Any]]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers, self.seen = answers, list[tuple[int, str]]()
+        self.decoding: list[tuple[float, int | None]] = []
         self.deaths: int | None = None
         self.strict = self.busy_once = False
         self.running = self.most = 0
@@ -65,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         if served.strict and "return_token_ids" in body:
             self.reply(400, {"error": "unknown field return_token_ids"})
             return
-        assert (body["model"], body["temperature"]) == ("tiny", 0)
+        assert body["model"] == "tiny"
         content = body["messages"][0]["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         pixels = [base64.b64decode(p["image_url"]["url"].partition(",")[2]) for p in parts if p["type"] == "image_url"]
@@ -73,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         key = (hash(tuple(pixels)), parts[-1]["text"])
         with served.lock:
             served.seen.append(key)
+            served.decoding.append((body["temperature"], body.get("seed")))
         record = served.answers[key]
         choice: dict[str, Any] = {"message": {"content": record["answer"]}, "finish_reason": "length"}
         if not served.strict:
@@ -137,7 +140,7 @@ def test_a_server_that_dies_loses_nothing_and_its_answers_are_labelled(
         summary = json.loads(told)
         assert (summary["records"], summary["written"], summary["with_ids"]) == (13, 13 - len(kept), 13)
         assert len(server.seen) == 13 == len(set(server.seen)), "no prompt is answered twice"
-        assert 1 < server.most <= 4
+        assert 1 < server.most <= 4 and set(server.decoding) == {(0, None)}
         assert all(r["served_model"] == "tiny" and "gain" not in r for r in records(out).values())
     # labelled by the target, the answers are those that it captures itself
     labelled = tmp_path / "labelled.jsonl"
@@ -196,3 +199,12 @@ def test_a_model_that_is_not_served_is_named(place: Path) -> None:
         assert Server(url).model(None) == "tiny"
         with pytest.raises(UserError, match="serves tiny; not 'large'"):
             Server(url).model("large")
+
+
+def test_sampled_answers_have_a_seed_each(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sampled.jsonl"
+    with serving(place) as (server, url):
+        assert run(capsys, *arguments(place, out, "--server", url, "--temperature", 0.5, "--seed", 7))[0] == 0
+        assert {temperature for temperature, _ in server.decoding} == {0.5}
+        assert len({seed for _, seed in server.decoding}) == len(server.decoding) == 13
+    assert {(r["temperature"], r["seed"]) for r in records(out).values()} == {(0.5, 7)}

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from msd.cli import terminal
 from msd.cli.connection import Connection
-from msd.cli.options import DataLines, Json, MaxNewTokens, Model, grouped, quiet
+from msd.cli.options import DataLines, Json, MaxNewTokens, Model, Temperature, grouped, quiet
 from msd.errors import InterruptedRunError, UserError, named
 from msd.system.files import as_text, check_place
 from msd.system.machine import share_cores
@@ -28,7 +28,7 @@ KEPT = "finished answers are kept in {}, and the same command resumes"
 
 if TYPE_CHECKING:
     from msd.bench.data import Sample
-    from msd.train.capture import Prompt
+    from msd.train.capture import Decoding, Metadata, Prompt
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,12 @@ class Served(Connection):
         typer.Option("--answers", help="Label the answers that --server wrote to this file; repeatable."),
     ] = None
 
-    def check(self, model: Model, batch: int) -> None:
+    def check(self, model: Model, batch: int, sampled: bool) -> None:
         """Raises UserError for options without effect."""
+        if sampled and self.answers:
+            raise UserError(
+                "--answers labels answers that are there; give --temperature to the command that writes them"
+            )
         if self.server is not None:
             if self.answers:
                 raise UserError("--server writes answers and --answers labels them; do one after the other")
@@ -77,14 +81,22 @@ def capture(
     model: Model,
     served: Served,
     max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Of sampled answers; another one gives other answers.", show_default="0"),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered together.")] = BATCH,
     as_json: Json = False,
 ) -> None:
-    """Generate the target's greedy answers, and label each token by how much the image changes its probability."""
+    """Generate the target's answers, and label each token by how much the image changes its probability."""
     from msd.bench.data import BUNDLED, image_folder, load_data
-    from msd.train.capture import pending
+    from msd.train.capture import Decoding, pending
 
-    served.check(model, batch)
+    if seed is not None and temperature == 0:
+        raise UserError("--seed has no effect on greedy answers; set --temperature above 0")
+    decoding = Decoding(temperature, seed or 0)
+    served.check(model, batch, temperature > 0)
     check_place(out)
     every = load_data(lines.data, lines.images)
     if lines.data is None:  # the bundled prompts, without the later turns of conversations
@@ -94,17 +106,17 @@ def capture(
     prompts = [_prompt(sample, folder) for sample in samples]
     places = {p.key: s.where for p, s in zip(prompts, samples, strict=True)}
     if served.server is not None:
-        summary = _from_server(served, prompts, places, folder, out, max_new_tokens)
+        summary = _from_server(served, prompts, places, folder, out, max_new_tokens, decoding)
         print(
             json.dumps(summary) if as_json else "{out}: {records} answers, {written} new, of {model}".format(**summary)
         )
         return
-    pending(prompts, out)  # an --out that cannot be resumed fails before any model loads
+    pending(prompts, out, decoding.metadata)  # an --out that cannot be resumed fails before any model loads
     from msd.train import launched, split_target
 
     with launched.ending_together(), split_target.own_copy(out, model.device) as place:
         summary = _from_target(
-            served, model, prompts, places, folder, place, max_new_tokens, batch, len(samples) == len(every)
+            served, model, prompts, places, folder, place, max_new_tokens, decoding, batch, len(samples) == len(every)
         )
     if place == out:
         print(json.dumps(summary) if as_json else _text(summary))
@@ -118,6 +130,7 @@ def _from_target(
     folder: Path,
     out: Path,
     max_new_tokens: int,
+    decoding: Decoding,
     batch: int,
     complete: bool,
 ) -> dict[str, Any]:
@@ -145,10 +158,10 @@ def _from_target(
         raise UserError("a target that FSDP splits writes no answers; let a server write them, and give --answers")
     if thresholds is not None:
         thresholds.check_target(name)
-    kind = partial(AnswerLabeller, given) if given else TargetWriter
+    kind = partial(AnswerLabeller, given) if given else partial(TargetWriter, decoding=decoding)
     writer = kind(loaded, processor, folder, max_new_tokens, model.backend)
     lossy = writer.engine.target.backend.lossy
-    metadata = {"target": name} | ({"backend": model.backend} if lossy else {})
+    metadata = {"target": name, "backend": model.backend if lossy else None, **decoding.metadata}
     todo = pending(prompts, out, metadata)
     records = _write(prompts, todo, places, writer, out, batch, metadata)
     check_labelled(records, out)
@@ -191,7 +204,7 @@ def _write(
     writer: Any,
     out: Path,
     batch: int,
-    metadata: dict[str, str],
+    metadata: Metadata,
 ) -> list[dict[str, Any]]:
     """Checks the prompts `todo`, then writes their answers, with a progress bar. Returns all records."""
     from msd.train.capture import capture as write_answers
@@ -218,7 +231,13 @@ def _kept(out: Path) -> Iterator[None]:
 
 
 def _from_server(
-    served: Served, prompts: list[Prompt], places: dict[Any, str], folder: Path, out: Path, max_new_tokens: int
+    served: Served,
+    prompts: list[Prompt],
+    places: dict[Any, str],
+    folder: Path,
+    out: Path,
+    max_new_tokens: int,
+    decoding: Decoding,
 ) -> dict[str, Any]:
     """Lets the server answer, with a progress bar. Returns the summary."""
     from msd.train.capture import keep, pending
@@ -228,8 +247,8 @@ def _from_server(
     prompts, out = served.chosen(prompts, out)
     server = served.open()
     model = server.model(served.served_model)
-    writer = ServerWriter(server, model, folder, max_new_tokens, served.concurrency, places)
-    metadata, console = {"served_model": model}, Console(file=sys.stderr)
+    writer = ServerWriter(server, model, folder, max_new_tokens, served.concurrency, places, decoding)
+    metadata, console = {"served_model": model, **decoding.metadata}, Console(file=sys.stderr)
     todo = pending(prompts, out, metadata)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("capturing", total=None)

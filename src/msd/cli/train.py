@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class Answers:
     """Training data, held-out data, and where the run is saved."""
 
-    captured: Annotated[Path, typer.Option("--captured", help="Answers written by 'msd capture'.")]
+    captured: Annotated[
+        list[Path], typer.Option("--captured", help="Answers written by 'msd capture'; repeat it for several files.")
+    ]
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; an earlier run there is resumed.")]
     images: Images = None
     held_out: Annotated[
@@ -43,22 +45,23 @@ class Answers:
         """
         from msd.train.capture import read_captured
 
-        answers = read_captured(self.captured, self.images)
+        answers = [answer for path in self.captured for answer in read_captured(path, self.images)]
         training = [a for a in answers if a.split == "train"]
         testing = (
             read_captured(self.held_out, self.images) if self.held_out else [a for a in answers if a.split != "train"]
         )
         if not training:
-            raise UserError(f'\'{self.captured}\' has no training answers; capture lines without "split": "val"')
+            names = ", ".join(f"'{path}'" for path in self.captured)
+            raise UserError(f'{names}: no training answers; capture lines without "split": "val"')
         if not testing:
             testing, training = training[::20], [a for i, a in enumerate(training) if i % 20]
         return training, testing
 
     def label_thresholds(self) -> ModalityThresholds:
-        """Loads the label thresholds of the target that wrote the answers. Raises UserError if there are none."""
+        """Loads the label thresholds, by default those of the first file. Raises UserError if there are none."""
         from msd.train.capture import load_label_thresholds
 
-        return load_label_thresholds(self.captured, self.thresholds)
+        return load_label_thresholds(self.captured[0], self.thresholds)
 
 
 @dataclass(frozen=True)

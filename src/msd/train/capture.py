@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,26 @@ class Answer:
         return [*self.ids, *(() if self.end is None else (self.end,))]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded: greedily at temperature 0. seed: of all sampled answers together."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+    def seed_of(self, prompt: Prompt) -> int:
+        """Returns the prompt's own seed, so that its answer depends neither on its batch nor on an interruption."""
+        text = json.dumps([self.seed, list(prompt.images), prompt.text])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+    @property
+    def metadata(self) -> dict[str, float | None]:
+        """What records of such answers state; greedy ones state neither."""
+        sampled = self.temperature > 0
+        return {"temperature": self.temperature if sampled else None, "seed": self.seed if sampled else None}
+
+
+Metadata = Mapping[str, str | float | None]  # fields of all records of a file; None: they do not have it
 Writer = Callable[[Sequence[Prompt]], list[Answer]]  # generates one answer per prompt, in order
 Stream = Callable[[Sequence[Prompt]], Iterator[list[tuple[Prompt, Answer]]]]  # yields answers as they are ready
 
@@ -73,7 +94,7 @@ def capture(
     path: Path,
     batch: int = 16,
     report: Callable[[int, int], None] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Metadata | None = None,
 ) -> list[dict[str, Any]]:
     """Writes one JSON Lines record per distinct prompt (images and text) to `path`; answers already there are kept.
 
@@ -97,7 +118,7 @@ def keep(
     stream: Stream,
     path: Path,
     report: Callable[[int, int], None] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Metadata | None = None,
 ) -> list[dict[str, Any]]:
     """Does `capture` with answers that come in any order: each list that `stream` yields is written at once."""
     metadata = metadata or {}
@@ -117,7 +138,7 @@ def keep(
     return [done[p.key] for p in distinct]
 
 
-def pending(prompts: Iterable[Prompt], path: Path, metadata: Mapping[str, str] | None = None) -> list[Prompt]:
+def pending(prompts: Iterable[Prompt], path: Path, metadata: Metadata | None = None) -> list[Prompt]:
     """Returns the distinct prompts that `capture` has yet to answer, in the order in which it answers them."""
     return _sorted_todo(_distinct(prompts), _read_records(path, metadata or {}))
 
@@ -146,7 +167,7 @@ def _sorted_todo(distinct: list[Prompt], done: Mapping[Key, Any]) -> list[Prompt
     return sorted(todo, key=lambda p: (len(p.images), p.events is None, p.task, p.images, len(p.text)))
 
 
-def _record(prompt: Prompt, answer: Answer, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _record(prompt: Prompt, answer: Answer, metadata: Metadata) -> dict[str, Any]:
     record: dict[str, Any] = {
         "image": list(prompt.images),
         "prompt": prompt.text,
@@ -160,10 +181,10 @@ def _record(prompt: Prompt, answer: Answer, metadata: Mapping[str, str]) -> dict
         record |= {"end": answer.end, "gain": list(answer.gain)}
     if answer.costs is not None:
         record |= {"events": prompt.events, "costs": [list(costs) for costs in answer.costs]}
-    return record | dict(metadata)
+    return record | {name: value for name, value in metadata.items() if value is not None}
 
 
-def _read_records(path: Path, metadata: Mapping[str, str]) -> dict[Key, dict[str, Any]]:
+def _read_records(path: Path, metadata: Metadata) -> dict[Key, dict[str, Any]]:
     """Reads the records of an earlier run, without an incomplete last line."""
     if not path.exists():
         return {}
@@ -197,7 +218,7 @@ def _end_last_line(path: Path) -> None:
         write_whole(path, whole)
 
 
-def _parse_record(line: bytes, where: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _parse_record(line: bytes, where: str, metadata: Metadata) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:  # not JSON, or not text at all
@@ -208,11 +229,16 @@ def _parse_record(line: bytes, where: str, metadata: Mapping[str, str]) -> dict[
     for name, value in metadata.items():
         if record.get(name) != value:
             raise UserError(
-                f"{where}: captured with {name} {record.get(name)!r}, not with {value!r}; choose another file"
+                f"{where}: captured with {_named(name, record.get(name))}, not with {_named(name, value)}; "
+                "choose another file"
             )
     if not all(isinstance(record.get(k), kind) for k, kind in STATUS.items()):
         raise UserError(wrong)
     return record
+
+
+def _named(name: str, value: Any) -> str:
+    return f"no {name}" if value is None else f"{name} {value!r}"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 from msd.errors import UserError, named
 from msd.system.files import named_in
 from msd.system.server import RefusedRequestError, Server, data_uri
-from msd.train.capture import Answer, Key, Prompt
+from msd.train.capture import Answer, Decoding, Key, Prompt
 
 
 class ServerWriter:
-    """Asks a server for greedy answers; `concurrency` requests are under way at a time.
+    """Asks a server for answers; `concurrency` requests are under way at a time.
 
     Answers come without gains, which need the target itself (`msd.train.given_answers`). vLLM gives their token ids;
     from other servers `ids` is empty. folder: image names are relative to it. places: where each prompt stands, for
@@ -29,9 +29,11 @@ class ServerWriter:
         max_new_tokens: int,
         concurrency: int,
         places: Mapping[Key, str] | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         self.server, self.model, self.folder = server, model, folder
         self.max_new_tokens, self.concurrency, self.places = max_new_tokens, concurrency, places or {}
+        self.decoding = decoding or Decoding()
         self._gives_ids = True  # until the server refuses to
 
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, Answer]]]:
@@ -61,8 +63,10 @@ class ServerWriter:
         with named(self.places.get(prompt.key, repr(prompt.text[:60]))):
             body = {
                 "model": self.model, "messages": [{"role": "user", "content": self._content(prompt)}],
-                "temperature": 0, "max_tokens": self.max_new_tokens,
+                "temperature": self.decoding.temperature, "max_tokens": self.max_new_tokens,
             }  # fmt: skip
+            if self.decoding.temperature > 0:
+                body["seed"] = self.decoding.seed_of(prompt)
             with_ids = self._gives_ids
             try:
                 reply = self.server.request("chat/completions", body | ({"return_token_ids": True} if with_ids else {}))

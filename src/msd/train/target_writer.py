@@ -1,4 +1,4 @@
-"""TargetWriter: generates the target's greedy answers and computes the image gain of every answer token."""
+"""TargetWriter: generates the target's answers and computes the image gain of every answer token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from msd.labels.gain import assert_images_matter, image_gain
 from msd.model import SpeculativeVLM
 from msd.result import Result
 from msd.system.files import named_in
-from msd.train.capture import Answer, Prompt
+from msd.train.capture import Answer, Decoding, Prompt
 
 DIGITS = 4  # decimal places of a gain in nats
 
@@ -46,16 +46,19 @@ class LogitsRecorder:
 
 
 class TargetWriter:
-    """Writes answers for `capture`: plain greedy decoding in batches, then a pass without images for the gains.
+    """Writes answers for `capture`: plain decoding in batches, then a pass without images for the gains.
 
     Image placeholders are never generated: in the teacher pass they would need image features. The first batch with
     images raises UserError if they do not change the target's logits. folder: image names are relative to it. backend:
-    how passes are computed; with a lossy one, answers may differ at near ties, and gains are approximate.
+    how passes are computed; with a lossy one, answers may differ at near ties, and gains are approximate. decoding:
+    greedy or sampled; gains are of the target's own probabilities, at any temperature.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int, backend: str = "measure"
-    ) -> None:
+        self, model: PreTrainedModel, processor: Any, folder: Path, max_new_tokens: int, backend: str = "measure",
+        decoding: Decoding | None = None,
+    ) -> None:  # fmt: skip
+        self.decoding = decoding or Decoding()
         self.engine = SpeculativeVLM(model, processor, SpeculativeConfig(backend=backend), drafter=Plain())
         self.processor, self.folder, self.max_new_tokens = processor, folder, max_new_tokens
         self._images_checked = False
@@ -95,8 +98,12 @@ class TargetWriter:
         inputs: the processor's output for the prompts, with images encoded.
         """
         recorder = LogitsRecorder()
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.decoding.temperature > 0:
+            seeds = [self.decoding.seed_of(prompt) for prompt in prompts]
+            sampling = {"do_sample": True, "temperature": self.decoding.temperature, "seed": seeds}
         results = self.engine.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False,
+            **inputs, **sampling, max_new_tokens=self.max_new_tokens,
             suppress_tokens=list(self.engine.target.placeholders), on_step=recorder,
         )  # fmt: skip
         results = [results] if isinstance(results, Result) else results
