@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,14 +90,48 @@ def capture(
     as_json: Json = False,
 ) -> None:
     """Generate the target's answers, and label each token by how much the image changes its probability."""
-    from msd.bench.data import BUNDLED, image_folder, load_data
     from msd.train.capture import Decoding, pending
 
     if seed is not None and temperature == 0:
         raise UserError("--seed has no effect on greedy answers; set --temperature above 0")
-    decoding = Decoding(temperature, seed or 0)
     served.check(model, batch, temperature > 0)
     check_place(out)
+    work = _work(lines, out, max_new_tokens, Decoding(temperature, seed or 0))
+    if served.server is not None:
+        summary = _from_server(served, work)
+        print(
+            json.dumps(summary) if as_json else "{out}: {records} answers, {written} new, of {model}".format(**summary)
+        )
+        return
+    pending(work.prompts, out, work.decoding.metadata)  # an --out that cannot be resumed fails before any model loads
+    from msd.train import launched, split_target
+
+    with launched.ending_together(), split_target.own_copy(out, model.device) as place:
+        summary = _from_target(served, model, replace(work, out=place), batch)
+    if place == out:
+        print(json.dumps(summary) if as_json else _text(summary))
+
+
+@dataclass(frozen=True)
+class Work:
+    """The answers to write. places: where each prompt stands in the data, for messages. folder: of the images.
+
+    complete: `prompts` are those of all data lines, so label thresholds are fitted.
+    """
+
+    prompts: list[Prompt]
+    places: dict[Any, str]
+    folder: Path
+    out: Path
+    max_new_tokens: int
+    decoding: Decoding
+    complete: bool
+
+
+def _work(lines: DataLines, out: Path, max_new_tokens: int, decoding: Decoding) -> Work:
+    """Reads the prompts. Raises UserError for a line that is not a single prompt about images."""
+    from msd.bench.data import BUNDLED, image_folder, load_data
+
     every = load_data(lines.data, lines.images)
     if lines.data is None:  # the bundled prompts, without the later turns of conversations
         every = [sample for sample in every if not sample.before]
@@ -105,39 +139,11 @@ def capture(
     folder = image_folder(lines.data or BUNDLED / "prompts.jsonl", lines.images)
     prompts = [_prompt(sample, folder) for sample in samples]
     places = {p.key: s.where for p, s in zip(prompts, samples, strict=True)}
-    if served.server is not None:
-        summary = _from_server(served, prompts, places, folder, out, max_new_tokens, decoding)
-        print(
-            json.dumps(summary) if as_json else "{out}: {records} answers, {written} new, of {model}".format(**summary)
-        )
-        return
-    pending(prompts, out, decoding.metadata)  # an --out that cannot be resumed fails before any model loads
-    from msd.train import launched, split_target
-
-    with launched.ending_together(), split_target.own_copy(out, model.device) as place:
-        summary = _from_target(
-            served, model, prompts, places, folder, place, max_new_tokens, decoding, batch, len(samples) == len(every)
-        )
-    if place == out:
-        print(json.dumps(summary) if as_json else _text(summary))
+    return Work(prompts, places, folder, out, max_new_tokens, decoding, len(samples) == len(every))
 
 
-def _from_target(
-    served: Served,
-    model: Model,
-    prompts: list[Prompt],
-    places: dict[Any, str],
-    folder: Path,
-    out: Path,
-    max_new_tokens: int,
-    decoding: Decoding,
-    batch: int,
-    complete: bool,
-) -> dict[str, Any]:
-    """Writes and labels the target's answers, or labels given ones. Returns the summary.
-
-    complete: `prompts` are those of all data lines, so label thresholds are fitted.
-    """
+def _from_target(served: Served, model: Model, work: Work, batch: int) -> dict[str, Any]:
+    """Writes and labels the target's answers, or labels given ones. Returns the summary."""
     begin = time.perf_counter()
     quiet()
     share_cores()
@@ -149,7 +155,7 @@ def _from_target(
     from msd.train.target_writer import TargetWriter
 
     given = read_answers(served.answers or ())
-    path = label_thresholds_path(out)
+    path = label_thresholds_path(work.out)
     thresholds = ModalityThresholds.load(path) if path.exists() else None
     with terminal.status("loading the target…"):
         loaded, processor = split_target.load(model.target, model.device)
@@ -158,20 +164,20 @@ def _from_target(
         raise UserError("a target that FSDP splits writes no answers; let a server write them, and give --answers")
     if thresholds is not None:
         thresholds.check_target(name)
-    kind = partial(AnswerLabeller, given) if given else partial(TargetWriter, decoding=decoding)
-    writer = kind(loaded, processor, folder, max_new_tokens, model.backend)
+    kind = partial(AnswerLabeller, given) if given else partial(TargetWriter, decoding=work.decoding)
+    writer = kind(loaded, processor, work.folder, work.max_new_tokens, model.backend)
     lossy = writer.engine.target.backend.lossy
-    metadata = {"target": name, "backend": model.backend if lossy else None, **decoding.metadata}
-    todo = pending(prompts, out, metadata)
-    records = _write(prompts, todo, places, writer, out, batch, metadata)
-    check_labelled(records, out)
-    if thresholds is None and not lossy and complete:  # only exact gains of all data lines are fitted
+    metadata = {"target": name, "backend": model.backend if lossy else None, **work.decoding.metadata}
+    todo = pending(work.prompts, work.out, metadata)
+    records = _write(work, todo, writer, batch, metadata)
+    check_labelled(records, work.out)
+    if thresholds is None and not lossy and work.complete:  # only exact gains of all data lines are fitted
         thresholds = fit_label_thresholds(records, name)
         if thresholds is not None:
             thresholds.save(path)
     greedy = {"greedy": writer.greedy_share()} if isinstance(writer, AnswerLabeller) else {}
     return {
-        "out": str(out), "records": len(records), "written": len(todo),
+        "out": str(work.out), "records": len(records), "written": len(todo),
         "tokens": sum(len(r["gain"]) for r in records),
         "finished": sum(r["finished"] for r in records) / len(records), "target": name, **greedy,
         "cuts": None if thresholds is None else {"path": str(path), **thresholds.model_dump()},
@@ -197,28 +203,21 @@ def _name(path: Path, folder: Path) -> str:
     return as_text(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def _write(
-    prompts: list[Prompt],
-    todo: list[Prompt],
-    places: dict[Any, str],
-    writer: Any,
-    out: Path,
-    batch: int,
-    metadata: Metadata,
-) -> list[dict[str, Any]]:
+def _write(work: Work, todo: list[Prompt], writer: Any, batch: int, metadata: Metadata) -> list[dict[str, Any]]:
     """Checks the prompts `todo`, then writes their answers, with a progress bar. Returns all records."""
     from msd.train.capture import capture as write_answers
 
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for prompt in progress.track(todo, description="checking"):
-            with named(places[prompt.key]):
+            with named(work.places[prompt.key]):
                 writer.check(prompt)
         bar = progress.add_task("capturing", total=None)
-        with _kept(out):
+        with _kept(work.out):
             return write_answers(
-                prompts, writer, out, batch, lambda done, n: progress.update(bar, completed=done, total=n), metadata
-            )
+                work.prompts, writer, work.out, batch,
+                lambda done, n: progress.update(bar, completed=done, total=n), metadata,
+            )  # fmt: skip
 
 
 @contextmanager
@@ -230,25 +229,19 @@ def _kept(out: Path) -> Iterator[None]:
         raise InterruptedRunError(f"interrupted; {KEPT.format(out)}") from stop
 
 
-def _from_server(
-    served: Served,
-    prompts: list[Prompt],
-    places: dict[Any, str],
-    folder: Path,
-    out: Path,
-    max_new_tokens: int,
-    decoding: Decoding,
-) -> dict[str, Any]:
+def _from_server(served: Served, work: Work) -> dict[str, Any]:
     """Lets the server answer, with a progress bar. Returns the summary."""
     from msd.train.capture import keep, pending
     from msd.train.server_writer import ServerWriter
 
     begin = time.perf_counter()
-    prompts, out = served.chosen(prompts, out)
+    prompts, out = served.chosen(work.prompts, work.out)
     server = served.open()
     model = server.model(served.served_model)
-    writer = ServerWriter(server, model, folder, max_new_tokens, served.concurrency, places, decoding)
-    metadata, console = {"served_model": model, **decoding.metadata}, Console(file=sys.stderr)
+    writer = ServerWriter(
+        server, model, work.folder, work.max_new_tokens, served.concurrency, work.places, work.decoding
+    )
+    metadata, console = {"served_model": model, **work.decoding.metadata}, Console(file=sys.stderr)
     todo = pending(prompts, out, metadata)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("capturing", total=None)
