@@ -1,4 +1,4 @@
-"""MSD's loss, a weighted sum over modalities: L = λ_vision·L_vision + λ_text·L_text + λ_fusion·L_fusion.
+"""MSD's loss, a weighted sum over modalities: L = L_vision + λ_text·L_text + λ_fusion·L_fusion.
 
 The term of a modality is the mean over its draft positions of three parts: regression (SmoothL1 of the draft state to
 the target's last hidden state), ‖p − q‖₁ = 2(1 − acceptance) over the draft vocabulary (ViSpec, arXiv 2509.15235,
@@ -16,7 +16,7 @@ from msd.core import modality
 from msd.errors import UserError
 from msd.train.losses.terms import regression
 
-WEIGHTINGS = ("learned", "fixed", "threshold", "positions")
+WEIGHTINGS = ("learned", "fixed", "threshold")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ class LossConfig:
 
 
 class TaskWeights(nn.Module):
-    """Weights λ of the modalities, by default relative to vision, whose weight is 1 (without vision, to the first).
+    """Weights λ of the modalities relative to vision, whose weight is 1 (without vision, relative to the first).
 
     learned: homoscedastic uncertainty (Kendall et al. 2018): a weight exp(-s) with penalty s per modality; λ is their
     ratio, clamped to [1/2, 2], since unbounded ratios drift to the inverse ratio of the losses and favour the easiest
-    modality. fixed: 1. threshold: the registry's θ. positions: the modality's share of the batch's draft positions, so
-    that the loss is the mean over all of them.
+    modality. fixed: 1. threshold: the registry's θ.
     """
 
     def __init__(self, modalities: tuple[str, ...], weighting: str) -> None:
@@ -50,23 +49,20 @@ class TaskWeights(nn.Module):
         self.reference = modalities.index("vision") if "vision" in modalities else 0
         self.s = nn.Parameter(torch.zeros(len(modalities)), requires_grad=weighting == "learned")
 
-    def values(self, count: Tensor) -> Tensor:
-        """Returns λ [M], in the order of the modalities; count: [M], the total weight of their draft positions."""
-        if self.weighting == "positions":
-            return count / count.sum().clamp_min(1e-6)
+    def values(self) -> Tensor:
+        """Returns λ [M], in the order of the modalities."""
         if self.weighting == "threshold":
             table = [modality.get(name).threshold for name in self.names]
             table[self.reference] = 1.0
             return self.s.new_tensor(table)
         return torch.exp(self.s.detach()[self.reference] - self.s.detach()).clamp(0.5, 2.0)
 
-    def forward(self, terms: Tensor, count: Tensor) -> Tensor:
+    def forward(self, terms: Tensor, present: Tensor) -> Tensor:
         """Computes Σ λ·term of terms [M], plus a term of value 0 whose gradient trains s.
 
-        count: [M], the total weight of each modality's draft positions; 0 where it does not occur.
+        present: [M] bool, the modalities that occur.
         """
-        present = count > 0
-        loss = (self.values(count) * terms * present).sum()
+        loss = (self.values() * terms * present).sum()
         if self.weighting == "learned":
             own = ((torch.exp(-self.s) * terms.detach() + self.s) * present).sum()
             loss = loss + own - own.detach()
@@ -113,5 +109,5 @@ def msd_draft_loss(
     kind = (modalities[:, None] == ids).to(each.dtype)
     count = kind.sum(0)
     terms = (each[:, None] * kind).sum(0) / count.clamp_min(1)
-    loss = weights(terms, count)
+    loss = weights(terms, count > 0)
     return loss, {name: float(t) for name, t in zip(weights.names, terms.detach(), strict=True)}

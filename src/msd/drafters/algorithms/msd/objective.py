@@ -117,8 +117,11 @@ class DraftObjective(Objective):
         )
         weight = (c.decay ** torch.arange(self.depth, device=kind.device) * valid)[..., None]
         own = (kind * weight).sum((0, 1, 2))  # [M]
-        terms, count = processes.ratio((each[..., None] * kind * weight).sum((0, 1, 2)), own), processes.summed(own)
-        loss = self.weights(terms, count)
+        terms, present = (
+            processes.ratio((each[..., None] * kind * weight).sum((0, 1, 2)), own),
+            processes.summed(own) > 0,
+        )
+        loss = self.weights(terms, present)
         router_loss = processes.mean(-(route * kind).sum(-1), valid, 1)
         unsure = F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none")
         confidence_loss = processes.mean(unsure, valid, 1)
@@ -128,8 +131,8 @@ class DraftObjective(Objective):
         end_logits, last = self.endings(batch, drafts)
         ending = F.binary_cross_entropy_with_logits(end_logits.float(), last.float(), reduction="none")
         loss = loss + c.ending * processes.mean(ending, valid[:, :, 0], 1)
-        parts = {name: float(t) for name, t, n in zip(names, terms.detach(), count, strict=True) if n}
-        weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values(count).detach(), strict=True)}
+        parts = {name: float(t) for name, t, n in zip(names, terms.detach(), present, strict=True) if n}
+        weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
         return loss, {
             **parts,
             "router": float(router_loss.detach()),
