@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/race/runs"))
     parser.add_argument("--target", default="reference")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of one core, for each run")
+    parser.add_argument(
+        "--roots", type=int, default=24, help="of `measure`: positions per answer that drafts start from"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=(), help="names of runs, in the order in which to train them")
     parser.add_argument("--state", choices=(TIME, ANSWERS), default=TIME, help="which drafters `bench` measures")

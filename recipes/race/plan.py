@@ -2,7 +2,8 @@
 
 All runs get the same minutes of one core. A run's number of steps is these minutes divided by the seconds of one of its
 steps, which were measured on an idle machine (`step_times.json`); so what else the machine does while a run trains
-changes nothing. A step trains on the same number of answers in every run. The run with the slowest steps sees the
+changes nothing. A step trains on the same number of answers in every run, and drafts from the same number of positions
+in each (roots). The run with the slowest steps sees the
 fewest answers; each other run also saves its drafter when it has seen as many. That drafter is in the middle of its
 schedule: its learning rate has not decayed, as that of the slowest run has.
 """
@@ -59,11 +60,13 @@ class Run:
 
 
 def step_times(path: Path = STEP_TIMES) -> dict[str, Any]:
-    """Reads the measured step times: "seconds" by method, "precision", "cpu" and "threads". Raises UserError."""
+    """Reads the measured step times: "seconds" by method, "roots", "precision", "cpu" and "threads"; or UserError."""
     times = read_json(path, REMEDY)
     seconds = times.get("seconds")
     if not isinstance(seconds, dict) or not all(isinstance(seconds.get(m), float) for m in METHODS):
         raise UserError(f"'{path}' lacks the step time of a method of the race; {REMEDY}")
+    if not isinstance(times.get("roots"), int):
+        raise UserError(f"'{path}' lacks the number of roots that a step drafts from; {REMEDY}")
     return times
 
 
@@ -93,6 +96,7 @@ def _run(method: str, settings: DraftTraining, steps: Mapping[str, int], times: 
     settings = replace(
         settings,
         steps=own,
+        anchors=times["roots"],
         precision=times["precision"],
         stages=replace(settings.stages, text=own // 50, rise=own // 10),
         evaluate_every=own // EVALUATIONS,

@@ -59,12 +59,13 @@ def measure_steps(args: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     for number in range(ROUNDS):
         for method, settings in METHODS.items():
-            times[method] += speed(run, args.out / "probe", replace(settings, precision=PRECISION))
+            times[method] += speed(run, args.out / "probe", replace(settings, anchors=args.roots, precision=PRECISION))
             print(f"round {number + 1} of {ROUNDS}: {method} {times[method]}", flush=True)
     document = {
         "cpu": machine.processor(),
         "threads": args.threads,
         "precision": PRECISION,
+        "roots": args.roots,
         "seconds": {method: round(statistics.median(values), 4) for method, values in times.items()},
         "range": {method: [round(min(values), 4), round(max(values), 4)] for method, values in times.items()},
     }

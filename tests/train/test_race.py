@@ -22,7 +22,8 @@ def test_runs_have_equal_minutes_and_copies_of_equal_answers() -> None:
         seconds = times["seconds"][run.method]
         assert abs(run.minutes_at(TIME) - 30) <= 10 * seconds / 60, "the steps are rounded to ten"
         assert run.minutes_at(ANSWERS) * 60 == pytest.approx(run.steps(ANSWERS) * seconds)
-        assert run.settings.precision == times["precision"] and run.settings.keep_at[0] <= run.settings.steps
+        assert (run.settings.precision, run.settings.anchors) == (times["precision"], times["roots"])
+        assert run.settings.keep_at[0] <= run.settings.steps
         assert race.drafter_folder(Path("out"), name, run, ANSWERS) != race.drafter_folder(Path("out"), name, run, TIME)
     assert {runs[f"msd seed {seed}"].settings.seed for seed in range(race.SEEDS)} == {0, 1, 2}
     assert runs[race.ON_TEXT].settings.text_only and not runs["eagle2"].settings.text_only
@@ -43,6 +44,9 @@ def test_step_times_of_all_methods_are_needed(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(json.dumps({"seconds": {"msd": 0.5}}))
     with pytest.raises(UserError, match="lacks the step time"):
+        race.step_times(path)
+    path.write_text(json.dumps({"seconds": dict.fromkeys(race.METHODS, 0.5)}))
+    with pytest.raises(UserError, match="lacks the number of roots"):
         race.step_times(path)
 
 
