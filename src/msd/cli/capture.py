@@ -94,9 +94,10 @@ def capture(
 
     if seed is not None and temperature == 0:
         raise UserError("--seed has no effect on greedy answers; set --temperature above 0")
-    served.check(model, batch, temperature > 0)
+    decoding = Decoding(temperature, seed or 0)
+    served.check(model, batch, decoding.sampled)
     check_place(out)
-    work = _work(lines, out, max_new_tokens, Decoding(temperature, seed or 0))
+    work = _work(lines, out, max_new_tokens, decoding)
     if served.server is not None:
         summary = _from_server(served, work)
         print(

@@ -77,10 +77,15 @@ class Decoding:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
     @property
+    def sampled(self) -> bool:
+        """Whether answers are sampled."""
+        return self.temperature > 0
+
+    @property
     def metadata(self) -> dict[str, float | None]:
         """What records of such answers state; greedy ones state neither."""
-        sampled = self.temperature > 0
-        return {"temperature": self.temperature if sampled else None, "seed": self.seed if sampled else None}
+        stated = (self.temperature, self.seed) if self.sampled else (None, None)
+        return dict(zip(("temperature", "seed"), stated, strict=True))
 
 
 Metadata = Mapping[str, str | float | None]  # fields of all records of a file; None: they do not have it

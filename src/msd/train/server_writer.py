@@ -65,7 +65,7 @@ class ServerWriter:
                 "model": self.model, "messages": [{"role": "user", "content": self._content(prompt)}],
                 "temperature": self.decoding.temperature, "max_tokens": self.max_new_tokens,
             }  # fmt: skip
-            if self.decoding.temperature > 0:
+            if self.decoding.sampled:
                 body["seed"] = self.decoding.seed_of(prompt)
             with_ids = self._gives_ids
             try:

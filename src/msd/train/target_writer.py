@@ -99,7 +99,7 @@ class TargetWriter:
         """
         recorder = LogitsRecorder()
         sampling: dict[str, Any] = {"do_sample": False}
-        if self.decoding.temperature > 0:
+        if self.decoding.sampled:
             seeds = [self.decoding.seed_of(prompt) for prompt in prompts]
             sampling = {"do_sample": True, "temperature": self.decoding.temperature, "seed": seeds}
         results = self.engine.generate(
