@@ -60,10 +60,10 @@ def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def training(place: Path, out: Path, *more: object) -> list[object]:
+def training(place: Path, out: Path, *more: object, captured: Path | None = None) -> list[object]:
     return [
-        "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place, "--out", out,
-        "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *FLOAT32, *more,
+        "train", "--captured", captured or place / "captured.jsonl", "--images", place / "images", "--target", place,
+        "--out", out, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *FLOAT32, *more,
     ]  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def test_damaged_thresholds_name_the_remedy(
     capturing = ["capture", "--data", place / "data.jsonl", "--images", place / "images", "--target", place]
     for command in (
         [*capturing, "--out", answers, "--max-new-tokens", 12],
-        [*training(place, tmp_path / "run"), "--captured", answers],
+        training(place, tmp_path / "run", captured=answers),
         ["bench", "--target", place, "--data", place / "data.jsonl", "--cuts", thresholds],
     ):
         said = refused(capsys, *command)
@@ -325,7 +325,7 @@ def test_a_damaged_answer_is_named(
     good = {"image": [], "prompt": "a", "answer": "b", "ids": [5], "end": 2, "gain": [0, 0], "task": "", "split": "val"}
     path = tmp_path / "out.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
-    assert f"out.jsonl:2: {part}" in refused(capsys, *training(place, tmp_path / "run"), "--captured", path)
+    assert f"out.jsonl:2: {part}" in refused(capsys, *training(place, tmp_path / "run", captured=path))
 
 
 def test_answers_without_gains_are_named(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
