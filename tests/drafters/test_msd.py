@@ -66,11 +66,12 @@ def tree(
     depth: list[int],
     width: int | None = None,
     outlook: Any = None,
+    separate: bool = True,
 ) -> DraftTree:
     decoding_memory, layout = memory(net, len(route))
     anchors = decoding_memory.anchors()
     levels = net.levels(anchors, layout.newest())
-    subtrees = choose_subtrees(net.config, route, width)
+    subtrees = choose_subtrees(net.config, route, width, separate)
     return grow(levels, net, subtrees, net.config.modality_ids, layout.newest(), Budget(nodes, depth), outlook)
 
 
@@ -222,6 +223,19 @@ def test_saved_and_loaded_strictly(tmp_path: Any) -> None:
             registry.load(tmp_path / "d")
     with pytest.raises(UserError, match="there is no folder"):
         registry.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_experts_nodes_have_the_modality_of_their_first_token(form: str) -> None:
+    """Only a mixture of experts needs a route at each node; the route does not change the distributions then."""
+    route = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.1, 0.7]])
+    net = network(form, experts=False)
+    with torch.inference_mode():
+        drafted, other = (tree(net, weights, 9, [4, 4], separate=False) for weights in (route, route.flip(1)))
+    assert drafted.height > 1 and torch.equal(drafted.tokens, other.tokens)
+    for row, name in enumerate(("vision", "fusion")):
+        nodes = drafted.valid[row] & (drafted.parents[row] >= 0)
+        assert set(drafted.modality[row][nodes].tolist()) == {modality.get(name).id}
 
 
 def test_a_foreign_target_is_refused() -> None:

@@ -56,6 +56,11 @@ class SelfFed(DraftNetwork):
         return torch.cat(out, 2)
 
 
+def inherited(weights: Tensor, above: Tensor) -> Tensor:
+    """Returns the modality weights [B, F, M] of the parents of a frontier; above: [B, F], see `Levels.below`."""
+    return pick(weights, above) if weights.shape[1] > 1 else weights.expand(-1, above.shape[1], -1)
+
+
 class StateLevels(ABC):
     """Distributions that ignore modality, from states [B, F, H] of the frontier (see `Levels`).
 
@@ -75,8 +80,7 @@ class StateLevels(ABC):
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
-        F = self.weights.shape[1]
-        self.weights = pick(self.weights, above) if F > 1 else self.weights.expand(-1, tokens.shape[1], -1)
+        self.weights = inherited(self.weights, above)
         self.descend(tokens, above)
         return self._distributions(tokens)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msd.drafters.toolkit.context import Anchors
 from msd.drafters.toolkit.growth import Distributions
+from msd.drafters.toolkit.levels import inherited
 
 Network = Any  # an `MSDNetwork`
 MOST = 1 << 15  # tokens of a table; each takes about 1 kB
@@ -32,9 +33,9 @@ def from_parent(network: Network, embedding: Tensor) -> Tensor:
 
 
 def from_word(network: Network, embedding: Tensor) -> Tensor:
-    """Computes `from_parent`, followed by what the router reads of parents [..., H] (`Probe.add`)."""
+    """Computes `from_parent`, followed by what the router reads of parents [..., H] (`Probe.add`), if it is asked."""
     read = from_parent(network, embedding)
-    return read if network.router is None else torch.cat([read, network.router.add(embedding, 1)], -1)
+    return torch.cat([read, network.router.add(embedding, 1)], -1) if network.routes_below else read
 
 
 @dataclass
@@ -65,7 +66,7 @@ class BlockLevels:
 
     def __init__(self, network: Network, anchors: Anchors) -> None:
         self.network, self.anchors, self.depth = network, anchors, 0
-        heads, router = network.heads, network.router
+        heads = network.heads
         states = network.block(anchors)[:, 0]  # [B, D, H]
         parts = heads.parts(states, anchors.image)  # [B, D, P, H]
         confidence = F.linear(parts, heads.confidence.weight.chunk(2, 1)[0])
@@ -73,25 +74,28 @@ class BlockLevels:
         self.logits = heads.head(parts).unbind(1)  # of each level [B, P, Vd]
         self.terms = terms[:, :, None].unbind(1)  # of each level [B, 1, P, R + 1]
         self.routes: tuple[Tensor, ...] = ()  # of each level but the first, what its features add to the router
-        if router is not None:
-            self.routes = router.add(network.feature_state(states), 0)[:, :, None].unbind(1)
+        if network.routes_below:
+            self.routes = network.router.add(network.feature_state(states), 0)[:, :, None].unbind(1)
 
     def root(self, weights: Tensor) -> Distributions:
         """See `Levels`."""
+        self.weights = weights
         read = from_parent(self.network, self.anchors.embedding)
         return self._distributions(read.expand(-1, weights.shape[1], -1), weights)
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
         self.depth += 1
-        network, router = self.network, self.network.router
+        network = self.network
         read = from_word(network, network.embed(tokens)) if network.words is None else network.words(tokens)
-        if router is None:
+        if not network.routes_below:
             M = len(network.config.modalities)
-            return self._distributions(read, read.new_full((*tokens.shape, M), 1.0 / M))
+            uniform = network.heads.experts is not None  # experts without a router, as in training
+            self.weights = read.new_full((*tokens.shape, M), 1.0 / M) if uniform else inherited(self.weights, above)
+            return self._distributions(read, self.weights)
         route = self.routes[self.depth - 1]
         read, added = read.split((read.shape[-1] - route.shape[-1], route.shape[-1]), -1)
-        return self._distributions(read, router.finish(added + route).softmax(-1))
+        return self._distributions(read, network.router.finish(added + route).softmax(-1))
 
     def _distributions(self, read: Tensor, weights: Tensor) -> Distributions:
         """Mixes the parts under modality weights [B, F, M] (sum 1); read: [B, F, P * (R + 1)], see `from_parent`."""

@@ -44,7 +44,7 @@ from msd.drafters.toolkit.context import (
 )
 from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, TapNorm, VisionAdaptor
-from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels
+from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels, inherited
 from msd.labels import EVENT_MODALITIES
 from msd.targets.taps import final_norm, output_layer, text_decoder
 from msd.targets.teacher import TeacherBatch
@@ -310,6 +310,11 @@ class MSDNetwork(SelfFed):
         logits: Tensor = self.router(feature, embedding)
         return logits.softmax(-1)
 
+    @property
+    def routes_below(self) -> bool:
+        """Whether nodes below the first level have a route of their own; only the mixture of experts reads it."""
+        return self.router is not None and self.heads.experts is not None
+
     def routed(self, anchor: Anchors) -> Tensor:
         """Predicts the modality probabilities [B, M] of the first draft token of each row."""
         return self.probabilities(anchor.feature, anchor.embedding)[:, 0]
@@ -419,13 +424,16 @@ class ArLevels(SelfFedLevels):
 
     def root(self, weights: Tensor) -> Distributions:
         """See `Levels`."""
-        F = weights.shape[1]
+        self.weights, F = weights, weights.shape[1]
         self.states = self.states.expand(-1, F, -1)
         return self._weighted(self.anchors.embedding.expand(-1, F, -1), weights)
 
     def below(self, tokens: Tensor, above: Tensor) -> Distributions:
         """See `Levels`."""
         feature, embedding = self.descend(tokens, above)
+        if self.network.heads.experts is None:
+            self.weights = inherited(self.weights, above)
+            return self._weighted(embedding, self.weights)
         return self._weighted(embedding, self.network.probabilities(feature, embedding))
 
     def _weighted(self, parent: Tensor, weights: Tensor) -> Distributions:
