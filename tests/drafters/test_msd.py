@@ -173,7 +173,9 @@ def test_node_q_is_the_draft_probability(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("off", [(), ("router", "experts", "subtrees", "vision", "transfer", "dynamic"), ("transfer",)])
+@pytest.mark.parametrize(
+    "off", [(), ("router", "experts", "subtrees", "vision", "transfer", "dynamic"), ("transfer",), ("experts",)]
+)
 def test_output_is_the_targets(form: str, off: tuple[str, ...]) -> None:
     net = network(form, **dict.fromkeys(off, False))
     engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), MSD(net))
