@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from recipes.race.measuring import bench_runs, ship_runs
-from recipes.race.plan import ANSWERS, MINUTES, TIME
+from recipes.race.plan import ANSWERS, MINUTES, ROOTS, TIME
 from recipes.race.tables import tell_runs
 from recipes.race.training import measure_steps, train_runs
 
@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/race/runs"))
     parser.add_argument("--target", default="reference")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of one core, for each run")
-    parser.add_argument(
-        "--roots", type=int, default=24, help="of `measure`: positions per answer that drafts start from"
-    )
+    parser.add_argument("--roots", type=int, default=ROOTS, help="of `measure`: positions that drafts start from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=(), help="names of runs, in the order in which to train them")
     parser.add_argument("--state", choices=(TIME, ANSWERS), default=TIME, help="which drafters `bench` measures")

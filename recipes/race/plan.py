@@ -3,9 +3,9 @@
 All runs get the same minutes of one core. A run's number of steps is these minutes divided by the seconds of one of its
 steps, which were measured on an idle machine (`step_times.json`); so what else the machine does while a run trains
 changes nothing. A step trains on the same number of answers in every run, and drafts from the same number of positions
-in each (roots). The run with the slowest steps sees the
-fewest answers; each other run also saves its drafter when it has seen as many. That drafter is in the middle of its
-schedule: its learning rate has not decayed, as that of the slowest run has.
+in each (roots). The run with the slowest steps sees the fewest answers; each other run also saves its drafter when it
+has seen as many. That drafter is in the middle of its schedule: its learning rate has not decayed, as that of the
+slowest run has.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ REMEDY = "measure it again with `python -m recipes.race measure`"
 TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that are compared
 SEEDS = 3
 MINUTES = 30.0
+ROOTS = 24  # positions per answer that drafts start from
 EVALUATIONS = 4  # on held-out answers, in a run
 ON_TEXT = "eagle2 on text"
 METHODS: dict[str, DraftTraining] = {  # those with several seeds first

@@ -84,8 +84,11 @@ class Decoding:
     @property
     def metadata(self) -> dict[str, float | None]:
         """What records of such answers state; greedy ones state neither."""
-        stated = (self.temperature, self.seed) if self.sampled else (None, None)
-        return dict(zip(("temperature", "seed"), stated, strict=True))
+        return (
+            {"temperature": self.temperature, "seed": self.seed}
+            if self.sampled
+            else {"temperature": None, "seed": None}
+        )
 
 
 Metadata = Mapping[str, str | float | None]  # fields of all records of a file; None: they do not have it

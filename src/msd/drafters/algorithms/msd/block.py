@@ -73,6 +73,7 @@ class BlockLevels:
         terms = torch.cat([heads.from_state(parts), confidence], -1)
         self.logits = heads.head(parts).unbind(1)  # of each level [B, P, Vd]
         self.terms = terms[:, :, None].unbind(1)  # of each level [B, 1, P, R + 1]
+        self.weights = torch.empty(0)  # modality weights [B, F, M] of the frontier
         self.routes: tuple[Tensor, ...] = ()  # of each level but the first, what its features add to the router
         if network.routes_below:
             self.routes = network.router.add(network.feature_state(states), 0)[:, :, None].unbind(1)
@@ -88,14 +89,16 @@ class BlockLevels:
         self.depth += 1
         network = self.network
         read = from_word(network, network.embed(tokens)) if network.words is None else network.words(tokens)
-        if not network.routes_below:
+        if network.heads.experts is None:
+            self.weights = inherited(self.weights, above)
+        elif network.router is None:
             M = len(network.config.modalities)
-            uniform = network.heads.experts is not None  # experts without a router, as in training
-            self.weights = read.new_full((*tokens.shape, M), 1.0 / M) if uniform else inherited(self.weights, above)
-            return self._distributions(read, self.weights)
-        route = self.routes[self.depth - 1]
-        read, added = read.split((read.shape[-1] - route.shape[-1], route.shape[-1]), -1)
-        return self._distributions(read, network.router.finish(added + route).softmax(-1))
+            self.weights = read.new_full((*tokens.shape, M), 1.0 / M)
+        else:
+            route = self.routes[self.depth - 1]
+            read, added = read.split((read.shape[-1] - route.shape[-1], route.shape[-1]), -1)
+            self.weights = network.router.finish(added + route).softmax(-1)
+        return self._distributions(read, self.weights)
 
     def _distributions(self, read: Tensor, weights: Tensor) -> Distributions:
         """Mixes the parts under modality weights [B, F, M] (sum 1); read: [B, F, P * (R + 1)], see `from_parent`."""

@@ -433,8 +433,9 @@ class ArLevels(SelfFedLevels):
         feature, embedding = self.descend(tokens, above)
         if self.network.heads.experts is None:
             self.weights = inherited(self.weights, above)
-            return self._weighted(embedding, self.weights)
-        return self._weighted(embedding, self.network.probabilities(feature, embedding))
+        else:
+            self.weights = self.network.probabilities(feature, embedding)
+        return self._weighted(embedding, self.weights)
 
     def _weighted(self, parent: Tensor, weights: Tensor) -> Distributions:
         heads = self.network.heads

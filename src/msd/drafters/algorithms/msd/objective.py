@@ -117,10 +117,8 @@ class DraftObjective(Objective):
         )
         weight = (c.decay ** torch.arange(self.depth, device=kind.device) * valid)[..., None]
         own = (kind * weight).sum((0, 1, 2))  # [M]
-        terms, present = (
-            processes.ratio((each[..., None] * kind * weight).sum((0, 1, 2)), own),
-            processes.summed(own) > 0,
-        )
+        terms = processes.ratio((each[..., None] * kind * weight).sum((0, 1, 2)), own)
+        present = processes.summed(own) > 0
         loss = self.weights(terms, present)
         router_loss = processes.mean(-(route * kind).sum(-1), valid, 1)
         unsure = F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none")
