@@ -53,7 +53,7 @@ def test_step_times_of_all_methods_are_needed(tmp_path: Path) -> None:
 def test_both_tables_have_time_and_answers_in_every_row(tmp_path: Path) -> None:
     record = {"steps": 10, "answers": 6560, "minutes": 19.6, "held_out": {"acceptance": 0.5}}
     document = {
-        "step_times": {"cpu": "X", "threads": 1, "precision": "bf16"},
+        "step_times": {"cpu": "X", "threads": 1, "precision": "bf16", "roots": 24},
         TIME: {"msd seed 0": record | {"answers": 10040, "minutes": 30.0}},
         ANSWERS: {"msd seed 0": record},
     }
