@@ -1,41 +1,46 @@
-"""Trains the shipped drafter further, with the target's outputs on disk: `python -m recipes.msd.long --steps 2600`.
+"""Trains a drafter until its curves rest: `python -m recipes.msd.long`, or `--method eagle3` for the best rival.
 
-The first visit to a batch runs the target and stores its outputs, for this run, a resumed one and the race. An
-interrupted run resumes when the command is run again.
+The settings are those of the race, with more steps and more texts. An interrupted run resumes when the command is run
+again; with another `--steps`, an unfinished run decays from its current rate to the new end.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from msd.drafters.algorithms.msd import SHIPPED
-from msd.train.drafting import DraftTraining, train
+from msd.train.drafting import train
 from recipes.msd.rows import training_inputs
 from recipes.race.outputs import begun
+from recipes.race.plan import METHODS
 
-START = Path("src/msd/weights") / SHIPPED
-RATE = 2e-4  # a third of the rate from which the drafter came: at 6e-4, 500 steps cost 0.07 of its acceptance
-TEXT = 0.25  # of the steps: the share of texts among the answers
+TEXT = 0.15  # of the steps: the share of texts among the answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--start", type=Path, default=START)
+    parser.add_argument("--method", choices=list(METHODS), default=SHIPPED)
+    parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=120)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
     parser.add_argument("--target", default="reference")
-    parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"))
-    parser.add_argument("--out", type=Path, default=Path("runs/msd/longer"))
+    parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"), help="of the target; see the race")
+    parser.add_argument("--out", type=Path, help="by default runs/msd/long-METHOD")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     model, processor, answers, held_out, thresholds = training_inputs(args)
     cache = begun(model, answers, thresholds, args.outputs)
-    settings = DraftTraining(start=str(args.start), steps=args.steps, lr=RATE, text_share=TEXT)
+    settings = replace(METHODS[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000)
+    out = args.out or Path("runs/msd") / f"long-{args.method}"
     try:
-        finished = train(model, processor, answers, held_out, thresholds, args.out, settings, cache=cache)
+        finished = train(model, processor, answers, held_out, thresholds, out, settings, cache=cache)
     finally:
         cache.save()
     print("finished" if finished else "stopped; run again to resume")

@@ -74,22 +74,23 @@ class Row:
 
 def rows(seeds: Sequence[int], events: bool = False) -> dict[str, Row]:
     """Returns name -> row, the most important first. events: the rows for answers with event recordings."""
-    block = DraftTraining()
+    own = DraftTraining()
     if events:
         return {
-            WITH_EVENTS: Row(block),
-            "msd without events": Row(replace(block, events=False)),
-            "standard": Row(replace(block, events=False, off=SWITCHES)),
-            TEXT_ONLY: _text_only(block),
+            WITH_EVENTS: Row(own),
+            "msd without events": Row(replace(own, events=False)),
+            "standard": Row(replace(own, events=False, parts=())),
+            TEXT_ONLY: _text_only(own),
         }
+    block = replace(own, form="block", parts=SWITCHES)
     found = {}
     for seed in seeds:
         shared = (("one subtree", ("subtrees",)), ("all subtrees always", ("dynamic",))) if seed == seeds[0] else ()
         found[f"msd:block seed {seed}"] = Row(replace(block, seed=seed), shared)
-        found[f"standard seed {seed}"] = Row(replace(block, seed=seed, off=SWITCHES))
+        found[f"standard seed {seed}"] = Row(replace(block, seed=seed, parts=()))
     found["msd:ar"] = Row(replace(block, form="ar"))
     for name in ("router", "vision", "transfer"):
-        found[f"no {name}"] = Row(replace(block, off=(name,)))
+        found[f"no {name}"] = Row(replace(block, parts=tuple(part for part in SWITCHES if part != name)))
     found["text-only stage"] = Row(replace(block, text_only=True))
     found["fixed λ"] = Row(replace(block, loss=LossConfig(weighting="fixed")))
     for method in PUBLISHED:

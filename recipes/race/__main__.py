@@ -35,7 +35,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of one core, for each run")
     parser.add_argument("--roots", type=int, default=ROOTS, help="of `measure`: positions that drafts start from")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=(), help="names of runs, in the order in which to train them")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=(),
+        help="names of runs, in the order in which to train them; of methods to `measure`",
+    )
     parser.add_argument("--state", choices=(TIME, ANSWERS), default=TIME, help="which drafters `bench` measures")
     parser.add_argument("--prompts", type=Path, default=Path("runs/race/val.jsonl"), help="written if it is missing")
     parser.add_argument("--limit", type=int, help="of the prompts")

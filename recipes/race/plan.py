@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES
+from msd.drafters.algorithms.msd import CONTROL, SHIPPED
 from msd.errors import UserError
 from msd.system.files import read_json
 from msd.train.drafting import DraftTraining, step_folder
@@ -26,12 +26,12 @@ REMEDY = "measure it again with `python -m recipes.race measure`"
 TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that are compared
 SEEDS = 3
 MINUTES = 30.0
-ROOTS = 24  # positions per answer that drafts start from
+ROOTS = DraftTraining().anchors  # positions per answer that drafts start from
 EVALUATIONS = 4  # on held-out answers, in a run
 ON_TEXT = "eagle2 on text"
 METHODS: dict[str, DraftTraining] = {  # those with several seeds first
     SHIPPED: DraftTraining(),
-    CONTROL: DraftTraining(off=SWITCHES),
+    CONTROL: DraftTraining(parts=()),
     "eagle3": DraftTraining(method="eagle3"),
     "eagle2": DraftTraining(method="eagle2"),
     "vispec": DraftTraining(method="vispec"),

@@ -54,9 +54,10 @@ def markdown(document: dict[str, Any], benchmarks: dict[str, Path]) -> str:
     times = document["step_times"]
     lines = [
         "Written by `python -m recipes.race tell`. Minutes are those of one core: steps times the seconds of a step on "
-        f"an idle machine ({times['cpu']}, {times['threads']} thread, {times['precision']}). Answers are those seen in "
-        f"training; an answer seen twice counts twice; each step drafts from {times['roots']} positions of each. In the second table each drafter is a copy from within the run "
-        "of the first: its learning rate has not decayed to the end of the schedule, except where the run ends there.",
+        f"an idle machine ({times['cpu']}, {times['threads']} thread, {times['precision']}), each with drafts from "
+        f"{times['roots']} positions of an answer. Answers are those seen in training; an answer seen twice counts "
+        "twice. In the second table each drafter is a copy from within the run of the first: its learning rate has not "
+        "decayed to the end of the schedule, except where the run ends there.",
     ]
     for state, title in TITLES.items():
         speeds = _speeds(benchmarks[state])

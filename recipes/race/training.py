@@ -24,6 +24,7 @@ from recipes.race.plan import METHODS, REMEDY, STEP_TIMES, TIME, drafter_folder,
 
 PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 ROUNDS = 4  # of measuring step times
+ANCHOR = "eagle3"  # the method whose stored step time new ones are relative to
 
 
 def train_runs(args: argparse.Namespace) -> None:
@@ -53,21 +54,35 @@ def train_runs(args: argparse.Namespace) -> None:
 def measure_steps(args: argparse.Namespace) -> None:
     """Measures the seconds of a step of each method, and replaces `step_times.json`. The machine must be idle.
 
-    All methods take turns, `ROUNDS` times, because the speed of a machine drifts; the figure is the median.
+    All methods take turns, `ROUNDS` times, because the speed of a machine drifts; the figure is the median. With
+    `--only`, those methods take turns with `ANCHOR`, and get its stored seconds times what they took in its steps; so
+    the lengths of the other runs stay as they are.
     """
+    for name in args.only:
+        if name not in METHODS:
+            raise UserError(f"--only '{name}' is no method of the race; choose from {', '.join(METHODS)}")
+    methods = {name: METHODS[name] for name in METHODS if not args.only or name in (*args.only, ANCHOR)}
+    before = step_times() if args.only else {"seconds": {}, "range": {}}
+    if args.only and (before["roots"], before["precision"]) != (args.roots, PRECISION):
+        raise UserError(
+            f"the stored step times have {before['roots']} roots in {before['precision']}; leave out --only"
+        )
     run = _trainer(argparse.Namespace(**{**vars(args), "held_out_limit": 4}))  # held-out answers are not timed
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    times: dict[str, list[float]] = {method: [] for method in methods}
     for number in range(ROUNDS):
-        for method, settings in METHODS.items():
+        for method, settings in methods.items():
             times[method] += speed(run, args.out / "probe", replace(settings, anchors=args.roots, precision=PRECISION))
             print(f"round {number + 1} of {ROUNDS}: {method} {times[method]}", flush=True)
+    if args.only:
+        factor = before["seconds"][ANCHOR] / statistics.median(times.pop(ANCHOR))
+        times = {method: [factor * seconds for seconds in values] for method, values in times.items()}
     document = {
         "cpu": machine.processor(),
         "threads": args.threads,
         "precision": PRECISION,
         "roots": args.roots,
-        "seconds": {method: round(statistics.median(values), 4) for method, values in times.items()},
-        "range": {method: [round(min(values), 4), round(max(values), 4)] for method, values in times.items()},
+        "seconds": before["seconds"] | {name: round(statistics.median(values), 4) for name, values in times.items()},
+        "range": before["range"] | {name: [round(min(v), 4), round(max(v), 4)] for name, v in times.items()},
     }
     write_whole(STEP_TIMES, json.dumps(document, indent=1) + "\n")
     print(json.dumps(document, indent=1))

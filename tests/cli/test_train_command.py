@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_starts_from_a_drafter(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
-    train(capsys, place, tmp_path / "first", "--off", "vision", *FLOAT32)
+    train(capsys, place, tmp_path / "first", "--parts", "router,subtrees", *FLOAT32)
     first = tmp_path / "first" / "drafter"
     train(capsys, place, tmp_path / "more", "--start", first, "--lr", 0, *FLOAT32)
     one, two = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "more" / "drafter"))
@@ -43,7 +43,7 @@ def test_a_run_starts_from_a_drafter(capsys: pytest.CaptureFixture[str], place: 
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
     code, _, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
-        "--out", tmp_path / "no", "--start", first, "--form", "ar",
+        "--out", tmp_path / "no", "--start", first, "--form", "block",
     )  # fmt: skip
     assert code == 2 and "fixes the method, form" in err
 
@@ -133,7 +133,8 @@ def test_tensorboard_gets_the_log(capsys: pytest.CaptureFixture[str], place: Pat
     ("options", "message"),
     [
         (["--form", "tree"], "form 'tree' is unknown; choose one of ar, block"),
-        (["--off", "router,hands"], "--off 'hands' is no part of the drafter"),
+        (["--parts", "router,hands"], "--parts 'hands' is no part of the drafter"),
+        (["--parts", ""], "--parts '' is no part of the drafter"),
         (["--weighting", "wild"], "loss weighting 'wild' is unknown"),
         (["--cuts", "none.json"], "no label thresholds at 'none.json'"),
         (["--captured", "none.jsonl"], "cannot read data 'none.jsonl'"),

@@ -117,7 +117,7 @@ def test_weights_in_the_repository_are_methods_for_the_reference_model(
     ("options", "message"),
     [
         (["--method", "eagle9"], "method 'eagle9' cannot be trained; choose msd or one of"),
-        (["--method", "eagle2", "--off", "router"], "method 'eagle2' is trained as published"),
+        (["--method", "eagle2", "--parts", "router"], "method 'eagle2' is trained as published"),
         (["--method", "eagle2", "--weighting", "fixed"], "method 'eagle2' is trained as published"),
         (["--method", "eagle2", "--calibrate", "2"], "--calibrate is for msd's router"),
     ],

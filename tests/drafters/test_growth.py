@@ -293,17 +293,18 @@ def counted(
 
 
 # operators of (a whole draft, one level), views included, a tenth more than measured. A level without layers has top-k
-# and the next frontier, 29 operators; one with a layer 45 more; three subtrees, the router and experts 40 more. The ar
-# form without experts is "msd:lean".
+# and the next frontier, 29 operators; one with a layer 45 more; three subtrees, the router and experts 40 more.
+# "msd:ar" and "msd:block" have all parts, "msd" those that it has by default.
 LIMITS = {
-    "msd": (590, 57), "msd:ar": (760, 110), "msd:lean": (685, 97), "eagle3": (780, 83), "eagle2": (570, 79),
+    "msd": (685, 97), "msd:ar": (760, 110), "msd:block": (590, 57), "eagle3": (780, 83), "eagle2": (570, 79),
     "vispec": (425, 83), "dflash": (470, 34), "dspark": (520, 46),
 }  # fmt: skip
 
 
 def trained(name: str) -> TrainedDrafter:
     if name.startswith("msd"):
-        return MSD(network("block" if name == "msd" else "ar", experts=name != "msd:lean"))
+        without = ("experts", "transfer", "vision") if name == "msd" else ()
+        return MSD(network("block" if name == "msd:block" else "ar", **dict.fromkeys(without, False)))
     return TrainedDrafter(rivals.network(MODEL, name))
 
 

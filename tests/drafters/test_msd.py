@@ -19,7 +19,7 @@ from msd.core.foresight import Outlook
 from msd.core.layout import Layout
 from msd.core.tree import DraftTree
 from msd.drafters import registry
-from msd.drafters.algorithms.msd import MSD, MSDConfig, MSDNetwork, Shape
+from msd.drafters.algorithms.msd import MSD, SWITCHES, MSDConfig, MSDNetwork, Shape
 from msd.drafters.algorithms.msd.drafter import choose_subtrees
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import Memory
@@ -37,7 +37,11 @@ MODEL = tiny.llava()
 
 
 def network(form: str = "block", seed: int = 0, **changes: Any) -> MSDNetwork:
-    """A network with random weights everywhere, zero-initialised ones included, and peaked distributions."""
+    """A network with random weights everywhere, zero-initialised ones included, and peaked distributions.
+
+    It has all parts unless `changes` leave some out.
+    """
+    changes = dict.fromkeys(SWITCHES, True) | changes
     config = MSDConfig.for_target(MODEL.config.text_config, 60, form=form, rank=4, parent_rank=8, **changes)
     torch.manual_seed(seed)
     net = MSDNetwork(config)

@@ -70,13 +70,16 @@ class Network:
 
     method: Annotated[str, typer.Option("--method", help="'msd', or a published method.")] = "msd"
     form: Annotated[
-        str, typer.Option("--form", help="'block' (one pass for all levels) or 'ar' (one pass per level).")
-    ] = "block"
+        str, typer.Option("--form", help="'ar' (one pass per level) or 'block' (one pass for all levels).")
+    ] = "ar"
     layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default 2, for 'ar' 1.")
+        int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default 1, for 'block' 2.")
     ] = None
     draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096
-    off: Annotated[str, typer.Option("--off", help="Parts to leave out, separated by commas.")] = ""
+    parts: Annotated[
+        str | None,
+        typer.Option("--parts", help="Parts of msd, separated by commas, 'all' or 'none'; by default those that pay."),
+    ] = None
     start: Annotated[
         Path | None,
         typer.Option(
@@ -204,15 +207,25 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
             native = registry.is_native(start) and not Path(start).exists()
             network = replace(network, method=start if native else formats.method_of(start))
         kind = registry.startable(network.method)
-    off = tuple(name.strip() for name in network.off.split(",") if name.strip())
-    unknown = sorted(set(off) - set(kind.parts))
-    if unknown and kind.parts:
-        raise UserError(f"--off '{unknown[0]}' is no part of the drafter; known: {', '.join(kind.parts)}")
+    parts = None if network.parts is None else _parts(network.parts, kind.parts)
     if calibrate and not kind.routes:
         raise UserError(f"--calibrate is for msd's router; method '{network.method}' has none")
     options = asdict(network) | asdict(training)
     loss = LossConfig(weighting=options.pop("weighting"))
-    return DraftTraining(**(options | {"start": start, "off": off, "loss": loss}))
+    return DraftTraining(**(options | {"start": start, "parts": parts, "loss": loss}))
+
+
+def _parts(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the parts that --parts names; UserError for an unknown one."""
+    if text in ("all", "none"):
+        return known if text == "all" else ()
+    parts = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = sorted(set(parts) - set(known))
+    if known and (unknown or not parts):
+        raise UserError(
+            f"--parts '{(unknown or [text])[0]}' is no part of the drafter; known: {', '.join(known)}, all, none"
+        )
+    return parts
 
 
 def _calibration(folder: Path, model: Any, processor: Any, held_out: list[Captured], count: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from msd.train.teacher_batches import PublishedStages, Stages, TeacherBatches, T
 REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
 UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
-START_SETTINGS = ("form", "layers", "off")  # fixed by a start drafter, as its method is
+START_SETTINGS = ("form", "layers", "parts")  # fixed by a start drafter, as its method is
 EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
 
 
@@ -57,29 +57,30 @@ EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal toke
 class DraftTraining:
     """Settings of a training run.
 
-    form: of an `msd` network, "block" or "ar". layers: decoder layers of the trunk, by default the method's own number.
-    batch: answers per step. anchors: maximum number of positions per answer and step that drafts start from. off: parts
-    of the network to leave out, from its `parts`. text_only: stage 1 alone. precision: of matrix products in training,
-    "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster); held-out figures
-    always use that of the weights. remember: gigabytes for cached target outputs; it changes no result. method: a name
-    in the registry; all but "msd" have the published form, parts, loss and stages. start: folder or hub id of a head of
-    this method to start from, ours or published, which keeps its form and vocabulary and begins in stage 2; the name of
-    a method instead of a folder, such as "mtp", starts from what the target's checkpoint brings for it. events:
-    give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is also saved to
-    `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not decayed to its end
-    there. engine: the one that is to serve the drafter, "vllm" or "sglang": image positions have what it gives there.
-    text_share: of the steps of stage 2, that trains on text-only answers in the end; by default the method's.
+    form: of an `msd` network, "ar" or "block". layers: decoder layers of the trunk, by default the method's own number.
+    batch: answers per step. anchors: maximum number of positions per answer and step that drafts start from. parts: of
+    the network, from its `parts`; by default the method's own. text_only: stage 1 alone. precision: of matrix products
+    in training, "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster);
+    held-out figures always use that of the weights. remember: gigabytes for cached target outputs; it changes no
+    result. method: a name in the registry; all but "msd" have the published form, parts, loss and stages. start: folder
+    or hub id of a head of this method to start from, ours or published, which keeps its form and vocabulary and begins
+    in stage 2; the name of a method instead of a folder, such as "mtp", starts from what the target's checkpoint brings
+    for it. events: give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is
+    also saved to `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not
+    decayed to its end there. engine: the one that is to serve the drafter, "vllm" or "sglang": image positions have
+    what it gives there. text_share: of the steps of stage 2, that trains on text-only answers in the end; by default
+    the method's.
     """
 
-    form: str = "block"
+    form: str = "ar"
     layers: int | None = None
     steps: int = 4000
     batch: int = 4
-    anchors: int = 48
+    anchors: int = 24
     lr: float = 1e-3
     draft_vocabulary: int = 4096
     seed: int = 0
-    off: tuple[str, ...] = ()
+    parts: tuple[str, ...] | None = None
     text_only: bool = False
     precision: str = "measure"
     remember: float = 1.2
@@ -98,11 +99,10 @@ class DraftTraining:
         if self.start is not None and changed:
             raise UserError("a start drafter fixes the method, form, layers and parts; leave these settings out")
         kind = registry.trainable(self.method) if self.start is None else registry.startable(self.method)
-        unsupported = ("form" in changed and not kind.forms) or ("off" in changed and not kind.parts)
+        unsupported = ("form" in changed and not kind.forms) or ("parts" in changed and not kind.parts)
         if unsupported or (self.loss.weighting != "learned" and not kind.parts):
             raise UserError(
-                f"form, weighting and parts to leave out are settings of msd; method '{self.method}' is trained as "
-                "published"
+                f"form, weighting and parts are settings of msd; method '{self.method}' is trained as published"
             )
         if self.engine is not None:
             formats.engine_named(self.engine).check_method(self.method)

@@ -12,7 +12,7 @@ from msd.drafters.toolkit.growth import Shape
 from msd.errors import UserError
 
 FORMS = ("ar", "block")
-SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")  # parts that can be left out
+SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")  # parts that a network may have
 OTHER = Shape(4, 6)
 SHAPES = {"language": Shape(3, 6), "vision": Shape(5, 6), "video_reasoning": Shape(5, 6)}
 
@@ -31,15 +31,16 @@ class MSDConfig(checkpoint.DrafterConfig):
     block form's parent term. image_tokens: compressed tokens per image. auxiliary: groups of auxiliary tokens, (tokens
     of the group, tokens kept of it) each; see `AuxiliaryAdaptor`. shapes, shared: the subtree shape of each modality,
     and that of the single tree without `subtrees`. active_from: router probability from which a modality has a subtree.
-    Each of the `SWITCHES` removes one part, for controls and ablations; with all of them off the drafter is the
-    `standard` control.
+    Each of the `SWITCHES` says whether the network has that part; without any the drafter is the `standard` control.
+    Experts, transfer and the compressed image path (`vision`) slow training and drafts down more than they gain
+    (docs/drafter.md), so they are off by default.
     """
 
     owner: ClassVar[str] = "an MSD drafter"
     json_keys: ClassVar[dict[str, str]] = {"auxiliary": "beside"}
-    form: str = "block"
-    layers: int = 2
-    depth: int = 6
+    form: str = "ar"
+    layers: int = 1
+    depth: int = 5
     rank: int = 32
     parent_rank: int = 64
     image_tokens: int = 4
@@ -49,10 +50,10 @@ class MSDConfig(checkpoint.DrafterConfig):
     shared: Shape = OTHER
     active_from: float = 0.15
     router: bool = True
-    experts: bool = True
+    experts: bool = False
     subtrees: bool = True
-    vision: bool = True
-    transfer: bool = True
+    vision: bool = False
+    transfer: bool = False
     dynamic: bool = True
 
     def __post_init__(self) -> None:
@@ -74,8 +75,8 @@ class MSDConfig(checkpoint.DrafterConfig):
             "draft_vocabulary": draft_vocabulary,
             "taps": tuple(sorted({min(2, layers), layers // 2, layers})),
         }
-        if changes.get("form") == "ar":
-            own |= {"layers": 1, "depth": 5}
+        if changes.get("form") == "block":
+            own |= {"layers": 2, "depth": 6}
         return cls(**(own | changes))
 
     def within(self, shape: Shape, width: int | None = None) -> Shape:

@@ -229,7 +229,9 @@ class MSDNetwork(SelfFed):
     @classmethod
     def trained_as(cls, settings: Any, auxiliary: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
         """See `DraftNetwork`; with event recordings its modalities are those of events."""
-        changes: dict[str, Any] = dict.fromkeys(settings.off, False) | {"form": settings.form}
+        changes: dict[str, Any] = {"form": settings.form}
+        if settings.parts is not None:
+            changes |= {part: part in settings.parts for part in SWITCHES}
         if auxiliary is not None:
             names = tuple(m.name for m in EVENT_MODALITIES)
             changes |= {"modalities": names, "shapes": shapes_of(names), "auxiliary": auxiliary}
