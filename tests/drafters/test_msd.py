@@ -24,6 +24,7 @@ from msd.drafters.algorithms.msd.drafter import choose_subtrees
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import Memory
 from msd.drafters.toolkit.growth import grow
+from msd.drafters.toolkit.layers import Seen
 from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.selection import budgets
 from msd.errors import UserError
@@ -177,9 +178,7 @@ def test_node_q_is_the_draft_probability(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "off", [(), ("router", "experts", "subtrees", "vision", "transfer", "dynamic"), ("transfer",), ("experts",)]
-)
+@pytest.mark.parametrize("off", [(), SWITCHES, ("transfer",), ("experts",), ("readout",)])
 def test_output_is_the_targets(form: str, off: tuple[str, ...]) -> None:
     net = network(form, **dict.fromkeys(off, False))
     engine = SpeculativeVLM(MODEL, None, SpeculativeConfig(nodes=9, depth=5), MSD(net))
@@ -242,6 +241,30 @@ def test_without_experts_nodes_have_the_modality_of_their_first_token(form: str)
     for row, name in enumerate(("vision", "fusion")):
         nodes = drafted.valid[row] & (drafted.parents[row] >= 0)
         assert set(drafted.modality[row][nodes].tolist()) == {modality.get(name).id}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_read_out_reads_the_image_tokens_of_its_row(form: str) -> None:
+    """Rows without an image, and a closed gate, leave the draft as it is without a read-out."""
+    net = network(form, vision=False)
+    decoding_memory, layout = memory(net)  # the second of three rows has an image
+    anchors = decoding_memory.anchors()
+    seen = anchors.seen
+    assert seen is not None and seen.mask.sum(1).tolist() == [1, 1 + int((layout.modality[1] != 0).sum()), 1]
+    weights = torch.full((3, 1, 3), 1 / 3)
+
+    def root(keys: Seen | None) -> torch.Tensor:
+        with torch.inference_mode():
+            return net.levels(replace(anchors, seen=keys), layout.newest()).root(weights).logits[:, 0]
+
+    with_image, without = root(seen), root(None)
+    other = root(replace(seen, values=seen.values.roll(1, -1)))
+    changed = [not torch.allclose(a, b, atol=1e-5) for a, b in zip(with_image, without, strict=True)]
+    assert changed == [False, True, False] and not torch.allclose(with_image[1], other[1], atol=1e-5)
+    assert torch.allclose(root(seen.of([0, 1]).joined(seen.of([2]))), with_image, atol=1e-6)
+    with torch.no_grad():
+        net.readout.gate.zero_()
+    assert torch.allclose(root(seen), without)
 
 
 def test_a_foreign_target_is_refused() -> None:

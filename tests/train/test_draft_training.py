@@ -13,7 +13,7 @@ import tiny
 from msd.config import SpeculativeConfig
 from msd.core.modality import FUSION, LANGUAGE, VISION
 from msd.drafters import registry
-from msd.drafters.algorithms.msd import MSD, DraftObjective, MSDConfig, MSDNetwork
+from msd.drafters.algorithms.msd import MSD, SWITCHES, DraftObjective, MSDConfig, MSDNetwork
 from msd.errors import UserError
 from msd.model import SpeculativeVLM
 from msd.targets import Target, adapt
@@ -23,6 +23,7 @@ from msd.train.losses.msd import LossConfig, TaskWeights
 from msd.train.teacher_batches import TeacherCache
 
 FORMS = ["block", "ar"]
+EVERY = dict.fromkeys(SWITCHES, True)
 LENGTH = 24
 
 
@@ -102,13 +103,14 @@ def test_learns_and_counts_as_decoding_does(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_training_states_are_decodings_states(form: str) -> None:
+@pytest.mark.parametrize("parts", [{}, EVERY], ids=["default", "every"])
+def test_training_states_are_decodings_states(form: str, parts: dict[str, bool]) -> None:
     """The draft laws of a root are the same from a whole batch as from a prompt in decoding."""
     from msd.core.layout import Layout
     from msd.drafters.toolkit.drafter import Memory
 
     model = tiny.llava()
-    made = network(model, form).eval()
+    made = network(model, form, **parts).eval()
     with torch.no_grad():
         for p in made.parameters():
             if not p.any():
@@ -120,6 +122,7 @@ def test_training_states_are_decodings_states(form: str) -> None:
     weights = torch.rand(4, 1, objective.depth, 3)
     weights = weights / weights.sum(-1, keepdim=True)
     routes = objective.routes(batch, drafts, states)
+    states = made.looked(states, drafts.anchors.seen)
     logits, sure = objective.logits(batch, drafts, states, torch.cat([weights[:, :, :1], routes[:, :, 1:].exp()], 2))
     L = batch.prompt + at
     whole = batch.layout
@@ -204,7 +207,7 @@ def test_task_weights_follow_the_losses_within_bounds() -> None:
 def test_every_part_gets_a_gradient() -> None:
     model = tiny.llava()
     for form in FORMS:
-        made = network(model, form)
+        made = network(model, form, **EVERY)
         _, _, batch, labels = teacher_batch(model, made)
         _, objective = overfit(made, batch, labels, steps=2)  # what starts at zero moves first
         loss, _ = objective(batch, labels, torch.arange(LENGTH - 1).expand(4, -1))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from msd.core.layout import Layout
 from msd.core.modality import LANGUAGE
-from msd.drafters.toolkit.layers import KeyValues
+from msd.drafters.toolkit.layers import KeyValues, Seen
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Anchors:
 
     x, feature: [B, A, H]. embedding: [B, A, H], of the token after the anchor (the root). positions: [B, A], rotary.
     visible: [B, A, S] bool, the entries that an anchor sees; None in decoding where all rows see all entries.
-    image: [B, A or 1, H], see `Selection`. context: keys and values [B, S, K, D] of each layer.
+    image: [B, A or 1, H], see `Selection`. context: keys and values [B, S, K, D] of each layer. seen: see `Selection`.
     """
 
     x: Tensor
@@ -35,12 +35,14 @@ class Anchors:
     visible: Tensor | None
     image: Tensor
     context: list[KeyValues]
+    seen: Seen | None = None
 
     def of(self, rows: list[int], used: int | None = None) -> Anchors:
         """Selects rows, with the first `used` context entries, by default all; each row must see all of them."""
         context = [KeyValues(k.keys[rows, :used], k.values[rows, :used]) for k in self.context]
         x, feature, embedding, positions = (t[rows] for t in (self.x, self.feature, self.embedding, self.positions))
-        return Anchors(x, feature, embedding, positions, None, self.image[rows], context)
+        seen = None if self.seen is None else self.seen.of(rows)
+        return Anchors(x, feature, embedding, positions, None, self.image[rows], context, seen)
 
     def joined(self, *others: Anchors) -> Anchors:
         """The rows of all, in this order, with buffers as long as the longest ones; their `visible` is None."""
@@ -51,7 +53,9 @@ class Anchors:
         width = max(part.image.shape[-1] for part in parts)
         image = torch.cat([part.image.expand(-1, -1, width) for part in parts])
         context = [first.joined(*rest) for first, *rest in zip(*(part.context for part in parts), strict=True)]
-        return Anchors(x, feature, embedding, positions, None, image, context)
+        first, *rest = (part.seen for part in parts if part.seen is not None) if self.seen else [None]
+        seen = None if first is None else first.joined(*rest)
+        return Anchors(x, feature, embedding, positions, None, image, context, seen)
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Selection:
     shift: [B, 1] int64, the position of an entry minus that of its column, at the end of the text.
     image: [B, S, H], a vector of the images before an entry; [B, 1, H or 1] where it is the same for all entries.
     fixed: [B, S] bool, the entries whose input is `given` [B, S, H] instead of the method's `entry`; None: no entry.
-    axes: [B, S, 3], as in `Columns`.
+    axes: [B, S, 3], as in `Columns`. seen: what a read-out attends to; None without one.
     """
 
     taps: Tensor
@@ -94,6 +98,7 @@ class Selection:
     fixed: Tensor | None = None
     given: Tensor | None = None
     axes: Tensor | None = None
+    seen: Seen | None = None
 
     @property
     def places(self) -> Tensor:
@@ -117,7 +122,7 @@ class Entries:
         visible = (entry <= at[:, :, None]) & s.present[:, None]
         image = s.image if s.image.shape[1] == 1 else pick(s.image, at)
         x, feature, embedding = (pick(values, at) for values in (self.x, self.feature, s.embedding))
-        return Anchors(x, feature, embedding, s.positions.gather(1, at), visible, image, context)
+        return Anchors(x, feature, embedding, s.positions.gather(1, at), visible, image, context, s.seen)
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:

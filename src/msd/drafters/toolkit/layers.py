@@ -336,6 +336,61 @@ class VisionAdaptor(nn.Module):
         return out[:, :-1], out[:, -1]
 
 
+@dataclass
+class Seen:
+    """The keys and values [B, P, H] of the P image tokens of each row that a `ReadOut` attends to.
+
+    mask: [B, P] bool, False at padding. The first token of each row is a zero, for rows without an image.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+    def of(self, rows: list[int]) -> Seen:
+        """Selects rows."""
+        return Seen(self.keys[rows], self.values[rows], self.mask[rows])
+
+    def joined(self, *others: Seen) -> Seen:
+        """The rows of all, in this order; shorter ones are padded."""
+        parts = (self, *others)
+        longest = max(part.mask.shape[1] for part in parts)
+
+        def stacked(name: str) -> Tensor:
+            padded = []
+            for part in parts:
+                x: Tensor = getattr(part, name)
+                padded.append(F.pad(x, (*(0, 0) * (x.dim() - 2), 0, longest - x.shape[1])))
+            return torch.cat(padded)
+
+        return Seen(stacked("keys"), stacked("values"), stacked("mask"))
+
+
+class ReadOut(nn.Module):
+    """Attends once from draft states to the image's tokens, just before the output layer.
+
+    It is gated, and initially closed (Flamingo, arXiv 2204.14198, section 2.2).
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        H, self.heads = config.hidden, config.heads
+        self.norm = RMSNorm(H, config.eps)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(H, H, bias=False) for _ in range(4))
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def read(self, features: Tensor, mask: Tensor) -> Seen:
+        """features [B, P, H] of image tokens, mask [B, P] bool (False at padding) -> their keys and values."""
+        keys, values = (F.pad(proj(features), (0, 0, 1, 0)) for proj in (self.k_proj, self.v_proj))
+        return Seen(keys, values, F.pad(mask, (1, 0), value=True))
+
+    def forward(self, states: Tensor, seen: Seen) -> Tensor:
+        """states [B, ..., H] -> [B, ..., H]."""
+        queries = self.q_proj(self.norm(states)).flatten(1, -2)
+        out = cross_attention(queries, seen.keys, seen.values, self.heads, seen.mask[:, None, None])
+        return states + self.gate.tanh() * self.o_proj(out).view_as(states)
+
+
 class AuxiliaryAdaptor(nn.Module):
     """Compresses auxiliary tokens [B, E, H] to K tokens and one global vector per row.
 
@@ -372,7 +427,7 @@ class AuxiliaryAdaptor(nn.Module):
 
 
 def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor) -> Tensor:
-    """Attention [I, Q, H] of learned queries [Q, H] over keys and values [I, n, H].
+    """Attention [I, Q, H] of queries [I, Q, H], or [Q, H] for all, over keys and values [I, n, H].
 
     mask: bool, broadcast to [I, heads, Q, n]; False is not read.
     """

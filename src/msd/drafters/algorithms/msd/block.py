@@ -68,7 +68,7 @@ class BlockLevels:
         self.network, self.anchors, self.depth = network, anchors, 0
         heads = network.heads
         states = network.block(anchors)[:, 0]  # [B, D, H]
-        parts = heads.parts(states, anchors.image)  # [B, D, P, H]
+        parts = heads.parts(network.looked(states, anchors.seen), anchors.image)  # [B, D, P, H]
         confidence = F.linear(parts, heads.confidence.weight.chunk(2, 1)[0])
         terms = torch.cat([heads.from_state(parts), confidence], -1)
         self.logits = heads.head(parts).unbind(1)  # of each level [B, P, Vd]

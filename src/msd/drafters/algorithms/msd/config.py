@@ -12,7 +12,15 @@ from msd.drafters.toolkit.growth import Shape
 from msd.errors import UserError
 
 FORMS = ("ar", "block")
-SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic")  # parts that a network may have
+SWITCHES = (
+    "router",
+    "experts",
+    "subtrees",
+    "vision",
+    "transfer",
+    "dynamic",
+    "readout",
+)  # parts that a network may have
 OTHER = Shape(4, 6)
 SHAPES = {"language": Shape(3, 6), "vision": Shape(5, 6), "video_reasoning": Shape(5, 6)}
 
@@ -32,12 +40,13 @@ class MSDConfig(checkpoint.DrafterConfig):
     of the group, tokens kept of it) each; see `AuxiliaryAdaptor`. shapes, shared: the subtree shape of each modality,
     and that of the single tree without `subtrees`. active_from: router probability from which a modality has a subtree.
     Each of the `SWITCHES` says whether the network has that part; without any the drafter is the `standard` control.
-    Experts, transfer and the compressed image path (`vision`) slow training and drafts down more than they gain
-    (docs/drafter.md), so they are off by default.
+    Experts, transfer, the compressed image path (`vision`) and the `readout` of the image slow training and drafts down
+    more than they gain (docs/drafter.md), so they are off by default.
     """
 
     owner: ClassVar[str] = "an MSD drafter"
     json_keys: ClassVar[dict[str, str]] = {"auxiliary": "beside"}
+    omitted: ClassVar[tuple[str, ...]] = ("variant", "readout")
     form: str = "ar"
     layers: int = 1
     depth: int = 5
@@ -55,6 +64,7 @@ class MSDConfig(checkpoint.DrafterConfig):
     vision: bool = False
     transfer: bool = False
     dynamic: bool = True
+    readout: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:

@@ -43,7 +43,7 @@ from msd.drafters.toolkit.context import (
     select_columns,
 )
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, TapNorm, VisionAdaptor
+from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, ReadOut, Seen, TapNorm, VisionAdaptor
 from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels, inherited
 from msd.labels import EVENT_MODALITIES
 from msd.targets.taps import final_norm, output_layer, text_decoder
@@ -198,6 +198,7 @@ class MSDNetwork(SelfFed):
         self.ending = Probe(H, 1, c.eps)
         if c.vision:
             self.adaptor = VisionAdaptor(c, len(c.taps), c.image_tokens)
+        self.readout = ReadOut(c) if c.readout else None
         # the name of its tensors in checkpoints
         self.register_module("beside", AuxiliaryAdaptor(c, c.auxiliary) if c.auxiliary else None)
         self.image_fc = Linear(H, H, bias=False) if c.vision or c.auxiliary else None
@@ -347,6 +348,9 @@ class MSDNetwork(SelfFed):
     def read(self, layout: Layout, taps: Tensor, prompt: int | None = None, auxiliary: Tensor | None = None) -> Entries:
         """See `DraftNetwork`; kept auxiliary tokens precede the text, and their global vector joins the image's."""
         selection = self.select(layout, taps, taps.shape[1] if prompt is None else prompt)
+        if self.readout is not None:
+            order = left_aligned(visual := visual_columns(layout, taps.shape[1]))
+            selection.seen = self.readout.read(self.feature(pick(taps, order)), visual.gather(1, order))
         feature = self.feature(selection.taps)
         kept = None
         if auxiliary is not None and self.auxiliary_adaptor is not None:
@@ -364,7 +368,7 @@ class MSDNetwork(SelfFed):
         """
         c, L, dtype = self.config, taps.shape[1], self.fc.weight.dtype
         real, embedding = real_columns(layout, L), self.embed(layout.tokens[:, 1 : L + 1])
-        visual = (layout.modality[:, :L] != LANGUAGE.id) & real
+        visual = visual_columns(layout, L)
         columns = Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
         vector = taps.new_zeros(len(taps), 1, c.hidden, dtype=dtype)
         images = Images.of(visual, taps) if c.vision else None
@@ -380,6 +384,10 @@ class MSDNetwork(SelfFed):
         after = (visual.cumsum(1) > 0).gather(1, order)[..., None]  # the first image
         selection.image = vector * after.to(dtype)
         return selection
+
+    def looked(self, states: Tensor, seen: Seen | None) -> Tensor:
+        """Adds what the image says to draft states [B, ..., H], if the network has a read-out."""
+        return states if self.readout is None or seen is None else self.readout(states, seen)
 
     def block(self, anchors: Anchors) -> Tensor:
         """Computes the states of all depths in one pass: [B, A, D, H]; state d-1 drafts the d-th token."""
@@ -399,6 +407,11 @@ class MSDNetwork(SelfFed):
         if self.config.form == "block":
             return self.block(anchors)[:, :, :depth]
         return super().draft_states(anchors, batch, roots, depth)
+
+
+def visual_columns(layout: Layout, count: int) -> Tensor:
+    """Returns [B, count] bool: which of the first columns belong to an image or another medium."""
+    return (layout.modality[:, :count] != LANGUAGE.id) & real_columns(layout, count)
 
 
 def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
@@ -441,5 +454,5 @@ class ArLevels(SelfFedLevels):
 
     def _weighted(self, parent: Tensor, weights: Tensor) -> Distributions:
         heads = self.network.heads
-        z = heads.mixed(self.states, self.anchors.image, weights)
+        z = heads.mixed(self.network.looked(self.states, self.anchors.seen), self.anchors.image, weights)
         return Distributions(heads.head(z), heads.confidence_logits(z, parent), weights)

@@ -108,6 +108,7 @@ class DraftObjective(Objective):
         weights = route.detach().exp()
         if self.network.config.subtrees:  # the first level of a subtree uses its own expert
             weights = torch.cat([kind[:, :, :1], weights[:, :, 1:]], 2)
+        states = self.network.looked(states, drafts.anchors.seen)
         logits, confidence = self.logits(batch, drafts, states, weights)
         c, valid, names = self.config, drafts.valid, self.network.config.modalities
         truth = drafts.read(final_states(batch, states.shape[-1]))
@@ -146,7 +147,8 @@ class DraftObjective(Objective):
     def levels(self, batch: TeacherBatch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Objective`; under the router's probabilities."""
         drafts, states = self.all_states(batch)
-        logits, confidence = self.logits(batch, drafts, states, self.routes(batch, drafts, states).exp())
+        weights = self.routes(batch, drafts, states).exp()
+        logits, confidence = self.logits(batch, drafts, self.network.looked(states, drafts.anchors.seen), weights)
         yield from zip(logits.unbind(2)[:depth], confidence.unbind(2)[:depth], strict=True)
 
     def reports(self, batches: LabelledBatches) -> dict[str, Any]:
