@@ -303,7 +303,7 @@ LIMITS = {
 
 def trained(name: str) -> TrainedDrafter:
     if name.startswith("msd"):
-        without = ("experts", "transfer", "vision") if name == "msd" else ()
+        without = ("readout", *(("experts", "transfer", "vision") if name == "msd" else ()))
         return MSD(network("block" if name == "msd:block" else "ar", **dict.fromkeys(without, False)))
     return TrainedDrafter(rivals.network(MODEL, name))
 
