@@ -14,16 +14,16 @@ import torch
 
 from msd.drafters.algorithms.msd import SHIPPED
 from msd.train.drafting import train
-from recipes.msd.rows import training_inputs
 from recipes.race.outputs import begun
-from recipes.race.plan import METHODS
+from recipes.race.plan import RACE
+from recipes.race.training import training_inputs
 
 TEXT = 0.15  # of the steps: the share of texts among the answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=list(METHODS), default=SHIPPED)
+    parser.add_argument("--method", choices=list(RACE.methods), default=SHIPPED)
     parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, processor, answers, held_out, thresholds = training_inputs(args)
     cache = begun(model, answers, thresholds, args.outputs)
-    settings = replace(METHODS[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000)
+    settings = replace(RACE.methods[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000)
     out = args.out or Path("runs/msd") / f"long-{args.method}"
     try:
         finished = train(model, processor, answers, held_out, thresholds, out, settings, cache=cache)

@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from queue import Empty
 from typing import Any, ClassVar
@@ -50,13 +48,13 @@ from msd.system.files import read_json, write_whole
 from msd.targets import State, adapt
 from msd.train.capture import Captured, label_thresholds_path, mixed, read_captured
 from msd.train.drafting import DraftTraining, initial_network, train
-from msd.train.loop import LoopConfig, on_signals
+from msd.train.loop import on_signals
 from msd.train.losses.msd import LossConfig
 from msd.train.teacher_batches import TeacherBatches, TeacherCache
+from recipes.race.plan import folder_of, steps_for
+from recipes.race.training import speed, training_inputs
 
 FORK = multiprocessing.get_context("fork")
-PROBE = 40  # steps for measuring a row's speed
-LOGGED = LoopConfig(PROBE).log_every
 SHIPPED_MEGABYTES = 60  # limit for the rivals' weights
 WITH_EVENTS = "msd with events"
 PUBLISHED = [m.name for m in registry.catalogue() if m.network is not None and m.name != registry.DEFAULT]
@@ -102,26 +100,6 @@ def rows(seeds: Sequence[int], events: bool = False) -> dict[str, Row]:
 def _text_only(block: DraftTraining) -> Row:
     """Returns the row of the text-only drafter. It starts as a part of the target, so its learning rate is lower."""
     return Row(replace(block, method=TEXT_ONLY, lr=0.3 * block.lr, layers=2))
-
-
-def folder_of(out: Path, name: str) -> Path:
-    """Returns the folder of a row's training run."""
-    return out / name.replace(" ", "_").replace(":", "_")
-
-
-def steps_for(minutes: float, seconds: float) -> int:
-    """Returns how many steps of `seconds` each fit into `minutes`, rounded to ten."""
-    return max(10, round(minutes * 60 / seconds / 10) * 10)
-
-
-def training_inputs(args: argparse.Namespace) -> tuple[Any, Any, list[Captured], list[Captured], ModalityThresholds]:
-    """Returns the first arguments of `train`: model, processor, train answers, held-out answers, label thresholds."""
-    answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
-    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
-    held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
-    model, processor = load_target(args.target)
-    model.requires_grad_(False)
-    return model, processor, answers, held_out, thresholds
 
 
 def train_rows(args: argparse.Namespace) -> None:
@@ -191,17 +169,6 @@ def fill_cache(
     begun = time.monotonic()
     batches.fill_cache(lambda done, total: print(f"batch {done} of {total}", end="\r", flush=True))
     return time.monotonic() - begun
-
-
-def speed(run: Callable[..., bool], probe: Path, settings: DraftTraining) -> list[float]:
-    """Measures the core seconds of a training step on answers about images: a mean over each ten steps after ten."""
-    stages = replace(settings.stages, text=0, rise=1)
-    times: list[float] = []
-    shutil.rmtree(probe, ignore_errors=True)
-    settings = replace(settings, steps=PROBE, stages=stages, evaluate_every=10**6, keep_at=())
-    run(probe, settings, sink=lambda row: times.append(time.process_time()) if "steps" in row else None)
-    shutil.rmtree(probe)
-    return [(end - begun) / LOGGED for begun, end in pairwise(times)]
 
 
 def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:

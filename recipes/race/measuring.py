@@ -14,7 +14,7 @@ from msd import drafters
 from msd.bench import measure, report
 from msd.bench.data import load_data
 from msd.drafters import registry
-from msd.drafters.algorithms.msd import CONTROL, MSD, SHIPPED
+from msd.drafters.algorithms.msd import MSD, SHIPPED
 from msd.drafters.algorithms.msd.config import shapes_of
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
@@ -23,15 +23,14 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import exclusive, make_folder
 from msd.train.capture import label_thresholds_path, mixed, read_captured
-from recipes.race.plan import TIME, Run, drafter_folder, plan, step_times
+from recipes.race.plan import CONTESTS, TIME, Run, drafter_folder, plan, step_times
 from recipes.race.prompts import write_prompts
-
-OWN = (SHIPPED, CONTROL)  # methods with MSD's network
 
 
 def finished(args: argparse.Namespace, state: str) -> dict[str, tuple[Run, Path]]:
     """Returns name -> (run, folder of its drafter in `state`) for the finished runs."""
-    runs = plan(args.minutes, step_times(), args.only)
+    contest = CONTESTS[args.contest]
+    runs = plan(step_times(contest), args.only, contest, args.minutes)
     folders = {name: (run, drafter_folder(args.out, name, run, state)) for name, run in runs.items()}
     done = {
         name: found
@@ -47,7 +46,7 @@ def register(done: Mapping[str, tuple[Run, Path]]) -> dict[str, str]:
     """Registers the drafters as methods under the names of their runs; returns name -> hash of the weights."""
     for name, (run, folder) in done.items():
         load = partial(registry.load, folder)
-        if run.method in OWN:
+        if run.settings.method == SHIPPED:
             drafters.register(name, lambda load=load, name=name: MSD(load(), name))  # type: ignore[misc]
         else:
             drafters.register(name, lambda load=load: TrainedDrafter(load()))  # type: ignore[misc]
@@ -91,7 +90,7 @@ def ship_runs(args: argparse.Namespace) -> None:
         if run.method == SHIPPED or run.settings.seed or run.settings.text_only:
             continue
         network = registry.load(folder)
-        if run.method in OWN:
+        if run.settings.method == SHIPPED:
             network.config = replace(network.config, shapes=shapes_of())
         place = args.weights / run.method
         checkpoint.save(network, place, checkpoint.training(folder), args.eight_bit)

@@ -1,7 +1,7 @@
-"""The runs of the race, and how long each one trains.
+"""The runs of a contest, and how long each one trains: of the race, or of `msd` with other parts.
 
 All runs get the same minutes of one core. A run's number of steps is these minutes divided by the seconds of one of its
-steps, which were measured on an idle machine (`step_times.json`); so what else the machine does while a run trains
+steps, which were measured on an idle machine (`step_times/`); so what else the machine does while a run trains
 changes nothing. A step trains on the same number of answers in every run, and drafts from the same number of positions
 in each (roots). The run with the slowest steps sees the fewest answers; each other run also saves its drafter when it
 has seen as many. That drafter is in the middle of its schedule: its learning rate has not decayed, as that of the
@@ -15,28 +15,72 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msd.drafters.algorithms.msd import CONTROL, SHIPPED
+from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES
 from msd.errors import UserError
 from msd.system.files import read_json
 from msd.train.drafting import DraftTraining, step_folder
-from recipes.msd.rows import folder_of, steps_for
 
-STEP_TIMES = Path(__file__).with_name("step_times.json")
-REMEDY = "measure it again with `python -m recipes.race measure`"
+STEP_TIMES = Path(__file__).with_name("step_times")
 TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that are compared
 SEEDS = 3
-MINUTES = 30.0
 ROOTS = DraftTraining().anchors  # positions per answer that drafts start from
 EVALUATIONS = 4  # on held-out answers, in a run
-ON_TEXT = "eagle2 on text"
-METHODS: dict[str, DraftTraining] = {  # those with several seeds first
-    SHIPPED: DraftTraining(),
-    CONTROL: DraftTraining(parts=()),
-    "eagle3": DraftTraining(method="eagle3"),
-    "eagle2": DraftTraining(method="eagle2"),
-    "vispec": DraftTraining(method="vispec"),
+PARTS = ("router", "subtrees", "dynamic")  # of `msd` by default
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is compared. methods: name -> settings, those with several seeds first. minutes: of one core, for each run.
+
+    text: the name of a method that is also trained on text alone.
+    """
+
+    name: str
+    minutes: float
+    methods: Mapping[str, DraftTraining]
+    seeded: tuple[str, ...]
+    text: str | None = None
+
+    @property
+    def step_times(self) -> Path:
+        """The file of measured step times."""
+        return STEP_TIMES / f"{self.name}.json"
+
+    @property
+    def remedy(self) -> str:
+        """How to measure them."""
+        return f"measure it again with `python -m recipes.race measure --contest {self.name}`"
+
+
+RACE = Contest(
+    "race",
+    30.0,
+    {
+        SHIPPED: DraftTraining(),
+        CONTROL: DraftTraining(parts=()),
+        "eagle3": DraftTraining(method="eagle3"),
+        "eagle2": DraftTraining(method="eagle2"),
+        "vispec": DraftTraining(method="vispec"),
+    },
+    (SHIPPED, CONTROL, "eagle3"),
+    "eagle2",
+)
+_parts = {
+    SHIPPED: PARTS,
+    CONTROL: (),
+    "with experts": (*PARTS, "experts"),
+    "with experts and transfer": (*PARTS, "experts", "transfer"),
+    "with a compressed image": (*PARTS, "vision"),
+    "with a read-out": (*PARTS, "readout"),
 }
-SEEDED = (SHIPPED, CONTROL, "eagle3")
+OF_PARTS = Contest(
+    "parts",
+    10.0,
+    {name: DraftTraining(parts=parts) for name, parts in _parts.items()}
+    | {"block, all parts": DraftTraining(form="block", parts=SWITCHES)},
+    (*_parts, "block, all parts"),
+)
+CONTESTS = {contest.name: contest for contest in (RACE, OF_PARTS)}
 
 
 @dataclass(frozen=True)
@@ -60,35 +104,41 @@ class Run:
         return self.minutes * self.steps(state) / self.settings.steps
 
 
-def step_times(path: Path = STEP_TIMES) -> dict[str, Any]:
+def step_times(contest: Contest = RACE, path: Path | None = None) -> dict[str, Any]:
     """Reads the measured step times: "seconds" by method, "roots", "precision", "cpu" and "threads"; or UserError."""
-    times = read_json(path, REMEDY)
+    path = path or contest.step_times
+    times = read_json(path, contest.remedy)
     seconds = times.get("seconds")
-    if not isinstance(seconds, dict) or not all(isinstance(seconds.get(m), float) for m in METHODS):
-        raise UserError(f"'{path}' lacks the step time of a method of the race; {REMEDY}")
+    if not isinstance(seconds, dict) or not all(isinstance(seconds.get(m), float) for m in contest.methods):
+        raise UserError(f"'{path}' lacks the step time of a method; {contest.remedy}")
     if not isinstance(times.get("roots"), int):
-        raise UserError(f"'{path}' lacks the number of roots that a step drafts from; {REMEDY}")
+        raise UserError(f"'{path}' lacks the number of roots that a step drafts from; {contest.remedy}")
     return times
 
 
-def plan(minutes: float, times: Mapping[str, Any], only: Sequence[str] = ()) -> dict[str, Run]:
+def plan(
+    times: Mapping[str, Any], only: Sequence[str] = (), contest: Contest = RACE, minutes: float | None = None
+) -> dict[str, Run]:
     """Returns name -> run, the most important first; with `only`, those of these names, in their order.
 
-    Raises UserError for an unknown name. Leaving runs out does not change the others.
+    minutes: of one core, instead of the contest's. Raises UserError for an unknown name. Leaving runs out does not
+    change the others.
     """
-    steps = {method: steps_for(minutes, times["seconds"][method]) for method in METHODS}
+    methods, minutes = contest.methods, contest.minutes if minutes is None else minutes
+    steps = {method: steps_for(minutes, times["seconds"][method]) for method in methods}
     runs = {}
     for seed in range(SEEDS):
-        for method, settings in METHODS.items():
-            if method in SEEDED:
+        for method, settings in methods.items():
+            if method in contest.seeded:
                 runs[f"{method} seed {seed}"] = _run(method, replace(settings, seed=seed), steps, times)
             elif seed == 0:
                 runs[method] = _run(method, settings, steps, times)
-        if seed == 0:  # a step on text takes no longer than one about images
-            runs[ON_TEXT] = _run("eagle2", replace(METHODS["eagle2"], text_only=True), steps, times)
+        if seed == 0 and contest.text:  # a step on text takes no longer than one about images
+            settings = replace(methods[contest.text], text_only=True)
+            runs[f"{contest.text} on text"] = _run(contest.text, settings, steps, times)
     for name in only:
         if name not in runs:
-            raise UserError(f"--only '{name}' is no run of the race; choose from {', '.join(runs)}")
+            raise UserError(f"--only '{name}' is no run of this contest; choose from {', '.join(runs)}")
     return {name: runs[name] for name in only or runs}
 
 
@@ -110,3 +160,13 @@ def drafter_folder(out: Path, name: str, run: Run, state: str) -> Path:
     """Returns the folder of a run's drafter in a state."""
     folder = folder_of(out, name)
     return folder / "drafter" if state == TIME else step_folder(folder, run.steps(state))
+
+
+def steps_for(minutes: float, seconds: float) -> int:
+    """Returns how many steps of `seconds` each fit into `minutes`, rounded to ten."""
+    return max(10, round(minutes * 60 / seconds / 10) * 10)
+
+
+def folder_of(out: Path, name: str) -> Path:
+    """Returns the folder of a training run."""
+    return out / "".join("_" if c in " :" else c for c in name if c != ",")

@@ -11,7 +11,7 @@ from msd.bench.report import cell
 from msd.drafters.toolkit import checkpoint
 from msd.system.files import make_folder, read_json, write_whole
 from recipes.race.measuring import finished
-from recipes.race.plan import ANSWERS, TIME, step_times
+from recipes.race.plan import ANSWERS, CONTESTS, TIME, step_times
 
 TITLES = {TIME: "Equal training time", ANSWERS: "Equally many answers seen"}
 HELD_OUT = ("acceptance", "vision", "language", "fusion", "text")
@@ -29,7 +29,7 @@ def tell_runs(args: argparse.Namespace) -> None:
     """Writes `trained.json` and `race.md` from the training records and, once they exist, the benchmarks' results."""
     records = {state: _records(args, state) for state in TITLES}
     make_folder(args.results)
-    document = {"step_times": step_times(), **records}
+    document = {"step_times": step_times(CONTESTS[args.contest]), **records}
     write_whole(args.results / "trained.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     text = markdown(document, {state: args.results / state / "results.json" for state in TITLES})
     write_whole(args.results / "race.md", text)

@@ -1,13 +1,17 @@
-"""Trains the runs of the race, one after another, and measures the seconds of a step of each method."""
+"""Trains the runs of a contest, one after another, and measures the seconds of a step of each method."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +19,21 @@ import torch
 from msd.backends.packed import multiplies_in_bf16
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
+from msd.labels.label_thresholds import ModalityThresholds
+from msd.loading import load_target
 from msd.system import machine
-from msd.system.files import write_whole
-from msd.train.drafting import train
-from recipes.msd.rows import folder_of, speed, training_inputs
+from msd.system.files import make_folder, write_whole
+from msd.train.capture import Captured, label_thresholds_path, mixed, read_captured
+from msd.train.drafting import DraftTraining, train
+from msd.train.loop import LoopConfig
 from recipes.race.outputs import stored
-from recipes.race.plan import METHODS, REMEDY, STEP_TIMES, TIME, drafter_folder, plan, step_times
+from recipes.race.plan import CONTESTS, TIME, drafter_folder, folder_of, plan, step_times
 
 PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 ROUNDS = 4  # of measuring step times
-ANCHOR = "eagle3"  # the method whose stored step time new ones are relative to
+PROBE = 40  # steps for measuring the speed of a method
+LOGGED = LoopConfig(PROBE).log_every
+ANCHOR = {"race": "eagle3", "parts": "standard"}  # the method whose stored step time new ones are relative to
 
 
 def train_runs(args: argparse.Namespace) -> None:
@@ -32,10 +41,11 @@ def train_runs(args: argparse.Namespace) -> None:
 
     Raises UserError if the step times have a precision that this CPU only emulates.
     """
-    times = step_times()
+    contest = CONTESTS[args.contest]
+    times = step_times(contest)
     if times["precision"] != PRECISION == "float32":
-        raise UserError(f"the step times are for {times['precision']}, which this CPU only emulates; {REMEDY}")
-    runs = plan(args.minutes, times, args.only)
+        raise UserError(f"the step times are for {times['precision']}, which this CPU only emulates; {contest.remedy}")
+    runs = plan(times, args.only, contest, args.minutes)
     waiting = [
         name
         for name, run in runs.items()
@@ -52,17 +62,19 @@ def train_runs(args: argparse.Namespace) -> None:
 
 
 def measure_steps(args: argparse.Namespace) -> None:
-    """Measures the seconds of a step of each method, and replaces `step_times.json`. The machine must be idle.
+    """Measures the seconds of a step of each method, and replaces the file of step times. The machine must be idle.
 
     All methods take turns, `ROUNDS` times, because the speed of a machine drifts; the figure is the median. With
     `--only`, those methods take turns with `ANCHOR`, and get its stored seconds times what they took in its steps; so
     the lengths of the other runs stay as they are.
     """
+    contest = CONTESTS[args.contest]
     for name in args.only:
-        if name not in METHODS:
-            raise UserError(f"--only '{name}' is no method of the race; choose from {', '.join(METHODS)}")
-    methods = {name: METHODS[name] for name in METHODS if not args.only or name in (*args.only, ANCHOR)}
-    before = step_times() if args.only else {"seconds": {}, "range": {}}
+        if name not in contest.methods:
+            raise UserError(f"--only '{name}' is no method of it; choose from {', '.join(contest.methods)}")
+    anchor = ANCHOR[contest.name]
+    methods = {name: s for name, s in contest.methods.items() if not args.only or name in (*args.only, anchor)}
+    before = step_times(contest) if args.only else {"seconds": {}, "range": {}}
     if args.only and (before["roots"], before["precision"]) != (args.roots, PRECISION):
         raise UserError(
             f"the stored step times have {before['roots']} roots in {before['precision']}; leave out --only"
@@ -74,7 +86,7 @@ def measure_steps(args: argparse.Namespace) -> None:
             times[method] += speed(run, args.out / "probe", replace(settings, anchors=args.roots, precision=PRECISION))
             print(f"round {number + 1} of {ROUNDS}: {method} {times[method]}", flush=True)
     if args.only:
-        factor = before["seconds"][ANCHOR] / statistics.median(times.pop(ANCHOR))
+        factor = before["seconds"][anchor] / statistics.median(times.pop(anchor))
         times = {method: [factor * seconds for seconds in values] for method, values in times.items()}
     document = {
         "cpu": machine.processor(),
@@ -84,7 +96,8 @@ def measure_steps(args: argparse.Namespace) -> None:
         "seconds": before["seconds"] | {name: round(statistics.median(values), 4) for name, values in times.items()},
         "range": before["range"] | {name: [round(min(v), 4), round(max(v), 4)] for name, v in times.items()},
     }
-    write_whole(STEP_TIMES, json.dumps(document, indent=1) + "\n")
+    make_folder(contest.step_times.parent)
+    write_whole(contest.step_times, json.dumps(document, indent=1) + "\n")
     print(json.dumps(document, indent=1))
 
 
@@ -94,3 +107,24 @@ def _trainer(args: argparse.Namespace) -> Callable[..., bool]:
     model, processor, captured, held_out, thresholds = training_inputs(args)
     cache: Any = stored(model, processor, captured, thresholds, args.root)
     return partial(train, model, processor, captured, held_out, thresholds, cache=cache)
+
+
+def training_inputs(args: argparse.Namespace) -> tuple[Any, Any, list[Captured], list[Captured], ModalityThresholds]:
+    """Returns the first arguments of `train`: model, processor, train answers, held-out answers, label thresholds."""
+    answers = [a for a in read_captured(args.captured, args.images) if a.split == "train"]
+    thresholds = ModalityThresholds.load(label_thresholds_path(args.captured))
+    held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
+    model, processor = load_target(args.target)
+    model.requires_grad_(False)
+    return model, processor, answers, held_out, thresholds
+
+
+def speed(run: Callable[..., bool], probe: Path, settings: DraftTraining) -> list[float]:
+    """Measures the core seconds of a training step on answers about images: a mean over each ten steps after ten."""
+    stages = replace(settings.stages, text=0, rise=1)
+    times: list[float] = []
+    shutil.rmtree(probe, ignore_errors=True)
+    settings = replace(settings, steps=PROBE, stages=stages, evaluate_every=10**6, keep_at=())
+    run(probe, settings, sink=lambda row: times.append(time.process_time()) if "steps" in row else None)
+    shutil.rmtree(probe)
+    return [(end - begun) / LOGGED for begun, end in pairwise(times)]

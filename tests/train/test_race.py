@@ -15,7 +15,7 @@ from msd.errors import UserError
 
 def test_runs_have_equal_minutes_and_copies_of_equal_answers() -> None:
     times = race.step_times()
-    runs = race.plan(30, times)
+    runs = race.plan(times)
     assert len({run.answers(ANSWERS) for run in runs.values()}) == 1
     assert min(run.answers(TIME) for run in runs.values()) == next(iter(runs.values())).answers(ANSWERS)
     for name, run in runs.items():
@@ -26,28 +26,28 @@ def test_runs_have_equal_minutes_and_copies_of_equal_answers() -> None:
         assert run.settings.keep_at[0] <= run.settings.steps
         assert race.drafter_folder(Path("out"), name, run, ANSWERS) != race.drafter_folder(Path("out"), name, run, TIME)
     assert {runs[f"msd seed {seed}"].settings.seed for seed in range(race.SEEDS)} == {0, 1, 2}
-    assert runs[race.ON_TEXT].settings.text_only and not runs["eagle2"].settings.text_only
+    assert runs["eagle2 on text"].settings.text_only and not runs["eagle2"].settings.text_only
     folders = [race.drafter_folder(Path("out"), name, run, TIME) for name, run in runs.items()]
     assert len(set(folders)) == len(folders)
 
 
 def test_some_runs_alone_are_the_same_runs() -> None:
     times = race.step_times()
-    whole = race.plan(30, times)
-    alone = race.plan(30, times, ["vispec", "msd seed 1"])
+    whole = race.plan(times)
+    alone = race.plan(times, ["vispec", "msd seed 1"])
     assert list(alone) == ["vispec", "msd seed 1"] and all(run == whole[name] for name, run in alone.items())
-    with pytest.raises(UserError, match="no run of the race"):
-        race.plan(30, times, ["msd"])
+    with pytest.raises(UserError, match="no run of this contest"):
+        race.plan(times, ["msd"])
 
 
 def test_step_times_of_all_methods_are_needed(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(json.dumps({"seconds": {"msd": 0.5}}))
     with pytest.raises(UserError, match="lacks the step time"):
-        race.step_times(path)
-    path.write_text(json.dumps({"seconds": dict.fromkeys(race.METHODS, 0.5)}))
+        race.step_times(path=path)
+    path.write_text(json.dumps({"seconds": dict.fromkeys(race.RACE.methods, 0.5)}))
     with pytest.raises(UserError, match="lacks the number of roots"):
-        race.step_times(path)
+        race.step_times(path=path)
 
 
 def test_both_tables_have_time_and_answers_in_every_row(tmp_path: Path) -> None:
