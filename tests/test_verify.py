@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from msd.core.layout import Layout
 from msd.core.sampling import Sampler
@@ -23,11 +23,20 @@ TARGET = torch.randn(V, V, generator=torch.Generator().manual_seed(0)) * 2  # lo
 LAST = V - 1
 
 
-def make_sampler(rows: int = 1, do_sample: bool = False, room: int = 20, eos: int = -1, seed: int = 0) -> Sampler:
-    """Rows with the prompt [1] and a logits processor that depends on the whole path."""
+def make_sampler(
+    rows: int = 1,
+    do_sample: bool = False,
+    room: int = 20,
+    eos: int = -1,
+    seed: int = 0,
+    history: bool = True,
+    time: float | None = None,
+) -> Sampler:
+    """Rows with the prompt [1]. history: a logits processor depends on the whole path. time: limit in seconds."""
     layout = Layout.from_prompt(torch.ones(rows, 1, dtype=torch.long), room + 8)
     criteria = StoppingCriteriaList([MaxLengthCriteria(1 + room), EosTokenCriteria(torch.tensor([eos]))])
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)])
+    criteria += [] if time is None else [MaxTimeCriteria(time)]
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)] if history else [])
     generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
     return Sampler(layout, processors, criteria, do_sample, V, generators)
 
@@ -69,16 +78,22 @@ def longest(tokens: list[int], parents: list[int], answer: list[int]) -> list[in
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
-@given(seed=st.integers(0, 10**6), do_sample=st.booleans(), eos=st.sampled_from([-1, 0, 2]), room=st.integers(1, 8))
-def test_deterministic_trees_give_the_tokens_of_plain_decoding(seed: int, do_sample: bool, eos: int, room: int) -> None:
+@given(
+    seed=st.integers(0, 10**6), do_sample=st.booleans(), eos=st.sampled_from([-1, 0, 2]), room=st.integers(1, 8),
+    history=st.booleans(), time=st.sampled_from([None, 1e9, -1.0]),
+)  # fmt: skip
+def test_deterministic_trees_give_the_tokens_of_plain_decoding(
+    seed: int, do_sample: bool, eos: int, room: int, history: bool, time: float | None
+) -> None:
     """Greedy and with the same seeds, for three rows with trees of unequal size, EOS and short length limits."""
     rng = random.Random(seed)
-    sampler = make_sampler(3, do_sample, room, eos, seed)
+    sampler = make_sampler(3, do_sample, room, eos, seed, history, time)
+    assert sampler.reads_logits_only == (not do_sample and not history)
     trees = [random_tree(rng, rng.randint(0, 40)) for _ in range(3)]
     tree = DraftTree.from_lists(sampler.layout.newest(), [t for t, _ in trees], [p for _, p in trees])
     accepted = Lossless().accept(tree, Scores(TARGET[tree.tokens]), sampler)
     for row, (tokens, parents) in enumerate(trees):
-        answer = plain(row, 10, do_sample=do_sample, room=room, eos=eos, seed=seed)
+        answer = plain(row, 10, do_sample=do_sample, room=room, eos=eos, seed=seed, history=history, time=time)
         path = longest(tokens, parents, answer)
         assert accepted.nodes[row] == path
         assert accepted.tokens[row] == answer[: len(path) + 1]
@@ -88,8 +103,9 @@ def test_deterministic_trees_give_the_tokens_of_plain_decoding(seed: int, do_sam
         assert len(accepted.tokens[row]) == len(path) + 1 or (stopped and len(accepted.tokens[row]) == len(path))
 
 
-def test_a_finished_row_emits_nothing() -> None:
-    sampler = make_sampler(2, eos=0)
+@pytest.mark.parametrize("history", [True, False])
+def test_a_finished_row_emits_nothing(history: bool) -> None:
+    sampler = make_sampler(2, eos=0, history=history)
     sampler.emit(0, 0)
     tree = DraftTree.from_lists(sampler.layout.newest(), [[1, 2], [3]], [[0, 1], [0]])
     accepted = Lossless().accept(tree, Scores(TARGET[tree.tokens]), sampler)

@@ -89,12 +89,26 @@ class JoinedSampler(Sampler):
         """See `Sampler`."""
         return torch.cat([self.parts[row].uniform([0], device) for row in rows])
 
+    @property
+    def reads_logits_only(self) -> bool:
+        """See `Sampler`; of all rows that are in the next step."""
+        return all(self.parts[row].reads_logits_only for row in self.alive)
+
+    def emit_path(self, row: int, tokens: list[int]) -> int:
+        """See `Sampler`."""
+        count = self.parts[row].emit_path(0, tokens)
+        self._read(row)
+        return count
+
     def emit_all(self, rows: list[int], tokens: list[int]) -> list[bool]:
         """See `Sampler`."""
         alive = []
         for row, token in zip(rows, tokens, strict=True):
-            part = self.parts[row]
-            alive += part.emit_all([0], [token])
-            self.layout.end[row] = part.layout.end[0]
-            self.finish[row] = part.finish[0]
+            alive += self.parts[row].emit_all([0], [token])
+            self._read(row)
         return alive
+
+    def _read(self, row: int) -> None:
+        """Reads from its part where a row ends, and whether it has finished."""
+        part = self.parts[row]
+        self.layout.end[row], self.finish[row] = part.layout.end[0], part.finish[0]

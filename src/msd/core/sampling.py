@@ -136,7 +136,7 @@ class Sampler:
         Call it exactly once for each token that a row emits.
         """
         if not self.do_sample:
-            return logits.argmax(-1)
+            return argmax(logits)
         p = logits.softmax(-1)
         return self.multinomial(p, rows) if self.noise is None else self.noise.draw(p, rows, self.alive)
 
@@ -211,6 +211,21 @@ class Sampler:
         self.layout.append(row, [token])
         stop = bool(self.criteria) and bool(self.criteria(self._history(row)[None], None)[0])
         return self._update_finish(row, token, stop)
+
+    @property
+    def reads_logits_only(self) -> bool:
+        """Whether each token is the argmax of a node's logits as they are, whatever came before it."""
+        return not (self.do_sample or self.processors or self.lockstep or self.keep_logits)
+
+    def emit_path(self, row: int, tokens: list[int]) -> int:
+        """Emits `tokens` to `row`, in order, until it is finished; returns how many."""
+        if self.criteria:
+            return next((n for n, token in enumerate(tokens, 1) if not self.emit(row, token)), len(tokens))
+        tokens = tokens[: self.tokens_left(row)]
+        count = next((n for n, token in enumerate(tokens, 1) if token in self.eos), len(tokens))
+        self.layout.append(row, tokens[:count])
+        self._update_finish(row, tokens[count - 1], False)
+        return count
 
     def emit_all(self, rows: list[int], tokens: list[int]) -> list[bool]:
         """Appends a token to each of `rows`; returns for each whether it takes part in the next step."""
@@ -334,6 +349,13 @@ class SharedNoise:
         unfinished = set(waiting)
         self._noise = {key: noise for key, noise in self._noise.items() if key[1] in unfinished}
         return drawn(p, own)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first largest entry of each row [..., V]: [...]. numpy is seven times as fast for float32 on a CPU."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.detach().numpy().argmax(-1))
 
 
 def drawn(p: Tensor, noise: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msd.core.sampling import Sampler
 from msd.core.tree import Accepted, DraftTree, Scores
-from msd.verify import rejection
+from msd.verify import greedy, rejection
 from msd.verify.registry import register
 from msd.verify.rejection import ratio, walk
 
@@ -29,7 +29,9 @@ class Lossless:
     rule = staticmethod(ratio)
 
     def accept(self, tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
-        """Walks the trees with `_choose`."""
+        """Follows the greedy path at once where it can, else walks the trees with `_choose`."""
+        if sampler.reads_logits_only:
+            return greedy.follow(tree, scores, sampler)
         return walk(tree, scores, sampler, self._choose)
 
     def _choose(
