@@ -27,10 +27,12 @@ class Outlook:
     warp: Callable[[Tensor], Tensor]
     noise: Tensor | None = None
 
-    def logits(self, drafted: Tensor, level: int, ids: Tensor) -> Tensor:
-        """Draft logits [R, F, Vd] of a level, from 1, over tokens `ids` [Vd] -> logits whose argmax is drawn."""
-        warped = self.warp(drafted)
-        return warped if self.noise is None else warped - self.noise[:, level - 1, None, ids].log()
+    def handicaps(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """log E of the tokens `ids` [Vd] at each level, [R, 1, Vd]: the argmax of warped logits less these is drawn.
+
+        Empty where the noise is unknown.
+        """
+        return () if self.noise is None else self.noise[:, :, None, ids].log().unbind(1)
 
 
 class Foresight:

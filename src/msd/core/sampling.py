@@ -365,7 +365,7 @@ def drawn(p: Tensor, noise: Tensor) -> Tensor:
     """
     if not bool((p.amax() < torch.inf) & (p.amin() >= 0)):
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-    return (p / noise).argmax(-1)
+    return argmax(p / noise)
 
 
 Seed = int | Sequence[int] | torch.Generator | None

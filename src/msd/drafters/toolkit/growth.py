@@ -188,6 +188,7 @@ class _Growth:
         self, vocabulary: DraftVocabulary, subtrees: Subtrees, budget: Budget, outlook: Outlook | None
     ) -> None:
         self.vocabulary, self.outlook, self.ids = vocabulary, outlook, vocabulary.ids
+        self.handicaps = () if outlook is None else outlook.handicaps(self.ids)  # of each level
         shapes, self.share, self.device = tuple(subtrees.shapes), subtrees.share, subtrees.share.device
         self.widths = tuple(s.width for s in shapes)
         self.children = min(max(self.widths), len(self.ids), budget.nodes)
@@ -207,7 +208,8 @@ class _Growth:
         """Adds the most likely children of every frontier node; returns the next frontier and its parents."""
         logits, limit = distributions.logits.float(), self.limits[level - 1]
         if self.outlook is not None:
-            logits = self.outlook.logits(logits, level, self.ids)
+            logits = self.outlook.warp(logits)
+            logits = logits - self.handicaps[level - 1] if self.handicaps else logits
         log_q, index = logits.log_softmax(-1).topk(self.children, -1)  # [B, F, k]
         node = RankedFeatures(log_q, distributions.confidence.float()[..., None], log_q[..., :1], self.correction)
         known = self.outlook is None or self.outlook.noise is not None
