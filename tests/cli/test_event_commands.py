@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.targets import adapt
+from msd.train.capture import label_thresholds_path, read_captured
+from msd.train.drafting import DraftTraining
+from msd.train.drafting import train as train_drafter
+from msd.train.teacher_batches import Stages
 from training_command import FLOAT32, run, train
 
 
@@ -90,17 +95,36 @@ def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
 
 @pytest.mark.usefixtures("captured")
 def test_a_drafter_trains_with_event_tokens(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
-    """The drafter has the event modalities, reads event tokens, and trains differently without them."""
+    """The drafter has the event modalities; cached event tokens change nothing."""
     whole = train(capsys, place, tmp_path / "whole", *FLOAT32)
     network = registry.load(tmp_path / "whole" / "drafter")
     assert network.config.modalities == ("language", "event_sparse", "event_dense", "video_reasoning")
     assert network.config.auxiliary == ((FRAMES, 3), (4, 3))
     again = train(capsys, place, tmp_path / "again", *FLOAT32, "--remember", 0)
-    without = train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
+    train(capsys, place, tmp_path / "without", *FLOAT32, "--no-events")
     same, other = (registry.load(tmp_path / name / "drafter") for name in ("again", "without"))
-    assert whole["losses"]["loss"] == again["losses"]["loss"] != without["losses"]["loss"]
+    assert whole["losses"]["loss"] == again["losses"]["loss"]
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), same.parameters(), strict=True))
     assert other.config.auxiliary == () and other.config.modalities == network.config.modalities
+
+
+@pytest.mark.usefixtures("captured")
+def test_event_tokens_change_the_loss_on_answers_about_clips(place: Path, tmp_path: Path) -> None:
+    """Also from the first step on, and also in networks without another part that reads media."""
+    model, processor = load_target(str(place))
+    path = place / "captured.jsonl"
+    answers = [answer for answer in read_captured(path, place / "images") if answer.events and answer.split == "train"]
+    thresholds = ModalityThresholds.load(label_thresholds_path(path))
+    losses: dict[bool, list[float]] = {}
+    for events in (True, False):
+        settings = DraftTraining(
+            steps=1, batch=2, draft_vocabulary=100, precision="float32", stages=Stages(0, 1), events=events
+        )
+        log: list[Mapping[str, float]] = []
+        out = tmp_path / str(events)
+        train_drafter(model, processor, answers, answers[:1], thresholds, out, settings, sink=log.append)
+        losses[events] = [row["loss"] for row in log if "loss" in row]
+    assert losses[True] and losses[True] != losses[False]
 
 
 def test_events_of_a_line_must_exist(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
