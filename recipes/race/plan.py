@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES
+from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES, MSDConfig
 from msd.errors import UserError
 from msd.system.files import read_json
 from msd.train.drafting import DraftTraining, step_folder
@@ -25,7 +25,7 @@ TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that ar
 SEEDS = 3
 ROOTS = DraftTraining().anchors  # positions per answer that drafts start from
 EVALUATIONS = 4  # on held-out answers, in a run
-PARTS = ("router", "subtrees", "dynamic")  # of `msd` by default
+PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd` by default
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,15 @@ RACE = Contest(
     "eagle2",
 )
 _parts = {
-    SHIPPED: PARTS,
-    CONTROL: (),
-    "with experts": (*PARTS, "experts"),
-    "with experts and transfer": (*PARTS, "experts", "transfer"),
-    "with a compressed image": (*PARTS, "vision"),
-    "with a read-out": (*PARTS, "readout"),
+    SHIPPED: DraftTraining(),
+    CONTROL: DraftTraining(parts=()),
+    "with experts": DraftTraining(parts=(*PARTS, "experts")),
+    "with experts and transfer": DraftTraining(parts=(*PARTS, "experts", "transfer")),
+    "with a compressed image": DraftTraining(parts=(*PARTS, "vision")),
+    "with a read-out": DraftTraining(parts=(*PARTS, "readout")),
+    "block, all parts": DraftTraining(form="block", parts=SWITCHES),
 }
-OF_PARTS = Contest(
-    "parts",
-    10.0,
-    {name: DraftTraining(parts=parts) for name, parts in _parts.items()}
-    | {"block, all parts": DraftTraining(form="block", parts=SWITCHES)},
-    (*_parts, "block, all parts"),
-)
+OF_PARTS = Contest("parts", 10.0, _parts, tuple(_parts))
 CONTESTS = {contest.name: contest for contest in (RACE, OF_PARTS)}
 
 

@@ -78,7 +78,7 @@ class Network:
     draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096
     parts: Annotated[
         str | None,
-        typer.Option("--parts", help="Parts of msd, separated by commas, 'all' or 'none'; by default those that pay."),
+        typer.Option("--parts", help="Parts of msd, separated by commas, 'all' or 'none'; by default its own."),
     ] = None
     start: Annotated[
         Path | None,

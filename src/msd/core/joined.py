@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msd.core.foresight import Outlook
 from msd.core.layout import Layout
-from msd.core.sampling import Sampler
+from msd.core.sampling import Sampler, argmax
 
 
 class JoinedSampler(Sampler):
@@ -60,7 +60,7 @@ class JoinedSampler(Sampler):
 
     def draw(self, logits: Tensor, rows: list[int]) -> Tensor:
         """See `Sampler`."""
-        token = logits.argmax(-1)
+        token = argmax(logits)
         for i, row in enumerate(rows):
             if self.parts[row].do_sample:
                 token[i] = self.parts[row].draw(logits[i, None], [0])[0]

@@ -12,8 +12,8 @@ def follow(tree: DraftTree, scores: Scores, sampler: Sampler) -> Accepted:
     """Emits what `walk` emits for a sampler that `reads_logits_only`: all choices of all rows are made at once."""
     batch, rows = range(tree.batch), sampler.alive
     accepted = Accepted([[] for _ in batch], [[] for _ in batch], padded=sampler.finished)
-    logits = scores.logits if len(rows) == tree.batch else scores.logits[rows]
-    part = tree if len(rows) == tree.batch else tree.select(rows)
+    part = tree.select(rows)
+    logits = scores.logits if part is tree else scores.logits[rows]
     columns = [argmax(logits), part.tokens, part.parents]
     if scores.modality is not None:
         columns.append(scores.modality[rows])

@@ -53,8 +53,7 @@ class Anchors:
         width = max(part.image.shape[-1] for part in parts)
         image = torch.cat([part.image.expand(-1, -1, width) for part in parts])
         context = [first.joined(*rest) for first, *rest in zip(*(part.context for part in parts), strict=True)]
-        first, *rest = (part.seen for part in parts if part.seen is not None) if self.seen else [None]
-        seen = None if first is None else first.joined(*rest)
+        seen = self.seen and self.seen.joined(*(part.seen for part in others if part.seen is not None))
         return Anchors(x, feature, embedding, positions, None, image, context, seen)
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from msd.backends.norms import RMSNorm, rms_norm
 from msd.backends.packed import Linear, Packed, can_pack
@@ -353,17 +354,8 @@ class Seen:
 
     def joined(self, *others: Seen) -> Seen:
         """The rows of all, in this order; shorter ones are padded."""
-        parts = (self, *others)
-        longest = max(part.mask.shape[1] for part in parts)
-
-        def stacked(name: str) -> Tensor:
-            padded = []
-            for part in parts:
-                x: Tensor = getattr(part, name)
-                padded.append(F.pad(x, (*(0, 0) * (x.dim() - 2), 0, longest - x.shape[1])))
-            return torch.cat(padded)
-
-        return Seen(stacked("keys"), stacked("values"), stacked("mask"))
+        rows = [row for part in (self, *others) for row in zip(part.keys, part.values, part.mask, strict=True)]
+        return Seen(*(pad_sequence(list(each), batch_first=True) for each in zip(*rows, strict=True)))
 
 
 class ReadOut(nn.Module):

@@ -12,15 +12,8 @@ from msd.drafters.toolkit.growth import Shape
 from msd.errors import UserError
 
 FORMS = ("ar", "block")
-SWITCHES = (
-    "router",
-    "experts",
-    "subtrees",
-    "vision",
-    "transfer",
-    "dynamic",
-    "readout",
-)  # parts that a network may have
+# parts that a network may have
+SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic", "readout")
 OTHER = Shape(4, 6)
 SHAPES = {"language": Shape(3, 6), "vision": Shape(5, 6), "video_reasoning": Shape(5, 6)}
 
@@ -40,8 +33,8 @@ class MSDConfig(checkpoint.DrafterConfig):
     of the group, tokens kept of it) each; see `AuxiliaryAdaptor`. shapes, shared: the subtree shape of each modality,
     and that of the single tree without `subtrees`. active_from: router probability from which a modality has a subtree.
     Each of the `SWITCHES` says whether the network has that part; without any the drafter is the `standard` control.
-    Experts, transfer, the compressed image path (`vision`) and the `readout` of the image slow training and drafts down
-    more than they gain (docs/drafter.md), so they are off by default.
+    Experts, transfer and the compressed image path (`vision`) together lose more by slower training and drafts than
+    they gain (docs/drafter.md); the gain of the `readout` of the image is not known yet. All four are off by default.
     """
 
     owner: ClassVar[str] = "an MSD drafter"

@@ -232,7 +232,7 @@ class MSDNetwork(SelfFed):
         """See `DraftNetwork`; with event recordings its modalities are those of events."""
         changes: dict[str, Any] = {"form": settings.form}
         if settings.parts is not None:
-            changes |= {part: part in settings.parts for part in SWITCHES}
+            changes |= dict.fromkeys(SWITCHES, False) | dict.fromkeys(settings.parts, True)
         if auxiliary is not None:
             names = tuple(m.name for m in EVENT_MODALITIES)
             changes |= {"modalities": names, "shapes": shapes_of(names), "auxiliary": auxiliary}
