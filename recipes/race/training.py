@@ -33,7 +33,6 @@ PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 ROUNDS = 4  # of measuring step times
 PROBE = 40  # steps for measuring the speed of a method
 LOGGED = LoopConfig(PROBE).log_every
-ANCHOR = {"race": "eagle3", "parts": "standard"}  # the method whose stored step time new ones are relative to
 
 
 def train_runs(args: argparse.Namespace) -> None:
@@ -65,14 +64,14 @@ def measure_steps(args: argparse.Namespace) -> None:
     """Measures the seconds of a step of each method, and replaces the file of step times. The machine must be idle.
 
     All methods take turns, `ROUNDS` times, because the speed of a machine drifts; the figure is the median. With
-    `--only`, those methods take turns with `ANCHOR`, and get its stored seconds times what they took in its steps; so
-    the lengths of the other runs stay as they are.
+    `--only`, those methods take turns with the contest's anchor, and get its stored seconds times what they took in its
+    steps; so the lengths of the other runs stay as they are.
     """
     contest = CONTESTS[args.contest]
     for name in args.only:
         if name not in contest.methods:
             raise UserError(f"--only '{name}' is no method of it; choose from {', '.join(contest.methods)}")
-    anchor = ANCHOR[contest.name]
+    anchor = contest.anchor
     methods = {name: s for name, s in contest.methods.items() if not args.only or name in (*args.only, anchor)}
     before = step_times(contest) if args.only else {"seconds": {}, "range": {}}
     if args.only and (before["roots"], before["precision"]) != (args.roots, PRECISION):

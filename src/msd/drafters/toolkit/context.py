@@ -159,6 +159,11 @@ def real_columns(layout: Layout, count: int) -> Tensor:
     return torch.arange(count, device=device) >= torch.tensor(layout.start, device=device)[:, None]
 
 
+def visual_columns(layout: Layout, count: int) -> Tensor:
+    """Returns [B, count] bool: which of the first columns belong to an image or another medium."""
+    return (layout.modality[:, :count] != LANGUAGE.id) & real_columns(layout, count)
+
+
 def before_newest(layout: Layout, count: int) -> Tensor:
     """Returns [B, count] bool: which of the first columns have a token after them; not those of an answer's padding."""
     device = layout.tokens.device

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from msd.core.cache import KVCache
 from msd.core.layout import Layout
-from msd.core.modality import LANGUAGE
 from msd.core.sampling import Sampler
 from msd.core.tree import DraftTree, Scores
 from msd.drafters import registry
@@ -26,7 +25,7 @@ from msd.drafters.base import Drafter
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.chained import drafts
 from msd.drafters.toolkit.chance import NodeFeatures, corrected
-from msd.drafters.toolkit.context import pick, real_columns
+from msd.drafters.toolkit.context import pick, real_columns, visual_columns
 from msd.drafters.toolkit.growth import Shape
 from msd.drafters.toolkit.level_cost import LevelCost
 from msd.drafters.toolkit.second_model import SecondModel, room
@@ -54,7 +53,7 @@ def inputs(
     E, H = network.config.tokens, network.config.hidden
     column = torch.arange(columns, device=layout.tokens.device)
     real = real_columns(layout, columns)
-    shown = real & (layout.modality[:, :columns] != LANGUAGE.id)
+    shown = visual_columns(layout, columns)
     kept, place = real & ~shown, (2 * column).expand_as(real)
     entries = network.embed(mapping.read(layout.tokens[:, :columns]))
     if auxiliary is not None:

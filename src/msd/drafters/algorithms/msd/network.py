@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from msd.backends.norms import RMSNorm
 from msd.backends.packed import Linear
 from msd.core.layout import Layout
-from msd.core.modality import LANGUAGE
 from msd.core.tree import DraftTree
 from msd.drafters.algorithms.msd.block import BlockLevels, Words
 from msd.drafters.algorithms.msd.config import FORMS, SWITCHES, MSDConfig, shapes_of
@@ -41,6 +40,7 @@ from msd.drafters.toolkit.context import (
     pick,
     real_columns,
     select_columns,
+    visual_columns,
 )
 from msd.drafters.toolkit.growth import Distributions, Levels
 from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, ReadOut, Seen, TapNorm, VisionAdaptor
@@ -407,11 +407,6 @@ class MSDNetwork(SelfFed):
         if self.config.form == "block":
             return self.block(anchors)[:, :, :depth]
         return super().draft_states(anchors, batch, roots, depth)
-
-
-def visual_columns(layout: Layout, count: int) -> Tensor:
-    """Returns [B, count] bool: which of the first columns belong to an image or another medium."""
-    return (layout.modality[:, :count] != LANGUAGE.id) & real_columns(layout, count)
 
 
 def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
