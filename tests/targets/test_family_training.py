@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from family_layouts import VOCABULARY, WORDS
 from family_processor import FamilyProcessor, photos
 from msd.config import SpeculativeConfig
 from msd.drafters import registry
-from msd.drafters.algorithms.msd import MSD
+from msd.drafters.algorithms.msd import MSD, SWITCHES
 from msd.inputs.prompts import prepare
 from msd.labels.gain import image_gain
 from msd.labels.label_thresholds import ModalityThresholds
@@ -44,16 +45,19 @@ def answers(name: str, folder: Path) -> list[Captured]:
     return found
 
 
+@pytest.mark.parametrize("parts", [None, SWITCHES], ids=["default", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trained_drafter_is_saved_loaded_and_used(name: str, tmp_path: Path) -> None:
+def test_a_trained_drafter_is_saved_loaded_and_used(name: str, parts: tuple[str, ...] | None, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, parts=parts)
     family = BY_NAME[name]
     model, processor, captured = family.make(), FamilyProcessor(family), answers(name, tmp_path)
     thresholds = ModalityThresholds(language_max=0.3, vision_min=0.7, tokens=10, target="tiny-0")
-    assert train(model, processor, captured, captured[:3], thresholds, tmp_path / "run", SETTINGS)
+    assert train(model, processor, captured, captured[:3], thresholds, tmp_path / "run", settings)
     network = registry.load(tmp_path / "run" / "drafter")
-    fresh = initial_network(adapt(model, backend="plain"), captured, SETTINGS)
+    fresh = initial_network(adapt(model, backend="plain"), captured, settings)
     moved = [n for n, p in network.named_parameters() if not torch.equal(p, fresh.state_dict()[n])]
-    assert "fuse.weight" in moved and ("image_fc.weight" in moved) == ("image" in family.kinds)
+    assert "fuse.weight" in moved
+    assert ("image_fc.weight" in moved) == (parts is not None and "image" in family.kinds)
     vlm = SpeculativeVLM(model, processor, SpeculativeConfig(backend="plain", adaptive=False), MSD(network))
     images = list(captured[1].images)
     inputs = prepare(processor, [images], ["what is it"])
