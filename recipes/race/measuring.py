@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from msd import drafters
 from msd.bench import measure, report
 from msd.bench.data import load_data
-from msd.drafters import registry
+from msd.drafters import Drafter, registry
 from msd.drafters.algorithms.msd import MSD, SHIPPED
 from msd.drafters.algorithms.msd.config import shapes_of
 from msd.drafters.toolkit import checkpoint
@@ -23,8 +23,15 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import exclusive, make_folder
 from msd.train.capture import label_thresholds_path, mixed, read_captured
-from recipes.race.plan import CONTESTS, TIME, Run, drafter_folder, plan, step_times
+from recipes.race.plan import CONTESTS, RACE, TIME, WITH_EVENTS, Run, drafter_folder, plan, step_times
 from recipes.race.prompts import write_prompts
+
+
+class EventsHidden(MSD):
+    """Drafts without the event recordings that it was trained with."""
+
+    def share_vision_tower(self, encode: Any) -> None:
+        """Does nothing: no recording is read."""
 
 
 def finished(args: argparse.Namespace, state: str) -> dict[str, tuple[Run, Path]]:
@@ -43,27 +50,36 @@ def finished(args: argparse.Namespace, state: str) -> dict[str, tuple[Run, Path]
 
 
 def register(done: Mapping[str, tuple[Run, Path]]) -> dict[str, str]:
-    """Registers the drafters as methods under the names of their runs; returns name -> hash of the weights."""
+    """Registers the drafters as methods under the names of their runs; returns name -> hash of the weights.
+
+    The first drafter with events is also registered as one from which they are hidden.
+    """
+    digests = {}
+
+    def add(name: str, folder: Path, kind: Callable[..., Drafter]) -> None:
+        drafters.register(name, lambda: kind(registry.load(folder), name))
+        digests[name] = checkpoint.digest(folder)
+
     for name, (run, folder) in done.items():
-        load = partial(registry.load, folder)
-        if run.settings.method == SHIPPED:
-            drafters.register(name, lambda load=load, name=name: MSD(load(), name))  # type: ignore[misc]
-        else:
-            drafters.register(name, lambda load=load: TrainedDrafter(load()))  # type: ignore[misc]
-    return {name: checkpoint.digest(folder) for name, (_, folder) in done.items()}
+        add(name, folder, MSD if run.settings.method == SHIPPED else TrainedDrafter)
+        if run.method == WITH_EVENTS and run.settings.seed == 0:
+            add(f"{name}, hidden", folder, EventsHidden)
+    return digests
 
 
 def bench_runs(args: argparse.Namespace) -> None:
     """Measures all finished runs in one state, in one run that can be interrupted; writes the report."""
     torch.set_num_threads(args.threads)
-    digests = register(finished(args, args.state))
-    if not args.prompts.exists():
+    done = finished(args, args.state)
+    digests = register(done)
+    lookups = [f"{name}+prompt-lookup" for name, (run, _) in done.items() if args.lookups and not run.settings.seed]
+    if args.prompts == RACE.data.prompts and not args.prompts.exists():
         held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
         write_prompts(args.prompts, args.images, held_out)
     model, processor = load_target(args.target)
     samples = load_data(args.prompts, args.images)[: args.limit]
     settings = measure.BenchSettings(
-        tuple(digests),
+        (*digests, *lookups),
         args.max_new_tokens,
         label_thresholds=ModalityThresholds.load(label_thresholds_path(args.captured)),
         baselines=(measure.TRANSFORMERS,),

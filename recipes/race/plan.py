@@ -1,11 +1,11 @@
-"""The runs of a contest, and how long each one trains: of the race, or of `msd` with other parts.
+"""The runs of a contest, and how long each one trains: of the race, of `msd` with other parts, or with events.
 
-All runs get the same minutes of one core. A run's number of steps is these minutes divided by the seconds of one of its
-steps, which were measured on an idle machine (`step_times/`); so what else the machine does while a run trains
-changes nothing. A step trains on the same number of answers in every run, and drafts from the same number of positions
-in each (roots). The run with the slowest steps sees the fewest answers; each other run also saves its drafter when it
-has seen as many. That drafter is in the middle of its schedule: its learning rate has not decayed, as that of the
-slowest run has.
+All runs get the same minutes of one core, or in some contests the same number of steps. A run's number of steps is
+these minutes divided by the seconds of one of its steps, which were measured on an idle machine (`step_times/`); so
+what else the machine does while a run trains changes nothing. A step trains on the same number of answers in every
+run, and drafts from the same number of positions in each (roots). The run with the slowest steps sees the fewest
+answers; each other run also saves its drafter when it has seen as many. That drafter is in the middle of its
+schedule: its learning rate has not decayed, as that of the slowest run has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,25 @@ TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that ar
 SEEDS = 3
 ROOTS = DraftTraining().anchors  # positions per answer that drafts start from
 EVALUATIONS = 4  # on held-out answers, in a run
+WITH_EVENTS = "msd with events"
 PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd` by default
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a contest trains on and is measured with. All are defaults of options of the command line.
+
+    captured: the target's answers to train on. held_out: those that calibrate trained drafters. root: of the target's
+    stored outputs. prompts: of the benchmark.
+    """
+
+    target: str = "reference"
+    captured: Path = Path("runs/msd/captured.jsonl")
+    held_out: Path = Path("runs/msd/val_captured.jsonl")
+    images: Path = Path("../shared/data")
+    root: Path = Path("runs/race/outputs")
+    prompts: Path = Path("runs/race/val.jsonl")
+    max_new_tokens: int = 96
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class Contest:
     """What is compared. methods: name -> settings, those with several seeds first. minutes: of one core, for each run.
 
     anchor: the method whose stored step time those of others can be measured against. text: the name of a method that
-    is also trained on text alone.
+    is also trained on text alone. equal_steps: all runs train as many steps as the slowest has in these minutes.
     """
 
     name: str
@@ -42,6 +60,8 @@ class Contest:
     seeded: tuple[str, ...]
     anchor: str
     text: str | None = None
+    equal_steps: bool = False
+    data: Data = Data()
 
     @property
     def step_times(self) -> Path:
@@ -78,7 +98,30 @@ _parts = {
     "block, all parts": DraftTraining(form="block", parts=SWITCHES),
 }
 OF_PARTS = Contest("parts", 10.0, _parts, tuple(_parts), CONTROL)
-CONTESTS = {contest.name: contest for contest in (RACE, OF_PARTS)}
+_clips = Path("runs/events/clips")
+_events = {
+    SHIPPED: DraftTraining(events=False),
+    WITH_EVENTS: DraftTraining(),
+    CONTROL: DraftTraining(events=False, parts=()),
+}
+OF_EVENTS = Contest(
+    "events",
+    10.0,
+    _events,
+    tuple(_events),
+    CONTROL,
+    equal_steps=True,
+    data=Data(
+        target="runs/events/target/model",
+        captured=Path("runs/events/captured.jsonl"),
+        held_out=Path("runs/events/val_captured.jsonl"),
+        images=_clips,
+        root=Path("runs/events/outputs"),
+        prompts=_clips / "bench.jsonl",
+        max_new_tokens=128,
+    ),
+)
+CONTESTS = {contest.name: contest for contest in (RACE, OF_PARTS, OF_EVENTS)}
 
 
 @dataclass(frozen=True)
@@ -124,6 +167,8 @@ def plan(
     """
     methods, minutes = contest.methods, contest.minutes if minutes is None else minutes
     steps = {method: steps_for(minutes, times["seconds"][method]) for method in methods}
+    if contest.equal_steps:
+        steps = dict.fromkeys(steps, min(steps.values()))
     runs = {}
     for seed in range(SEEDS):
         for method, settings in methods.items():

@@ -14,7 +14,7 @@ from recipes.race.measuring import finished
 from recipes.race.plan import ANSWERS, CONTESTS, TIME, step_times
 
 TITLES = {TIME: "Equal training time", ANSWERS: "Equally many answers seen"}
-HELD_OUT = ("acceptance", "vision", "language", "fusion", "text")
+HELD_OUT = ("acceptance", "vision", "language", "fusion", "event_sparse", "event_dense", "video_reasoning", "text")
 SPEED = {
     "speedup_vs_best_plain": "vs best plain",
     "speedup_vs_best_plain_interval": "95%",
@@ -61,13 +61,18 @@ def markdown(document: dict[str, Any], benchmarks: dict[str, Path]) -> str:
     ]
     for state, title in TITLES.items():
         speeds = _speeds(benchmarks[state])
-        head = ["drafter", "minutes", "answers", *(f"held-out {kind}" for kind in HELD_OUT)]
+        missing = ["–"] * (len(SPEED) + 1) if speeds else []
+        records = document[state].values()
+        kinds = [kind for kind in HELD_OUT if any(kind in record["held_out"] for record in records)]
+        head = ["drafter", "minutes", "answers", *(f"held-out {kind}" for kind in kinds)]
         head += [*SPEED.values(), DETAIL] if speeds else []
         lines += ["", f"**{title}**", "", _line(head), _line(["---"] * len(head))]
         for name, record in document[state].items():
-            held_out = [f"{record['held_out'][kind]:.3f}" if kind in record["held_out"] else "–" for kind in HELD_OUT]
-            own = speeds.get(name, ["–"] * (len(SPEED) + 1)) if speeds else []
+            held_out = [f"{record['held_out'][kind]:.3f}" if kind in record["held_out"] else "–" for kind in kinds]
+            own = speeds.pop(name, missing)
             lines.append(_line([name, f"{record['minutes']:.1f}", f"{record['answers']:,}", *held_out, *own]))
+        for name, own in speeds.items():  # other ways of decoding with the same drafters, and plain decoding
+            lines.append(_line([name, "–", "–", *["–"] * len(kinds), *own]))
     return "\n".join(lines) + "\n"
 
 

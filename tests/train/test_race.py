@@ -40,6 +40,17 @@ def test_some_runs_alone_are_the_same_runs() -> None:
         race.plan(times, ["msd"])
 
 
+def test_a_contest_of_equal_steps() -> None:
+    contest = race.OF_EVENTS
+    times = {"seconds": {"msd": 0.5, "msd with events": 0.6, "standard": 0.4}, "roots": 24, "precision": "float32"}
+    runs = race.plan(times, contest=contest)
+    assert {run.settings.steps for run in runs.values()} == {1000}, "those of the slowest in ten minutes"
+    assert runs["standard seed 0"].minutes == pytest.approx(1000 * 0.4 / 60)
+    assert [name for name, run in runs.items() if run.settings.events] == [
+        f"msd with events seed {n}" for n in range(3)
+    ]
+
+
 def test_step_times_of_all_methods_are_needed(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(json.dumps({"seconds": {"msd": 0.5}}))
@@ -69,9 +80,11 @@ def test_both_tables_have_time_and_answers_in_every_row(tmp_path: Path) -> None:
         }
         for task, speed in (("all", 1.6), ("detail", 2.4))
     ]
+    rows += [row | {"method": "msd seed 0+prompt-lookup"} for row in rows]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     text = markdown(document, {TIME: tmp_path / "results.json", ANSWERS: tmp_path / "none.json"})
-    time, answers = (line for line in text.splitlines() if line.startswith("| msd seed 0"))
-    assert time.startswith("| msd seed 0 | 30.0 | 10,040 | 0.500 | – ")
+    time, answers = (line for line in text.splitlines() if line.startswith("| msd seed 0 |"))
+    assert time.startswith("| msd seed 0 | 30.0 | 10,040 | 0.500 | 1.60 ")
     assert time.endswith("| 1.60 | 1.50–1.70 | 1.55 | 2.00 | 77 | 2.40 |")
-    assert answers == "| msd seed 0 | 19.6 | 6,560 | 0.500 | – | – | – | – |"
+    assert answers == "| msd seed 0 | 19.6 | 6,560 | 0.500 |"
+    assert "| msd seed 0+prompt-lookup | – | – | – | 1.60 |" in text, "another way of decoding with the same drafter"
