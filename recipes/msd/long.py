@@ -1,6 +1,7 @@
 """Trains a drafter until its curves rest: `python -m recipes.msd.long`, or `--method eagle3` for the best rival.
 
-The settings are those of the race, with more steps and more texts. An interrupted run resumes when the command is run
+The settings are those of the race, with more steps and more texts; to its answers come sampled ones (T = 1) about other
+photos and texts. An interrupted run resumes when the command is run
 again; with another `--steps`, an unfinished run decays from its current rate to the new end.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from msd.drafters.algorithms.msd import SHIPPED
+from msd.train.capture import read_captured
 from msd.train.drafting import train
 from recipes.race.outputs import begun
 from recipes.race.plan import RACE
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--method", choices=list(RACE.methods), default=SHIPPED)
     parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
+    parser.add_argument("--sampled", type=Path, default=Path("runs/msd/sampled.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=120)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
@@ -36,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, processor, answers, held_out, thresholds = training_inputs(args)
+    answers += read_captured(args.sampled, args.images)
     cache = begun(model, answers, thresholds, args.outputs)
     settings = replace(RACE.methods[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000)
     out = args.out or Path("runs/msd") / f"long-{args.method}"

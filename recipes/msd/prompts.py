@@ -1,13 +1,14 @@
-"""Writes the prompts for MSD's training data: `prompts.jsonl` (train splits) and `val.jsonl`.
+"""Writes the prompts for MSD's training data: `prompts.jsonl` and `more.jsonl` (train splits), and `val.jsonl`.
 
 python -m recipes.msd.prompts --data ../shared/data --out runs/msd
 msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
+msd capture --data runs/msd/more.jsonl --images ../shared/data --out runs/msd/sampled.jsonl --temperature 1
 
 Image names are relative to the data folder. Each photo gets at most one prompt for a long description: those of Flickr
 ("detail") and those of COCO ("scene"). Lines of scanned receipts are to be read ("receipt"). Half of the questions are
 about COCO photos, each with and without a request for a one-word answer. The other half is derived from the captions of
 Flickr photos (yes/no and open questions). The prompts depend on the seed only: a smaller set of a kind is a prefix of a
-larger one.
+larger one. `more.jsonl` has those that follow (`MORE`): other photos and texts, for the long training.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COUNTS = {  # of each kind, in the training data and in the validation data
     "scene": (500, 0),
     "receipt": (400, 0),
 }
+MORE = {"detail": 2000, "scene": 800, "text": 1200}
 Line = dict[str, Any]
 
 
@@ -138,11 +140,14 @@ def main() -> None:
             parser.add_argument(f"--{split}{kind}", type=int, default=counts[i])
     args = vars(parser.parse_args())
     args["out"].mkdir(parents=True, exist_ok=True)
-    for split, prefix, name in (("train", "", "prompts.jsonl"), ("val", "val_", "val.jsonl")):
-        lines = build(args["data"], split, {kind: args[prefix + kind] for kind in COUNTS}, args["seed"])
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_whole(args["out"] / name, text)
-        print(f"{args['out'] / name}: {len(lines)} prompts")
+    counts = {prefix: {kind: args[prefix + kind] for kind in COUNTS} for prefix in ("", "val_")}
+    lines = build(args["data"], "train", counts[""], args["seed"])
+    larger = {kind: n + MORE.get(kind, 0) for kind, n in counts[""].items()}
+    more = [line for line in build(args["data"], "train", larger, args["seed"]) if line not in lines]
+    val = build(args["data"], "val", counts["val_"], args["seed"])
+    for name, some in (("prompts.jsonl", lines), ("more.jsonl", more), ("val.jsonl", val)):
+        write_whole(args["out"] / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in some))
+        print(f"{args['out'] / name}: {len(some)} prompts")
 
 
 if __name__ == "__main__":

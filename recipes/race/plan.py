@@ -102,6 +102,7 @@ _clips = Path("runs/events/clips")
 _events = {
     SHIPPED: DraftTraining(events=False),
     WITH_EVENTS: DraftTraining(),
+    f"{WITH_EVENTS} and motion": DraftTraining(parts=(*PARTS, "motion")),
     CONTROL: DraftTraining(events=False, parts=()),
 }
 OF_EVENTS = Contest(
@@ -112,7 +113,7 @@ OF_EVENTS = Contest(
     CONTROL,
     equal_steps=True,
     data=Data(
-        target="runs/events/target/model",
+        target="reference-video",
         captured=Path("runs/events/captured.jsonl"),
         held_out=Path("runs/events/val_captured.jsonl"),
         images=_clips,

@@ -14,14 +14,16 @@ from PIL import Image
 
 import tiny_checkpoint
 from msd.drafters import registry
-from msd.drafters.auxiliary import FRAMES, pooled
-from msd.events import events_of_photo, frames, read
+from msd.drafters.algorithms.msd import MSD
+from msd.drafters.auxiliary import FRAMES, SPANS, pooled
+from msd.events import events_of_photo, frames, motion, read
 from msd.events.auxiliary import event_tokens
 from msd.events.cells import cell_kinds
 from msd.inputs.prompts import prepare
 from msd.labels.gain import event_costs
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
+from msd.model import SpeculativeVLM
 from msd.targets import adapt
 from msd.train.capture import label_thresholds_path, read_captured
 from msd.train.drafting import DraftTraining
@@ -89,8 +91,10 @@ def test_event_tokens_are_means_of_the_targets_features(place: Path) -> None:
     for image in frames(stream, FRAMES, "count"):
         shown = model.model.get_image_features(processor.image_processor(image, return_tensors="pt")["pixel_values"])
         features.append(getattr(shown, "pooler_output", shown)[0])
-    torch.testing.assert_close(found, pooled(torch.stack(features)), atol=1e-5, rtol=1e-4)
-    assert found.shape == (FRAMES + 4, 32)
+    torch.testing.assert_close(found[: FRAMES + 4], pooled(torch.stack(features)), atol=1e-5, rtol=1e-4)
+    moved = torch.from_numpy(motion(stream, SPANS))
+    torch.testing.assert_close(found[FRAMES + 4 :, :6], torch.nn.functional.pad(moved, (0, 1), value=1.0))
+    assert found.shape == (FRAMES + 4 + SPANS, 32)
 
 
 @pytest.mark.usefixtures("captured")
@@ -106,6 +110,28 @@ def test_a_drafter_trains_with_event_tokens(capsys: pytest.CaptureFixture[str], 
     assert whole["losses"]["loss"] == again["losses"]["loss"]
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), same.parameters(), strict=True))
     assert other.config.auxiliary == () and other.config.modalities == network.config.modalities
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_drafter_reads_motion(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path) -> None:
+    """In decoding it gets the tokens that it was trained with; one without the part gets those of pictures alone."""
+    model, processor = load_target(str(place))
+    stream = read(place / "images" / "0.npz")
+    wanted = event_tokens(adapt(model), processor, stream)
+    for parts, groups in (("router,motion", 3), ("router", 2)):
+        train(capsys, place, tmp_path / parts, *FLOAT32, "--parts", parts)
+        network = registry.load(tmp_path / parts / "drafter")
+        assert network.config.auxiliary == ((FRAMES, 3), (4, 3), (SPANS, 3))[:groups]
+        vlm = SpeculativeVLM(model, processor, drafter=MSD(network))
+        assert isinstance(vlm.drafter, MSD)
+        count = sum(n for n, _ in network.config.auxiliary)
+        torch.testing.assert_close(vlm.drafter.encode(stream), wanted[:count])
+        images = [place / "images" / name for name in tiny_checkpoint.photos(tmp_path / "shown", 2)]
+        drafted = vlm.generate(images, "What happens?", events=stream, do_sample=False, max_new_tokens=8)
+        plain = SpeculativeVLM(model, processor, drafter="ar").generate(
+            images, "What happens?", do_sample=False, max_new_tokens=8
+        )
+        assert drafted.tokens == plain.tokens
 
 
 @pytest.mark.usefixtures("captured")

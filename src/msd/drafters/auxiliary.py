@@ -14,7 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from msd.targets.base import Target
 from msd.targets.vision import VisionCache
 
 FRAMES = 5  # pictures that an input is rendered as, for a drafter that shares the target's vision tower
+SPANS = 8  # equally long parts of an input whose figures a drafter reads
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class AuxiliarySource:
     name: the keyword argument of `generate`. plural: the noun for several inputs, in messages. types: the Python types
     of one input, to distinguish it from a list of inputs. open: checks and opens an input, and returns an opened one
     unchanged; UserError if it cannot be read. frames: renders an opened input as this number of pictures. unsupported:
-    completes the message "method 'x' …" for a drafter that does not read this source.
+    completes the message "method 'x' …" for a drafter that does not read this source. figures: measures what pictures
+    do not show, float32 [SPANS, n], of an opened input and the number of spans.
     """
 
     name: str
@@ -43,6 +48,7 @@ class AuxiliarySource:
     open: Callable[[Any], Any]
     frames: Callable[[Any, int], list[Image.Image]]
     unsupported: str
+    figures: Callable[[Any, int], NDArray[np.float32]] | None = None
 
 
 _SOURCES: dict[str, AuxiliarySource] = {}
@@ -116,6 +122,17 @@ def stacked(tokens: Sequence[Tensor | None]) -> Tensor:
     """Stacks tokens [E, H] of some rows to [B, E, H], zero in the rows without any; at least one row has some."""
     zeros = torch.zeros_like(next(row for row in tokens if row is not None))
     return torch.stack([zeros if row is None else row for row in tokens])
+
+
+def figure_tokens(source: AuxiliarySource, item: Any, like: Tensor) -> Tensor:
+    """Returns the figures of an opened input as tokens [SPANS, H]: followed by a one, then zeros; like: [..., H].
+
+    The one keeps their scale, which a norm takes away. Without figures there are no tokens, [0, H].
+    """
+    if source.figures is None:
+        return like.new_zeros(0, like.shape[-1])
+    values = F.pad(torch.from_numpy(source.figures(item, SPANS)), (0, 1), value=1.0)
+    return F.pad(values, (0, like.shape[-1] - values.shape[1])).to(like)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Functions that take `events` accept an `EventStream` in memory or a `Recording` 
 from msd.events.cells import Cells, cells
 from msd.events.frames import EventFrames, event_frames, frames
 from msd.events.grids import time_surface, voxel_grid
+from msd.events.motion import motion
 from msd.events.readers import open_chunks, read
 from msd.events.recording import Recording
 from msd.events.simulator import Camera, Motion, Simulator, SimulatorSettings, events_of_photo, simulate
@@ -24,6 +25,7 @@ __all__ = [
     "event_frames",
     "events_of_photo",
     "frames",
+    "motion",
     "open_chunks",
     "read",
     "simulate",

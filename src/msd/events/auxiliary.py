@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from msd.drafters import auxiliary
 from msd.drafters.auxiliary import FRAMES, AuxiliarySource
 from msd.events.cells import cell_kinds
 from msd.events.frames import frames
+from msd.events.motion import motion
 from msd.events.readers import open_chunks
 from msd.events.recording import Events, Recording
 from msd.events.stream import EventStream
@@ -28,21 +30,23 @@ def opened(recording: Events | str | os.PathLike[str]) -> Events:
     return open_chunks(recording) if isinstance(recording, str | os.PathLike) else recording
 
 
-auxiliary.register(
-    AuxiliarySource(
-        name="events",
-        plural="event recordings",
-        types=(EventStream, Recording, str, os.PathLike),
-        open=opened,
-        frames=partial(frames, by="count"),
-        unsupported=("sees no events; 'eventgpt' does, and 'msd' where it was trained with them (docs/events.md)"),
-    )
+SOURCE = AuxiliarySource(
+    name="events",
+    plural="event recordings",
+    types=(EventStream, Recording, str, os.PathLike),
+    open=opened,
+    frames=partial(frames, by="count"),
+    unsupported=("sees no events; 'eventgpt' does, and 'msd' where it was trained with them (docs/events.md)"),
+    figures=motion,
 )
+auxiliary.register(SOURCE)
 
 
 def event_tokens(target: Target, processor: Any, recording: Events | str | os.PathLike[str]) -> Tensor:
-    """Encodes a recording with the target's vision tower as tokens [F + P, H] (`picture_tokens`)."""
-    return auxiliary.picture_tokens(target, processor, frames(opened(recording), FRAMES, "count"))
+    """Encodes a recording: `picture_tokens` of its frames, `figure_tokens` of its motion, [F + P + SPANS, H]."""
+    events = opened(recording)
+    pictures = auxiliary.picture_tokens(target, processor, SOURCE.frames(events, FRAMES))
+    return torch.cat([pictures, auxiliary.figure_tokens(SOURCE, events, pictures)])
 
 
 def costs_of_recordings(

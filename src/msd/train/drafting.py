@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from msd import formats
 from msd.backends.packed import faster_in_bf16
 from msd.drafters import registry
-from msd.drafters.auxiliary import FRAMES
+from msd.drafters.auxiliary import FRAMES, SPANS
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.network import DraftNetwork
 from msd.drafters.toolkit.variant import PLAIN
@@ -50,7 +50,7 @@ REPAIR = "delete it, and run the command once with the run's own settings"
 PRECISIONS = ("measure", "bf16", "float32")
 UNCHECKED = ("steps", "evaluate_every", "remember", "keep_at")  # settings that a resumed run may change
 START_SETTINGS = ("form", "layers", "parts")  # fixed by a start drafter, as its method is
-EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, and of the spatial ones
+EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal tokens, of the spatial ones, and of motion
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ def initial_network(
     recording = next((c.events for c in captured if c.events), None)
     groups: tuple[tuple[int, int], ...] | None = None if recording is None else ()
     if recording is not None and processor and settings.events:
-        spatial = len(event_tokens(target, processor, recording)) - FRAMES
-        groups = (FRAMES, EVENT_ENTRIES), (spatial, EVENT_ENTRIES)
+        spatial = len(event_tokens(target, processor, recording)) - FRAMES - SPANS
+        groups = (FRAMES, EVENT_ENTRIES), (spatial, EVENT_ENTRIES), (SPANS, EVENT_ENTRIES)
     changes = kind.trained_as(settings, groups)
     if settings.layers is not None:
         changes["layers"] = settings.layers

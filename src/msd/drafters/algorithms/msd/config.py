@@ -13,7 +13,7 @@ from msd.errors import UserError
 
 FORMS = ("ar", "block")
 # parts that a network may have
-SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic", "readout")
+SWITCHES = ("router", "experts", "subtrees", "vision", "transfer", "dynamic", "readout", "motion")
 OTHER = Shape(4, 6)
 SHAPES = {"language": Shape(3, 6), "vision": Shape(5, 6), "video_reasoning": Shape(5, 6)}
 
@@ -34,12 +34,13 @@ class MSDConfig(checkpoint.DrafterConfig):
     and that of the single tree without `subtrees`. active_from: router probability from which a modality has a subtree.
     Each of the `SWITCHES` says whether the network has that part; without any the drafter is the `standard` control.
     Experts, transfer and the compressed image path (`vision`) together lose more by slower training and drafts than
-    they gain (docs/drafter.md); the gain of the `readout` of the image is not known yet. All four are off by default.
+    they gain (docs/drafter.md); the gains of the `readout` of the image, and of the `motion` measured from recordings,
+    are not known yet. All five are off by default.
     """
 
     owner: ClassVar[str] = "an MSD drafter"
     json_keys: ClassVar[dict[str, str]] = {"auxiliary": "beside"}
-    omitted: ClassVar[tuple[str, ...]] = ("variant", "readout")
+    omitted: ClassVar[tuple[str, ...]] = ("variant", "readout", "motion")
     form: str = "ar"
     layers: int = 1
     depth: int = 5
@@ -58,6 +59,7 @@ class MSDConfig(checkpoint.DrafterConfig):
     transfer: bool = False
     dynamic: bool = True
     readout: bool = False
+    motion: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:

@@ -49,8 +49,15 @@ class MSD(TrainedDrafter):
             self.auxiliary_source, self._encode = self.source, encode
 
     def encode(self, item: Any) -> Tensor:
-        """Encodes `FRAMES` frames of an auxiliary input with the target's vision tower; see `ReadsAuxiliary`."""
-        return self._encode(auxiliary.get(self.source).frames(item, auxiliary.FRAMES))
+        """Encodes `FRAMES` frames of an auxiliary input with the target's vision tower; see `ReadsAuxiliary`.
+
+        A network that was trained with its motion also gets that.
+        """
+        source = auxiliary.get(self.source)
+        pictures = self._encode(source.frames(item, auxiliary.FRAMES))
+        if len(self.network.config.auxiliary) == 2:
+            return pictures
+        return torch.cat([pictures, auxiliary.figure_tokens(source, item, pictures)])
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """See `Drafter`; the twin has the same form and switches, and drafts the model's whole vocabulary."""

@@ -235,7 +235,9 @@ class MSDNetwork(SelfFed):
             changes |= dict.fromkeys(SWITCHES, False) | dict.fromkeys(settings.parts, True)
         if auxiliary is not None:
             names = tuple(m.name for m in EVENT_MODALITIES)
-            changes |= {"modalities": names, "shapes": shapes_of(names), "auxiliary": auxiliary}
+            motion = settings.parts is not None and "motion" in settings.parts
+            groups = auxiliary if motion else auxiliary[:2]
+            changes |= {"modalities": names, "shapes": shapes_of(names), "auxiliary": groups}
         return changes
 
     def _alike(self, text_config: Any) -> Self:
@@ -344,6 +346,12 @@ class MSDNetwork(SelfFed):
             above = torch.where((tree.parents < 0)[..., None], root, above)
         classes = self.route(above, self.embed(tree.tokens)).argmax(-1)
         return torch.tensor(self.config.modality_ids, device=classes.device)[classes]
+
+    def anchors(self, batch: TeacherBatch, roots: Tensor) -> Anchors:
+        """See `DraftNetwork`; a training batch may have auxiliary tokens of parts that this network lacks."""
+        if batch.auxiliary is not None:
+            batch = replace(batch, auxiliary=batch.auxiliary[:, : sum(n for n, _ in self.config.auxiliary)])
+        return super().anchors(batch, roots)
 
     def read(self, layout: Layout, taps: Tensor, prompt: int | None = None, auxiliary: Tensor | None = None) -> Entries:
         """See `DraftNetwork`; kept auxiliary tokens precede the text, and their global vector joins the image's."""
