@@ -99,15 +99,17 @@ _parts = {
 }
 OF_PARTS = Contest("parts", 10.0, _parts, tuple(_parts), CONTROL)
 _clips = Path("runs/events/clips")
-_events = {
+_events = {  # and the parts that read the image: a clip has four times as many image tokens
     SHIPPED: DraftTraining(events=False),
     WITH_EVENTS: DraftTraining(),
     f"{WITH_EVENTS} and motion": DraftTraining(parts=(*PARTS, "motion")),
     CONTROL: DraftTraining(events=False, parts=()),
+    "with a compressed image": DraftTraining(events=False, parts=(*PARTS, "vision")),
+    "with a read-out": DraftTraining(events=False, parts=(*PARTS, "readout")),
 }
 OF_EVENTS = Contest(
     "events",
-    10.0,
+    8.0,
     _events,
     tuple(_events),
     CONTROL,

@@ -45,8 +45,8 @@ def test_a_contest_of_equal_steps() -> None:
     seconds = dict.fromkeys(contest.methods, 0.5) | {"msd with events": 0.6, "standard": 0.4}
     times = {"seconds": seconds, "roots": 24, "precision": "float32"}
     runs = race.plan(times, contest=contest)
-    assert {run.settings.steps for run in runs.values()} == {1000}, "those of the slowest in ten minutes"
-    assert runs["standard seed 0"].minutes == pytest.approx(1000 * 0.4 / 60)
+    assert {run.settings.steps for run in runs.values()} == {800}, "those of the slowest in its minutes"
+    assert runs["standard seed 0"].minutes == pytest.approx(800 * 0.4 / 60)
     assert all(run.settings.events == ("with events" in name) for name, run in runs.items())
 
 
