@@ -117,8 +117,8 @@ counts = [sum(int((each == modality.get(name).id).sum()) for each in labels) for
 print("labels:", dict(zip(names, counts, strict=True)))
 
 # %% [markdown]
-# **4. The network** has an expert, a subtree shape and a router class for the new modality, and an adaptor for the
-# depth tokens. **5. Training** runs the target over its answers (`run_teacher`) and minimises MSD's loss.
+# **4. The network** has a subtree shape and a router class for the new modality, and an adaptor for the depth
+# tokens. **5. Training** runs the target over its answers (`run_teacher`) and minimises MSD's loss.
 
 # %%
 encoded = [auxiliary.picture_tokens(target, processor, slices(depth, auxiliary.FRAMES)) for depth in depths]

@@ -27,7 +27,7 @@ def step() -> Drawing:
     question = d.box(10, 20, ["image", "and prompt"], 110)
     prefill = d.box(150, 20, ["target", "prefill"], 110)
     router = d.box(300, 20, ["router", "modality of the next token"], 205)
-    drafter = d.box(545, 20, ["drafter", "mixes experts, grows a tree"], 200)
+    drafter = d.box(545, 20, ["drafter", "grows a tree"], 200)
     score = d.box(545, 118, ["target", "scores the tree in one pass"], 200)
     verifier = d.box(300, 118, ["verifier", "accepts a path"], 205)
     text = d.box(130, 118, ["text", "path + one token"], 130)
@@ -184,7 +184,7 @@ def vision() -> Drawing:
     tower = d.box(365, 12, ["vision tower", "if the key is new"], 135)
     cache = d.box(365, 108, ["features", "kept by content"], 135)
     d.box(530, 60, ["target", "prefill"], 90)
-    adaptor = d.box(650, 12, ["adaptor", "4 tokens, g"], 100)
+    adaptor = d.box(650, 12, ["entries", "or 4 tokens, g"], 100)
     draft = d.box(650, 108, ["drafter", "each step"], 100)
     d.arrow(pixels.right, key.left)
     d.arrow((335, 75), (365, 40))
@@ -197,10 +197,10 @@ def vision() -> Drawing:
     d.text(
         10,
         184,
-        "The drafter reads the hidden states at image positions once, and keeps four entries and one",
+        "The drafter reads the hidden states at image positions once, with the prompt. With the part",
         "muted",
     )
-    d.text(10, 201, "global vector g of them: its cost does not grow with the number of image tokens.", "muted")
+    d.text(10, 201, "`vision` it keeps four entries and one global vector g of them.", "muted")
     return d
 
 

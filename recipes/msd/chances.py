@@ -3,7 +3,7 @@
 python -m recipes.msd.chances --drafter weights/msd-15min --out results/node_chances.json
 
 Half of the held-out answers fit the logistic model, the other half measures it, and the other way round. All features
-but those of siblings are tried in addition to today's log odds and confidence.
+but those of siblings are tried in addition to log odds and confidence.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Trains a drafter until its curves rest: `python -m recipes.msd.long`, or `--method eagle3` for the best rival.
+"""Trains a drafter for hours: `python -m recipes.msd.long`, or `--method eagle3` for the best rival.
 
-The settings are those of the race, with more steps and more texts; to its answers come sampled ones (T = 1) about other
-photos and texts. An interrupted run resumes when the command is run
-again; with another `--steps`, an unfinished run decays from its current rate to the new end.
+Form, parts, roots and learning rate are those of the race; 15% of the steps are on texts. To the race's answers come
+sampled ones (T = 1) about other photos and texts. An interrupted run resumes when the command is run again; with
+another `--steps`, an unfinished run decays from its current rate to the new end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--held-out-limit", type=int, default=120)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
     parser.add_argument("--target", default="reference")
-    parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"), help="of the target; see the race")
+    parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"), help="of the target, on disk")
     parser.add_argument("--out", type=Path, help="by default runs/msd/long-METHOD")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

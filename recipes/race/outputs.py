@@ -39,11 +39,16 @@ class StoredCache(TeacherCache):
         self.folder, self._stored, self._saved = folder, set[Hashable](), time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        with torch.serialization.safe_globals([TeacherBatch, Layout]):
-            for file in sorted(folder.glob("*.pt")):
-                self._entries |= torch.load(file, mmap=True, weights_only=True)
-        self._stored |= self._entries.keys()
+        for file in sorted(folder.glob("*.pt")):
+            self._read(file)
         self.head_is_linear = True if self._entries else None
+
+    def _read(self, file: Path) -> None:
+        """Maps the entries of a file, in place of those in memory."""
+        with torch.serialization.safe_globals([TeacherBatch, Layout]):
+            found = torch.load(file, mmap=True, weights_only=True)
+        self._entries |= found
+        self._stored |= found.keys()
 
     def get(self, key: Hashable, compute: Any) -> LabelledBatch:
         """See `TeacherCache.get`; saves new entries now and then."""
@@ -56,14 +61,14 @@ class StoredCache(TeacherCache):
         """Writes all entries that are in no file yet to a new file."""
         new = {key: entry for key, entry in self._entries.items() if key not in self._stored}
         if new:
-            name = f"{len(self._stored):06d}.pt"
-            write_whole(self.folder / name, lambda path: torch.save(new, path))
-            self._stored |= new.keys()
+            file = self.folder / f"{len(self._stored):06d}.pt"
+            write_whole(file, lambda path: torch.save(new, path))
+            self._read(file)
         self._saved = time.monotonic()
 
 
 def begun(
-    model: Any, answers: Sequence[Captured], thresholds: ModalityThresholds, root: Path, gigabytes: float = 12.0
+    model: Any, answers: Sequence[Captured], thresholds: ModalityThresholds, root: Path, gigabytes: float = 24.0
 ) -> StoredCache:
     """Returns the cache of the target's outputs for `answers`, with what `root` has; training computes the rest."""
     source = (answers, thresholds.model_dump(), LAYERS, DraftTraining().batch, DTYPE)

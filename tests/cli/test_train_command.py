@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_checkpoint
-from msd.drafters.algorithms.msd import DraftObjective
+from msd.cli.train import PARTS
+from msd.drafters.algorithms.msd import SWITCHES, DraftObjective
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.labels.label_thresholds import ModalityThresholds
@@ -127,6 +128,10 @@ def test_tensorboard_gets_the_log(capsys: pytest.CaptureFixture[str], place: Pat
     pytest.importorskip("tensorboard")
     train(capsys, place, tmp_path / "run", "--tensorboard")
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_help_names_the_parts() -> None:
+    assert tuple(PARTS.split(",")) == SWITCHES
 
 
 @pytest.mark.parametrize(

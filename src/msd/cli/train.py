@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from msd.train.capture import Captured
     from msd.train.drafting import DraftTraining
 
+PARTS = "router,experts,subtrees,vision,transfer,dynamic,readout,motion"  # a copy: the network is not imported for help
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -78,7 +80,7 @@ class Network:
     draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096
     parts: Annotated[
         str | None,
-        typer.Option("--parts", help="Parts of msd, separated by commas, 'all' or 'none'; by default its own."),
+        typer.Option("--parts", help=f"Of msd: {PARTS}; or 'all' or 'none'. By default router,subtrees,dynamic."),
     ] = None
     start: Annotated[
         Path | None,

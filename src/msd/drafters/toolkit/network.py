@@ -56,12 +56,12 @@ class DraftNetwork(nn.Module, ABC):
 
     method, published_loss, objective_type, drafter: set by the registration. layer: the class of its decoder layers.
     deep: whether context runs through all layers, as in a language model, or enters every layer unchanged.
-    max_roots: answer tokens per row to draft from in a training step, at most. prompt_roots: tokens at the prompt's end
-    that training drafts from too. reach: levels that training drafts below each root. stages: of training, as shares
-    of its steps (steps on text alone, steps until all are about images, share of these at first, share of text kept);
-    None: the run's settings. reduced: whether it has its own draft vocabulary. options: the method's own numbers and
-    their defaults. forms, parts: what `msd train` can choose and leave out. routes: whether it predicts modalities for
-    verification policies.
+    max_roots: answer tokens per row to draft from in a training step, at most. prompt_roots: tokens at the
+    prompt's end that training drafts from too. reach: levels that training drafts below each root. stages: of
+    training, as shares of its steps (steps on text alone, steps until all are about images, share of these at
+    first, share of text kept); None: the run's settings. reduced: whether it has its own draft vocabulary.
+    options: the method's own numbers and their defaults. forms, parts: what `--form` and `--parts` of `msd train`
+    can name. routes: whether it predicts modalities for verification policies.
     """
 
     method: ClassVar[str]

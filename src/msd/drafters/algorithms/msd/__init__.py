@@ -1,8 +1,9 @@
-"""`msd`: router, experts, decoupled vision path and modality-aware trees on one light trunk (docs/drafter.md).
+"""`msd`: a light trunk with a router and optional modality parts (docs/drafter.md).
 
 Other methods with this network: `standard`, the control without any modality part; `msd:ar`, which drafts level by
-level; `msd:subtrees`, which grows a subtree for each likely modality; `msd:15min`, trained as long as the published
-methods it is compared with; `msd:video`, the drafter of the video target, which reads event recordings.
+level with experts, transfer and compressed images; `msd:subtrees`, which grows a subtree for each likely modality;
+`msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the drafter of the video
+target, which reads event recordings.
 """
 
 from functools import partial

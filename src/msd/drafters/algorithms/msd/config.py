@@ -19,7 +19,7 @@ SHAPES = {"language": Shape(3, 6), "vision": Shape(5, 6), "video_reasoning": Sha
 
 
 def shapes_of(modalities: Iterable[str] = ("language", "vision", "fusion")) -> dict[str, Shape]:
-    """Returns a subtree shape for each modality: narrow for language, wide for vision (docs/drafter.md gives why)."""
+    """Returns a subtree shape for each modality: narrow for language, wide for vision (docs/trees.md gives why)."""
     return {name: SHAPES.get(name, OTHER) for name in modalities}
 
 

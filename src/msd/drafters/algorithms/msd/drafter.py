@@ -26,8 +26,8 @@ class MSD(TrainedDrafter):
     """Drafts with an MSD network, and has the thresholds that were calibrated for it.
 
     sampled: whether it draws candidates from the draft distributions instead of ranking them. separate: whether each
-    likely modality has a subtree, by default only for sampled candidates; otherwise one tree follows the router's
-    mixture of experts, which is as fast and simpler (docs/trees.md).
+    likely modality has a subtree, by default only for sampled candidates; otherwise there is one tree, which is as fast
+    and simpler (docs/trees.md). With experts it follows the router's mixture.
     """
 
     network: MSDNetwork

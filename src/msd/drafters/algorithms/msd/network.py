@@ -1,15 +1,15 @@
 """MSD's network: fused target taps -> context -> states below an anchor -> draft distributions.
 
-Text position i has the input x_i = fc([feature_i; emb(y_{i+1})]); feature_i fuses the target's tap states. An image
-becomes a few compressed tokens. The network has two forms:
+Text position i has the input x_i = fc([feature_i; emb(y_{i+1})]); feature_i fuses the target's tap states. So has each
+token of an image; with the part `vision`, the image becomes a few compressed tokens. The network has two forms:
 
     ar      the state at x_i drafts y_{i+2}; below it, feature_state(state) predicts the feature that the target has not
             computed yet (self-fed, EAGLE). One pass per level.
     block   D queries x_i + depth_d in one pass, which see each other; below depth 1 a low-rank term conditions the
             logits on the parent token (DFlash, DSpark). One pass for all levels.
 
-The output layer has a reduced vocabulary and a low-rank expert per modality. With cross-modality transfer, the experts
-of the other modalities correct the language expert's output instead of the bare state.
+The output layer has a reduced vocabulary and, with `experts`, a low-rank expert per modality. With `transfer`, the
+experts of the other modalities correct the language expert's output instead of the bare state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training objective of an MSD network (`msd.train.losses.msd`), and the reports on a trained one.
 
-Deeper draft positions weigh less. Router, ending and confidence have loss terms that do not reach the rest of the
-network.
+Deeper draft positions weigh less. Router, ending and confidence have loss terms that hardly reach the rest of the
+network: the norm of embeddings, and in the block form also the map from states to features.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class DraftObjective(Objective):
         return self.states(batch, all_roots(batch))
 
     def routes(self, batch: TeacherBatch, drafts: Drafts, states: Tensor) -> Tensor:
-        """Computes router log-probabilities [B, A, D, M]; their gradient stops at the router's inputs."""
+        """Computes router log-probabilities [B, A, D, M]; their gradient stops before the trunk."""
         anchors, network = drafts.anchors, self.network
         feature = network.feature_state(states[:, :, :-1].detach())
         if network.config.form == "ar":
