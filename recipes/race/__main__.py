@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from recipes.race.measuring import bench_runs, ship_runs
-from recipes.race.plan import ANSWERS, CONTESTS, RACE, ROOTS, TIME
+from recipes.race.plan import ANSWERS, CONTESTS, RACE, TIME
 from recipes.race.tables import tell_runs
 from recipes.race.training import measure_steps, train_runs
 
@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default runs/race/runs, of another contest runs/race/NAME")
     parser.add_argument("--target")
     parser.add_argument("--minutes", type=float, help="of one core, for each run; by default the contest's")
-    parser.add_argument("--roots", type=int, default=ROOTS, help="of `measure`: positions that drafts start from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--only",

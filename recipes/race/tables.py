@@ -42,6 +42,7 @@ def _records(args: argparse.Namespace, state: str) -> dict[str, dict[str, Any]]:
         name: {
             "steps": run.steps(state),
             "answers": run.answers(state),
+            "roots": run.settings.anchors,
             "minutes": round(run.minutes_at(state), 2),
             "held_out": checkpoint.training(folder)["held_out"],
         }
@@ -54,9 +55,9 @@ def markdown(document: dict[str, Any], benchmarks: dict[str, Path]) -> str:
     times = document["step_times"]
     lines = [
         "Written by `python -m recipes.race tell`. Minutes are those of one core: steps times the seconds of a step on "
-        f"an idle machine ({times['cpu']}, {times['threads']} thread, {times['precision']}), each with drafts from "
-        f"{times['roots']} positions of an answer. Answers are those seen in training; an answer seen twice counts "
-        "twice. In the second table each drafter is a copy from within the run of the first: its learning rate has not "
+        f"an idle machine ({times['cpu']}, {times['threads']} thread, {times['precision']}). Roots are the positions "
+        "of an answer that a step drafts from. Answers are those seen in training; an answer seen twice counts twice. "
+        "In the second table each drafter is a copy from within the run of the first: its learning rate has not "
         "decayed to the end of the schedule, except where the run ends there.",
     ]
     for state, title in TITLES.items():
@@ -64,15 +65,16 @@ def markdown(document: dict[str, Any], benchmarks: dict[str, Path]) -> str:
         missing = ["–"] * (len(SPEED) + 1) if speeds else []
         records = document[state].values()
         kinds = [kind for kind in HELD_OUT if any(kind in record["held_out"] for record in records)]
-        head = ["drafter", "minutes", "answers", *(f"held-out {kind}" for kind in kinds)]
+        head = ["drafter", "minutes", "roots", "answers", *(f"held-out {kind}" for kind in kinds)]
         head += [*SPEED.values(), DETAIL] if speeds else []
         lines += ["", f"**{title}**", "", _line(head), _line(["---"] * len(head))]
         for name, record in document[state].items():
             held_out = [f"{record['held_out'][kind]:.3f}" if kind in record["held_out"] else "–" for kind in kinds]
             own = speeds.pop(name, missing)
-            lines.append(_line([name, f"{record['minutes']:.1f}", f"{record['answers']:,}", *held_out, *own]))
+            cost = [f"{record['minutes']:.1f}", f"{record['roots']}", f"{record['answers']:,}"]
+            lines.append(_line([name, *cost, *held_out, *own]))
         for name, own in speeds.items():  # other ways of decoding with the same drafters, and plain decoding
-            lines.append(_line([name, "–", "–", *["–"] * len(kinds), *own]))
+            lines.append(_line([name, *["–"] * 3, *["–"] * len(kinds), *own]))
     return "\n".join(lines) + "\n"
 
 

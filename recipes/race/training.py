@@ -73,16 +73,14 @@ def measure_steps(args: argparse.Namespace) -> None:
             raise UserError(f"--only '{name}' is no method of it; choose from {', '.join(contest.methods)}")
     anchor = contest.anchor
     methods = {name: s for name, s in contest.methods.items() if not args.only or name in (*args.only, anchor)}
-    before = step_times(contest) if args.only else {"seconds": {}, "range": {}}
-    if args.only and (before["roots"], before["precision"]) != (args.roots, PRECISION):
-        raise UserError(
-            f"the stored step times have {before['roots']} roots in {before['precision']}; leave out --only"
-        )
+    before = step_times(contest, changed=args.only) if args.only else {"seconds": {}, "range": {}}
+    if args.only and before["precision"] != PRECISION:
+        raise UserError(f"the stored step times are for {before['precision']}; leave out --only")
     run = _trainer(argparse.Namespace(**{**vars(args), "held_out_limit": 4}))  # held-out answers are not timed
     times: dict[str, list[float]] = {method: [] for method in methods}
     for number in range(ROUNDS):
         for method, settings in methods.items():
-            times[method] += speed(run, args.out / "probe", replace(settings, anchors=args.roots, precision=PRECISION))
+            times[method] += speed(run, args.out / "probe", replace(settings, precision=PRECISION))
             print(f"round {number + 1} of {ROUNDS}: {method} {times[method]}", flush=True)
     if args.only:
         factor = before["seconds"][anchor] / statistics.median(times.pop(anchor))
@@ -91,7 +89,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         "cpu": machine.processor(),
         "threads": args.threads,
         "precision": PRECISION,
-        "roots": args.roots,
+        "roots": {name: settings.anchors for name, settings in contest.methods.items()},
         "seconds": before["seconds"] | {name: round(statistics.median(values), 4) for name, values in times.items()},
         "range": before["range"] | {name: [round(min(v), 4), round(max(v), 4)] for name, v in times.items()},
     }

@@ -44,7 +44,7 @@ def test_a_run_starts_from_a_drafter(capsys: pytest.CaptureFixture[str], place: 
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
     code, _, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
-        "--out", tmp_path / "no", "--start", first, "--form", "block",
+        "--out", tmp_path / "no", "--start", first, "--form", "ar",
     )  # fmt: skip
     assert code == 2 and "fixes the method, form" in err
 

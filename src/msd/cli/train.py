@@ -72,10 +72,10 @@ class Network:
 
     method: Annotated[str, typer.Option("--method", help="'msd', or a published method.")] = "msd"
     form: Annotated[
-        str, typer.Option("--form", help="'ar' (one pass per level) or 'block' (one pass for all levels).")
-    ] = "ar"
+        str, typer.Option("--form", help="'block' (one pass for all levels) or 'ar' (one pass per level).")
+    ] = "block"
     layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default 1, for 'block' 2.")
+        int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default the method's own.")
     ] = None
     draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096
     parts: Annotated[

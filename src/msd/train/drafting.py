@@ -57,7 +57,7 @@ EVENT_ENTRIES = 3  # context entries that the drafter keeps of the temporal toke
 class DraftTraining:
     """Settings of a training run.
 
-    form: of an `msd` network, "ar" or "block". layers: decoder layers of the trunk, by default the method's own number.
+    form: of an `msd` network, "block" or "ar". layers: decoder layers of the trunk, by default the method's own number.
     batch: answers per step. anchors: maximum number of positions per answer and step that drafts start from. parts: of
     the network, from its `parts`; by default the method's own. text_only: stage 1 alone. precision: of matrix products
     in training, "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster);
@@ -72,11 +72,11 @@ class DraftTraining:
     the method's.
     """
 
-    form: str = "ar"
+    form: str = "block"
     layers: int | None = None
     steps: int = 4000
     batch: int = 4
-    anchors: int = 24
+    anchors: int = 12
     lr: float = 1e-3
     draft_vocabulary: int = 4096
     seed: int = 0

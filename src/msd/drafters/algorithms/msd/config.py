@@ -41,7 +41,7 @@ class MSDConfig(checkpoint.DrafterConfig):
     owner: ClassVar[str] = "an MSD drafter"
     json_keys: ClassVar[dict[str, str]] = {"auxiliary": "beside"}
     omitted: ClassVar[tuple[str, ...]] = ("variant", "readout", "motion")
-    form: str = "ar"
+    form: str = "block"
     layers: int = 1
     depth: int = 5
     rank: int = 32
@@ -80,8 +80,8 @@ class MSDConfig(checkpoint.DrafterConfig):
             "draft_vocabulary": draft_vocabulary,
             "taps": tuple(sorted({min(2, layers), layers // 2, layers})),
         }
-        if changes.get("form") == "block":
-            own |= {"layers": 2, "depth": 6}
+        if changes.get("form", cls.form) == "block":
+            own |= {"depth": 6}
         return cls(**(own | changes))
 
     def within(self, shape: Shape, width: int | None = None) -> Shape:
