@@ -17,7 +17,7 @@ from msd.drafters.algorithms.msd import SHIPPED
 from msd.train.capture import read_captured
 from msd.train.drafting import train
 from recipes.race.outputs import begun
-from recipes.race.plan import RACE
+from recipes.race.plan import RACE, folder_of
 from recipes.race.training import training_inputs
 
 TEXT = 0.15  # of the steps: the share of texts among the answers
@@ -42,7 +42,7 @@ def main() -> None:
     answers += read_captured(args.sampled, args.images)
     cache = begun(model, answers, thresholds, args.outputs)
     settings = replace(RACE.methods[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000)
-    out = args.out or Path("runs/msd") / f"long-{args.method}"
+    out = args.out or folder_of(Path("runs/msd"), f"long-{args.method}")
     try:
         finished = train(model, processor, answers, held_out, thresholds, out, settings, cache=cache)
     finally:

@@ -140,13 +140,16 @@ def main() -> None:
             parser.add_argument(f"--{split}{kind}", type=int, default=counts[i])
     args = vars(parser.parse_args())
     args["out"].mkdir(parents=True, exist_ok=True)
+
+    def lines(split: str, counts: dict[str, int]) -> list[str]:
+        return [json.dumps(line, ensure_ascii=False) for line in build(args["data"], split, counts, args["seed"])]
+
     counts = {prefix: {kind: args[prefix + kind] for kind in COUNTS} for prefix in ("", "val_")}
-    lines = build(args["data"], "train", counts[""], args["seed"])
-    larger = {kind: n + MORE.get(kind, 0) for kind, n in counts[""].items()}
-    more = [line for line in build(args["data"], "train", larger, args["seed"]) if line not in lines]
-    val = build(args["data"], "val", counts["val_"], args["seed"])
-    for name, some in (("prompts.jsonl", lines), ("more.jsonl", more), ("val.jsonl", val)):
-        write_whole(args["out"] / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in some))
+    train = lines("train", counts[""])
+    larger, known = lines("train", {kind: n + MORE.get(kind, 0) for kind, n in counts[""].items()}), set(train)
+    more = [line for line in larger if line not in known]
+    for name, some in (("prompts.jsonl", train), ("more.jsonl", more), ("val.jsonl", lines("val", counts["val_"]))):
+        write_whole(args["out"] / name, "".join(f"{line}\n" for line in some))
         print(f"{args['out'] / name}: {len(some)} prompts")
 
 

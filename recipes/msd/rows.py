@@ -51,6 +51,7 @@ from msd.train.drafting import DraftTraining, initial_network, train
 from msd.train.loop import on_signals
 from msd.train.losses.msd import LossConfig
 from msd.train.teacher_batches import TeacherBatches, TeacherCache
+from recipes.race.measuring import EventsHidden
 from recipes.race.plan import folder_of, steps_for
 from recipes.race.training import speed, training_inputs
 
@@ -176,13 +177,6 @@ def variant(folder: Path, off: Sequence[str]) -> MSDNetwork:
     network: MSDNetwork = registry.load(folder)
     network.config = replace(network.config, **dict.fromkeys(off, False))
     return network
-
-
-class EventsHidden(MSD):
-    """Drafts without the event recordings that it was trained with."""
-
-    def share_vision_tower(self, encode: Any) -> None:
-        """Does nothing: no recording is read."""
 
 
 class WrongImage(MSD):

@@ -100,10 +100,11 @@ def bench_runs(args: argparse.Namespace) -> None:
 def ship_runs(args: argparse.Namespace) -> None:
     """Copies the drafters of equal time to `weights/METHOD`, those of seed 0; prints their sizes.
 
-    `msd` is not copied: the shipped one is trained longer.
+    `msd` is not copied: the shipped one is trained longer. Neither are runs under another name than a method's.
     """
+    methods = {method.name for method in registry.catalogue()} - {SHIPPED}
     for name, (run, folder) in finished(args, TIME).items():
-        if run.method == SHIPPED or run.settings.seed or run.settings.text_only:
+        if run.method not in methods or run.settings.seed or run.settings.text_only:
             continue
         network = registry.load(folder)
         if run.settings.method == SHIPPED:

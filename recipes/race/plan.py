@@ -3,8 +3,8 @@
 All runs get the same minutes of one core, or in some contests the same number of steps. A run's number of steps is
 these minutes divided by the seconds of one of its steps, which were measured on an idle machine (`step_times/`); so
 what else the machine does while a run trains changes nothing. A step trains on the same number of answers in every
-run, and drafts from the same number of positions in each (roots). The run with the slowest steps sees the fewest
-answers; each other run also saves its drafter when it has seen as many. That drafter is in the middle of its
+run; from how many positions in each it drafts (roots) belongs to the method. The run with the slowest steps sees the
+fewest answers; each other run also saves its drafter when it has seen as many. That drafter is in the middle of its
 schedule: its learning rate has not decayed, as that of the slowest run has.
 """
 

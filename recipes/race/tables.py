@@ -74,7 +74,7 @@ def markdown(document: dict[str, Any], benchmarks: dict[str, Path]) -> str:
             cost = [f"{record['minutes']:.1f}", f"{record['roots']}", f"{record['answers']:,}"]
             lines.append(_line([name, *cost, *held_out, *own]))
         for name, own in speeds.items():  # other ways of decoding with the same drafters, and plain decoding
-            lines.append(_line([name, *["–"] * 3, *["–"] * len(kinds), *own]))
+            lines.append(_line([name, *["–"] * (3 + len(kinds)), *own]))
     return "\n".join(lines) + "\n"
 
 

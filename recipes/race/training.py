@@ -73,7 +73,8 @@ def measure_steps(args: argparse.Namespace) -> None:
             raise UserError(f"--only '{name}' is no method of it; choose from {', '.join(contest.methods)}")
     anchor = contest.anchor
     methods = {name: s for name, s in contest.methods.items() if not args.only or name in (*args.only, anchor)}
-    before = step_times(contest, changed=args.only) if args.only else {"seconds": {}, "range": {}}
+    changed = [name for name in args.only if name != anchor]
+    before = step_times(contest, changed=changed) if args.only else {"seconds": {}, "range": {}}
     if args.only and before["precision"] != PRECISION:
         raise UserError(f"the stored step times are for {before['precision']}; leave out --only")
     run = _trainer(argparse.Namespace(**{**vars(args), "held_out_limit": 4}))  # held-out answers are not timed

@@ -124,6 +124,14 @@ def stacked(tokens: Sequence[Tensor | None]) -> Tensor:
     return torch.stack([zeros if row is None else row for row in tokens])
 
 
+def tokens(
+    source: AuxiliarySource, item: Any, encode: Callable[[list[Image.Image]], Tensor], figures: bool = True
+) -> Tensor:
+    """Encodes an opened input: tokens of its `FRAMES` pictures by `encode`, then those of its figures; [E, H]."""
+    pictures = encode(source.frames(item, FRAMES))
+    return torch.cat([pictures, figure_tokens(source, item, pictures)]) if figures else pictures
+
+
 def figure_tokens(source: AuxiliarySource, item: Any, like: Tensor) -> Tensor:
     """Returns the figures of an opened input as tokens [SPANS, H]: followed by a one, then zeros; like: [..., H].
 

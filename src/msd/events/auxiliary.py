@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msd.drafters import auxiliary
-from msd.drafters.auxiliary import FRAMES, AuxiliarySource
+from msd.drafters.auxiliary import AuxiliarySource
 from msd.events.cells import cell_kinds
 from msd.events.frames import frames
 from msd.events.motion import motion
@@ -44,9 +43,7 @@ auxiliary.register(SOURCE)
 
 def event_tokens(target: Target, processor: Any, recording: Events | str | os.PathLike[str]) -> Tensor:
     """Encodes a recording: `picture_tokens` of its frames, `figure_tokens` of its motion, [F + P + SPANS, H]."""
-    events = opened(recording)
-    pictures = auxiliary.picture_tokens(target, processor, SOURCE.frames(events, FRAMES))
-    return torch.cat([pictures, auxiliary.figure_tokens(SOURCE, events, pictures)])
+    return auxiliary.tokens(SOURCE, opened(recording), partial(auxiliary.picture_tokens, target, processor))
 
 
 def costs_of_recordings(

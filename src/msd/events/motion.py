@@ -7,6 +7,9 @@ whatever the edge's direction (normal flow; Benosman et al. 2014, "Event-Based V
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,15 +34,12 @@ def motion(events: Events, count: int = 8) -> NDArray[np.float32]:
     seconds = np.maximum(np.diff(times), 1) * 1e-6
     out = np.zeros((count, 5))
     counts = np.zeros(count)
-    last = np.full((2, height, width), np.nan)
-    before = 0
-    for span, chunk in frame_chunks(events, times, "time"):
-        if span != before:
-            out[before, :3] = _velocity(last, seconds[before])
-            last, before = np.full_like(last, np.nan), span
-        last[chunk.p, chunk.y, chunk.x] = (chunk.t - times[span]) * 1e-6  # numpy keeps the last value of equal places
-        counts[span] += len(chunk)
-    out[before, :3] = _velocity(last, seconds[before])
+    for span, parts in groupby(frame_chunks(events, times, "time"), itemgetter(0)):
+        last = np.full((2, height, width), np.nan)
+        for _, chunk in parts:
+            last[chunk.p, chunk.y, chunk.x] = (chunk.t - times[span]) * 1e-6  # the last value of equal places is kept
+            counts[span] += len(chunk)
+        out[span, :3] = _velocity(last, seconds[span])
     out[:, 3] = np.log10((counts + 1) / (seconds * width * height))
     out[:, 4] = seconds
     return out.astype(np.float32)

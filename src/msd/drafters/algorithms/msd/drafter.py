@@ -53,11 +53,7 @@ class MSD(TrainedDrafter):
 
         A network that was trained with its motion also gets that.
         """
-        source = auxiliary.get(self.source)
-        pictures = self._encode(source.frames(item, auxiliary.FRAMES))
-        if len(self.network.config.auxiliary) == 2:
-            return pictures
-        return torch.cat([pictures, auxiliary.figure_tokens(source, item, pictures)])
+        return auxiliary.tokens(auxiliary.get(self.source), item, self._encode, self.network.config.motion)
 
     def twin(self, model: PreTrainedModel) -> MSD:
         """See `Drafter`; the twin has the same form and switches, and drafts the model's whole vocabulary."""

@@ -235,8 +235,7 @@ class MSDNetwork(SelfFed):
             changes |= dict.fromkeys(SWITCHES, False) | dict.fromkeys(settings.parts, True)
         if auxiliary is not None:
             names = tuple(m.name for m in EVENT_MODALITIES)
-            motion = settings.parts is not None and "motion" in settings.parts
-            groups = auxiliary if motion else auxiliary[:2]
+            groups = auxiliary if changes.get("motion") else auxiliary[:2]
             changes |= {"modalities": names, "shapes": shapes_of(names), "auxiliary": groups}
         return changes
 
