@@ -18,6 +18,7 @@ from msd.train.capture import read_captured
 from msd.train.drafting import train
 from recipes.race.outputs import begun
 from recipes.race.plan import RACE, folder_of
+from recipes.race.prompts import CALIBRATING
 from recipes.race.training import training_inputs
 
 TEXT = 0.15  # of the steps: the share of texts among the answers
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--sampled", type=Path, default=Path("runs/msd/sampled.jsonl"))
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
-    parser.add_argument("--held-out-limit", type=int, default=120)
+    parser.add_argument("--held-out-limit", type=int, default=CALIBRATING)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
     parser.add_argument("--target", default="reference")
     parser.add_argument("--outputs", type=Path, default=Path("runs/race/outputs"), help="of the target, on disk")

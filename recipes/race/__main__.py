@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default runs/race/runs, of another contest runs/race/NAME")
     parser.add_argument("--target")
     parser.add_argument("--minutes", type=float, help="of one core, for each run; by default the contest's")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="by default one to train, all to `bench`")
     parser.add_argument(
         "--only",
         nargs="*",

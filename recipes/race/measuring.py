@@ -24,7 +24,7 @@ from msd.loading import load_target
 from msd.system.files import exclusive, make_folder
 from msd.train.capture import label_thresholds_path, mixed, read_captured
 from recipes.race.plan import CONTESTS, RACE, TIME, WITH_EVENTS, Run, drafter_folder, plan, step_times
-from recipes.race.prompts import write_prompts
+from recipes.race.prompts import CALIBRATING, write_prompts
 
 
 class EventsHidden(MSD):
@@ -38,11 +38,10 @@ def finished(args: argparse.Namespace, state: str) -> dict[str, tuple[Run, Path]
     """Returns name -> (run, folder of its drafter in `state`) for the finished runs."""
     contest = CONTESTS[args.contest]
     runs = plan(step_times(contest), args.only, contest, args.minutes)
-    folders = {name: (run, drafter_folder(args.out, name, run, state)) for name, run in runs.items()}
     done = {
-        name: found
-        for name, found in folders.items()
-        if checkpoint.training(drafter_folder(args.out, name, found[0], TIME)).get("finished")
+        name: (run, drafter_folder(args.out, name, run, state))
+        for name, run in runs.items()
+        if run.finished(args.out, name)
     }
     if not done:
         raise UserError(f"no run in '{args.out}' is finished; train one with `python -m recipes.race train`")
@@ -69,12 +68,13 @@ def register(done: Mapping[str, tuple[Run, Path]]) -> dict[str, str]:
 
 def bench_runs(args: argparse.Namespace) -> None:
     """Measures all finished runs in one state, in one run that can be interrupted; writes the report."""
-    torch.set_num_threads(args.threads)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     done = finished(args, args.state)
     digests = register(done)
     lookups = [f"{name}+prompt-lookup" for name, (run, _) in done.items() if args.lookups and not run.settings.seed]
     if args.prompts == RACE.data.prompts and not args.prompts.exists():
-        held_out = mixed(read_captured(args.held_out, args.images), args.held_out_limit)
+        held_out = mixed(read_captured(args.held_out, args.images), CALIBRATING)
         write_prompts(args.prompts, args.images, held_out)
     model, processor = load_target(args.target)
     samples = load_data(args.prompts, args.images)[: args.limit]
@@ -100,8 +100,11 @@ def bench_runs(args: argparse.Namespace) -> None:
 def ship_runs(args: argparse.Namespace) -> None:
     """Copies the drafters of equal time to `weights/METHOD`, those of seed 0; prints their sizes.
 
-    `msd` is not copied: the shipped one is trained longer. Neither are runs under another name than a method's.
+    `msd` is not copied: the shipped one is trained longer. Neither are runs under another name than a method's. Raises
+    UserError for another contest than the race.
     """
+    if args.contest != RACE.name:
+        raise UserError(f"the drafters of --contest {args.contest} are not shipped; leave it out")
     methods = {method.name for method in registry.catalogue()} - {SHIPPED}
     for name, (run, folder) in finished(args, TIME).items():
         if run.method not in methods or run.settings.seed or run.settings.text_only:

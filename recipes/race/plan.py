@@ -11,14 +11,17 @@ schedule: its learning rate has not decayed, as that of the slowest run has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES, MSDConfig
+from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.system.files import read_json
 from msd.train.drafting import DraftTraining, step_folder
+from msd.train.loop import Schedule
+from msd.train.losses.msd import LossConfig
 
 STEP_TIMES = Path(__file__).with_name("step_times")
 TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that are compared
@@ -29,6 +32,9 @@ LEVELS = "msd, level by level"
 WITH_EVENTS = "msd with events"
 PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd` by default
 DESCRIBED = (*PARTS, "experts", "transfer", "vision")  # all of the description of MSD
+PLAIN_LOSS = LossConfig(weighting="none")  # of the control: all tokens are alike
+RECORDED = ("method", "steps", "batch", "anchors", "lr", "seed", "text_only", "text_share", "precision")
+RECORDED_OF_MSD = ("form", "layers", "parts", "events")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ RACE = Contest(
     30.0,
     {
         SHIPPED: DraftTraining(),
-        CONTROL: DraftTraining(parts=()),
+        CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
         LEVELS: DraftTraining(form="ar", anchors=ROOTS),
         "eagle3": DraftTraining(method="eagle3", anchors=ROOTS),
         "eagle2": DraftTraining(method="eagle2", anchors=ROOTS),
@@ -93,7 +99,7 @@ RACE = Contest(
 )
 _parts = {
     SHIPPED: DraftTraining(),
-    CONTROL: DraftTraining(parts=()),
+    CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
     "with experts": DraftTraining(parts=(*PARTS, "experts")),
     "with experts and transfer": DraftTraining(parts=(*PARTS, "experts", "transfer")),
     "with a compressed image": DraftTraining(parts=(*PARTS, "vision")),
@@ -107,7 +113,7 @@ _events = {  # and the parts that read the image: a clip has four times as many 
     SHIPPED: DraftTraining(events=False),
     WITH_EVENTS: DraftTraining(),
     f"{WITH_EVENTS} and motion": DraftTraining(parts=(*PARTS, "motion")),
-    CONTROL: DraftTraining(events=False, parts=()),
+    CONTROL: DraftTraining(events=False, parts=(), loss=PLAIN_LOSS),
     "with a compressed image": DraftTraining(events=False, parts=(*PARTS, "vision")),
     "with a read-out": DraftTraining(events=False, parts=(*PARTS, "readout")),
 }
@@ -151,6 +157,27 @@ class Run:
         """Returns the minutes of one core in a state."""
         return self.minutes * self.steps(state) / self.settings.steps
 
+    def rate(self, state: str) -> float:
+        """Returns the learning rate in a state, as a fraction of the highest: how far its schedule has decayed."""
+        return Schedule(self.settings.steps).factor(self.steps(state))
+
+    def finished(self, out: Path, name: str) -> bool:
+        """Whether the run is finished in its folder below `out`; UserError if another run is."""
+        folder = drafter_folder(out, name, self, TIME)
+        record = checkpoint.training(folder)
+        if not record.get("finished"):
+            return False
+        planned, own = asdict(self.settings), record["settings"]
+        names = (*RECORDED, *(RECORDED_OF_MSD if self.settings.method == SHIPPED else ()))
+        for key in names:
+            value = list(planned[key]) if isinstance(planned[key], tuple) else planned[key]
+            if own.get(key) != value:
+                raise UserError(
+                    f"'{folder}' holds a run with {key} {own.get(key)!r}, not {value!r} as planned; delete its folder, "
+                    "or name another one with --out"
+                )
+        return True
+
 
 def step_times(contest: Contest = RACE, path: Path | None = None, changed: Sequence[str] = ()) -> dict[str, Any]:
     """Reads the measured step times: "seconds" and "roots" by method, "precision", "cpu" and "threads"; or UserError.
@@ -187,7 +214,7 @@ def plan(
                 runs[f"{method} seed {seed}"] = _run(method, replace(settings, seed=seed), steps, times)
             elif seed == 0:
                 runs[method] = _run(method, settings, steps, times)
-        if seed == 0 and contest.text:  # a step on text takes no longer than one about images
+        if seed == 0 and contest.text:  # as many steps as the same method about images
             settings = replace(methods[contest.text], text_only=True)
             runs[f"{contest.text} on text"] = _run(contest.text, settings, steps, times)
     for name in only:

@@ -13,6 +13,7 @@ from msd.system.files import write_whole
 from msd.train.capture import Captured
 from recipes.comparison.suites import COUNTS, build
 
+CALIBRATING = 120  # held-out answers that drafters are calibrated on, of the race or trained for hours
 # 160 prompts with all turns of the conversations; of short answers (VQA, COCO-QA) the same share as in the comparison
 RACE = {kind: 2 * count for kind, count in COUNTS.items()} | {"detail": 38, "caption": 42}
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from msd.backends.packed import multiplies_in_bf16
-from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
@@ -27,7 +26,7 @@ from msd.train.capture import Captured, label_thresholds_path, mixed, read_captu
 from msd.train.drafting import DraftTraining, train
 from msd.train.loop import LoopConfig
 from recipes.race.outputs import stored
-from recipes.race.plan import CONTESTS, TIME, drafter_folder, folder_of, plan, step_times
+from recipes.race.plan import CONTESTS, folder_of, plan, step_times
 
 PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 ROUNDS = 4  # of measuring step times
@@ -45,11 +44,7 @@ def train_runs(args: argparse.Namespace) -> None:
     if times["precision"] != PRECISION == "float32":
         raise UserError(f"the step times are for {times['precision']}, which this CPU only emulates; {contest.remedy}")
     runs = plan(times, args.only, contest, args.minutes)
-    waiting = [
-        name
-        for name, run in runs.items()
-        if not checkpoint.training(drafter_folder(args.out, name, run, TIME)).get("finished")
-    ]
+    waiting = [name for name, run in runs.items() if not run.finished(args.out, name)]
     if not waiting:
         return
     run = _trainer(args)
@@ -88,7 +83,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         times = {method: [factor * seconds for seconds in values] for method, values in times.items()}
     document = {
         "cpu": machine.processor(),
-        "threads": args.threads,
+        "threads": torch.get_num_threads(),
         "precision": PRECISION,
         "roots": {name: settings.anchors for name, settings in contest.methods.items()},
         "seconds": before["seconds"] | {name: round(statistics.median(values), 4) for name, values in times.items()},
@@ -101,7 +96,7 @@ def measure_steps(args: argparse.Namespace) -> None:
 
 def _trainer(args: argparse.Namespace) -> Callable[..., bool]:
     """Returns `train` for a folder and settings: with the answers, and with the target's outputs for them."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or 1)
     model, processor, captured, held_out, thresholds = training_inputs(args)
     cache: Any = stored(model, processor, captured, thresholds, args.root)
     return partial(train, model, processor, captured, held_out, thresholds, cache=cache)

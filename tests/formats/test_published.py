@@ -204,10 +204,14 @@ def test_a_head_is_written_as_it_was_read(layout: Layout, tmp_path: Path) -> Non
      ("dspark", "speculators")],
 )  # fmt: skip
 def test_a_shipped_head_has_the_same_network_after_the_round_trip(method: str, to: str, tmp_path: Path) -> None:
-    shipped = registry.ROOTS[-1] / method
-    formats.export(shipped, to, tmp_path)
-    one, two = registry.load(shipped), formats.load(tmp_path)
-    text = one.state_dict()
+    """Except for the probe of endings, which training adds and engines do not have."""
+    shipped = registry.load(registry.ROOTS[-1] / method)
+    if shipped.ending is None:
+        shipped.add_ending()
+    checkpoint.save(shipped, tmp_path / "in")
+    formats.export(tmp_path / "in", to, tmp_path / "out")
+    one, two = registry.load(tmp_path / "in"), formats.load(tmp_path / "out")
+    text = {name: tensor for name, tensor in one.state_dict().items() if not name.startswith(checkpoint.ENDING)}
     assert text.keys() == two.state_dict().keys()
     assert all(torch.equal(text[n], t) for n, t in two.state_dict().items())
     keep = ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "width", "depth", "rope_theta", "eps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,10 @@ def test_step_times_of_all_methods_are_needed(tmp_path: Path) -> None:
 
 
 def test_both_tables_have_time_and_answers_in_every_row(tmp_path: Path) -> None:
-    record = {"steps": 10, "roots": 24, "answers": 6560, "minutes": 19.6, "held_out": {"acceptance": 0.5}}
+    record = {
+        "steps": 10, "roots": 24, "answers": 6560, "minutes": 19.6, "rate": 0.7, "digest": "a",
+        "held_out": {"acceptance": 0.5},
+    }  # fmt: skip
     document = {
         "step_times": {"cpu": "X", "threads": 1, "precision": "bf16"},
         TIME: {"msd seed 0": record | {"answers": 10040, "minutes": 30.0}},
@@ -80,12 +84,31 @@ def test_both_tables_have_time_and_answers_in_every_row(tmp_path: Path) -> None:
         for task, speed in (("all", 1.6), ("detail", 2.4))
     ]
     rows += [row | {"method": "msd seed 0+prompt-lookup"} for row in rows]
-    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    environment = {"drafters": {"msd seed 0": "a"}}
+    (tmp_path / "results.json").write_text(json.dumps({"environment": environment, "rows": rows}))
     text = markdown(document, {TIME: tmp_path / "results.json", ANSWERS: tmp_path / "none.json"})
     time, answers = (line for line in text.splitlines() if line.startswith("| msd seed 0 |"))
-    assert time.startswith("| msd seed 0 | 30.0 | 24 | 10,040 | 0.500 | 1.60 ")
+    assert time.startswith("| msd seed 0 | 30.0 | 0.70 | 24 | 10,040 | 0.500 | 1.60 ")
     assert time.endswith("| 1.60 | 1.50–1.70 | 1.55 | 2.00 | 77 | 2.40 |")
-    assert answers == "| msd seed 0 | 19.6 | 24 | 6,560 | 0.500 |"
-    assert "| msd seed 0+prompt-lookup | – | – | – | – | 1.60 |" in text, (
+    assert answers == "| msd seed 0 | 19.6 | 0.70 | 24 | 6,560 | 0.500 |"
+    assert "| msd seed 0+prompt-lookup | – | – | – | – | – | 1.60 |" in text, (
         "another way of decoding with the same drafter"
     )
+    document[TIME]["msd seed 0"] |= {"digest": "b"}
+    with pytest.raises(UserError, match="other weights of 'msd seed 0'"):
+        markdown(document, {TIME: tmp_path / "results.json", ANSWERS: tmp_path / "none.json"})
+
+
+def test_a_finished_run_is_the_planned_one(tmp_path: Path) -> None:
+    name = "eagle3 seed 1"
+    run = race.plan(race.step_times())[name]
+    folder = race.drafter_folder(tmp_path, name, run, TIME)
+    assert not run.finished(tmp_path, name)
+    folder.mkdir(parents=True)
+    record = {"finished": run.settings.steps, "settings": asdict(run.settings)}
+    (folder / "training.json").write_text(json.dumps(record))
+    assert run.finished(tmp_path, name)
+    assert 0.03 <= run.rate(TIME) < 0.04 < run.rate(ANSWERS) < 1
+    longer = replace(run, settings=replace(run.settings, steps=2 * run.settings.steps))
+    with pytest.raises(UserError, match="steps"):
+        longer.finished(tmp_path, name)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import rivals
 import tiny
+from msd.drafters import registry
 from msd.drafters.algorithms.vispec import ViSpec
+from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.training import Objective, TargetOutputs
 from msd.train.losses import terms
 from msd.train.losses.published import states_everywhere
@@ -125,6 +128,40 @@ def test_half_precision_training_is_nearly_the_same(method: str) -> None:
         half, _ = objective(batch, torch.zeros(4, rivals.LENGTH), roots)
     half.backward()
     assert float(half.detach()) == pytest.approx(float(whole.detach()), rel=0.05)
+
+
+@pytest.mark.parametrize("method", rivals.RIVALS)
+def test_every_method_learns_where_answers_end(method: str, tmp_path: Path) -> None:
+    """The probe reaches no other weight, and is saved with the network."""
+    net = rivals.network(MODEL, method)
+    batch, roots = rivals.teacher_batch(MODEL, net), torch.arange(-2, rivals.LENGTH - 1).expand(4, -1)
+    labels, end = torch.zeros(4, rivals.LENGTH), int(batch.answers[0, -1])
+    alone, _ = Objective(net)(batch, labels, roots)
+    own = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net.add_ending()
+    objective = Objective(net, [end])
+    loss, _ = objective(batch, labels, roots)
+    assert float(loss.detach()) > float(alone.detach())
+    extra = objective.ending_loss(batch, roots)
+    assert isinstance(extra, torch.Tensor)
+    extra.backward()
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == {
+        f"ending.{name}" for name, _ in net.ending.named_parameters()
+    }
+    optimizer = torch.optim.AdamW(net.ending.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        objective.ending_loss(batch, roots).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    said, last, valid = objective.endings(batch, roots)
+    assert not valid[:, :2].any(), "what follows a root in the prompt is no ending of a decoded answer"
+    assert torch.equal(last[:, 2:], batch.answers[:, 1:] == end)
+    assert ((said > 0) == last)[valid].float().mean() > 0.97
+    checkpoint.save(net, tmp_path / "own")
+    again = registry.load(tmp_path / "own").attach(MODEL)
+    after = objective.endings(batch, roots)[0]
+    assert torch.allclose(Objective(again, [end]).endings(batch, roots)[0], after, atol=0.05, rtol=0.05)
+    assert all(torch.equal(p, own[name]) for name, p in net.named_parameters() if name in own)
 
 
 def test_chains_count_correct_drafts() -> None:

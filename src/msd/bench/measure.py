@@ -1,10 +1,10 @@
 """Runs a benchmark: times several methods in one process, interleaved, cold and end to end.
 
-Every sample is answered by every method in turn, in an order that rotates from sample to sample, with an empty vision
-cache. All methods share prompts, generation settings, dtype and threads. `transformers` is the library's `generate()`
-as users call it, `transformers:…` the library's own drafting where it supports the model, `ar` our loop without drafts.
-Times are wall times of the whole call, image encoding and prefill included; decode-only times start at the first token.
-A sample on which something else disturbed a method is measured again, with all methods (`msd.bench.disturbance`).
+Every sample is answered by every method in turn, in an order drawn for the sample, with an empty vision cache. All
+methods share prompts, generation settings, dtype and threads. `transformers` is the library's `generate()` as users
+call it, `transformers:…` the library's own drafting where it supports the model, `ar` our loop without drafts. Times
+are wall times of the whole call, image encoding and prefill included; decode-only times start at the first token. A
+sample on which something else disturbed a method is measured again, with all methods (`msd.bench.disturbance`).
 Acceptance by modality is measured afterwards, untimed.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -194,7 +195,7 @@ class Bench:
                         self.runs[name][number] = runs[name]
 
     def _ask_all(self, number: int, progress: str, report: Callable[[str], None]) -> dict[str, Run]:
-        """Times all methods on one group of samples, in an order that rotates with `number`; warms up first."""
+        """Times all methods on one group of samples, in an order drawn for its `number`; warms up first."""
         if not self._warm:  # the first answers are not counted
             self._warm = True
             self._ask_all(number, f"warming up with sample {self.groups[number][0] + 1}", report)
@@ -202,8 +203,7 @@ class Bench:
         events = [self.samples[i].events for i in group]
         request = self.conversation.request(*(self.samples[i] for i in group))
         inputs, runs = request.inputs(), {}
-        turn = (number + 1) % len(self.timers)
-        for name in [*list(self.timers)[turn:], *list(self.timers)[:turn]]:
+        for name in random.Random(number).sample(list(self.timers), len(self.timers)):
             report(f"{progress}, {name}")
             try:
                 extra: dict[str, Any] = {}
@@ -290,6 +290,9 @@ class Bench:
             "outside_kernels": self.outside,
             "not_run": self.not_run,
             "remeasured": {"samples": len(repeated), "still_disturbed": len(repeated & disturbed(self.runs).keys())},
+            "data": digest(self.samples),
+            "target": fingerprint(self.model),
+            **settings.about,
             **({} if complete else {"broken_off": self.done}),
         }
 

@@ -61,8 +61,9 @@ def export(head: Path | str, layout: str, out: Path) -> str:
     refused = ENGINES[layout].refuses(c) if layout in ENGINES else ""
     if refused:
         raise UserError(f"head '{head}' cannot be written for {ENGINES[layout].title}: {refused}")
-    spare = form.spare(c)
-    tensors = {form.theirs(name): t for name, t in network.state_dict().items() if name not in spare}
+    spare, tensors = form.spare(c), network.state_dict()
+    own = {name for name in tensors if name in spare or name.startswith(checkpoint.ENDING)}  # engines do not have them
+    tensors = {form.theirs(name): t for name, t in tensors.items() if name not in own}
     _check_replaceable(out)
     make_folder(out)
     write_whole(out / "model.safetensors", packed(_narrowed(tensors), metadata={"format": "pt"}))

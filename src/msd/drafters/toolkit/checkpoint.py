@@ -25,6 +25,7 @@ from msd.system.files import make_folder, parse_json, read_bytes, read_json, rea
 
 CONFIG, WEIGHTS, EXTRA = "config.json", "model.safetensors", "training.json"
 SCALE = ".row_scale"
+ENDING = "ending."  # names of the tensors of a network's ending probe
 REMEDY = "take the folder from where it came, or train it again with 'msd train'"
 EXTRA_REMEDY = "delete it: the drafter works without it; only its calibration and the thresholds of 'budget' are lost"
 N = TypeVar("N", bound=nn.Module)
@@ -151,7 +152,10 @@ def load(folder: Path | str, make: Callable[[str], N], dtype: torch.dtype = torc
         raise UserError(
             f"drafter '{folder}': no network can be made of its {CONFIG} ({type(error).__name__}: {error}); {REMEDY}"
         ) from error
-    fill(network, weights(folder), folder)
+    tensors = weights(folder)
+    if any(name.startswith(ENDING) for name in tensors):  # a part that training adds to networks of any method
+        getattr(network, "add_ending", lambda: None)()
+    fill(network, tensors, folder)
     return network.to(dtype).eval()
 
 

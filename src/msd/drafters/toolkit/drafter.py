@@ -334,7 +334,8 @@ class TrainedDrafter(ObservedDrafter):
 
     def all_end(self, state: State, rows: list[int]) -> bool:
         """Whether the answers of all `rows` most likely end with the token that the target's next pass emits."""
-        return False
+        ends: bool = self.network.all_end(state.memory.newest()[rows], state.layout.newest()[rows])
+        return ends
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """Returns the subtrees of `rows`: one for each row, `config.width` wide."""

@@ -70,6 +70,7 @@ class MtpNetwork(nn.Module):
     max_roots: ClassVar[int] = 48
     prompt_roots: ClassVar[int] = 0
     stages: ClassVar[None] = None
+    ending: ClassVar[None] = None
     published_loss: ClassVar[Callable[..., Any]]  # set by the registration
     layers: nn.ModuleList
 

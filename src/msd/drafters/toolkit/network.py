@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from msd.backends.norms import rms_norm
 from msd.backends.packed import Linear, Packed, can_pack
 from msd.core.layout import Layout
 from msd.drafters.toolkit import checkpoint, processes
@@ -24,6 +25,7 @@ from msd.drafters.toolkit.chance import NodeFeatures, Weights, corrected, log_ch
 from msd.drafters.toolkit.context import Anchors, Columns, Entries, Selection, select_columns, text_columns
 from msd.drafters.toolkit.growth import Levels
 from msd.drafters.toolkit.layers import Cosines, KeyValues, Layer, Rotary
+from msd.drafters.toolkit.probe import Probe
 from msd.drafters.toolkit.training import Objective
 from msd.errors import UserError
 from msd.targets.taps import output_layer
@@ -32,6 +34,7 @@ from msd.targets.teacher import TeacherBatch
 Store = Callable[[int, KeyValues], KeyValues]
 Parts = dict[str, Tensor]
 Loss = Callable[[Any, TeacherBatch, Tensor], tuple[Tensor, Parts]]
+END_LOGIT = 1.4  # of an ending (probability 0.8); above it a draft is not worth its time
 PADDING = 256  # rows by which checkpoints of one model pad their vocabularies differently
 _packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, Packed]] = WeakKeyDictionary()
 
@@ -91,6 +94,7 @@ class DraftNetwork(nn.Module, ABC):
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.layers))
         self.stack: list[Layer] = list(self.layers)  # type: ignore[arg-type]
         self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden) if config.variant.embedding else None
+        self.register_module("ending", None)
         self.provenance: dict[str, Any] = {}  # the training record
         self.calibration: Weights | None = None  # of node chances (`msd.drafters.toolkit.chance`)
         self._target: list[nn.Module] = []  # embedding and output layer; a list keeps them out of the state dict
@@ -134,7 +138,7 @@ class DraftNetwork(nn.Module, ABC):
     def objective(self, settings: Any = None, ends: Sequence[int] = ()) -> Objective:
         """Returns what training minimises. settings: of MSD's loss, or its defaults. ends: ids that end an answer."""
         kind = type(self).objective_type
-        return Objective(self) if kind is None else kind(self, settings, ends=ends)
+        return Objective(self, ends) if kind is None else kind(self, settings, ends=ends)
 
     def twin(self, text_config: Any) -> Self:
         """Creates a network of this method with random weights and the whole vocabulary, for a target of any size."""
@@ -155,6 +159,34 @@ class DraftNetwork(nn.Module, ABC):
     def choose_draft_vocabulary(self, ids: Tensor) -> None:
         """Sets the draft vocabulary of a `reduced` method to the ascending target ids [Vd]."""
         raise NotImplementedError
+
+    def add_ending(self) -> None:
+        """Adds the probe of `all_end`, which training does for every method; other initial weights stay as they are."""
+        with torch.random.fork_rng(devices=[]):
+            self.ending = Probe(self.config.hidden, 1, self.config.eps)
+
+    def end_inputs(self, taps: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (state, embedding), both [..., H], that tell an ending; by default the last state, both normalised.
+
+        taps: [..., T*H], the target's states before the tokens [...].
+        """
+        state, word = self.tap(taps, -1), self.embed(tokens)
+        return rms_norm(state, None, self.config.eps), rms_norm(word, None, self.config.eps)
+
+    def end_logits(self, taps: Tensor, tokens: Tensor) -> Tensor:
+        """Predicts the logit [...] that the token after `tokens` ends the answer; gradients reach only the probe."""
+        assert self.ending is not None
+        with torch.no_grad():
+            inputs = self.end_inputs(taps, tokens)
+        logits: Tensor = self.ending(*inputs)
+        return logits.squeeze(-1)
+
+    def all_end(self, taps: Tensor, tokens: Tensor) -> bool:
+        """Whether every answer most likely ends with the token that the target's next pass emits.
+
+        taps: [R, T*H], the target's states before the newest tokens [R]. False in a network without a probe.
+        """
+        return self.ending is not None and bool((self.end_logits(taps, tokens) > END_LOGIT).all())
 
     def attach(self, model: PreTrainedModel, name: str | None = None) -> Self:
         """Takes the target's embedding and output layer; UserError if it was trained for another target.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msd.core import modality
@@ -16,6 +17,7 @@ from msd.drafters.toolkit.context import pick
 from msd.targets.teacher import TeacherBatch
 
 CHAIN = 5  # depth of the chains that acceptance is measured on
+ENDING = 0.2  # weight of the loss of the ending probe, which reaches nothing else
 LabelledBatches = Callable[[], Iterable[tuple[TeacherBatch, Tensor]]]  # batches with modality ids [B, T] of the answers
 
 
@@ -91,16 +93,41 @@ def count_chain(batch: TeacherBatch, labels: Tensor, guess: Tensor, names: Seque
 
 
 class Objective(nn.Module):
-    """A network's published loss, and its acceptance; the batches' logits are log p over its draft vocabulary."""
+    """A network's published loss, and its acceptance; the batches' logits are log p over its draft vocabulary.
 
-    def __init__(self, network: Any) -> None:
+    ends: token ids that end an answer.
+    """
+
+    def __init__(self, network: Any, ends: Sequence[int] = ()) -> None:
         super().__init__()
         self.network = network
+        self.end_ids = torch.tensor(list(ends), dtype=torch.long)
 
     def forward(self, batch: TeacherBatch, labels: Tensor, roots: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Computes the loss and its parts on drafts from the answer tokens `roots` [B, A]; ignores the labels."""
         loss, parts = self.network.loss(batch, roots)
+        loss = loss + self.ending_loss(batch, roots)
         return loss, {name: float(part.detach()) for name, part in parts.items()}
+
+    def endings(self, batch: TeacherBatch, roots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the logits that the token after a root is the answer's last, whether it is, and which roots count.
+
+        roots: [B, A]. All are [B, A], the last two bool; a root in the prompt does not count.
+        """
+        at = roots.clamp_min(0)
+        logits = self.network.end_logits(pick(batch.taps, at + batch.prompt - 1), batch.answers.gather(1, at))
+        index, valid = drafted(batch, roots, 1)
+        valid = valid[..., 0] & (roots >= 0)
+        last = torch.isin(read(batch.answers, index)[..., 0], self.end_ids.to(logits.device))
+        return logits, last & valid, valid
+
+    def ending_loss(self, batch: TeacherBatch, roots: Tensor) -> Tensor | float:
+        """Computes the weighted loss of the ending probe; 0 without one."""
+        if self.network.ending is None:
+            return 0.0
+        logits, last, valid = self.endings(batch, roots)
+        each = F.binary_cross_entropy_with_logits(logits.float(), last.float(), reduction="none")
+        return ENDING * processes.mean(each, valid, 1)
 
     @property
     def modalities(self) -> Sequence[str]:

@@ -16,7 +16,7 @@ from msd.core import modality
 from msd.errors import UserError
 from msd.train.losses.terms import regression
 
-WEIGHTINGS = ("learned", "fixed", "threshold")
+WEIGHTINGS = ("learned", "fixed", "threshold", "none")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class LossConfig:
     overlap: float = 0.6
     entropy: float = 0.4
     router: float = 0.2
-    ending: float = 0.2
     confidence: float = 0.1
     decay: float = 0.8
     weighting: str = "learned"
@@ -38,7 +37,8 @@ class TaskWeights(nn.Module):
 
     learned: homoscedastic uncertainty (Kendall et al. 2018): a weight exp(-s) with penalty s per modality; λ is their
     ratio, clamped to [1/2, 2], since unbounded ratios drift to the inverse ratio of the losses and favour the easiest
-    modality. fixed: 1. threshold: the registry's θ.
+    modality. fixed: 1. threshold: the registry's θ. none: the loss is the mean over all positions, whatever their
+    modality.
     """
 
     def __init__(self, modalities: tuple[str, ...], weighting: str) -> None:
@@ -57,11 +57,14 @@ class TaskWeights(nn.Module):
             return self.s.new_tensor(table)
         return torch.exp(self.s.detach()[self.reference] - self.s.detach()).clamp(0.5, 2.0)
 
-    def forward(self, terms: Tensor, present: Tensor) -> Tensor:
+    def forward(self, terms: Tensor, count: Tensor) -> Tensor:
         """Computes Σ λ·term of terms [M], plus a term of value 0 whose gradient trains s.
 
-        present: [M] bool, the modalities that occur.
+        count: [M], the weights of the positions that each term is the mean over; 0 where the modality does not occur.
         """
+        present = count > 0
+        if self.weighting == "none":
+            return (terms * count).sum() / count.sum().clamp_min(1e-9)
         loss = (self.values() * terms * present).sum()
         if self.weighting == "learned":
             own = ((torch.exp(-self.s) * terms.detach() + self.s) * present).sum()
@@ -109,5 +112,5 @@ def msd_draft_loss(
     kind = (modalities[:, None] == ids).to(each.dtype)
     count = kind.sum(0)
     terms = (each[:, None] * kind).sum(0) / count.clamp_min(1)
-    loss = weights(terms, count > 0)
+    loss = weights(terms, count)
     return loss, {name: float(t) for name, t in zip(weights.names, terms.detach(), strict=True)}

@@ -28,10 +28,12 @@ class MSDConfig(checkpoint.DrafterConfig):
     """The configuration of an MSD drafter.
 
     form: "ar", one pass per tree level, or "block", one pass for all levels. depth: levels of a block; in the ar form,
-    levels that training drafts. layers: decoder layers of the trunk. rank: of a modality's expert. parent_rank: of the
-    block form's parent term. image_tokens: compressed tokens per image. auxiliary: groups of auxiliary tokens, (tokens
-    of the group, tokens kept of it) each; see `AuxiliaryAdaptor`. shapes, shared: the subtree shape of each modality,
-    and that of the single tree without `subtrees`. active_from: router probability from which a modality has a subtree.
+    levels that training drafts. layers: decoder layers of the trunk. pair: whether its only layer reads embeddings and
+    features side by side, as EAGLE-3's does, instead of a linear map of both. rank: of a modality's expert.
+    parent_rank: of the block form's parent term. image_tokens: compressed tokens per image. auxiliary: groups of
+    auxiliary tokens, (tokens of the group, tokens kept of it) each; see `AuxiliaryAdaptor`. shapes, shared: the subtree
+    shape of each modality, and that of the single tree without `subtrees`. active_from: router probability from which a
+    modality has a subtree.
     Each of the `SWITCHES` says whether the network has that part; without any the drafter is the `standard` control.
     Experts, transfer and the compressed image path (`vision`) together lose more by slower training and drafts than
     they gain (docs/drafter.md); the gains of the `readout` of the image, and of the `motion` measured from recordings,
@@ -40,9 +42,10 @@ class MSDConfig(checkpoint.DrafterConfig):
 
     owner: ClassVar[str] = "an MSD drafter"
     json_keys: ClassVar[dict[str, str]] = {"auxiliary": "beside"}
-    omitted: ClassVar[tuple[str, ...]] = ("variant", "readout", "motion")
+    omitted: ClassVar[tuple[str, ...]] = ("variant", "readout", "motion", "pair")
     form: str = "block"
     layers: int = 1
+    pair: bool = False
     depth: int = 5
     rank: int = 32
     parent_rank: int = 64
@@ -64,6 +67,8 @@ class MSDConfig(checkpoint.DrafterConfig):
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise UserError(f"form '{self.form}' is unknown; choose one of {', '.join(FORMS)}")
+        if self.pair and self.layers > 1:
+            raise UserError(f"a trunk of {self.layers} layers reads a map of its input; set pair to false")
         if self.modalities[:1] != ("language",):
             raise UserError("the first modality of a drafter must be 'language', which the others build on")
         for name in self.modalities:
@@ -81,7 +86,7 @@ class MSDConfig(checkpoint.DrafterConfig):
             "taps": tuple(sorted({min(2, layers), layers // 2, layers})),
         }
         if changes.get("form", cls.form) == "block":
-            own |= {"depth": 6}
+            own |= {"depth": 6, "pair": changes.get("layers", cls.layers) == 1}
         return cls(**(own | changes))
 
     def within(self, shape: Shape, width: int | None = None) -> Shape:

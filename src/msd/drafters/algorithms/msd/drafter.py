@@ -77,10 +77,6 @@ class MSD(TrainedDrafter):
         shape = config.within(config.shared)
         return draw(levels, self.network, subtrees, self.modality_ids, newest, budget, sampler, shape)
 
-    def all_end(self, state: State, rows: list[int]) -> bool:
-        """See `TrainedDrafter`."""
-        return self.network.all_end(state.memory.newest()[rows], state.layout.newest()[rows])
-
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
         """See `TrainedDrafter`; one for each active modality."""
         memory = state.memory.read(self.network, state.layout)

@@ -1,7 +1,8 @@
 """MSD's network: fused target taps -> context -> states below an anchor -> draft distributions.
 
-Text position i has the input x_i = fc([feature_i; emb(y_{i+1})]); feature_i fuses the target's tap states. So has each
-token of an image; with the part `vision`, the image becomes a few compressed tokens. The network has two forms:
+Text position i has the input x_i = [emb(y_{i+1}); feature_i], or with `pair` off a linear map of it; feature_i fuses
+the target's tap states. So has each token of an image; with the part `vision`, the image becomes a few compressed
+tokens. The network has two forms:
 
     ar      the state at x_i drafts y_{i+2}; below it, feature_state(state) predicts the feature that the target has not
             computed yet (self-fed, EAGLE). One pass per level.
@@ -43,47 +44,14 @@ from msd.drafters.toolkit.context import (
     visual_columns,
 )
 from msd.drafters.toolkit.growth import Distributions, Levels
-from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, ReadOut, Seen, TapNorm, VisionAdaptor
+from msd.drafters.toolkit.layers import AuxiliaryAdaptor, Layer, PairLayer, ReadOut, Seen, TapNorm, VisionAdaptor
 from msd.drafters.toolkit.levels import SelfFed, SelfFedLevels, inherited
+from msd.drafters.toolkit.probe import Probe
 from msd.labels import EVENT_MODALITIES
 from msd.targets.taps import final_norm, output_layer, text_decoder
 from msd.targets.teacher import TeacherBatch
 
 STORED = ("log_odds", "confidence", "bias")  # features of the calibration that older folders hold as a tensor
-END_LOGIT = 1.4  # of an ending (probability 0.8); above it a draft is not worth its time
-
-
-class Probe(nn.Module):
-    """Predicts `outputs` logits from [feature; embedding], both [..., H], with two small layers.
-
-    Its input is [h_i; emb(y_{i+1})]: the fused target state at i, or a draft state at deeper nodes, and the next token.
-    The router predicts the modality of y_{i+2}; the ending probe predicts whether y_{i+2} ends the answer.
-    """
-
-    def __init__(self, hidden: int, outputs: int, eps: float, width: int = 64) -> None:
-        super().__init__()
-        self.norm = RMSNorm(2 * hidden, eps)
-        self.hidden = nn.Linear(2 * hidden, width)
-        self.out = nn.Linear(width, outputs)
-
-    def forward(self, feature: Tensor, embedding: Tensor) -> Tensor:
-        """feature, embedding [..., H] -> logits [..., outputs]."""
-        return self.out(F.silu(self.hidden(self.norm(torch.cat([feature, embedding], -1)))))
-
-    def add(self, x: Tensor, side: int) -> Tensor:
-        """Computes what features (side 0) or embeddings (side 1) x [..., H] add to the small layer: [..., width + 1].
-
-        The last column is their share of the mean square (plus ε) by which the norm divides.
-        """
-        scale, weight = self.norm.weight.chunk(2)[side], self.hidden.weight.chunk(2, 1)[side]
-        square = (x.square().mean(-1, keepdim=True) + (self.norm.eps or 0.0)) / 2
-        return torch.cat([F.linear(x * scale, weight), square], -1)
-
-    def finish(self, added: Tensor) -> Tensor:
-        """Computes the logits [..., outputs] from the sum of both sides [..., width + 1]."""
-        product, square = added.split((added.shape[-1] - 1, 1), -1)
-        out: Tensor = self.out(F.silu(torch.addcmul(self.hidden.bias, product, square.rsqrt())))
-        return out
 
 
 def _expert(wide: int, hidden: int, rank: int) -> nn.Sequential:
@@ -184,13 +152,13 @@ class Heads(nn.Module):
 class MSDNetwork(SelfFed):
     """All weights of an MSD drafter, with its own output layer over the draft vocabulary."""
 
-    layer = Layer
     max_roots, stages = None, None
     reduced = routes = True
     forms, parts = FORMS, SWITCHES
     config: MSDConfig
 
     def __init__(self, config: MSDConfig) -> None:
+        self.layer: type[Layer] = PairLayer if config.pair else Layer  # type: ignore[misc]
         super().__init__(config)
         c, H = config, config.hidden
         self.heads = Heads(c)
@@ -205,7 +173,7 @@ class MSDNetwork(SelfFed):
         if self.image_fc is not None:
             nn.init.zeros_(self.image_fc.weight)
         if c.form == "block":
-            self.depths = nn.Parameter(torch.randn(c.depth, H) * 0.02)
+            self.depths = nn.Parameter(torch.randn(c.depth, 2 * H if c.pair else H) * 0.02)
         self.words: Words | None = None
 
     @property
@@ -217,8 +185,9 @@ class MSDNetwork(SelfFed):
         """See `DraftNetwork`."""
         c, H, wide = self.config, self.config.hidden, self.config.hidden * len(self.config.taps)
         self.tap_norm, self.fuse = TapNorm(len(c.taps), H, c.eps), Linear(wide, H, bias=False)
-        self.feature_norm, self.word_norm = RMSNorm(H, c.eps), RMSNorm(H, c.eps)
-        self.fc = Linear(2 * H, H, bias=False)
+        self.word_norm = RMSNorm(H, c.eps)
+        if not c.pair:
+            self.feature_norm, self.fc = RMSNorm(H, c.eps), Linear(2 * H, H, bias=False)
         self.feature_state = Linear(H, H, bias=False)
 
     @classmethod
@@ -240,7 +209,7 @@ class MSDNetwork(SelfFed):
         return changes
 
     def _alike(self, text_config: Any) -> Self:
-        copied = ("form", "modalities", "shapes", "shared", "active_from", *SWITCHES)
+        copied = ("form", "pair", "modalities", "shapes", "shared", "active_from", *SWITCHES)
         changes = {name: getattr(self.config, name) for name in copied}
         network = self.for_target(text_config, rank=4, parent_rank=4, image_tokens=2, **changes)
         network.choose_draft_vocabulary(torch.arange(text_config.vocab_size))
@@ -283,21 +252,34 @@ class MSDNetwork(SelfFed):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns normalised target embeddings [..., H] of token ids [...]: their scale is a tenth of the states'."""
-        return self.word_norm(self._target[0](tokens).to(self.fc.weight.dtype))
+        return self.word_norm(self._target[0](tokens).to(self.fuse.weight.dtype))
 
     def feature(self, taps: Tensor) -> Tensor:
         """Fuses tap states [..., T*H] to features [..., H]."""
-        return self.fuse(self.tap_norm(taps.to(self.fc.weight.dtype)))
+        return self.fuse(self.tap_norm(taps.to(self.fuse.weight.dtype)))
 
     def drafted_feature(self, state: Tensor) -> Tensor:
         """See `SelfFed`; a linear map of the draft state."""
         return self.feature_state(state)
 
     def entry(self, feature: Tensor, embedding: Tensor, image: Tensor, level: int = 0) -> Tensor:
-        """fc([norm(feature + image_fc(image)); emb]); `image` is zero before images and without auxiliary tokens."""
+        """[emb; feature + image_fc(image)], or its map; `image` is zero before images and without auxiliary tokens."""
         seen = feature if self.image_fc is None else feature + self.image_fc(image)
-        out: Tensor = self.fc(torch.cat([self.feature_norm(seen), embedding], -1))
-        return out.to(self.fc.weight.dtype)  # under autocast residual sums keep the precision of the weights
+        if self.config.pair:
+            out = torch.cat([embedding, seen.to(embedding.dtype)], -1)
+        else:
+            out = self.fc(torch.cat([self.feature_norm(seen), embedding], -1))
+        return out.to(self.fuse.weight.dtype)  # under autocast residual sums keep the precision of the weights
+
+    def enter(self, selection: Selection, feature: Tensor) -> Tensor:
+        """See `DraftNetwork`."""
+        if selection.given is not None:
+            selection = replace(selection, given=self._in_place_of_text(selection.given))
+        return super().enter(selection, feature)
+
+    def _in_place_of_text(self, kept: Tensor) -> Tensor:
+        """Makes entries of tokens [..., H] that are no text, which have no embedding."""
+        return F.pad(kept, (self.config.hidden, 0)) if self.config.pair else kept
 
     def route(self, feature: Tensor, embedding: Tensor) -> Tensor:
         """Predicts the log-probabilities [..., M] of the modality of the token after next; uniform without a router."""
@@ -323,16 +305,9 @@ class MSDNetwork(SelfFed):
         """Predicts the modality probabilities [B, M] of the first draft token of each row."""
         return self.probabilities(anchor.feature, anchor.embedding)[:, 0]
 
-    def end_logits(self, feature: Tensor, embedding: Tensor) -> Tensor:
-        """Predicts the logit [...] that the token after next ends the answer."""
-        return self.ending(feature, embedding).squeeze(-1)
-
-    def all_end(self, taps: Tensor, tokens: Tensor) -> bool:
-        """Whether every answer most likely ends with the token that the target's next pass emits.
-
-        taps: [R, T*H], the target's states before the newest tokens [R].
-        """
-        return bool((self.end_logits(self.feature(taps), self.embed(tokens)) > END_LOGIT).all())
+    def end_inputs(self, taps: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DraftNetwork`; the fused feature."""
+        return self.feature(taps), self.embed(tokens)
 
     def classes(self, tree: DraftTree, taps: Tensor, root: Tensor) -> Tensor:
         """Predicts the modality of the token below each node from the target's states: [B, N] registry ids.
@@ -365,7 +340,7 @@ class MSDNetwork(SelfFed):
             kept, vector = self.auxiliary_adaptor(auxiliary)
             selection.image = selection.image + vector.to(selection.image.dtype) * present[..., None]
         entries = Entries(selection, self.enter(selection, feature), feature)
-        return entries if kept is None else _preceded(entries, kept, present)
+        return entries if kept is None else _preceded(entries, self._in_place_of_text(kept), present)
 
     def select(self, layout: Layout, taps: Tensor, prompt: int) -> Selection:
         """See `DraftNetwork`; text keeps its place and position.
@@ -373,7 +348,7 @@ class MSDNetwork(SelfFed):
         Of each image, only `image_tokens` compressed tokens remain, at its last columns (decoupled vision path).
         Without that path, image columns are entries like any other.
         """
-        c, L, dtype = self.config, taps.shape[1], self.fc.weight.dtype
+        c, L, dtype = self.config, taps.shape[1], self.fuse.weight.dtype
         real, embedding = real_columns(layout, L), self.embed(layout.tokens[:, 1 : L + 1])
         visual = visual_columns(layout, L)
         columns = Columns(taps, embedding, real, visual, layout.positions_1d()[:, :L], prompt)
@@ -417,9 +392,9 @@ class MSDNetwork(SelfFed):
 
 
 def _preceded(entries: Entries, kept: Tensor, present: Tensor) -> Entries:
-    """Prepends the tokens `kept` [B, K, H] at the first position, in rows that are `present` [B, 1] bool."""
-    B, K, H = kept.shape
-    s, zero = entries.selection, kept.new_zeros(B, K, H)
+    """Prepends the entries `kept` [B, K, ...] at the first position, in rows that are `present` [B, 1] bool."""
+    B, K, s = len(kept), kept.shape[1], entries.selection
+    zero = kept.new_zeros(B, K, entries.feature.shape[-1])
     all_present = torch.cat([present.expand(-1, K), s.present], 1)
     order = left_aligned(all_present)
 

@@ -1,7 +1,7 @@
 """The training objective of an MSD network (`msd.train.losses.msd`), and the reports on a trained one.
 
-Deeper draft positions weigh less. Router, ending and confidence have loss terms that hardly reach the rest of the
-network: the norm of embeddings, and in the block form also the map from states to features.
+Deeper draft positions weigh less. Router and confidence have loss terms that hardly reach the rest of the network: the
+norm of embeddings, and in the block form also the map from states to features.
 """
 
 from __future__ import annotations
@@ -48,19 +48,15 @@ class Drafts:
 
 
 class DraftObjective(Objective):
-    """The loss of an MSD network on batches of its target, whose logits are log p over the draft vocabulary.
-
-    ends: token ids that end an answer.
-    """
+    """The loss of an MSD network on batches of its target, whose logits are log p over the draft vocabulary."""
 
     network: MSDNetwork
 
     def __init__(self, network: MSDNetwork, config: LossConfig | None = None, ends: Sequence[int] = ()) -> None:
-        super().__init__(network)
+        super().__init__(network, ends)
         self.config, self.depth = config or LossConfig(), network.config.depth
         self.weights = TaskWeights(network.config.modalities, self.config.weighting)
         self.modality_ids = torch.tensor(network.config.modality_ids)
-        self.end_ids = torch.tensor(list(ends), dtype=torch.long)
 
     def states(self, batch: TeacherBatch, roots: Tensor) -> tuple[Drafts, Tensor]:
         """Computes the states [B, A, D, H] below the answer tokens `roots` [B, A], along the answer."""
@@ -80,13 +76,6 @@ class DraftObjective(Objective):
             feature = feature.detach()
         feature = torch.cat([anchors.feature.detach()[:, :, None], feature], 2)
         return network.route(feature, self._parents(batch, drafts.index))
-
-    def endings(self, batch: TeacherBatch, drafts: Drafts) -> tuple[Tensor, Tensor]:
-        """Returns (logits [B, A] that the first draft token is the answer's last, whether it is [B, A] bool)."""
-        anchors = drafts.anchors
-        logits = self.network.end_logits(anchors.feature.detach(), anchors.embedding)
-        last = torch.isin(drafts.read(batch.answers)[:, :, 0], self.end_ids.to(logits.device))
-        return logits, last & drafts.valid[:, :, 0]
 
     def logits(self, batch: TeacherBatch, drafts: Drafts, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Computes (draft logits [B, A, D, Vd], confidence logits [B, A, D]) under modality weights [B, A, D, M]."""
@@ -119,17 +108,15 @@ class DraftObjective(Objective):
         weight = (c.decay ** torch.arange(self.depth, device=kind.device) * valid)[..., None]
         own = (kind * weight).sum((0, 1, 2))  # [M]
         terms = processes.ratio((each[..., None] * kind * weight).sum((0, 1, 2)), own)
-        present = processes.summed(own) > 0
-        loss = self.weights(terms, present)
+        count = processes.summed(own)
+        present = count > 0
+        loss = self.weights(terms, count)
         router_loss = processes.mean(-(route * kind).sum(-1), valid, 1)
         unsure = F.binary_cross_entropy_with_logits(confidence, overlap, reduction="none")
         confidence_loss = processes.mean(unsure, valid, 1)
         if self.network.router is not None:
             loss = loss + c.router * router_loss
-        loss = loss + c.confidence * confidence_loss
-        end_logits, last = self.endings(batch, drafts)
-        ending = F.binary_cross_entropy_with_logits(end_logits.float(), last.float(), reduction="none")
-        loss = loss + c.ending * processes.mean(ending, valid[:, :, 0], 1)
+        loss = loss + c.confidence * confidence_loss + self.ending_loss(batch, roots)
         parts = {name: float(t) for name, t, n in zip(names, terms.detach(), present, strict=True) if n}
         weighting = {f"λ_{name}": float(w) for name, w in zip(names, self.weights.values().detach(), strict=True)}
         return loss, {
