@@ -110,7 +110,7 @@ class Training:
     ] = 4000
     batch: Annotated[int, typer.Option("--batch", min=1, help="Answers per step.")] = 4
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3
-    weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed or threshold.")] = "learned"
+    weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed, threshold or none.")] = "learned"
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False
     text_share: Annotated[
         float | None,
