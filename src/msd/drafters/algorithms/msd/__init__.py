@@ -23,7 +23,9 @@ registry.add(Method("msd:sampled", partial(MSD, name="msd:sampled", sampled=True
 registry.add(Method("msd:subtrees", partial(MSD, name="msd:subtrees", separate=True), ("msd",), form_of="msd"))
 SHIPPED, CONTROL = "msd", "standard"
 OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
-_others = {CONTROL: "--parts none", "msd:ar": "--parts all", "msd:15min": "--form block --parts all"}
+_others = {
+    CONTROL: "--parts none --weighting none", "msd:ar": "--form ar --parts all", "msd:15min": "--layers 2 --parts all",
+}  # fmt: skip
 for _name, _options in _others.items():
     registry.add(Method(_name, partial(MSD, name=_name), (_name,), command=training_command(_options)))
 _video = DEFAULT + FOR_VIDEO
