@@ -276,3 +276,11 @@ def test_rivals_and_msd_read_the_same_sizes() -> None:
     assert theta != 10000.0, "its layers have two rotary bases"
     ours = MSDConfig.for_target(config, 64)
     assert rivals.RIVALS["eagle2"].for_target(config).config.rope_theta == ours.rope_theta == theta
+
+
+def test_a_tree_is_no_wider_than_half_of_its_nodes() -> None:
+    drafter = TrainedDrafter(rivals.network(MODEL, "eagle2"))
+    state: Any = SimpleNamespace(layout=SimpleNamespace(newest=lambda: torch.tensor([5, 6])))
+    for nodes, limit, width in ((8, None, 4), (60, None, 10), (60, 3, 3), (8, 6, 4), (1, None, 1)):
+        (shape,) = drafter.subtrees(state, [0], Budget(nodes, [6, 6], limit)).shapes
+        assert shape.width == width

@@ -338,9 +338,13 @@ class TrainedDrafter(ObservedDrafter):
         return ends
 
     def subtrees(self, state: State, rows: list[int], budget: Budget) -> Subtrees:
-        """Returns the subtrees of `rows`: one for each row, `config.width` wide."""
+        """Returns the subtrees of `rows`: one for each row, `config.width` wide, but no wider than half of its nodes.
+
+        A narrow tree of few nodes accepts as much as a wide one, and its levels take less time (docs/trees.md).
+        """
         c, newest = self.network.config, state.layout.newest()[rows]
-        width = c.width if budget.width is None else min(budget.width, c.width)
+        width = min(c.width, max(1, budget.nodes // 2))
+        width = width if budget.width is None else min(budget.width, width)
         return Subtrees.single(newest, Shape(width, c.depth))
 
     def fingerprint(self) -> str:
