@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from msd.cli import main
+from msd.drafters import registry
 
 STEPS = 6
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
@@ -32,9 +33,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: object) -> dict[str, Any]:
     """The summary of a run of `STEPS` steps on the answers captured in `place`."""
+    method = more[more.index("--method") + 1] if "--method" in more else registry.DEFAULT
+    sized = "--start" not in more and registry.trainable(str(method)).reduced
+    size = ("--draft-vocabulary", 100) if sized else ()
     code, told, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
-        "--out", out, "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *more,
+        "--out", out, "--steps", STEPS, "--batch", 3, *size, "--json", *more,
     )  # fmt: skip
     assert code == 0, err
     summary: dict[str, Any] = json.loads(told)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msd.drafters import registry
 from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES, MSDConfig
 from msd.drafters.toolkit import checkpoint
 from msd.errors import UserError
@@ -26,7 +27,6 @@ from msd.train.losses.msd import LossConfig
 STEP_TIMES = Path(__file__).with_name("step_times")
 TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that are compared
 SEEDS = 3
-ROOTS = 24  # positions of an answer that a step of a rival drafts from: better than 12 for `eagle3`, not for `msd`
 EVALUATIONS = 4  # on held-out answers, in a run
 LEVELS = "msd, level by level"
 WITH_EVENTS = "msd with events"
@@ -88,10 +88,10 @@ RACE = Contest(
     {
         SHIPPED: DraftTraining(),
         CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
-        LEVELS: DraftTraining(form="ar", anchors=ROOTS),
-        "eagle3": DraftTraining(method="eagle3", anchors=ROOTS),
-        "eagle2": DraftTraining(method="eagle2", anchors=ROOTS),
-        "vispec": DraftTraining(method="vispec", anchors=ROOTS),
+        LEVELS: DraftTraining(form="ar", anchors=24),
+        "eagle3": DraftTraining(method="eagle3"),
+        "eagle2": DraftTraining(method="eagle2"),
+        "vispec": DraftTraining(method="vispec"),
     },
     (SHIPPED, LEVELS, CONTROL, "eagle3"),
     "eagle3",
@@ -187,7 +187,7 @@ def step_times(contest: Contest = RACE, path: Path | None = None, changed: Seque
     path = path or contest.step_times
     times = read_json(path, contest.remedy)
     seconds, measured = times.get("seconds"), times.get("roots")
-    roots = {method: settings.anchors for method, settings in contest.methods.items() if method not in changed}
+    roots = {method: roots_of(settings) for method, settings in contest.methods.items() if method not in changed}
     if not isinstance(seconds, dict) or not all(isinstance(seconds.get(method), float) for method in roots):
         raise UserError(f"'{path}' lacks the step time of a method; {contest.remedy}")
     if not isinstance(measured, dict) or any(measured.get(method) != n for method, n in roots.items()):
@@ -223,11 +223,17 @@ def plan(
     return {name: runs[name] for name in only or runs}
 
 
+def roots_of(settings: DraftTraining) -> int:
+    """Returns from how many positions of an answer a step drafts."""
+    return settings.anchors or registry.trainable(settings.method).roots
+
+
 def _run(method: str, settings: DraftTraining, steps: Mapping[str, int], times: Mapping[str, Any]) -> Run:
     own = steps[method]
     settings = replace(
         settings,
         steps=own,
+        anchors=roots_of(settings),
         precision=times["precision"],
         stages=replace(settings.stages, text=own // 50, rise=own // 10),
         evaluate_every=own // EVALUATIONS,

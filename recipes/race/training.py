@@ -26,7 +26,7 @@ from msd.train.capture import Captured, label_thresholds_path, mixed, read_captu
 from msd.train.drafting import DraftTraining, train
 from msd.train.loop import LoopConfig
 from recipes.race.outputs import stored
-from recipes.race.plan import CONTESTS, folder_of, plan, step_times
+from recipes.race.plan import CONTESTS, folder_of, plan, roots_of, step_times
 
 PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 ROUNDS = 4  # of measuring step times
@@ -85,7 +85,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         "cpu": machine.processor(),
         "threads": torch.get_num_threads(),
         "precision": PRECISION,
-        "roots": {name: settings.anchors for name, settings in contest.methods.items()},
+        "roots": {name: roots_of(settings) for name, settings in contest.methods.items()},
         "seconds": before["seconds"] | {name: round(statistics.median(values), 4) for name, values in times.items()},
         "range": before["range"] | {name: [round(min(v), 4), round(max(v), 4)] for name, v in times.items()},
     }

@@ -83,7 +83,7 @@ def draft_flops(net: Any, sizes: Sizes, run: Run) -> float:
     Every token is context, whose keys and values are computed; every drafted position goes through all layers.
     """
     depth = net.reach if net.reach > 1 else net.config.depth
-    return 3 * forward_flops(net, sizes.image_tokens + run.text + run.tokens, net.max_roots or run.tokens, depth)
+    return 3 * forward_flops(net, sizes.image_tokens + run.text + run.tokens, min(net.roots, run.tokens), depth)
 
 
 def forward_flops(net: Any, context: int, roots: int, depth: int) -> float:
@@ -92,7 +92,8 @@ def forward_flops(net: Any, context: int, roots: int, depth: int) -> float:
     layers = sum(p.numel() for p in net.layers.parameters() if p.dim() > 1)
     keys = sum(p.numel() for name, p in net.layers.named_parameters() if ".k_proj.w" in name or ".v_proj.w" in name)
     attention = 2 * c.layers * c.heads * c.head_dim * rows * context
-    return 2 * (context * (net.fc.weight.numel() + keys) + rows * (layers + c.hidden * c.draft_vocabulary) + attention)
+    maps = sum(p.numel() for name, p in net.named_parameters() if name in ("fc.weight", "fuse.weight"))
+    return 2 * (context * (maps + keys) + rows * (layers + c.hidden * c.draft_vocabulary) + attention)
 
 
 def teacher_seconds(sizes: Sizes, card: Card, run: Run, batch: int, images: int = 1) -> float:

@@ -12,6 +12,7 @@ from PIL import Image
 from clips import write_clip, write_sound
 from msd.bench.data import BUNDLED
 from msd.cli import main
+from msd.drafters import registry
 
 PUPPY = str(BUNDLED / "puppy.jpg")
 
@@ -37,6 +38,35 @@ def picture(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", form:
     Image.new(mode, size).save(buffer, form)
     path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
+
+
+def test_no_option_is_ignored(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An option that has no effect together with others is refused."""
+    head = str(registry.ROOTS[-1] / "eagle3")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Say something."}\n')
+    captured = str(tmp_path / "captured.jsonl")
+    train = ("train", "--captured", captured, "--out", str(tmp_path / "run"))
+    line = {"image": [], "prompt": "a", "ids": [1, 2], "gain": [0.0, 0.0], "task": "text", "split": "trian"}
+    Path(captured).write_text(json.dumps(line) + "\n")
+    export = ("bench", "--data", str(data), "--export")
+    refusals = (
+        (("generate", PUPPY, "-p", "a", "--drafter", head, "--method", "dspark"), "head of method 'eagle3'"),
+        (("verify", "--drafter", head, "--method", "ar"), "head of method 'eagle3'"),
+        (("generate", PUPPY, "-p", "a", "--seed", "3"), "--seed has no effect"),
+        (("verify", "--outputs", str(data), "--draws", "5000"), "leave out --draws"),
+        (("verify", "--outputs", str(data), "--method", "msd"), "leave out --method"),
+        ((*export, str(tmp_path / "out.jsonl"), "--batch", "2"), "'batch' is no option of --export"),
+        ((*export, str(data)), "is the data file itself"),
+        ((*export, PUPPY), "exists and holds no such data lines"),
+        (("estimate", "--acceptance", "8=3.1,8=4"), "a tree size twice"),
+        (("estimate", "--draft-model", "gemma-4-31b-assistant"), "reads the keys of its own target"),
+        (("export", str(tmp_path / "head"), "--to", "eagle"), "needs a head"),
+        (train, "\"split\" of their lines is 'trian'"),
+    )
+    for arguments, message in refusals:
+        assert message in refused(capsys, *arguments)
+    assert Path(PUPPY).stat().st_size > 1000
 
 
 def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:

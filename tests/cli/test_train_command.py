@@ -41,7 +41,7 @@ def test_a_run_starts_from_a_drafter(capsys: pytest.CaptureFixture[str], place: 
     assert record["before"]["steps"] == STEPS and record["before"]["before"] is None
     train(capsys, place, tmp_path / "learnt", "--start", first, *FLOAT32)
     other = load_file(tmp_path / "learnt" / "drafter" / "model.safetensors")
-    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    assert not torch.equal(one["fuse.weight"], other["fuse.weight"])
     code, _, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
         "--out", tmp_path / "no", "--start", first, "--form", "ar",

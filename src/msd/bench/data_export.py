@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from msd.bench.data import Sample
+from msd.bench.data import Sample, data_lines
 from msd.errors import UserError
 from msd.inputs.media import Video
 from msd.system.files import check_place, write_whole
@@ -20,12 +20,23 @@ def export(samples: Sequence[Sample], out: Path) -> int:
     A line holds MMSpec's `id`, `image`, `turns`, `category` and `topic`; without an image it holds Spec-Bench's
     `question_id`, `turns` and `category`, with SPEED-Bench's `turns` alike. Image names are relative to the folder of
     `out`. Answers are left out, as the formats have none. UserError for videos, event recordings and several images in
-    a line, which the formats have no place for.
+    a line, which the formats have no place for, and for an existing file that holds anything else.
     """
     check_place(out)
+    if out.exists() and not _replaceable(out):
+        raise UserError(f"'{out}' exists and holds no such data lines; name another file")
     lines = [_line(sample, number, out.parent) for number, sample in enumerate(_last_turns(samples), 1)]
     write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
+
+
+def _replaceable(file: Path) -> bool:
+    """Whether every line of a file is one that `export` writes."""
+    try:
+        lines = [line for _, line in data_lines(file)]
+    except UserError:
+        return file.stat().st_size == 0
+    return all("turns" in line and "category" in line and line.keys() & {"id", "question_id"} for line in lines)
 
 
 def _last_turns(samples: Sequence[Sample]) -> list[Sample]:

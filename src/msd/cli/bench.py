@@ -70,9 +70,7 @@ def bench(
     compared: options.Compared,
     connection: Connection,
     max_new_tokens: options.MaxNewTokens = 96,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for results.json, report.md and report.html.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for results.json and the reports.")] = None,
     exported: Annotated[
         Path | None,
         typer.Option("--export", help="Only write the prompts to this file, in the form of MMSpec and Spec-Bench."),
@@ -89,7 +87,8 @@ def bench(
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
     if exported is not None:
-        return _export(samples, exported, out, as_json)
+        unused = [model, policy, compared, connection, replace(measurement, suite="")]
+        return _export(samples, exported, lines.data, out, unused, as_json)
     others = model, policy, compared, replace(measurement, suite="", temperature=0.0)
     if bench_server.wanted(connection, *others):
         return bench_server.measure(connection, samples, max_new_tokens, measurement.temperature, out, as_json)
@@ -124,12 +123,17 @@ def bench(
     return _run(measure.Bench(loaded, processor, samples, settings, out), out, as_json)
 
 
-def _export(samples: list[Sample], file: Path, out: Path | None, as_json: bool) -> None:
-    """Writes the prompts for tools of other projects. UserError with a folder for results, as there are none."""
+def _export(
+    samples: list[Sample], file: Path, data: Path | None, out: Path | None, unused: list[Any], as_json: bool
+) -> None:
+    """Writes the prompts for tools of other projects. UserError with a folder for results, or groups of options."""
     from msd.bench import data_export
 
+    bench_server.check_unchanged(unused, "--export, which measures nothing")
     if out is not None:
         raise UserError("--export measures nothing; leave out --out")
+    if data is not None and file.exists() and file.samefile(data):
+        raise UserError(f"--export '{file}' is the data file itself; name another file")
     count = data_export.export(samples, file)
     print(json.dumps({"export": str(file), "lines": count}) if as_json else f"{file}: {count} lines")
 

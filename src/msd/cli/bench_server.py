@@ -31,12 +31,17 @@ def wanted(connection: Connection, *groups: Any) -> bool:
         if replace(connection, api_key=None) != Connection():
             raise UserError("--served-model and --patience are for --server; leave them out")
         return False
+    check_unchanged(groups, "--server, which answers by itself")
+    return True
+
+
+def check_unchanged(groups: Sequence[Any], of: str) -> None:
+    """Raises UserError for an option in `groups` that is not at its default, as it is no option `of` something."""
     for group in groups:
         default = type(group)()
         changed = next((f.name for f in fields(group) if getattr(group, f.name) != getattr(default, f.name)), None)
         if changed is not None:
-            raise UserError(f"'{changed.replace('_', '-')}' is no option of --server, which answers by itself")
-    return True
+            raise UserError(f"'{changed.replace('_', '-')}' is no option of {of}")
 
 
 def measure(

@@ -24,6 +24,7 @@ from msd.system.files import as_text, check_place
 from msd.system.machine import share_cores
 
 BATCH = 16
+SPLITS = ("train", "val", "test")  # parts of a data set; training reads the first
 KEPT = "finished answers are kept in {}, and the same command resumes"
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def _prompt(sample: Sample, folder: Path) -> Prompt:
 
     if sample.before:
         raise UserError(f"{sample.where}: a conversation; 'msd capture' needs single prompts, so give its first turn")
+    if sample.split not in SPLITS:
+        raise UserError(f"{sample.where}: 'split' is {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, not '{sample.split}'")
     if not all(isinstance(shown, Path) for shown in sample.images):
         raise UserError(f"{sample.where}: a video; 'msd capture' needs prompts about images, so leave the line out")
     images = tuple(_name(path, folder) for path in sample.images if isinstance(path, Path))

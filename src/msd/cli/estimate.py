@@ -58,6 +58,8 @@ def estimate(
     helper = None if draft_model is None else sizes(draft_model)
     work = Workload(prompt, images, answer, depth, drafter, WEIGHTS[weights], helper)
     accepted, model, device = Acceptance.parse(acceptance), sizes(target), card(gpu)
+    if helper is not None and helper.shares_cache and helper.vocabulary != model.vocabulary:
+        raise UserError(f"--draft-model '{draft_model}' reads the keys of its own target; '{target}' has other ones")
     rows = plans(model, device, accepted, work)
     if as_json:
         print(json.dumps({"target": model.as_dict(), "card": asdict(device), "workload": asdict(work), "rows": rows}))

@@ -20,10 +20,15 @@ def events(
     out: Annotated[
         Path | None, typer.Option("--out", help="Draw frames: a .gif, a .html, or a folder for PNG files.")
     ] = None,
-    frames: Annotated[int, typer.Option("--frames", min=1, max=1000, help="Number of frames.")] = 5,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, max=1000, help="Number of frames to draw; by default 5.")
+    ] = None,
     by: Annotated[
-        str, typer.Option("--by", help="'count': equally many events per frame; 'time': frames of equal duration.")
-    ] = "count",
+        str | None,
+        typer.Option(
+            "--by", help="'count', the default: equally many events per frame; 'time': frames of equal duration."
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="Sensor as WIDTHxHEIGHT, for files that do not hold it.")
     ] = None,
@@ -41,6 +46,9 @@ def events(
         raise UserError(f"--out '{out}' is not a .gif or .html file; use one of these endings, or name a folder")
     if out is not None:
         check_place(out, folder=out.suffix == "")
+    elif frames is not None or by is not None:
+        raise UserError("--frames and --by are of the frames that --out draws; name a file or folder with --out")
+    frames, by = frames or 5, by or "count"
     source = open_chunks(file, size=_size(size), recording=recording)
     span = extent(source)
     edges(span, frames, by)  # type: ignore[arg-type]  # raises UserError for an unknown --by

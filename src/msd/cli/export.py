@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from msd.cli.options import quiet
+from msd.errors import UserError
 from msd.system.files import check_place
 
 
@@ -29,8 +30,9 @@ def export(
     from msd import formats
     from msd.drafters import registry
 
-    name = "eagle3" if to in formats.ENGINES else registry.DEFAULT
-    head = drafter or registry.folders().get(name) or Path(name)
+    if drafter is None and to in formats.LAYOUTS and to not in formats.ENGINES:
+        raise UserError(f"--to {to} needs a head; name its folder with --drafter")
+    head = drafter or registry.folders().get("eagle3") or Path("eagle3")
     print(f"{out}: format {formats.export(head, to, out)}")
     for remark in formats.check(out, to).remarks if to in formats.ENGINES else ():
         print(f"  {remark}")

@@ -10,7 +10,7 @@ import logging
 import mimetypes
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -72,14 +72,16 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="Drafting method, by default the drafter trained for the target; NAME+prompt-lookup adds lookup of long "
-        "repeats.",
+        help="Drafting method; NAME+prompt-lookup adds lookup of long repeats. By default the drafter trained for the "
+        "target with that lookup: 'msd+prompt-lookup' for 'reference'.",
     ),
 ]
 Methods = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--method", help="Method names, separated by commas, or 'all'; NAME+prompt-lookup adds lookup of long repeats."
+        "--method",
+        help="Method names, separated by commas, or 'all'; NAME+prompt-lookup adds lookup of long repeats. By default "
+        "that of --drafter, else all.",
     ),
 ]
 LabelThresholds = Annotated[
@@ -140,7 +142,8 @@ class Drafting:
         str | None,
         typer.Option(
             "--target",
-            help="'reference' (default), 'reference-video' (default with --events), a checkpoint folder, or a hub id.",
+            help="'reference' (default), 'reference-video' (default for a recording of events), a checkpoint folder, "
+            "or a hub id.",
         ),
     ] = None
     method: Method = None
@@ -150,8 +153,8 @@ class Drafting:
     calibrate: Annotated[
         bool,
         typer.Option(
-            help="Improve the trees of the target's own layers, an assistant or a draft model by what was accepted, "
-            "and remember it."
+            help="Improve the trees of the target's own layers, a published head, an assistant or a draft model by "
+            "what was accepted, and remember it."
         ),
     ] = True
     backend: Backend = "measure"
@@ -181,6 +184,7 @@ class Drafting:
         """
         trained = use_drafter(self.drafter)
         method = trained if self.method is None else self.method
+        check_used(trained, [] if method is None else [method])
         if use_draft_model(self.draft_model, self.draft_sees, method, self.device):
             return DRAFT_MODEL
         if method is not None:
@@ -192,7 +196,7 @@ class Drafting:
 class Compared:
     """The methods that a command compares."""
 
-    method: Methods = "all"
+    method: Methods = None
     drafter: DrafterFolder = None
     draft_model: DraftModel = None
     draft_sees: DraftSees = None
@@ -202,10 +206,13 @@ class Compared:
 
         greedy: see `method_names`. kwargs: of `load_draft_model`.
         """
-        use_drafter(self.drafter)
-        method = None if self.draft_model else self.method
+        trained = use_drafter(self.drafter)
+        chosen = self.method or trained or "all"
+        method = None if self.draft_model else chosen
         added = use_draft_model(self.draft_model, self.draft_sees, method, model.device, **kwargs)
-        return method_names(self.method, model.target, greedy, added)
+        names = method_names(chosen, model.target, greedy, added)
+        check_used(trained, names)
+        return names
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,8 @@ class Sampling:
         if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
             name = "--top-k" if self.top_p is None else "--top-p"
             raise UserError(f"{name} has no effect on greedy decoding; set --temperature above 0")
+        if self.temperature == 0 and self.seed is not None:
+            raise UserError("--seed has no effect on greedy decoding; set --temperature above 0")
         if self.temperature > 0:
             sampling = {
                 "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k
@@ -399,6 +408,15 @@ def use_drafter(folder: Path | None) -> str | None:
     from msd import formats
 
     return formats.register_folder(folder)
+
+
+def check_used(head: str | None, methods: Sequence[str]) -> None:
+    """Raises UserError if `--drafter` has a head that no method in `methods` uses. head: the name of its method."""
+    from msd.drafters import registry
+
+    names = [name for name in methods if name != DRAFT_MODEL]
+    if head is not None and not any(head == name or head in registry.get(name).weights for name in names):
+        raise UserError(f"--drafter has a head of method '{head}', which --method does not name; leave one of them out")
 
 
 def use_draft_model(model: str | None, sees: str | None, method: str | None, device: str | None, **kwargs: Any) -> bool:

@@ -52,7 +52,8 @@ def _chosen(method: Any, model: Any, depth: int | None) -> Speculation:
         known = ", ".join((*HEADS, "draft_model", *WITHOUT_MODEL))
         raise UserError(f"method '{shortened(method or '')}' has no meaning here; known: {known}")
     if not model:
-        raise UserError(f"'model' is missing: the head or model of method '{method or 'any'}'")
+        of = "" if method is None else f" of method '{method}'"
+        raise UserError(f"'model' is missing: the head or model{of} that drafts")
     if method == "draft_model":
         return Speculation(draft_model=model, depth=depth)
     if method is not None:

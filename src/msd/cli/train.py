@@ -54,7 +54,8 @@ class Answers:
         )
         if not training:
             names = ", ".join(f"'{path}'" for path in self.captured)
-            raise UserError(f'{names}: no training answers; capture lines without "split": "val"')
+            splits = ", ".join(sorted({f"'{a.split}'" for a in answers}))
+            raise UserError(f"{names}: no training answers; the \"split\" of their lines is {splits}, not 'train'")
         if not testing:
             testing, training = training[::20], [a for i, a in enumerate(training) if i % 20]
         return training, testing
@@ -77,7 +78,14 @@ class Network:
     layers: Annotated[
         int | None, typer.Option("--layers", min=1, help="Decoder layers of the trunk; by default the method's own.")
     ] = None
-    draft_vocabulary: Annotated[int, typer.Option("--draft-vocabulary", min=2)] = 4096
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            "--draft-vocabulary",
+            min=2,
+            help="Size of the vocabulary of a method that has its own; 4096 by default.",
+        ),
+    ] = None
     parts: Annotated[
         str | None,
         typer.Option("--parts", help=f"Of msd: {PARTS}; or 'all' or 'none'. By default router,subtrees,dynamic."),
@@ -109,6 +117,10 @@ class Training:
         int, typer.Option("--steps", min=1, help="Length of the run; a resumed run may get another length.")
     ] = 4000
     batch: Annotated[int, typer.Option("--batch", min=1, help="Answers per step.")] = 4
+    anchors: Annotated[
+        int | None,
+        typer.Option("--roots", min=1, help="Positions of an answer that a step drafts from; by default the method's."),
+    ] = None
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3
     weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed, threshold or none.")] = "learned"
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False
@@ -212,7 +224,10 @@ def _settings(network: Network, training: Training, calibrate: int) -> DraftTrai
     parts = None if network.parts is None else _parts(network.parts, kind.parts)
     if calibrate and not kind.routes:
         raise UserError(f"--calibrate is for msd's router; method '{network.method}' has none")
-    options = asdict(network) | asdict(training)
+    if network.draft_vocabulary is not None and (start is not None or not kind.reduced):
+        fixed = "the start drafter fixes it" if start is not None else f"method '{network.method}' drafts all tokens"
+        raise UserError(f"--draft-vocabulary has no effect: {fixed}; leave it out")
+    options = {name: value for name, value in (asdict(network) | asdict(training)).items() if value is not None}
     loss = LossConfig(weighting=options.pop("weighting"))
     return DraftTraining(**(options | {"start": start, "parts": parts, "loss": loss}))
 

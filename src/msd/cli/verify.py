@@ -13,14 +13,16 @@ from rich.console import Console
 from msd.cli import options, terminal
 from msd.errors import InterruptedRunError, UserError
 
+ANSWER, DRAWS = 32, 100_000  # defaults of --max-new-tokens and --draws
+
 
 @options.grouped
 def verify(
     model: options.Model,
     lines: options.DataLines,
     compared: options.Compared,
-    max_new_tokens: options.MaxNewTokens = 32,
-    draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = 100_000,
+    max_new_tokens: options.MaxNewTokens = ANSWER,
+    draws: Annotated[int, typer.Option("--draws", min=1000, help="Draws per χ² cell of sampled candidates.")] = DRAWS,
     outputs: Annotated[
         Path | None,
         typer.Option("--outputs", help="Audit another engine's answers: data lines with 'tokens' or 'text'."),
@@ -36,10 +38,10 @@ def verify(
 
     from msd.bench.data import load_data, load_outputs
 
-    if outputs and dtype != "float32":
-        raise UserError(f"--outputs are audited in float32; leave out --dtype {dtype}")
+    if outputs:
+        _check_audit(model, compared, max_new_tokens != ANSWER, draws != DRAWS, dtype)
     kind = getattr(torch, dtype)
-    methods = compared.names(model, dtype=kind)
+    methods = [] if outputs else compared.names(model, dtype=kind)
     samples = load_outputs(outputs, lines.images) if outputs else load_data(lines.data, lines.images)
     samples = samples[: lines.limit]
     options.quiet()
@@ -72,6 +74,18 @@ def verify(
     failed = [row.method for row in rows if not row.passed]
     if failed:
         raise UserError(f"not lossless: {', '.join(failed)}; the first differences are in the rows above")
+
+
+def _check_audit(model: options.Model, compared: options.Compared, length: bool, draws: bool, dtype: str) -> None:
+    """Raises UserError for an option that has no effect on an audit. length, draws: whether these were given."""
+    given = {
+        "--method": compared.method, "--drafter": compared.drafter, "--draft-model": compared.draft_model,
+        "--draft-sees": compared.draft_sees, "--max-new-tokens": length, "--draws": draws,
+        "--backend": model.backend != options.Model.backend, "--dtype": dtype != "float32",
+    }  # fmt: skip
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--outputs audits answers that exist, in float32; leave out {name}")
 
 
 def _show(rows: list[Any], as_json: bool, dtype: str = "float32") -> None:

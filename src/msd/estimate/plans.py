@@ -44,6 +44,8 @@ class Acceptance:
             if "=" in text:
                 pairs = [part.split("=") for part in parts]
                 parsed = cls(lengths={int(nodes): float(length) for nodes, length in pairs})
+                if len(parsed.lengths) < len(pairs):
+                    raise UserError(f"--acceptance '{text}' has a tree size twice; give each once")
             elif len(parts) == 1 and float(parts[0]) >= 1:
                 parsed = cls(length=float(parts[0]))
             else:

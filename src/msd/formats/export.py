@@ -52,7 +52,7 @@ def export(head: Path | str, layout: str, out: Path) -> str:
         methods = sorted({f.method for f in FORMATS if f.name in LAYOUTS[layout]})
         raise UserError(
             f"a head of method '{network.method}' has no place in layout '{layout}', which is for "
-            f"{', '.join(methods)}; train one with 'msd train --method'"
+            f"{', '.join(methods)}; train one with 'msd train --method {methods[0]}'"
         )
     reasons = [f.fits(c) for f in candidates]
     form = next((f for f, reason in zip(candidates, reasons, strict=True) if not reason), None)

@@ -58,25 +58,25 @@ class DraftTraining:
     """Settings of a training run.
 
     form: of an `msd` network, "block" or "ar". layers: decoder layers of the trunk, by default the method's own number.
-    batch: answers per step. anchors: maximum number of positions per answer and step that drafts start from. parts: of
-    the network, from its `parts`; by default the method's own. text_only: stage 1 alone. precision: of matrix products
-    in training, "float32" (that of the weights), "bf16" (autocast) or "measure" (bf16 where it is clearly faster);
-    held-out figures always use that of the weights. remember: gigabytes for cached target outputs; it changes no
-    result. method: a name in the registry; all but "msd" have the published form, parts, loss and stages. start: folder
-    or hub id of a head of this method to start from, ours or published, which keeps its form and vocabulary and begins
-    in stage 2; the name of a method instead of a folder, such as "mtp", starts from what the target's checkpoint brings
-    for it. events: give `msd` the event recordings of the answers. keep_at: numbers of steps after which the drafter is
-    also saved to `step-N/drafter` in the run's folder, calibrated like a finished one; the learning rate has not
-    decayed to its end there. engine: the one that is to serve the drafter, "vllm" or "sglang": image positions have
-    what it gives there. text_share: of the steps of stage 2, that trains on text-only answers in the end; by default
-    the method's.
+    batch: answers per step. anchors: maximum number of positions per answer and step that drafts start from (roots), by
+    default the method's. parts: of the network, from its `parts`; by default the method's own. text_only: stage 1
+    alone. precision: of matrix products in training, "float32" (that of the weights), "bf16" (autocast) or "measure"
+    (bf16 where it is clearly faster); held-out figures always use that of the weights. remember: gigabytes for cached
+    target outputs; it changes no result. method: a name in the registry; all but "msd" have the published form, parts,
+    loss and stages. start: folder or hub id of a head of this method to start from, ours or published, which keeps its
+    form and vocabulary and begins in stage 2; the name of a method instead of a folder, such as "mtp", starts from what
+    the target's checkpoint brings for it. events: give `msd` the event recordings of the answers. keep_at: numbers of
+    steps after which the drafter is also saved to `step-N/drafter` in the run's folder, calibrated like a finished one;
+    the learning rate has not decayed to its end there. engine: the one that is to serve the drafter, "vllm" or
+    "sglang": image positions have what it gives there. text_share: of the steps of stage 2, that trains on text-only
+    answers in the end; by default the method's.
     """
 
     form: str = "block"
     layers: int | None = None
     steps: int = 4000
     batch: int = 4
-    anchors: int = 12
+    anchors: int | None = None
     lr: float = 1e-3
     draft_vocabulary: int = 4096
     seed: int = 0
@@ -156,7 +156,7 @@ def train(
         evaluate = HeldOutAcceptance(objective, test_batches, held_out)
         shared = accelerator.prepare_model(objective)  # the objective itself if this is the only process
         begun = time.monotonic()
-        count = min(settings.anchors, network.max_roots or settings.anchors)
+        count = settings.anchors or network.roots
         step_loss = _step_loss(shared, batches, count, network.prompt_roots)
         source = {"cuts": thresholds.model_dump(), "answers": len(captured), "processes": accelerator.num_processes}
 

@@ -21,7 +21,6 @@ from msd.train.losses.published import eagle_loss
 class HiViS(EagleNetwork):
     """EAGLE-2's layer over text alone; the loss is EAGLE's, on every level of a self-fed draft."""
 
-    max_roots = 24
     reach = 4
 
     def __init__(self, config: NetworkConfig) -> None:

@@ -67,7 +67,7 @@ class MtpNetwork(nn.Module):
     forms: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     routes: ClassVar[bool] = False
-    max_roots: ClassVar[int] = 48
+    roots: ClassVar[int] = 24
     prompt_roots: ClassVar[int] = 0
     stages: ClassVar[None] = None
     ending: ClassVar[None] = None

@@ -59,7 +59,7 @@ class DraftNetwork(nn.Module, ABC):
 
     method, published_loss, objective_type, drafter: set by the registration. layer: the class of its decoder layers.
     deep: whether context runs through all layers, as in a language model, or enters every layer unchanged.
-    max_roots: answer tokens per row to draft from in a training step, at most. prompt_roots: tokens at the
+    roots: answer tokens per row to draft from in a training step, by default. prompt_roots: tokens at the
     prompt's end that training drafts from too. reach: levels that training drafts below each root. stages: of
     training, as shares of its steps (steps on text alone, steps until all are about images, share of these at
     first, share of text kept); None: the run's settings. reduced: whether it has its own draft vocabulary.
@@ -76,7 +76,7 @@ class DraftNetwork(nn.Module, ABC):
     layer_count: ClassVar[int] = 1
     width: ClassVar[int] = 10
     depth: ClassVar[int] = 5
-    max_roots: ClassVar[int | None] = 48
+    roots: ClassVar[int] = 24
     prompt_roots: ClassVar[int] = 0
     reach: ClassVar[int] = 1
     stages: ClassVar[tuple[float, float, float, float] | None] = (0.02, 0.1, 0.5, 0.05)

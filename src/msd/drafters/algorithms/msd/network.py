@@ -152,7 +152,7 @@ class Heads(nn.Module):
 class MSDNetwork(SelfFed):
     """All weights of an MSD drafter, with its own output layer over the draft vocabulary."""
 
-    max_roots, stages = None, None
+    roots, stages = 12, None
     reduced = routes = True
     forms, parts = FORMS, SWITCHES
     config: MSDConfig
