@@ -128,9 +128,9 @@ def test_a_wrong_configuration_is_named(out: Path, change: dict[str, Any], part:
 def test_weights_that_are_not_finite_are_refused(out: Path) -> None:
     path = out / "drafter" / "model.safetensors"
     tensors = load_file(path)
-    tensors["fc.weight"][0, 0] = float("nan")
+    tensors["fuse.weight"][0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(UserError, match=r"model\.safetensors' is damaged: tensor 'fc\.weight' holds numbers"):
+    with pytest.raises(UserError, match=r"model\.safetensors' is damaged: tensor 'fuse\.weight' holds numbers"):
         registry.register_folder(out / "drafter")
 
 
