@@ -34,7 +34,7 @@ PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd`
 DESCRIBED = (*PARTS, "experts", "transfer", "vision")  # all of the description of MSD
 PLAIN_LOSS = LossConfig(weighting="none")  # of the control: all tokens are alike
 RECORDED = ("method", "steps", "batch", "anchors", "lr", "seed", "text_only", "text_share", "precision")
-RECORDED_OF_MSD = ("form", "layers", "parts", "events")
+RECORDED_OF_MSD = ("form", "layers", "parts", "events", "weighting")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Run:
         record = checkpoint.training(folder)
         if not record.get("finished"):
             return False
-        planned, own = asdict(self.settings), record["settings"]
+        planned, own = ({**settings, **settings["loss"]} for settings in (asdict(self.settings), record["settings"]))
         names = (*RECORDED, *(RECORDED_OF_MSD if self.settings.method == SHIPPED else ()))
         for key in names:
             value = list(planned[key]) if isinstance(planned[key], tuple) else planned[key]
