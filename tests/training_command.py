@@ -31,14 +31,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return int(stop.value.code or 0), captured.out, captured.err
 
 
+def vocabulary(*more: object) -> tuple[object, ...]:
+    """The option of a small draft vocabulary, if a run with the options `more` chooses one."""
+    method = more[more.index("--method") + 1] if "--method" in more else registry.DEFAULT
+    chooses = "--start" not in more and registry.trainable(str(method)).reduced
+    return ("--draft-vocabulary", 100) if chooses else ()
+
+
 def train(capsys: pytest.CaptureFixture[str], place: Path, out: Path, *more: object) -> dict[str, Any]:
     """The summary of a run of `STEPS` steps on the answers captured in `place`."""
-    method = more[more.index("--method") + 1] if "--method" in more else registry.DEFAULT
-    sized = "--start" not in more and registry.trainable(str(method)).reduced
-    size = ("--draft-vocabulary", 100) if sized else ()
     code, told, err = run(
         capsys, "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place,
-        "--out", out, "--steps", STEPS, "--batch", 3, *size, "--json", *more,
+        "--out", out, "--steps", STEPS, "--batch", 3, *vocabulary(*more), "--json", *more,
     )  # fmt: skip
     assert code == 0, err
     summary: dict[str, Any] = json.loads(told)

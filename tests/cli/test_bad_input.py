@@ -61,7 +61,6 @@ def test_no_option_is_ignored(capsys: pytest.CaptureFixture[str], tmp_path: Path
         ((*export, PUPPY), "exists and holds no such data lines"),
         (("estimate", "--acceptance", "8=3.1,8=4"), "a tree size twice"),
         (("estimate", "--draft-model", "gemma-4-31b-assistant"), "reads the keys of its own target"),
-        (("export", str(tmp_path / "head"), "--to", "eagle"), "needs a head"),
         (train, "\"split\" of their lines is 'trian'"),
     )
     for arguments, message in refusals:

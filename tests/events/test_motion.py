@@ -35,13 +35,11 @@ def seen(right: float, down: float, zoom: float) -> EventStream:
     "moved", [(0.8, 0.0, 0.0), (0.0, -1.0, 0.0), (0.6, 0.5, 0.0), (0.0, 0.0, 1.2), (0.0, 0.0, -1.2)]
 )
 def test_the_motion_of_a_camera_is_found(moved: tuple[float, float, float]) -> None:
-    """Fast motion comes out too slow, by less than a third; near the centre of a zoom no edge moves far enough."""
+    """An edge must move some pixels within a span: near the centre of a zoom none does."""
     found = motion(seen(*moved), 2)
     assert found.shape == (2, 5) and found.dtype == np.float32
-    for value, true in zip(found[:, :3].mean(0), moved, strict=True):
-        low, high = sorted((0.67 * true, 1.1 * true))
-        slack = 0.1 if true else 0.25
-        assert low - slack <= value <= high + slack
+    right, down, zoom = found[:, :3].mean(0)
+    assert (right, down) == pytest.approx(moved[:2], abs=0.15) and zoom == pytest.approx(moved[2], abs=0.4)
     assert found[:, 4] == pytest.approx(0.4, abs=0.02)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import tiny_checkpoint
 from msd.train.loop import read_checkpoint
-from training_command import DDP, FLOAT32, FSDP, run
+from training_command import DDP, FLOAT32, FSDP, run, vocabulary
 
 STEPS = 50
 OWN = ("answer_tokens_per_second", "peak_gb", "seconds")  # figures of the machine
@@ -24,7 +24,7 @@ def command(place: Path, out: Path, *more: object) -> list[str]:
     """Batches of three answers, so that two processes have unequal shares."""
     arguments = (
         "train", "--captured", place / "captured.jsonl", "--images", place / "images", "--target", place, "--out", out,
-        "--steps", STEPS, "--batch", 3, "--draft-vocabulary", 100, "--json", *FLOAT32, *more,
+        "--steps", STEPS, "--batch", 3, *vocabulary(*more), "--json", *FLOAT32, *more,
     )  # fmt: skip
     return [str(a) for a in arguments]
 

@@ -140,6 +140,8 @@ class Bench:
         self.conversation = Conversation(self.engines[PLAIN])
         check_prompts(self.conversation, samples, settings.max_new_tokens)
         self.groups = _grouped(samples, settings.batch)
+        # what is measured, besides the methods' names
+        self.subject = {"data": digest(samples), "target": fingerprint(model), **settings.about}
         self.runs: dict[str, list[Run]] = {name: [] for name in self.timers}
         self.remeasured: list[list[str]] = []
         self._warm = False
@@ -290,9 +292,7 @@ class Bench:
             "outside_kernels": self.outside,
             "not_run": self.not_run,
             "remeasured": {"samples": len(repeated), "still_disturbed": len(repeated & disturbed(self.runs).keys())},
-            "data": digest(self.samples),
-            "target": fingerprint(self.model),
-            **settings.about,
+            **self.subject,
             **({} if complete else {"broken_off": self.done}),
         }
 
@@ -306,11 +306,9 @@ class Bench:
             "temperature": settings.temperature,
             "batch": settings.batch,
             "warm": settings.warm,
-            **settings.about,
+            **self.subject,
             "policy": None if settings.config is None else settings.config.model_dump(mode="json"),
             "cuts": None if settings.label_thresholds is None else settings.label_thresholds.model_dump(),
-            "data": digest(self.samples),
-            "target": fingerprint(self.model),
             **environment(self.model, settings.generation),
         }
 

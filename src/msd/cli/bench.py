@@ -87,7 +87,7 @@ def bench(
     rendered, tasks = unseen.requested(tasks)
     samples = in_suites([*load_data(lines.data, lines.images), *rendered], tasks)[: lines.limit]
     if exported is not None:
-        unused = [model, policy, compared, connection, replace(measurement, suite="")]
+        unused = options.changed(model, policy, compared, connection, replace(measurement, suite=""))
         return _export(samples, exported, lines.data, out, unused, as_json)
     others = model, policy, compared, replace(measurement, suite="", temperature=0.0)
     if bench_server.wanted(connection, *others):
@@ -124,12 +124,13 @@ def bench(
 
 
 def _export(
-    samples: list[Sample], file: Path, data: Path | None, out: Path | None, unused: list[Any], as_json: bool
+    samples: list[Sample], file: Path, data: Path | None, out: Path | None, unused: str | None, as_json: bool
 ) -> None:
-    """Writes the prompts for tools of other projects. UserError with a folder for results, or groups of options."""
+    """Writes the prompts for tools of other projects. UserError with a folder for results, or an `unused` option."""
     from msd.bench import data_export
 
-    bench_server.check_unchanged(unused, "--export, which measures nothing")
+    if unused is not None:
+        raise UserError(f"'{unused}' is no option of --export, which measures nothing")
     if out is not None:
         raise UserError("--export measures nothing; leave out --out")
     if data is not None and file.exists() and file.samefile(data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from msd.cli import terminal
 from msd.cli.connection import Connection
+from msd.cli.options import changed
 from msd.errors import UserError
 from msd.system.files import exclusive, make_folder, write_whole
 
@@ -31,17 +32,10 @@ def wanted(connection: Connection, *groups: Any) -> bool:
         if replace(connection, api_key=None) != Connection():
             raise UserError("--served-model and --patience are for --server; leave them out")
         return False
-    check_unchanged(groups, "--server, which answers by itself")
+    name = changed(*groups)
+    if name is not None:
+        raise UserError(f"'{name}' is no option of --server, which answers by itself")
     return True
-
-
-def check_unchanged(groups: Sequence[Any], of: str) -> None:
-    """Raises UserError for an option in `groups` that is not at its default, as it is no option `of` something."""
-    for group in groups:
-        default = type(group)()
-        changed = next((f.name for f in fields(group) if getattr(group, f.name) != getattr(default, f.name)), None)
-        if changed is not None:
-            raise UserError(f"'{changed.replace('_', '-')}' is no option of {of}")
 
 
 def measure(

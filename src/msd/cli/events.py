@@ -46,12 +46,13 @@ def events(
         raise UserError(f"--out '{out}' is not a .gif or .html file; use one of these endings, or name a folder")
     if out is not None:
         check_place(out, folder=out.suffix == "")
-    elif frames is not None or by is not None:
-        raise UserError("--frames and --by are of the frames that --out draws; name a file or folder with --out")
+    drawing = frames is not None or by is not None
     frames, by = frames or 5, by or "count"
     source = open_chunks(file, size=_size(size), recording=recording)
     span = extent(source)
     edges(span, frames, by)  # type: ignore[arg-type]  # raises UserError for an unknown --by
+    if drawing and out is None:
+        raise UserError("--frames and --by are of the frames that --out draws; name a file or folder with --out")
     seconds = (span.end - span.begin) / 1e6
     summary: dict[str, Any] = {
         "file": str(file),

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from msd.cli.options import quiet
-from msd.errors import UserError
 from msd.system.files import check_place
 
 
@@ -30,9 +29,8 @@ def export(
     from msd import formats
     from msd.drafters import registry
 
-    if drafter is None and to in formats.LAYOUTS and to not in formats.ENGINES:
-        raise UserError(f"--to {to} needs a head; name its folder with --drafter")
-    head = drafter or registry.folders().get("eagle3") or Path("eagle3")
+    name = "eagle3" if to in formats.ENGINES else registry.DEFAULT
+    head = drafter or registry.folders().get(name) or Path(name)
     print(f"{out}: format {formats.export(head, to, out)}")
     for remark in formats.check(out, to).remarks if to in formats.ENGINES else ():
         print(f"  {remark}")

@@ -184,11 +184,11 @@ class Drafting:
         """
         trained = use_drafter(self.drafter)
         method = trained if self.method is None else self.method
-        check_used(trained, [] if method is None else [method])
         if use_draft_model(self.draft_model, self.draft_sees, method, self.device):
             return DRAFT_MODEL
         if method is not None:
             method_names(method, target)
+            check_used(trained, [method])
         return method
 
 
@@ -408,6 +408,16 @@ def use_drafter(folder: Path | None) -> str | None:
     from msd import formats
 
     return formats.register_folder(folder)
+
+
+def changed(*groups: Any) -> str | None:
+    """Returns the name, without dashes, of the first option in `groups` that is not at its default; else None."""
+    for group in groups:
+        default = type(group)()
+        for field in fields(group):
+            if getattr(group, field.name) != getattr(default, field.name):
+                return field.name.replace("_", "-")
+    return None
 
 
 def check_used(head: str | None, methods: Sequence[str]) -> None:

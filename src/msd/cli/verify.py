@@ -78,14 +78,11 @@ def verify(
 
 def _check_audit(model: options.Model, compared: options.Compared, length: bool, draws: bool, dtype: str) -> None:
     """Raises UserError for an option that has no effect on an audit. length, draws: whether these were given."""
-    given = {
-        "--method": compared.method, "--drafter": compared.drafter, "--draft-model": compared.draft_model,
-        "--draft-sees": compared.draft_sees, "--max-new-tokens": length, "--draws": draws,
-        "--backend": model.backend != options.Model.backend, "--dtype": dtype != "float32",
-    }  # fmt: skip
-    for name, value in given.items():
-        if value:
-            raise UserError(f"--outputs audits answers that exist, in float32; leave out {name}")
+    others = {"max-new-tokens": length, "draws": draws, "dtype": dtype != "float32"}
+    name = options.changed(options.Model(backend=model.backend), compared)
+    name = name or next((name for name, given in others.items() if given), None)
+    if name is not None:
+        raise UserError(f"--outputs audits answers that exist, in float32; leave out --{name}")
 
 
 def _show(rows: list[Any], as_json: bool, dtype: str = "float32") -> None:

@@ -3,7 +3,7 @@
 An edge that moves across a pixel and then its neighbour leaves two event times; their difference per pixel is the
 inverse of its speed. So the gradient g of the last event times and the velocity v of the picture satisfy g · v = 1,
 whatever the edge's direction (normal flow; Benosman et al. 2014, "Event-Based Visual Flow"). Noise in the times makes
-gradients longer, so fast motion comes out up to a quarter (zoom in: a third) too slow; its direction is kept.
+gradients longer, so fast motion comes out too slow, by up to a quarter; its direction is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msd.events.recording import Events, check_memory, edges, extent, frame_chun
 
 LEAST = 20  # gradients that an estimate needs
 SLOWEST = 5  # pixels that an edge moves in a span, at least; slower ones are not told from noise
-ROUNDS, SPREAD = 4, 0.5  # of reweighting, and the residual that halves a gradient's weight (Cauchy)
+ROUNDS, SPREAD = 12, 0.2  # of reweighting, and the residual that halves a gradient's weight (Cauchy)
 
 
 def motion(events: Events, count: int = 8) -> NDArray[np.float32]:

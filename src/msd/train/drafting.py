@@ -241,7 +241,7 @@ def initial_network(
 
 
 def _prepared(network: DraftNetwork, settings: DraftTraining) -> DraftNetwork:
-    if isinstance(network, DraftNetwork) and network.ending is None:
+    if isinstance(network, DraftNetwork):
         network.add_ending()
     return network if settings.engine is None else formats.prepare(network, settings.engine)
 

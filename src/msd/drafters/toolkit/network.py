@@ -85,6 +85,7 @@ class DraftNetwork(nn.Module, ABC):
     forms: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     routes: ClassVar[bool] = False
+    ending: Probe | None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -161,7 +162,9 @@ class DraftNetwork(nn.Module, ABC):
         raise NotImplementedError
 
     def add_ending(self) -> None:
-        """Adds the probe of `all_end`, which training does for every method; other initial weights stay as they are."""
+        """Adds the probe of `all_end` if it lacks one; training does so, and other initial weights stay as they are."""
+        if self.ending is not None:
+            return
         with torch.random.fork_rng(devices=[]):
             self.ending = Probe(self.config.hidden, 1, self.config.eps)
 

@@ -266,7 +266,7 @@ class MSDNetwork(SelfFed):
         """[emb; feature + image_fc(image)], or its map; `image` is zero before images and without auxiliary tokens."""
         seen = feature if self.image_fc is None else feature + self.image_fc(image)
         if self.config.pair:
-            out = torch.cat([embedding, seen.to(embedding.dtype)], -1)
+            out = torch.cat([embedding, seen], -1)
         else:
             out = self.fc(torch.cat([self.feature_norm(seen), embedding], -1))
         return out.to(self.fuse.weight.dtype)  # under autocast residual sums keep the precision of the weights
