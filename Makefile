@@ -118,7 +118,7 @@ comparison: setup
 	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all,$(REPEATS) $(ONLY) --out results/comparison > /dev/null
 	$(BIN)/python tools/tables.py
 
-# The race (docs/comparison.md): 15 runs of 30 minutes of one core each, then two benchmarks. Interrupted, it resumes.
+# The race (docs/comparison.md): 13 runs of 30 minutes of one core each, then two benchmarks. Interrupted, it resumes.
 RACE := $(BIN)/python -m recipes.race
 race: setup
 	$(RACE) train --images $(DATA)

@@ -2,10 +2,10 @@
 
 All runs get the same minutes of one core, or in some contests the same number of steps. A run's number of steps is
 these minutes divided by the seconds of one of its steps, which were measured on an idle machine (`step_times/`); so
-what else the machine does while a run trains changes nothing. A step trains on the same number of answers in every
-run; from how many positions in each it drafts (roots) belongs to the method. The run with the slowest steps sees the
-fewest answers; each other run also saves its drafter when it has seen as many. That drafter is in the middle of its
-schedule: its learning rate has not decayed, as that of the slowest run has.
+neither what else the machine does while a run trains nor training on another one changes anything. A step trains on
+the same number of answers in every run; from how many positions in each it drafts (roots) belongs to the method. The
+run with the slowest steps sees the fewest answers; each other run also saves its drafter when it has seen as many.
+That drafter is in the middle of its schedule: its learning rate has not decayed, as that of the slowest run has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msd.backends.packed import multiplies_in_bf16
 from msd.drafters import registry
 from msd.drafters.algorithms.msd import CONTROL, SHIPPED, SWITCHES, MSDConfig
 from msd.drafters.toolkit import checkpoint
@@ -28,6 +29,7 @@ STEP_TIMES = Path(__file__).with_name("step_times")
 TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that are compared
 SEEDS = 3
 EVALUATIONS = 4  # on held-out answers, in a run
+PRECISION = "bf16" if multiplies_in_bf16() else "float32"  # of products in training; the same for all runs
 LEVELS = "msd, level by level"
 WITH_EVENTS = "msd with events"
 PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd` by default
@@ -93,7 +95,7 @@ RACE = Contest(
         "eagle2": DraftTraining(method="eagle2"),
         "vispec": DraftTraining(method="vispec"),
     },
-    (SHIPPED, LEVELS, CONTROL, "eagle3"),
+    (SHIPPED, CONTROL, "eagle3"),
     "eagle3",
     "eagle2",
 )
@@ -234,7 +236,7 @@ def _run(method: str, settings: DraftTraining, steps: Mapping[str, int], times: 
         settings,
         steps=own,
         anchors=roots_of(settings),
-        precision=times["precision"],
+        precision=PRECISION,
         stages=replace(settings.stages, text=own // 50, rise=own // 10),
         evaluate_every=own // EVALUATIONS,
         keep_at=(min(steps.values()),),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from msd.backends.packed import multiplies_in_bf16
 from msd.errors import UserError
 from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
@@ -26,24 +25,17 @@ from msd.train.capture import Captured, label_thresholds_path, mixed, read_captu
 from msd.train.drafting import DraftTraining, train
 from msd.train.loop import LoopConfig
 from recipes.race.outputs import stored
-from recipes.race.plan import CONTESTS, folder_of, plan, roots_of, step_times
+from recipes.race.plan import CONTESTS, PRECISION, folder_of, plan, roots_of, step_times
 
-PRECISION = "bf16" if multiplies_in_bf16() else "float32"
 ROUNDS = 4  # of measuring step times
 PROBE = 40  # steps for measuring the speed of a method
 LOGGED = LoopConfig(PROBE).log_every
 
 
 def train_runs(args: argparse.Namespace) -> None:
-    """Trains the unfinished runs. A stopped one (SystemExit) is resumed by the same command.
-
-    Raises UserError if the step times have a precision that this CPU only emulates.
-    """
+    """Trains the unfinished runs. A stopped one (SystemExit) is resumed by the same command."""
     contest = CONTESTS[args.contest]
-    times = step_times(contest)
-    if times["precision"] != PRECISION == "float32":
-        raise UserError(f"the step times are for {times['precision']}, which this CPU only emulates; {contest.remedy}")
-    runs = plan(times, args.only, contest, args.minutes)
+    runs = plan(step_times(contest), args.only, contest, args.minutes)
     waiting = [name for name, run in runs.items() if not run.finished(args.out, name)]
     if not waiting:
         return

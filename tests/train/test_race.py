@@ -23,7 +23,7 @@ def test_runs_have_equal_minutes_and_copies_of_equal_answers() -> None:
         seconds = times["seconds"][run.method]
         assert abs(run.minutes_at(TIME) - 30) <= 10 * seconds / 60, "the steps are rounded to ten"
         assert run.minutes_at(ANSWERS) * 60 == pytest.approx(run.steps(ANSWERS) * seconds)
-        assert (run.settings.precision, run.settings.anchors) == (times["precision"], times["roots"][run.method])
+        assert (run.settings.precision, run.settings.anchors) == (race.PRECISION, times["roots"][run.method])
         assert run.settings.keep_at[0] <= run.settings.steps
         assert race.drafter_folder(Path("out"), name, run, ANSWERS) != race.drafter_folder(Path("out"), name, run, TIME)
     assert {runs[f"msd seed {seed}"].settings.seed for seed in range(race.SEEDS)} == {0, 1, 2}
@@ -44,7 +44,7 @@ def test_some_runs_alone_are_the_same_runs() -> None:
 def test_a_contest_of_equal_steps() -> None:
     contest = race.OF_EVENTS
     seconds = dict.fromkeys(contest.methods, 0.5) | {"msd with events": 0.6, "standard": 0.4}
-    times = {"seconds": seconds, "precision": "float32"}
+    times = {"seconds": seconds}
     runs = race.plan(times, contest=contest)
     assert {run.settings.steps for run in runs.values()} == {800}, "those of the slowest in its minutes"
     assert runs["standard seed 0"].minutes == pytest.approx(800 * 0.4 / 60)
