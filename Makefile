@@ -112,13 +112,13 @@ floors: setup
 	$(BIN)/python -m recipes.floors.table results
 
 # Compares all methods, and some with lookups of long repeats, in one run (docs/comparison.md): an hour on two idle cores.
-REPEATS := eagle3+prompt-lookup,eagle2+prompt-lookup,vispec+prompt-lookup,standard+prompt-lookup,msd:15min+prompt-lookup
+REPEATS := eagle3+prompt-lookup,eagle2+prompt-lookup,vispec+prompt-lookup,standard+prompt-lookup,msd:30min+prompt-lookup
 comparison: setup
 	$(BIN)/python -m recipes.comparison.suites --data $(DATA) --out runs/comparison
 	$(BIN)/msd bench --data runs/comparison/val.jsonl --images $(DATA) --method all,$(REPEATS) $(ONLY) --out results/comparison > /dev/null
 	$(BIN)/python tools/tables.py
 
-# The race (docs/comparison.md): 13 runs of 30 minutes of one core each, then two benchmarks. Interrupted, it resumes.
+# The race (docs/comparison.md): 12 runs of 30 minutes of one core each, then two benchmarks. Interrupted, it resumes.
 RACE := $(BIN)/python -m recipes.race
 race: setup
 	$(RACE) train --images $(DATA)

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from msd.bench import pairwise, report
@@ -32,6 +33,7 @@ MIXED = {  # folder of results/ -> what its run measured, on the first 60 of the
     "batch-16": "batches of 16",
 }
 LOOKUP = "+prompt-lookup"
+RACE = "recipes/race/results"
 COMPARED = {
     "detail": "detail",
     "caption": "caption",
@@ -155,6 +157,36 @@ def repeats_table(results: dict[str, Any]) -> str:
         rows.append([f"`{name}`", *(f"{figure:.2f}" for figure in figures), gain, f"{low:.2f}–{high:.2f}"])
     tasks = [f"{task}, {kind}" for task in ("all tasks", "detail", "OCR") for kind in ("without", "with")]
     return table(["method", *tasks, "gain", "95%"], sorted(rows, key=lambda row: row[2], reverse=True))
+
+
+def race_table(state: str) -> str:
+    """Training and speed of every method of the race in a state, the seeds of one together, and `msd` over it."""
+    trained, results = read(f"{RACE}/trained.json")[state], read(f"{RACE}/{state}/results.json")
+    found, seconds = cells(results), results["sample_seconds"]
+    groups = {name: runs for name, runs in pairwise.grouped(seconds).items() if name not in ("ar", "transformers")}
+    means = {name: pairwise.mean_seconds(seconds, runs) for name, runs in groups.items()}
+    rows = []
+    for name, runs in sorted(groups.items(), key=lambda group: sum(means[group[0]])):
+        records = [trained[run] for run in runs if run in trained]  # none of a run with lookups
+        acceptance = fmean(r["held_out"]["acceptance"] for r in records) if records else math.nan
+        cost = [f"{records[0][key]:,.0f}" for key in ("minutes", "answers")] if records else ["–", "–"]
+        plain = seconds[found[runs[0], "all"]["best_plain"]]
+        speed = [_over(plain, means[name])]
+        speed.append(", ".join(f"{found[run, 'all']['speedup_vs_best_plain']:.2f}" for run in runs))
+        speed.append(f"{fmean(found[run, 'all']['speedup_vs_best_plain_paired_median'] for run in runs):.2f}")
+        tau = f"{fmean(found[run, 'all']['mean_acceptance_length'] for run in runs):.2f}"
+        by_task = [f"{fmean(found[run, task]['speedup_vs_best_plain'] for run in runs):.2f}" for task in COMPARED]
+        over = "" if name == "msd" else _over(means[name], means["msd"])
+        rows.append([f"`{name}`", *cost, f"{acceptance:.3f}" if records else "–", *speed, tau, *by_task, over])
+    head = ["method", "minutes", "answers", "held-out", "all tasks (95%)", "by seed", "median", "τ", *COMPARED.values()]
+    made = results["environment"]
+    return table([*head, "`msd` over it"], rows) + f"\n\n{made['cpu']}, threads: {made['threads']}."
+
+
+def _over(base: list[float], own: list[float]) -> str:
+    """The ratio of summed seconds with its 95% interval."""
+    low, high = pairwise.ratio_interval(base, own) or (math.nan, math.nan)
+    return f"{sum(base) / sum(own):.2f} ({low:.2f}–{high:.2f})"
 
 
 def verify_table(rows: list[dict[str, Any]]) -> str:

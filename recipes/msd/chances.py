@@ -1,6 +1,6 @@
 """Compares features of node chances: the log loss of candidates on answers that a fit has not seen.
 
-python -m recipes.msd.chances --drafter weights/msd-15min --out results/node_chances.json
+python -m recipes.msd.chances --drafter weights/msd-30min --out results/node_chances.json
 
 Half of the held-out answers fit the logistic model, the other half measures it, and the other way round. All features
 but those of siblings are tried in addition to log odds and confidence.
@@ -103,7 +103,7 @@ def held_out_loss(columns: list[Tensor], correct: Tensor, half: Tensor) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drafter", type=Path, default=Path("weights/msd-15min"), help="folder of an msd drafter")
+    parser.add_argument("--drafter", type=Path, default=Path("weights/msd-30min"), help="folder of an msd drafter")
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
     parser.add_argument("--limit", type=int, default=120, help="answers, of all tasks in turn")

@@ -60,7 +60,7 @@ SHIPPED_MEGABYTES = 60  # limit for the rivals' weights
 WITH_EVENTS = "msd with events"
 PUBLISHED = [m.name for m in registry.catalogue() if m.network is not None and m.name != registry.DEFAULT]
 TEXT_ONLY = "text-only"
-OWN = {"standard": "standard seed 0", "msd-15min": "msd:block seed 0", "msd-ar": "msd:ar"}  # shipped name -> row
+OWN = {"standard": "standard seed 0", "msd-ar": "msd:ar"}  # shipped name -> row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 python -m recipes.race train --only "msd seed 0"   # one run, on one core; without --only all of them
 python -m recipes.race bench --state equal-time     # speed of all trained drafters; then --state equal-answers
 python -m recipes.race tell                         # both tables: recipes/race/results/race.md
-python -m recipes.race ship                         # copies the drafters of equal time, without msd, to weights/
+python -m recipes.race ship                         # copies the drafters of equal time to weights/
 
 An interrupted command is resumed when it is run again. `python -m recipes.race measure` measures the seconds of a step
 again, on an idle machine.

@@ -26,6 +26,8 @@ from msd.train.capture import label_thresholds_path, mixed, read_captured
 from recipes.race.plan import CONTESTS, RACE, TIME, WITH_EVENTS, Run, drafter_folder, plan, step_times
 from recipes.race.prompts import CALIBRATING, write_prompts
 
+EQUAL_TIME = "msd:30min"  # the shipped `msd` is trained longer
+
 
 class EventsHidden(MSD):
     """Drafts without the event recordings that it was trained with."""
@@ -98,20 +100,19 @@ def bench_runs(args: argparse.Namespace) -> None:
 
 
 def ship_runs(args: argparse.Namespace) -> None:
-    """Copies the drafters of equal time to `weights/METHOD`, those of seed 0; prints their sizes.
+    """Copies the drafters of equal time and seed 0 to `weights/METHOD`, that of `msd` as `msd:30min`; prints sizes.
 
-    `msd` is not copied: the shipped one is trained longer. Neither are runs under another name than a method's. Raises
-    UserError for another contest than the race.
+    Runs under another name than a method's are not copied. Raises UserError for another contest than the race.
     """
     if args.contest != RACE.name:
         raise UserError(f"the drafters of --contest {args.contest} are not shipped; leave it out")
-    methods = {method.name for method in registry.catalogue()} - {SHIPPED}
+    names = {method.name: method.name for method in registry.catalogue()} | {SHIPPED: EQUAL_TIME}
     for name, (run, folder) in finished(args, TIME).items():
-        if run.method not in methods or run.settings.seed or run.settings.text_only:
+        if run.method not in names or run.settings.seed or run.settings.text_only:
             continue
         network = registry.load(folder)
         if run.settings.method == SHIPPED:
             network.config = replace(network.config, shapes=shapes_of())
-        place = args.weights / run.method
+        place = args.weights / names[run.method].replace(":", "-")
         checkpoint.save(network, place, checkpoint.training(folder), args.eight_bit)
         print(f"{name}: {place}, {(place / checkpoint.WEIGHTS).stat().st_size / 1e6:.1f} MB")

@@ -30,7 +30,6 @@ TIME, ANSWERS = "equal-time", "equal-answers"  # the two states of a run that ar
 SEEDS = 3
 EVALUATIONS = 4  # on held-out answers, in a run
 PRECISION = "bf16" if multiplies_in_bf16() else "float32"  # of products in training; the same for all runs
-LEVELS = "msd, level by level"
 WITH_EVENTS = "msd with events"
 PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd` by default
 DESCRIBED = (*PARTS, "experts", "transfer", "vision")  # all of the description of MSD
@@ -90,7 +89,6 @@ RACE = Contest(
     {
         SHIPPED: DraftTraining(),
         CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
-        LEVELS: DraftTraining(form="ar", anchors=24),
         "eagle3": DraftTraining(method="eagle3"),
         "eagle2": DraftTraining(method="eagle2"),
         "vispec": DraftTraining(method="vispec"),
@@ -102,6 +100,7 @@ RACE = Contest(
 _parts = {
     SHIPPED: DraftTraining(),
     CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
+    "level by level": DraftTraining(form="ar", anchors=24),
     "with experts": DraftTraining(parts=(*PARTS, "experts")),
     "with experts and transfer": DraftTraining(parts=(*PARTS, "experts", "transfer")),
     "with a compressed image": DraftTraining(parts=(*PARTS, "vision")),

@@ -37,11 +37,11 @@ def test_ratios_per_task_and_seed() -> None:
 
 def test_equally_trained_msd_is_compared_first_and_the_shipped_one_separately() -> None:
     measured = results(ar=[3.0, 3.0, 3.0], msd=[1.0, 1.0, 1.0], standard=[2.0, 2.0, 2.0])
-    measured["sample_seconds"]["msd:15min"] = [1.5, 1.5, 1.5]
+    measured["sample_seconds"]["msd:30min"] = [1.5, 1.5, 1.5]
     (equal, _, rows), (longer, _, shipped) = pairwise.tables(measured)
-    assert "`msd:15min`" in equal and "`msd`" in longer and "longer" in longer
+    assert "`msd:30min`" in equal and "`msd`" in longer and "longer" in longer
     assert {row[0]: row[1] for row in rows} == {"ar": "2.00", "msd": "0.67", "standard": "1.33"}
-    assert {row[0]: row[1] for row in shipped} == {"ar": "3.00", "standard": "2.00", "msd:15min": "1.50"}
+    assert {row[0]: row[1] for row in shipped} == {"ar": "3.00", "standard": "2.00", "msd:30min": "1.50"}
 
 
 def test_a_single_task_gets_no_column() -> None:

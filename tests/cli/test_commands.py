@@ -53,7 +53,7 @@ def test_generate_takes_no_or_several_images(capsys: pytest.CaptureFixture[str])
 
 
 # from weights/, which the wheel has not
-IN_CHECKOUTS = (*rivals.RIVALS, "msd+dspark", "msd+eagle3", "msd:15min", "msd:ar", "standard")
+IN_CHECKOUTS = (*rivals.RIVALS, "msd+dspark", "msd+eagle3", "msd:30min", "msd:ar", "standard")
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:

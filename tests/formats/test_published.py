@@ -222,7 +222,7 @@ def test_a_shipped_head_has_the_same_network_after_the_round_trip(method: str, t
     ("method", "to", "message"),
     [
         ("hivis", "eagle2", "a head of method 'hivis' has no place in layout 'eagle2'"),
-        ("msd-15min", "eagle", "a head of method 'msd' has no place in layout 'eagle', which is for eagle3"),
+        ("msd-30min", "eagle", "a head of method 'msd' has no place in layout 'eagle', which is for eagle3"),
         ("eagle2", "eagle9", "--to 'eagle9' is unknown; choose one of eagle, eagle2"),
     ],
 )

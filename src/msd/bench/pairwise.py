@@ -9,7 +9,7 @@ which was trained longer, is then compared in a separate table.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -51,6 +51,11 @@ def grouped(methods: Iterable[str]) -> dict[str, list[str]]:
     return {name: [name] if name in seeds else seeds for name, seeds in groups.items()}
 
 
+def mean_seconds(seconds: Mapping[str, Sequence[float]], methods: Iterable[str]) -> list[float]:
+    """Returns the mean seconds of each sample over some methods, the seeds of one."""
+    return [fmean(each) for each in zip(*(seconds[method] for method in methods), strict=True)]
+
+
 def _msd(groups: dict[str, list[str]]) -> str | None:
     """Returns the group that represents MSD; None if no MSD drafter was measured."""
     return next((name for name in OURS if name in groups), None)
@@ -77,11 +82,11 @@ def _speedups(
     tasks: list[str] = results["sample_tasks"]
     columns = [] if len(set(tasks)) == 1 else list(dict.fromkeys(tasks))
     several = any(len(methods) > 1 for methods in groups.values())
-    own, rows = list(map(fmean, zip(*(seconds[m] for m in groups[name]), strict=True))), []
+    own, rows = mean_seconds(seconds, groups[name]), []
     for other, methods in groups.items():
         if other == name:
             continue
-        base = list(map(fmean, zip(*(seconds[m] for m in methods), strict=True)))
+        base = mean_seconds(seconds, methods)
         edges = ratio_interval(base, own)
         row = [other, _ratio(base, own), "–" if edges is None else f"{edges[0]:.2f}–{edges[1]:.2f}"]
         for task in columns:

@@ -362,7 +362,7 @@ def _optimizer(params: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Ada
         {"params": [p for p in others if p.dim() < 2], "lr": lr, "weight_decay": 0.0},
         {"params": list(task.values()), "lr": 30 * lr, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def _record(

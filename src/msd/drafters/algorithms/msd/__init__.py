@@ -2,7 +2,7 @@
 
 Other methods with this network: `standard`, the control without any modality part; `msd:ar`, which drafts level by
 level with experts, transfer and compressed images; `msd:subtrees`, which grows a subtree for each likely modality;
-`msd:15min`, trained as long as the published methods it is compared with; `msd:video`, the drafter of the video
+`msd:30min`, trained as long as the published methods it is compared with; `msd:video`, the drafter of the video
 target, which reads event recordings.
 """
 
@@ -22,9 +22,9 @@ learned("msd", objective=DraftObjective, config=MSDConfig, drafter=MSD)(MSDNetwo
 registry.add(Method("msd:sampled", partial(MSD, name="msd:sampled", sampled=True), ("msd",), form_of="msd"))
 registry.add(Method("msd:subtrees", partial(MSD, name="msd:subtrees", separate=True), ("msd",), form_of="msd"))
 SHIPPED, CONTROL = "msd", "standard"
-OURS = ("msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
+OURS = ("msd:30min", "msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
 _others = {
-    CONTROL: "--parts none --weighting none", "msd:ar": "--form ar --parts all", "msd:15min": "--layers 2 --parts all",
+    CONTROL: "--parts none --weighting none", "msd:ar": "--form ar --parts all", "msd:30min": "--method msd",
 }  # fmt: skip
 for _name, _options in _others.items():
     registry.add(Method(_name, partial(MSD, name=_name), (_name,), command=training_command(_options)))
