@@ -401,6 +401,7 @@ def tables() -> dict[str, dict[str, str]]:
             "comparison": report.markdown(compared, ("all",)),
         },
         "docs/comparison.md": {
+            **{state: race_table(state) for state in ("equal-time", "equal-answers")},
             "methods": methods_table(compared),
             "repeats": repeats_table(compared),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),

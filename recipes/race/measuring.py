@@ -19,10 +19,9 @@ from msd.drafters.algorithms.msd.config import shapes_of
 from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.errors import UserError
-from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import exclusive, make_folder
-from msd.train.capture import label_thresholds_path, mixed, read_captured
+from msd.train.capture import mixed, read_captured
 from recipes.race.plan import CONTESTS, RACE, TIME, WITH_EVENTS, Run, drafter_folder, plan, step_times
 from recipes.race.prompts import CALIBRATING, write_prompts
 
@@ -69,7 +68,10 @@ def register(done: Mapping[str, tuple[Run, Path]]) -> dict[str, str]:
 
 
 def bench_runs(args: argparse.Namespace) -> None:
-    """Measures all finished runs in one state, in one run that can be interrupted; writes the report."""
+    """Measures all finished runs in one state, in one run that can be interrupted; writes the report.
+
+    Without acceptance by modality, which takes as long again; the records of training have it (`tell`).
+    """
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     done = finished(args, args.state)
@@ -83,7 +85,6 @@ def bench_runs(args: argparse.Namespace) -> None:
     settings = measure.BenchSettings(
         (*digests, *lookups),
         args.max_new_tokens,
-        label_thresholds=ModalityThresholds.load(label_thresholds_path(args.captured)),
         baselines=(measure.TRANSFORMERS,),
         about={"state": args.state, "drafters": digests},
     )
