@@ -166,13 +166,7 @@ def race_table(state: str) -> str:
     """
     trained = read(f"{RACE}/trained.json")[state]
     if not (ROOT / RACE / state / "results.json").is_file():
-        lines = []
-        for name, runs in pairwise.grouped(trained).items():
-            by_seed = [trained[run]["held_out"]["acceptance"] for run in runs]
-            first = trained[runs[0]]
-            figures = [f"{first['minutes']:,.0f}", f"{first['answers']:,}", f"{first['rate']:.2f}"]
-            lines.append([f"`{name}`", *figures, ", ".join(f"{rate:.3f}" for rate in by_seed)])
-        return table(["method", "minutes", "answers", "learning rate", "held-out acceptance, by seed"], lines)
+        return race_training_table(trained)
     results = read(f"{RACE}/{state}/results.json")
     found, seconds = cells(results), results["sample_seconds"]
     groups = {name: runs for name, runs in pairwise.grouped(seconds).items() if name not in ("ar", "transformers")}
@@ -194,6 +188,16 @@ def race_table(state: str) -> str:
     head = ["method", "minutes", "answers", "held-out", "all tasks (95%)", "by seed", "median", "τ", *COMPARED.values()]
     made = results["environment"]
     return table([*head, "`msd` over it"], rows) + f"\n\n{made['cpu']}, threads: {made['threads']}."
+
+
+def race_training_table(trained: dict[str, dict[str, Any]]) -> str:
+    """Training and held-out acceptance of every method of the race; trained: run -> record of `tell`."""
+    lines = []
+    for name, runs in pairwise.grouped(trained).items():
+        first, rates = trained[runs[0]], [trained[run]["held_out"]["acceptance"] for run in runs]
+        figures = [f"{first['minutes']:,.0f}", f"{first['answers']:,}", f"{first['rate']:.2f}"]
+        lines.append([f"`{name}`", *figures, ", ".join(f"{rate:.3f}" for rate in rates)])
+    return table(["method", "minutes", "answers", "learning rate", "held-out acceptance, by seed"], lines)
 
 
 def _over(base: list[float], own: list[float]) -> str:
