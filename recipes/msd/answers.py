@@ -1,7 +1,7 @@
 """Converts captured answers to a small file, `answers.safetensors`, and back, which saves an hour of capturing.
 
-python -m recipes.msd.answers pack      # runs/msd/{captured,val_captured}.jsonl -> recipes/msd/answers.safetensors
-python -m recipes.msd.answers unpack    # back to jsonl, with the prompts of runs/msd/{prompts,val}.jsonl
+python -m recipes.msd.answers pack      # captured answers of `PARTS` in runs/msd -> recipes/msd/answers.safetensors
+python -m recipes.msd.answers unpack    # back to jsonl, with the prompts of `PARTS` in runs/msd
 
 The file holds token ids and gains. It holds no prompts and photos, which belong to the data sets; a hash of both
 identifies an answer's prompt. The label thresholds are the shipped ones.
@@ -28,9 +28,14 @@ from msd.labels.label_thresholds import ModalityThresholds
 from msd.loading import load_target
 from msd.system.files import write_whole
 from msd.targets.registry import fingerprint
-from msd.train.capture import Answer, Prompt, capture, label_thresholds_path
+from msd.train.capture import Answer, Decoding, Prompt, capture, label_thresholds_path
 
-PARTS = (("prompts.jsonl", "captured.jsonl"), ("val.jsonl", "val_captured.jsonl"))
+PARTS = (  # prompts, their answers, and how these were decoded
+    ("prompts.jsonl", "captured.jsonl", Decoding()),
+    ("val.jsonl", "val_captured.jsonl", Decoding()),
+    ("more.jsonl", "more_captured.jsonl", Decoding()),
+    ("sampled.jsonl", "sampled_captured.jsonl", Decoding(temperature=1.0)),
+)
 Record = dict[str, Any]
 
 
@@ -64,7 +69,7 @@ def answers(tensors: dict[str, Tensor]) -> dict[int, tuple[list[int], list[float
 
 def pack(work: Path, kept: Path) -> None:
     """Writes all captured answers to the file `kept`."""
-    records = [line for _, name in PARTS for _, line in data_lines(work / name)]
+    records = [line for _, name, _ in PARTS for _, line in data_lines(work / name)]
     write_whole(kept, save(packed(records), {"target": records[0]["target"]}))
     print(f"{kept}: {len(records)} answers, {kept.stat().st_size / 1e6:.1f} MB")
 
@@ -101,13 +106,13 @@ def unpack(work: Path, kept: Path) -> None:
             f"'{kept}' was written by {write.target}, the reference model is {name}; capture the answers again"
         )
     thresholds = ModalityThresholds.load(SHIPPED)
-    for source, captured in PARTS:
+    for source, captured, decoding in PARTS:
         lines = [line for _, line in data_lines(work / source)]
         prompts = [
             Prompt(line["prompt"], (line["image"],) if "image" in line else (), line["task"], line["split"])
             for line in lines
         ]
-        records = capture(prompts, write, work / captured, metadata={"target": name})
+        records = capture(prompts, write, work / captured, metadata={"target": name} | decoding.metadata)
         thresholds.save(label_thresholds_path(work / captured))
         print(f"{work / captured}: {len(records)} answers")
 

@@ -1,8 +1,9 @@
 """Trains a drafter for hours: `python -m recipes.msd.long`, or `--method eagle3` for the best rival.
 
-Form, parts, roots and learning rate are those of the race; 15% of the steps are on texts. To the race's answers come
-sampled ones (T = 1) about other photos and texts. An interrupted run resumes when the command is run again; with
-another `--steps`, an unfinished run decays from its current rate to the new end.
+`msd` has its default form, parts and loss, a rival those of the race; roots and learning rate are the race's. 15% of
+the steps are on texts. To the race's answers come those about other photos and texts, half of them sampled (T = 1). An
+interrupted run resumes when the command is run again; with another `--steps`, an unfinished run decays from its current
+rate to the new end.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ import torch
 
 from msd.drafters.algorithms.msd import SHIPPED
 from msd.train.capture import read_captured
-from msd.train.drafting import train
+from msd.train.drafting import DraftTraining, train
 from recipes.race.outputs import begun
-from recipes.race.plan import RACE, folder_of
+from recipes.race.plan import PRECISION, RACE, folder_of
 from recipes.race.prompts import CALIBRATING
 from recipes.race.training import training_inputs
 
+METHODS = {**RACE.methods, SHIPPED: DraftTraining()}
+MORE = [Path("runs/msd/more_captured.jsonl"), Path("runs/msd/sampled_captured.jsonl")]
 TEXT = 0.15  # of the steps: the share of texts among the answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=list(RACE.methods), default=SHIPPED)
+    parser.add_argument("--method", choices=list(METHODS), default=SHIPPED)
     parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
-    parser.add_argument("--sampled", type=Path, default=Path("runs/msd/sampled.jsonl"))
+    parser.add_argument("--more", type=Path, nargs="*", default=MORE, help="further files of captured answers")
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
     parser.add_argument("--held-out-limit", type=int, default=CALIBRATING)
     parser.add_argument("--images", type=Path, default=Path("../shared/data"))
@@ -40,9 +43,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, processor, answers, held_out, thresholds = training_inputs(args)
-    answers += read_captured(args.sampled, args.images)
+    answers += [answer for path in args.more for answer in read_captured(path, args.images)]
     cache = begun(model, answers, thresholds, args.outputs)
-    settings = replace(RACE.methods[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000)
+    settings = replace(
+        METHODS[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000, precision=PRECISION
+    )
     out = args.out or folder_of(Path("runs/msd"), f"long-{args.method}")
     try:
         finished = train(model, processor, answers, held_out, thresholds, out, settings, cache=cache)

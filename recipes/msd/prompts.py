@@ -1,14 +1,16 @@
-"""Writes the prompts for MSD's training data: `prompts.jsonl` and `more.jsonl` (train splits), and `val.jsonl`.
+"""Writes the prompts for MSD's training data: `prompts`, `more` and `sampled.jsonl` (train splits), and `val.jsonl`.
 
 python -m recipes.msd.prompts --data ../shared/data --out runs/msd
 msd capture --data runs/msd/prompts.jsonl --images ../shared/data --out runs/msd/captured.jsonl
-msd capture --data runs/msd/more.jsonl --images ../shared/data --out runs/msd/sampled.jsonl --temperature 1
+msd capture --data runs/msd/more.jsonl --images ../shared/data --out runs/msd/more_captured.jsonl
+msd capture --data runs/msd/sampled.jsonl --images ../shared/data --out runs/msd/sampled_captured.jsonl --temperature 1
 
 Image names are relative to the data folder. Each photo gets at most one prompt for a long description: those of Flickr
 ("detail") and those of COCO ("scene"). Lines of scanned receipts are to be read ("receipt"). Half of the questions are
 about COCO photos, each with and without a request for a one-word answer. The other half is derived from the captions of
 Flickr photos (yes/no and open questions). The prompts depend on the seed only: a smaller set of a kind is a prefix of a
-larger one. `more.jsonl` has those that follow (`MORE`): other photos and texts, for the long training.
+larger one. `more.jsonl` and `sampled.jsonl` share those that follow (`MORE`): other photos and texts, for the long
+training.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ COUNTS = {  # of each kind, in the training data and in the validation data
     "scene": (500, 0),
     "receipt": (400, 0),
 }
-MORE = {"detail": 2000, "scene": 800, "text": 1200}
+MORE = {"detail": 1000, "scene": 400, "text": 600}
 Line = dict[str, Any]
 
 
@@ -148,7 +150,9 @@ def main() -> None:
     train = lines("train", counts[""])
     larger, known = lines("train", {kind: n + MORE.get(kind, 0) for kind, n in counts[""].items()}), set(train)
     more = [line for line in larger if line not in known]
-    for name, some in (("prompts.jsonl", train), ("more.jsonl", more), ("val.jsonl", lines("val", counts["val_"]))):
+    parts = {"prompts": train, "more": more[::2], "sampled": more[1::2], "val": lines("val", counts["val_"])}
+    for stem, some in parts.items():
+        name = f"{stem}.jsonl"
         write_whole(args["out"] / name, "".join(f"{line}\n" for line in some))
         print(f"{args['out'] / name}: {len(some)} prompts")
 

@@ -33,7 +33,7 @@ PRECISION = "bf16" if multiplies_in_bf16() else "float32"  # of products in trai
 WITH_EVENTS = "msd with events"
 PARTS = tuple(part for part in SWITCHES if getattr(MSDConfig, part))  # of `msd` by default
 DESCRIBED = (*PARTS, "experts", "transfer", "vision")  # all of the description of MSD
-PLAIN_LOSS = LossConfig(weighting="none")  # of the control: all tokens are alike
+LEARNED = LossConfig(weighting="learned")  # a share of the loss per modality, the default when the race was trained
 RECORDED = ("method", "steps", "batch", "anchors", "lr", "seed", "text_only", "text_share", "precision")
 RECORDED_OF_MSD = ("form", "layers", "parts", "events", "weighting")
 
@@ -87,8 +87,8 @@ RACE = Contest(
     "race",
     30.0,
     {
-        SHIPPED: DraftTraining(),
-        CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
+        SHIPPED: DraftTraining(loss=LEARNED),
+        CONTROL: DraftTraining(parts=()),
         "eagle3": DraftTraining(method="eagle3"),
         "eagle2": DraftTraining(method="eagle2"),
         "vispec": DraftTraining(method="vispec"),
@@ -99,8 +99,9 @@ RACE = Contest(
 )
 _parts = {
     SHIPPED: DraftTraining(),
-    CONTROL: DraftTraining(parts=(), loss=PLAIN_LOSS),
+    CONTROL: DraftTraining(parts=()),
     "level by level": DraftTraining(form="ar", anchors=24),
+    "with learned shares of the loss": DraftTraining(loss=LEARNED),
     "with experts": DraftTraining(parts=(*PARTS, "experts")),
     "with experts and transfer": DraftTraining(parts=(*PARTS, "experts", "transfer")),
     "with a compressed image": DraftTraining(parts=(*PARTS, "vision")),
@@ -114,7 +115,7 @@ _events = {  # and the parts that read the image: a clip has four times as many 
     SHIPPED: DraftTraining(events=False),
     WITH_EVENTS: DraftTraining(),
     f"{WITH_EVENTS} and motion": DraftTraining(parts=(*PARTS, "motion")),
-    CONTROL: DraftTraining(events=False, parts=(), loss=PLAIN_LOSS),
+    CONTROL: DraftTraining(events=False, parts=()),
     "with a compressed image": DraftTraining(events=False, parts=(*PARTS, "vision")),
     "with a read-out": DraftTraining(events=False, parts=(*PARTS, "readout")),
 }

@@ -33,7 +33,7 @@ def test_the_wheel_lists_what_the_checkout_lists(monkeypatch: pytest.MonkeyPatch
         ("eagle2", "msd train --method eagle2"),
         ("specvlm-video", "msd train --method eagle2"),
         ("msd+eagle3", "msd train --method eagle3"),
-        ("standard", "msd train --parts none --weighting none"),
+        ("standard", "msd train --parts none"),
         ("msd:ar", "msd train --form ar --parts all"),
         ("msd:video", "see recipes/events"),
         ("msd:video+prompt-lookup", "see recipes/events"),

@@ -122,7 +122,9 @@ class Training:
         typer.Option("--roots", min=1, help="Positions of an answer that a step drafts from; by default the method's."),
     ] = None
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 1e-3
-    weighting: Annotated[str, typer.Option("--weighting", help="λ: learned, fixed, threshold or none.")] = "learned"
+    weighting: Annotated[
+        str, typer.Option("--weighting", help="λ: learned, fixed, threshold or none, which accepts more.")
+    ] = "none"
     text_only: Annotated[bool, typer.Option("--text-only", help="Stage 1 only.")] = False
     text_share: Annotated[
         float | None,

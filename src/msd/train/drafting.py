@@ -100,7 +100,7 @@ class DraftTraining:
             raise UserError("a start drafter fixes the method, form, layers and parts; leave these settings out")
         kind = registry.trainable(self.method) if self.start is None else registry.startable(self.method)
         unsupported = ("form" in changed and not kind.forms) or ("parts" in changed and not kind.parts)
-        if unsupported or (self.loss.weighting != "learned" and not kind.parts):
+        if unsupported or (self.loss.weighting != LossConfig.weighting and not kind.parts):
             raise UserError(
                 f"form, weighting and parts are settings of msd; method '{self.method}' is trained as published"
             )

@@ -1,4 +1,4 @@
-"""MSD's loss, a weighted sum over modalities: L = L_vision + λ_text·L_text + λ_fusion·L_fusion.
+"""MSD's loss: L = L_vision + λ_text·L_text + λ_fusion·L_fusion, or by default the mean over all draft positions.
 
 The term of a modality is the mean over its draft positions of three parts: regression (SmoothL1 of the draft state to
 the target's last hidden state), ‖p − q‖₁ = 2(1 − acceptance) over the draft vocabulary (ViSpec, arXiv 2509.15235,
@@ -29,7 +29,7 @@ class LossConfig:
     router: float = 0.2
     confidence: float = 0.1
     decay: float = 0.8
-    weighting: str = "learned"
+    weighting: str = "none"
 
 
 class TaskWeights(nn.Module):

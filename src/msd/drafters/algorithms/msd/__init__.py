@@ -24,7 +24,7 @@ registry.add(Method("msd:subtrees", partial(MSD, name="msd:subtrees", separate=T
 SHIPPED, CONTROL = "msd", "standard"
 OURS = ("msd:30min", "msd:15min", SHIPPED, "msd:block", "msd:ar")  # names of MSD in comparisons, by preference
 _others = {
-    CONTROL: "--parts none --weighting none", "msd:ar": "--form ar --parts all", "msd:30min": "--method msd",
+    CONTROL: "--parts none", "msd:ar": "--form ar --parts all", "msd:30min": "--weighting learned",
 }  # fmt: skip
 for _name, _options in _others.items():
     registry.add(Method(_name, partial(MSD, name=_name), (_name,), command=training_command(_options)))
