@@ -12,8 +12,20 @@ from torch import Tensor, nn
 
 import tiny
 from msd import backends
-from msd.backends import comparison, fused, kernels
-from msd.backends.kernels import KERNELS, PACKED, ROWS, Choice, Kernels, Product, Weights, for_rows, measure, select
+from msd.backends import comparison, compiled, fused, kernels
+from msd.backends.kernels import (
+    IN_PLACE,
+    KERNELS,
+    PACKED,
+    ROWS,
+    Choice,
+    Kernels,
+    Product,
+    Weights,
+    for_rows,
+    measure,
+    select,
+)
 from msd.backends.packed import Rounded, exact_exponent, rounds
 from msd.bench.report import by_rows
 from msd.config import SpeculativeConfig
@@ -45,9 +57,9 @@ def choose(monkeypatch: pytest.MonkeyPatch, choice: Kernels, passes: tuple[int, 
 
 def test_the_model_weights_are_read_in_place_where_that_is_as_fast() -> None:
     best = [20.0, 23.0, 26.0, 40.0, 50.0, 90.0, 300.0]
-    slower = [1.02 * t for t in best]
+    slower = [1.04 * t for t in best]
     assert select(times(slower, best, best)) == ("library",) * 7
-    assert select(times([*slower[:6], 1.04 * best[6]], best, [2 * t for t in best])) == ("packed",) * 7
+    assert select(times([*slower[:6], 1.15 * best[6]], best, [2 * t for t in best])) == ("packed",) * 7
 
 
 def test_a_product_has_one_copy_and_the_faster_kernel_for_each_number_of_rows() -> None:
@@ -63,6 +75,14 @@ def test_a_product_has_one_copy_and_the_faster_kernel_for_each_number_of_rows() 
     assert found == ("transposed",) * 5 + ("library",) * 2
 
 
+def test_kernels_that_read_in_place_are_combined_without_a_copy() -> None:
+    seconds = {"library": [1.0] * 5 + [2.0, 2.0], "packed": [0.9] * 7, "compiled": [0.9] * 5 + [3.0, 3.0]}
+    assert select(seconds) == ("compiled",) * 5 + ("packed",) * 2
+    seconds["packed"][5:] = [1.8, 1.8]
+    assert select(seconds) == ("compiled",) * 5 + ("library",) * 2
+    assert select({"library": [1.0] * 7, "compiled": [1.0] * 7}) == ("library",) * 7
+
+
 def test_a_number_of_rows_uses_the_kernel_measured_below_it() -> None:
     names = tuple(str(rows) for rows in ROWS)
     found = {
@@ -76,12 +96,12 @@ def test_a_number_of_rows_uses_the_kernel_measured_below_it() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_computes_the_linear_layers(kernel: str, count: int, bias: bool) -> None:
     torch.manual_seed(0)
-    linears = tuple(nn.Linear(24, 8 * (i + 1), bias=bias) for i in range(count))
+    linears = tuple(nn.Linear(48, 8 * (i + 1), bias=bias) for i in range(count))
     product = Product(weights(*linears), (kernel,) * len(ROWS))
-    assert len(product.copied) == (0 if kernel == "library" else count * (1 + bias))
+    assert len(product.copied) == (0 if kernel in IN_PLACE else count * (1 + bias))
     with torch.no_grad():
         for rows in (1, 5, 70, 150):
-            x = torch.randn(2, rows, 24)
+            x = torch.randn(2, rows, 48)
             expected = torch.cat([linear(x) for linear in linears], -1)
             torch.testing.assert_close(product(x), expected, atol=1e-5, rtol=1e-5)
             other = torch.randn_like(expected)
@@ -190,9 +210,10 @@ def test_a_model_whose_own_code_is_faster_runs_it(monkeypatch: pytest.MonkeyPatc
         assert not recorded
 
 
-def test_weights_read_in_place_need_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", IN_PLACE)
+def test_weights_read_in_place_need_no_comparison(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Changes that no version counter shows take effect at once; only copied weights are read in each request."""
-    choose(monkeypatch, ("library",) * 7)
+    choose(monkeypatch, (kernel,) * 7)
     read: list[Any] = []
     content = backends.revision._content  # type: ignore[attr-defined]
     monkeypatch.setattr("msd.backends.revision._content", lambda tensor: read.append(tensor) or content(tensor))
@@ -211,9 +232,10 @@ def test_weights_read_in_place_need_no_comparison(monkeypatch: pytest.MonkeyPatc
 def test_measured_times_are_the_smallest_of_all_rounds() -> None:
     """Of a sample: two layers, or the first rows of a larger one."""
     now = iter(range(10**6))
-    layers = [weights(nn.Linear(8, 8), nn.Linear(8, 12))] * 2
+    layers = [weights(nn.Linear(48, 8), nn.Linear(48, 12))] * 2
     found = measure({"qkv": layers}, clock=lambda: float(next(now)))
-    assert found == {"qkv": {kernel: [1.0] * len(ROWS) for kernel in KERNELS if kernel != "half"}}
+    absent = {"half"} | (set() if compiled.registers() else {"compiled"})
+    assert found == {"qkv": {kernel: [1.0] * len(ROWS) for kernel in KERNELS if kernel not in absent}}
     (_, sample), *_ = kernels._variants([weights(nn.Linear(8, 100))], 1 << 10)
     assert [(w.shape, b.shape) for w, b in sample._own] == [((32, 8), (32,))]
 

@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(METHODS), default=SHIPPED)
     parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--evaluate-every", type=int, default=4000, help="steps; on held-out answers, a minute each")
     parser.add_argument("--captured", type=Path, default=Path("runs/msd/captured.jsonl"))
     parser.add_argument("--more", type=Path, nargs="*", default=MORE, help="further files of captured answers")
     parser.add_argument("--held-out", type=Path, default=Path("runs/msd/val_captured.jsonl"))
@@ -46,7 +47,7 @@ def main() -> None:
     answers += [answer for path in args.more for answer in read_captured(path, args.images)]
     cache = begun(model, answers, thresholds, args.outputs)
     settings = replace(
-        METHODS[args.method], steps=args.steps, text_share=TEXT, evaluate_every=1000, precision=PRECISION
+        METHODS[args.method], steps=args.steps, text_share=TEXT, evaluate_every=args.evaluate_every, precision=PRECISION
     )
     out = args.out or folder_of(Path("runs/msd"), f"long-{args.method}")
     try:

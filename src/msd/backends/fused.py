@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from msd.backends import comparison
 from msd.backends.comparison import Calls, Dispatcher, redirected
+from msd.backends.compiled import can_compile
 from msd.backends.kernels import KERNELS, MANY, PACKED, ROWS, Choice, Product, Weights, for_rows, measure, select
 from msd.backends.norms import rms_norm
 from msd.backends.packed import can_pack, exact_exponent
@@ -203,14 +204,17 @@ def kernel_choice(decoder: Any, output: Any = None) -> Choice:
     if _is_linear(output):
         products["output"] = [[(output.weight, output.bias)]]
     sizes = {n: (len(p), [(tuple(weight.shape), bias is None) for weight, bias in p[0]]) for n, p in products.items()}
-    halves = {n for n, p in products.items() if exact_exponent([weight for weight, _ in p[0]]) is not None}
+    first = {n: [weight for weight, _ in p[0]] for n, p in products.items()}
+    halves = {n for n, weights in first.items() if exact_exponent(weights) is not None}
+    compilable = {n for n, weights in first.items() if can_compile(weights)}
 
     def fastest() -> Choice:
         return {name: select(times) for name, times in measure(products).items()}
 
     return cached(
-        FOLDER, (sizes, sorted(halves), ROWS), Choice, lambda found: _valid(found, products, KERNELS), fastest
-    )
+        FOLDER, (sizes, sorted(halves), sorted(compilable), ROWS), Choice,
+        lambda found: _valid(found, products, KERNELS), fastest,
+    )  # fmt: skip
 
 
 def pass_choice(decoder: Any, kernels: Choice) -> Choice:

@@ -1,10 +1,10 @@
 """Chooses, by measuring, the kernel of each linear product for each number of rows.
 
-"library" is `F.linear` on the model's own weights. The others read a copy: "packed" in oneDNN's blocked layout,
-"transposed" Wᵀ, and "half" in float16, which is read in half the time. "half" is only for weights that float16 holds
-exactly, as those of a checkpoint in 16 bits, so that its products are float32's. A copy costs memory, and each request
-must compare it with the weights. So a product has at most one, and none where the library's kernel is within 3% of the
-fastest for every number of rows.
+"library" is `F.linear` on the model's own weights, and "compiled" reads them in place too (`msd.backends.compiled`).
+The others read a copy: "packed" in oneDNN's blocked layout, "transposed" Wᵀ, and "half" in float16, which is read in
+half the time. "half" is only for weights that float16 holds exactly, as those of a checkpoint in 16 bits, so that its
+products are float32's. A copy costs memory, and each request must compare it with the weights, which takes as long as
+a pass over one row. So a product has at most one, and none unless it saves 5% over all numbers of rows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msd.backends import compiled
 from msd.backends.packed import Packed, Rounded, exact_exponent
 from msd.system.machine import thread_clock
 
 ROWS = (1, 2, 4, 9, 17, 64, 256)  # measured numbers of rows; n rows use the kernel of the largest of these up to n
-KERNELS = ("library", "packed", "transposed", "half")
+KERNELS = ("library", "packed", "transposed", "half", "compiled")
 COMPACT = ("packed", "half")
-MARGIN = 1.03
+IN_PLACE = ("library", "compiled")  # the library's is first, which is for any weights
+SAVING = 1.05
 ROUNDS = 3
 # bytes of each product's weights that a measurement reads; all products together are more than caches hold
 SAMPLE, SAMPLE_OF_MANY_ROWS = 1 << 25, 1 << 22
@@ -59,7 +61,7 @@ class Product:
             e = exact_exponent(matrices)
             self._packed = Packed(matrices, biases) if e is None else Rounded(matrices, biases, e)
         self._transposed = self._bias = None
-        self.copied: list[Tensor] = [] if set(kernels) == {"library"} else [*matrices, *biases]
+        self.copied: list[Tensor] = [] if set(kernels) <= set(IN_PLACE) else [*matrices, *biases]
         if "transposed" in kernels:
             self._transposed = torch.cat([w.detach().T for w in matrices], 1)
             self._bias = torch.cat([b.detach() for b in biases]) if biases else None
@@ -73,6 +75,10 @@ class Product:
         if kernel == "transposed":
             assert self._transposed is not None
             return x @ self._transposed if self._bias is None else x @ self._transposed + self._bias
+        matrices = [weight for weight, _ in self._own]
+        if kernel == "compiled" and compiled.can_compile(matrices):  # they may have changed since the measurement
+            y, biases = compiled.product(x, matrices), [b for _, b in self._own if b is not None]
+            return y.add_(torch.cat(biases)) if biases else y
         outputs = [F.linear(x, weight, bias) for weight, bias in self._own]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -85,16 +91,21 @@ class Product:
 
 def select(seconds: Mapping[str, Sequence[float]]) -> Kernels:
     """The kernels of one product, from the time of each kernel for each number of `ROWS`."""
-    library = seconds["library"]
+    free = [name for name in IN_PLACE if name in seconds]
     best = [min(times) for times in zip(*seconds.values(), strict=True)]
-    if all(own <= MARGIN * fastest for own, fastest in zip(library, best, strict=True)):
-        return ("library",) * len(ROWS)
 
-    def slowdown(copy: str) -> float:
-        return sum(min(pair) / b for *pair, b in zip(library, seconds[copy], best, strict=True))
+    def fastest(among: Sequence[str]) -> list[tuple[float, str]]:
+        """For each number of rows; of equal ones the first."""
+        return [min(((seconds[name][i], name) for name in among), key=lambda pair: pair[0]) for i in range(len(best))]
 
-    copy = min(seconds.keys() - {"library"}, key=lambda name: (slowdown(name), name))
-    return tuple("library" if own <= other else copy for own, other in zip(library, seconds[copy], strict=True))
+    def slowdown(among: Sequence[str]) -> float:
+        return sum(time / b for (time, _), b in zip(fastest(among), best, strict=True))
+
+    copies = [[*free, name] for name in seconds if name not in free]
+    chosen = min((free, *copies), key=lambda among: (slowdown(among), among[-1]))
+    if slowdown(free) <= SAVING * slowdown(chosen):
+        chosen = free
+    return tuple(name for _, name in fastest(chosen))
 
 
 @torch.inference_mode()
@@ -130,6 +141,8 @@ def _variants(layers: Sequence[Weights], most: int) -> Iterator[tuple[Any, ...]]
         [(w[: (n := math.ceil(share * len(w)))], b if b is None else b[:n]) for w, b in layer]
         for layer in layers[: max(1, most // size)]
     ]
-    exact = exact_exponent([w for layer in sample for w, _ in layer]) is not None
-    for kernel in KERNELS if exact else KERNELS[:-1]:
-        yield (kernel, *(Product(weights, (kernel,) * len(ROWS)) for weights in sample))
+    weights = [w for layer in sample for w, _ in layer]
+    possible = {"half": exact_exponent(weights) is not None, "compiled": compiled.can_compile(weights)}
+    for kernel in KERNELS:
+        if possible.get(kernel, True):
+            yield (kernel, *(Product(layer, (kernel,) * len(ROWS)) for layer in sample))

@@ -5,7 +5,7 @@ rows: a target pass over 8 rows takes about twice as long as one over a single r
 the same time.
 
 Weights of 16 bits are read in half the time. bfloat16 (oneDNN) rounds the inputs too and is for drafts; float16
-(FBGEMM) leaves the inputs as they are.
+(compiled for this CPU, or FBGEMM) leaves the inputs as they are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from msd.backends import compiled
 
 ROWS = 8  # oneDNN chooses the layout for this number of rows; other numbers use it too
 FBGEMM = "fbgemm"
+MANY = 512  # rows beyond which the library is faster, although weights of 16 bits are converted in each call
 AT_ONCE = 64  # rows of a weight that are compared at once; the first ones tell most weights without an exponent
 TRIES = 20  # of each dtype that could be fastest
 
@@ -78,7 +83,7 @@ class Packed:
 
 
 class Rounded(Packed):
-    """`Packed` with weights in float16, inputs and outputs in float32, and products in float32 (FBGEMM).
+    """`Packed` with weights in float16, inputs and outputs in float32, and products in float32 (compiled, or FBGEMM).
 
     exponent: the weights are stored times 2^exponent, by which the outputs are divided. With that of `exact_exponent`
     nothing is rounded, and the product is that of float32; otherwise it is for drafts only.
@@ -86,16 +91,25 @@ class Rounded(Packed):
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), exponent: int = 0) -> None:
         self.dtype, self.factor = torch.float32, 2.0**-exponent
-        whole, bias = (
-            torch.cat([x.detach() for x in part]) * 2.0**exponent if part else None for part in (weights, biases)
-        )
-        with _fbgemm():
-            self.weight = torch.ops.quantized.linear_prepack_fp16(whole, bias)
+        whole = torch.cat([w.detach() for w in weights]) * 2.0**exponent
+        self.bias = torch.cat([b.detach() for b in biases]) if biases else None
+        self.weight: Any = whole.half()
+        self._compiled = compiled.can_compile([self.weight], torch.float16)
+        if not self._compiled:
+            with _fbgemm():
+                self.weight = torch.ops.quantized.linear_prepack_fp16(whole, None)
 
     def _product(self, x: Tensor) -> Tensor:
         """See `Packed`."""
-        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
-        return out if self.factor == 1.0 else out.mul_(self.factor)
+        out: Tensor
+        if not self._compiled:
+            out = torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
+        elif x.numel() > MANY * x.shape[-1]:
+            out = F.linear(x, self.weight.float())
+        else:
+            out = compiled.product(x, [self.weight])
+        out = out if self.factor == 1.0 else out.mul_(self.factor)
+        return out if self.bias is None else out.add_(self.bias)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """See `Packed`."""
