@@ -72,23 +72,22 @@ def bench_runs(args: argparse.Namespace) -> None:
 
     Without acceptance by modality, which takes as long again; the records of training have it (`tell`).
     """
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     done = finished(args, args.state)
     digests = register(done)
     lookups = [f"{name}+prompt-lookup" for name, (run, _) in done.items() if args.lookups and not run.settings.seed]
+    measure_in_turn(args, (*digests, *lookups), {"state": args.state, "drafters": digests}, args.results / args.state)
+
+
+def measure_in_turn(args: argparse.Namespace, methods: tuple[str, ...], about: dict[str, Any], folder: Path) -> None:
+    """Measures registered methods on the prompts of `args`, in one run that can be interrupted; writes the report."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if args.prompts == RACE.data.prompts and not args.prompts.exists():
         held_out = mixed(read_captured(args.held_out, args.images), CALIBRATING)
         write_prompts(args.prompts, args.images, held_out)
     model, processor = load_target(args.target)
     samples = load_data(args.prompts, args.images)[: args.limit]
-    settings = measure.BenchSettings(
-        (*digests, *lookups),
-        args.max_new_tokens,
-        baselines=(measure.TRANSFORMERS,),
-        about={"state": args.state, "drafters": digests},
-    )
-    folder = args.results / args.state
+    settings = measure.BenchSettings(methods, args.max_new_tokens, baselines=(measure.TRANSFORMERS,), about=about)
     make_folder(folder)
     with exclusive(folder):
         work = measure.Bench(model, processor, samples, settings, folder)

@@ -28,7 +28,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from msd.backends import comparison
 from msd.backends.comparison import Calls, Dispatcher, redirected
 from msd.backends.compiled import can_compile
-from msd.backends.kernels import KERNELS, MANY, PACKED, ROWS, Choice, Product, Weights, for_rows, measure, select
+from msd.backends.kernels import (
+    KERNELS,
+    MANY,
+    PACKED,
+    ROWS,
+    SAVING,
+    Choice,
+    Product,
+    Weights,
+    for_rows,
+    measure,
+    select,
+)
 from msd.backends.norms import rms_norm
 from msd.backends.packed import can_pack, exact_exponent
 from msd.system import measurements
@@ -212,7 +224,7 @@ def kernel_choice(decoder: Any, output: Any = None) -> Choice:
         return {name: select(times) for name, times in measure(products).items()}
 
     return cached(
-        FOLDER, (sizes, sorted(halves), sorted(compilable), ROWS), Choice,
+        FOLDER, (sizes, sorted(halves), sorted(compilable), ROWS, SAVING), Choice,
         lambda found: _valid(found, products, KERNELS), fastest,
     )  # fmt: skip
 

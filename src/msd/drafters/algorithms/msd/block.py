@@ -102,9 +102,13 @@ class BlockLevels:
 
     def _distributions(self, read: Tensor, weights: Tensor) -> Distributions:
         """Mixes the parts under modality weights [B, F, M] (sum 1); read: [B, F, P * (R + 1)], see `from_parent`."""
-        heads, terms = self.network.heads, self.terms[self.depth]
-        mix = weights if heads.experts is not None else torch.ones_like(weights[..., :1])  # [B, F, P]
-        both = terms + read.unflatten(-1, terms.shape[2:])  # [B, F, P, R + 1]
-        hidden, confidence = (mix[..., None, :] @ both).squeeze(-2).split((terms.shape[-1] - 1, 1), -1)
-        logits = heads.to_words.plus(F.silu(hidden), mix @ self.logits[self.depth])
+        heads, terms, logits = self.network.heads, self.terms[self.depth], self.logits[self.depth]
+        sizes = (terms.shape[-1] - 1, 1)
+        if heads.experts is None:  # a single part
+            hidden, confidence = (terms[:, :, 0] + read).split(sizes, -1)
+            logits = logits + heads.to_words(F.silu(hidden))
+        else:
+            both = terms + read.unflatten(-1, terms.shape[2:])  # [B, F, P, R + 1]
+            hidden, confidence = (weights[..., None, :] @ both).squeeze(-2).split(sizes, -1)
+            logits = heads.to_words.plus(F.silu(hidden), weights @ logits)
         return Distributions(logits, confidence.squeeze(-1), weights)
