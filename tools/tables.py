@@ -57,6 +57,7 @@ COMMANDS = {
         for run in ("val", "val-T1")
     },
     "results/comparison/results.json": "`make comparison`",
+    "results/long/results.json": "`python -m recipes.msd.long bench`",
     "results/draft_tree.json": "`python tools/pictures.py --record`",
     "results/forecasts.json": "`python -m recipes.floors.forecasts results`",
     "results/estimate.json": "`python -m recipes.estimate.validate --out results/estimate.json`",
@@ -176,18 +177,40 @@ def race_table(state: str) -> str:
         records = [trained[run] for run in runs if run in trained]  # none of a run with lookups
         acceptance = fmean(r["held_out"]["acceptance"] for r in records) if records else math.nan
         cost = [f"{records[0][key]:,.0f}" for key in ("minutes", "answers")] if records else ["–", "–"]
-        plain = seconds[found[runs[0], "all"]["best_plain"]]
-        speed = [_over(plain, means[name])]
-        speed.append(", ".join(f"{found[run, 'all']['speedup_vs_best_plain']:.2f}" for run in runs))
-        speed.append(f"{fmean(found[run, 'all']['speedup_vs_best_plain_paired_median'] for run in runs):.2f}")
-        tau = f"{fmean(found[run, 'all']['mean_acceptance_length'] for run in runs):.2f}"
-        by_task = [f"{fmean(found[run, task]['speedup_vs_best_plain'] for run in runs):.2f}" for task in COMPARED]
+        first, *others = _speeds(results, runs)
+        seeds = ", ".join(f"{found[run, 'all']['speedup_vs_best_plain']:.2f}" for run in runs)
         ours = f"msd seed 0{LOOKUP}" if name.endswith(LOOKUP) else "msd"
         over = "" if name == ours else _over(means[name], means[ours])
-        rows.append([f"`{name}`", *cost, f"{acceptance:.3f}" if records else "–", *speed, tau, *by_task, over])
+        held_out = f"{acceptance:.3f}" if records else "–"
+        rows.append([f"`{name}`", *cost, held_out, first, seeds, *others, over])
     head = ["method", "minutes", "answers", "held-out", "all tasks (95%)", "by seed", "median", "τ", *COMPARED.values()]
     made = results["environment"]
     return table([*head, "`msd` over it"], rows) + f"\n\n{made['cpu']}, threads: {made['threads']}."
+
+
+def long_table() -> str:
+    """Speed of the drafters that were trained for longer than the race, and `msd` over each."""
+    results = read("results/long/results.json")
+    seconds, made = results["sample_seconds"], results["environment"]
+    rows = []
+    for name in sorted(set(seconds) - {"ar", "transformers"}, key=lambda name: sum(seconds[name])):
+        ours = "msd long" + (LOOKUP if name.endswith(LOOKUP) else "")
+        over = "" if name == ours else _over(seconds[name], seconds[ours])
+        rows.append([f"`{name}`", *_speeds(results, [name]), over])
+    head = ["method", "all tasks (95%)", "median", "τ", *COMPARED.values(), "`msd long` over it"]
+    return table(head, rows) + f"\n\n{made['cpu']}, threads: {made['threads']}."
+
+
+def _speeds(results: dict[str, Any], runs: list[str]) -> list[str]:
+    """Of the seeds of one method, over the best plain decoding: of all tasks, median, τ, and of each task."""
+    found, seconds = cells(results), results["sample_seconds"]
+    own = pairwise.mean_seconds(seconds, runs)
+    return [
+        _over(seconds[found[runs[0], "all"]["best_plain"]], own),
+        f"{fmean(found[run, 'all']['speedup_vs_best_plain_paired_median'] for run in runs):.2f}",
+        f"{fmean(found[run, 'all']['mean_acceptance_length'] for run in runs):.2f}",
+        *(f"{fmean(found[run, task]['speedup_vs_best_plain'] for run in runs):.2f}" for task in COMPARED),
+    ]
 
 
 def race_training_table(trained: dict[str, dict[str, Any]]) -> str:
@@ -419,6 +442,7 @@ def tables() -> dict[str, dict[str, str]]:
         },
         "docs/comparison.md": {
             **{state: race_table(state) for state in ("equal-time", "equal-answers")},
+            "long": long_table(),
             "methods": methods_table(compared),
             "repeats": repeats_table(compared),
             "trained": trained_table(read("recipes/msd/results/trained.json"), KINDS),

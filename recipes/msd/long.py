@@ -24,6 +24,7 @@ from msd.drafters.toolkit import checkpoint
 from msd.drafters.toolkit.drafter import TrainedDrafter
 from msd.train.capture import read_captured
 from msd.train.drafting import DraftTraining, train
+from msd.train.held_out import fitted_thresholds
 from recipes.race.measuring import measure_in_turn
 from recipes.race.outputs import begun
 from recipes.race.plan import PRECISION, RACE, folder_of
@@ -87,12 +88,15 @@ def train_one(args: argparse.Namespace) -> None:
     settings = replace(
         METHODS[args.method], steps=args.steps, text_share=TEXT, evaluate_every=args.evaluate_every, precision=PRECISION
     )
+    out = args.out or place(args.method)
     try:
-        finished = train(
-            model, processor, answers, held_out, thresholds, args.out or place(args.method), settings, cache=cache
-        )
+        finished = train(model, processor, answers, held_out, thresholds, out, settings, cache=cache)
     finally:
         cache.save()
+    record = checkpoint.training(out / "drafter")
+    if finished and args.method == SHIPPED and "thresholds" not in record:
+        fitted = fitted_thresholds(out / "drafter", model, processor, held_out, CALIBRATING)
+        checkpoint.save_training(out / "drafter", record | fitted)
     print("finished" if finished else "stopped; run again to resume")
 
 

@@ -31,6 +31,7 @@ from msd.backends.compiled import can_compile
 from msd.backends.kernels import (
     KERNELS,
     MANY,
+    MEASURED,
     PACKED,
     ROWS,
     SAVING,
@@ -224,7 +225,7 @@ def kernel_choice(decoder: Any, output: Any = None) -> Choice:
         return {name: select(times) for name, times in measure(products).items()}
 
     return cached(
-        FOLDER, (sizes, sorted(halves), sorted(compilable), ROWS, SAVING), Choice,
+        FOLDER, (sizes, sorted(halves), sorted(compilable), ROWS, MEASURED, SAVING), Choice,
         lambda found: _valid(found, products, KERNELS), fastest,
     )  # fmt: skip
 

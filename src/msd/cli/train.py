@@ -169,6 +169,7 @@ def train(
     from msd.drafters.toolkit import processes
     from msd.targets.registry import fingerprint
     from msd.train import drafting, launched, loop, split_target
+    from msd.train.held_out import fitted_thresholds
 
     settings = _settings(network, training, calibrate)
     out = answers.out
@@ -181,7 +182,7 @@ def train(
         with contextlib.redirect_stdout(sys.stderr):
             finished = drafting.train(model, processor, captured, held_out, thresholds, out, settings, sink)
         if processes.place()[0] == 0:
-            fit = partial(_calibration, out / "drafter", model, processor, held_out, calibrate)
+            fit = partial(fitted_thresholds, out / "drafter", model, processor, held_out, calibrate)
             _report(out, finished, training.steps, fit if finished and calibrate else None, as_json)
 
 
@@ -245,15 +246,3 @@ def _parts(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
             f"--parts '{(unknown or [text])[0]}' is no part of the drafter; known: {', '.join(known)}, all, none"
         )
     return parts
-
-
-def _calibration(folder: Path, model: Any, processor: Any, held_out: list[Captured], count: int) -> dict[str, Any]:
-    """Returns the thresholds of `budget` for the drafter in `folder`, fitted on `count` held-out prompts."""
-    from msd.drafters import registry
-    from msd.train.capture import mixed
-    from msd.train.held_out import record, solve
-
-    network = registry.load(folder)
-    prompts = [(a.images, a.prompt) for a in mixed(held_out, count)]
-    probabilities = record(model, processor, type(network).drafter(network), prompts)
-    return {"thresholds": solve(probabilities), "calibrated_on": {k: len(v) for k, v in probabilities.items()}}

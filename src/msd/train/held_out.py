@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ import torch
 from msd.config import SpeculativeConfig
 from msd.core.modality import LANGUAGE, known
 from msd.core.tree import Step
-from msd.drafters import Drafter
+from msd.drafters import Drafter, registry
 from msd.drafters.toolkit.calibration import calibrate
 from msd.drafters.toolkit.training import Objective
 from msd.model import SpeculativeVLM
-from msd.train.capture import Captured
+from msd.train.capture import Captured, mixed
 from msd.train.teacher_batches import LabelledBatch, TeacherBatches
 from msd.verify import calibrate as solve_threshold
 from msd.verify.lossy import Position
@@ -117,6 +118,16 @@ def record(
             return_dict_in_generate=True, output_scores=True, on_step=recorder,
         )  # fmt: skip
     return {known()[kind].name: P for kind, P in recorder.probabilities.items()}
+
+
+def fitted_thresholds(
+    folder: Path, model: Any, processor: Any, held_out: Sequence[Captured], count: int
+) -> dict[str, Any]:
+    """Fits the θ of `budget` for the drafter in `folder` on `count` held-out prompts; returns fields of its record."""
+    network = registry.load(folder)
+    prompts = [(answer.images, answer.prompt) for answer in mixed(held_out, count)]
+    probabilities = record(model, processor, type(network).drafter(network), prompts)
+    return {"thresholds": solve(probabilities), "calibrated_on": {k: len(v) for k, v in probabilities.items()}}
 
 
 def solve(probabilities: dict[str, list[float]], budgets: Iterable[float] = BUDGETS) -> dict[str, dict[str, float]]:
