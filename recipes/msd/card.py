@@ -93,8 +93,8 @@ with and without them ([proof](../../../docs/verification.md)). Apache-2.0.
 
 LIMITS = """## Limits
 
-The run began with a schedule of 21,000 steps, shortened to 13,000 at step 1,900 and to 11,000 at step 5,900; the minutes
-include pauses. The curves have not come to rest. Held-out figures are of 60 answers, those about photos except where
+The run began with a schedule of 21,000 steps, shortened to 13,000 at step 1,900 and to 11,000 at step 5,900; pauses are
+in its minutes. The curves have not come to rest. Held-out figures are of 60 answers, those about photos except where
 texts without an image are named; the calibration error of the router was 0.017 on four times as many with the weights
 before.
 
